@@ -1,0 +1,229 @@
+"""What must happen to a picture before this checkpoint sees it? Read from the checkpoint's own files.
+
+preprocessor_config.json  }
+processor_config.json     } -> Preprocessing -> processor.py
+config.json (timm's)      }
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Aimv2Config, Aimv2VisionConfig
+
+# Apple publishes CLIP's numbers with every checkpoint; ImageNet's, in their README's example, are not what they trained with.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Pillow's filters by their numbers, which preprocessor_config.json stores; timm stores the names.
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+# What CLIPImageProcessor assumes for a field its file leaves out.
+CLIP_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": RESAMPLE["bicubic"],
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(CLIP_MEAN),
+    "image_std": list(CLIP_STD),
+}
+
+CLIP_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+
+# Steps of other image processors: one that is switched on changes the pixels, so it cannot be passed over.
+UNSUPPORTED_STEPS = (
+    "do_pad",
+    "do_thumbnail",
+    "do_align_long_axis",
+    "do_reduce_labels",
+    "do_flip_channel_order",
+    "crop_to_patches",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """The steps from an RGB picture to pixels, in this order; None means that a step is not taken."""
+
+    resize: int | tuple[int, int] | None
+    """The shortest edge (the longer one follows), or (height, width) whatever the shape."""
+    crop: tuple[int, int] | None
+    """(height, width) cut from the centre; where the picture is smaller, black is added."""
+    resample: int = RESAMPLE["bicubic"]
+    """Pillow's number of the filter."""
+    rescale_factor: float | None = 1 / 255
+    image_mean: tuple[float, float, float] | None = CLIP_MEAN
+    image_std: tuple[float, float, float] | None = CLIP_STD
+
+    @property
+    def final_size(self) -> tuple[int, int] | None:
+        """(height, width) of every result, or None where it follows the picture."""
+        if self.crop is not None:
+            return self.crop
+        return self.resize if isinstance(self.resize, tuple) else None
+
+
+def published(image_size: int | None) -> Preprocessing:
+    """Apple's own preprocessing: `image_size` of a fixed checkpoint, or None for the native one."""
+    if image_size is None:
+        return Preprocessing(resize=None, crop=None)
+    return Preprocessing(resize=image_size, crop=(image_size, image_size))
+
+
+def read(folder: Path, *, config: Aimv2Config | Aimv2VisionConfig | None = None) -> Preprocessing:
+    """The preprocessing of the checkpoint in `folder`; without a file that tells, Apple's for `config`, with a remark."""
+    vision = getattr(config, "vision_config", config)
+    file = folder / "preprocessor_config.json"
+    fields = _read_json(file)
+    if fields is None:
+        file = folder / "processor_config.json"
+        fields = (_read_json(file) or {}).get("image_processor")
+    if fields is not None:
+        kind = fields.get("image_processor_type", fields.get("feature_extractor_type", CLIP_TYPES[0]))
+        if kind in CLIP_TYPES:
+            return from_clip(fields, file)
+        if vision is None:
+            raise ValueError(f"{file} asks for {kind}; AIMv2 checkpoints come with {CLIP_TYPES[0]}")
+        remark = f"{file} asks for {kind}, which is not AIMv2's"
+    else:
+        file = folder / "config.json"
+        timm = (_read_json(file) or {}).get("pretrained_cfg")
+        if isinstance(timm, dict) and "input_size" in timm:
+            return from_timm(timm, file)
+        if vision is None:
+            raise FileNotFoundError(f"{folder} has no preprocessor_config.json")
+        remark = f"{folder} has no preprocessor_config.json"
+    size = vision.image_size
+    kept = "pictures keep their size" if size is None else f"shortest edge to {size}, centre crop {size}x{size}"
+    warnings.warn(
+        f"{remark}; pictures are prepared as for Apple's checkpoints ({kept}, CLIP mean and std)", stacklevel=3
+    )
+    return published(size)
+
+
+def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
+    """preprocessor_config.json as CLIPImageProcessor writes it, sizes as numbers or dictionaries."""
+    for step in UNSUPPORTED_STEPS:
+        if fields.get(step):
+            raise ValueError(f"{file}: {step} is set, which is no step of CLIPImageProcessor's; set it to false")
+    # A field that is null means the default, as in transformers.
+    fields = CLIP_DEFAULTS | {name: value for name, value in fields.items() if value is not None}
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if not isinstance(fields[step], bool):
+            raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r}")
+    crop = _size(fields["crop_size"], "crop_size", file) if fields["do_center_crop"] else None
+    return Preprocessing(
+        resize=_size(fields["size"], "size", file) if fields["do_resize"] else None,
+        crop=(crop, crop) if isinstance(crop, int) else crop,
+        resample=_resample(fields["resample"], "resample", file),
+        rescale_factor=_number(fields["rescale_factor"], "rescale_factor", file) if fields["do_rescale"] else None,
+        image_mean=_three(fields["image_mean"], "image_mean", file) if fields["do_normalize"] else None,
+        image_std=_three(fields["image_std"], "image_std", file, above_zero=True) if fields["do_normalize"] else None,
+    )
+
+
+def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
+    """timm's `pretrained_cfg`: resize to input_size / crop_pct, then crop input_size from the centre."""
+    shape = fields["input_size"]
+    if not (isinstance(shape, list) and len(shape) == 3 and shape[0] == 3):
+        raise ValueError(f"{file}: input_size must be [3, height, width], not {shape!r}")
+    height, width = (_pixels(n, "input_size", file) for n in shape[1:])
+    share = _number(fields.get("crop_pct") or 1.0, "crop_pct", file)
+    if not 0 < share <= 1:
+        raise ValueError(f"{file}: crop_pct must be above 0 and at most 1, not {share}")
+    whole = (math.floor(height / share), math.floor(width / share))
+    mode = fields.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise ValueError(f"{file}: crop_mode must be center or squash, not {mode!r}")
+    if mode == "center" and height != width:
+        raise ValueError(f"{file}: crop_mode center with an input_size that is not square ({height}x{width})")
+    return Preprocessing(
+        resize=whole[0] if mode == "center" else whole,
+        crop=(height, width),
+        resample=_resample(fields.get("interpolation") or "bicubic", "interpolation", file),
+        image_mean=_three(fields.get("mean", list(CLIP_MEAN)), "mean", file),
+        image_std=_three(fields.get("std", list(CLIP_STD)), "std", file, above_zero=True),
+    )
+
+
+def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The same in CLIPImageProcessor's spelling, for preprocessor_config.json."""
+    size, crop = preprocessing.resize, preprocessing.crop
+    return {
+        "crop_size": {"height": crop[0], "width": crop[1]} if crop else CLIP_DEFAULTS["crop_size"],
+        "do_center_crop": crop is not None,
+        "do_convert_rgb": True,
+        "do_normalize": preprocessing.image_mean is not None,
+        "do_rescale": preprocessing.rescale_factor is not None,
+        "do_resize": size is not None,
+        "image_mean": list(preprocessing.image_mean or CLIP_MEAN),
+        "image_processor_type": CLIP_TYPES[0],
+        "image_std": list(preprocessing.image_std or CLIP_STD),
+        "resample": preprocessing.resample,
+        "rescale_factor": preprocessing.rescale_factor or 1 / 255,
+        "size": {"height": size[0], "width": size[1]} if isinstance(size, tuple) else {"shortest_edge": size or 224},
+    }
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _pixels(value: object, name: str, file: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{file}: {name} must be in whole pixels above 0, not {value!r}")
+    return value
+
+
+def _size(value: object, name: str, file: Path) -> int | tuple[int, int]:
+    if not isinstance(value, dict):
+        return _pixels(value, name, file)
+    given = {key for key, number in value.items() if number is not None}
+    if given == {"shortest_edge"}:
+        return _pixels(value["shortest_edge"], f"{name}.shortest_edge", file)
+    if given == {"height", "width"}:
+        return _pixels(value["height"], f"{name}.height", file), _pixels(value["width"], f"{name}.width", file)
+    raise ValueError(f"{file}: {name} must be a number, {{shortest_edge}} or {{height, width}}, not {value!r}")
+
+
+def _resample(value: object, name: str, file: Path) -> int:
+    number = RESAMPLE.get(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or number not in RESAMPLE.values():
+        known = ", ".join(f"{name} ({number})" for name, number in RESAMPLE.items())
+        raise ValueError(f"{file}: {name} must be one of {known}, not {value!r}")
+    assert isinstance(number, int)
+    return number
+
+
+def _number(value: object, name: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{file}: {name} must be a number, not {value!r}")
+    return float(value)
+
+
+def _three(value: object, name: str, file: Path, *, above_zero: bool = False) -> tuple[float, float, float]:
+    values = value if isinstance(value, list) else [value] * 3
+    if len(values) != 3:
+        raise ValueError(f"{file}: {name} must be three numbers, one each for red, green and blue, not {value!r}")
+    red, green, blue = (_number(number, name, file) for number in values)
+    if above_zero and min(red, green, blue) <= 0:
+        raise ValueError(f"{file}: {name} must be above 0, not {value!r}")
+    return red, green, blue

@@ -1,0 +1,177 @@
+"""How do pictures become pixels and texts become ids, just as this checkpoint wants them?
+
+picture -> pictures.to_rgb -> resize, crop, scale, normalise -> (H, W, 3) -> batch (B, H, W, 3)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import preprocessing as reading
+from .pictures import Picture, name_of, to_rgb
+from .preprocessing import Preprocessing
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from .config import Aimv2Config, Aimv2VisionConfig
+
+# Resizing the shortest edge of a ribbon 1 pixel wide would make gigabytes of it before the crop.
+MAX_RESIZED_PIXELS = 1 << 27
+
+
+class Aimv2Processor:
+    """Pictures to pixels, texts to ids."""
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        *,
+        patch_size: int = 14,
+        tokenizer: Tokenizer | None = None,
+        no_tokenizer: str | None = None,
+    ) -> None:
+        """`no_tokenizer` is what `tokenize` says where a text tower's tokenizer files are missing."""
+        final = preprocessing.final_size
+        if final is not None and min(final) < patch_size:
+            raise ValueError(f"pictures of {final[0]}x{final[1]} pixels are smaller than one patch of {patch_size}")
+        self.preprocessing = preprocessing
+        self.patch_size = patch_size
+        self.tokenizer = tokenizer
+        self._no_tokenizer = no_tokenizer
+        self._table = _table(preprocessing)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | os.PathLike[str], *, config: Aimv2Config | Aimv2VisionConfig | None = None
+    ) -> Aimv2Processor:
+        """The processor that the files in `folder` describe; `config` is the model's, whose sizes must agree."""
+        folder = Path(folder)
+        vision = getattr(config, "vision_config", config)
+        text = getattr(config, "text_config", None)
+        preprocessing = reading.read(folder, config=config)
+        wanted, final = getattr(vision, "image_size", None), preprocessing.final_size
+        if wanted is not None and final is not None and final != (wanted, wanted):
+            raise ValueError(
+                f"{folder}: pictures are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}"
+            )
+        tokenizer, missing = None, None
+        if text is not None:
+            try:
+                tokenizer = Tokenizer.from_folder(folder, config=text)
+            except FileNotFoundError as error:
+                missing = str(error)
+        patch = 14 if vision is None else vision.patch_size
+        return cls(preprocessing, patch_size=patch, tokenizer=tokenizer, no_tokenizer=missing)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether pictures keep their own size."""
+        return self.preprocessing.resize is None and self.preprocessing.crop is None
+
+    def __call__(self, pictures: Picture | Sequence[Picture]) -> mx.array:
+        """One picture or several -> (B, H, W, 3) float32; ValueError where their final sizes differ."""
+        batch = list(pictures) if _is_several(pictures) else [pictures]
+        if not batch:
+            raise ValueError("no picture to prepare: give one, or a list of them")
+        arrays = self._all_pixels(batch)
+        sizes = {array.shape: number for number, array in reversed(list(enumerate(arrays)))}
+        if len(sizes) > 1:
+            named = ", ".join(
+                f"{name_of(batch[n])} (picture {n}) {shape[0]}x{shape[1]}"
+                for shape, n in sorted(sizes.items(), key=lambda item: item[1])
+            )
+            raise ValueError(
+                f"pictures of one batch must end up equal in size, these do not: {named}; give one per call"
+            )
+        return mx.array(np.stack(arrays))
+
+    def pixels(self, picture: Picture) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """A picture -> (H, W, 3) float32, contiguous. Uses Pillow and NumPy alone, so any thread may call it."""
+        image = to_rgb(picture)
+        if image.size == (1, 1):
+            raise ValueError(f"{name_of(picture)} is a single pixel: nothing to see")
+        image = self._sized(image, name_of(picture))
+        if min(image.size) < self.patch_size:
+            raise ValueError(
+                f"{name_of(picture)} has {image.height}x{image.width} pixels, smaller than one patch of "
+                f"{self.patch_size}x{self.patch_size}"
+            )
+        levels = np.asarray(image)
+        values = np.empty(levels.shape, np.float32)
+        for channel in range(3):
+            values[..., channel] = self._table[channel][levels[..., channel]]
+        return values
+
+    def tokenize(self, texts: str | list[str]) -> mx.array:
+        """Texts -> ids (B, L) int32: BOS, tokens, EOS, filled with EOS, at most the tower's context."""
+        if self._no_tokenizer is not None:
+            raise FileNotFoundError(self._no_tokenizer)
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no text tower: load apple/aimv2-large-patch14-224-lit for text")
+        return mx.array(self.tokenizer(texts))
+
+    def save_to(self, folder: str | os.PathLike[str]) -> None:
+        """Writes preprocessor_config.json into `folder`, as CLIPImageProcessor spells it."""
+        file = Path(folder) / "preprocessor_config.json"
+        file.write_text(
+            json.dumps(reading.to_clip(self.preprocessing), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+
+    def _all_pixels(self, batch: list[Picture]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        files = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in batch)
+        if len(batch) == 1 or not files:  # an open PIL image or file may occur twice, and is not for two threads
+            return [self.pixels(picture) for picture in batch]
+        with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1)) as pool:
+            return list(pool.map(self.pixels, batch))
+
+    def _sized(self, image: Image.Image, name: str) -> Image.Image:
+        steps = self.preprocessing
+        if steps.resize is not None:
+            height, width = _resized(image.height, image.width, steps.resize)
+            if height * width > max(MAX_RESIZED_PIXELS, image.width * image.height):
+                raise ValueError(
+                    f"{name} of {image.height}x{image.width} pixels is too narrow: it would grow to {height}x{width}"
+                )
+            image = image.resize((width, height), steps.resample)
+        if steps.crop is not None:
+            height, width = steps.crop
+            top, left = (image.height - height) // 2, (image.width - width) // 2
+            # Beyond the picture's edge crop() gives black.
+            image = image.crop((left, top, left + width, top + height))
+        return image
+
+
+def _resized(height: int, width: int, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) after the resize; the longer edge is rounded down, as in transformers."""
+    if isinstance(size, tuple):
+        return size
+    if width <= height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def _table(steps: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """(3, 256): the value of each of 256 levels in each colour, in the order and precision of transformers."""
+    levels = np.arange(256, dtype=np.float64)
+    if steps.rescale_factor is not None:
+        levels = levels * steps.rescale_factor
+    table = np.repeat(levels.astype(np.float32)[None], 3, axis=0)
+    if steps.image_mean is not None and steps.image_std is not None:
+        table -= np.array(steps.image_mean, np.float32)[:, None]
+        table /= np.array(steps.image_std, np.float32)[:, None]
+    return table
+
+
+def _is_several(pictures: object) -> bool:
+    return isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)

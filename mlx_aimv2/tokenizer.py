@@ -1,0 +1,142 @@
+"""Which numbers does the text tower read for these words? CLIP's byte pairs, from the checkpoint's own files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from .config import Aimv2TextConfig
+
+CONTEXT = 77
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+
+# CLIP's words: the two marks, English contractions, runs of letters, single digits, runs of anything else.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Texts -> (B, L) int32: BOS, the text's tokens, EOS; filled with EOS to the longest; at most `context`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos: int, eos: int, context: int = CONTEXT) -> None:
+        # The file may ask for its own cutting and filling; ours keeps EOS as the last token.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.bos = bos
+        self.eos = eos
+        self.context = context
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, config: Aimv2TextConfig | None = None) -> Tokenizer:
+        """tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the sizes to agree with."""
+        backend, file = _read(folder)
+        names = _mark_names(folder)
+        marks: dict[str, int] = {}
+        for role, name in names.items():
+            number = backend.token_to_id(name)
+            if number is None:
+                raise ValueError(f"{file} has no token {name!r}, which must be its {role}")
+            marks[role] = number
+        if config is None:
+            return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"])
+        size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        if size > config.vocab_size:
+            raise ValueError(f"{file} has {size} tokens, but the text tower's embedding has {config.vocab_size} rows")
+        if marks["eos_token"] != config.eos_token_id:
+            raise ValueError(
+                f"{file} gives {names['eos_token']!r} the id {marks['eos_token']}, but config.json's eos_token_id is {config.eos_token_id}"
+            )
+        context = config.max_position_embeddings
+        return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"], context=context)
+
+    def __call__(self, texts: str | list[str]) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """One text or several -> ids (B, L) int32."""
+        batch = [texts] if isinstance(texts, str) else list(texts)
+        if not batch:
+            raise ValueError("no text to tokenize: give a text or a list of them")
+        for number, text in enumerate(batch):
+            if not isinstance(text, str):
+                raise ValueError(f"text {number} is not a string but {type(text).__name__}: {text!r:.60}")
+        rows = []
+        for encoding in self._backend.encode_batch(batch, add_special_tokens=False):
+            rows.append([self.bos, *encoding.ids[: self.context - 2], self.eos])
+        ids = np.full((len(rows), max(map(len, rows))), self.eos, np.int32)
+        for row, numbers in zip(ids, rows, strict=True):
+            row[: len(numbers)] = numbers
+        return ids
+
+
+def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
+    import tokenizers
+
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")), file
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(f"{file} is not a tokenizer: {error}") from None
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if not vocab.is_file() and not merges.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json (nor vocab.json and merges.txt), so no text can be read"
+        )
+    for file in (vocab, merges):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
+    try:
+        return _clip(*tokenizers.models.BPE.read_file(str(vocab), str(merges))), vocab
+    except Exception as error:
+        raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
+
+
+def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoding around this vocabulary."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=EOS,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (BOS, EOS)])
+    return backend
+
+
+def _mark_names(folder: Path) -> dict[str, str]:
+    """How this checkpoint calls its first and last token, where a file says so."""
+    names = {"bos_token": BOS, "eos_token": EOS}
+    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
+        for role in names:
+            name = told.get(role)
+            name = name.get("content") if isinstance(name, dict) else name
+            if isinstance(name, str):
+                names[role] = name
+    return names
