@@ -5,6 +5,7 @@ path, bytes, open file, PIL image, NumPy array -> PIL image in mode RGB
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import struct
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Picture: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray[Any, Any]"
 )
+
+Levels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 # Pillow reads these by starting another program, which a folder of strangers' pictures should not be able to do.
 NOT_OPENED = {"EPS"}
@@ -119,12 +122,12 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
 
 def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
     try:
-        import pillow_heif
+        heif = importlib.import_module("pillow_heif")  # optional, so mypy need not find it
     except ImportError:
         raise ValueError(f"{name} is a HEIC picture: pip install 'mlx-aimv2[heic]' to read it") from None
     try:
         stream.seek(0)
-        return cast("Image.Image", pillow_heif.open_heif(stream).to_pillow())
+        return cast("Image.Image", heif.open_heif(stream).to_pillow())
     except Exception as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from None
 
@@ -180,10 +183,10 @@ def _from_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(_eight_bits(array, name)))
 
 
-def _eight_bits(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
     kind = array.dtype.kind
     if array.dtype == np.uint8:
-        return array
+        return cast("Levels", array)
     if kind == "b":
         return array.astype(np.uint8) * np.uint8(255)
     if kind == "u" and array.dtype.itemsize == 2:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import Aimv2Config, Aimv2VisionConfig
+    from .config import Aimv2VisionConfig
 
 # Apple publishes CLIP's numbers with every checkpoint; ImageNet's, in their README's example, are not what they trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -80,9 +80,8 @@ def published(image_size: int | None) -> Preprocessing:
     return Preprocessing(resize=image_size, crop=(image_size, image_size))
 
 
-def read(folder: Path, *, config: Aimv2Config | Aimv2VisionConfig | None = None) -> Preprocessing:
+def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
     """The preprocessing of the checkpoint in `folder`; without a file that tells, Apple's for `config`, with a remark."""
-    vision = getattr(config, "vision_config", config)
     file = folder / "preprocessor_config.json"
     fields = _read_json(file)
     if fields is None:
@@ -92,7 +91,7 @@ def read(folder: Path, *, config: Aimv2Config | Aimv2VisionConfig | None = None)
         kind = fields.get("image_processor_type", fields.get("feature_extractor_type", CLIP_TYPES[0]))
         if kind in CLIP_TYPES:
             return from_clip(fields, file)
-        if vision is None:
+        if config is None:
             raise ValueError(f"{file} asks for {kind}; AIMv2 checkpoints come with {CLIP_TYPES[0]}")
         remark = f"{file} asks for {kind}, which is not AIMv2's"
     else:
@@ -100,10 +99,10 @@ def read(folder: Path, *, config: Aimv2Config | Aimv2VisionConfig | None = None)
         timm = (_read_json(file) or {}).get("pretrained_cfg")
         if isinstance(timm, dict) and "input_size" in timm:
             return from_timm(timm, file)
-        if vision is None:
+        if config is None:
             raise FileNotFoundError(f"{folder} has no preprocessor_config.json")
         remark = f"{folder} has no preprocessor_config.json"
-    size = vision.image_size
+    size = config.image_size
     kept = "pictures keep their size" if size is None else f"shortest edge to {size}, centre crop {size}x{size}"
     warnings.warn(
         f"{remark}; pictures are prepared as for Apple's checkpoints ({kept}, CLIP mean and std)", stacklevel=3
@@ -206,10 +205,9 @@ def _size(value: object, name: str, file: Path) -> int | tuple[int, int]:
 
 def _resample(value: object, name: str, file: Path) -> int:
     number = RESAMPLE.get(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or number not in RESAMPLE.values():
+    if isinstance(number, bool) or not isinstance(number, int) or number not in RESAMPLE.values():
         known = ", ".join(f"{name} ({number})" for name, number in RESAMPLE.items())
         raise ValueError(f"{file}: {name} must be one of {known}, not {value!r}")
-    assert isinstance(number, int)
     return number
 
 
