@@ -5,7 +5,6 @@ path, bytes, open file, PIL image, NumPy array -> PIL image in mode RGB
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import struct
@@ -22,6 +21,8 @@ Picture: TypeAlias = (
 )
 
 Levels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+
+EXIF_ORIENTATION = 0x0112
 
 # Pillow reads these by starting another program, which a folder of strangers' pictures should not be able to do.
 NOT_OPENED = {"EPS"}
@@ -45,8 +46,8 @@ def name_of(picture: object) -> str:
 def to_rgb(picture: Picture) -> Image.Image:
     """Any picture -> PIL image in mode RGB, turned upright by its EXIF tag, transparency laid on white, first frame.
 
-    16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1), (H, W, 3)
-    or (H, W, 4) of uint8, uint16, bool, or float from 0 to 1. ValueError or OSError with one line that names the picture.
+    16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1),
+    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or float from 0 to 1. ValueError or OSError with one line that names the picture.
     """
     from PIL import Image
 
@@ -122,12 +123,12 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
 
 def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
     try:
-        heif = importlib.import_module("pillow_heif")  # optional, so mypy need not find it
+        import pillow_heif
     except ImportError:
         raise ValueError(f"{name} is a HEIC picture: pip install 'mlx-aimv2[heic]' to read it") from None
     try:
         stream.seek(0)
-        return cast("Image.Image", heif.open_heif(stream).to_pillow())
+        return cast("Image.Image", pillow_heif.open_heif(stream).to_pillow())
     except Exception as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from None
 
@@ -139,12 +140,15 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} has {image.width}x{image.height} pixels: nothing to see")
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        elif image.mode == "I" and image.format == "PNG":
+            image = image.convert("I;16")  # older Pillows widen the 16 bits of a grey PNG
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they meet in a broken file
         raise ValueError(f"{name} cannot be read as a picture: {error}") from None
-    return _flatten(upright, name)
+    return _flatten(image, name)
 
 
 def _flatten(image: Image.Image, name: str) -> Image.Image:
@@ -193,7 +197,7 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
         # The high byte, as Pillow does for 16-bit colour: exact for 8-bit pictures stored as v * 256 and as v * 257.
         return (array >> 8).astype(np.uint8)
     low, high = array.min(), array.max()
-    if kind == "f" and low >= 0 and high <= 1:
+    if kind == "f" and 0 <= low and high <= 1:
         return np.rint(array * array.dtype.type(255)).astype(np.uint8)
     if kind == "i" and 0 <= low and high <= 65535:
         # Pillow's mode I: what it makes of 16-bit greys in some formats.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Aimv2VisionConfig
 
-# Apple publishes CLIP's numbers with every checkpoint; ImageNet's, in their README's example, are not what they trained with.
+# Apple publishes CLIP's numbers with every checkpoint; the example in their README has ImageNet's.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -81,7 +81,7 @@ def published(image_size: int | None) -> Preprocessing:
 
 
 def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
-    """The preprocessing of the checkpoint in `folder`; without a file that tells, Apple's for `config`, with a remark."""
+    """What the files in `folder` say; where none does, Apple's preprocessing for `config`, with a remark."""
     file = folder / "preprocessor_config.json"
     fields = _read_json(file)
     if fields is None:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import preprocessing as reading
+from .config import Aimv2Config
 from .pictures import Picture, name_of, to_rgb
 from .preprocessing import Preprocessing
 from .tokenizer import Tokenizer
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from .config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+    from .config import Aimv2VisionConfig
 
 # Resizing the shortest edge of a ribbon 1 pixel wide would make gigabytes of it before the crop.
 MAX_RESIZED_PIXELS = 1 << 27
@@ -59,8 +60,8 @@ class Aimv2Processor:
     ) -> Aimv2Processor:
         """The processor that the files in `folder` describe; `config` is the model's, whose sizes must agree."""
         folder = Path(folder)
-        vision: Aimv2VisionConfig | None = getattr(config, "vision_config", config)
-        text: Aimv2TextConfig | None = getattr(config, "text_config", None)
+        vision = config.vision_config if isinstance(config, Aimv2Config) else config
+        text = config.text_config if isinstance(config, Aimv2Config) else None
         preprocessing = reading.read(folder, config=vision)
         wanted, final = vision and vision.image_size, preprocessing.final_size
         if wanted is not None and final is not None and final != (wanted, wanted):

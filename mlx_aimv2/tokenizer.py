@@ -51,7 +51,8 @@ class Tokenizer:
             raise ValueError(f"{file} has {size} tokens, but the text tower's embedding has {config.vocab_size} rows")
         if marks["eos_token"] != config.eos_token_id:
             raise ValueError(
-                f"{file} gives {names['eos_token']!r} the id {marks['eos_token']}, but config.json's eos_token_id is {config.eos_token_id}"
+                f"{file} gives {names['eos_token']!r} the id {marks['eos_token']}, "
+                f"but config.json's eos_token_id is {config.eos_token_id}"
             )
         context = config.max_position_embeddings
         return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"], context=context)
