@@ -1,0 +1,202 @@
+"""Where is a checkpoint and what does it hold: found on disk or on the Hub at a pinned commit, read lazily?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin")
+"""Names under which a folder may hold its weights whole, the first found is taken."""
+
+COMPANIONS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "ACKNOWLEDGEMENTS*",
+)
+"""Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
+
+HUB_FILES = (CONFIG_FILE, "model*.safetensors", INDEX_FILE, "README.md", *COMPANIONS)
+"""What is fetched from the Hub; `model*` leaves out the second copy of the weights, mlx_model.safetensors."""
+
+PINNED = {
+    "apple/aimv2-large-patch14-224": "ac764a25c832c7dc5e11871daa588e98e3cdbfb7",
+    "apple/aimv2-huge-patch14-224": "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1",
+    "apple/aimv2-1B-patch14-224": "4d24a422f71e87d327d476bc405030fe6593d8b1",
+    "apple/aimv2-3B-patch14-224": "df1cbc288096c9742ec8bd6709ff82757972338c",
+    "apple/aimv2-large-patch14-336": "639423ae9f07319d24a7fc431b61908110d08d3a",
+    "apple/aimv2-huge-patch14-336": "21528bd53a2438a84162e79f1f9a46453b88004c",
+    "apple/aimv2-1B-patch14-336": "5a15f23f6757776fdd487283353a018677621939",
+    "apple/aimv2-3B-patch14-336": "d1adb39ee92dfd7ecf3114b1ee3aa7e9027ce98f",
+    "apple/aimv2-large-patch14-448": "cefb13f21003bdadba65bfbee956c82b976cd23d",
+    "apple/aimv2-huge-patch14-448": "44e6440a24a8ea966ad0deadf5399a22d852bcc0",
+    "apple/aimv2-1B-patch14-448": "7f292735d3a07a911559c0fabb3ad3e9d141713f",
+    "apple/aimv2-3B-patch14-448": "70810b618e4456b724bacc8ef4d2d038060ceda6",
+    "apple/aimv2-large-patch14-224-distilled": "d6d09b071e8ba31735c5e05ccd4b2a393020ce90",
+    "apple/aimv2-large-patch14-336-distilled": "8fe1704e5cc1c80cefc99c194afcefe21dff1faa",
+    "apple/aimv2-large-patch14-native": "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629",
+    "apple/aimv2-large-patch14-224-lit": "c2cd59a786c4c06f39d199c50d08cc2eab9f8605",
+}
+"""The commit that a released checkpoint is read at unless a revision is given: Apple's own release."""
+
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+"""dtypes of a dense tensor in a safetensors header that are read."""
+
+_PACKED = {"U32": mx.uint32, "U8": mx.uint8}
+"""dtypes of the packed integers and the scales of a quantized MLX folder."""
+
+
+@dataclass
+class Checkpoint:
+    """What was read: the tensors (lazy, under their own names), config.json, and where all of it came from.
+
+    `repo` and `commit` are None for a checkpoint that was on disk. `metadata` is the safetensors header's.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, mx.array]
+    repo: str | None = None
+    commit: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor under its own name."""
+        return {name: tuple(array.shape) for name, array in self.tensors.items()}
+
+
+def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
+    """Finds a checkpoint and reads its header: a folder, a weight file or a Hub name `-> Checkpoint`.
+
+    Nothing of the weights is in memory yet. Raises FileNotFoundError for what is not there, ValueError for what is not
+    a checkpoint, ConnectionError for a Hub that cannot be asked; each message names the file or repository.
+    """
+    path, repo, commit = find(path_or_hf_repo, revision=revision)
+    folder, files = _weight_files(path)
+    config = read_json(folder / CONFIG_FILE)
+    tensors: dict[str, mx.array] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        more, note = _read_weights(file)
+        if twice := sorted(set(more) & set(tensors)):
+            raise ValueError(f"{file}: holds tensors that another shard holds too: {', '.join(twice)}")
+        tensors |= more
+        metadata |= note
+    if len(files) > 1 or (folder / INDEX_FILE).is_file():
+        _check_index(folder, files, tensors)
+    return Checkpoint(folder, config, tensors, repo, commit, metadata)
+
+
+def find(
+    path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[Path, str | None, str | None]:
+    """Where a checkpoint lies: `path or Hub name -> (path on disk, repository or None, commit or None)`.
+
+    A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
+        return path, None, None
+    name = str(path_or_hf_repo)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name")
+    from mlx_aimv2 import hub
+
+    folder = hub.download(name, revision=revision or PINNED.get(name), patterns=HUB_FILES)
+    return folder, name, folder.name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wanted an object, got a {type(content).__name__}")
+    return content
+
+
+def _weight_files(path: Path) -> tuple[Path, list[Path]]:
+    """The folder and the files that hold the weights."""
+    if path.is_file():
+        return path.parent, [path]
+    index = path / INDEX_FILE
+    if index.is_file():
+        named = sorted(set(_weight_map(index).values()))
+        if missing := [name for name in named if not (path / name).is_file()]:
+            raise FileNotFoundError(f"{path}: {INDEX_FILE} names shards that are not there: {', '.join(missing)}")
+        return path, [path / name for name in named]
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path, [path / name]
+    shards = sorted(path.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise FileNotFoundError(f"{path}: has shards but no {INDEX_FILE} that lists them")
+    raise FileNotFoundError(f"{path}: no weights; looked for {INDEX_FILE}, {', '.join(WEIGHT_FILES)}")
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: no weight_map of tensor names to file names")
+    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+        raise ValueError(f"{index}: names a file outside its folder: {outside[0]}")
+    return weight_map
+
+
+def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array]) -> None:
+    index = folder / INDEX_FILE
+    if [file.name for file in files] != sorted(set(_weight_map(index).values())):
+        return  # a single file was asked for by name
+    if absent := sorted(set(_weight_map(index)) - set(tensors)):
+        raise ValueError(f"{folder}: {INDEX_FILE} lists tensors that no shard holds: {', '.join(absent)}")
+
+
+def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    if file.suffix in (".bin", ".pt", ".pth"):
+        from mlx_aimv2 import pickled
+
+        return pickled.read(file), {}
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file}: not a weight file; wanted .safetensors, .bin, .pt or .pth")
+    metadata = _check_safetensors(file)
+    return dict(mx.load(str(file))), metadata  # type: ignore[arg-type]
+
+
+def _check_safetensors(file: Path) -> dict[str, str]:
+    """Checks header, size and dtypes before MLX sees the file, which would fail later and less clearly."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="numpy") as tensors:
+            dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = tensors.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
+    allowed = {**FLOATS, **_PACKED}
+    if other := [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in allowed]:
+        raise ValueError(f"{file}: weights must be {', '.join(FLOATS)}, got {', '.join(other)}")
+    return metadata

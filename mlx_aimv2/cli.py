@@ -1,0 +1,38 @@
+"""What does `mlx-aimv2 VERB` do: which verbs are there, and how does a user's mistake end in one line?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+
+VERBS = {
+    "convert": "mlx_aimv2.convert",
+}
+"""Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: `arguments -> exit code` (0 done, 1 some inputs failed, 2 wrong use)."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: pictures in, features out."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    modules = {verb: importlib.import_module(name) for verb, name in VERBS.items()}
+    for verb, module in modules.items():
+        module.add_arguments(verbs.add_parser(verb, help=module.HELP, description=module.HELP))
+    arguments = parser.parse_args(argv)
+    return one_line_errors(lambda: modules[arguments.verb].run(arguments))
+
+
+def one_line_errors(work: Callable[[], int]) -> int:
+    """Runs `work`; what a user can cause ends as one line on stderr and exit code 2 instead of a traceback."""
+    try:
+        return work()
+    except (ValueError, OSError) as error:
+        print(f"mlx-aimv2: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlx-aimv2: stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,135 @@
+"""What are the parts of the network: patch embedding, positions, attention, feed-forward, block, pooling head?"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_aimv2 import ops
+
+ROPE_BASE = 10000.0
+
+
+class PatchEmbed(nn.Module):
+    """Pictures to patch vectors, `(B, H, W, 3) -> (B, N, D)`: a convolution whose stride is its kernel, then RMSNorm.
+
+    Rows and columns that do not fill a patch are dropped at the bottom and at the right.
+    """
+
+    def __init__(self, num_channels: int, hidden_size: int, patch_size: int, eps: float) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.RMSNorm(hidden_size, eps)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        weight = self.proj.weight  # (D, p, p, C)
+        dims, p, _, channels = weight.shape
+        batch, height, width, _ = pixels.shape
+        rows, columns = height // p, width // p
+        x = pixels[:, : rows * p, : columns * p, :]
+        x = x.reshape(batch, rows, p, columns, p, channels)
+        # A patch's pixels must be neighbours in memory, in the order of the kernel: row, column, channel.
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)
+        x = mx.addmm(self.proj.bias, x, weight.reshape(dims, -1).T)  # (B, N, D)
+        return self.norm(x)
+
+
+@lru_cache(maxsize=64)
+def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
+    """Positions of a native model's grid: `rows, columns, D -> (rows * columns, D)` float32.
+
+    The first half of each vector codes the column, the second half the row, each as all sines and then all cosines
+    with the frequencies `10000 ** (-i / (D/4))`. Computed in double precision: in half precision the large angles of
+    far patches would be off by up to 0.3.
+    """
+    omega = ROPE_BASE ** -(np.arange(hidden_size // 4) / (hidden_size // 4))
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = (column[:, None] * omega, row[:, None] * omega)
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return table.astype(np.float32)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, `(B, N, D) -> (B, N, D)` before its output projection.
+
+    Query, key and value are one matrix. The projection `proj` is applied by the block together with the residual.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
+        # Splitting gives views; indexing a (B, N, 3, ...) array would copy three times.
+        q, k, v = (split_heads(part, self.num_heads) for part in mx.split(self.qkv(x), 3, axis=-1))
+        return merge_heads(ops.attention(q, k, v, causal=causal))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, `(B, N, D) -> (B, N, I)` before its output projection `down`, which the block applies."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.swiglu(self.gate(x), self.up(x))
+
+
+class Block(nn.Module):
+    """A transformer block with the norms first: `(B, N, D) -> (B, N, D)`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden_size, eps)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.RMSNorm(hidden_size, eps)
+        self.mlp = FeedForward(hidden_size, intermediate_size)
+
+    def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
+        x = project_and_add(self.attn.proj, self.attn(self.norm1(x), causal=causal), x)
+        return project_and_add(self.mlp.down, self.mlp(self.norm2(x)), x)
+
+
+class AttentionPoolingHead(nn.Module):
+    """All tokens to one vector, `(B, N, D) -> (B, D)`: attention with one learned query, then a linear map."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.cls_token = mx.zeros((1, 1, hidden_size))
+        self.k = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.linear = nn.Linear(hidden_size, hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        query = mx.broadcast_to(self.cls_token, (x.shape[0], 1, x.shape[2]))
+        q, k, v = (split_heads(part, self.num_heads) for part in (query, self.k(x), self.v(x)))
+        pooled = merge_heads(ops.attention(q, k, v))  # (B, 1, D)
+        return self.linear(pooled[:, 0])
+
+
+def split_heads(x: mx.array, num_heads: int) -> mx.array:
+    """`(B, N, D) -> (B, H, N, D/H)`: heads before tokens, so that one matrix product serves each head."""
+    batch, tokens, dims = x.shape
+    return x.reshape(batch, tokens, num_heads, dims // num_heads).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """`(B, H, N, D/H) -> (B, N, D)`."""
+    batch, heads, tokens, dims = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * dims)
+
+
+def project_and_add(linear: nn.Module, x: mx.array, residual: mx.array) -> mx.array:
+    """`residual + linear(x)`, as one kernel where the weights are dense."""
+    if isinstance(linear, nn.Linear):
+        return mx.addmm(residual, x, linear.weight.T)
+    return residual + linear(x)

@@ -1,0 +1,165 @@
+"""How does any checkpoint become a model and its processor: foreign or MLX, on disk or on the Hub?
+
+checkpoint.read -> names.recognise -> sizes -> strict comparison -> our names -> dtype -> model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import checkpoint, names, quantize
+from mlx_aimv2.config import Aimv2Config, AnyConfig, disagreements, read_config
+from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
+from mlx_aimv2.processor import Aimv2Processor
+
+AnyModel = Aimv2VisionModel | Aimv2Model
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass
+class Source:
+    """A checkpoint understood: its sizes, its layout, and its tensors under our names, still lazy.
+
+    `quantization` is the `quantization` section of an MLX folder's config.json, None when the weights are dense.
+    """
+
+    origin: checkpoint.Checkpoint
+    config: AnyConfig
+    match: names.Match
+    weights: dict[str, mx.array]
+    quantization: Mapping[str, Any] | None
+
+
+@overload
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = ...,
+    dtype: str | mx.Dtype | None = ...,
+    lazy: bool = ...,
+    keep_quantized: bool = ...,
+    return_config: Literal[False] = ...,
+) -> tuple[AnyModel, Aimv2Processor]: ...
+@overload
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = ...,
+    dtype: str | mx.Dtype | None = ...,
+    lazy: bool = ...,
+    keep_quantized: bool = ...,
+    return_config: Literal[True],
+) -> tuple[AnyModel, Aimv2Processor, dict[str, Any]]: ...
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    lazy: bool = False,
+    keep_quantized: bool = False,
+    return_config: bool = False,
+) -> tuple[AnyModel, Aimv2Processor] | tuple[AnyModel, Aimv2Processor, dict[str, Any]]:
+    """Loads a checkpoint: `Hub name, foreign folder or weight file, or MLX folder -> (model, processor)`.
+
+    A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
+    "bfloat16" or an mlx dtype; None keeps the checkpoint's. Quantized weights are made dense once, because an encoder
+    runs faster so; `keep_quantized` saves the memory instead. With `lazy` the weights are read when first used. With
+    `return_config` the content of config.json comes third.
+
+    Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
+    """
+    wanted = parse_dtype(dtype)
+    source = read_source(path_or_hf_repo, revision=revision)
+    model = build(source.config)
+    processor = Aimv2Processor.from_folder(source.origin.folder, config=source.config)
+    if source.quantization is not None and keep_quantized:
+        quantize.apply_structure(model, source.quantization)
+    elif source.quantization is not None:
+        source.weights = quantize.dequantized(source.weights, source.quantization)
+    fill(model, source.weights, dtype=wanted, lazy=lazy)
+    if return_config:
+        return model, processor, source.origin.config
+    return model, processor
+
+
+def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+    """Reads and checks a checkpoint without touching its weights: `path or Hub name -> Source`.
+
+    Every tensor must be known and every tensor of the model must be there, in its shape: otherwise ValueError names all
+    that are not.
+    """
+    origin = checkpoint.read(path_or_hf_repo, revision=revision)
+    match = _naming(origin, lambda: names.recognise(origin.shapes))
+    quantization = origin.config.get("quantization") if match.layout.name == names.OURS else None
+    shapes = match.our_shapes(origin.shapes)
+    config = _naming(origin, lambda: read_config(origin.config, shapes))
+    model = build(config)
+    if quantization is not None:
+        _naming(origin, lambda: quantize.apply_structure(model, quantization))
+    wanted = parameter_shapes(model)
+    their_wanted = match.their_shapes(wanted)
+    if lines := names.differences(their_wanted, origin.shapes, match):
+        raise ValueError(f"{origin.folder}: {_explain(config, shapes, lines)}")
+    weights = match.to_ours(origin.tensors, wanted)
+    return Source(origin, config, match, weights, quantization)
+
+
+def build(config: AnyConfig) -> AnyModel:
+    """The model of these sizes with lazy random weights: nothing is computed until the weights are used."""
+    return Aimv2Model(config) if isinstance(config, Aimv2Config) else Aimv2VisionModel(config)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its path: what a checkpoint must hold, no more and no less."""
+    parameters: Any = tree_flatten(model.parameters())
+    return {name: tuple(array.shape) for name, array in parameters}
+
+
+def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | None, lazy: bool = False) -> None:
+    """Puts the weights into the model, in one dtype throughout, and empties `weights`.
+
+    One tensor of another dtype would promote everything after it; dtype None takes that of the patch embedding. Tensor
+    by tensor, because casting all at once needs the memory twice.
+    """
+    reference = next(array for name, array in weights.items() if name.endswith(names.PATCH_CONV))
+    dtype = dtype or reference.dtype
+    for name in list(weights):
+        array = weights.pop(name)
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        if not lazy:
+            mx.eval(array)
+        model.load_weights([(name, array)], strict=False)  # the names were compared with the model's before
+    model.eval()
+
+
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    """A dtype or its name as an mlx dtype; None stays None. Raises ValueError with the names there are."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
+
+
+def _explain(config: AnyConfig, shapes: Mapping[str, tuple[int, ...]], lines: list[str]) -> str:
+    """The sizes on which config.json and the weights differ, where that is the whole story; else every tensor."""
+    if sizes := disagreements(config, shapes):
+        return f"config.json and the weights are of different sizes: {'; '.join(sizes)}"
+    return f"the tensors are not those of this model: {'; '.join(lines)}"
+
+
+def _naming(origin: checkpoint.Checkpoint, step: Any) -> Any:
+    """Runs one step and puts the checkpoint's name before what it complains of."""
+    try:
+        return step()
+    except ValueError as error:
+        raise ValueError(f"{origin.folder}: {error}") from None

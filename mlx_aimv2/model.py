@@ -1,0 +1,250 @@
+"""What is AIMv2: the vision encoder, the text encoder of LiT, the pair of them, and what they return?
+
+Read from top to bottom like the paper (arXiv 2411.14402): patches, blocks, final norm, pooling, pairing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_aimv2 import layers
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+
+LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What an encoder returns.
+
+    `last_hidden_state` (B, N, D) after the final norm; `pooler_output` (B, D), None for vision models without a pooling
+    head; `hidden_states`, if asked for, depth + 1 arrays (B, N, D) before the final norm, the embedding first.
+    """
+
+    last_hidden_state: mx.array
+    pooler_output: mx.array | None = None
+    hidden_states: tuple[mx.array, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PairOutput:
+    """What the pair of encoders returns for B pictures and T texts.
+
+    `logits_per_image` (B, T) and `logits_per_text` (T, B) in float32; `image_embeds` (B, E) and `text_embeds` (T, E) of
+    unit length in float32; the outputs of both encoders.
+    """
+
+    logits_per_image: mx.array
+    logits_per_text: mx.array
+    image_embeds: mx.array
+    text_embeds: mx.array
+    vision_model_output: EncoderOutput
+    text_model_output: EncoderOutput
+
+
+class Aimv2VisionModel(nn.Module):
+    """The vision encoder: pictures to one vector per patch, `(B, H, W, 3) -> (B, N, D)`."""
+
+    def __init__(self, config: Aimv2VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = layers.PatchEmbed(
+            config.num_channels, config.hidden_size, config.patch_size, config.rms_norm_eps
+        )
+        if config.num_patches is not None:
+            self.pos_embed = mx.zeros((config.num_patches, config.hidden_size))
+        self.blocks = _blocks(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.use_head:
+            self.head = layers.AttentionPoolingHead(config.hidden_size, config.num_attention_heads)
+
+    @property
+    def vision(self) -> Aimv2VisionModel:
+        """The vision encoder itself, under the name by which the pair of towers gives it too."""
+        return self
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the weights and so of the features; quantized layers compute in it too."""
+        dtype: mx.Dtype = self.patch_embed.proj.weight.dtype
+        return dtype
+
+    def __call__(self, pixels: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
+        """Features of pictures, `(B, H, W, 3) -> EncoderOutput`.
+
+        `pixels` are what the processor gives: normalised RGB, channels last. Raises ValueError for a picture of another
+        size than a fixed checkpoint was trained on, and for one smaller than a patch.
+        """
+        x = self.embed(pixels)
+        states = [x]
+        for block in self.blocks:
+            x = block(x)
+            if output_hidden_states:
+                states.append(x)
+        x = self.norm(x)
+        pooled = self.head(x) if self.config.use_head else None
+        return EncoderOutput(x, pooled, tuple(states) if output_hidden_states else None)
+
+    def embed(self, pixels: mx.array) -> mx.array:
+        """Patches with their positions, the input of the first block: `(B, H, W, 3) -> (B, N, D)`."""
+        rows, columns = self.grid(pixels)
+        x = self.patch_embed(pixels.astype(self.dtype))
+        if self.config.num_patches is not None:
+            return x + self.pos_embed
+        positions = mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size))
+        return x + positions.astype(x.dtype)
+
+    def grid(self, pixels: mx.array) -> tuple[int, int]:
+        """Rows and columns of patches in `pixels`, after checking that this checkpoint takes pictures of that size."""
+        config = self.config
+        if pixels.ndim != 4 or pixels.shape[3] != config.num_channels:
+            raise ValueError(
+                f"pixels must be (pictures, height, width, {config.num_channels}), got {tuple(pixels.shape)}; "
+                "the processor gives them so"
+            )
+        height, width = pixels.shape[1:3]
+        if config.image_size is not None and (height, width) != (config.image_size, config.image_size):
+            raise ValueError(
+                f"this checkpoint takes pictures of {config.image_size} x {config.image_size} pixels, "
+                f"got {height} x {width}; resize them with its processor or use a native checkpoint"
+            )
+        rows, columns = height // config.patch_size, width // config.patch_size
+        if rows == 0 or columns == 0:
+            raise ValueError(
+                f"a picture of {height} x {width} pixels (height x width) is smaller than one patch "
+                f"of {config.patch_size} x {config.patch_size}"
+            )
+        return rows, columns
+
+    def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
+        """One vector per picture, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length."""
+        tokens = self(pixels).last_hidden_state
+        mean = tokens.astype(mx.float32).mean(axis=1)  # float32: hundreds of halves would lose digits
+        return (unit_length(mean) if normalize else mean).astype(tokens.dtype)
+
+    def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
+        """Always raises ValueError: this checkpoint has no text tower, and the message names the one that has."""
+        raise ValueError(f"this checkpoint has no text tower; the one that reads words is {LIT_CHECKPOINT}")
+
+
+class Aimv2TextModel(nn.Module):
+    """The text encoder of LiT: token ids to one vector per token and one per text, always causal."""
+
+    def __init__(self, config: Aimv2TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.pos_embed = mx.zeros((config.max_position_embeddings, config.hidden_size))
+        self.blocks = _blocks(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, ids: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
+        """Features of texts, `(B, L) -> EncoderOutput`; `pooler_output` is the token at each row's first end of text.
+
+        Raises ValueError for ids beyond the vocabulary, rows longer than the context and rows without an end of text.
+        """
+        ends = self._first_ends(ids)
+        x = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]  # (B, L, D)
+        states = [x]
+        for block in self.blocks:
+            x = block(x, causal=True)  # so what follows the end of text cannot change the feature
+            if output_hidden_states:
+                states.append(x)
+        x = self.norm(x)
+        pooled = x[mx.arange(ids.shape[0]), ends]
+        return EncoderOutput(x, pooled, tuple(states) if output_hidden_states else None)
+
+    def _first_ends(self, ids: mx.array) -> mx.array:
+        """Position of each row's first end of text, `(B, L) -> (B,)`, after checking the ids."""
+        config = self.config
+        if ids.ndim != 2 or 0 in ids.shape or not mx.issubdtype(ids.dtype, mx.integer):
+            raise ValueError(f"ids must be whole numbers (texts, length), got {ids.dtype} {tuple(ids.shape)}")
+        if ids.shape[1] > config.max_position_embeddings:
+            raise ValueError(
+                f"this checkpoint reads at most {config.max_position_embeddings} tokens a text, got {ids.shape[1]}; "
+                "processor.tokenize cuts texts to that length"
+            )
+        lowest, highest = (int(value.item()) for value in (ids.min(), ids.max()))  # type: ignore[arg-type]
+        if lowest < 0 or highest >= config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"token id {wrong} is outside the vocabulary of {config.vocab_size}; is the tokenizer its own?"
+            )
+        is_end = ids == config.eos_token_id
+        if not is_end.any(axis=1).all().item():
+            raise ValueError(f"a row of ids has no end of text (id {config.eos_token_id}); processor.tokenize adds it")
+        return mx.argmax(is_end, axis=1)
+
+
+class Aimv2Model(nn.Module):
+    """LiT: the vision encoder with its pooling head and the text encoder, projected into one space of width E."""
+
+    def __init__(self, config: Aimv2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = Aimv2VisionModel(config.vision_config)
+        self.text_model = Aimv2TextModel(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = mx.array(math.log(1 / 0.07))
+
+    @property
+    def vision(self) -> Aimv2VisionModel:
+        """The vision encoder of the pair."""
+        return self.vision_model
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the weights and so of the features."""
+        return self.vision_model.dtype
+
+    def __call__(self, pixels: mx.array, ids: mx.array) -> PairOutput:
+        """How well each picture fits each text: `(B, H, W, 3), (T, L) -> PairOutput`."""
+        vision, text = self.vision_model(pixels), self.text_model(ids)
+        image_embeds = unit_length(self.visual_projection(_pooled(vision)))
+        text_embeds = unit_length(self.text_projection(_pooled(text)))
+        logits = self.logits(image_embeds, text_embeds)
+        return PairOutput(logits, logits.T, image_embeds, text_embeds, vision, text)
+
+    def logits(self, image_embeds: mx.array, text_embeds: mx.array) -> mx.array:
+        """Scaled cosines of unit vectors, `(B, E), (T, E) -> (B, T)`, in float32.
+
+        The scale is `exp(logit_scale)` held between 1 and `max_logit_scale`; the trained one exceeds it, so the limit
+        works.
+        """
+        limit = math.log(self.config.max_logit_scale)
+        scale = mx.exp(mx.clip(self.logit_scale.astype(mx.float32), 0.0, limit))
+        return scale * (image_embeds.astype(mx.float32) @ text_embeds.astype(mx.float32).T)
+
+    def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
+        """One vector per picture in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length."""
+        return self._features(self.visual_projection(_pooled(self.vision_model(pixels))), normalize)
+
+    def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
+        """One vector per text in the shared space: `(T, L) -> (T, E)`; `normalize` for unit length."""
+        return self._features(self.text_projection(_pooled(self.text_model(ids))), normalize)
+
+    @staticmethod
+    def _features(projected: mx.array, normalize: bool) -> mx.array:
+        return unit_length(projected).astype(projected.dtype) if normalize else projected
+
+
+def unit_length(x: mx.array) -> mx.array:
+    """Each vector divided by its length, `(B, D) -> (B, D)` in float32."""
+    x = x.astype(mx.float32)
+    return x / mx.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _blocks(config: Aimv2VisionConfig | Aimv2TextConfig) -> list[layers.Block]:
+    sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.rms_norm_eps)
+    return [layers.Block(*sizes) for _ in range(config.num_hidden_layers)]
+
+
+def _pooled(output: EncoderOutput) -> mx.array:
+    if output.pooler_output is None:
+        raise ValueError("this vision tower has no pooling head, so it cannot be paired with texts")
+    return output.pooler_output

@@ -1,0 +1,332 @@
+"""How are the same weights named elsewhere: their tensor names and ours, both ways?
+
+One table per part of the network, one column per layout. A layout is recognised by its tensor names, never by the name
+of a repository: the same repository has held two layouts at different revisions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_aimv2.config import Shapes
+
+OURS = "mlx-aimv2"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the axes of one tensor differ between a layout and ours; the same four functions serve arrays and shapes."""
+
+    array_to_ours: Callable[[mx.array], mx.array] = lambda x: x
+    array_to_theirs: Callable[[mx.array], mx.array] = lambda x: x
+    shape_to_ours: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
+    shape_to_theirs: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
+
+
+AS_IS = Turn()
+# PyTorch's convolution is (out, channels, height, width), MLX's has the channels last.
+OIHW = Turn(
+    lambda x: x.transpose(0, 2, 3, 1),
+    lambda x: x.transpose(0, 3, 1, 2),
+    lambda s: (s[0], s[2], s[3], s[1]) if len(s) == 4 else s,
+    lambda s: (s[0], s[3], s[1], s[2]),
+)
+# A position table with an axis for the batch.
+BATCHED = Turn(lambda x: x[0], lambda x: x[None], lambda s: s[1:], lambda s: (1, *s))
+
+PATCH_CONV = "patch_embed.proj.weight"
+
+# fmt: off
+# ours                       Apple                                 transformers                           timm
+_PICTURES = (
+    (PATCH_CONV,                "preprocessor.patchifier.proj.weight", "embeddings.patch_embed.weight",        PATCH_CONV),
+    ("patch_embed.proj.bias",   "preprocessor.patchifier.proj.bias",   "embeddings.patch_embed.bias",          "patch_embed.proj.bias"),
+    ("patch_embed.norm.weight", "preprocessor.patchifier.norm.weight", "embeddings.rms_norm.weight",           "patch_embed.norm.weight"),
+    ("pos_embed",               "preprocessor.pos_embed",              "embeddings.position_embedding.weight", "pos_embed"),
+)
+_BLOCK_AT = ("blocks.{i}.",     "trunk.blocks.{i}.",                   "encoder.layers.{i}.",                  "blocks.{i}.")
+_QKV = ("attention.q_proj.weight", "attention.k_proj.weight", "attention.v_proj.weight")
+_BLOCK = (
+    ("norm1.weight",            "norm_1.weight",                       "rms_norm1.weight",                     "norm1.weight"),
+    ("attn.qkv.weight",         "attn.qkv.weight",                     _QKV,                                   "attn.qkv.weight"),
+    ("attn.proj.weight",        "attn.proj.weight",                    "attention.out_proj.weight",            "attn.proj.weight"),
+    ("norm2.weight",            "norm_2.weight",                       "rms_norm2.weight",                     "norm2.weight"),
+    ("mlp.gate.weight",         "mlp.fc1.weight",                      "ffn.gate_proj.weight",                 "mlp.fc1_g.weight"),
+    ("mlp.up.weight",           "mlp.fc3.weight",                      "ffn.up_proj.weight",                   "mlp.fc1_x.weight"),
+    ("mlp.down.weight",         "mlp.fc2.weight",                      "ffn.down_proj.weight",                 "mlp.fc2.weight"),
+)
+_NORM = (
+    ("norm.weight",             "trunk.post_trunk_norm.weight",        "rms_norm.weight",                      "norm.weight"),
+)
+_HEAD = (
+    ("head.cls_token",          "head.cls_token",                      "head.cls_token"),
+    ("head.k.weight",           "head.k.weight",                       "head.k_proj.weight"),
+    ("head.v.weight",           "head.v.weight",                       "head.v_proj.weight"),
+    ("head.linear.weight",      "head.linear.weight",                  "head.output_proj.weight"),
+    ("head.linear.bias",        "head.linear.bias",                    "head.output_proj.bias"),
+)
+_TEXTS = (
+    ("token_embed.weight",      "preprocessor.text_embedding.weight",  "embeddings.token_embedding.weight"),
+    ("pos_embed",               "preprocessor.positional_embedding",   "embeddings.position_embedding.weight"),
+)
+_PAIR = (
+    ("visual_projection.weight", "image_projector.weight",             "visual_projection.weight"),
+    ("text_projection.weight",  "text_projector.weight",               "text_projection.weight"),
+    ("logit_scale",             "log_logit_scale",                     "logit_scale"),
+)
+_PAIR_AT = (("vision_model.", "text_model."), ("image_encoder.", "text_encoder."), ("vision_model.", "text_model."))
+# fmt: on
+
+_OURS, _APPLE, _TRANSFORMERS, _TIMM = range(4)
+
+# Drafts of the transformers class kept Apple's names inside the blocks.
+_DRAFT_NAMES = {"out_proj": "proj_out", "gate_proj": "fc1", "up_proj": "fc3", "down_proj": "fc2"}
+_OVIS2_NAMES = {"embeddings.patch_embed.": "embeddings.patch_embedding."}
+
+_NOT_AIMV2 = {
+    r"(^|\.)(cls_token|class_token|cls_embed|class_embedding)$": "a CLS token",
+    r"(^|\.)(reg_token|register_tokens?|storage_tokens)$": "register tokens",
+    r"rope|rotary|freqs|inv_freq": "rotary positions",
+    r"(^|\.)(gamma|gamma_[12]|ls[12]|layer_scale\w*)(\.|$)": "layer scale",
+    r"\.(q_norm|k_norm|qk_norm)\.": "norms on queries and keys",
+    r"\.(layers|blocks)\.\d+\..*bias$": "biases in the blocks",
+    r"relative_position|rel_pos": "relative positions",
+}
+"""Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of ours and the tensors of theirs that hold it; several are joined along the first axis."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    turn: Turn = AS_IS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One public form of AIMv2: the rows of a vision tower and, where it has been released so, of the pair (LiT)."""
+
+    name: str
+    vision: tuple[Row, ...]
+    pair: tuple[Row, ...] = ()
+
+
+def _rows(table: Iterable[tuple[Any, ...]], column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
+    def row(cells: tuple[Any, ...]) -> Row:
+        theirs = cells[column] if isinstance(cells[column], tuple) else (cells[column],)
+        return Row(cells[0], theirs, turns.get(cells[0], AS_IS))
+
+    return tuple(row(cells) for cells in table)
+
+
+def _under(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(Row(ours + row.ours, tuple(theirs + name for name in row.theirs), row.turn) for row in rows)
+
+
+def _trunk(column: int) -> tuple[Row, ...]:
+    blocks = _under(_BLOCK_AT[_OURS], _BLOCK_AT[column], _rows(_BLOCK, column, {}))
+    return (*blocks, *_rows(_NORM, column, {}))
+
+
+def _vision(column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
+    head = () if column == _TIMM else _rows(_HEAD, column, {})
+    return (*_rows(_PICTURES, column, turns), *_trunk(column), *head)
+
+
+def _lit(column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
+    (our_vision, our_text), (vision, text) = _PAIR_AT[_OURS], _PAIR_AT[column]
+    return (
+        *_under(our_vision, vision, _vision(column, turns)),
+        *_under(our_text, text, (*_rows(_TEXTS, column, {}), *_trunk(column))),
+        *_rows(_PAIR, column, {}),
+    )
+
+
+def _renamed(rows: Iterable[Row], replace: Mapping[str, str]) -> tuple[Row, ...]:
+    def rename(name: str) -> str:
+        for old, new in replace.items():
+            name = name.replace(old, new)
+        return name
+
+    return tuple(Row(row.ours, tuple(map(rename, row.theirs)), row.turn) for row in rows)
+
+
+_PYTORCH = {PATCH_CONV: OIHW, "pos_embed": BATCHED}
+_MLX = {"pos_embed": BATCHED}
+_HF = {PATCH_CONV: OIHW}
+_HF_VISION, _HF_LIT = _vision(_TRANSFORMERS, _HF), _lit(_TRANSFORMERS, _HF)
+
+_ALL = (
+    Layout("apple", _vision(_APPLE, _PYTORCH), _lit(_APPLE, _PYTORCH)),
+    Layout("apple-mlx", _vision(_APPLE, _MLX), _lit(_APPLE, _MLX)),
+    Layout("transformers", _HF_VISION, _HF_LIT),
+    Layout("transformers-draft", _renamed(_HF_VISION, _DRAFT_NAMES), _renamed(_HF_LIT, _DRAFT_NAMES)),
+    Layout("ovis2", _renamed(_HF_VISION, _OVIS2_NAMES)),
+    Layout("timm", _vision(_TIMM, _PYTORCH)),
+    Layout(OURS, _vision(_OURS, {}), _lit(_OURS, {})),
+)
+LAYOUTS = {layout.name: layout for layout in _ALL}
+"""Every layout that is read, by name; `mlx-aimv2` is our own."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A recognised checkpoint: its layout, which part of it, and the prefix under which the tower lies.
+
+    `left` are tensors outside the prefix: the rest of a vision-language model, which is none of our business.
+    """
+
+    layout: Layout
+    rows: tuple[Row, ...]
+    prefix: str
+    left: tuple[str, ...]
+
+    def our_shapes(self, found: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes under our names, where every part of the tensor is there: `{their name: shape} -> {our name: shape}`."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for row in self._expanded(_depths(found, self.prefix)):
+            parts = [found[name] for name in row.theirs if name in found]
+            if len(parts) == len(row.theirs) and all(len(part) == len(parts[0]) for part in parts):
+                joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+                shapes[row.ours] = row.turn.shape_to_ours(joined)
+        return shapes
+
+    def their_shapes(self, ours: Shapes) -> dict[str, tuple[int, ...]]:
+        """What this layout must hold for a model of ours: `{our name: shape} -> {their name: shape}`, exactly."""
+        if self.layout.name == OURS:  # also for the scales and biases of quantized layers, which no row lists
+            return {self.prefix + name: shape for name, shape in ours.items()}
+        rows = {row.ours: row for row in self._expanded(_depths(ours, ""))}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in ours.items():
+            row = rows[name]
+            theirs = row.turn.shape_to_theirs(shape)
+            parts = len(row.theirs)
+            shapes |= dict.fromkeys(row.theirs, (theirs[0] // parts, *theirs[1:]) if parts > 1 else theirs)
+        return shapes
+
+    def to_ours(self, tensors: dict[str, mx.array], wanted: Iterable[str]) -> dict[str, mx.array]:
+        """Translates lazily: `{their name: array} -> {our name: array}` for the names wanted.
+
+        Takes the tensors out of `tensors` as it goes, so that each can be freed once it is used.
+        """
+        if self.layout.name == OURS:
+            return {name: tensors.pop(self.prefix + name) for name in wanted}
+        rows = {row.ours: row for row in self._expanded(_depths(tensors, self.prefix))}
+        arrays: dict[str, mx.array] = {}
+        for name in wanted:
+            row = rows[name]
+            parts = [tensors.pop(part) for part in row.theirs]
+            arrays[name] = row.turn.array_to_ours(mx.concatenate(parts) if len(parts) > 1 else parts[0])
+        return arrays
+
+    def to_theirs(self, arrays: Mapping[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
+        """Translates back, one tensor at a time: `{our name: array} -> (their name, array), …`."""
+        rows = {row.ours: row for row in self._expanded(_depths(arrays, ""))}
+        for name, array in arrays.items():
+            row = rows[name]
+            turned = row.turn.array_to_theirs(array)
+            parts = mx.split(turned, len(row.theirs)) if len(row.theirs) > 1 else [turned]
+            yield from zip(row.theirs, parts, strict=True)
+
+    def _expanded(self, depths: Mapping[str, int]) -> Iterator[Row]:
+        for row in self.rows:
+            tower = "text" if row.ours.startswith("text_model.") else "vision"
+            for i in range(depths[tower]) if "{i}" in row.ours else (0,):
+                yield Row(
+                    row.ours.replace("{i}", str(i)),
+                    tuple(self.prefix + name.replace("{i}", str(i)) for name in row.theirs),
+                    row.turn,
+                )
+
+
+def layout_for(name: str, *, pair: bool) -> Match:
+    """The layout to write, as a match without prefix. Raises ValueError for a layout that has no such rows."""
+    layout = LAYOUTS[name]
+    rows = layout.pair if pair else layout.vision
+    if not rows:
+        raise ValueError(f"the {name} layout has no text tower; choose another")
+    return Match(layout, rows, "", ())
+
+
+def recognise(shapes: Shapes) -> Match:
+    """Finds the layout that explains most of the tensors: `{their name: shape} -> Match`.
+
+    Raises ValueError with the known layouts and the first foreign names when none does.
+    """
+    patterns = {_pattern(name) for name in shapes}
+    best: tuple[int, Match] | None = None
+    for layout in LAYOUTS.values():
+        for rows in (layout.vision, layout.pair):
+            wanted = {name for row in rows for name in row.theirs}
+            for prefix in _prefixes(patterns, rows):
+                explained = len(wanted & {name.removeprefix(prefix) for name in patterns if name.startswith(prefix)})
+                if (best is None or explained > best[0]) and _conv_fits(layout, rows, prefix, shapes):
+                    left = tuple(sorted(name for name in shapes if not name.startswith(prefix)))
+                    best = explained, Match(layout, rows, prefix, left)
+    if best is None or best[0] < 4:  # the patch embedding alone is no evidence
+        first = ", ".join(sorted(shapes)[:5]) or "none at all"
+        raise ValueError(
+            f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}{_reasons(shapes)}"
+        )
+    return best[1]
+
+
+def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
+    """Every tensor that is missing, extra or of another shape, by its own name; empty when all is well."""
+    inside = {name: shape for name, shape in found.items() if name.startswith(match.prefix)}
+    extra = sorted(set(inside) - set(wanted))
+    missing = sorted(set(wanted) - set(inside))
+    misshaped = sorted(name for name in set(wanted) & set(inside) if tuple(wanted[name]) != tuple(inside[name]))
+    lines = []
+    if missing:
+        lines.append(f"missing {', '.join(missing)}")
+    if extra:
+        lines.append(f"extra {', '.join(extra)}{_reasons(extra)}")
+    if misshaped:
+        lines.append(
+            "of another shape "
+            + ", ".join(f"{name} (wanted {tuple(wanted[name])}, got {tuple(inside[name])})" for name in misshaped)
+        )
+    return lines
+
+
+def _reasons(names: Iterable[str]) -> str:
+    names = list(names)
+    reasons = [what for pattern, what in _NOT_AIMV2.items() if any(re.search(pattern, name) for name in names)]
+    return f" ({', '.join(reasons)}: AIMv2 has none, so this is another network)" if reasons else ""
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.(blocks|layers)\.\d+\.", r".\1.{i}.", "." + name)[1:]
+
+
+def _prefixes(patterns: Iterable[str], rows: tuple[Row, ...]) -> list[str]:
+    """Where the tower may lie: what stands before the patch convolution's name, or before the first block's."""
+    anchors = [row.theirs[0] for row in rows if row.ours.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
+    ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
+    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+
+
+def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shapes) -> bool:
+    """Tells apart layouts of equal names by the order of the convolution's axes: a kernel is square, channels are 3."""
+    for row in rows:
+        shape = shapes.get(prefix + row.theirs[0]) if row.ours.endswith(PATCH_CONV) else None
+        if shape is not None and len(shape) == 4 and shape[1] != shape[3]:
+            return (shape[2] == shape[3]) == (row.turn is OIHW)
+    return layout.name != "apple-mlx"
+
+
+def _depths(names: Iterable[str], prefix: str) -> dict[str, int]:
+    depths = {"vision": 0, "text": 0}
+    for name in names:
+        if name.startswith(prefix) and (found := re.search(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.", name[len(prefix) :])):
+            tower = "text" if name[len(prefix) :].startswith(("text_model.", "text_encoder.")) else "vision"
+            depths[tower] = max(depths[tower], int(found[1]) + 1)
+    return depths
