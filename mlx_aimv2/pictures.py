@@ -44,10 +44,11 @@ def name_of(picture: object) -> str:
 
 
 def to_rgb(picture: Picture) -> Image.Image:
-    """Any picture -> PIL image in mode RGB, turned upright by its EXIF tag, transparency laid on white, first frame.
+    """Any picture -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
 
     16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or float from 0 to 1. ValueError or OSError with one line that names the picture.
+    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1.
+    Raises ValueError or OSError with one line that names the picture.
     """
     from PIL import Image
 
@@ -197,10 +198,10 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
         # The high byte, as Pillow does for 16-bit colour: exact for 8-bit pictures stored as v * 256 and as v * 257.
         return (array >> 8).astype(np.uint8)
     low, high = array.min(), array.max()
-    if kind == "f" and 0 <= low and high <= 1:
-        return np.rint(array * array.dtype.type(255)).astype(np.uint8)
-    if kind == "i" and 0 <= low and high <= 65535:
-        # Pillow's mode I: what it makes of 16-bit greys in some formats.
+    if kind == "f" and low >= 0 and high <= 1:
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if kind in "iu" and low >= 0 and high <= 65535:
+        # Wider integers say nothing of their range: 8 bits where all fit in 8, else 16.
         return (array >> 8 if high > 255 else array).astype(np.uint8)
     raise ValueError(
         f"{name} holds {array.dtype} from {low} to {high}; wanted uint8, uint16, bool, or float from 0 to 1: "
