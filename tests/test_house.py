@@ -1,0 +1,83 @@
+"""Does the house stand as designed: imports one way, nothing heavy at import, every public name explained?"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_aimv2
+
+PACKAGE = Path(mlx_aimv2.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of_ours(file: Path) -> set[str]:
+    """Modules of this package that a file imports at its top level, functions and type hints left out."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlx_aimv2"):
+            rest = node.module.removeprefix("mlx_aimv2").lstrip(".")
+            found |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+    return found
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, mlx_aimv2; print(' '.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "huggingface_hub", "PIL", "tokenizers", "safetensors"} & set(loaded)
+
+
+def test_imports_go_one_way():
+    graph = {name_of(file): imports_of_ours(file) for file in FILES}
+    graph.pop("__init__")
+
+    def reachable(name: str, seen: set[str]) -> set[str]:
+        for other in graph.get(name, set()) - seen:
+            reachable(other, seen | {other})
+            seen |= {other}
+        return seen
+
+    cycles = [name for name in graph if any(name in reachable(other, {other}) for other in graph[name])]
+    assert not cycles
+
+
+@pytest.mark.parametrize("name", ["config", "ops", "index", "plot"])
+def test_the_ground_floor_imports_nothing_of_ours(name):
+    assert not imports_of_ours(PACKAGE / f"{name}.py")
+
+
+def test_names_reads_only_sizes():
+    assert imports_of_ours(PACKAGE / "names.py") <= {"config"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_every_file_says_which_question_it_answers(file):
+    assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_file_needs_torch_at_import(file):
+    tops = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in tops for alias in node.names} | {getattr(node, "module", None) for node in tops}
+    assert not {name for name in names if name and name.split(".")[0] in ("torch", "transformers", "timm")}
+
+
+@pytest.mark.parametrize("name", mlx_aimv2.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(mlx_aimv2, name).__doc__
+
+
+def test_the_converter_is_not_reexported():
+    # `python -m mlx_aimv2.convert` would warn that the module is already loaded
+    assert not hasattr(mlx_aimv2, "convert") or "convert" not in mlx_aimv2.__all__
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
