@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 OPENBLAS := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 RUN      := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
 
-.PHONY: help demo test parity check verify format train clean
+.PHONY: help demo test parity check verify train format clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -19,6 +19,12 @@ test: $(VENV)/tested  ## the quick tests: no network, no torch
 
 parity: $(VENV)/parity  ## the same numbers as transformers on torch, live
 	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity
+
+verify: $(VENV)/tested  ## on a Mac with a network: Apple's weights against the published values (CHECKPOINTS="name …" for more)
+	$(RUN) -m convert.verify $(CHECKPOINTS)
+
+train: $(VENV)/train  ## train the embedded checkpoint again
+	$(RUN) -m convert.train_digits
 
 check: $(VENV)/tested  ## style and types
 	$(BIN)/ruff check .
@@ -41,6 +47,10 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/tested: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/train: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/parity: pyproject.toml | $(VENV)/bin/python

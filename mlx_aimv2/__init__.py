@@ -1,9 +1,17 @@
-"""Apple's AIMv2 vision encoders on MLX: a photograph in, features out."""
+"""Apple's AIMv2 vision encoders on MLX: a photograph in, features out.
 
-from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.loading import load
-from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
-from mlx_aimv2.processor import Aimv2Processor
+The public names are loaded when they are first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+    from mlx_aimv2.loading import load
+    from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
+    from mlx_aimv2.processor import Aimv2Processor
 
 __version__ = "0.1.0"
 
@@ -17,3 +25,29 @@ __all__ = [
     "Aimv2VisionModel",
     "load",
 ]
+
+_HOME = {
+    "Aimv2Config": "config",
+    "Aimv2TextConfig": "config",
+    "Aimv2VisionConfig": "config",
+    "Aimv2Model": "model",
+    "Aimv2TextModel": "model",
+    "Aimv2VisionModel": "model",
+    "Aimv2Processor": "processor",
+    "load": "loading",
+}
+"""Public name -> the file that it is defined in."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # from now on found without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
