@@ -1,0 +1,122 @@
+"""Does `load` give the model that the checkpoint holds, in one dtype, or one clear line?"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+
+from mlx_aimv2 import Aimv2VisionModel, load
+from mlx_aimv2.convert import convert
+
+FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
+NATIVE = FIXED.parent / "native"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the fixed reference checkpoint that a test may damage."""
+    shutil.copytree(FIXED, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def pixels(size: int = 42) -> mx.array:
+    return mx.random.normal((1, size, size, 3), key=mx.random.key(1))
+
+
+def test_a_folder_and_its_weight_file_load_alike():
+    folder, _ = load(FIXED)
+    file, _ = load(FIXED / "model.safetensors")
+    assert mx.array_equal(folder.encode_image(pixels()), file.encode_image(pixels()))
+
+
+def test_a_converted_folder_gives_the_same_features_to_the_bit(tmp_path):
+    convert(FIXED, tmp_path / "mlx", verify=False)
+    foreign, converted = load(FIXED)[0], load(tmp_path / "mlx")[0]
+    assert mx.array_equal(foreign.encode_image(pixels()), converted.encode_image(pixels()))
+    assert foreign.config == converted.config
+
+
+@pytest.mark.parametrize("folder", [FIXED, NATIVE], ids=["fixed", "native"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_one_dtype_throughout(folder, dtype):
+    model, _ = load(folder, dtype=dtype)
+    wanted = getattr(mx, dtype)
+    output = model(pixels(), output_hidden_states=True)
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    arrays += [output.last_hidden_state, *output.hidden_states, model.encode_image(pixels(), normalize=True)]
+    assert {array.dtype for array in arrays} == {wanted}
+    assert model.dtype == wanted
+
+
+def test_a_stray_float32_tensor_does_not_promote_the_rest(copy):
+    tensors = {name: array.astype(np.float16) for name, array in load_file(copy / "model.safetensors").items()}
+    tensors["trunk.blocks.1.norm_1.weight"] = tensors["trunk.blocks.1.norm_1.weight"].astype(np.float32)
+    save_file(tensors, copy / "model.safetensors")
+    model, _ = load(copy)
+    assert model(pixels()).last_hidden_state.dtype == mx.float16
+
+
+def test_an_mlx_dtype_serves_as_well_as_its_name():
+    assert load(FIXED, dtype=mx.float16)[0].dtype == mx.float16
+
+
+def test_an_unknown_dtype_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="float32, float16, bfloat16.*float8"):
+        load(FIXED, dtype="float8")
+
+
+def test_lazy_weights_are_the_same_weights():
+    eager, lazy = load(FIXED)[0], load(FIXED, lazy=True)[0]
+    assert mx.array_equal(eager.encode_image(pixels()), lazy.encode_image(pixels()))
+
+
+def test_return_config_gives_the_content_of_config_json_third():
+    model, _, config = load(FIXED, return_config=True)
+    assert isinstance(model, Aimv2VisionModel)
+    assert config == json.loads((FIXED / "config.json").read_text())
+
+
+def test_config_and_weights_of_different_sizes_are_named_with_both(copy):
+    edit_config(copy, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"num_hidden_layers is 2, the weights say 3.*hidden_size is 128.* say 96"):
+        load(copy)
+
+
+def test_a_missing_tensor_an_extra_one_and_a_misshaped_one_are_all_named(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["trunk.blocks.0.attn.proj.weight"], tensors["trunk.blocks.2.mlp.fc3.weight"]
+    tensors["trunk.blocks.0.attn.projj.weight"] = np.zeros((2, 2), np.float32)
+    tensors["trunk.post_trunk_norm.weight"] = np.zeros(95, np.float32)
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ValueError) as caught:
+        load(copy)
+    message = str(caught.value)
+    for part in ("missing trunk.blocks.0.attn.proj.weight, trunk.blocks.2.mlp.fc3.weight", "extra trunk.blocks.0.attn"):
+        assert part in message
+    assert "trunk.post_trunk_norm.weight (wanted (96,), got (95,))" in message
+    assert "\n" not in message
+
+
+def test_a_name_that_is_neither_a_path_nor_a_hub_name():
+    with pytest.raises(FileNotFoundError, match="no such file or folder.*owner/name"):
+        load("nowhere")
+
+
+def test_a_revision_of_a_folder_is_refused():
+    with pytest.raises(ValueError, match="on disk and has no revision"):
+        load(FIXED, revision="main")
+
+
+def test_offline_a_hub_name_says_what_to_do():
+    with pytest.raises(ConnectionError, match=r"apple/aimv2-large-patch14-336 at revision 639423a.*HF_HUB_OFFLINE"):
+        load("apple/aimv2-large-patch14-336")
