@@ -45,7 +45,7 @@ def test_transformers_spelling_of_native():
 
 
 def test_native_with_a_position_table_is_refused():
-    with pytest.raises(ValueError, match="is_native.*position table"):
+    with pytest.raises(ValueError, match=r"is_native.*position table"):
         read_config({**SIZES, "is_native": True}, SHAPES)
 
 

@@ -71,7 +71,7 @@ def test_an_mlx_dtype_serves_as_well_as_its_name():
 
 
 def test_an_unknown_dtype_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="float32, float16, bfloat16.*float8"):
+    with pytest.raises(ValueError, match=r"float32, float16, bfloat16.*float8"):
         load(FIXED, dtype="float8")
 
 
@@ -108,12 +108,12 @@ def test_a_missing_tensor_an_extra_one_and_a_misshaped_one_are_all_named(copy):
 
 
 def test_a_name_that_is_neither_a_path_nor_a_hub_name():
-    with pytest.raises(FileNotFoundError, match="no such file or folder.*owner/name"):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder.*owner/name"):
         load("nowhere")
 
 
 def test_a_revision_of_a_folder_is_refused():
-    with pytest.raises(ValueError, match="on disk and has no revision"):
+    with pytest.raises(ValueError, match=r"on disk and has no revision"):
         load(FIXED, revision="main")
 
 
