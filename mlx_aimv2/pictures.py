@@ -102,6 +102,7 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
     if not start:
         raise ValueError(f"{name} is empty: no picture in it")
     tried: set[str] = set()
+    fault = ""
     for prepare in (Image.preinit, Image.init):
         prepare()
         for kind in [kind for kind in Image.ID if kind not in tried | NOT_OPENED]:
@@ -113,13 +114,16 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
             try:
                 stream.seek(0)
                 return make(stream, name)
-            except (SyntaxError, IndexError, TypeError, struct.error):
-                continue
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                if accept is not None:  # it began as one of these, so this is the fault to tell
+                    fault = fault or f"{kind}: {error}"
             except Exception as error:
                 raise ValueError(f"{name} cannot be read as a picture: {error}") from None
     if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
         return _open_heic(stream, name)
-    raise ValueError(f"{name} is not a picture in a format that Pillow reads")
+    raise ValueError(
+        f"{name} is a broken {fault}" if fault else f"{name} is not a picture in a format that Pillow reads"
+    )
 
 
 def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
@@ -197,10 +201,12 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
     if kind == "u" and array.dtype.itemsize == 2:
         # The high byte, as Pillow does for 16-bit colour: exact for 8-bit pictures stored as v * 256 and as v * 257.
         return (array >> 8).astype(np.uint8)
+    if kind not in "iuf":
+        raise ValueError(f"{name} holds {array.dtype}; wanted uint8, uint16, bool, or float from 0 to 1")
     low, high = array.min(), array.max()
     if kind == "f" and low >= 0 and high <= 1:
         return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
-    if kind in "iu" and low >= 0 and high <= 65535:
+    if kind != "f" and low >= 0 and high <= 65535:
         # Wider integers say nothing of their range: 8 bits where all fit in 8, else 16.
         return (array >> 8 if high > 255 else array).astype(np.uint8)
     raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import Aimv2VisionConfig
+    from mlx_aimv2.config import Aimv2VisionConfig
 
 # Apple publishes CLIP's numbers with every checkpoint; the example in their README has ImageNet's.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -120,12 +120,13 @@ def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
     for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         if not isinstance(fields[step], bool):
             raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r}")
+    scale = _number(fields["rescale_factor"], "rescale_factor", file, above_zero=True) if fields["do_rescale"] else None
     crop = _size(fields["crop_size"], "crop_size", file) if fields["do_center_crop"] else None
     return Preprocessing(
         resize=_size(fields["size"], "size", file) if fields["do_resize"] else None,
         crop=(crop, crop) if isinstance(crop, int) else crop,
         resample=_resample(fields["resample"], "resample", file),
-        rescale_factor=_number(fields["rescale_factor"], "rescale_factor", file) if fields["do_rescale"] else None,
+        rescale_factor=scale,
         image_mean=_three(fields["image_mean"], "image_mean", file) if fields["do_normalize"] else None,
         image_std=_three(fields["image_std"], "image_std", file, above_zero=True) if fields["do_normalize"] else None,
     )
@@ -211,9 +212,11 @@ def _resample(value: object, name: str, file: Path) -> int:
     return number
 
 
-def _number(value: object, name: str, file: Path) -> float:
+def _number(value: object, name: str, file: Path, *, above_zero: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{file}: {name} must be a number, not {value!r}")
+    if above_zero and value <= 0:
+        raise ValueError(f"{file}: {name} must be above 0, not {value!r}")
     return float(value)
 
 
@@ -221,7 +224,5 @@ def _three(value: object, name: str, file: Path, *, above_zero: bool = False) ->
     values = value if isinstance(value, list) else [value] * 3
     if len(values) != 3:
         raise ValueError(f"{file}: {name} must be three numbers, one each for red, green and blue, not {value!r}")
-    red, green, blue = (_number(number, name, file) for number in values)
-    if above_zero and min(red, green, blue) <= 0:
-        raise ValueError(f"{file}: {name} must be above 0, not {value!r}")
+    red, green, blue = (_number(number, name, file, above_zero=above_zero) for number in values)
     return red, green, blue

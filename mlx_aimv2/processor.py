@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
-from . import preprocessing as reading
-from .config import Aimv2Config
-from .pictures import Picture, name_of, to_rgb
-from .preprocessing import Preprocessing
-from .tokenizer import Tokenizer
+from mlx_aimv2 import preprocessing as reading
+from mlx_aimv2.config import Aimv2Config
+from mlx_aimv2.pictures import Picture, name_of, to_rgb
+from mlx_aimv2.preprocessing import Preprocessing
+from mlx_aimv2.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from PIL import Image
 
-    from .config import Aimv2VisionConfig
+    from mlx_aimv2.config import Aimv2VisionConfig
 
 # Resizing the shortest edge of a ribbon 1 pixel wide would make gigabytes of it before the crop.
 MAX_RESIZED_PIXELS = 1 << 27
@@ -48,7 +48,9 @@ class Aimv2Processor:
         """`no_tokenizer` is what `tokenize` says where a text tower's tokenizer files are missing."""
         final = preprocessing.final_size
         if final is not None and min(final) < patch_size:
-            raise ValueError(f"pictures of {final[0]}x{final[1]} pixels are smaller than one patch of {patch_size}")
+            raise ValueError(
+                f"pictures of {final[0]}x{final[1]} pixels are less than one patch of {patch_size}x{patch_size}"
+            )
         self.preprocessing = preprocessing
         self.patch_size = patch_size
         self.tokenizer = tokenizer
@@ -110,7 +112,7 @@ class Aimv2Processor:
             raise ValueError(f"{name} has {image.height}x{image.width} pixels, less than one patch of {patch}x{patch}")
         return _scaled(np.asarray(image), self.preprocessing)
 
-    def tokenize(self, texts: str | list[str]) -> mx.array:
+    def tokenize(self, texts: str | Sequence[str]) -> mx.array:
         """Texts -> ids (B, L) int32: BOS, tokens, EOS, filled with EOS, at most the tower's context."""
         if self._no_tokenizer is not None:
             raise FileNotFoundError(self._no_tokenizer)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import tokenizers
 
-    from .config import Aimv2TextConfig
+    from mlx_aimv2.config import Aimv2TextConfig
 
 CONTEXT = 77
 BOS = "<|startoftext|>"
@@ -57,14 +59,18 @@ class Tokenizer:
         context = config.max_position_embeddings
         return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"], context=context)
 
-    def __call__(self, texts: str | list[str]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    def __call__(self, texts: str | Sequence[str]) -> np.ndarray[Any, np.dtype[np.int32]]:
         """One text or several -> ids (B, L) int32."""
-        batch = [texts] if isinstance(texts, str) else list(texts)
+        batch = list(texts) if isinstance(texts, (list, tuple)) else [texts]
         if not batch:
             raise ValueError("no text to tokenize: give a text or a list of them")
         for number, text in enumerate(batch):
             if not isinstance(text, str):
                 raise ValueError(f"text {number} is not a string but {type(text).__name__}: {text!r:.60}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text {number} is not valid Unicode: {error.reason} at {error.start}") from None
         rows = []
         for encoding in self._backend.encode_batch(batch, add_special_tokens=False):
             rows.append([self.bos, *encoding.ids[: self.context - 2], self.eos])
@@ -92,9 +98,15 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
     try:
-        return _clip(*tokenizers.models.BPE.read_file(str(vocab), str(merges))), vocab
+        tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
+        backend = _clip(tokens, pairs)
     except Exception as error:
         raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
+    made = {left + right for left, right in pairs}
+    lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
+    if lost:  # a file that ends too early would otherwise cut words into letters in silence
+        raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are made by no line of it")
+    return backend, vocab
 
 
 def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -135,6 +147,8 @@ def _mark_names(folder: Path) -> dict[str, str]:
             continue
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
+        if not isinstance(told, dict):
+            raise ValueError(f"{file} must hold a JSON object, not a {type(told).__name__}")
         for role in names:
             name = told.get(role)
             name = name.get("content") if isinstance(name, dict) else name

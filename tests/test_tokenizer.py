@@ -1,0 +1,170 @@
+"""Do texts become the ids that transformers' CLIP tokenizer gives, and bad texts and files a clear line?"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.preprocessing import published
+from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
+IDS = json.loads((GOLDEN / "ids.json").read_text(encoding="utf-8"))
+BOS, EOS = 776, 777
+TEXT = Aimv2TextConfig(vocab_size=778, eos_token_id=EOS)
+
+
+def copied(folder: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copy(GOLDEN / name, folder / name)
+    return folder
+
+
+def pair(text: Aimv2TextConfig = TEXT) -> Aimv2Config:
+    return Aimv2Config(vision_config=Aimv2VisionConfig(image_size=42), text_config=text)
+
+
+def processor(folder: Path, text: Aimv2TextConfig = TEXT) -> Aimv2Processor:
+    Aimv2Processor(published(42)).save_to(folder)
+    return Aimv2Processor.from_folder(folder, config=pair(text))
+
+
+@pytest.fixture(scope="module", params=["tokenizer.json", "vocab.json and merges.txt"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return Tokenizer.from_folder(copied(folder, *request.param.split(" and ")), config=TEXT)
+
+
+@pytest.mark.parametrize("row", IDS, ids=[repr(row["text"][:20]) for row in IDS])
+def test_ids_are_those_of_transformers(tokenizer, row):
+    assert tokenizer(row["text"]).tolist() == [row["ids"]]
+
+
+def test_a_batch_is_filled_with_the_end_mark_to_its_longest_text(tokenizer):
+    ids = tokenizer([row["text"] for row in IDS])
+    longest = max(len(row["ids"]) for row in IDS)
+    assert ids.shape == (len(IDS), longest) and ids.dtype == np.int32
+    for got, row in zip(ids.tolist(), IDS, strict=True):
+        assert got == row["ids"] + [EOS] * (longest - len(row["ids"]))
+
+
+def test_a_text_beyond_the_context_keeps_the_end_mark_last(tokenizer):
+    ids = tokenizer("dog " * 2500)
+    assert ids.shape == (1, 77) and ids[0, 0] == BOS and ids[0, -1] == EOS and EOS not in ids[0, :-1]
+    words = tokenizer("dog " * 75)  # fills the context to the last place
+    assert ids.tolist() == words.tolist()
+    assert tokenizer("dog " * 74).shape == (1, 76)
+
+
+def test_the_context_is_the_text_towers():
+    short = Aimv2TextConfig(vocab_size=778, eos_token_id=EOS, max_position_embeddings=13)
+    ids = Tokenizer.from_folder(GOLDEN, config=short)("dog " * 50)
+    assert ids.shape == (1, 13) and ids[0, -1] == EOS
+
+
+def test_cutting_and_filling_that_the_file_asks_for_are_undone(tmp_path):
+    content = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    filling = {"direction": "Left", "pad_to_multiple_of": None, "pad_id": 3, "pad_type_id": 0, "pad_token": "!"}
+    content["padding"] = {"strategy": {"Fixed": 40}, **filling}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert Tokenizer.from_folder(tmp_path)(IDS[4]["text"]).tolist() == [IDS[4]["ids"]]
+
+
+def test_the_processor_gives_an_mlx_array(tmp_path):
+    ids = processor(copied(tmp_path, "tokenizer.json")).tokenize(["a cat", "a dog on a bench"])
+    assert isinstance(ids, mx.array) and ids.dtype == mx.int32 and ids.shape == (2, 7)
+
+
+def test_marks_with_other_names_are_those_of_tokenizer_config(tmp_path):
+    copied(tmp_path, "vocab.json", "merges.txt", "tokenizer.json")
+    content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(content.replace("<|endoftext|>", "</s>"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no token '<\|endoftext\|>', which must be its eos_token"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    assert Tokenizer.from_folder(tmp_path).eos == EOS
+
+
+# Bad texts
+
+
+@pytest.mark.parametrize("text", [None, 7, b"a cat", [b"a cat"], ["a cat", None], [["a cat"]]])
+def test_text_that_is_no_string_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match="not a string"):
+        tokenizer(text)
+
+
+def test_no_text_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no text"):
+        tokenizer([])
+
+
+def test_half_a_surrogate_pair_is_refused_in_one_line(tokenizer):
+    with pytest.raises(ValueError, match="text 1 is not valid Unicode"):
+        tokenizer(["a cat", "a \ud83d cat"])
+
+
+def test_a_tuple_of_texts_is_a_batch(tokenizer):
+    assert tokenizer(("a cat", "a dog")).shape == (2, 4)
+
+
+# Bad folders
+
+
+def test_a_vision_only_processor_names_the_checkpoint_that_has_text():
+    with pytest.raises(ValueError, match="apple/aimv2-large-patch14-224-lit"):
+        Aimv2Processor(published(42)).tokenize("a cat")
+
+
+def test_a_pair_without_tokenizer_files_prepares_pictures_and_names_what_is_missing_for_text(tmp_path):
+    ours = processor(tmp_path)
+    assert ours(np.zeros((50, 47, 3), np.uint8)).shape == (1, 42, 42, 3)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json \(nor vocab\.json and merges\.txt\)"):
+        ours.tokenize("a cat")
+
+
+@pytest.mark.parametrize(("there", "missing"), [("vocab.json", r"merges\.txt"), ("merges.txt", r"vocab\.json")])
+def test_half_of_vocab_and_merges_names_the_other_half(tmp_path, there, missing):
+    with pytest.raises(FileNotFoundError, match=f"no {missing}"):
+        processor(copied(tmp_path, there)).tokenize("a cat")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'{"a": 1}', b"one two three\n"])
+def test_a_broken_tokenizer_file_is_named(tmp_path, name, content):
+    others = {"tokenizer.json": [], "tokenizer_config.json": ["tokenizer.json"]}.get(name, ["vocab.json", "merges.txt"])
+    copied(tmp_path, *others)
+    (tmp_path / name).write_bytes(content)
+    if (name, content) in ALLOWED:
+        processor(tmp_path)
+        return
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+        processor(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+ALLOWED = {("tokenizer_config.json", b'{"a": 1}')}
+
+
+def test_merges_that_end_too_early_are_refused(tmp_path):
+    copied(tmp_path, "vocab.json", "merges.txt")
+    lines = (GOLDEN / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join(lines[:200]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"merges\.txt is not whole: \d+ tokens"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_embedding_names_both_sizes():
+    with pytest.raises(ValueError, match="778 tokens, but the text tower's embedding has 776 rows"):
+        Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=776, eos_token_id=775))
+
+
+def test_an_end_mark_other_than_the_text_towers_names_both_ids():
+    with pytest.raises(ValueError, match=r"the id 777, but config\.json's eos_token_id is 776"):
+        Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=778, eos_token_id=776))
