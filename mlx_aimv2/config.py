@@ -175,6 +175,9 @@ _NO_BIASES = {"qkv_bias": False, "mlp_bias": False}
 
 _BIAS_KEYS = ("qkv_bias", "mlp_bias", "use_bias")
 
+_OTHER_KEYS = ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta")
+"""Keys of towers that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL)."""
+
 _SPELLINGS = {"max_context_length": "max_position_embeddings"}
 """Apple's name of a field -> Hugging Face's."""
 
@@ -291,6 +294,11 @@ def _number(name: str, value: Any, kind: str) -> Any:
 def _refuse_other_networks(section: Mapping[str, Any]) -> None:
     if on := [key for key in _BIAS_KEYS if section.get(key)]:
         raise ValueError(f"config.json says {on[0]}: true; AIMv2's blocks have no biases, so this is another network")
+    if on := [key for key in _OTHER_KEYS if section.get(key) is not None]:
+        raise ValueError(
+            f"config.json says {on[0]}: {section[on[0]]}; AIMv2 has neither rotary positions nor windows, so this is "
+            "another network"
+        )
     if (activation := section.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"config.json says hidden_act: {activation}; AIMv2 uses silu, so this is another network")
 

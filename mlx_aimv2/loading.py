@@ -1,6 +1,6 @@
 """How does any checkpoint become a model and its processor: foreign or MLX, on disk or on the Hub?
 
-checkpoint.read -> names.recognise -> sizes -> strict comparison -> our names -> dtype -> model.
+checkpoint.read -> recognition.recognise -> sizes -> strict comparison -> our names -> dtype -> model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import checkpoint, names, quantize
+from mlx_aimv2 import checkpoint, names, quantize, recognition
 from mlx_aimv2.config import Aimv2Config, AnyConfig, disagreements, read_config
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
@@ -97,7 +97,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     that are not.
     """
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
-    match = _naming(origin, lambda: names.recognise(origin.shapes))
+    match = _naming(origin, lambda: recognition.recognise(origin.shapes))
     quantization = origin.config.get("quantization") if match.layout.name == names.OURS else None
     shapes = match.our_shapes(origin.shapes)
     config = _naming(origin, lambda: read_config(origin.config, shapes))
@@ -106,7 +106,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
         _naming(origin, lambda: quantize.apply_structure(model, quantization))
     wanted = parameter_shapes(model)
     their_wanted = match.their_shapes(wanted)
-    if lines := names.differences(their_wanted, origin.shapes, match):
+    if lines := recognition.differences(their_wanted, origin.shapes, match):
         raise ValueError(f"{origin.folder}: {_explain(config, shapes, lines)}")
     weights = match.to_ours(origin.tensors, wanted)
     return Source(origin, config, match, weights, quantization)

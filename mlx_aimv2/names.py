@@ -1,7 +1,6 @@
 """How are the same weights named elsewhere: their tensor names and ours, both ways?
 
-One table per part of the network, one column per layout. A layout is recognised by its tensor names, never by the name
-of a repository: the same repository has held two layouts at different revisions.
+One table per part of the network, one column per layout; everything below the tables only reads them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ OIHW = Turn(
     lambda s: (s[0], s[3], s[1], s[2]),
 )
 # A position table with an axis for the batch.
-BATCHED = Turn(lambda x: x[0], lambda x: x[None], lambda s: s[1:], lambda s: (1, *s))
+BATCHED = Turn(lambda x: x[0], lambda x: x[None], lambda s: s[1:] if len(s) == 3 else s, lambda s: (1, *s))
 
 PATCH_CONV = "patch_embed.proj.weight"
 
@@ -87,17 +86,6 @@ _OURS, _APPLE, _TRANSFORMERS, _TIMM = range(4)
 # Drafts of the transformers class kept Apple's names inside the blocks.
 _DRAFT_NAMES = {"out_proj": "proj_out", "gate_proj": "fc1", "up_proj": "fc3", "down_proj": "fc2"}
 _OVIS2_NAMES = {"embeddings.patch_embed.": "embeddings.patch_embedding."}
-
-_NOT_AIMV2 = {
-    r"(^|\.)(cls_token|class_token|cls_embed|class_embedding)$": "a CLS token",
-    r"(^|\.)(reg_token|register_tokens?|storage_tokens)$": "register tokens",
-    r"rope|rotary|freqs|inv_freq": "rotary positions",
-    r"(^|\.)(gamma|gamma_[12]|ls[12]|layer_scale\w*)(\.|$)": "layer scale",
-    r"\.(q_norm|k_norm|qk_norm)\.": "norms on queries and keys",
-    r"\.(layers|blocks)\.\d+\..*bias$": "biases in the blocks",
-    r"relative_position|rel_pos": "relative positions",
-}
-"""Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
 
 
 @dataclass(frozen=True)
@@ -253,74 +241,6 @@ def layout_for(name: str, *, pair: bool) -> Match:
     if not rows:
         raise ValueError(f"the {name} layout has no text tower; choose another")
     return Match(layout, rows, "", ())
-
-
-def recognise(shapes: Shapes) -> Match:
-    """Finds the layout that explains most of the tensors: `{their name: shape} -> Match`.
-
-    Raises ValueError with the known layouts and the first foreign names when none does.
-    """
-    patterns = {_pattern(name) for name in shapes}
-    best: tuple[int, Match] | None = None
-    for layout in LAYOUTS.values():
-        for rows in (layout.vision, layout.pair):
-            wanted = {name for row in rows for name in row.theirs}
-            for prefix in _prefixes(patterns, rows):
-                explained = len(wanted & {name.removeprefix(prefix) for name in patterns if name.startswith(prefix)})
-                if (best is None or explained > best[0]) and _conv_fits(layout, rows, prefix, shapes):
-                    left = tuple(sorted(name for name in shapes if not name.startswith(prefix)))
-                    best = explained, Match(layout, rows, prefix, left)
-    if best is None or best[0] < 4:  # the patch embedding alone is no evidence
-        first = ", ".join(sorted(shapes)[:5]) or "none at all"
-        raise ValueError(
-            f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}{_reasons(shapes)}"
-        )
-    return best[1]
-
-
-def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
-    """Every tensor that is missing, extra or of another shape, by its own name; empty when all is well."""
-    inside = {name: shape for name, shape in found.items() if name.startswith(match.prefix)}
-    extra = sorted(set(inside) - set(wanted))
-    missing = sorted(set(wanted) - set(inside))
-    misshaped = sorted(name for name in set(wanted) & set(inside) if tuple(wanted[name]) != tuple(inside[name]))
-    lines = []
-    if missing:
-        lines.append(f"missing {', '.join(missing)}")
-    if extra:
-        lines.append(f"extra {', '.join(extra)}{_reasons(extra)}")
-    if misshaped:
-        lines.append(
-            "of another shape "
-            + ", ".join(f"{name} (wanted {tuple(wanted[name])}, got {tuple(inside[name])})" for name in misshaped)
-        )
-    return lines
-
-
-def _reasons(names: Iterable[str]) -> str:
-    names = list(names)
-    reasons = [what for pattern, what in _NOT_AIMV2.items() if any(re.search(pattern, name) for name in names)]
-    return f" ({', '.join(reasons)}: AIMv2 has none, so this is another network)" if reasons else ""
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"\.(blocks|layers)\.\d+\.", r".\1.{i}.", "." + name)[1:]
-
-
-def _prefixes(patterns: Iterable[str], rows: tuple[Row, ...]) -> list[str]:
-    """Where the tower may lie: what stands before the patch convolution's name, or before the first block's."""
-    anchors = [row.theirs[0] for row in rows if row.ours.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
-    ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
-    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
-
-
-def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shapes) -> bool:
-    """Tells apart layouts of equal names by the order of the convolution's axes: a kernel is square, channels are 3."""
-    for row in rows:
-        shape = shapes.get(prefix + row.theirs[0]) if row.ours.endswith(PATCH_CONV) else None
-        if shape is not None and len(shape) == 4 and shape[1] != shape[3]:
-            return (shape[2] == shape[3]) == (row.turn is OIHW)
-    return layout.name != "apple-mlx"
 
 
 def _depths(names: Iterable[str], prefix: str) -> dict[str, int]:

@@ -1,0 +1,136 @@
+"""Which layout is a checkpoint in, where in it does the tower lie, and what is wrong with its tensors?
+
+A layout is recognised by its tensor names, never by the name of a repository: the same repository has held two layouts
+at different revisions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mlx_aimv2.config import Shapes
+from mlx_aimv2.names import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row
+
+_NOT_AIMV2 = {
+    r"(^|\.)(cls_token|class_token|cls_embed\w*|class_embedding)$": "a CLS token",
+    r"(^|\.)(reg_tokens?|register_tokens?|storage_tokens)$": "register tokens",
+    r"rope|rotary|freqs|inv_freq": "rotary positions",
+    r"(^|\.)(gamma|gamma_[12]|ls[12]|layer_scale\w*)(\.|$)": "layer scale",
+    r"\.(q_norm|k_norm|qk_norm)\.": "norms on queries and keys",
+    r"\.(layers?|blocks)\.\d+\..*bias$": "biases in the blocks",
+    r"relative_position|rel_pos": "relative positions",
+}
+"""Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
+
+_NUMBERED = re.compile(r"((?:^|.*?\.)(?:blocks|layers)\.)(\d+)(\..*)")
+
+
+def recognise(shapes: Shapes) -> Match:
+    """Finds the layout that explains most of the tensors: `{their name: shape} -> Match`.
+
+    Raises ValueError with the known layouts and the first foreign names when none explains half of a tower, and with
+    the reason when the tower has parts that AIMv2 has not.
+    """
+    patterns = {_pattern(name) for name in shapes}
+    candidates = [
+        (len(patterns & {prefix + name for row in rows for name in row.theirs}), layout, rows, prefix)
+        for layout in LAYOUTS.values()
+        for rows in (layout.vision, layout.pair)
+        for prefix in _prefixes(patterns, rows)
+        if _conv_fits(layout, rows, prefix, shapes)
+    ]
+    explained, layout, rows, prefix = max(candidates, key=lambda found: found[0], default=(0, None, (), ""))
+    if layout is None or 2 * explained < sum(len(row.theirs) for row in rows if "head." not in row.ours):
+        first = ", ".join(sorted(shapes)[:5]) or "none at all"
+        raise ValueError(
+            f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}"
+            f"{_because(_foreign_parts(shapes))}"
+        )
+    known = {prefix + name for row in rows for name in row.theirs}
+    inside = [name for name in shapes if name.startswith(prefix)]
+    if parts := _foreign_parts(name for name in inside if _pattern(name) not in known):
+        raise ValueError(f"the names are those of the {layout.name} layout{_because(parts)}")
+    return Match(layout, rows, prefix, tuple(sorted(set(shapes) - set(inside))))
+
+
+def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
+    """Every tensor that is missing, extra or of another shape, by its own name; empty when all is well.
+
+    The same tensor in several blocks is written once, as `blocks.{0-2,5}.norm1.weight`.
+    """
+    inside = {name: shape for name, shape in found.items() if name.startswith(match.prefix)}
+    shared = set(wanted) & set(inside)
+    lines = []
+    if missing := set(wanted) - shared:
+        lines.append(f"missing {listed(missing)}")
+    if extra := set(inside) - shared:
+        lines.append(f"extra {listed(extra)}")
+    misshaped: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for name in sorted(shared):
+        if tuple(wanted[name]) != tuple(inside[name]):
+            misshaped.setdefault((tuple(wanted[name]), tuple(inside[name])), []).append(name)
+    if misshaped:
+        each = [f"{listed(names)} (wanted {want}, got {got})" for (want, got), names in misshaped.items()]
+        lines.append(f"of another shape {', '.join(each)}")
+    return lines
+
+
+def listed(names: Iterable[str]) -> str:
+    """All names in one line; those that differ only in the number of their block share an entry."""
+    groups: dict[str, list[int]] = {}
+    for name in sorted(names):
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered is None:
+            groups[name] = []
+        else:
+            groups.setdefault(f"{numbered[1]}{{i}}{numbered[3]}", []).append(int(numbered[2]))
+    return ", ".join(name.replace("{i}", _ranges(numbers)) for name, numbers in groups.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
+
+
+def _foreign_parts(names: Iterable[str]) -> dict[str, str]:
+    """What of another network is among the names: `{what it is: its first tensor}`."""
+    parts: dict[str, str] = {}
+    for name in sorted(names):
+        for pattern, what in _NOT_AIMV2.items():
+            if re.search(pattern, name):
+                parts.setdefault(what, name)
+    return parts
+
+
+def _because(parts: dict[str, str]) -> str:
+    if not parts:
+        return ""
+    each = " and ".join(f"{what} ({name})" for what, name in parts.items())
+    return f", but there is {each}: AIMv2 has none, so this is another network"
+
+
+def _pattern(name: str) -> str:
+    return _NUMBERED.sub(r"\1{i}\3", name)
+
+
+def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
+    """Where the tower may lie: what stands before the patch convolution's name, or before the first block's."""
+    anchors = [row.theirs[0] for row in rows if row.ours.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
+    ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
+    return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+
+
+def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shapes) -> bool:
+    """Tells apart layouts of equal names by the order of the convolution's axes: a kernel is square, channels are 3."""
+    for row in rows:
+        shape = shapes.get(prefix + row.theirs[0]) if row.ours.endswith(PATCH_CONV) else None
+        if shape is not None and len(shape) == 4 and shape[1] != shape[3]:
+            return (shape[2] == shape[3]) == (row.turn is OIHW)
+    return layout.name != "apple-mlx"
