@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_aimv2.recognition import listed
+
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILES = (INDEX_FILE, "pytorch_model.bin.index.json")
+"""Names of the list of shards; a folder that has one is read by it."""
+
 WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin")
 """Names under which a folder may hold its weights whole, the first found is taken."""
 
@@ -33,8 +38,15 @@ COMPANIONS = (
 )
 """Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
 
-HUB_FILES = (CONFIG_FILE, "model*.safetensors", INDEX_FILE, "README.md", *COMPANIONS)
-"""What is fetched from the Hub; `model*` leaves out the second copy of the weights, mlx_model.safetensors."""
+HUB_FILES = (CONFIG_FILE, "README.md", *COMPANIONS)
+"""What is fetched from the Hub beside the weights."""
+
+HUB_WEIGHTS = (
+    ("model*.safetensors", INDEX_FILE),
+    ("mlx_model.safetensors",),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
+"""Patterns of the weights, asked for in this order until one is there: the same weights never come twice."""
 
 PINNED = {
     "apple/aimv2-large-patch14-224": "ac764a25c832c7dc5e11871daa588e98e3cdbfb7",
@@ -56,10 +68,10 @@ PINNED = {
 }
 """The commit that a released checkpoint is read at unless a revision is given: Apple's own release."""
 
-FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-"""dtypes of a dense tensor in a safetensors header that are read."""
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+"""dtypes of dense weights."""
 
-_PACKED = {"U32": mx.uint32, "U8": mx.uint8}
+PACKED = (mx.uint32, mx.uint8)
 """dtypes of the packed integers and the scales of a quantized MLX folder."""
 
 
@@ -77,10 +89,21 @@ class Checkpoint:
     commit: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """The name by which its user knows it: the repository with the commit, or the folder."""
+        return f"{self.repo} at {self.commit}" if self.repo else str(self.folder)
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor under its own name."""
         return {name: tuple(array.shape) for name, array in self.tensors.items()}
+
+    def check_dtypes(self, names: Iterable[str], *, packed: bool = False) -> None:
+        """Raises ValueError that names each of the tensors that is not of a dtype we read."""
+        allowed = (*FLOATS, *PACKED) if packed else FLOATS
+        dtypes = {name: self.tensors[name].dtype for name in names}
+        if other := [f"{name} is {_name(dtype)}" for name, dtype in dtypes.items() if dtype not in allowed]:
+            raise ValueError(f"weights must be {', '.join(map(_name, FLOATS))}, got {', '.join(other)}")
 
 
 def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
@@ -90,7 +113,13 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     a checkpoint, ConnectionError for a Hub that cannot be asked; each message names the file or repository.
     """
     path, repo, commit = find(path_or_hf_repo, revision=revision)
-    folder, files = _weight_files(path)
+    try:
+        folder, files = _weight_files(path)
+    except FileNotFoundError as error:
+        if repo is None:
+            raise
+        reason = str(error).removeprefix(f"{path}: ")
+        raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
     config = read_json(folder / CONFIG_FILE)
     tensors: dict[str, mx.array] = {}
     metadata: dict[str, str] = {}
@@ -100,8 +129,8 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
             raise ValueError(f"{file}: holds tensors that another shard holds too: {', '.join(twice)}")
         tensors |= more
         metadata |= note
-    if len(files) > 1 or (folder / INDEX_FILE).is_file():
-        _check_index(folder, files, tensors)
+    if not path.is_file():
+        _check_index(folder, tensors)
     return Checkpoint(folder, config, tensors, repo, commit, metadata)
 
 
@@ -122,7 +151,10 @@ def find(
         raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name")
     from mlx_aimv2 import hub
 
-    folder = hub.download(name, revision=revision or PINNED.get(name), patterns=HUB_FILES)
+    for weights in HUB_WEIGHTS:
+        folder = hub.download(name, revision=revision or PINNED.get(name), patterns=(*HUB_FILES, *weights))
+        if any(file for pattern in weights for file in folder.glob(pattern)):
+            break
     return folder, name, folder.name
 
 
@@ -143,19 +175,18 @@ def _weight_files(path: Path) -> tuple[Path, list[Path]]:
     """The folder and the files that hold the weights."""
     if path.is_file():
         return path.parent, [path]
-    index = path / INDEX_FILE
-    if index.is_file():
-        named = sorted(set(_weight_map(index).values()))
-        if missing := [name for name in named if not (path / name).is_file()]:
-            raise FileNotFoundError(f"{path}: {INDEX_FILE} names shards that are not there: {', '.join(missing)}")
-        return path, [path / name for name in named]
+    for index in (path / name for name in INDEX_FILES):
+        if index.is_file():
+            named = sorted(set(_weight_map(index).values()))
+            if missing := [name for name in named if not (path / name).is_file()]:
+                raise FileNotFoundError(f"{path}: {index.name} names shards that are not there: {', '.join(missing)}")
+            return path, [path / name for name in named]
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path, [path / name]
-    shards = sorted(path.glob("model-*-of-*.safetensors"))
-    if shards:
+    if any(path.glob("model-*-of-*.safetensors")):
         raise FileNotFoundError(f"{path}: has shards but no {INDEX_FILE} that lists them")
-    raise FileNotFoundError(f"{path}: no weights; looked for {INDEX_FILE}, {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"{path}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
@@ -167,12 +198,10 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array]) -> None:
-    index = folder / INDEX_FILE
-    if [file.name for file in files] != sorted(set(_weight_map(index).values())):
-        return  # a single file was asked for by name
-    if absent := sorted(set(_weight_map(index)) - set(tensors)):
-        raise ValueError(f"{folder}: {INDEX_FILE} lists tensors that no shard holds: {', '.join(absent)}")
+def _check_index(folder: Path, tensors: Mapping[str, mx.array]) -> None:
+    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+    if index is not None and (absent := set(_weight_map(index)) - set(tensors)):
+        raise ValueError(f"{index}: lists tensors that no shard holds: {listed(absent)}")
 
 
 def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
@@ -183,20 +212,22 @@ def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if file.suffix != ".safetensors":
         raise ValueError(f"{file}: not a weight file; wanted .safetensors, .bin, .pt or .pth")
     metadata = _check_safetensors(file)
-    return dict(mx.load(str(file))), metadata  # type: ignore[arg-type]
+    try:
+        return dict(mx.load(str(file))), metadata  # type: ignore[arg-type]
+    except RuntimeError as error:  # a dtype that MLX has not
+        raise ValueError(f"{file}: MLX cannot read it ({error}); weights must be float32, float16, bfloat16") from None
 
 
 def _check_safetensors(file: Path) -> dict[str, str]:
-    """Checks header, size and dtypes before MLX sees the file, which would fail later and less clearly."""
+    """Checks header and size before MLX sees the file, which would fail later and less clearly: `file -> metadata`."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="numpy") as tensors:
-            dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-            metadata: dict[str, str] = tensors.metadata() or {}
+            return tensors.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
-    allowed = {**FLOATS, **_PACKED}
-    if other := [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in allowed]:
-        raise ValueError(f"{file}: weights must be {', '.join(FLOATS)}, got {', '.join(other)}")
-    return metadata
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]

@@ -1,42 +1,80 @@
-"""How do files come from and go to the Hugging Face Hub, and what does a failure say?"""
+"""How do files come from and go to the Hugging Face Hub, and what does a failure say?
+
+`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` work as everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
     """Fetches the matching files of a repository into the Hub's cache and returns their folder, named by its commit.
 
-    `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` work as everywhere. Raises FileNotFoundError for a
-    repository or revision that is not there, PermissionError for one that asks for a login, ConnectionError for a Hub
-    that does not answer.
+    An interrupted download is resumed. Raises FileNotFoundError for a repository or revision that is not there,
+    PermissionError for one that asks for a login, ConnectionError for a Hub that does not answer.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     at = f" at revision {revision}" if revision else ""
-    try:
+    with _one_line(repo, at, "the download broke off; run it again to resume"):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Publishes every file of a folder as a repository of that name, made if need be: `folder, name -> its address`.
+
+    Needs a token that may write (HF_TOKEN, or a login stored by `hf auth login`). Raises PermissionError without one.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _one_line(repo, "", "the upload broke off; run it again to resume"):
+        address = str(api.create_repo(repo, exist_ok=True))
+        # Not upload_large_folder, which newer releases of huggingface_hub have folded into this.
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload an MLX folder with mlx-aimv2")
+    return address
+
+
+@contextlib.contextmanager
+def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
+    """Turns what the Hub and the network raise into the few errors that our callers know, each in one line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError:
         raise PermissionError(f"{repo}: the Hub asks for a login; accept its terms there and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"{repo}: no revision {revision} on the Hub") from None
+        raise FileNotFoundError(f"{repo}: the Hub has no such revision{at}") from None
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{repo}: neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise ConnectionError(
-            f"{repo}{at}: not in the Hub's cache, and the Hub cannot be reached; connect once (and unset "
+            f"{repo}{at}: not whole in the Hub's cache, and the Hub cannot be reached; connect once (and unset "
             "HF_HUB_OFFLINE), or give a folder"
         ) from None
     except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise PermissionError(
+                f"{repo}: the Hub refuses ({status}); set HF_TOKEN to a token that may do this"
+            ) from None
         raise ConnectionError(f"{repo}{at}: the Hub answered with an error ({_first_line(error)})") from None
-    except OSError as error:
-        raise ConnectionError(
-            f"{repo}{at}: the download broke off ({_first_line(error)}); run it again to resume"
-        ) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK_MODULES:
+            raise
+        raise ConnectionError(f"{repo}{at}: {broken} ({_first_line(error)})") from None
+
+
+_NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
+"""What huggingface_hub speaks HTTP with, by release; not every one of their errors is an OSError."""
 
 
 def _first_line(error: Exception) -> str:

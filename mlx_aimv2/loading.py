@@ -107,7 +107,8 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     wanted = parameter_shapes(model)
     their_wanted = match.their_shapes(wanted)
     if lines := recognition.differences(their_wanted, origin.shapes, match):
-        raise ValueError(f"{origin.folder}: {_explain(config, shapes, lines)}")
+        raise ValueError(f"{origin}: {_explain(config, shapes, lines)}")
+    _naming(origin, lambda: origin.check_dtypes(their_wanted, packed=quantization is not None))
     weights = match.to_ours(origin.tensors, wanted)
     return Source(origin, config, match, weights, quantization)
 
@@ -162,4 +163,4 @@ def _naming(origin: checkpoint.Checkpoint, step: Any) -> Any:
     try:
         return step()
     except ValueError as error:
-        raise ValueError(f"{origin.folder}: {error}") from None
+        raise ValueError(f"{origin}: {error}") from None

@@ -31,7 +31,17 @@ def read(file: Path) -> dict[str, mx.array]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{file}: holds more than named tensors; wanted a state dict")
-    allowed = {torch.float32, torch.float16, torch.bfloat16}
+    # MLX would make float32 of float64 in silence. Whole numbers may belong to the rest of a larger model.
+    allowed = {
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+    }
     if other := [f"{name} is {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in allowed]:
         raise ValueError(f"{file}: weights must be float32, float16 or bfloat16, got {', '.join(other)}")
     return {name: _to_mlx(tensor) for name, tensor in state.items()}
