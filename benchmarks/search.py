@@ -1,0 +1,103 @@
+"""How long does a search over a million pictures take, against the bare matrix product over the same memory?
+
+python -m benchmarks.search [--pictures 1000000] [--width 768] [--file PATH]
+
+Makes an index of random float16 vectors, opens it in a fresh process, and compares `Index.search` with the product
+`vectors @ query` alone: over the same memory, in turns, the median of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2.index import Embedding, Index
+from mlx_aimv2.indexing import IndexWriter
+
+ROUNDS = 15
+AT_ONCE = 8192
+
+
+def make(file: Path, pictures: int, width: int) -> None:
+    """Fills an index with random vectors through the same calls as `mlx-aimv2 embed`."""
+    random = np.random.default_rng(0)
+    with IndexWriter.create(file, provenance={}, width=width, dtype="float16") as index:
+        for start in range(0, pictures, AT_ONCE):
+            vectors = random.standard_normal((min(AT_ONCE, pictures - start), width), np.float32)
+            names = (f"/Users/someone/Pictures/2024/IMG_{start + i:07d}.jpg" for i in range(len(vectors)))
+            index.add(Embedding(name, 1, 1, bytes(32), row) for name, row in zip(names, vectors, strict=True))
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1000
+
+
+def measure(file: Path) -> None:
+    """Prints opening time, search time and the bare product's time."""
+    start = time.perf_counter()
+    index = Index.open(file)
+    vectors = index.read_vectors()
+    opened = time.perf_counter() - start
+    rows = vectors.rows
+    query = np.random.default_rng(1).standard_normal(index.width).astype(np.float32)
+    if isinstance(rows, np.ndarray):
+        where = f"NumPy {np.__version__}, {rows.dtype}, {rows.nbytes / 1e9:.2f} GB"
+
+        def bare() -> object:
+            return rows @ query
+    else:
+        where = f"MLX {mx.__version__} on {mx.default_device()}, {rows[0].dtype}"
+        wanted = mx.array(query).astype(rows[0].dtype)
+
+        def bare() -> object:
+            return mx.eval([part @ wanted for part in rows])
+
+    searches, products = [], []
+    for _ in range(ROUNDS):
+        products.append(milliseconds(bare))
+        searches.append(milliseconds(lambda: index.search(query, 12)))
+    search, product = statistics.median(searches), statistics.median(products)
+    print(f"{len(vectors)} x {index.width} {index.dtype} vectors, {file.stat().st_size / 1e9:.2f} GB on disk")
+    print(f"{platform.machine()}, Python {platform.python_version()}; in memory: {where}")
+    print(f"open and read all vectors   {opened:8.2f} s")
+    print(f"bare product                {product:8.1f} ms (fastest {min(products):.1f})")
+    print(f"search for 12               {search:8.1f} ms (fastest {min(searches):.1f})")
+    print(f"search / bare product       {search / product:8.2f}")
+
+
+def main() -> None:
+    """Makes the file where it is missing, then measures in a new process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--file", type=Path, help="keep the index here; used again when it exists")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = arguments.file or Path(folder) / "million.db"
+        if not file.exists():
+            make(file, arguments.pictures, arguments.width)
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"from pathlib import Path; from benchmarks.search import measure; measure(Path({str(file)!r}))",
+            ],
+            check=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

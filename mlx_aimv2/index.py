@@ -1,0 +1,221 @@
+"""How are the embeddings of many pictures kept in one file, and which pictures are nearest to a vector?
+
+The file is SQLite's. `pictures` has a row for each picture; `blocks` holds their vectors, up to 1024 in a row, because
+reading a million rows one by one takes longer than the search. `blocks.pictures` lists the ids (int64) of the vectors
+in `blocks.vectors` in the same order. A vector is stored at unit length, its own length beside it in `pictures`; tokens
+and maps are stored as they are. What writes into it is in `indexing.py`.
+
+It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
+and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mlx_aimv2.nearest import Vectors
+
+Array: TypeAlias = np.ndarray[Any, Any]
+AnyIndex = TypeVar("AnyIndex", bound="Index")
+
+APPLICATION_ID = 0x41494D32
+"""In the file's header, "AIM2": by it a file is recognised as ours."""
+
+VERSION = 1
+DTYPES = ("float16", "float32")
+BUSY_SECONDS = 60.0
+
+AXES = {1: "one vector", 2: "tokens", 3: "a map"}
+"""What an index holds for each picture, by the number of axes: (D,), (N, D) or (h, w, D)."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A picture: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D)."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: bytes
+    vector: Array
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """How a picture's file was when it was read."""
+
+    size: int
+    mtime_ns: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture found and the cosine between its vector and the query, from -1 to 1."""
+
+    path: str
+    score: float
+
+
+class Index:
+    """The embeddings of many pictures: `with Index.open("photos.db") as index: index.search(vector, 12)`.
+
+    One thread at a time.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        """Use `open`."""
+        self.path = path
+        self._db = connection
+        self._vectors: Vectors | None = None
+        about = dict(self._all("SELECT name, value FROM about"))
+        self.provenance: dict[str, Any] = json.loads(about["provenance"])
+        """What made the vectors, as whoever made the file described it."""
+        self.dtype: str = about["dtype"]
+        """In which precision they are stored: float16 or float32."""
+        self.axes = int(about["axes"])
+        """1 for one vector a picture (D,), 2 for tokens (N, D), 3 for maps (h, w, D)."""
+        self.width = int(about["width"])
+        """D, the length of one vector."""
+
+    @classmethod
+    def open(cls: type[AnyIndex], path: str | os.PathLike[str]) -> AnyIndex:
+        """Opens an index. Raises FileNotFoundError or ValueError for what is not there or is something else."""
+        path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, not an index of pictures")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed PICTURES -m MODEL -o {path}")
+        with plain_errors(path):
+            # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
+            db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
+            if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
+                raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
+            if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
+                raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
+            return cls(path, db)
+
+    def __enter__(self: AnyIndex) -> AnyIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; whatever was added is on disk already."""
+        self._vectors = None
+        self._db.close()
+
+    def __len__(self) -> int:
+        return int(self._all("SELECT count(*) FROM pictures")[0][0])
+
+    def paths(self) -> Iterator[str]:
+        """All paths, sorted by their bytes."""
+        for (path,) in self._all("SELECT path FROM pictures ORDER BY path"):
+            yield os.fsdecode(path)
+
+    def stamp(self, path: str) -> Stamp | None:
+        """How a picture's file was when it was read; None for a picture that is not in here."""
+        rows = self._all("SELECT size, mtime_ns, sha256 FROM pictures WHERE path = ?", os.fsencode(path))
+        return Stamp(*rows[0]) if rows else None
+
+    def vector(self, path: str) -> Array:
+        """A picture's embedding as the model gave it, in float32. Raises KeyError for a picture that is not in here."""
+        (_, length, rows, columns), raw = self._picture(path)
+        vector = np.frombuffer(raw, self.dtype).astype(np.float32)
+        if length is not None:
+            return vector * np.float32(length)
+        return vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
+
+    def embeddings(self) -> Iterator[Embedding]:
+        """All pictures with their embeddings, sorted by the paths' bytes."""
+        for path in self.paths():
+            if (stamp := self.stamp(path)) is not None:
+                yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self.vector(path))
+
+    def search(self, vector: Array | Sequence[float], k: int = 12) -> list[Match]:
+        """The k pictures whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
+
+        Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
+        vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index.
+        """
+        query = np.asarray(vector, np.float64)
+        if query.shape != (self.width,):
+            raise ValueError(f"a query here is one vector of {self.width} numbers, got shape {tuple(query.shape)}")
+        if not np.isfinite(query).all() or not query.any():
+            raise ValueError("a query must be finite and not all zero")
+        if k < 1:
+            raise ValueError(f"k is how many pictures to find, at least 1; got {k}")
+        identities, scores = self.read_vectors().nearest(query / np.linalg.norm(query), k)
+        found = []
+        for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
+            for (path,) in self._all("SELECT path FROM pictures WHERE id = ?", identity):
+                found.append((-score, path))
+        return [Match(os.fsdecode(path), -score) for score, path in sorted(found)[:k]]
+
+    def read_vectors(self) -> Vectors:
+        """Brings all vectors into memory, if they are not there yet, ready for searches."""
+        from mlx_aimv2.nearest import Vectors  # whoever does not search needs no MLX
+
+        if self.axes != 1:
+            held = f"{AXES[self.axes]} for each picture"
+            raise ValueError(f"{self.path} holds {held}; search needs one vector: embed with --pool mean")
+        if self._vectors is None:
+            with plain_errors(self.path):
+                self._db.execute("BEGIN")  # count and content of the same moment
+                try:
+                    count = self._db.execute("SELECT count(*) FROM pictures").fetchone()[0]
+                    blocks = self._db.execute("SELECT pictures, vectors FROM blocks ORDER BY id")
+                    self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
+                finally:
+                    self._db.execute("COMMIT")
+        return self._vectors
+
+    def _picture(self, path: str) -> tuple[tuple[int, float | None, int | None, int | None], bytes]:
+        """(id, length, rows, columns) of a picture and its vector's bytes."""
+        found = self._all(
+            "SELECT p.id, length, rows, columns, b.pictures, vectors FROM pictures p JOIN blocks b ON b.id = block"
+            " WHERE path = ?",
+            os.fsencode(path),
+        )
+        if not found:
+            raise KeyError(path)
+        identity, length, rows, columns, members, raw = found[0]
+        place = int(np.flatnonzero(np.frombuffer(members, "<i8") == identity)[0])
+        size = len(raw) // (len(members) // 8)
+        return (identity, length, rows, columns), raw[place * size : (place + 1) * size]
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with plain_errors(self.path):
+            return self._db.execute(query, values).fetchall()
+
+
+def connect(path: Path, mode: str) -> sqlite3.Connection:
+    """SQLite's connection to a file: mode `ro`, `rw` or, to make it, `rwc`; transactions are begun by hand."""
+    name = quote(os.fsencode(path.absolute()))
+    return sqlite3.connect(f"file:{name}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS)
+
+
+@contextlib.contextmanager
+def plain_errors(path: Path) -> Iterator[None]:
+    """Turns SQLite's exceptions into those of files, with the file's name."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if "not a database" in str(error):
+            raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
+        raise OSError(f"{path}: {error}") from None

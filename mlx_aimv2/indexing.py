@@ -1,0 +1,161 @@
+"""How do embeddings get into an index file, and out of it again when their pictures are gone?
+
+Each call is one transaction: all of it is on disk when it returns, or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_aimv2.index import APPLICATION_ID, AXES, DTYPES, VERSION, Embedding, Index, connect, plain_errors
+
+BLOCK = 1024
+"""Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
+
+SCHEMA = f"""
+PRAGMA page_size = 32768;  -- a float16 vector of 1024 numbers fills half of SQLite's usual page
+BEGIN IMMEDIATE;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE pictures (
+    id INTEGER PRIMARY KEY,
+    path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
+    size INTEGER NOT NULL,      -- of the file, in bytes
+    mtime_ns INTEGER NOT NULL,
+    sha256 BLOB NOT NULL,       -- of the file's content
+    length REAL,                -- of the vector before it was scaled to unit length; NULL for tokens and maps
+    rows INTEGER,               -- tokens, or rows of a map; NULL for one vector
+    columns INTEGER,            -- of a map; NULL otherwise
+    block INTEGER NOT NULL
+);
+CREATE TABLE blocks (id INTEGER PRIMARY KEY, pictures BLOB NOT NULL, vectors BLOB NOT NULL);
+"""
+
+INSERT = (
+    "INSERT INTO pictures (path, size, mtime_ns, sha256, length, rows, columns, block) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+
+Row = tuple[tuple[Any, ...], bytes]
+"""The first seven columns of a picture's row, and its vector's bytes."""
+
+
+class IndexWriter(Index):
+    """An index that can be changed."""
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], *, provenance: Mapping[str, Any], width: int, axes: int = 1, dtype: str
+    ) -> IndexWriter:
+        """Makes an empty index in a file that does not exist or is empty.
+
+        `axes` is 1 for one vector of `width` numbers a picture, 2 for tokens, 3 for maps; `dtype` float16 or float32.
+        """
+        path = Path(path)
+        if dtype not in DTYPES:
+            raise ValueError(f"vectors are stored as {' or '.join(DTYPES)}, not {dtype}")
+        if axes not in AXES:
+            raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            raise FileExistsError(f"{path} already exists: open it, or choose another name")
+        about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
+        with plain_errors(path):
+            db = connect(path, "rwc")
+            db.executescript(SCHEMA)
+            db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            db.execute("COMMIT")
+            return cls(path, db)
+
+    def add(self, embeddings: Iterable[Embedding]) -> None:
+        """Stores pictures, replacing those of the same path.
+
+        Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype.
+        """
+        rows = [self._row(embedding) for embedding in embeddings]
+        with self._transaction():
+            self._remove([columns[0] for columns, _ in rows])
+            self._append(rows)
+
+    def copy(self, source: str, path: str, *, size: int, mtime_ns: int) -> None:
+        """Gives a file with the content of `source` its vector bit for bit: for files moved or merely touched."""
+        (identity, *shape), raw = self._picture(source)
+        ((sha256,),) = self._all("SELECT sha256 FROM pictures WHERE id = ?", identity)
+        name = os.fsencode(path)
+        with self._transaction():
+            self._remove([name])
+            self._append([((name, size, mtime_ns, sha256, *shape), raw)])
+
+    def remove(self, paths: Iterable[str]) -> int:
+        """Forgets pictures; returns how many of them were in here."""
+        with self._transaction():
+            return self._remove([os.fsencode(path) for path in paths])
+
+    def _row(self, embedding: Embedding) -> Row:
+        vector = np.asarray(embedding.vector, np.float32)
+        if vector.ndim != self.axes or vector.shape[-1] != self.width:
+            wanted = f"{AXES[self.axes]} of width {self.width}"
+            raise ValueError(f"{embedding.path}: this index holds {wanted}, got shape {vector.shape}")
+        length, (rows, columns) = None, (*vector.shape[:-1], None, None)[:2]
+        if self.axes == 1:
+            length = float(np.linalg.norm(vector.astype(np.float64)))
+            vector = vector / np.float32(length or 1.0)
+        with np.errstate(over="ignore"):
+            stored = vector.astype(self.dtype)
+        if not np.isfinite(stored).all():
+            raise ValueError(f"{embedding.path}: numbers beyond {self.dtype}; store float32")
+        stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
+        return (*stamp, length, rows, columns), stored.tobytes()
+
+    def _append(self, rows: Sequence[Row]) -> None:
+        capacity = BLOCK if self.axes == 1 else 1
+        last = self._db.execute("SELECT id, pictures, vectors FROM blocks ORDER BY id DESC LIMIT 1").fetchone()
+        block, members, vectors = last or (0, b"", b"")
+        done = 0
+        while done < len(rows):
+            room = capacity - len(members) // 8
+            if room <= 0:
+                block, members, vectors, room = block + 1, b"", b"", capacity
+            part = rows[done : done + room]
+            ids = [self._db.execute(INSERT, (*columns, block)).lastrowid for columns, _ in part]
+            members += np.array(ids, "<i8").tobytes()
+            vectors += b"".join(raw for _, raw in part)
+            self._db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?)", (block, members, vectors))
+            done += len(part)
+
+    def _remove(self, paths: Sequence[bytes]) -> int:
+        gone: dict[int, list[int]] = {}
+        for path in paths:
+            found = self._db.execute("SELECT id, block FROM pictures WHERE path = ?", (path,)).fetchone()
+            if found is not None:
+                gone.setdefault(found[1], []).append(found[0])
+                self._db.execute("DELETE FROM pictures WHERE id = ?", found[:1])
+        for block, ids in gone.items():
+            raw, vectors = self._db.execute("SELECT pictures, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
+            members = np.frombuffer(raw, "<i8")
+            kept = ~np.isin(members, ids)
+            if kept.any():
+                left = np.frombuffer(vectors, np.uint8).reshape(len(members), -1)[kept]
+                values = (members[kept].tobytes(), left.tobytes(), block)
+                self._db.execute("UPDATE blocks SET pictures = ?, vectors = ? WHERE id = ?", values)
+            else:
+                self._db.execute("DELETE FROM blocks WHERE id = ?", (block,))
+        return sum(len(ids) for ids in gone.values())
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with plain_errors(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # after a full disk SQLite has rolled back by itself
+                    self._db.execute("ROLLBACK")
+                raise

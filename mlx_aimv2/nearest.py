@@ -1,0 +1,149 @@
+"""Which of a million vectors in memory are nearest to one, exactly and about as fast as memory can be read?
+
+A GPU keeps float16 and multiplies it there; its rounded scores only choose the finalists. A CPU multiplies float32 with
+NumPy's BLAS, so there the vectors are widened once while they are read. Either way the scores returned are computed
+again in float64, so they do not depend on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+TILE = 1024
+"""Rows whose best score is taken together when the finalists are chosen."""
+
+WIDENED = 256
+"""Rows widened at a time: half a megabyte stays in a core's cache."""
+
+ON_GPU = 1 << 16
+"""Rows of one array on the GPU."""
+
+READ_AHEAD = 8
+
+SLACK = 2.0**-9
+"""More than any score can be off: rounding to float16 of vectors (2^-11), query (2^-11) and product (2^-11)."""
+
+
+class Vectors:
+    """Unit vectors with the ids of their pictures, in memory."""
+
+    def __init__(self, identities: Array, rows: Array | list[mx.array]) -> None:
+        """`identities` (P,) and one array (P, D) of float32, or several float16 or float32 ones on the GPU."""
+        self.identities = identities
+        self.rows = rows
+
+    @classmethod
+    def read(
+        cls, blocks: Iterable[tuple[bytes, bytes]], count: int, *, width: int, dtype: str, on_gpu: bool | None = None
+    ) -> Vectors:
+        """Takes `count` vectors from blocks of `(ids as int64, vectors in dtype)`."""
+        if on_gpu is None:
+            on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return (cls._read_gpu if on_gpu else cls._read_cpu)(blocks, count, width, dtype)
+
+    @classmethod
+    def _read_cpu(cls, blocks: Iterable[tuple[bytes, bytes]], count: int, width: int, dtype: str) -> Vectors:
+        identities, rows = np.empty(count, np.int64), np.empty((count, width), np.float32)
+        pending: list[Future[None]] = []
+        done = 0
+        with ThreadPoolExecutor(2) as pool:
+            for members, raw in blocks:
+                ids = np.frombuffer(members, "<i8")
+                part = rows[done : done + len(ids)]
+                identities[done : done + len(ids)] = ids
+                pending.append(pool.submit(_widen, np.frombuffer(raw, dtype).reshape(len(ids), width), part))
+                if len(pending) > READ_AHEAD:
+                    pending.pop(0).result()
+                done += len(ids)
+            for task in pending:
+                task.result()
+        return cls(identities, rows)
+
+    @classmethod
+    def _read_gpu(cls, blocks: Iterable[tuple[bytes, bytes]], count: int, width: int, dtype: str) -> Vectors:
+        identities, rows = [np.empty(0, np.int64)], []
+        parts: list[Array] = []
+        held = 0
+        for members, raw in blocks:
+            identities.append(np.frombuffer(members, "<i8"))
+            parts.append(np.frombuffer(raw, dtype).reshape(-1, width))
+            held += len(parts[-1])
+            if held >= ON_GPU:
+                rows.append(mx.array(np.concatenate(parts)))
+                parts, held = [], 0
+        if parts:
+            rows.append(mx.array(np.concatenate(parts)))
+        mx.eval(rows)
+        return cls(np.concatenate(identities), rows)
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def scores(self, query: Array) -> Array:
+        """Cosines with a unit vector (D,), each within SLACK / 2 of the truth, `-> (P,)` float32."""
+        if isinstance(self.rows, np.ndarray):
+            return self.rows @ query.astype(np.float32)
+        if not self.rows:
+            return np.empty(0, np.float32)
+        wanted = mx.array(query.astype(np.float32)).astype(self.rows[0].dtype)
+        return np.array(mx.concatenate([rows @ wanted for rows in self.rows]).astype(mx.float32))
+
+    def nearest(self, query: Array, k: int) -> tuple[Array, Array]:
+        """Ids and exact cosines of the k nearest to a unit vector (D,), and of all that equal the last of them."""
+        places = _finalists(self.scores(query), k)
+        exact = np.concatenate([np.empty(0), *(self._exact(part, query) for part in _cut(places, TILE))])
+        if len(exact) > k:
+            kept = exact >= np.partition(exact, -k)[-k]
+            places, exact = places[kept], exact[kept]
+        return self.identities[places], exact
+
+    def _exact(self, places: Array, query: Array) -> Array:
+        rows = self._taken(places).astype(np.float64)
+        lengths = np.sqrt((rows * rows).sum(axis=1))
+        # Row by row in one fixed order, unlike a BLAS product: equal vectors get equal scores.
+        return (rows * query).sum(axis=1) / np.where(lengths == 0, 1.0, lengths)
+
+    def _taken(self, places: Array) -> Array:
+        """The rows at ascending places."""
+        if isinstance(self.rows, np.ndarray):
+            return self.rows[places]
+        parts, start = [], 0
+        for rows in self.rows:
+            here = places[(places >= start) & (places < start + len(rows))] - start
+            parts.append(np.array(rows[mx.array(here)].astype(mx.float32)))
+            start += len(rows)
+        return np.concatenate(parts)
+
+
+def _finalists(scores: Array, k: int) -> Array:
+    """Places that can be among the k best: the k-th best of the tiles' maxima is below at least k scores."""
+    if len(scores) <= k:
+        return np.arange(len(scores))
+    whole = len(scores) // TILE * TILE
+    best = scores[:whole].reshape(-1, TILE).max(axis=1) if whole // TILE >= k else scores
+    return np.flatnonzero(scores >= np.partition(best, -k)[-k] - np.float32(SLACK))
+
+
+def _cut(places: Array, size: int) -> Iterable[Array]:
+    return (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _widen(raw: Array, out: Array) -> None:
+    """float16 -> float32 by moving bits, which is several times faster than NumPy's own cast."""
+    for start in range(0, len(raw), WIDENED):
+        part, wide = raw[start : start + WIDENED], out[start : start + WIDENED]
+        if raw.dtype != np.float16:
+            wide[...] = part
+            continue
+        bits = wide.view(np.int32)
+        bits[...] = part.view(np.int16)
+        bits <<= 13
+        bits &= np.int32(-0x70002000)  # the sign, and exponent and mantissa 13 places up
+        wide *= np.float32(2.0**112)  # the two formats count exponents from 15 and from 127
