@@ -123,9 +123,8 @@ def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.To
             unk_token=EOS,
         )
     )
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    # CLIP also joins runs of spaces; the split below drops them all.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),

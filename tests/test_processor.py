@@ -82,6 +82,15 @@ def test_a_crop_beyond_the_edge_is_black_and_an_odd_remainder_goes_to_the_top_an
     assert (got[:3] == 0).all() and (got[3:18] == 255).all() and (got[18:] == 0).all()
 
 
+@pytest.mark.parametrize("filter", Image.Resampling)
+def test_the_filter_is_the_one_that_is_asked_for(filter):
+    picture = noise(61, 97, 3)
+    wanted = np.array(Image.fromarray(picture).resize((29, 19), filter))
+    assert (
+        levels(Aimv2Processor(Preprocessing(resize=(19, 29), crop=None, resample=filter)).pixels(picture)) == wanted
+    ).all()
+
+
 def test_a_resize_to_height_and_width_ignores_the_shape():
     squash = Aimv2Processor(Preprocessing(resize=(29, 43), crop=None))
     picture = noise(61, 97, 3)
@@ -173,6 +182,13 @@ def test_arrays_of_every_kind_keep_their_levels(array, level):
     assert (levels(NATIVE.pixels(array)) == level).all()
 
 
+def test_floats_are_rounded_to_the_nearest_level():
+    every = np.arange(256, dtype=np.float64).reshape(16, 16) / 255
+    for kind in (np.float32, np.float64):
+        assert (levels(NATIVE.pixels(every.astype(kind)))[..., 0] == np.arange(256).reshape(16, 16)).all()
+    assert (levels(NATIVE.pixels(np.full((17, 19), 76.6 / 255))) == 77).all()
+
+
 @pytest.mark.parametrize(
     ("array", "line"),
     [
@@ -226,6 +242,11 @@ def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path):
         assert (levels(NATIVE.pixels(tmp_path / name)) == 255).all(), name
 
 
+def test_the_transparent_colour_of_an_rgb_png_becomes_white(tmp_path):
+    Image.new("RGB", (19, 17), (9, 8, 7)).save(tmp_path / "one.png", transparency=(9, 8, 7))
+    assert (levels(NATIVE.pixels(tmp_path / "one.png")) == 255).all()
+
+
 def test_half_transparent_colours_are_mixed_with_white():
     picture = np.full((17, 19, 4), [10, 200, 90, 51], np.uint8)  # 51 / 255 is a fifth
     assert levels(NATIVE.pixels(picture))[3, 3].tolist() == [206, 244, 222]
@@ -236,6 +257,13 @@ def test_grey_of_16_bits_keeps_its_high_byte(tmp_path):
     for name in ("deep.png", "deep.tif"):
         Image.fromarray(deep).save(tmp_path / name)
         assert (levels(NATIVE.pixels(tmp_path / name))[..., 0] == deep >> 8).all()
+
+
+def test_a_dark_grey_png_of_16_bits_stays_dark_in_pillows_that_widen_it():
+    image = Image.fromarray(np.full((17, 19), 200, np.int32))
+    assert image.mode == "I"
+    image.format = "PNG"
+    assert (levels(NATIVE.pixels(image)) == 0).all()
 
 
 def test_floating_point_pictures_go_from_0_to_1(tmp_path):
