@@ -1,6 +1,6 @@
-"""How does a PyTorch checkpoint become an MLX folder: names, dtype, folder?
+"""How does a checkpoint become a folder: names, dtype, bits, layout, and the proof that nothing was lost?
 
-checkpoint -> names -> dtype -> folder; arrays stay lazy until they are written, so memory holds one shard.
+checkpoint -> names -> dtype -> bits -> folder -> proof; arrays stay lazy until they are written, one at a time.
 """
 
 from __future__ import annotations
@@ -8,55 +8,162 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_aimv2 import folder
-from mlx_aimv2.loading import DTYPES, Source, parse_dtype, read_source
+from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
+from mlx_aimv2.names import PATCH_CONV
+from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 
 HELP = "convert a checkpoint to an MLX folder"
 DEFAULT_PATH = "mlx_model"
+EXPORT_LAYOUTS = ("transformers", "apple")
 
 
 def convert(
     hf_path: str | os.PathLike[str],
     mlx_path: str | os.PathLike[str] = DEFAULT_PATH,
     *,
+    quantize: bool = False,
+    q_group_size: int | None = None,
+    q_bits: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | Predicate | None = None,
+    dequantize: bool = False,
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
+    upload_repo: str | None = None,
+    q_target: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    export_layout: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Converts a checkpoint: `Hub name, folder or weight file -> MLX folder`, whose path is returned.
 
-    `dtype` None keeps the checkpoint's. `log` receives progress lines. Raises FileExistsError when `mlx_path` exists,
-    and ValueError, FileNotFoundError or ConnectionError, each with one line, for a source that cannot be used. Nothing
-    stands at `mlx_path` unless the conversion was complete.
+    The keywords up to `upload_repo` are mlx-lm's. `quantize` packs the layers of the blocks; group size and bits None
+    are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
+    settings or bool`. `q_target` instead chooses the bits of each layer so that the mean token cosine against the
+    float32 source reaches it (`bit_search`). `dtype` None keeps the checkpoint's.
+
+    With `verify` the folder is loaded again and compared with the source in float32 on the pictures of `calibration`,
+    or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
+    axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives progress lines.
+
+    Raises FileExistsError when `mlx_path` exists, and ValueError, FileNotFoundError, OSError or ConnectionError, each
+    with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
+    unless the conversion was complete.
     """
+    if quantize and dequantize:
+        raise ValueError("Choose either quantize or dequantize, not both.")
+    quantize = quantize or q_target is not None
+    _check_flags(
+        {
+            "--q-bits": q_bits,
+            "--q-group-size": q_group_size,
+            "--q-mode": None if q_mode == "affine" else q_mode,
+            "--quant-predicate": quant_predicate,
+        },
+        quantize=quantize,
+        q_target=q_target,
+        calibration=calibration,
+        verify=verify,
+        export_layout=export_layout,
+    )
+    settings = resolve(q_mode, q_group_size, q_bits)
     wanted, target = parse_dtype(dtype), Path(mlx_path)
     folder.check_target(target)
+
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
+    _check_bits(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
+    wanted = wanted or _own_dtype(source)
+    log(f"[INFO] Using dtype: {_name_of(wanted)}")
+    section = plan(build(source.config), settings, quant_predicate) if quantize else None
+
     with folder.appearing(target) as place:
-        config = source.config.to_dict() | _torch_dtype(source, wanted)
-        folder.save_weights(place, _in_dtype(source, wanted))
-        folder.save_config(place, config)
+        config = source.config.to_dict() | {"torch_dtype": _name_of(wanted)}
+        if source.quantization is not None:
+            log("[INFO] Dequantizing")
+            source.weights = dequantized(source.weights, source.quantization)
+        weights = _in_dtype(source, wanted)
+        if export_layout is not None:
+            from mlx_aimv2 import export
+
+            export.save(source, weights, place, layout=export_layout, dtype=wanted)
+        else:
+            if section is not None:
+                log("[INFO] Quantizing")
+                weights = packed(weights, layers(build(source.config)), section)
+                config |= {"quantization": section, "quantization_config": section}
+            folder.save_weights(place, weights)
+            folder.save_config(place, config)
         folder.copy_companions(source.origin.folder, place)
+    if upload_repo is not None:
+        from mlx_aimv2 import hub
+
+        log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
     return target
 
 
-def _in_dtype(source: Source, dtype: mx.Dtype | None) -> Iterator[tuple[str, mx.array]]:
+def _check_flags(
+    settings: Mapping[str, Any],
+    *,
+    quantize: bool,
+    q_target: float | None,
+    calibration: str | os.PathLike[str] | None,
+    verify: bool,
+    export_layout: str | None,
+) -> None:
+    """Refuses what contradicts itself or would be ignored in silence, before anything is read."""
+    given = [flag for flag, value in settings.items() if value is not None]
+    recipe = settings["--quant-predicate"]
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}")
+    if export_layout is not None and export_layout not in EXPORT_LAYOUTS:
+        raise ValueError(f"--export-layout must be {' or '.join(EXPORT_LAYOUTS)}, got {export_layout}")
+    if export_layout is not None and quantize:
+        raise ValueError("PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.")
+    if given and not quantize:
+        raise ValueError(f"{', '.join(given)} would change nothing without --quantize; add -q")
+    if q_target is not None and not 0 < q_target < 1:
+        raise ValueError(f"--q-target is a mean cosine between 0 and 1, such as 0.999, got {q_target}")
+    if q_target is not None and (more := [flag for flag in given if flag != "--q-group-size"]):
+        raise ValueError(f"--q-target chooses the bits of each layer itself; leave {', '.join(more)} out")
+    if isinstance(recipe, str) and settings["--q-mode"] is not None:
+        raise ValueError(f"recipes have affine bits only; leave --q-mode {settings['--q-mode']} out")
+    if isinstance(recipe, str) and settings["--q-bits"] is not None:
+        raise ValueError(f"--quant-predicate {recipe} says the bits; leave --q-bits out")
+    if calibration is not None and not verify and q_target is None:
+        raise ValueError("--calibration is for --q-target and for the proof; without both leave it out")
+
+
+def _check_bits(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
+    name = source.origin.folder
+    if source.quantization is not None and not dequantize and not dense_anyway:
+        what = "quantizing it again would lose twice" if quantize else "its bits would be kept in silence"
+        raise ValueError(f"{name} is already quantized and {what}; convert the original, or make it dense with -d")
+    if source.quantization is None and dequantize:
+        raise ValueError(f"{name} is not quantized, so there is nothing to dequantize; leave -d out")
+
+
+def _in_dtype(source: Source, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
     """Each tensor in turn, taken out of the source so that it can be freed."""
     for name in sorted(source.weights):
-        array = source.weights.pop(name)
-        yield name, array.astype(dtype) if dtype is not None else array
+        yield name, source.weights.pop(name).astype(dtype)
 
 
-def _torch_dtype(source: Source, dtype: mx.Dtype | None) -> dict[str, Any]:
-    found = dtype or next(iter(source.weights.values())).dtype
-    return {"torch_dtype": next(name for name, known in DTYPES.items() if known == found)}
+def _own_dtype(source: Source) -> mx.Dtype:
+    """What a checkpoint is taken to be in when nothing is said: the patch embedding, which is never quantized."""
+    return next(array.dtype for name, array in source.weights.items() if name.endswith(PATCH_CONV))
+
+
+def _name_of(dtype: mx.Dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,24 +177,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The converter's flags, which are the keywords of `convert`."""
-    parser.add_argument(
-        "--hf-path", "--model", required=True, metavar="X", help="Hub name, checkpoint folder or weight file"
-    )
-    parser.add_argument("--mlx-path", default=DEFAULT_PATH, metavar="Y", help="folder to write (default: %(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: the checkpoint's)")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    """The converter's flags, which are the keywords of `convert` (`--no-verify` is `verify=False`)."""
+    add = parser.add_argument
+    add("--hf-path", "--model", required=True, metavar="X", help="Hub name, checkpoint folder or weight file")
+    add("--mlx-path", default=DEFAULT_PATH, metavar="Y", help="folder to write (default: %(default)s)")
+    add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
+    add("--q-bits", type=int, metavar="N", help="bits per weight (default: the mode's, 4 for affine)")
+    add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
+    add("--q-mode", choices=list(MODES), default="affine", help="how numbers are stored (default: %(default)s)")
+    add("--quant-predicate", choices=list(RECIPES), help="a recipe: more bits for the layers that matter most")
+    add("--q-target", type=float, metavar="COSINE", help="choose each layer's bits to reach this mean token cosine")
+    add("--calibration", metavar="DIR", help="pictures for --q-target and the proof (default: four bundled ones)")
+    add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
+    add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: the checkpoint's)")
+    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add("--export-layout", choices=EXPORT_LAYOUTS, help="write a PyTorch folder in this layout instead")
+    add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
+    add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
-    target = convert(
-        arguments.hf_path,
-        arguments.mlx_path,
-        dtype=arguments.dtype,
-        revision=arguments.revision,
-        log=lambda line: print(line, file=sys.stderr),
-    )
+    flags = {name: value for name, value in vars(arguments).items() if name != "verb"}
+    target = convert(**flags, log=lambda line: print(line, file=sys.stderr))
     print(target)
     return 0
 

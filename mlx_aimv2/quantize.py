@@ -1,8 +1,14 @@
-"""Which layer gets how many bits, and how is a quantized layer made, recognised and undone?"""
+"""Which layer gets how many bits, and how is a quantized layer made, recognised and undone?
+
+The attention and feed-forward layers of the blocks and LiT's token embedding are quantized. The patch embedding (rows
+of 588 divide into no group), norms, positions, the pooling head, LiT's two projections and `logit_scale` stay dense:
+together they are small, and the head and the projections are the last thing that a feature passes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +17,94 @@ import mlx.nn as nn
 Quantization = Mapping[str, Any]
 """The `quantization` section of config.json: group_size, bits, mode, and per layer path an own object or false."""
 
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
+"""What mlx-lm takes beside a recipe's name: `path, layer -> settings, True for the shared ones, or False for dense`."""
+
 SHARED = ("group_size", "bits", "mode")
+STAY_DENSE = ("head", "visual_projection", "text_projection")
+"""Parts of a path whose linear layers are never quantized."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to store numbers: the default group size and bits first, then all that MLX has."""
+
+    group_sizes: tuple[int, ...]
+    bits: tuple[int, ...]
+
+
+MODES = {
+    "affine": Mode((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": Mode((32,), (4,)),
+    "nvfp4": Mode((16,), (4,)),
+    "mxfp8": Mode((32,), (8,)),
+}
+
+RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
+"""Recipe -> (bits of most layers, bits of those that `_matters` names)."""
+
+
+def resolve(mode: str = "affine", group_size: int | None = None, bits: int | None = None) -> dict[str, Any]:
+    """The settings asked for, with the mode's defaults: `-> {"group_size", "bits", "mode"}`.
+
+    Raises ValueError with what there is.
+    """
+    if mode not in MODES:
+        raise ValueError(f"--q-mode must be {', '.join(MODES)}, got {mode}")
+    known = MODES[mode]
+    settings = {
+        "group_size": known.group_sizes[0] if group_size is None else group_size,
+        "bits": known.bits[0] if bits is None else bits,
+        "mode": mode,
+    }
+    for key, flag, choices in (("group_size", "--q-group-size", known.group_sizes), ("bits", "--q-bits", known.bits)):
+        if settings[key] not in choices:
+            raise ValueError(f"{flag} must be {_or(choices)} with --q-mode {mode}, got {settings[key]}")
+    return settings
+
+
+def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predicate | None = None) -> dict[str, Any]:
+    """The whole `quantization` section for a model: `settings for all, recipe or predicate -> section`.
+
+    Every layer that stays dense although it could be quantized has an entry `false`; one whose settings are its own has
+    them in full. Raises ValueError that names the layers whose rows do not divide into groups.
+    """
+    depths = _depths(layers(model))
+    if isinstance(predicate, str):
+        low, high = RECIPES[predicate]
+        settings = {**settings, "bits": low}
+    section = dict(settings)
+    for path, layer in layers(model).items():
+        own: bool | dict[str, Any] = not set(path.split(".")) & set(STAY_DENSE)
+        if own and isinstance(predicate, str):
+            own = {**settings, "bits": high} if _matters(path, depths) else True
+        elif own and callable(predicate):
+            answer = predicate(path, layer)
+            own = resolve(**{**settings, **answer}) if isinstance(answer, dict) else bool(answer)
+        if own is not True and own != settings:
+            section[path] = own
+    check(model, section)
+    return section
+
+
+def check(model: nn.Module, quantization: Quantization) -> None:
+    """Raises ValueError that names the layers which cannot be quantized as the section says."""
+    wrong: dict[tuple[int, int], list[str]] = {}
+    for path, layer in layers(model).items():
+        settings, width = settings_at(path, quantization), layer.weight.shape[-1]
+        if settings and width % settings["group_size"]:
+            wrong.setdefault((width, settings["group_size"]), []).append(path)
+    if wrong:
+        lines = [f"{_listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in wrong.items()]
+        fitting = [size for size in MODES["affine"].group_sizes if all(width % size == 0 for width, _ in wrong)]
+        advice = f"; --q-group-size {_or(fitting)} would fit" if fitting else ""
+        raise ValueError(f"these layers do not divide into groups: {'; '.join(lines)}{advice}")
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that MLX could quantize, by path, in the order of the network."""
+    found = {path: layer for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
+    return dict(sorted(found.items(), key=_in_order))
 
 
 def apply_structure(model: nn.Module, quantization: Quantization) -> None:
@@ -32,15 +125,88 @@ def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:
     return dict(entry) if entry else {}
 
 
+def packed(
+    weights: Iterable[tuple[str, mx.array]], paths: Iterable[str], quantization: Quantization
+) -> Iterator[tuple[str, mx.array]]:
+    """Packs the layers that the section names, lazily: `(name, array), … -> (name, array), …` with scales and biases.
+
+    `paths` are those of the layers that could be quantized (`layers`).
+    """
+    paths = set(paths)
+    for name, array in weights:
+        path, _, kind = name.rpartition(".")
+        settings = settings_at(path, quantization) if kind == "weight" and path in paths else {}
+        if not settings:
+            yield name, array
+            continue
+        for part, values in zip(("weight", "scales", "biases"), mx.quantize(array, **settings), strict=False):
+            yield f"{path}.{part}", values
+
+
 def dequantized(weights: dict[str, mx.array], quantization: Quantization) -> dict[str, mx.array]:
-    """Dense weights from packed ones, lazily: `{name: array} -> {name: array}` without `.scales` and `.biases`."""
+    """Dense weights from packed ones, lazily: `{name: array} -> {name: array}` without `.scales` and `.biases`.
+
+    The dense weights are float32, which holds every mode's numbers exactly.
+    """
     dense: dict[str, mx.array] = {}
     for name, array in weights.items():
         path, _, kind = name.rpartition(".")
         if kind == "weight" and f"{path}.scales" in weights:
-            settings = settings_at(path, quantization)
-            scales, biases = weights[f"{path}.scales"], weights.get(f"{path}.biases")
-            dense[name] = mx.dequantize(array, scales, biases, **settings)
+            # Scales in halves would round scale * number + bias once more.
+            scales, biases = _as_float32(weights[f"{path}.scales"]), weights.get(f"{path}.biases")
+            biases = _as_float32(biases) if biases is not None else None
+            dense[name] = mx.dequantize(array, scales, biases, dtype=mx.float32, **settings_at(path, quantization))
         elif kind not in ("scales", "biases"):
             dense[name] = array
     return dense
+
+
+def _as_float32(part: mx.array) -> mx.array:
+    """Scales of the mx and nv modes are coded in bytes and stay as they are."""
+    return part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
+
+
+def _matters(path: str, depths: Mapping[str, int]) -> bool:
+    """Whether a recipe gives this layer its higher bits.
+
+    As in mlx-lm, whose rule is llama.cpp's for Q4_K_M: the values and `down` in the first and the last eighth of the
+    blocks and in every third one between. Here queries, keys and values are one matrix, which gets the bits as a whole,
+    and so does the token embedding.
+    """
+    tower, found, rest = path.rpartition("blocks.")
+    if not found:
+        return True
+    number, _, name = rest.partition(".")
+    i, depth = int(number), depths[tower]
+    inside = depth // 8 <= i < 7 * depth // 8 and (i - depth // 8) % 3 != 2
+    return not inside and name in ("attn.qkv", "mlp.down")
+
+
+def _depths(paths: Iterable[str]) -> dict[str, int]:
+    """Blocks of each tower, by what stands before `blocks.` in a path."""
+    depths: dict[str, int] = {}
+    for path in paths:
+        tower, found, rest = path.rpartition("blocks.")
+        if found:
+            depths[tower] = max(depths.get(tower, 0), int(rest.split(".")[0]) + 1)
+    return depths
+
+
+def _in_order(item: tuple[str, nn.Module]) -> list[tuple[int, str]]:
+    """Sorts `blocks.10` after `blocks.9`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
+
+
+def _listed(paths: Iterable[str]) -> str:
+    """Paths with the numbers of their blocks together: `blocks.{0,1,2}.mlp.down`."""
+    numbers: dict[str, list[str]] = {}
+    for path in paths:
+        before, _, after = path.partition("blocks.")
+        number, _, rest = after.partition(".")
+        numbers.setdefault(f"{before}blocks.{{}}.{rest}" if after else path, []).append(number)
+    return ", ".join(name.replace("{}", "{" + ",".join(found) + "}") for name, found in numbers.items())
+
+
+def _or(choices: Iterable[Any]) -> str:
+    texts = [str(choice) for choice in sorted(choices)]
+    return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
