@@ -78,19 +78,25 @@ def to_rgb(picture: Picture) -> Image.Image:
 
 
 def _decode(stream: IO[bytes], name: str) -> Image.Image:
-    from PIL import Image
-
     try:
         image = _identify(stream, name)
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(
-                f"{name} has {image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: "
-                "make it smaller, or raise that limit if you trust it"
-            )
+        _check_size(image.size, name)
         return _finish(image, name)
     except MemoryError:
         raise ValueError(f"{name} does not fit in memory") from None
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    """Refuses a decompression bomb before it is decoded: Pillow warns above this limit and refuses above twice it."""
+    from PIL import Image
+
+    width, height = size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(
+            f"{name} has {width}x{height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}: "
+            "make it smaller, or raise that limit if you trust it"
+        )
 
 
 def _identify(stream: IO[bytes], name: str) -> Image.Image:
@@ -133,7 +139,12 @@ def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
         raise ValueError(f"{name} is a HEIC picture: pip install 'mlx-aimv2[heic]' to read it") from None
     try:
         stream.seek(0)
-        return cast("Image.Image", pillow_heif.open_heif(stream).to_pillow())
+        file = pillow_heif.open_heif(stream)
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from None
+    _check_size(file.size, name)
+    try:
+        return cast("Image.Image", file.to_pillow())
     except Exception as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from None
 

@@ -87,6 +87,8 @@ def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocess
     if fields is None:
         file = folder / "processor_config.json"
         fields = (_read_json(file) or {}).get("image_processor")
+        if not isinstance(fields, (dict, type(None))):
+            raise ValueError(f"{file}: image_processor must be a JSON object, not {fields!r:.60}")
     if fields is not None:
         kind = fields.get("image_processor_type", fields.get("feature_extractor_type", CLIP_TYPES[0]))
         if kind in CLIP_TYPES:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # Resizing the shortest edge of a ribbon 1 pixel wide would make gigabytes of it before the crop.
 MAX_RESIZED_PIXELS = 1 << 27
 
-
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -65,7 +64,8 @@ class Aimv2Processor:
         vision = config.vision_config if isinstance(config, Aimv2Config) else config
         text = config.text_config if isinstance(config, Aimv2Config) else None
         preprocessing = reading.read(folder, config=vision)
-        wanted, final = vision and vision.image_size, preprocessing.final_size
+        wanted = None if vision is None else vision.image_size
+        final = preprocessing.final_size
         if wanted is not None and final is not None and final != (wanted, wanted):
             raise ValueError(
                 f"{folder}: pictures are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}"
@@ -128,11 +128,20 @@ class Aimv2Processor:
         )
 
     def _all_pixels(self, batch: list[Picture]) -> list[Pixels]:
-        files = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in batch)
-        if len(batch) == 1 or not files:  # an open PIL image or file may occur twice, and is not for two threads
-            return [self.pixels(picture) for picture in batch]
-        with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1)) as pool:
-            return list(pool.map(self.pixels, batch))
+        if len(batch) == 1:
+            return [self.pixels(batch[0])]
+        # An open file or a PIL image may occur twice in a list, and neither is for two threads at once.
+        apart = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in batch)
+        with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1) if apart else 1) as pool:
+            return list(pool.map(self._numbered_pixels, range(len(batch)), batch))
+
+    def _numbered_pixels(self, number: int, picture: Picture) -> Pixels:
+        try:
+            return self.pixels(picture)
+        except OSError as error:
+            raise type(error)(f"picture {number}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"picture {number}: {error}") from None
 
     def _sized(self, image: Image.Image, name: str) -> Image.Image:
         steps = self.preprocessing

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,24 @@ def test_pictures_of_different_final_sizes_are_named(tmp_path):
     Image.new("RGB", (31, 29)).save(tmp_path / "cat.png")
     with pytest.raises(ValueError, match=r"29x31 \(.*cat\.png, picture 0\), 37x41 \(.*ndarray.*, picture 2\)"):
         NATIVE([tmp_path / "cat.png", noise(29, 31, 3), noise(37, 41, 3)])
+
+
+def test_a_bad_picture_among_good_ones_is_counted_out(tmp_path):
+    with pytest.raises(ValueError, match="picture 2: picture of 0 bytes is empty"):
+        FIXED([noise(61, 97, 3), noise(97, 61, 3), b""])
+    with pytest.raises(FileNotFoundError, match=r"picture 1: .*nowhere\.jpg does not exist"):
+        FIXED([noise(61, 97, 3), tmp_path / "nowhere.jpg"])
+
+
+def test_pixels_may_be_made_in_many_threads(tmp_path):
+    files = []
+    for number, kind in enumerate(["png", "webp", "gif", "tiff", "bmp", "jpg", "ppm"] * 3):
+        files.append(tmp_path / f"{number}.{kind}")
+        Image.fromarray(noise(61, 97, 3, seed=number)).save(files[-1])
+    wanted = [FIXED.pixels(file) for file in files]
+    with ThreadPoolExecutor(7) as pool:
+        for ours, alone in zip(pool.map(FIXED.pixels, files), wanted, strict=True):
+            assert (ours == alone).all()
 
 
 def test_an_empty_list_is_refused():
@@ -308,6 +327,14 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path):
     assert np.abs(levels(NATIVE.pixels(tmp_path / "phone.heic")) - [200, 30, 60]).max() <= 2
 
 
+def test_the_limit_of_pixels_holds_for_heic_too(monkeypatch, tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 48))).save(tmp_path / "phone.heic")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="64x48 pixels, more than"):
+        NATIVE.pixels(tmp_path / "phone.heic")
+
+
 def test_heic_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     with pytest.raises(ValueError, match=r"HEIC.*pip install 'mlx-aimv2\[heic\]'"):
@@ -463,6 +490,13 @@ def test_spellings_of_preprocessor_config(change, wanted):
 def test_transformers_5_keeps_the_same_in_processor_config(tmp_path):
     file = stored(tmp_path, {"image_processor": CLIP, "processor_class": "CLIPProcessor"}, "processor_config.json")
     assert Aimv2Processor.from_folder(file).preprocessing.crop == (56, 42)
+
+
+def test_a_processor_config_without_settings_is_refused_or_passed_over(tmp_path):
+    with pytest.raises(ValueError, match=r"processor_config\.json: image_processor must be a JSON object"):
+        Aimv2Processor.from_folder(stored(tmp_path, {"image_processor": "CLIP"}, "processor_config.json"))
+    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json"):
+        Aimv2Processor.from_folder(stored(tmp_path, {"processor_class": "CLIPProcessor"}, "processor_config.json"))
 
 
 TIMM = {
