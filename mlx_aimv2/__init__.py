@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlx_aimv2.classify import ZeroShotClassifier, zero_shot
     from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
     from mlx_aimv2.loading import load
     from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
@@ -23,7 +24,9 @@ __all__ = [
     "Aimv2TextModel",
     "Aimv2VisionConfig",
     "Aimv2VisionModel",
+    "ZeroShotClassifier",
     "load",
+    "zero_shot",
 ]
 
 _HOME = {
@@ -34,7 +37,9 @@ _HOME = {
     "Aimv2TextModel": "model",
     "Aimv2VisionModel": "model",
     "Aimv2Processor": "processor",
+    "ZeroShotClassifier": "classify",
     "load": "loading",
+    "zero_shot": "classify",
 }
 """Public name -> the file that it is defined in."""
 

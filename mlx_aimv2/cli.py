@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 VERBS = {
     "convert": "mlx_aimv2.convert",
+    "classify": "mlx_aimv2.commands.classify",
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 

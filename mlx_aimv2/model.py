@@ -234,9 +234,9 @@ class Aimv2Model(nn.Module):
 
 
 def unit_length(x: mx.array) -> mx.array:
-    """Each vector divided by its length, `(B, D) -> (B, D)` in float32."""
+    """Each vector divided by its length, `(B, D) -> (B, D)` in float32; zero stays zero, as in Apple's code."""
     x = x.astype(mx.float32)
-    return x / mx.linalg.norm(x, axis=-1, keepdims=True)
+    return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _blocks(config: Aimv2VisionConfig | Aimv2TextConfig) -> list[layers.Block]:

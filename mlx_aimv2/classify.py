@@ -1,0 +1,208 @@
+"""Which of these words fits a picture: classes from their names alone, without training (LiT only)?
+
+labels x templates -> texts -> one unit vector per label; picture -> unit vector; scaled cosines -> probabilities
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2.model import LIT_CHECKPOINT, Aimv2Model, Aimv2VisionModel, unit_length
+from mlx_aimv2.pictures import Picture
+from mlx_aimv2.processor import Aimv2Processor, Pixels
+
+TEMPLATES = ("a photo of a {}",)
+"""Sentences that a label is put into unless others are given."""
+
+PLACE = "{}"
+"""Where in a template the label goes."""
+
+TOKENS_AT_ONCE = 4096
+"""Tokens in one call of the model: enough to fill a GPU, and much larger batches are slower."""
+
+Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """How well each of T labels fits one picture: `logits` (T,) and `probabilities` (T,), which sum to 1.
+
+    Both are float32 and in the order of `labels`. The probabilities say how the labels share the picture among
+    themselves, not whether any of them is right.
+    """
+
+    labels: tuple[str, ...]
+    logits: Floats
+    probabilities: Floats
+
+    @property
+    def label(self) -> str:
+        """The label that fits best."""
+        return self.top(1)[0][0]
+
+    def top(self, count: int | None = None) -> list[tuple[str, float]]:
+        """The `count` best labels (None: all) with their probabilities, best first."""
+        order = np.argsort(-self.logits, kind="stable")[:count]
+        return [(self.labels[i], float(self.probabilities[i])) for i in order]
+
+
+class ZeroShotClassifier:
+    """Classes made of words: the labels are read once and then compared with any number of pictures."""
+
+    def __init__(
+        self,
+        model: Aimv2Model | Aimv2VisionModel,
+        processor: Aimv2Processor,
+        labels: Sequence[str],
+        *,
+        templates: str | Sequence[str] = TEMPLATES,
+    ) -> None:
+        """Reads the labels in every template; several templates of one label are averaged.
+
+        Raises ValueError for a checkpoint without a text tower, for labels and templates that make no classes, and
+        FileNotFoundError for missing tokenizer files; no picture is needed for that.
+        """
+        self.labels = check_labels(labels)
+        self.templates = check_templates(templates)
+        if not isinstance(model, Aimv2Model):
+            raise ValueError(f"this checkpoint has no text tower to read labels with; {LIT_CHECKPOINT} has one")
+        self._model = model
+        self._processor = processor
+        self.text_embeds = self._read()
+        """One vector per label, (T, E) float32 of unit length."""
+
+    def __call__(self, pictures: Picture | Sequence[Picture]) -> list[Prediction]:
+        """One picture or several -> a prediction for each. Raises what the first unreadable picture raises."""
+        predictions = []
+        for result in self.each(pictures if isinstance(pictures, (list, tuple)) else [pictures]):  # type: ignore[list-item]
+            if isinstance(result, Exception):
+                raise result
+            predictions.append(result)
+        return predictions
+
+    def each(self, pictures: Sequence[Picture]) -> Iterator[Prediction | OSError | ValueError]:
+        """Predictions in the pictures' order; a picture that cannot be read gives its error instead of one.
+
+        Pictures are decoded in other threads while the model works on those before them.
+        """
+        tokens = self._model.vision.config.num_patches
+        size = TOKENS_AT_ONCE // tokens or 1 if tokens else 1
+        # An open PIL image or file may occur twice, and is not for two threads.
+        files = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in pictures)
+        with ThreadPoolExecutor(min(size, os.cpu_count() or 1) if files else 1) as pool:
+            ahead = self._submit(pool, pictures[:size])
+            for start in range(0, len(pictures), size):
+                decoded = [future.result() for future in ahead]
+                ahead = self._submit(pool, pictures[start + size : start + 2 * size])
+                arrays = [array for array in decoded if isinstance(array, np.ndarray)]
+                predictions = iter(self.predict(mx.array(np.stack(arrays))) if arrays else ())
+                for array in decoded:
+                    yield next(predictions) if isinstance(array, np.ndarray) else array
+
+    def predict(self, pixels: mx.array) -> list[Prediction]:
+        """What the processor made of pictures, `(B, H, W, 3) -> B predictions`."""
+        logits = self._model.logits(unit_length(self._model.encode_image(pixels)), self.text_embeds)  # (B, T)
+        pairs = zip(np.array(logits), np.array(mx.softmax(logits, axis=-1)), strict=True)
+        return [Prediction(self.labels, *pair) for pair in pairs]
+
+    def _submit(self, pool: ThreadPoolExecutor, pictures: Sequence[Picture]) -> list[Future[Any]]:
+        return [pool.submit(_pixels_or_error, self._processor, picture) for picture in pictures]
+
+    def _read(self) -> mx.array:
+        """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
+        texts = [template.replace(PLACE, label) for label in self.labels for template in self.templates]
+        ids = np.array(self._processor.tokenize(texts))
+        _check_distinct(ids, self.labels, self.templates)
+        vectors = encode_ids(self._model, ids).reshape(len(self.labels), len(self.templates), -1)
+        text_embeds = unit_length(mx.array(vectors.mean(axis=1)))
+        mx.eval(text_embeds)
+        return text_embeds
+
+
+def zero_shot(
+    model: Aimv2Model | Aimv2VisionModel,
+    processor: Aimv2Processor,
+    pictures: Picture | Sequence[Picture],
+    labels: Sequence[str],
+    *,
+    templates: str | Sequence[str] = TEMPLATES,
+) -> list[Prediction]:
+    """Which label fits each picture: one picture or several, T labels `-> a Prediction for each picture`.
+
+    For more than one call with the same labels, make a `ZeroShotClassifier` once.
+    """
+    return ZeroShotClassifier(model, processor, labels, templates=templates)(pictures)
+
+
+def encode_ids(model: Aimv2Model, ids: np.ndarray[Any, Any]) -> Floats:
+    """Unit vectors of many texts, `(T, L) -> (T, E)` float32, in batches of texts of like length.
+
+    What follows a text's end changes nothing, so each batch is cut to its longest text.
+    """
+    lengths = (ids == model.config.text_config.eos_token_id).argmax(axis=1) + 1
+    order = np.argsort(-lengths, kind="stable")
+    vectors = np.empty((len(ids), model.config.projection_dim), np.float32)
+    start = 0
+    while start < len(ids):
+        length = lengths[order[start]]
+        rows = order[start : start + max(1, TOKENS_AT_ONCE // length)]
+        vectors[rows] = np.array(unit_length(model.encode_text(mx.array(ids[rows, :length]))))
+        start += len(rows)
+    return vectors
+
+
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels, if classes can be made of them; else ValueError says which one is wrong."""
+    if isinstance(labels, str):
+        raise ValueError(f"labels must be a list of strings, got one string: {labels!r:.60}")
+    for number, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise ValueError(f"label {number} is not a string but {type(label).__name__}: {label!r:.60}")
+        if not label.strip():
+            raise ValueError(f"label {number} is empty")
+    if not labels:
+        raise ValueError("no labels: give at least two")
+    if len(labels) == 1:
+        raise ValueError(f"one label alone ({labels[0]}) fits every picture with probability 1: give at least two")
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise ValueError(f"labels given more than once: {', '.join(twice)}")
+    return tuple(labels)
+
+
+def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """The templates, if every one has a place for the label; else ValueError says which has not."""
+    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not templates:
+        raise ValueError(f"no templates: give at least one, such as {TEMPLATES[0]!r}")
+    for template in templates:
+        if not isinstance(template, str) or PLACE not in template:
+            raise ValueError(f"template {template!r} has no {PLACE} where the label goes, as in {TEMPLATES[0]!r}")
+    return templates
+
+
+def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str], templates: Sequence[str]) -> None:
+    """Labels that differ only in capitals, or beyond the context, are the same text to the model."""
+    by_template = ids.reshape(len(labels), len(templates), -1)
+    for k, template in enumerate(templates):
+        first: dict[bytes, str] = {}
+        for label, row in zip(labels, by_template[:, k], strict=True):
+            if (other := first.setdefault(row.tobytes(), label)) != label:
+                raise ValueError(
+                    f"{other!r:.60} and {label!r:.60} are the same text to the model in {template!r:.60}: "
+                    f"capitals do not count, nor does what lies beyond the context"
+                )
+
+
+def _pixels_or_error(processor: Aimv2Processor, picture: Picture) -> Pixels | OSError | ValueError:
+    try:
+        return processor.pixels(picture)
+    except (OSError, ValueError) as error:
+        return error

@@ -1,0 +1,58 @@
+"""What do the tests of words and pictures run on? A small random pair with the small trained vocabulary.
+
+Random weights know no cat from a dog: the tests here are about arithmetic and messages, never about quality.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextConfig, Aimv2VisionConfig, names
+from mlx_aimv2.preprocessing import published
+from mlx_aimv2.processor import Aimv2Processor
+
+GOLDEN = Path(__file__).parent / "golden"
+REFERENCE = GOLDEN / "reference" / "lit"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+CONFIG = Aimv2Config(
+    Aimv2VisionConfig(60, 77, 3, 5, image_size=42, use_head=True),
+    Aimv2TextConfig(778, 36, 53, 2, 3, max_position_embeddings=23, eos_token_id=777),
+    projection_dim=29,
+)
+
+
+def small_lit(config: Aimv2Config = CONFIG, *, seed: int = 7) -> Aimv2Model:
+    """A pair whose weights are random, its norms' included, with a logit scale above the limit as the trained one."""
+    dice = np.random.default_rng(seed)
+    model = Aimv2Model(config)
+    weights = []
+    for name, parameter in tree_flatten(model.parameters()):
+        values = dice.normal(size=parameter.shape, scale=max(parameter.shape[-1:], default=1) ** -0.5 * 1.5)
+        if "norm" in name:
+            values = dice.uniform(0.5, 1.5, parameter.shape)
+        elif "embed" in name:
+            values *= 3  # so that different words and places differ
+        weights.append((name, mx.array(values.astype(np.float32))))
+    model.load_weights(weights)
+    model.logit_scale = mx.array(4.75)
+    return model
+
+
+def write(folder: Path, *, model: Aimv2Model | None = None, files: tuple[str, ...] = TOKENIZER_FILES) -> Path:
+    """A folder in Apple's layout with the pair, a preprocessor_config.json and these tokenizer files."""
+    model = model or small_lit()
+    folder.mkdir(parents=True, exist_ok=True)
+    match = names.layout_for("apple", pair=True)
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(match.to_theirs(dict(tree_flatten(model.parameters()))))
+    )
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+    Aimv2Processor(published(model.config.vision_config.image_size)).save_to(folder)
+    for name in files:
+        shutil.copy(GOLDEN / "tokenizer" / name, folder / name)
+    return folder
