@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -37,6 +38,9 @@ OIHW = Turn(
 )
 # A position table with an axis for the batch.
 BATCHED = Turn(lambda x: x[0], lambda x: x[None], lambda s: s[1:] if len(s) == 3 else s, lambda s: (1, *s))
+
+_BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
+"""Where a tensor's name has the number of its block, in every layout."""
 
 PATCH_CONV = "patch_embed.proj.weight"
 
@@ -176,10 +180,25 @@ class Match:
     prefix: str
     left: tuple[str, ...]
 
+    @cached_property
+    def _by_name(self) -> Mapping[str, Row]:
+        return {row.ours: row for row in self.rows}
+
+    def row(self, ours: str) -> Row:
+        """The row of one tensor, `our name -> Row` with the number of its block and the prefix filled in."""
+        pattern, number = split_number(ours)
+        row = self._by_name[pattern]
+        return Row(ours, tuple(self.prefix + name.replace("{i}", number) for name in row.theirs), row.turn)
+
     def our_shapes(self, found: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes under our names, where every part of the tensor is there: `{their name: shape} -> {our name: shape}`."""
+        ours_of = {self.prefix + name: row.ours for row in self.rows for name in row.theirs}
         shapes: dict[str, tuple[int, ...]] = {}
-        for row in self._expanded(_depths(found, self.prefix)):
+        for theirs in found:
+            pattern, number = split_number(theirs)
+            if pattern not in ours_of:
+                continue
+            row = self.row(ours_of[pattern].replace("{i}", number))
             parts = [found[name] for name in row.theirs if name in found]
             if len(parts) == len(row.theirs) and all(len(part) == len(parts[0]) for part in parts):
                 joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
@@ -190,10 +209,9 @@ class Match:
         """What this layout must hold for a model of ours: `{our name: shape} -> {their name: shape}`, exactly."""
         if self.layout.name == OURS:  # also for the scales and biases of quantized layers, which no row lists
             return {self.prefix + name: shape for name, shape in ours.items()}
-        rows = {row.ours: row for row in self._expanded(_depths(ours, ""))}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in ours.items():
-            row = rows[name]
+            row = self.row(name)
             theirs = row.turn.shape_to_theirs(shape)
             parts = len(row.theirs)
             shapes |= dict.fromkeys(row.theirs, (theirs[0] // parts, *theirs[1:]) if parts > 1 else theirs)
@@ -206,32 +224,20 @@ class Match:
         """
         if self.layout.name == OURS:
             return {name: tensors.pop(self.prefix + name) for name in wanted}
-        rows = {row.ours: row for row in self._expanded(_depths(tensors, self.prefix))}
         arrays: dict[str, mx.array] = {}
         for name in wanted:
-            row = rows[name]
+            row = self.row(name)
             parts = [tensors.pop(part) for part in row.theirs]
             arrays[name] = row.turn.array_to_ours(mx.concatenate(parts) if len(parts) > 1 else parts[0])
         return arrays
 
-    def to_theirs(self, arrays: Mapping[str, mx.array]) -> Iterator[tuple[str, mx.array]]:
-        """Translates back, one tensor at a time: `{our name: array} -> (their name, array), …`."""
-        rows = {row.ours: row for row in self._expanded(_depths(arrays, ""))}
-        for name, array in arrays.items():
-            row = rows[name]
+    def to_theirs(self, arrays: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
+        """Translates back, one tensor at a time: `(our name, array), … -> (their name, array), …`."""
+        for name, array in arrays:
+            row = self.row(name)
             turned = row.turn.array_to_theirs(array)
             parts = mx.split(turned, len(row.theirs)) if len(row.theirs) > 1 else [turned]
             yield from zip(row.theirs, parts, strict=True)
-
-    def _expanded(self, depths: Mapping[str, int]) -> Iterator[Row]:
-        for row in self.rows:
-            tower = "text" if row.ours.startswith("text_model.") else "vision"
-            for i in range(depths[tower]) if "{i}" in row.ours else (0,):
-                yield Row(
-                    row.ours.replace("{i}", str(i)),
-                    tuple(self.prefix + name.replace("{i}", str(i)) for name in row.theirs),
-                    row.turn,
-                )
 
 
 def layout_for(name: str, *, pair: bool) -> Match:
@@ -243,10 +249,7 @@ def layout_for(name: str, *, pair: bool) -> Match:
     return Match(layout, rows, "", ())
 
 
-def _depths(names: Iterable[str], prefix: str) -> dict[str, int]:
-    depths = {"vision": 0, "text": 0}
-    for name in names:
-        if name.startswith(prefix) and (found := re.search(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.", name[len(prefix) :])):
-            tower = "text" if name[len(prefix) :].startswith(("text_model.", "text_encoder.")) else "vision"
-            depths[tower] = max(depths[tower], int(found[1]) + 1)
-    return depths
+def split_number(name: str) -> tuple[str, str]:
+    """The pattern of a name and the number of its block: `blocks.7.norm1.weight -> (blocks.{i}.norm1.weight, 7)`."""
+    found = _BLOCK_NUMBER.search(name)
+    return (f"{name[: found.start(1)]}{{i}}{name[found.end(1) :]}", found[1]) if found else (name, "")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from mlx_aimv2.config import Shapes
-from mlx_aimv2.names import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row
+from mlx_aimv2.names import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row, split_number
 
 _NOT_AIMV2 = {
     r"(^|\.)(cls_token|class_token|cls_embed\w*|class_embedding)$": "a CLS token",
@@ -23,8 +23,6 @@ _NOT_AIMV2 = {
 }
 """Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
 
-_NUMBERED = re.compile(r"((?:^|.*?\.)(?:blocks|layers)\.)(\d+)(\..*)")
-
 
 def recognise(shapes: Shapes) -> Match:
     """Finds the layout that explains most of the tensors: `{their name: shape} -> Match`.
@@ -32,7 +30,7 @@ def recognise(shapes: Shapes) -> Match:
     Raises ValueError with the known layouts and the first foreign names when none explains half of a tower, and with
     the reason when the tower has parts that AIMv2 has not.
     """
-    patterns = {_pattern(name) for name in shapes}
+    patterns = {split_number(name)[0] for name in shapes}
     candidates = [
         (len(patterns & {prefix + name for row in rows for name in row.theirs}), layout, rows, prefix)
         for layout in LAYOUTS.values()
@@ -49,7 +47,7 @@ def recognise(shapes: Shapes) -> Match:
         )
     known = {prefix + name for row in rows for name in row.theirs}
     inside = [name for name in shapes if name.startswith(prefix)]
-    if parts := _foreign_parts(name for name in inside if _pattern(name) not in known):
+    if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
         raise ValueError(f"the names are those of the {layout.name} layout{_because(parts)}")
     return Match(layout, rows, prefix, tuple(sorted(set(shapes) - set(inside))))
 
@@ -80,11 +78,8 @@ def listed(names: Iterable[str]) -> str:
     """All names in one line; those that differ only in the number of their block share an entry."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
-        numbered = _NUMBERED.fullmatch(name)
-        if numbered is None:
-            groups[name] = []
-        else:
-            groups.setdefault(f"{numbered[1]}{{i}}{numbered[3]}", []).append(int(numbered[2]))
+        pattern, number = split_number(name)
+        groups.setdefault(pattern, []).append(int(number or 0))
     return ", ".join(name.replace("{i}", _ranges(numbers)) for name, numbers in groups.items())
 
 
@@ -114,10 +109,6 @@ def _because(parts: dict[str, str]) -> str:
         return ""
     each = " and ".join(f"{what} ({name})" for what, name in parts.items())
     return f", but there is {each}: AIMv2 has none, so this is another network"
-
-
-def _pattern(name: str) -> str:
-    return _NUMBERED.sub(r"\1{i}\3", name)
 
 
 def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:

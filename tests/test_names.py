@@ -150,7 +150,7 @@ def random_weights(kind: str) -> dict[str, mx.array]:
 @pytest.mark.parametrize(("layout", "kind"), CASES, ids=map(" ".join, CASES))
 def test_there_and_back_is_exact(layout, kind):
     ours = random_weights(kind)
-    theirs = dict(layout_for(layout, pair=kind == "lit").to_theirs(ours))
+    theirs = dict(layout_for(layout, pair=kind == "lit").to_theirs(ours.items()))
     match = recognise({name: tuple(array.shape) for name, array in theirs.items()})
     assert match.layout.name == layout
     back = match.to_ours(theirs, list(ours))
@@ -161,7 +161,7 @@ def test_there_and_back_is_exact(layout, kind):
 
 def test_query_key_and_value_are_thirds_of_one_matrix_in_that_order():
     ours = random_weights("fixed")
-    theirs = dict(layout_for("transformers", pair=False).to_theirs(ours))
+    theirs = dict(layout_for("transformers", pair=False).to_theirs(ours.items()))
     qkv = ours["blocks.1.attn.qkv.weight"]
     for third, letter in enumerate("qkv"):
         part = theirs[f"encoder.layers.1.attention.{letter}_proj.weight"]
@@ -170,7 +170,7 @@ def test_query_key_and_value_are_thirds_of_one_matrix_in_that_order():
 
 def test_the_patch_convolution_has_its_channels_first_elsewhere_and_last_here():
     ours = random_weights("fixed")
-    theirs = dict(layout_for("apple", pair=False).to_theirs(ours))
+    theirs = dict(layout_for("apple", pair=False).to_theirs(ours.items()))
     conv, turned = ours["patch_embed.proj.weight"], theirs["preprocessor.patchifier.proj.weight"]
     assert turned.shape == (22, 3, 5, 5)
     assert turned[7, 2, 1, 4].item() == conv[7, 1, 4, 2].item()
@@ -181,7 +181,7 @@ def test_gate_and_up_keep_their_roles():
     wanted = {"apple": ("fc1", "fc3", "fc2"), "timm": ("fc1_g", "fc1_x", "fc2")}
     wanted["transformers"] = ("gate_proj", "up_proj", "down_proj")
     for layout, names in wanted.items():
-        theirs = dict(layout_for(layout, pair=False).to_theirs(ours))
+        theirs = dict(layout_for(layout, pair=False).to_theirs(ours.items()))
         for part, name in zip(("gate", "up", "down"), names, strict=True):
             found = [array for key, array in theirs.items() if re.search(rf"\b1\.(mlp|ffn)\.{name}\.weight$", key)]
             assert len(found) == 1
@@ -189,7 +189,7 @@ def test_gate_and_up_keep_their_roles():
 
 
 def test_translating_frees_what_it_used():
-    theirs = dict(layout_for("apple", pair=False).to_theirs(random_weights("fixed")))
+    theirs = dict(layout_for("apple", pair=False).to_theirs(random_weights("fixed").items()))
     recognise({name: tuple(array.shape) for name, array in theirs.items()}).to_ours(theirs, ["norm.weight"])
     assert "trunk.post_trunk_norm.weight" not in theirs
 

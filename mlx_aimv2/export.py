@@ -1,0 +1,77 @@
+"""How does a model go back to PyTorch: a folder in transformers' or Apple's layout?
+
+Dense weights under that layout's names and axes, its spelling of config.json, and the source's other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_aimv2 import folder
+from mlx_aimv2.checkpoint import INDEX_FILE
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
+from mlx_aimv2.loading import Source
+from mlx_aimv2.names import layout_for
+
+METADATA = {"format": "pt"}
+"""What PyTorch's readers ask of a safetensors header."""
+
+
+def save(source: Source, weights: Iterator[tuple[str, mx.array]], place: Path, *, layout: str, dtype: mx.Dtype) -> None:
+    """Writes a PyTorch-style folder into `place`: weights under `layout`'s names, its config.json, the companions.
+
+    `weights` gives `(our name, array)` one after another, dense and in `dtype` already; memory holds one shard.
+    """
+    match = layout_for(layout, pair=isinstance(source.config, Aimv2Config))
+    folder.save_weights(place, match.to_theirs(weights), metadata=METADATA)
+    if (place / "model.safetensors").is_file():
+        (place / INDEX_FILE).unlink()  # PyTorch's readers expect it only beside shards
+    folder.save_config(place, config_for(source.config, layout) | {"torch_dtype": str(dtype).rpartition(".")[2]})
+    folder.copy_companions(source.origin.folder, place)
+
+
+def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:
+    """The content of config.json in a layout's spelling. Raises ValueError for a layout that is not exported."""
+    if layout not in _SPELLINGS:
+        raise ValueError(f"the layouts to export are {' and '.join(_SPELLINGS)}, got {layout}")
+    return _SPELLINGS[layout](config)
+
+
+def _transformers(config: AnyConfig) -> dict[str, Any]:
+    architecture = "Aimv2Model" if isinstance(config, Aimv2Config) else "Aimv2VisionModel"
+    return {"architectures": [architecture], **config.to_dict()}
+
+
+def _apple(config: AnyConfig) -> dict[str, Any]:
+    common = {"architectures": ["AIMv2Model"], "model_type": "aimv2"}
+    if isinstance(config, Aimv2VisionConfig):
+        return common | _apple_vision(config)
+    return common | {
+        "projection_dim": config.projection_dim,
+        "max_logit_scale": config.max_logit_scale,
+        "init_temperature": 0.07,
+        "vision_config": _apple_vision(config.vision_config) | {"num_queries": 1, "is_causal": False},
+        "text_config": _apple_text(config.text_config) | {"is_causal": True},
+    }
+
+
+def _apple_vision(config: Aimv2VisionConfig) -> dict[str, Any]:
+    values = {key: getattr(config, key) for key in (*_TOWER, "num_channels", "patch_size", "image_size")}
+    # Apple says native by leaving image_size out.
+    return _APPLE_FIXED | {key: value for key, value in values.items() if value is not None}
+
+
+def _apple_text(config: Aimv2TextConfig) -> dict[str, Any]:
+    values = {key: getattr(config, key) for key in (*_TOWER, "vocab_size", "eos_token_id")}
+    return _APPLE_FIXED | values | {"max_context_length": config.max_position_embeddings}
+
+
+_TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+
+_APPLE_FIXED = {"attention_dropout": 0.0, "projection_dropout": 0.0, "qkv_bias": False, "use_bias": False}
+
+_SPELLINGS: dict[str, Callable[[AnyConfig], dict[str, Any]]] = {"transformers": _transformers, "apple": _apple}

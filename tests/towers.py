@@ -1,0 +1,44 @@
+"""Which small checkpoints do several tests start from: the reference folders, and a random pair in Apple's layout?"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
+from mlx_aimv2.export import config_for
+from mlx_aimv2.loading import build, parameter_shapes
+from mlx_aimv2.names import layout_for
+
+FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
+NATIVE = FIXED.parent / "native"
+
+LIT = Aimv2Config(
+    Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5, use_head=True),
+    Aimv2TextConfig(31, 14, 17, 3, 2, 11, 30),
+    projection_dim=19,
+)
+
+
+def random_weights(config: AnyConfig) -> dict[str, mx.array]:
+    """Weights of every parameter, under our names."""
+    shapes = parameter_shapes(build(config))
+    keys = mx.random.split(mx.random.key(3), len(shapes))
+    return {
+        name: 0.3 * mx.random.normal(shape, key=key) for (name, shape), key in zip(shapes.items(), keys, strict=True)
+    }
+
+
+def write(folder: Path, tensors: Mapping[str, mx.array], config: object) -> Path:
+    """A checkpoint folder of these tensors."""
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tensors), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_lit(folder: Path) -> Path:
+    """A random pair of towers in Apple's layout."""
+    tensors = layout_for("apple", pair=True).to_theirs(random_weights(LIT).items())
+    return write(folder, dict(tensors), config_for(LIT, "apple") | {"torch_dtype": "float32"})
