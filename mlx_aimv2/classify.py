@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
@@ -81,8 +81,9 @@ class ZeroShotClassifier:
 
     def __call__(self, pictures: Picture | Sequence[Picture]) -> list[Prediction]:
         """One picture or several -> a prediction for each. Raises what the first unreadable picture raises."""
+        many = isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
         predictions = []
-        for result in self.each(pictures if isinstance(pictures, (list, tuple)) else [pictures]):  # type: ignore[list-item]
+        for result in self.each(list(cast("Sequence[Picture]", pictures)) if many else [cast("Picture", pictures)]):
             if isinstance(result, Exception):
                 raise result
             predictions.append(result)

@@ -48,9 +48,7 @@ def write(folder: Path, *, model: Aimv2Model | None = None, files: tuple[str, ..
     model = model or small_lit()
     folder.mkdir(parents=True, exist_ok=True)
     match = names.layout_for("apple", pair=True)
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(match.to_theirs(dict(tree_flatten(model.parameters()))))
-    )
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(match.to_theirs(tree_flatten(model.parameters()))))
     (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
     Aimv2Processor(published(model.config.vision_config.image_size)).save_to(folder)
     for name in files:
