@@ -2,11 +2,14 @@
 
 `config.json`, `model.safetensors` (or numbered shards), `model.safetensors.index.json`, and whatever the source carried
 beside its weights. Everything is written into a hidden folder beside the target, which is renamed when it is complete.
+A process that is killed leaves its hidden folder behind; the next one that writes to the same target removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -17,12 +20,16 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_aimv2 import tensorfile
 from mlx_aimv2.checkpoint import COMPANIONS, CONFIG_FILE, INDEX_FILE
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""
 
 METADATA = {"format": "mlx"}
+
+UNFINISHED = ".unfinished"
+"""How the name of a hidden folder ends while it is being written."""
 
 
 def check_target(path: Path) -> None:
@@ -39,8 +46,11 @@ def check_target(path: Path) -> None:
 def appearing(path: Path) -> Iterator[Path]:
     """A folder to write into that takes the name `path` only if the block ends well, and vanishes otherwise."""
     check_target(path)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent, path.name)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=parent))
+    lock = _locked(beside)
     try:
         yield beside
         beside.chmod(0o777 & ~_umask())  # mkdtemp's folders are private, a result is as public as its neighbours
@@ -49,11 +59,15 @@ def appearing(path: Path) -> Iterator[Path]:
         check_target(path)
         beside.rename(path)
     except OSError as error:
-        if error.filename is None and error.strerror is None:
+        if error.strerror is None:
             raise
-        raise type(error)(f"Cannot save to the path {path}: {error.strerror or error}.") from None
+        elsewhere = error.filename is not None and not str(error.filename).startswith(str(beside))
+        what = error.filename if elsewhere else f"Cannot save to the path {path}"
+        raise type(error)(f"{what}: {error.strerror}.") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def save_weights(
@@ -62,39 +76,32 @@ def save_weights(
     *,
     metadata: dict[str, str] = METADATA,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes tensors as one file or as numbered shards, with the index, holding one shard in memory.
+    total_parameters: int | None = None,
+) -> int:
+    """Writes lazy tensors as one file or as numbered shards, with the index; returns the bytes of all tensors.
 
-    `weights` gives `(name, array)` one after another; each array is evaluated when it comes and freed with its shard.
+    One tensor after another is computed, written and freed. `total_parameters` is for the index where packed tensors
+    hold more numbers than they have elements.
     """
-    shards: list[list[str]] = []
-    shard: dict[str, mx.array] = {}
-    held = total_size = total_parameters = 0
-
-    def close_shard() -> None:
-        # The count of shards is known at the end, so the files get their final names then.
-        mx.save_safetensors(str(folder / f"shard-{len(shards)}.safetensors"), shard, metadata=metadata)
-        shards.append(list(shard))
-        shard.clear()
-
+    shards: list[dict[str, mx.array]] = [{}]
+    held = total_size = elements = 0
     for name, array in weights:
-        mx.eval(array)
-        if shard and held + array.nbytes > shard_bytes:
-            close_shard()
+        if shards[-1] and held + array.nbytes > shard_bytes:
+            shards.append({})
             held = 0
-        shard[name] = array
+        shards[-1][name] = array
         held += array.nbytes
         total_size += array.nbytes
-        total_parameters += array.size
-    close_shard()
+        elements += array.size
     count = len(shards)
     weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        final = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        (folder / f"shard-{i}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    metadata_of_index = {"total_size": total_size, "total_parameters": total_parameters}
-    write_json(folder / INDEX_FILE, {"metadata": metadata_of_index, "weight_map": dict(sorted(weight_map.items()))})
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        tensorfile.write(folder / file, shard, metadata=metadata)
+    about = {"total_size": total_size, "total_parameters": total_parameters or elements}
+    write_json(folder / INDEX_FILE, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
+    return total_size
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:
@@ -116,6 +123,29 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
                 shutil.copyfile(file, folder / file.name)
                 copied.append(file.name)
     return copied
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Removes the hidden folders of processes that were killed: the lock of a folder ends with the process."""
+    for folder in parent.glob(f".{glob.escape(name)}.*{UNFINISHED}"):
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock, which ends with the process; None if another process holds it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another process, or a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _umask() -> int:

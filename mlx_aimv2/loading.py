@@ -15,9 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import checkpoint, names, quantize, recognition
-from mlx_aimv2.config import Aimv2Config, AnyConfig, disagreements, read_config
+from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.spellings import disagreements, read_config
 
 AnyModel = Aimv2VisionModel | Aimv2Model
 
@@ -81,7 +82,7 @@ def load(
     model = build(source.config)
     processor = Aimv2Processor.from_folder(source.origin.folder, config=source.config)
     if source.quantization is not None and keep_quantized:
-        quantize.apply_structure(model, source.quantization)
+        quantize.apply_structure(model, source.quantization, source.weights)
     elif source.quantization is not None:
         source.weights = quantize.dequantized(source.weights, source.quantization)
     fill(model, source.weights, dtype=wanted, lazy=lazy)
@@ -103,7 +104,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     config = _naming(origin, lambda: read_config(origin.config, shapes))
     model = build(config)
     if quantization is not None:
-        _naming(origin, lambda: quantize.apply_structure(model, quantization))
+        _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
     wanted = parameter_shapes(model)
     their_wanted = match.their_shapes(wanted)
     if lines := recognition.differences(their_wanted, origin.shapes, match):

@@ -7,7 +7,7 @@ together they are small, and the head and the projections are the last thing tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,16 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
     Raises ValueError with what there is.
     """
     if mode not in MODES:
-        raise ValueError(f"--q-mode must be {', '.join(MODES)}, got {mode}")
+        raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode}")
     known = MODES[mode]
     settings = {
         "group_size": known.group_sizes[0] if group_size is None else group_size,
         "bits": known.bits[0] if bits is None else bits,
         "mode": mode,
     }
-    for key, flag, choices in (("group_size", "--q-group-size", known.group_sizes), ("bits", "--q-bits", known.bits)):
+    for key, choices in (("group_size", known.group_sizes), ("bits", known.bits)):
         if settings[key] not in choices:
-            raise ValueError(f"{flag} must be {_or(choices)} with --q-mode {mode}, got {settings[key]}")
+            raise ValueError(f"q_{key} must be {_or(choices)} with q_mode {mode}, got {settings[key]}")
     return settings
 
 
@@ -107,22 +107,26 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items(), key=_in_order))
 
 
-def apply_structure(model: nn.Module, quantization: Quantization) -> None:
-    """Turns the layers that the section names into quantized ones, in place; their weights come later."""
-    nn.quantize(model, class_predicate=lambda path, layer: layer_settings(path, layer, quantization))
+def apply_structure(model: nn.Module, quantization: Quantization, stored: Container[str]) -> None:
+    """Turns layers into quantized ones, in place; their weights come later.
 
+    `stored` are the names of the tensors that there are: under the shared settings a layer is quantized if its
+    `.scales` is among them; a layer with an entry of its own is as that says.
+    """
 
-def layer_settings(path: str, layer: nn.Module, quantization: Quantization) -> dict[str, Any] | bool:
-    """The settings of one layer, False when it stays dense."""
-    return (settings_at(path, quantization) or False) if hasattr(layer, "to_quantized") else False
+    def settings(path: str, layer: nn.Module) -> dict[str, Any] | bool:
+        known = hasattr(layer, "to_quantized") and (path in quantization or f"{path}.scales" in stored)
+        return (settings_at(path, quantization) or False) if known else False
+
+    nn.quantize(model, class_predicate=settings)
 
 
 def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:
     """Group size, bits and mode at a path: its own entry where there is one, else the shared one; empty when dense."""
     entry = quantization.get(path, True)
     if entry is True:
-        return {key: quantization[key] for key in SHARED if key in quantization}
-    return dict(entry) if entry else {}
+        entry = quantization
+    return resolve(**{key: entry[key] for key in SHARED if entry.get(key) is not None}) if entry else {}
 
 
 def packed(

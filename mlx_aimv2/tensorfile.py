@@ -1,0 +1,74 @@
+"""How does a file of weights get to disk without being in memory: one tensor after another?
+
+MLX's own writer takes a whole file's tensors at once, so a shard of 5 GB needs 5 GB. The shapes and dtypes of lazy
+arrays are known before they are computed, so the header can be written first and each tensor computed, written and
+freed in turn. The format is safetensors': the header's length in eight bytes, the header as JSON, the tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+CODES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+"""How safetensors spells the dtypes that a checkpoint may hold."""
+
+ALIGNMENT = 8
+
+
+def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> None:
+    """Writes lazy arrays as one safetensors file and empties `tensors`; memory holds two of them at a time.
+
+    Raises OSError when the disk takes no more, or when the file behind a lazy array can no longer be read.
+    """
+    # A tensor of odd length would put all that follow at odd addresses, so those come last.
+    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    with path.open("wb") as file:
+        file.write(_header(order, tensors, metadata))
+        for array in _computed(order, tensors):
+            file.write(memoryview(array))  # type: ignore[arg-type]
+
+
+def _header(order: list[str], tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ends = list(itertools.accumulate((tensors[name].nbytes for name in order), initial=0))
+    for name, start, end in zip(order, ends, ends[1:], strict=False):
+        array = tensors[name]
+        entries[name] = {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.array]:
+    """Each array in turn, the next one under way while this one is written."""
+    name = ""
+    try:
+        ahead: mx.array | None = None
+        for name in order:
+            array = mx.contiguous(tensors.pop(name))
+            mx.async_eval(array)  # type: ignore[no-untyped-call]
+            if ahead is not None:
+                mx.eval(ahead)
+                yield ahead
+            ahead = array
+            del array
+            mx.clear_cache()  # on Metal the freed buffers would pile up
+        if ahead is not None:
+            mx.eval(ahead)
+            yield ahead
+    except RuntimeError as error:
+        raise OSError(
+            f"the source can no longer be read at {name}: was it cut or changed meanwhile? ({error})"
+        ) from None
