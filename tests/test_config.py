@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.config import disagreements, read_config
+from mlx_aimv2.spellings import disagreements, read_config
 
 SIZES = {"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 5}
 APPLE = {**SIZES, "model_type": "aimv2", "num_channels": 3, "patch_size": 14, "rms_norm_eps": 1e-5, "use_bias": False}
@@ -128,7 +128,7 @@ def test_biases_are_another_network(key):
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"image_size": [42, 56]}, "image_size must be square"),
-        ({"hidden_size": "60"}, "hidden_size must be a int"),
+        ({"hidden_size": "60"}, "hidden_size must be of type int"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be"),
         ({"patch_size": 0}, "patch_size must be positive"),
         ({"num_attention_heads": 7}, "does not divide into 7"),
