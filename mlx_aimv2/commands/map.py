@@ -1,0 +1,127 @@
+"""`mlx-aimv2 map`: what does the model see in each part of a picture, drawn beside the picture?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2 import plot
+from mlx_aimv2.listing import list_pictures, shown
+from mlx_aimv2.loading import load
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_aimv2.model import Aimv2VisionModel
+    from mlx_aimv2.processor import Aimv2Processor
+
+HELP = "draw the dense features of pictures: one colour per patch, or how alike every patch is to one of them"
+
+ENDING = ".png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders or patterns")
+    parser.add_argument("-m", "--model", required=True, metavar="MODEL", help="Hub name or checkpoint folder")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help=f"where to write: a file ending in {ENDING} for one picture, else a folder (default: this folder)",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--pca", action="store_true", help="patches of like colour are alike: three principal components (the default)"
+    )
+    kind.add_argument(
+        "--patch",
+        type=_patch,
+        metavar="ROW,COL",
+        help="how alike every patch is to this one; 0,0 is the one at the top left",
+    )
+    parser.add_argument("--json", action="store_true", help="one line of JSON per picture instead of the path")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draws every picture's map; 1 where some could not be drawn, each named on stderr."""
+    found = list_pictures(arguments.pictures)
+    failed = [f"{shown(name)} does not exist" for name in found.missing]
+    failed += [f"{shown(name)} holds no picture" for name in found.empty]
+    failed += [f"{shown(name)} {reason}" for name, reason in found.problems]
+    if found.files:
+        targets = list(_targets(found.files, arguments.output, "pca" if arguments.patch is None else "patch"))
+        model, processor = load(arguments.model)
+        for file, target in zip(found.files, targets, strict=True):
+            try:
+                image, grid = draw(model.vision, processor, file, patch=arguments.patch)
+            except (ValueError, OSError) as error:
+                failed.append(str(error))
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image.save(target)
+            record = {"picture": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
+            print(json.dumps(record) if arguments.json else target, flush=True)
+    for line in failed:
+        print(f"mlx-aimv2: {' '.join(line.split())}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def draw(
+    model: Aimv2VisionModel, processor: Aimv2Processor, picture: str, *, patch: tuple[int, int] | None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture as the model saw it beside its map, and the grid: `picture -> (image, (rows, columns))`."""
+    pixels = processor(picture)
+    rows, columns = grid = model.grid(pixels)
+    tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
+    steps = processor.preprocessing
+    image = plot.seen(
+        np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=1 / (steps.rescale_factor or 1)
+    )
+    side = model.config.patch_size
+    image = image.crop((0, 0, columns * side, rows * side))  # what does not fill a patch was not seen
+    if patch is None:
+        return plot.side_by_side([image, plot.pca_map(tokens, grid)]), grid
+    return plot.side_by_side([plot.framed(image, grid, patch), plot.similarity_map(tokens, grid, patch)]), grid
+
+
+def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
+    """Where each picture's map goes; two pictures of one name in different folders get numbers."""
+    if output is not None and output.lower().endswith(ENDING):
+        if len(files) > 1:
+            raise ValueError(f"--output {output} is one file for {len(files)} pictures: give a folder")
+        yield _not_the_picture(Path(output), files)
+        return
+    folder = Path(output or ".")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
+    taken: set[str] = set()
+    for file in files:
+        stem = name = Path(file).stem
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        yield _not_the_picture(folder / f"{name}-{kind}{ENDING}", files)
+
+
+def _not_the_picture(target: Path, files: list[str]) -> Path:
+    if str(target.absolute()) in files:
+        raise ValueError(f"{target} is one of the pictures themselves: give another --output")
+    return target
+
+
+def _patch(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+),(\d+)", text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"wanted ROW,COL such as 3,5, got {text!r}")
+    return int(found[1]), int(found[2])

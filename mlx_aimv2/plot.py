@@ -1,0 +1,253 @@
+"""What do features look like: maps of dense features, heat maps, contact sheets and scatter plots as PIL images?
+
+Every square of a map is one token; nothing is smoothed, so that what is drawn is what the model said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Colour: TypeAlias = tuple[int, int, int]
+
+INK, PAPER, FAINT = (34, 36, 42), (255, 255, 255), (120, 124, 132)
+
+HEAT = ((16, 18, 52), (62, 38, 120), (140, 46, 116), (214, 84, 80), (248, 158, 66), (252, 236, 152))
+"""From unlike to alike; lightness rises all the way, so the order survives in grey."""
+
+CLASSES = (
+    (214, 69, 65),
+    (56, 120, 190),
+    (44, 150, 90),
+    (236, 150, 30),
+    (130, 85, 175),
+    (0, 155, 170),
+    (190, 90, 140),
+    (120, 130, 40),
+    (105, 85, 70),
+    (90, 105, 130),
+)
+"""Ten colours that are told apart on white."""
+
+
+def principal_components(features: Array, count: int) -> Array:
+    """The directions along which features differ most, `(n, D), count -> (n, count)` coordinates, widest first.
+
+    The sign of a component, which mathematics leaves open, is the one that makes its largest weight positive. Where
+    there are fewer components than asked for, the rest is zero.
+    """
+    centred = np.asarray(features, np.float64)
+    centred = centred - centred.mean(axis=0)
+    wide = centred.shape[1] > len(centred)  # the smaller of the two square products has the same components
+    product = centred @ centred.T if wide else centred.T @ centred
+    spread, vectors = np.linalg.eigh(product)  # smallest first
+    spread, vectors = spread[::-1][:count], vectors[:, ::-1][:, :count]
+    directions = (centred.T @ vectors if wide else vectors)[:, spread > 1e-9 * max(np.trace(product), 1e-30)].T
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    largest = np.abs(directions).argmax(axis=1)
+    directions = directions * np.sign(directions[np.arange(len(directions)), largest])[:, None]
+    coordinates = np.zeros((len(centred), count))
+    coordinates[:, : len(directions)] = centred @ directions.T
+    return coordinates
+
+
+def pca_map(tokens: Array, grid: tuple[int, int], *, cell: int = 14) -> Image.Image:
+    """Dense features as colours, `(N, D), (rows, columns) -> picture`: tokens of like colour are alike.
+
+    Red, green and blue are the first three principal components of this picture's tokens, each stretched between its
+    2nd and 98th percentile. Each token is a square of `cell` pixels.
+    """
+    _check_grid(tokens, grid)
+    coordinates = principal_components(tokens, 3)
+    low, high = np.percentile(coordinates, [2, 98], axis=0)
+    flat = high - low < 1e-12
+    levels = np.where(flat, 0.5, (coordinates - low) / np.where(flat, 1, high - low))
+    return _squares(levels.clip(0, 1).reshape(*grid, 3), cell)
+
+
+def similarities(tokens: Array, grid: tuple[int, int], patch: tuple[int, int]) -> Array:
+    """How alike each token is to one of them, `(N, D), (rows, columns), (row, column) -> (rows, columns)` cosines."""
+    _check_grid(tokens, grid)
+    if not all(0 <= place < size for place, size in zip(patch, grid, strict=True)):
+        raise ValueError(
+            f"patch {patch[0]},{patch[1]} is outside the grid of {grid[0]} rows and {grid[1]} columns, "
+            "counted from 0,0 at the top left"
+        )
+    unit = np.asarray(tokens, np.float64)
+    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    cosines: Array = unit @ unit[patch[0] * grid[1] + patch[1]]
+    return cosines.reshape(grid)
+
+
+def similarity_map(tokens: Array, grid: tuple[int, int], patch: tuple[int, int], *, cell: int = 14) -> Image.Image:
+    """How alike each patch is to one of them, `(N, D), (rows, columns), (row, column) -> picture`.
+
+    Dark is the least alike of this picture, bright the most; the patch itself has a white frame.
+    """
+    cosines = similarities(tokens, grid, patch)
+    low, high = cosines.min(), cosines.max()
+    spread = high - low
+    image = _squares(heat((cosines - low) / spread if spread > 1e-12 else np.ones(grid)), cell)
+    return framed(image, grid, patch)
+
+
+def heat(values: Array) -> Array:
+    """Numbers from 0 to 1 as colours from 0 to 1, dark to bright: `(...) -> (..., 3)`."""
+    stops = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(values, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1) / 255
+
+
+def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> Image.Image:
+    """A copy of a picture with a white frame around one patch of its grid."""
+    from PIL import ImageDraw
+
+    image = image.copy()
+    high, wide = image.height / grid[0], image.width / grid[1]
+    top, left = patch[0] * high, patch[1] * wide
+    box = (round(left), round(top), round(left + wide) - 1, round(top + high) - 1)
+    draw = ImageDraw.Draw(image)
+    line = max(1, round(min(high, wide) / 8))
+    draw.rectangle(box, outline=PAPER, width=line)
+    draw.rectangle((box[0] + line, box[1] + line, box[2] - line, box[3] - line), outline=INK, width=1)
+    return image
+
+
+def seen(
+    pixels: Array, *, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float = 255
+) -> Image.Image:
+    """What the model saw, `(H, W, 3) normalised pixels -> picture`, by undoing the processor's last steps."""
+    from PIL import Image
+
+    values = np.asarray(pixels, np.float64)
+    if mean is not None and std is not None:
+        values = values * np.asarray(std) + np.asarray(mean)
+    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+
+
+def overlay(picture: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:
+    """A map laid over its picture, at the picture's size; `opacity` 1 hides the picture."""
+    from PIL import Image
+
+    laid = map_image.convert("RGB").resize(picture.size, Image.Resampling.NEAREST)
+    return Image.blend(picture.convert("RGB"), laid, opacity)
+
+
+def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int = 8) -> Image.Image:
+    """Pictures in a row, all of one height."""
+    from PIL import Image
+
+    scaled = [_to_height(image, height) for image in images]
+    width = sum(image.width for image in scaled) + gap * (len(scaled) - 1)
+    sheet, left = Image.new("RGB", (width, height), PAPER), 0
+    for image in scaled:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
+    return sheet
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    frames: Sequence[Sequence[Colour | None]] | None = None,
+    side: int = 96,
+    gap: int = 10,
+) -> Image.Image:
+    """Pictures in rows on white, each fitted into a square of `side` pixels.
+
+    `captions` and `frames` follow the shape of `rows`: a line of text under each picture, a coloured frame around it.
+    """
+    from PIL import Image, ImageDraw, ImageOps
+
+    text = max(11, side // 8) if captions else 0
+    step = (side + gap, side + gap + (text + 6 if captions else 0))
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            left, top = gap + c * step[0], gap + r * step[1]
+            fitted = ImageOps.contain(image.convert("RGB"), (side, side), _sampling(image, side))
+            place = (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2)
+            sheet.paste(fitted, place)
+            if frames and (colour := frames[r][c]):
+                edges = (place[0] - 3, place[1] - 3, place[0] + fitted.width + 2, place[1] + fitted.height + 2)
+                draw.rectangle(edges, outline=colour, width=3)
+            if captions:
+                draw.text((left + side / 2, top + side + 5), captions[r][c], INK, _font(text), anchor="mt")
+    return sheet
+
+
+def scatter(
+    points: Array, pictures: Sequence[Image.Image], colours: Sequence[Colour], *, size: tuple[int, int] = (900, 900)
+) -> Image.Image:
+    """Small pictures where their features lie, `(n, 2) coordinates -> picture`; dark ink takes each one's colour.
+
+    The pictures are grey, dark on white; white is left out, so that neighbours do not hide each other.
+    """
+    from PIL import Image, ImageOps
+
+    sheet = Image.new("RGB", size, PAPER)
+    points = np.asarray(points, np.float64)
+    low, spread = points.min(axis=0), np.ptp(points, axis=0)
+    rim = max(max(picture.size) for picture in pictures) // 2 + 4
+    room = np.array(size) - 2 * rim
+    places = rim + (points - low) / np.where(spread > 0, spread, 1) * room
+    for (x, y), picture, colour in zip(places, pictures, colours, strict=True):
+        ink = ImageOps.invert(picture.convert("L"))
+        sheet.paste(colour, (round(x) - ink.width // 2, round(size[1] - y) - ink.height // 2), ink)
+    return sheet
+
+
+def titled(image: Image.Image, title: str, *, subtitle: str = "", size: int = 22) -> Image.Image:
+    """A copy of a picture with a line of text above it, and a fainter one below that."""
+    from PIL import Image, ImageDraw
+
+    band = round(size * 1.7) + (round(size * 1.05) if subtitle else 0)
+    sheet = Image.new("RGB", (image.width, image.height + band), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((10, size * 0.4), title, INK, _font(size))
+    if subtitle:
+        draw.text((10, size * 1.65), subtitle, FAINT, _font(round(size * 0.72)))
+    sheet.paste(image, (0, band))
+    return sheet
+
+
+def _check_grid(tokens: Array, grid: tuple[int, int]) -> None:
+    if tokens.ndim != 2 or len(tokens) != math.prod(grid):
+        raise ValueError(
+            f"a grid of {grid[0]} x {grid[1]} has {math.prod(grid)} tokens (N, D), got an array {tuple(tokens.shape)}"
+        )
+
+
+def _squares(levels: Array, cell: int) -> Image.Image:
+    """`(rows, columns, 3)` from 0 to 1 -> a picture whose squares are `cell` pixels wide."""
+    from PIL import Image
+
+    image = Image.fromarray(np.rint(levels * 255).astype(np.uint8))
+    return image.resize((image.width * cell, image.height * cell), Image.Resampling.NEAREST)
+
+
+def _to_height(image: Image.Image, height: int) -> Image.Image:
+    width = max(1, round(image.width * height / image.height))
+    return image.convert("RGB").resize((width, height), _sampling(image, height))
+
+
+def _sampling(image: Image.Image, side: int) -> Any:
+    """Photographs are smoothed; tiny pictures and maps keep their squares."""
+    from PIL import Image
+
+    return Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
