@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 VERBS = {
     "convert": "mlx_aimv2.convert",
+    "embed": "mlx_aimv2.commands.embed",
+    "map": "mlx_aimv2.commands.map",
     "classify": "mlx_aimv2.commands.classify",
+    "compare": "mlx_aimv2.commands.compare",
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 

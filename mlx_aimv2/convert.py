@@ -14,9 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import folder
+from mlx_aimv2 import fidelity, folder
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
 from mlx_aimv2.names import PATCH_CONV
+from mlx_aimv2.observing import choose_pictures, count_parameters, observe
+from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 
 HELP = "convert a checkpoint to an MLX folder"
@@ -78,36 +80,64 @@ def convert(
     wanted, target = parse_dtype(dtype), Path(mlx_path)
     folder.check_target(target)
 
+    pictures = choose_pictures(calibration) if verify or q_target is not None else []
+
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
     _check_bits(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
     wanted = wanted or _own_dtype(source)
     log(f"[INFO] Using dtype: {_name_of(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
+    # Before anything is written: a picture that cannot be read would end a long conversion at its end.
+    original = observe(hf_path, pictures, revision=revision, dtype=mx.float32, inside=True) if verify else None
 
     with folder.appearing(target) as place:
-        config = source.config.to_dict() | {"torch_dtype": _name_of(wanted)}
-        if source.quantization is not None:
-            log("[INFO] Dequantizing")
-            source.weights = dequantized(source.weights, source.quantization)
-        weights = _in_dtype(source, wanted)
-        if export_layout is not None:
-            from mlx_aimv2 import export
-
-            export.save(source, weights, place, layout=export_layout, dtype=wanted)
-        else:
-            if section is not None:
-                log("[INFO] Quantizing")
-                weights = packed(weights, layers(build(source.config)), section)
-                config |= {"quantization": section, "quantization_config": section}
-            folder.save_weights(place, weights)
-            folder.save_config(place, config)
-        folder.copy_companions(source.origin.folder, place)
+        _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
+        proof = None
+        if original is not None:
+            log("[INFO] Comparing with the source in float32")
+            proof = fidelity.report(original, observe(place, pictures, name=target.name), pictures)
+            folder.write_json(place / fidelity.FILE, proof)
+            log(fidelity.table(proof))
     if upload_repo is not None:
         from mlx_aimv2 import hub
 
         log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
     return target
+
+
+def _write(
+    source: Source,
+    place: Path,
+    *,
+    dtype: mx.Dtype,
+    section: Mapping[str, Any] | None,
+    export_layout: str | None,
+    log: Callable[[str], None],
+) -> None:
+    """Writes weights, config.json and what belongs beside them; the source's tensors are used up."""
+    if source.quantization is not None:
+        log("[INFO] Dequantizing")
+        source.weights = dequantized(source.weights, source.quantization)
+    weights = _in_dtype(source, dtype)
+    if export_layout is not None:
+        from mlx_aimv2 import export
+
+        export.save(source, weights, place, layout=export_layout, dtype=dtype)
+    else:
+        config = source.config.to_dict() | {"torch_dtype": _name_of(dtype)}
+        count = count_parameters(source.config)
+        if section is not None:
+            log("[INFO] Quantizing")
+            weights = packed(weights, layers(build(source.config)), section)
+            config |= {"quantization": section, "quantization_config": section}
+        size = folder.save_weights(place, weights, total_parameters=count)
+        if section is not None:
+            log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
+        folder.save_config(place, config)
+        folder.copy_companions(source.origin.folder, place)
+    if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how pictures are prepared
+        Aimv2Processor.from_folder(source.origin.folder, config=source.config).save_to(place)
 
 
 def _check_flags(

@@ -1,0 +1,34 @@
+"""What does `mlx-aimv2 compare` do: how far apart are two models on the same pictures?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from mlx_aimv2 import fidelity
+from mlx_aimv2.observing import MOST_PICTURES, choose_pictures
+
+HELP = "measure how far a model is from its reference, on pictures"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    parser.add_argument("reference", metavar="A", help="the reference, run in float32: Hub name, folder or weight file")
+    parser.add_argument("other", metavar="B", help="the model to judge, run in its own dtype")
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help=f"folder of pictures, of which {MOST_PICTURES} are taken (default: four bundled photographs)",
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of A (default: Apple's release, pinned)")
+    parser.add_argument(
+        "--json", action="store_true", help="everything as one JSON object, each block's range included"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table."""
+    pictures = choose_pictures(arguments.images)
+    found = fidelity.compare(arguments.reference, arguments.other, pictures=pictures, revision=arguments.revision)
+    print(json.dumps(found, indent=4) if arguments.json else fidelity.table(found))
+    return 0

@@ -1,0 +1,163 @@
+"""How far apart are two models, in numbers: tokens, pooled vectors, range of activations, size?
+
+The reference runs in float32, the other model in its own dtype, on the same pictures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_aimv2 import __version__
+from mlx_aimv2.observing import Floats, Observation, choose_pictures, observe
+
+FILE = "fidelity.json"
+
+LIMITS = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}
+"""The largest number of each dtype."""
+
+HEADROOM = 2.0
+"""A block whose largest activation times this exceeds float16's limit is named in a warning."""
+
+
+def compare(
+    reference: str | os.PathLike[str],
+    other: str | os.PathLike[str],
+    *,
+    pictures: Sequence[str | os.PathLike[str]] | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """Compares a model with its reference on pictures: `two paths or Hub names -> the content of fidelity.json`.
+
+    `pictures` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
+    whole. Raises ValueError where the two give features of different shapes.
+    """
+    pictures = list(pictures) if pictures is not None else list(choose_pictures(None))
+    ours = observe(reference, pictures, revision=revision, dtype="float32", inside=True)
+    theirs = observe(other, pictures)
+    return report(ours, theirs, pictures)
+
+
+def report(reference: Observation, other: Observation, pictures: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Two observations of the same pictures as the content of fidelity.json."""
+    _check_comparable(reference, other)
+    tokens = np.concatenate([cosines(a, b) for a, b in zip(reference.tokens, other.tokens, strict=True)])
+    found: dict[str, Any] = {
+        "reference": _about(reference),
+        "model": _about(other),
+        "pictures": [Path(picture).name for picture in pictures],
+        "tokens": len(tokens),
+        "token_cosine": _spread(tokens),
+        "image_cosine": _spread(cosines(reference.vectors, other.vectors)),
+    }
+    if reference.text_vectors is not None and other.text_vectors is not None:
+        found["text_cosine"] = _spread(cosines(reference.text_vectors, other.text_vectors))
+        found["largest_logit_difference"] = _finite(np.abs(reference.logits - other.logits).max())  # type: ignore[operator]
+    block = max(reference.peaks, key=lambda name: reference.peaks[name])
+    found["largest_activation"] = {"block": block, "value": _finite(reference.peaks[block])}
+    found["activations"] = {name: _finite(peak) for name, peak in reference.peaks.items()}
+    found["limit"] = LIMITS[other.dtype]
+    found["warnings"] = _warnings(reference, other)
+    found["versions"] = {"mlx_aimv2": __version__, "mlx": version("mlx")}
+    return found
+
+
+def cosines(a: Floats, b: Floats) -> Floats:
+    """Cosine of each row with its fellow, `(N, D), (N, D) -> (N,)`; 0 for a row that is not finite."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (a * b).sum(axis=-1) / lengths
+    same: Floats = np.clip(np.where(np.isfinite(values), values, 0.0), -1.0, 1.0)
+    return same
+
+
+def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The small table, `fidelity.json -> [(what, value), …]`, for the terminal and the model card."""
+    model, largest = found["model"], found["largest_activation"]
+    token, image = found["token_cosine"], found["image_cosine"]
+    table = [
+        ("token cosine, mean", _cosine(token["mean"])),
+        ("token cosine, least", _cosine(token["min"])),
+        ("image vector cosine, least", _cosine(image["min"])),
+    ]
+    if "text_cosine" in found:
+        table += [
+            ("text vector cosine, least", _cosine(found["text_cosine"]["min"])),
+            ("largest difference of logits", f"{found['largest_logit_difference']:.4g}"),
+        ]
+    table += [
+        (
+            "largest activation",
+            f"{largest['value']:.4g} in {largest['block']} ({model['dtype']} holds {found['limit']:.4g})",
+        ),
+        ("size", f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight"),
+        ("size of the reference", f"{_megabytes(found['reference']['bytes'])}"),
+        ("measured on", f"{len(found['pictures'])} pictures, {found['tokens']} tokens, against float32"),
+    ]
+    return table
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """`rows` as lines of text, the warnings after them."""
+    lines = rows(found)
+    width = max(len(what) for what, _ in lines)
+    return "\n".join([*(f"{what:<{width}}  {value}" for what, value in lines), *found["warnings"]])
+
+
+def _check_comparable(reference: Observation, other: Observation) -> None:
+    for a, b in zip(reference.tokens, other.tokens, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{reference.name} makes {a.shape[0]} tokens of width {a.shape[1]} of a picture, {other.name} makes "
+                f"{b.shape[0]} of width {b.shape[1]}; models are compared token by token, so both must be equal"
+            )
+    if reference.vectors.shape != other.vectors.shape or (reference.text_vectors is None) != (
+        other.text_vectors is None
+    ):
+        raise ValueError(f"one of {reference.name} and {other.name} has a text tower; compare the like with the like")
+
+
+def _warnings(reference: Observation, other: Observation) -> list[str]:
+    warnings = []
+    if not all(np.isfinite(array).all() for array in (*other.tokens, other.vectors)):
+        warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; use bfloat16 or float32")
+    for name, peak in reference.peaks.items():
+        if peak * HEADROOM > LIMITS["float16"]:
+            times = LIMITS["float16"] / peak
+            warnings.append(
+                f"{name}: an activation of {peak:.4g} leaves float16 (up to 65504) a factor of {times:.2f}; "
+                "prefer bfloat16 or float32"
+            )
+    return warnings
+
+
+def _about(seen: Observation) -> dict[str, Any]:
+    return {
+        "name": seen.name,
+        "dtype": seen.dtype,
+        "parameters": seen.parameters,
+        "bytes": seen.stored_bytes,
+        "bits_per_weight": round(seen.bits_per_weight, 4),
+    }
+
+
+def _spread(values: Floats) -> dict[str, float]:
+    return {"mean": float(values.mean()), "min": float(values.min())}
+
+
+def _finite(value: float) -> float:
+    """JSON has no infinity: the largest number there is stands for it."""
+    return float(np.nan_to_num(float(value), nan=np.finfo(np.float64).max))
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.6f}"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

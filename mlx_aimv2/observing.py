@@ -1,0 +1,215 @@
+"""What does a model make of a few pictures, without ever being in memory as a whole?
+
+A checkpoint is loaded lazily and walked through block by block: all pictures pass a block, then its weights are freed.
+So a 3B model in float32 is observed in the memory of one block, and two models never meet.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_aimv2.listing import list_pictures
+from mlx_aimv2.loading import AnyModel, build, load, parameter_shapes, read_source
+from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
+from mlx_aimv2.processor import Aimv2Processor
+
+MOST_PICTURES = 32
+"""Of a folder with more pictures this many are taken, evenly spread over their sorted names."""
+
+TEXTS = (
+    "a photo of a cat",
+    "an astronaut in front of a flag",
+    "a cup of coffee on a wooden table",
+    "a rocket on its launch pad at night",
+    "an empty street",
+)
+"""What the text tower reads where there is one."""
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one model gave.
+
+    `tokens` one (N, D) for each picture, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
+    gives them; `text_vectors` (T, E) and `logits` (B, T) for LiT, else None. `peaks` the largest absolute value that
+    occurred in each block, on its way from layer to layer and at its end. `stored_bytes` of all tensors on disk.
+    """
+
+    name: str
+    dtype: str
+    parameters: int
+    stored_bytes: int
+    tokens: list[Floats]
+    vectors: Floats
+    peaks: dict[str, float]
+    text_vectors: Floats | None = None
+    logits: Floats | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each number of the model, scales included."""
+        return 8 * self.stored_bytes / self.parameters
+
+
+def observe(
+    path_or_hf_repo: str | os.PathLike[str],
+    pictures: Sequence[str | os.PathLike[str]],
+    *,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    inside: bool = False,
+    name: str | None = None,
+) -> Observation:
+    """Shows a checkpoint some pictures: `path or Hub name, B pictures -> Observation`.
+
+    With `inside` the peaks count what passes between the layers of a block as well as what leaves it. `name` is what
+    the model is called in reports, else the repository's or the folder's name.
+    """
+    source = read_source(path_or_hf_repo, revision=revision)
+    stored_bytes = sum(array.nbytes for array in source.weights.values())
+    parameters = count_parameters(source.config)
+    name = name or source.origin.repo or source.origin.folder.resolve().name
+    del source
+    model, processor = load(path_or_hf_repo, revision=revision, dtype=dtype, lazy=True)
+    peaks: dict[str, float] = {}
+    vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
+    states = [vision.embed(processor(os.fspath(picture))) for picture in pictures]
+    states = walk(vision, states, peaks, inside=inside, prefix=prefix)
+    vectors = mx.concatenate([_image_vector(model, state) for state in states])
+    tokens = [_numbers(state[0]) for state in states]
+    text_vectors = logits = None
+    if isinstance(model, Aimv2Model):
+        ids = text_ids(model, processor)
+        texts = walk(model.text_model, embed_texts(model, ids), peaks, inside=inside, prefix="text_model.")
+        # Nothing is filled up, so the end of the text is the last token.
+        words = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
+        logits = _numbers(model.logits(unit_length(vectors), unit_length(words)))
+        text_vectors = _numbers(words)
+    return Observation(
+        name,
+        str(model.dtype).rpartition(".")[2],
+        parameters,
+        stored_bytes,
+        tokens,
+        _numbers(vectors),
+        peaks,
+        text_vectors,
+        logits,
+    )
+
+
+def walk(
+    tower: Aimv2VisionModel | Aimv2TextModel,
+    states: list[mx.array],
+    peaks: dict[str, float],
+    *,
+    inside: bool = False,
+    prefix: str = "",
+) -> list[mx.array]:
+    """Takes embedded inputs through a tower and its final norm, freeing each block: `[(1, N, D), …] -> [(1, N, D), …]`.
+
+    The tower is used up. `peaks` gets the largest absolute value of each block.
+    """
+    causal = {"causal": True} if isinstance(tower, Aimv2TextModel) else {}
+    mx.eval(states)
+    for i, block in enumerate(tower.blocks):
+        seen: list[mx.array] = []
+        if inside:
+            _watch(block, seen)
+        highest = 0.0
+        for k, state in enumerate(states):
+            states[k] = block(state, **causal)
+            highest = max(highest, _largest([*seen, mx.abs(states[k]).max()]))
+            seen.clear()
+        peaks[f"{prefix}blocks.{i}"] = highest
+        tower.blocks[i] = nn.Identity()
+        del block
+        mx.clear_cache()
+    return [tower.norm(state) for state in states]
+
+
+def choose_pictures(folder: str | os.PathLike[str] | None) -> list[Path]:
+    """The pictures to look at: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
+    if folder is None:
+        from mlx_aimv2 import bundled
+
+        return bundled.photographs()
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: wanted a folder of pictures, there is none")
+    files = [Path(file) for file in list_pictures([folder]).files]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no pictures in this folder")
+    if len(files) > MOST_PICTURES:
+        files = [files[i * len(files) // MOST_PICTURES] for i in range(MOST_PICTURES)]
+    return files
+
+
+def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
+    """`TEXTS` as ids, each without filling: `[(1, L), …]`. Without a tokenizer, numbers spread over the vocabulary."""
+    end = model.config.text_config.eos_token_id
+    longest = model.config.text_config.max_position_embeddings
+    rows: list[list[int]]
+    try:
+        rows = [np.array(processor.tokenize(text))[0].tolist() for text in TEXTS]
+        rows = [row[: row.index(end) + 1] for row in rows]
+    except FileNotFoundError:
+        spread = [[end * (7 * i + k) // 53 % end for k in range(4 + i)] for i in range(len(TEXTS))]
+        rows = [[*row[: longest - 1], end] for row in spread]
+    return [mx.array([row]) for row in rows]
+
+
+def embed_texts(model: Aimv2Model, ids: list[mx.array]) -> list[mx.array]:
+    """The inputs of the text tower's first block: `[(1, L), …] -> [(1, L, D), …]`."""
+    tower = model.text_model
+    return [tower.token_embed(row) + tower.pos_embed[: row.shape[1]] for row in ids]
+
+
+def count_parameters(config: Any) -> int:
+    """Numbers of a model as it computes, however they are packed."""
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in parameter_shapes(build(config)).values())
+
+
+def _image_vector(model: AnyModel, state: mx.array) -> mx.array:
+    """What `encode_image` gives, from the tokens: `(1, N, D) -> (1, D)` or `(1, E)`."""
+    if isinstance(model, Aimv2Model):
+        return model.visual_projection(model.vision.head(state))
+    return state.astype(mx.float32).mean(axis=1)
+
+
+def _watch(block: nn.Module, seen: list[mx.array]) -> None:
+    """Puts a listener before each layer of a block that writes down what goes in and out."""
+    for part, name in ((block.attn, "qkv"), (block.attn, "proj"), *((block.mlp, n) for n in ("gate", "up", "down"))):
+        setattr(part, name, _Listener(getattr(part, name), seen))
+
+
+class _Listener:
+    """Stands in for a layer and keeps the largest absolute value of its input and output."""
+
+    def __init__(self, layer: nn.Module, seen: list[mx.array]) -> None:
+        self.layer, self.seen = layer, seen
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.layer(x)
+        self.seen += [mx.abs(x).max(), mx.abs(y).max()]
+        return y
+
+
+def _largest(peaks: list[mx.array]) -> float:
+    """The largest of some absolute values; infinity also for what is not a number."""
+    largest: float = mx.stack([peak.astype(mx.float32) for peak in peaks]).max().item()  # type: ignore[assignment]
+    return math.inf if math.isnan(largest) else largest
+
+
+def _numbers(array: mx.array) -> Floats:
+    return np.array(array.astype(mx.float32)).astype(np.float64)
