@@ -216,7 +216,7 @@ def test_a_vision_only_checkpoint_names_the_one_that_reads_words_before_any_pict
         lambda: processor.tokenize(LABELS),
         lambda: model.encode_text(mx.array([[1]])),
     ):
-        with pytest.raises(ValueError, match="no text tower.*apple/aimv2-large-patch14-224-lit"):
+        with pytest.raises(ValueError, match=r"no text tower.*apple/aimv2-large-patch14-224-lit"):
             ask()
 
 
@@ -239,7 +239,7 @@ def test_a_broken_tokenizer_file_is_named(tmp_path, content):
 def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_sizes(tmp_path):
     text = Aimv2TextConfig(700, 36, 53, 2, 3, max_position_embeddings=23, eos_token_id=699)
     write(tmp_path, model=small_lit(Aimv2Config(CONFIG.vision_config, text, 29)))
-    with pytest.raises(ValueError, match="778 tokens.*700 rows"):
+    with pytest.raises(ValueError, match=r"778 tokens.*700 rows"):
         load(tmp_path)[1].tokenize("cat")
 
 
