@@ -36,6 +36,7 @@ APPLICATION_ID = 0x41494D32
 VERSION = 1
 DTYPES = ("float16", "float32")
 BUSY_SECONDS = 60.0
+BLOCKS_HELD = 16
 
 AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 """What an index holds for each picture, by the number of axes: (D,), (N, D) or (h, w, D)."""
@@ -80,6 +81,7 @@ class Index:
         self.path = path
         self._db = connection
         self._vectors: Vectors | None = None
+        self._blocks: dict[int, tuple[Array, bytes]] = {}
         about = dict(self._all("SELECT name, value FROM about"))
         self.provenance: dict[str, Any] = json.loads(about["provenance"])
         """What made the vectors, as whoever made the file described it."""
@@ -135,17 +137,15 @@ class Index:
 
     def vector(self, path: str) -> Array:
         """A picture's embedding as the model gave it, in float32. Raises KeyError for a picture that is not in here."""
-        (_, length, rows, columns), raw = self._picture(path)
-        vector = np.frombuffer(raw, self.dtype).astype(np.float32)
-        if length is not None:
-            return vector * np.float32(length)
-        return vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
+        return self._restored(*self._place(path))
 
     def embeddings(self) -> Iterator[Embedding]:
         """All pictures with their embeddings, sorted by the paths' bytes."""
-        for path in self.paths():
-            if (stamp := self.stamp(path)) is not None:
-                yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self.vector(path))
+        columns = "path, size, mtime_ns, sha256, id, length, rows, columns, block"
+        with plain_errors(self.path):
+            cursor = self._db.execute(f"SELECT {columns} FROM pictures ORDER BY path")
+            for path, size, mtime_ns, sha256, *place in cursor:
+                yield Embedding(os.fsdecode(path), size, mtime_ns, sha256, self._restored(*place))
 
     def search(self, vector: Array | Sequence[float], k: int = 12) -> list[Match]:
         """The k pictures whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
@@ -185,19 +185,34 @@ class Index:
                     self._db.execute("COMMIT")
         return self._vectors
 
-    def _picture(self, path: str) -> tuple[tuple[int, float | None, int | None, int | None], bytes]:
-        """(id, length, rows, columns) of a picture and its vector's bytes."""
-        found = self._all(
-            "SELECT p.id, length, rows, columns, b.pictures, vectors FROM pictures p JOIN blocks b ON b.id = block"
-            " WHERE path = ?",
-            os.fsencode(path),
-        )
+    def _place(self, path: str) -> tuple[int, float | None, int | None, int | None, int]:
+        """(id, length, rows, columns, block) of a picture."""
+        name = os.fsencode(path)
+        found = self._all("SELECT id, length, rows, columns, block FROM pictures WHERE path = ?", name)
         if not found:
             raise KeyError(path)
-        identity, length, rows, columns, members, raw = found[0]
-        place = int(np.flatnonzero(np.frombuffer(members, "<i8") == identity)[0])
-        size = len(raw) // (len(members) // 8)
-        return (identity, length, rows, columns), raw[place * size : (place + 1) * size]
+        place: tuple[int, float | None, int | None, int | None, int] = found[0]
+        return place
+
+    def _restored(
+        self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
+    ) -> Array:
+        vector = np.frombuffer(self._stored(identity, block), self.dtype).astype(np.float32)
+        if length is not None:
+            return vector * np.float32(length)
+        return vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
+
+    def _stored(self, identity: int, block: int) -> bytes:
+        """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
+        members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
+        if identity not in members:  # ids are never used again, so one that is there has the same vector still
+            ((raw, vectors),) = self._all("SELECT pictures, vectors FROM blocks WHERE id = ?", block)
+            members = np.frombuffer(raw, "<i8")
+            while len(self._blocks) >= BLOCKS_HELD:
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[block] = members, vectors
+        place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
+        return vectors[place * size : (place + 1) * size]
 
     def _all(self, query: str, *values: Any) -> list[Any]:
         with plain_errors(self.path):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE pictures (
-    id INTEGER PRIMARY KEY,
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
     path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
     size INTEGER NOT NULL,      -- of the file, in bytes
     mtime_ns INTEGER NOT NULL,
@@ -45,6 +46,16 @@ INSERT = (
 
 Row = tuple[tuple[Any, ...], bytes]
 """The first seven columns of a picture's row, and its vector's bytes."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A file with the content of a picture that is in the index: it gets the same vector, bit for bit."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    source: str
 
 
 class IndexWriter(Index):
@@ -73,24 +84,16 @@ class IndexWriter(Index):
             db.execute("COMMIT")
             return cls(path, db)
 
-    def add(self, embeddings: Iterable[Embedding]) -> None:
+    def add(self, pictures: Iterable[Embedding | Copy]) -> None:
         """Stores pictures, replacing those of the same path.
 
-        Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype.
+        Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype, KeyError for
+        a copy of a picture that is not in here.
         """
-        rows = [self._row(embedding) for embedding in embeddings]
+        rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in pictures]
         with self._transaction():
             self._remove([columns[0] for columns, _ in rows])
             self._append(rows)
-
-    def copy(self, source: str, path: str, *, size: int, mtime_ns: int) -> None:
-        """Gives a file with the content of `source` its vector bit for bit: for files moved or merely touched."""
-        (identity, *shape), raw = self._picture(source)
-        ((sha256,),) = self._all("SELECT sha256 FROM pictures WHERE id = ?", identity)
-        name = os.fsencode(path)
-        with self._transaction():
-            self._remove([name])
-            self._append([((name, size, mtime_ns, sha256, *shape), raw)])
 
     def remove(self, paths: Iterable[str]) -> int:
         """Forgets pictures; returns how many of them were in here."""
@@ -112,6 +115,12 @@ class IndexWriter(Index):
             raise ValueError(f"{embedding.path}: numbers beyond {self.dtype}; store float32")
         stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
         return (*stamp, length, rows, columns), stored.tobytes()
+
+    def _copied(self, copy: Copy) -> Row:
+        identity, *shape, block = self._place(copy.source)
+        ((sha256,),) = self._all("SELECT sha256 FROM pictures WHERE id = ?", identity)
+        stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
+        return (*stamp, *shape), self._stored(identity, block)
 
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1

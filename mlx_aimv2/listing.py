@@ -76,7 +76,7 @@ def list_pictures(paths: Iterable[str | os.PathLike[str]]) -> Listing:
 
 
 def read_list(data: bytes) -> list[str]:
-    """Names from the bytes of a list: separated by NUL where it holds one (names may then hold newlines), else lines."""
+    """Names from a list's bytes: separated by NUL where it holds one (then names may hold newlines), else lines."""
     separator = b"\0" if b"\0" in data else b"\n"
     return [os.fsdecode(name) for name in data.split(separator) if name]
 
@@ -87,14 +87,11 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def is_gone(path: str) -> bool:
-    """Whether nothing has this name any more; a name that merely cannot be looked at is not gone."""
+    """Whether no file has this name any more; one that merely cannot be looked at is not gone."""
     try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
-    return False
+        return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 - as above
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def is_under(path: str, roots: Iterable[str]) -> bool:

@@ -70,22 +70,25 @@ class Pooling:
 
     def width(self, model: Aimv2VisionModel | Aimv2Model) -> int:
         """D or E, the length of each vector."""
-        projected: int | None = getattr(model.config, "projection_dim", None)
-        return projected if self.pool == "head" and projected is not None else model.vision.config.hidden_size
+        hidden = model.vision.config.hidden_size
+        return int(getattr(model.config, "projection_dim", hidden)) if self.pool == "head" else hidden
 
     def __call__(self, model: Aimv2VisionModel | Aimv2Model, pixels: mx.array) -> mx.array:
         """Embeddings of a batch in float32, lazily: `(B, H, W, 3) -> (B, …)` as the pooling says."""
         vision = model.vision
         if self.pool == "head":
-            projected = getattr(model.config, "projection_dim", None) is not None
-            pooled = model.encode_image(pixels) if projected else vision(pixels).pooler_output
-            return pooled.astype(mx.float32)  # type: ignore[union-attr] - `of` has seen the head
+            return self._pooled(model, pixels).astype(mx.float32)
         tokens = self._tokens(vision, pixels).astype(mx.float32)
         if self.pool == "mean":
             return tokens.mean(axis=1)
         if self.pool == "map":
             return tokens.reshape(len(tokens), *vision.grid(pixels), -1)
         return tokens
+
+    @staticmethod
+    def _pooled(model: Aimv2VisionModel | Aimv2Model, pixels: mx.array) -> mx.array:
+        pooled = None if hasattr(model.config, "projection_dim") else model.vision(pixels).pooler_output
+        return model.encode_image(pixels) if pooled is None else pooled
 
     def _tokens(self, vision: Aimv2VisionModel, pixels: mx.array) -> mx.array:
         if self.layer is None:

@@ -1,0 +1,103 @@
+"""In which files do other tools take an index's embeddings?
+
+`vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector a picture; for tokens and maps all
+tokens of all pictures one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each picture has.
+npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each picture.
+Files are written beside their target and take its name when they are complete; memory holds one picture at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+
+from mlx_aimv2.index import Index
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+def export(index: Index, path: Path, *, kind: str) -> None:
+    """Writes a whole index to a file: kind `npz`, `safetensors` or `jsonl`; a file of that name is replaced."""
+    if kind not in WRITERS:
+        raise ValueError(f"an export is {', '.join(WRITERS)}, not {kind}")
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            WRITERS[kind](index, file)
+            os.fsync(file.fileno())
+        Path(beside).chmod(0o666 & ~_umask())
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def _npz(index: Index, file: BinaryIO) -> None:
+    paths, shapes = _contents(index)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("vectors.npy", "w", force_zip64=True) as member:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (_rows(index, shapes), index.width)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for entry in index.embeddings():
+                member.write(entry.vector.astype("<f4").tobytes())
+        arrays = {"paths": np.array(paths), "provenance": np.array(json.dumps(index.provenance))}
+        if index.axes > 1:
+            arrays["shapes"] = shapes
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _safetensors(index: Index, file: BinaryIO) -> None:
+    paths, shapes = _contents(index)
+    rows = _rows(index, shapes)
+    size = rows * index.width * 4
+    header: dict[str, Any] = {
+        "__metadata__": {"paths": json.dumps(paths), "provenance": json.dumps(index.provenance)},
+        "vectors": {"dtype": "F32", "shape": [rows, index.width], "data_offsets": [0, size]},
+    }
+    tail = b""
+    if index.axes > 1:
+        tail = shapes.astype("<i8").tobytes()
+        offsets = [size, size + len(tail)]
+        header["shapes"] = {"dtype": "I64", "shape": list(shapes.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for entry in index.embeddings():
+        file.write(entry.vector.astype("<f4").tobytes())
+    file.write(tail)
+
+
+def _jsonl(index: Index, file: BinaryIO) -> None:
+    for entry in index.embeddings():
+        line = {"path": entry.path, "sha256": entry.sha256.hex(), "vector": entry.vector.tolist()}
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+WRITERS: dict[str, Callable[[Index, BinaryIO], None]] = {"npz": _npz, "safetensors": _safetensors, "jsonl": _jsonl}
+
+
+def _contents(index: Index) -> tuple[list[str], Array]:
+    """All paths, and how many tokens each picture has, `(P, axes - 1)`."""
+    paths = list(index.paths())
+    if index.axes == 1:
+        return paths, np.empty((len(paths), 0), np.int64)
+    return paths, np.array([index.vector(path).shape[:-1] for path in paths], np.int64).reshape(len(paths), -1)
+
+
+def _rows(index: Index, shapes: Array) -> int:
+    return int(shapes.prod(axis=1).sum())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,138 @@
+"""Which model and settings made these embeddings, and may embeddings made by others be compared with them?
+
+A description is a plain dictionary that JSON holds. Weights are told apart by samples: a few numbers of every tensor
+that no recipe packs into bits (norms, patch embedding, positions), which any dtype changes by less than 2^-8, and a
+digest of numbers from all tensors, which is the same only for the same weights in the same dtype and bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import __version__, checkpoint
+from mlx_aimv2.loading import DTYPES, AnyModel, load
+
+if TYPE_CHECKING:
+    from mlx_aimv2.pooling import Pooling
+    from mlx_aimv2.processor import Aimv2Processor
+
+Description = dict[str, Any]
+
+MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
+"""Fields without whose agreement two embeddings have nothing to do with each other, besides the weights."""
+
+SHOULD_AGREE = ("dtype", "quantization")
+"""Fields that change the numbers a little."""
+
+KEPT_DENSE = ("norm", "patch_embed", "pos_embed")
+"""Parts of a parameter's path: these are never quantized."""
+
+SAMPLES = 4
+"""Numbers taken from each tensor for the fingerprint, spread evenly."""
+
+TOLERANCE = 2.0**-8
+"""Twice what rounding to bfloat16 can change."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor, and where they came from."""
+
+    model: AnyModel
+    processor: Aimv2Processor
+    origin: Description
+
+
+def load_with_origin(name: str, *, revision: str | None = None, dtype: str | None = None) -> Loaded:
+    """Loads a checkpoint like `load`, and says which one it was: `path or Hub name -> Loaded`."""
+    path, repo, commit = checkpoint.find(name, revision=revision)
+    model, processor, config = load(path, dtype=dtype, return_config=True)
+    packed = config.get("quantization")
+    shared = {key: packed[key] for key in ("bits", "group_size", "mode") if key in packed} if packed else None
+    origin = {
+        "checkpoint": repo or str(path.absolute()),
+        "commit": commit,
+        "dtype": next(known for known, value in DTYPES.items() if value == model.dtype),
+        "quantization": shared,
+    }
+    return Loaded(model, processor, origin)
+
+
+def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int) -> Description:
+    """Everything that decides what an embedding is: `-> dictionary for JSON`."""
+    model, processor = loaded.model, loaded.processor
+    is_native = model.vision.config.num_patches is None
+    return {
+        **loaded.origin,
+        "pool": pooling.pool,
+        "layer": pooling.layer,
+        "norm": pooling.norm,
+        "width": pooling.width(model),
+        "preprocessing": json.loads(json.dumps(asdict(processor.preprocessing))),
+        "max_patches": max_patches if is_native else None,
+        "weights": fingerprint(model),
+        "versions": {
+            "mlx-aimv2": __version__,
+            **{name: metadata.version(name) for name in ("mlx", "numpy", "pillow")},
+        },
+    }
+
+
+def fingerprint(model: AnyModel) -> dict[str, Any]:
+    """Samples of the weights: `sample` from the vision tower's dense tensors, `digest` of numbers from all of them."""
+    parameters: Any = sorted(tree_flatten(model.parameters()))
+    dense: Any = sorted(tree_flatten(model.vision.parameters()))
+    sample = _samples([array for path, array in dense if any(part in path for part in KEPT_DENSE)])
+    everything = _samples([array for _, array in parameters])
+    names = "\n".join(path for path, _ in parameters)
+    digest = hashlib.sha256(names.encode() + everything.tobytes()).hexdigest()
+    return {"digest": digest, "sample": [float(f"{value:.7g}") for value in sample]}
+
+
+def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What keeps `other` from being compared with `stored`, and what only deserves a remark: two lists of sentences."""
+    refused = [_differ(name, stored, other) for name in MUST_AGREE if stored.get(name) != other.get(name)]
+    remarks = [_differ(name, stored, other) for name in SHOULD_AGREE if stored.get(name) != other.get(name)]
+    weights, others = stored.get("weights", {}), other.get("weights", {})
+    if not _same_sample(weights.get("sample", []), others.get("sample", [])):
+        refused.insert(0, f"the weights: {_name(stored)} there, {_name(other)} here")
+    elif weights.get("digest") != others.get("digest") and not remarks:
+        refused.insert(0, f"the weights, though not in the norms: {_name(stored)} there, {_name(other)} here")
+    return refused, remarks
+
+
+def _differ(name: str, stored: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    return f"{name.replace('_', ' ')}: {_value(stored.get(name))} there, {_value(other.get(name))} here"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_value(part)}" for key, part in value.items())
+    return "none" if value is None else str(value)
+
+
+def _name(description: Mapping[str, Any]) -> str:
+    commit = description.get("commit")
+    return f"{description.get('checkpoint')}{f' at {commit[:12]}' if commit else ''}"
+
+
+def _samples(arrays: Sequence[mx.array]) -> np.ndarray[Any, Any]:
+    """A few numbers from each array, one after another, in float32."""
+    taken = []
+    for array in arrays:
+        places = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.int32))
+        taken.append(array.reshape(-1)[places].astype(mx.float32))
+    return np.array(mx.concatenate(taken))
+
+
+def _same_sample(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and np.allclose(one, other, rtol=TOLERANCE, atol=1e-6)

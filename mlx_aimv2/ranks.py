@@ -1,0 +1,134 @@
+"""How do several Macs share one list of pictures, and how does everything come together on the first of them?
+
+MLX's own engine starts the processes (`mlx.launch`) and carries the bytes. Rank 0 plans and writes; in each round every
+rank embeds one sheet and hands it over. A rank that dies breaks the connection, which ends the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2.index import Embedding
+
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Set by mlx.launch (ring, jaccl, nccl) or by mpirun: without one of them this is a single process."""
+
+Failure = tuple[str, str]
+"""A path and the reason."""
+
+Result = tuple[list[Embedding], list[Failure]]
+"""What one rank made of one sheet."""
+
+
+class RankLostError(OSError):
+    """Another process of the group is gone."""
+
+
+class Ranks:
+    """The processes that share the work; a single one needs no engine."""
+
+    def __init__(self) -> None:
+        """Joins the group that `mlx.launch` made, if there is one."""
+        self._group: mx.distributed.Group | None = None
+        if any(name in os.environ for name in LAUNCHED):
+            group = mx.distributed.init()
+            self._group = group if group.size() > 1 else None
+        if self._group is not None:
+            signal.signal(signal.SIGTERM, _lost)  # how mlx.launch ends the others when one has died
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes this is; 0 plans and writes."""
+        return self._group.rank() if self._group is not None else 0
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self._group.size() if self._group is not None else 1
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """Rank 0 does the work and every rank gets the result, which must fit JSON.
+
+        Where the work raises, rank 0 raises and the others end without a word.
+        """
+        if self._group is None:
+            return work()
+        if self.rank > 0:
+            answer = json.loads(self._gather(b"")[0])
+            if answer is None:
+                raise SystemExit(0)
+            return answer[0]
+        try:
+            result = work()
+        except BaseException:
+            self._gather(b"null")
+            raise
+        self._gather(json.dumps([result]).encode())
+        return result
+
+    def gather(
+        self, embeddings: Sequence[Embedding], failures: Sequence[Failure]
+    ) -> list[tuple[list[Embedding], list[Failure]]]:
+        """What each rank has, in the order of the ranks; on every rank."""
+        if self._group is None:
+            return [(list(embeddings), list(failures))]
+        return [_unpacked(data) for data in self._gather(_packed(embeddings, failures))]
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        """Bytes of every rank on every rank."""
+        if self._group is None:
+            return [data]
+        try:
+            sizes = mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self._group)
+            lengths: Any = sizes.tolist()
+            padded = np.zeros(max(1, *lengths), np.uint8)
+            padded[: len(data)] = np.frombuffer(data, np.uint8)
+            rows = np.array(mx.distributed.all_gather(mx.array(padded), group=self._group)).reshape(self.size, -1)
+        except RuntimeError as error:
+            raise RankLostError(f"another rank is gone ({error})") from None
+        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def my_sheets(sheets: Sequence[list[str]], ranks: Ranks) -> list[list[str]]:
+    """The sheets of this rank, an empty one where the last round has none left for it."""
+    mine = list(sheets[ranks.rank :: ranks.size])
+    rounds = -(-len(sheets) // ranks.size)
+    return mine + [[]] * (rounds - len(mine))
+
+
+def _lost(number: int, frame: FrameType | None) -> None:
+    raise RankLostError("another rank is gone (stopped by mlx.launch)")
+
+
+def _packed(embeddings: Sequence[Embedding], failures: Sequence[Failure]) -> bytes:
+    head = {
+        "embeddings": [
+            (item.path, item.size, item.mtime_ns, item.sha256.hex(), item.vector.shape) for item in embeddings
+        ],
+        "failures": list(failures),
+    }
+    text = json.dumps(head).encode()
+    return b"".join(
+        [len(text).to_bytes(8, "little"), text, *(item.vector.astype("<f4").tobytes() for item in embeddings)]
+    )
+
+
+def _unpacked(data: bytes) -> Result:
+    start = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:start])
+    numbers = np.frombuffer(data[start:], "<f4")
+    embeddings, done = [], 0
+    for path, size, mtime_ns, sha256, shape in head["embeddings"]:
+        count = int(np.prod(shape))
+        vector = numbers[done : done + count].reshape(shape)
+        embeddings.append(Embedding(path, size, mtime_ns, bytes.fromhex(sha256), vector))
+        done += count
+    return embeddings, [(path, reason) for path, reason in head["failures"]]
