@@ -13,13 +13,13 @@ from pathlib import Path
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
     """Fetches the matching files of a repository into the Hub's cache and returns their folder, named by its commit.
 
-    An interrupted download is resumed. Raises FileNotFoundError for a repository or revision that is not there,
-    PermissionError for one that asks for a login, ConnectionError for a Hub that does not answer.
+    A connection that is cut is taken up where it broke. Raises FileNotFoundError for a repository or revision that is
+    not there, PermissionError for one that asks for a login, ConnectionError for a Hub that does not answer.
     """
     from huggingface_hub import snapshot_download
 
     at = f" at revision {revision}" if revision else ""
-    with _one_line(repo, at, "the download broke off; run it again to resume"):
+    with _one_line(repo, at, "the download broke off; run it again, files that came whole are kept"):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
 
 
@@ -31,7 +31,7 @@ def upload(folder: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _one_line(repo, "", "the upload broke off; run it again to resume"):
+    with _one_line(repo, "", "the upload broke off; run it again"):
         address = str(api.create_repo(repo, exist_ok=True))
         # Not upload_large_folder, which newer releases of huggingface_hub have folded into this.
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload an MLX folder with mlx-aimv2")
@@ -68,13 +68,16 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _NETWORK_MODULES:
+        if (
+            not isinstance(error, OSError | RuntimeError)
+            and type(error).__module__.split(".")[0] not in _NETWORK_MODULES
+        ):
             raise
         raise ConnectionError(f"{repo}{at}: {broken} ({_first_line(error)})") from None
 
 
-_NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
-"""What huggingface_hub speaks HTTP with, by release; not every one of their errors is an OSError."""
+_NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
+"""Whose errors mean that the network failed: huggingface_hub and what it speaks HTTP with, by release."""
 
 
 def _first_line(error: Exception) -> str:

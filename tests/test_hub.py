@@ -1,0 +1,235 @@
+"""Do checkpoints come from the Hub at the right commit, without a file too many, and folders go back to it?
+
+Each case runs in a process of its own, because huggingface_hub reads its environment when it is imported.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_aimv2.checkpoint import PINNED
+from mlx_aimv2.hub import download
+from tests.loopback import TOKEN, Hub, serve
+from tests.towers import FIXED
+
+NAME = "apple/aimv2-large-patch14-224"
+PIN = PINNED[NAME]
+MAIN = "f" * 40
+DECOYS = ("mlx_model.safetensors", "flax_model.msgpack", "modeling_aimv2.py", "aimv2_overview_light.png")
+
+
+@pytest.fixture
+def hub():
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def released(tmp_path, hub) -> Hub:
+    """A repository as Apple's: its own layout at the pinned commit, another model on main, files that are not ours."""
+    folder = Path(shutil.copytree(FIXED, tmp_path / "released"))
+    (folder / "expected.npz").unlink()
+    for decoy in DECOYS:
+        (folder / decoy).write_bytes(b"not to be fetched")
+    (folder / "LICENSE").write_text("terms")
+    (folder / "README.md").write_text("---\nlicense: apple-amlr\n---\n")
+    hub.publish(NAME, PIN, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    hub.publish(NAME, MAIN, folder)
+    return hub
+
+
+def run(hub: Hub, home: Path, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of Python against the loopback Hub."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; argv = sys.argv\n{code}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=inherited | hub.environment(home, **environment),
+        timeout=60,
+    )
+
+
+def requests_like(module: str, name: str) -> Exception:
+    """An error as an HTTP library raises it, which is no OSError."""
+    return type(name, (Exception,), {"__module__": module})("the peer\nwent away")
+
+
+READ = """
+from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.loading import read_source
+def work():
+    source = read_source(argv[1], revision=argv[2] if len(argv) > 2 else None)
+    print(source.origin.repo, source.origin.commit, source.config.rms_norm_eps, source.match.layout.name)
+    return 0
+sys.exit(one_line_errors(work))
+"""
+
+
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stdout
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("mlx-aimv2: ")
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def test_a_released_checkpoint_comes_at_its_pinned_commit_with_only_the_files_needed(released, tmp_path):
+    result = run(released, tmp_path / "home", READ, NAME)
+    assert result.stdout.split() == [NAME, PIN, "1e-05", "apple"], result.stderr
+    assert released.fetched() == [
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    asked = len(released.requests)
+    offline = run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1")
+    assert offline.stdout == result.stdout, offline.stderr
+    assert len(released.requests) == asked, "offline asks nothing"
+
+
+def test_a_revision_overrides_the_pinned_commit(released, tmp_path):
+    result = run(released, tmp_path / "home", READ, NAME, "main")
+    assert result.stdout.split() == [NAME, MAIN, "0.25", "apple"], result.stderr
+
+
+def test_a_repository_of_somebody_else_comes_from_main_and_may_hold_shards(hub, tmp_path):
+    from mlx_aimv2.convert import convert
+    from mlx_aimv2.folder import save_weights
+
+    defaults = save_weights.__kwdefaults__["shard_bytes"]
+    save_weights.__kwdefaults__["shard_bytes"] = 400_000
+    try:
+        folder = convert(FIXED, tmp_path / "mlx", verify=False)
+    finally:
+        save_weights.__kwdefaults__["shard_bytes"] = defaults
+    hub.publish("somebody/aimv2-mlx", MAIN, folder)
+    result = run(hub, tmp_path / "home", READ, "somebody/aimv2-mlx")
+    assert result.stdout.split() == ["somebody/aimv2-mlx", MAIN, "1e-05", "mlx-aimv2"], result.stderr
+    assert sum(name.startswith("model-") for name in hub.fetched()) > 1
+
+
+def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_path):
+    whole = bytes(range(256)) * 90_000  # 23 MB, because huggingface_hub writes ten at a time
+    released.repositories[NAME][PIN]["vocab.json"] = whole
+    released.cuts["vocab.json"] = [15_000_000]
+    result = run(released, tmp_path / "home", READ, NAME)
+    assert result.stdout.split()[:2] == [NAME, PIN], result.stderr
+    assert len(released.ranges) == 1
+    assert 10_000_000 <= int(released.ranges[0].removeprefix("bytes=").rstrip("-")) <= 15_000_000
+    assert [file.read_bytes() == whole for file in (tmp_path / "home").rglob("vocab.json")] == [True]
+
+
+def test_a_hub_that_breaks_down_in_the_middle_leaves_one_line_and_the_next_run_goes_on(released, tmp_path):
+    released.down.add("model.safetensors")
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert f"{NAME} at revision {PIN}: the Hub answered with an error" in line
+    offline = refusal(run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1"))
+    assert NAME in offline
+    assert "connect" in offline
+    released.down.clear()
+    released.requests.clear()
+    assert run(released, tmp_path / "home", READ, NAME).returncode == 0
+    assert released.fetched() == ["model.safetensors"], "files that came whole are kept"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "GatedRepo", "asks for a login; accept its terms there and set HF_TOKEN"),
+        (401, "", "HF_TOKEN"),
+        (404, "RepoNotFound", "neither a folder here nor a repository on the Hub"),
+        (404, "RevisionNotFound", f"the Hub has no such revision at revision {PIN}"),
+    ],
+    ids=["gated", "401", "404", "no such revision"],
+)
+def test_what_the_hub_refuses_is_one_line(released, tmp_path, status, code, message):
+    released.refuse[NAME] = status, code
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert message in line
+    assert NAME in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests_like("httpx", "ConnectError"),
+        requests_like("requests.exceptions", "ChunkedEncodingError"),
+        OSError(28, "No space left on device"),
+        ConnectionResetError("reset"),
+    ],
+    ids=["httpx", "requests", "disk full", "reset"],
+)
+def test_what_breaks_in_the_network_is_one_line(monkeypatch, error):
+    import huggingface_hub
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(ConnectionError, match=rf"{NAME}: the download broke off; run it again") as caught:
+        download(NAME, revision=None, patterns=["config.json"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_network(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        download(NAME, revision=None, patterns=["config.json"])
+
+
+def test_a_repository_without_safetensors_is_asked_for_its_pickled_weights_last(released, tmp_path):
+    files = released.repositories[NAME][PIN]
+    files["pytorch_model.bin"] = files.pop("model.safetensors")
+    del files["mlx_model.safetensors"]
+    refusal(run(released, tmp_path / "home", READ, NAME))
+    assert "pytorch_model.bin" in released.fetched()
+
+
+def test_a_repository_without_weights_says_what_was_looked_for(released, tmp_path):
+    for name in ("model.safetensors", "mlx_model.safetensors"):
+        del released.repositories[NAME][PIN][name]
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert f"{NAME} at {PIN}: no weights; looked for model.safetensors.index.json" in line
+
+
+UPLOAD = """
+from pathlib import Path
+from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.hub import upload
+def work():
+    print(upload(Path(argv[1]), argv[2]))
+    return 0
+sys.exit(one_line_errors(work))
+"""
+
+
+def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
+    from mlx_aimv2.convert import convert
+
+    folder = convert(FIXED, tmp_path / "mlx", verify=False)
+    for _ in range(2):  # the second time the repository exists already
+        result = run(hub, tmp_path / "home", UPLOAD, folder, "somebody/aimv2-mlx", HF_TOKEN=TOKEN)
+        assert result.stdout.strip() == f"{hub.address}/somebody/aimv2-mlx", result.stderr
+    published = list(hub.repositories["somebody/aimv2-mlx"].values())[-1]
+    assert published == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert run(hub, tmp_path / "other", READ, "somebody/aimv2-mlx").returncode == 0
+
+
+def test_without_a_token_that_may_write_the_upload_says_so(hub, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    line = refusal(run(hub, tmp_path / "home", UPLOAD, folder, "somebody/aimv2-mlx", HF_TOKEN="hf_wrong"))
+    assert "HF_TOKEN" in line
+    assert "somebody/aimv2-mlx" in line
