@@ -10,6 +10,7 @@ from collections.abc import Callable
 VERBS = {
     "convert": "mlx_aimv2.convert",
     "embed": "mlx_aimv2.commands.embed",
+    "search": "mlx_aimv2.commands.search",
     "map": "mlx_aimv2.commands.map",
     "classify": "mlx_aimv2.commands.classify",
     "compare": "mlx_aimv2.commands.compare",

@@ -167,13 +167,17 @@ class Index:
                 found.append((-score, path))
         return [Match(os.fsdecode(path), -score) for score, path in sorted(found)[:k]]
 
+    def check_search(self) -> None:
+        """Raises ValueError if this index holds tokens or maps, which search cannot compare."""
+        if self.axes != 1:
+            held = f"{AXES[self.axes]} for each picture"
+            raise ValueError(f"{self.path} holds {held}; search needs one vector: embed with --pool mean")
+
     def read_vectors(self) -> Vectors:
         """Brings all vectors into memory, if they are not there yet, ready for searches."""
         from mlx_aimv2.nearest import Vectors  # whoever does not search needs no MLX
 
-        if self.axes != 1:
-            held = f"{AXES[self.axes]} for each picture"
-            raise ValueError(f"{self.path} holds {held}; search needs one vector: embed with --pool mean")
+        self.check_search()
         if self._vectors is None:
             with plain_errors(self.path):
                 self._db.execute("BEGIN")  # count and content of the same moment

@@ -1,0 +1,145 @@
+"""What does `mlx-aimv2 search` do: which pictures of an index are most like a picture, or fit words best?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_aimv2.listing import has_suffix, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_aimv2.index import Index, Match
+
+HELP = "find the pictures of an index that are most like a picture, or fit words best"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    parser.add_argument("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
+    parser.add_argument("query", metavar="QUERY", help="a picture or, where the index was made with LiT, words")
+    parser.add_argument(
+        "-k", "--top", type=int, default=12, metavar="N", help="pictures to find (default: %(default)s)"
+    )
+    parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails that needs no server")
+    parser.add_argument("--open", action="store_true", help="show that page in the browser")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the nearest pictures, best first."""
+    from mlx_aimv2.index import Index
+
+    if arguments.top < 1:
+        raise ValueError(f"--top must be at least 1, got {arguments.top}")
+    if arguments.html is not None and not arguments.html.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{arguments.html.parent} does not exist: make that folder first")
+    with Index.open(arguments.index) as index:
+        picture = _as_picture(arguments.query)
+        query = _query(index, arguments, picture)
+        started = time.perf_counter()
+        matches = index.search(query, arguments.top)
+        seconds = time.perf_counter() - started
+        if arguments.html is not None or arguments.open:
+            _show(index, matches, arguments, picture)
+        if arguments.json:
+            found = [{"path": match.path, "score": match.score} for match in matches]
+            print(json.dumps({"query": arguments.query, "pictures": len(index), "seconds": seconds, "matches": found}))
+        else:
+            for match in matches:
+                print(f"{match.score:7.4f}  {shown(match.path)}")
+    return 0
+
+
+def _as_picture(query: str) -> str | None:
+    """The query as an absolute path, None if it is words."""
+    path = Path(query).expanduser()
+    if path.is_file():
+        return os.path.normpath(path.absolute())
+    if path.is_dir():
+        raise IsADirectoryError(f"{query} is a folder: give one picture or words")
+    if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
+        raise FileNotFoundError(f"{query} does not exist: give a picture or words")
+    if not query.strip():
+        raise ValueError("the query is empty: give a picture or words")
+    return None
+
+
+def _query(index: Index, arguments: argparse.Namespace, picture: str | None) -> np.ndarray[Any, Any]:
+    """The query's vector: from the index where the picture is in it as it is now, else from the model."""
+    stamp = index.stamp(picture) if picture is not None else None
+    if picture is not None and stamp is not None and arguments.model is None and index.axes == 1:
+        about = Path(picture).stat()
+        if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
+            return index.vector(picture)
+    return _from_model(index, arguments, picture)
+
+
+def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    from mlx_aimv2.decoding import MAX_PATCHES
+    from mlx_aimv2.embed import embed_sheets
+    from mlx_aimv2.pooling import Pooling
+    from mlx_aimv2.provenance import describe, differences, load_with_origin
+
+    index.check_search()
+    made = index.provenance
+    if picture is None and made["pool"] != "head":
+        raise ValueError(
+            f"{arguments.query} is no picture, and {index.path} holds {made['pool']} embeddings of pictures, which "
+            "words cannot be compared with: give a picture, or embed with apple/aimv2-large-patch14-224-lit"
+        )
+    own = arguments.model is None
+    name = made["checkpoint"] if own else arguments.model
+    revision = arguments.revision or (made["commit"] if own else None)
+    try:
+        loaded = load_with_origin(name, revision=revision, dtype=made["dtype"] if own else None)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
+    pooling = Pooling.of(loaded.model, made["pool"], layer=made["layer"], norm=made["norm"])
+    max_patches = made["max_patches"] or MAX_PATCHES
+    refused, remarks = differences(made, describe(loaded, pooling, max_patches=max_patches))
+    if refused:
+        raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
+    for remark in remarks:
+        print(f"mlx-aimv2: note: the same weights a little otherwise: {remark}", file=sys.stderr)
+    if picture is None:
+        ids = loaded.processor.tokenize([arguments.query])
+        return np.array(loaded.model.encode_text(ids)[0].astype(_float32()))
+    (sheet,) = embed_sheets([[picture]], loaded.model, loaded.processor, pooling=pooling, max_patches=max_patches)
+    return sheet[0].vector
+
+
+def _float32() -> Any:
+    import mlx.core as mx
+
+    return mx.float32
+
+
+def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, picture: str | None) -> None:
+    from mlx_aimv2.page import result_page
+
+    about = f"{len(matches)} nearest of {len(index):,} pictures · {index.provenance['checkpoint']}"
+    words = None if picture is not None else arguments.query
+    text = result_page(matches, words=words, picture=picture, about=about)
+    target: Path | None = arguments.html
+    if target is None:
+        handle, name = tempfile.mkstemp(prefix="mlx-aimv2-", suffix=".html")
+        os.close(handle)
+        target = Path(name)
+    target.write_text(text, encoding="utf-8")
+    if arguments.html is None:
+        print(f"mlx-aimv2: the page is {target}", file=sys.stderr)
+    if arguments.open and not webbrowser.open(f"file://{target.absolute()}"):
+        print(f"mlx-aimv2: no browser could be opened: look at {target} yourself", file=sys.stderr)
