@@ -1,5 +1,6 @@
 """Do labels, templates and pictures become the right probabilities, once and in batches, in Python and in the shell?"""
 
+import importlib
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from small_lit import CONFIG, GOLDEN, TOKENIZER_FILES, small_lit, write
 
-from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, classify, load, zero_shot
+from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, bundled, classify, load, zero_shot
 from mlx_aimv2.cli import main
 
 LABELS = ["cat", "dog", "red fox"]
@@ -268,7 +269,7 @@ def test_json_is_one_object_a_line_with_every_label(capsys, folder, pictures):
     code, out, _ = run(capsys, *pictures, "-m", folder, "--labels", "cat,dog,red fox", *templates, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     found = zero_shot(*load(folder), pictures, LABELS, templates=templates[1::2])
-    assert code == 0 and [row["picture"] for row in rows] == pictures
+    assert code == 0 and [row["path"] for row in rows] == pictures
     for row, prediction in zip(rows, found, strict=True):
         assert [(entry["label"], entry["probability"]) for entry in row["labels"]] == prediction.top()
         logits = {entry["label"]: entry["logit"] for entry in row["labels"]}
@@ -288,7 +289,7 @@ def test_pictures_that_cannot_be_read_are_named_and_the_rest_is_done(capsys, fol
     bad = [tmp_path / "text.jpg", tmp_path / "nowhere.png", tmp_path]
     code, out, err = run(capsys, pictures[0], *bad, pictures[1], "-m", folder, "--labels", "cat,dog", "--json")
     assert code == 1
-    assert [json.loads(line)["picture"] for line in out.splitlines()] == pictures[:2]
+    assert [json.loads(line)["path"] for line in out.splitlines()] == pictures[:2]
     assert len(err) == 3
     for line, name in zip(err, bad, strict=True):
         assert line.startswith("mlx-aimv2: ") and str(name) in line
@@ -336,3 +337,15 @@ def test_vocab_and_merges_serve_as_well_as_tokenizer_json(folder, pictures, tmp_
         shutil.copy(GOLDEN / "tokenizer" / name, tmp_path / "split" / name)
     wanted = zero_shot(*load(folder), pictures[0], LABELS)[0].logits
     assert np.array_equal(zero_shot(*load(tmp_path / "split"), pictures[0], LABELS)[0].logits, wanted)
+
+
+# --- the examples
+
+
+@pytest.mark.parametrize(("example", "flags"), [("zero_shot", []), ("search_by_words", ["a cup of coffee"])])
+def test_the_examples_run_on_the_bundled_photographs(capsys, folder, example, flags):
+    importlib.import_module(f"examples.{example}").main([*flags, "--model", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    shown = {photograph.name for photograph in bundled.photographs() if str(photograph) in "".join(lines)}
+    assert shown == {"astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg"}
+    assert len(lines) == 4

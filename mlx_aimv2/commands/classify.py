@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="checkpoint with a text tower: Hub name, folder or weight file (default: %(default)s)",
     )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     parser.add_argument("--labels", metavar="A,B,…", help="the words, separated by commas")
     parser.add_argument("--labels-file", metavar="FILE", help="the words, one a line; here they may hold commas")
     parser.add_argument(
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     labels = check_labels(_labels(arguments.labels, arguments.labels_file))  # before the model, which takes longer
     templates = check_templates(arguments.template or TEMPLATES)
-    model, processor = load(arguments.model, dtype=arguments.dtype)
+    model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     failures = 0
     for picture, result in zip(arguments.pictures, classifier.each(arguments.pictures), strict=True):
@@ -82,4 +83,4 @@ def _as_json(picture: str, prediction: Prediction, count: int | None) -> str:
     logits = dict(zip(prediction.labels, prediction.logits.tolist(), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
-    return json.dumps({"picture": shown(picture), "labels": labels}, ensure_ascii=False)
+    return json.dumps({"path": shown(picture), "labels": labels}, ensure_ascii=False)

@@ -192,7 +192,7 @@ def test_the_full_size_pair_classifies_photographs_as_transformers_does(full, cl
         pair = theirs(pixel_values=pixels, **tokens)
     means = pair.text_embeds.reshape(len(LABELS), len(TEMPLATES), -1).mean(dim=1)
     wanted = 100 * pair.image_embeds @ (means / means.norm(dim=1, keepdim=True)).T
-    assert [answer["picture"] for answer in answers] == photographs
+    assert [answer["path"] for answer in answers] == photographs
     for answer, logits, shares in zip(answers, wanted, wanted.softmax(dim=1), strict=True):
         found = {entry["label"]: entry for entry in answer["labels"]}
         assert np.allclose([found[label]["logit"] for label in LABELS], logits, atol=2e-4)

@@ -1,0 +1,35 @@
+"""Which of these pictures fits the words best?
+
+python -m examples.search_by_words "a cup of coffee on a table" [PICTURE ...] [--model MODEL]
+
+The embedded model reads no words: this needs Apple's LiT checkpoint (1.7 GB), which is fetched on first use. For more
+pictures than a few, embed them once (mlx-aimv2 embed) and search the index (mlx-aimv2 search).
+"""
+
+import argparse
+
+import mlx.core as mx
+
+from mlx_aimv2 import bundled, load
+from mlx_aimv2.model import LIT_CHECKPOINT
+
+parser = argparse.ArgumentParser(description="Rank pictures by words.")
+parser.add_argument("words")
+parser.add_argument("pictures", nargs="*", default=bundled.photographs(), help="default: the bundled photographs")
+parser.add_argument("--model", default=LIT_CHECKPOINT, help="Hub name or checkpoint folder (default: %(default)s)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser.parse_args(argv)
+    model, processor = load(args.model)
+    text = model.encode_text(
+        processor.tokenize(args.words), normalize=True
+    )  # (1, E); fails at once without a text tower
+    pictures = model.encode_image(processor(args.pictures), normalize=True)  # (B, E)
+    cosines = (pictures @ text.T)[:, 0].astype(mx.float32)
+    for i in mx.argsort(-cosines).tolist():
+        print(f"{cosines[i].item():7.4f}  {args.pictures[i]}")
+
+
+if __name__ == "__main__":
+    main()
