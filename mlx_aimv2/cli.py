@@ -14,6 +14,7 @@ VERBS = {
     "map": "mlx_aimv2.commands.map",
     "classify": "mlx_aimv2.commands.classify",
     "compare": "mlx_aimv2.commands.compare",
+    "info": "mlx_aimv2.commands.info",
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 

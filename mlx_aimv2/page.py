@@ -54,7 +54,7 @@ h1 {{ margin: 0 0 .3rem; font-size: clamp(1.3rem, 2.6vw, 2rem); line-height: 1.2
   overflow-wrap: anywhere; }}
 header p {{ margin: 0; color: var(--quiet); overflow-wrap: anywhere; }}
 ol {{ list-style: none; margin: 0; padding: 0; display: grid; gap: 1.1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 220px), 1fr)); }}
+  grid-template-columns: repeat(auto-fill, minmax(min(46%, 260px), 1fr)); }}
 li {{ background: var(--card); border: 1px solid var(--line); border-radius: 14px; overflow: hidden; }}
 li a {{ display: block; color: inherit; text-decoration: none; }}
 li a:focus-visible {{ outline: 3px solid var(--accent); outline-offset: -3px; border-radius: 14px; }}

@@ -95,6 +95,8 @@ def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None
 
     index.check_search()
     made = index.provenance
+    if "weights" not in made:
+        raise ValueError(f"{index.path} does not say which model made it: search it from Python, with vectors")
     if picture is None and made["pool"] != "head":
         raise ValueError(
             f"{arguments.query} is no picture, and {index.path} holds {made['pool']} embeddings of pictures, which "
@@ -116,21 +118,17 @@ def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None
         print(f"mlx-aimv2: note: the same weights a little otherwise: {remark}", file=sys.stderr)
     if picture is None:
         ids = loaded.processor.tokenize([arguments.query])
-        return np.array(loaded.model.encode_text(ids)[0].astype(_float32()))
+        return np.array(loaded.model.encode_text(ids)[0].tolist())
     (sheet,) = embed_sheets([[picture]], loaded.model, loaded.processor, pooling=pooling, max_patches=max_patches)
     return sheet[0].vector
-
-
-def _float32() -> Any:
-    import mlx.core as mx
-
-    return mx.float32
 
 
 def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, picture: str | None) -> None:
     from mlx_aimv2.page import result_page
 
-    about = f"{len(matches)} nearest of {len(index):,} pictures · {index.provenance['checkpoint']}"
+    made = index.provenance
+    name = made["checkpoint"] if made.get("commit") else Path(made.get("checkpoint", "")).name
+    about = " · ".join(filter(None, (f"{len(matches)} nearest of {len(index):,} pictures", name, str(index.path))))
     words = None if picture is not None else arguments.query
     text = result_page(matches, words=words, picture=picture, about=about)
     target: Path | None = arguments.html
