@@ -40,5 +40,15 @@ def write(folder: Path, tensors: Mapping[str, mx.array], config: object) -> Path
 
 def write_lit(folder: Path) -> Path:
     """A random pair of towers in Apple's layout."""
-    tensors = layout_for("apple", pair=True).to_theirs(random_weights(LIT).items())
-    return write(folder, dict(tensors), config_for(LIT, "apple") | {"torch_dtype": "float32"})
+    return write_pair(folder, LIT)
+
+
+def write_pair(folder: Path, config: Aimv2Config) -> Path:
+    """A random pair of these sizes in Apple's layout, with its preprocessing."""
+    tensors = layout_for("apple", pair=True).to_theirs(random_weights(config).items())
+    write(folder, dict(tensors), config_for(config, "apple") | {"torch_dtype": "float32"})
+    size = config.vision_config.image_size
+    preprocessing = json.loads((FIXED / "preprocessor_config.json").read_text())
+    preprocessing |= {"crop_size": {"height": size, "width": size}, "size": {"shortest_edge": size}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder

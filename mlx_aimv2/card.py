@@ -1,0 +1,184 @@
+"""What does the model card of a converted folder say: origin, licence, fidelity, and how to use it?
+
+The Hub reads the YAML at its head, people read the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_aimv2 import __version__
+from mlx_aimv2.config import Aimv2Config
+from mlx_aimv2.fidelity import rows
+from mlx_aimv2.loading import Source
+
+FILE = "README.md"
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+"""What a card says of the terms; carried from the source's card as they stand."""
+
+TASKS = {False: "image-feature-extraction", True: "zero-shot-image-classification"}
+"""The Hub's name for what a model does, by whether it has a text tower."""
+
+_HERE = "path/to/this/folder"
+
+_MLX_VISION = """\
+from mlx_aimv2 import load
+
+model, processor = load("{name}")
+pixels = processor(["photograph.jpg"])
+tokens = model(pixels).last_hidden_state  # {tokens}
+vector = model.encode_image(pixels, normalize=True)  # (1, {width})
+print(tokens.shape, vector.shape)
+"""
+
+_MLX_PAIR = """\
+import mlx.core as mx
+from mlx_aimv2 import load
+
+model, processor = load("{name}")
+pixels = processor(["photograph.jpg"])
+ids = processor.tokenize(["a photo of a cat", "a photo of a dog"])
+print(mx.softmax(model(pixels, ids).logits_per_image, axis=-1))
+"""
+
+_PYTORCH = {
+    "transformers": """\
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{name}")
+""",
+    "apple": """\
+from mlx_aimv2 import load  # or Apple's own PyTorch code, whose layout this is
+
+model, processor = load("{name}")
+""",
+}
+
+
+def write(
+    place: Path,
+    *,
+    source: Source,
+    config: Mapping[str, Any],
+    fidelity: Mapping[str, Any] | None,
+    hub_name: str | None,
+) -> None:
+    """Writes README.md into a converted folder, replacing what was there.
+
+    `config` is what config.json of the folder holds, `fidelity` what fidelity.json holds, None where nothing was
+    compared, `hub_name` the repository it will be uploaded to, None for a folder that stays.
+    """
+    from huggingface_hub import ModelCardData
+
+    layout = _layout(config)
+    head = ModelCardData(**front_matter(place, source=source, config=config)).to_yaml()
+    name = hub_name or _HERE
+    parts = [
+        f"---\n{head.strip()}\n---",
+        f"# {hub_name.rpartition('/')[2] if hub_name else f'{_origin_name(source)} for MLX'}",
+        _introduction(source, config, layout),
+        f"## Use\n\n```bash\npip install {'transformers torch' if layout == 'transformers' else 'mlx-aimv2'}\n```\n\n"
+        f"```python\n{_snippet(source, layout).format(**_sizes(source), name=name)}```",
+        _fidelity(fidelity),
+        _licence(place, source),
+    ]
+    (place / FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def front_matter(place: Path, *, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML at the head of the card, as a dictionary."""
+    is_pair = isinstance(source.config, Aimv2Config)
+    is_mlx = _layout(config) is None
+    theirs = _source_card(source)
+    head: dict[str, Any] = {
+        "library_name": "mlx" if is_mlx else "transformers",
+        "pipeline_tag": TASKS[is_pair],
+        "tags": ["mlx", "aimv2", "vision"] if is_mlx else ["aimv2", "vision"],
+    }
+    if base := source.origin.repo or theirs.get("base_model"):
+        head["base_model"] = base
+        if "quantization" in config:
+            head["base_model_relation"] = "quantized"
+    head |= {key: theirs[key] for key in LICENCE_KEYS if key in theirs}
+    link = head.get("license_link")
+    if source.origin.repo and isinstance(link, str) and "://" not in link and not (place / link).is_file():
+        head["license_link"] = f"{_address(source.origin.repo)}/blob/{source.origin.commit}/{link}"
+    return head
+
+
+def _source_card(source: Source) -> dict[str, Any]:
+    """The YAML at the head of the source's card; empty where there is none that can be read."""
+    from huggingface_hub import metadata_load
+
+    card = source.origin.folder / FILE
+    if not card.is_file():
+        return {}
+    try:
+        return metadata_load(card) or {}
+    except Exception:  # a card that is not valid YAML, in whatever way: it says nothing then
+        return {}
+
+
+def _introduction(source: Source, config: Mapping[str, Any], layout: str | None) -> str:
+    origin = source.origin
+    name = _origin_name(source)
+    link = f"[{name}]({_address(name)})" if origin.repo else name
+    at = f" (commit `{origin.commit}`)" if origin.commit else ""
+    became = f"a PyTorch folder in {layout}'s layout" if layout else "MLX"
+    return f"{link}{at}, converted to {became} by mlx-aimv2 {__version__}: {_precision(config)}."
+
+
+def _precision(config: Mapping[str, Any]) -> str:
+    if packed := config.get("quantization"):
+        own = sum(isinstance(value, Mapping) for value in packed.values())
+        return f"quantized, {packed.get('mode', 'affine')}" + (
+            f", {own} layers with bits of their own" if own else f", {packed.get('bits')} bits"
+        )
+    return f"dense, {config.get('torch_dtype', 'float32')}"
+
+
+def _snippet(source: Source, layout: str | None) -> str:
+    if layout is not None:
+        return _PYTORCH[layout]
+    return _MLX_PAIR if isinstance(source.config, Aimv2Config) else _MLX_VISION
+
+
+def _sizes(source: Source) -> dict[str, Any]:
+    vision = source.config.vision_config if isinstance(source.config, Aimv2Config) else source.config
+    count = vision.num_patches
+    tokens = f"(1, {count}, {vision.hidden_size})" if count else f"(1, tokens, {vision.hidden_size})"
+    return {"tokens": tokens, "width": vision.hidden_size}
+
+
+def _fidelity(found: Mapping[str, Any] | None) -> str:
+    title = "## How near is it to the original?"
+    if found is None:
+        return f"{title}\n\nNot measured: the conversion ran with `--no-verify`."
+    lines = [f"| {what} | {value} |" for what, value in rows(found)]
+    warnings = [f"- {warning}" for warning in found["warnings"]]
+    table = "\n".join(["| measured against the source in float32 | |", "|---|---|", *lines])
+    return "\n\n".join([title, table, *(["\n".join(warnings)] if warnings else [])])
+
+
+def _licence(place: Path, source: Source) -> str:
+    name = _source_card(source).get("license_name") or _source_card(source).get("license")
+    files = sorted(file.name for file in place.iterdir() if file.name.upper().startswith(("LICEN", "NOTICE")))
+    said = f"The weights keep the terms of their source: {name}." if name else "The source's card names no licence."
+    return f"## Licence\n\n{said}" + (f" See {', '.join(files)}." if files else "")
+
+
+def _layout(config: Mapping[str, Any]) -> str | None:
+    """The PyTorch layout of the folder, None for an MLX folder: only the former names an architecture."""
+    architecture = (config.get("architectures") or [None])[0]
+    return {None: None, "AIMv2Model": "apple"}.get(architecture, "transformers")
+
+
+def _origin_name(source: Source) -> str:
+    return source.origin.repo or source.origin.folder.absolute().name
+
+
+def _address(repo: str) -> str:
+    return f"https://huggingface.co/{repo}"
