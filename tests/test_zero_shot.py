@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from small_lit import CONFIG, GOLDEN, TOKENIZER_FILES, small_lit, write
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, bundled, classify, load, zero_shot
 from mlx_aimv2.cli import main
+from mlx_aimv2.convert import convert
 
 LABELS = ["cat", "dog", "red fox"]
 VISION_ONLY = GOLDEN / "reference" / "fixed"
@@ -337,6 +339,35 @@ def test_vocab_and_merges_serve_as_well_as_tokenizer_json(folder, pictures, tmp_
         shutil.copy(GOLDEN / "tokenizer" / name, tmp_path / "split" / name)
     wanted = zero_shot(*load(folder), pictures[0], LABELS)[0].logits
     assert np.array_equal(zero_shot(*load(tmp_path / "split"), pictures[0], LABELS)[0].logits, wanted)
+
+
+# --- after conversion
+
+WIDE = Aimv2Config(
+    replace(CONFIG.vision_config, hidden_size=64, intermediate_size=96, num_attention_heads=2),
+    replace(CONFIG.text_config, hidden_size=32, intermediate_size=64, num_attention_heads=2),
+    projection_dim=96,
+)
+EIGHT_BITS = {"quantize": True, "q_bits": 8, "q_group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("how", "loading", "allowed"),
+    [
+        ({"dtype": "float16"}, {}, 0.3),
+        (EIGHT_BITS, {}, 1.5),
+        (EIGHT_BITS, {"keep_quantized": True}, 1.5),
+        ({"export_layout": "apple"}, {}, 0),
+        ({"export_layout": "transformers"}, {}, 0),
+    ],
+    ids=["float16", "8 bits", "8 bits kept", "to Apple's layout", "to transformers' layout"],
+)
+def test_a_converted_pair_classifies_as_its_source_does(pictures, tmp_path, how, loading, allowed):
+    source = write(tmp_path / "source", model=small_lit(WIDE))
+    converted = convert(source, tmp_path / "converted", verify=False, **how)
+    wanted = [prediction.logits for prediction in zero_shot(*load(source), pictures, LABELS)]
+    found = [prediction.logits for prediction in zero_shot(*load(converted, **loading), pictures, LABELS)]
+    assert np.ptp(wanted) > 5 and np.abs(np.subtract(found, wanted)).max() <= allowed
 
 
 # --- the examples
