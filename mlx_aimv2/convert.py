@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import fidelity, folder
+from mlx_aimv2 import card, fidelity, folder
+from mlx_aimv2.checkpoint import CONFIG_FILE, read_json
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
 from mlx_aimv2.names import PATCH_CONV
 from mlx_aimv2.observing import choose_pictures, count_parameters, observe
@@ -99,6 +100,8 @@ def convert(
             proof = fidelity.report(original, observe(place, pictures, name=target.name), pictures)
             folder.write_json(place / fidelity.FILE, proof)
             log(fidelity.table(proof))
+        config = read_json(place / CONFIG_FILE)
+        card.write(place, source=source, config=config, fidelity=proof, hub_name=upload_repo)
     if upload_repo is not None:
         from mlx_aimv2 import hub
 
@@ -119,18 +122,19 @@ def _write(
     if source.quantization is not None:
         log("[INFO] Dequantizing")
         source.weights = dequantized(source.weights, source.quantization)
-    weights = _in_dtype(source, dtype)
+    weights = _one_by_one(source)
     if export_layout is not None:
         from mlx_aimv2 import export
 
+        weights = ((name, array.astype(dtype)) for name, array in weights)
         export.save(source, weights, place, layout=export_layout, dtype=dtype)
     else:
         config = source.config.to_dict() | {"torch_dtype": _name_of(dtype)}
         count = count_parameters(source.config)
         if section is not None:
             log("[INFO] Quantizing")
-            weights = packed(weights, layers(build(source.config)), section)
             config |= {"quantization": section, "quantization_config": section}
+        weights = packed(weights, layers(build(source.config)) if section else (), section or {}, dtype=dtype)
         size = folder.save_weights(place, weights, total_parameters=count)
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
@@ -181,10 +185,10 @@ def _check_bits(source: Source, *, quantize: bool, dequantize: bool, dense_anywa
         raise ValueError(f"{name} is not quantized, so there is nothing to dequantize; leave -d out")
 
 
-def _in_dtype(source: Source, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+def _one_by_one(source: Source) -> Iterator[tuple[str, mx.array]]:
     """Each tensor in turn, taken out of the source so that it can be freed."""
     for name in sorted(source.weights):
-        yield name, source.weights.pop(name).astype(dtype)
+        yield name, source.weights.pop(name)
 
 
 def _own_dtype(source: Source) -> mx.Dtype:
