@@ -7,7 +7,7 @@ together they are small, and the head and the projections are the last thing tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,44 +130,56 @@ def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:
 
 
 def packed(
-    weights: Iterable[tuple[str, mx.array]], paths: Iterable[str], quantization: Quantization
+    weights: Iterable[tuple[str, mx.array]], paths: Iterable[str], quantization: Quantization, *, dtype: mx.Dtype
 ) -> Iterator[tuple[str, mx.array]]:
     """Packs the layers that the section names, lazily: `(name, array), … -> (name, array), …` with scales and biases.
 
-    `paths` are those of the layers that could be quantized (`layers`).
+    `paths` are those of the layers that could be quantized (`layers`). Whatever is not a packed integer is cast to
+    `dtype`.
     """
     paths = set(paths)
     for name, array in weights:
         path, _, kind = name.rpartition(".")
         settings = settings_at(path, quantization) if kind == "weight" and path in paths else {}
-        if not settings:
-            yield name, array
-            continue
-        for part, values in zip(("weight", "scales", "biases"), mx.quantize(array, **settings), strict=False):
-            yield f"{path}.{part}", values
+        if settings:
+            for part, values in zip(("weight", "scales", "biases"), pack(array, settings, dtype), strict=False):
+                yield f"{path}.{part}", values
+        else:
+            yield name, array.astype(dtype)
+
+
+def pack(array: mx.array, settings: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:
+    """One weight as packed integers, scales in `dtype` (bytes in the mx and nv modes) and, for affine, biases."""
+    # bfloat16's coarse scales must be known before numbers are rounded to them (8 bit: error 0.71 % instead of 0.82 %).
+    # float16's are fine enough to be rounded afterwards, and CPUs quantize float32 in less than half the time.
+    if dtype == mx.bfloat16:
+        array = array.astype(dtype)
+    return [
+        part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part
+        for part in mx.quantize(array, **settings)
+    ]
+
+
+def unpack(parts: Sequence[mx.array], settings: Mapping[str, Any]) -> mx.array:
+    """The dense weight that packed integers, scales and biases stand for, in float32, which holds it exactly."""
+    # Scales in halves would round scale * number + bias once more.
+    weight, scales, *biases = (
+        part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in parts
+    )
+    return mx.dequantize(weight, scales, biases[0] if biases else None, dtype=mx.float32, **settings)
 
 
 def dequantized(weights: dict[str, mx.array], quantization: Quantization) -> dict[str, mx.array]:
-    """Dense weights from packed ones, lazily: `{name: array} -> {name: array}` without `.scales` and `.biases`.
-
-    The dense weights are float32, which holds every mode's numbers exactly.
-    """
+    """Dense weights in float32 from packed ones, lazily: `{name: array} -> {name: array}` without scales and biases."""
     dense: dict[str, mx.array] = {}
     for name, array in weights.items():
         path, _, kind = name.rpartition(".")
         if kind == "weight" and f"{path}.scales" in weights:
-            # Scales in halves would round scale * number + bias once more.
-            scales, biases = _as_float32(weights[f"{path}.scales"]), weights.get(f"{path}.biases")
-            biases = _as_float32(biases) if biases is not None else None
-            dense[name] = mx.dequantize(array, scales, biases, dtype=mx.float32, **settings_at(path, quantization))
+            parts = [weights[part] for part in (name, f"{path}.scales", f"{path}.biases") if part in weights]
+            dense[name] = unpack(parts, settings_at(path, quantization))
         elif kind not in ("scales", "biases"):
             dense[name] = array
     return dense
-
-
-def _as_float32(part: mx.array) -> mx.array:
-    """Scales of the mx and nv modes are coded in bytes and stay as they are."""
-    return part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
 
 
 def _matters(path: str, depths: Mapping[str, int]) -> bool:

@@ -1,0 +1,118 @@
+"""How much memory and time does it take to convert a checkpoint of the size of AIMv2-3B?
+
+`python -m benchmarks.convert_memory FOLDER [--size large|huge|1B|3B] [--keep]`: writes a checkpoint of random numbers
+in Apple's layout (3B: 10.9 GB in float32) into FOLDER, converts it in fresh processes, and compares each with reading
+the checkpoint and writing as many bytes as the result has. FOLDER needs about twice the checkpoint's size.
+
+The peak is what the kernel reports for the converting process (ru_maxrss): everything resident, Python and its
+libraries included, the page cache not. Every time includes bringing the result to the disk (fsync); the page cache is
+as the previous step left it, for both sides alike.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_aimv2 import Aimv2Processor, Aimv2VisionConfig, tensorfile
+from mlx_aimv2.loading import build, parameter_shapes
+from mlx_aimv2.names import layout_for
+from mlx_aimv2.preprocessing import published
+
+SIZES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
+"""Name -> width, width of the feed-forward, heads; 24 blocks and pictures of 224 pixels in all of them."""
+
+CASES = {
+    "float16": ["--dtype", "float16"],
+    "8 bit": ["--dtype", "float16", "-q", "--q-bits", "8"],
+}
+CHUNK = 16 << 20
+
+
+def write_checkpoint(folder: Path, size: str) -> Path:
+    """A checkpoint of random numbers in Apple's layout, one tensor after another."""
+    hidden, intermediate, heads = SIZES[size]
+    config = Aimv2VisionConfig(hidden, intermediate, 24, heads)
+    shapes = layout_for("apple", pair=False).their_shapes(parameter_shapes(build(config)))
+    folder.mkdir(parents=True, exist_ok=True)
+    spelled = {
+        "model_type": "aimv2",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 24,
+        "image_size": 224,
+        "patch_size": 14,
+        "rms_norm_eps": 1e-5,
+    }
+    (folder / "config.json").write_text(json.dumps(spelled))
+    Aimv2Processor(published(224)).save_to(folder)
+    tensors = {name: mx.random.normal(shape, scale=0.02) for name, shape in shapes.items()}
+    tensorfile.write(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    return folder
+
+
+def in_a_child(work: Callable[[], None]) -> tuple[float, float]:
+    """Runs `work` in a forked process that replaces itself: seconds and the peak of its resident memory in GB."""
+    start = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"a step failed with status {status}")
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return time.perf_counter() - start, usage.ru_maxrss * unit / 1e9
+
+
+def copy_bytes(source: Path, target: Path, count: int) -> None:
+    """Reads a file to its end and writes `count` bytes to another, to the disk."""
+    left = count
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+        while chunk := reader.read(CHUNK):
+            left -= writer.write(chunk[:left]) if left else 0
+        os.fsync(writer.fileno())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=list(SIZES), default="3B")
+    parser.add_argument("--keep", action="store_true", help="do not remove the checkpoint afterwards")
+    arguments = parser.parse_args()
+    source = arguments.folder / f"synthetic-{arguments.size}"
+    if not source.exists():
+        write_checkpoint(source, arguments.size)
+    weights = source / "model.safetensors"
+    print(f"checkpoint: {weights.stat().st_size / 1e9:.2f} GB")
+    result, copied = arguments.folder / "converted", arguments.folder / "copied"
+    for name, flags in CASES.items():
+        command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(source), "--mlx-path", str(result)]
+        shutil.rmtree(result, ignore_errors=True)
+        seconds, peak = in_a_child(partial(os.execv, command[0], [*command, *flags, "--no-verify"]))
+        shards = [file.stat().st_size for file in result.glob("*.safetensors")]
+        shutil.rmtree(result)
+        baseline, _ = in_a_child(partial(copy_bytes, weights, copied, sum(shards)))
+        copied.unlink()
+        print(
+            f"{name}: peak {peak:.2f} GB, largest shard {max(shards) / 1e9:.2f} GB of {sum(shards) / 1e9:.2f} GB; "
+            f"{seconds:.1f} s, reading and writing the same bytes {baseline:.1f} s, ratio {seconds / baseline:.2f}"
+        )
+    if not arguments.keep:
+        shutil.rmtree(source)
+
+
+if __name__ == "__main__":
+    main()
