@@ -164,6 +164,7 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     """The labels, if classes can be made of them; else ValueError says which one is wrong."""
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of strings, got one string: {labels!r:.60}")
+    labels = tuple(labels)
     for number, label in enumerate(labels):
         if not isinstance(label, str):
             raise ValueError(f"label {number} is not a string but {type(label).__name__}: {label!r:.60}")
@@ -175,7 +176,7 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"one label alone ({labels[0]}) fits every picture with probability 1: give at least two")
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise ValueError(f"labels given more than once: {', '.join(twice)}")
-    return tuple(labels)
+    return labels
 
 
 def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,23 +1,29 @@
 """What do the tests of words and pictures run on? A small random pair with the small trained vocabulary.
 
-Random weights know no cat from a dog: the tests here are about arithmetic and messages, never about quality.
+Random weights know no cat from a dog: what is tested with them is arithmetic and messages. The pair made by hand knows
+three colours, so that pictures and words really meet. How well Apple's weights do is beyond these tests.
 """
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer
 
 from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextConfig, Aimv2VisionConfig, names
+from mlx_aimv2.export import config_for
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.processor import Aimv2Processor
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = GOLDEN / "reference" / "lit"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+COLOURS = ("red", "green", "blue")
 
 CONFIG = Aimv2Config(
     Aimv2VisionConfig(60, 77, 3, 5, image_size=42, use_head=True),
@@ -43,13 +49,41 @@ def small_lit(config: Aimv2Config = CONFIG, *, seed: int = 7) -> Aimv2Model:
     return model
 
 
+def colour_lit() -> Aimv2Model:
+    """A pair made by hand that knows three words: both towers turn red, green and blue into the first three axes.
+
+    The blocks pass on what they get, except that each token of the text adds the mean of those before it.
+    """
+    tokenizer = Tokenizer.from_file(str(GOLDEN / "tokenizer" / "tokenizer.json"))
+    model = Aimv2Model(replace(CONFIG, projection_dim=3))
+    weights = {name: np.zeros(array.shape, np.float32) for name, array in tree_flatten(model.parameters())}
+    for name in weights:
+        if "norm" in name:
+            weights[name] += 1
+    contrast = np.eye(3) - 1 / 3  # so that grey, and words of no colour, lie in no direction
+    weights["vision_model.patch_embed.proj.weight"][:3] = contrast[:, None, None, :]
+    weights["vision_model.head.v.weight"] += np.eye(60)
+    weights["vision_model.head.linear.weight"] += np.eye(60)
+    weights["visual_projection.weight"][:, :3] = np.eye(3)
+    weights["text_model.token_embed.weight"][:, 3] = 1
+    for axis, word in enumerate(COLOURS):
+        for piece in tokenizer.encode(word, add_special_tokens=False).ids:
+            weights["text_model.token_embed.weight"][piece, axis] = 5
+    weights["text_model.blocks.0.attn.qkv.weight"][-36:] = np.eye(36)
+    weights["text_model.blocks.0.attn.proj.weight"] += np.eye(36)
+    weights["text_projection.weight"][:, :3] = contrast
+    weights["logit_scale"] = np.float32(4.75)
+    model.load_weights([(name, mx.array(array)) for name, array in weights.items()])
+    return model
+
+
 def write(folder: Path, *, model: Aimv2Model | None = None, files: tuple[str, ...] = TOKENIZER_FILES) -> Path:
     """A folder in Apple's layout with the pair, a preprocessor_config.json and these tokenizer files."""
     model = model or small_lit()
     folder.mkdir(parents=True, exist_ok=True)
     match = names.layout_for("apple", pair=True)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(match.to_theirs(tree_flatten(model.parameters()))))
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(config_for(model.config, "apple")))
     Aimv2Processor(published(model.config.vision_config.image_size)).save_to(folder)
     for name in files:
         shutil.copy(GOLDEN / "tokenizer" / name, folder / name)

@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from small_lit import CONFIG, REFERENCE, small_lit
 
 from mlx_aimv2 import Aimv2Config, Aimv2Model, load
 from mlx_aimv2.convert import convert
+from tests.small_lit import CONFIG, REFERENCE, small_lit
 
 EOS = CONFIG.text_config.eos_token_id
 

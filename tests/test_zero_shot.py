@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from small_lit import CONFIG, GOLDEN, TOKENIZER_FILES, small_lit, write
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, bundled, classify, load, zero_shot
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
+from tests.small_lit import COLOURS, CONFIG, GOLDEN, TOKENIZER_FILES, colour_lit, small_lit, write
 
 LABELS = ["cat", "dog", "red fox"]
 VISION_ONLY = GOLDEN / "reference" / "fixed"
@@ -117,6 +117,26 @@ def test_half_precision_keeps_unit_vectors_and_logits_in_float32(folder, picture
     assert classifier.text_embeds.dtype == mx.float32
     assert np.allclose(np.linalg.norm(np.array(classifier.text_embeds), axis=1), 1, atol=1e-6)
     assert classifier(pictures)[0].logits.dtype == np.float32
+
+
+# --- what it knows
+
+
+def test_a_pair_that_knows_three_colours_names_the_colour_of_each_picture(capsys, tmp_path):
+    folder, dice = write(tmp_path / "lit", model=colour_lit()), np.random.default_rng(2)
+    files = []
+    for axis, colour in enumerate(COLOURS):
+        picture = dice.integers(0, 100, (61, 83, 3), np.uint8)
+        picture[..., axis] += 120
+        files.append(tmp_path / f"{colour}.png")
+        Image.fromarray(picture).save(files[-1])
+    labels = ("blue", "red", "green")
+    for templates in (["a photo of a {}"], ["a {} cat", "{}!", "the sun, the sea, the moon and one {} bench"]):
+        found = zero_shot(*load(folder), files, labels, templates=templates)
+        assert [prediction.label for prediction in found] == list(COLOURS)
+        assert min(prediction.probabilities.max() for prediction in found) > 0.9
+    code, out, _ = run(capsys, *files, "-m", folder, "--labels", ",".join(labels), "-k", 1)
+    assert code == 0 and [line.split("  ")[-1] for line in out.splitlines()[1::2]] == list(COLOURS)
 
 
 # --- once, and in batches
