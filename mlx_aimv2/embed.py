@@ -36,7 +36,7 @@ IN_FLIGHT = 2
 """Batches that the device has been given and not finished: it computes one while the next is put together."""
 
 OnFailure: TypeAlias = Callable[[str, str], None]
-"""Called with a path and a reason that continues a sentence which starts with the path."""
+"""Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
 
 Batch: TypeAlias = tuple[mx.array, list[int]]
 """Features of a batch, and the places of its pictures in their sheet."""
@@ -89,12 +89,15 @@ def embed_sheets(
     max_patches: int = MAX_PATCHES,
     threads: int | None = None,
     on_failure: OnFailure | None = None,
+    on_remark: OnFailure | None = None,
     known: Known | None = None,
 ) -> Iterator[list[Embedding]]:
     """Embeddings of each sheet's pictures, sheet after sheet; those that failed are left out.
 
-    Files that are `known` are hashed and not decoded: their Embedding has a vector of no numbers.
+    Files that are `known` are hashed and not decoded: their Embedding has a vector of no numbers. `on_remark` gets what
+    is unusual about a picture that is embedded all the same; without it that is a warning.
     """
+    fail, remark = on_failure or _raise, on_remark or _warn
     config = model.vision.config
     if max_patches < 1:
         raise ValueError(f"max_patches is a number of patches, at least 1; got {max_patches}")
@@ -109,24 +112,24 @@ def embed_sheets(
             decoded = decoder.ahead(names, pool, ahead)
             before: tuple[list[Decoded], list[Batch]] | None = None
             for sheet in sheets:
-                pictures = [_told(next(decoded), on_failure or _raise) for _ in sheet]
+                pictures = [_told(next(decoded), fail, remark) for _ in sheet]
                 now = pictures, _submit(pictures, model, pooling)
                 if before is not None:  # read now that the device has more to do
-                    yield _finished(*before, on_failure or _raise)
+                    yield _finished(*before, fail)
                 before = now
                 if is_native:
                     mx.clear_cache()  # buffers of shapes that may not come again
             if before is not None:
-                yield _finished(*before, on_failure or _raise)
+                yield _finished(*before, fail)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _told(picture: Decoded, fail: OnFailure) -> Decoded:
+def _told(picture: Decoded, fail: OnFailure, remark: OnFailure) -> Decoded:
     if picture.failure is not None:
         fail(picture.path, picture.failure)
     if picture.remark is not None:
-        warnings.warn(f"{shown(picture.path)} {picture.remark}", stacklevel=3)
+        remark(picture.path, picture.remark)
     return picture
 
 
@@ -177,3 +180,7 @@ def _finished(pictures: list[Decoded], batches: list[Batch], fail: OnFailure) ->
 
 def _raise(path: str, reason: str) -> None:
     raise ValueError(f"{shown(path)} {reason}")
+
+
+def _warn(path: str, remark: str) -> None:
+    warnings.warn(f"{shown(path)} {remark}", stacklevel=4)

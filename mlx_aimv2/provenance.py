@@ -111,7 +111,11 @@ def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[li
 
 
 def _differ(name: str, stored: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    return f"{name.replace('_', ' ')}: {_value(stored.get(name))} there, {_value(other.get(name))} here"
+    there, here = stored.get(name), other.get(name)
+    if isinstance(there, Mapping) and isinstance(here, Mapping):  # only the parts that differ
+        parts = [part for part in {**there, **here} if there.get(part) != here.get(part)]
+        there, here = ({part: side.get(part) for part in parts} for side in (there, here))
+    return f"{name.replace('_', ' ')}: {_value(there)} there, {_value(here)} here"
 
 
 def _value(value: Any) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -21,11 +22,14 @@ from mlx_aimv2.index import Embedding
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch (ring, jaccl, nccl) or by mpirun: without one of them this is a single process."""
 
-Failure = tuple[str, str]
-"""A path and the reason."""
 
-Result = tuple[list[Embedding], list[Failure]]
-"""What one rank made of one sheet."""
+@dataclass
+class Result:
+    """What one rank made of its sheet: embeddings, and what failed or deserves a remark as pairs (path, words)."""
+
+    embeddings: list[Embedding] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    remarks: list[tuple[str, str]] = field(default_factory=list)
 
 
 class RankLostError(OSError):
@@ -74,13 +78,11 @@ class Ranks:
         self._gather(json.dumps([result]).encode())
         return result
 
-    def gather(
-        self, embeddings: Sequence[Embedding], failures: Sequence[Failure]
-    ) -> list[tuple[list[Embedding], list[Failure]]]:
+    def gather(self, result: Result) -> list[Result]:
         """What each rank has, in the order of the ranks; on every rank."""
         if self._group is None:
-            return [(list(embeddings), list(failures))]
-        return [_unpacked(data) for data in self._gather(_packed(embeddings, failures))]
+            return [result]
+        return [_unpacked(data) for data in self._gather(_packed(result))]
 
     def _gather(self, data: bytes) -> list[bytes]:
         """Bytes of every rank on every rank."""
@@ -108,17 +110,16 @@ def _lost(number: int, frame: FrameType | None) -> None:
     raise RankLostError("another rank is gone (stopped by mlx.launch)")
 
 
-def _packed(embeddings: Sequence[Embedding], failures: Sequence[Failure]) -> bytes:
+def _packed(result: Result) -> bytes:
+    embeddings = result.embeddings
     head = {
-        "embeddings": [
-            (item.path, item.size, item.mtime_ns, item.sha256.hex(), item.vector.shape) for item in embeddings
-        ],
-        "failures": list(failures),
+        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex(), one.vector.shape) for one in embeddings],
+        "failures": result.failures,
+        "remarks": result.remarks,
     }
     text = json.dumps(head).encode()
-    return b"".join(
-        [len(text).to_bytes(8, "little"), text, *(item.vector.astype("<f4").tobytes() for item in embeddings)]
-    )
+    vectors = (one.vector.astype("<f4").tobytes() for one in embeddings)
+    return b"".join([len(text).to_bytes(8, "little"), text, *vectors])
 
 
 def _unpacked(data: bytes) -> Result:
@@ -131,4 +132,5 @@ def _unpacked(data: bytes) -> Result:
         vector = numbers[done : done + count].reshape(shape)
         embeddings.append(Embedding(path, size, mtime_ns, bytes.fromhex(sha256), vector))
         done += count
-    return embeddings, [(path, reason) for path, reason in head["failures"]]
+    pairs = ([(path, words) for path, words in head[kind]] for kind in ("failures", "remarks"))
+    return Result(embeddings, *pairs)

@@ -18,7 +18,8 @@ from mlx_aimv2.listing import SUFFIXES, Listing, list_pictures, read_list, shown
 
 if TYPE_CHECKING:
     from mlx_aimv2.indexing import IndexWriter
-    from mlx_aimv2.ranks import Ranks
+    from mlx_aimv2.progress import Progress
+    from mlx_aimv2.ranks import Ranks, Result
     from mlx_aimv2.updating import Update
 
 HELP = "embed folders of pictures into an index, for search"
@@ -102,7 +103,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     from mlx_aimv2.pooling import Pooling
     from mlx_aimv2.progress import Progress
     from mlx_aimv2.provenance import describe, load_with_origin
-    from mlx_aimv2.ranks import my_sheets
+    from mlx_aimv2.ranks import Result, my_sheets
     from mlx_aimv2.updating import Plan, Update
 
     started = time.monotonic()
@@ -118,7 +119,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         if theirs != description["weights"]["digest"]:
             raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
         update = Update(plan, chief.index, lambda: chief.create(description, pooling.axes))
-        failed: list[tuple[str, str]] = []
+        mine = Result()
         results = embed_sheets(
             my_sheets(plan.sheets, ranks),
             loaded.model,
@@ -126,18 +127,19 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             pooling=pooling,
             max_patches=max_patches,
             threads=arguments.threads,
-            on_failure=lambda path, reason: failed.append((path, reason)),
+            on_failure=lambda path, reason: mine.failures.append((path, reason)),
+            on_remark=lambda path, remark: mine.remarks.append((path, remark)),
             known=plan.known,
         )
         try:
-            for mine in results:
-                for embeddings, failures in ranks.gather(mine, failed):
+            for embeddings in results:
+                mine.embeddings = embeddings
+                for result in ranks.gather(mine):
                     if ranks.rank == 0:
-                        chief.report(failures, progress.say, update)
-                        update.take(embeddings)
-                        progress.advance(len(embeddings) + len(failures))
-                failed.clear()
-            ranks.first(lambda: chief.finish(update, failed, progress.say))
+                        chief.take(result, update, progress)
+                mine.failures.clear()
+                mine.remarks.clear()
+            ranks.first(lambda: chief.finish(update, mine, progress))
         except KeyboardInterrupt:
             update.commit()
             progress.say("mlx-aimv2: stopped; what was done is kept, run it again to go on")
@@ -242,17 +244,26 @@ class _Chief:
         width = description["width"]
         return IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
 
-    def report(self, failures: list[tuple[str, str]], say: Callable[[str], None], update: Update | None = None) -> None:
+    def report(self, failures: list[tuple[str, str]], say: Callable[[str], None]) -> None:
         """Says what failed and why."""
         for path, reason in failures:
             self.failures += 1
             say(f"mlx-aimv2: {shown(path)} {reason}")
-            if update is not None:
-                update.fail(path)
 
-    def finish(self, update: Update, failed: list[tuple[str, str]], say: Callable[[str], None]) -> bool:
-        """Writes the last embeddings and the export."""
-        self.report(failed, say, update)
+    def take(self, result: Result, update: Update, progress: Progress) -> None:
+        """Says what deserves it and passes the embeddings on."""
+        self.report(result.failures, progress.say)
+        for path, _ in result.failures:
+            update.fail(path)
+        for path, remark in result.remarks:
+            warnings.warn(f"{shown(path)} {remark}", stacklevel=1)
+        update.take(result.embeddings)
+        progress.advance(len(result.embeddings) + len(result.failures))
+
+    def finish(self, update: Update, last: Result, progress: Progress) -> bool:
+        """Writes what is left, and the export."""
+        last.embeddings = []
+        self.take(last, update, progress)
         update.finish()
         self.index = update.index
         if self.arguments.export is not None and self.index is not None:
