@@ -161,6 +161,8 @@ class Aimv2TextModel(nn.Module):
     def _first_ends(self, ids: mx.array) -> mx.array:
         """Position of each row's first end of text, `(B, L) -> (B,)`, after checking the ids."""
         config = self.config
+        if not isinstance(ids, mx.array):
+            raise ValueError(f"ids must be an mlx array, as processor.tokenize gives it, got {type(ids).__name__}")
         if ids.ndim != 2 or 0 in ids.shape or not mx.issubdtype(ids.dtype, mx.integer):
             raise ValueError(f"ids must be whole numbers (texts, length), got {ids.dtype} {tuple(ids.shape)}")
         if ids.shape[1] > config.max_position_embeddings:

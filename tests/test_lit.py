@@ -205,6 +205,12 @@ def test_ids_of_another_shape_or_kind_are_refused(ids):
         small_lit().encode_text(ids)
 
 
+@pytest.mark.parametrize("words", ["a cat", ["a cat"], [[776, EOS]]])
+def test_words_that_were_not_tokenized_are_refused(words):
+    with pytest.raises(ValueError, match=r"mlx array, as processor\.tokenize gives it, got (str|list)"):
+        small_lit().encode_text(words)
+
+
 def test_a_vocabulary_and_an_end_of_text_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"eos_token_id 777 does not fit a vocabulary of 777"):
         replace(CONFIG.text_config, vocab_size=777)
