@@ -113,7 +113,7 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
     top, left = patch[0] * high, patch[1] * wide
     box = (round(left), round(top), round(left + wide) - 1, round(top + high) - 1)
     draw = ImageDraw.Draw(image)
-    line = max(1, round(min(high, wide) / 8))
+    line = max(1, round(min(high, wide) / 20))
     draw.rectangle(box, outline=PAPER, width=line)
     draw.rectangle((box[0] + line, box[1] + line, box[2] - line, box[3] - line), outline=INK, width=1)
     return image
@@ -139,17 +139,29 @@ def overlay(picture: Image.Image, map_image: Image.Image, *, opacity: float = 0.
     return Image.blend(picture.convert("RGB"), laid, opacity)
 
 
-def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int = 8) -> Image.Image:
-    """Pictures in a row, all of one height."""
-    from PIL import Image
+def to_height(image: Image.Image, height: int) -> Image.Image:
+    """A picture at this height, its shape kept; enlarged, it keeps its squares."""
+    width = max(1, round(image.width * height / image.height))
+    return image.convert("RGB").resize((width, height), _sampling(image, height))
 
-    scaled = [_to_height(image, height) for image in images]
-    width = sum(image.width for image in scaled) + gap * (len(scaled) - 1)
-    sheet, left = Image.new("RGB", (width, height), PAPER), 0
-    for image in scaled:
-        sheet.paste(image, (left, 0))
-        left += image.width + gap
-    return sheet
+
+def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int = 8) -> Image.Image:
+    """Pictures in a row, all brought to one height."""
+    return beside([to_height(image, height) for image in images], gap=gap)
+
+
+def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
+    """Pictures in a row as they are, their tops in line."""
+    places = np.cumsum([0, *(image.width + gap for image in images)])
+    size = (int(places[-1]) - gap, max(image.height for image in images))
+    return _pasted(images, [(int(left), 0) for left in places[:-1]], size)
+
+
+def below(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
+    """Pictures in a column as they are, their left edges in line."""
+    places = np.cumsum([0, *(image.height + gap for image in images)])
+    size = (max(image.width for image in images), int(places[-1]) - gap)
+    return _pasted(images, [(0, int(top)) for top in places[:-1]], size)
 
 
 def contact_sheet(
@@ -235,9 +247,13 @@ def _squares(levels: Array, cell: int) -> Image.Image:
     return image.resize((image.width * cell, image.height * cell), Image.Resampling.NEAREST)
 
 
-def _to_height(image: Image.Image, height: int) -> Image.Image:
-    width = max(1, round(image.width * height / image.height))
-    return image.convert("RGB").resize((width, height), _sampling(image, height))
+def _pasted(images: Sequence[Image.Image], places: Sequence[tuple[int, int]], size: tuple[int, int]) -> Image.Image:
+    from PIL import Image
+
+    sheet = Image.new("RGB", size, PAPER)
+    for image, place in zip(images, places, strict=True):
+        sheet.paste(image, place)
+    return sheet
 
 
 def _sampling(image: Image.Image, side: int) -> Any:

@@ -1,0 +1,52 @@
+"""Click a patch of a photograph and see what is like it: a page for any browser, complete in one file.
+
+python -m examples.click_a_patch [PICTURE] [--model MODEL] [--output page.html]
+"""
+
+import argparse
+import base64
+import io
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2 import bundled, load, plot
+
+PAGE = Path(__file__).with_suffix(".html")
+
+parser = argparse.ArgumentParser(description="A page that shows which patches are like the one that is clicked.")
+parser.add_argument("picture", nargs="?", default=bundled.photographs()[1])
+parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--output", default="click_a_patch.html", help="default: %(default)s")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser.parse_args(argv)
+    model, processor = load(args.model)
+    pixels = processor(args.picture)
+    rows, columns = model.vision.grid(pixels)
+    tokens = model.vision(pixels).last_hidden_state[0].astype(mx.float32)  # (N, D)
+    tokens = tokens / mx.linalg.norm(tokens, axis=1, keepdims=True)
+    cosines = np.array(tokens @ tokens.T)  # (N, N): a row for each patch that can be clicked
+    low = cosines.min(axis=1, keepdims=True)
+    levels = np.rint((cosines - low) / np.maximum(1 - low, 1e-6) * 255).clip(0, 255).astype(np.uint8)
+
+    steps, file = processor.preprocessing, io.BytesIO()
+    plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std).save(file, "PNG")
+    data = {
+        "rows": rows,
+        "columns": columns,
+        "patch": model.vision.config.patch_size,
+        "levels": base64.b64encode(levels.tobytes()).decode(),
+        "colours": (plot.heat(np.linspace(0, 1, 256)) * 255).round().astype(int).tolist(),
+        "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+    }
+    page = PAGE.read_text(encoding="utf-8").replace("{{DATA}}", json.dumps(data))
+    Path(args.output).write_text(page, encoding="utf-8")
+    print(f"{rows * columns} patches to click, {len(page) / 1e6:.2f} MB: open {args.output} in a browser")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What can the package do, offline and in a minute: convert, load, embed, show?
+
+python -m examples.demo        (or: make demo)
+
+The embedded checkpoint, a small encoder trained on handwritten digits and stored as Apple stores AIMv2, goes through
+everything that a published one goes through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plane, plot
+
+ROOT = Path(__file__).parent.parent
+TILE = 56
+"""The side of the pictures that the embedded checkpoint takes."""
+
+RIGHT, WRONG = (60, 160, 90), (214, 69, 65)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Convert the embedded checkpoint, embed pictures, draw one.")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder (default: %(default)s)")
+    output: Path = parser.parse_args(argv).output
+    began = time.perf_counter()
+
+    say("Convert: a PyTorch checkpoint in Apple's layout becomes an MLX folder")
+    folder = convert(output / "digits-mlx")
+
+    say("Load and embed: 1,797 handwritten digits, a third of which training never saw")
+    model, processor = load(folder)
+    scans = bundled.digits()
+    start = time.perf_counter()
+    bank = bundled.encode(model, processor, scans.train_pictures)
+    queries = bundled.encode(model, processor, scans.test_pictures)
+    print(f"{len(bank)} + {len(queries)} pictures in {time.perf_counter() - start:.1f} s, {bank.shape[1]} numbers each")
+
+    say("Nearest neighbours: held-out digits among those of training")
+    nearest = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :5]
+    examples = [int(np.flatnonzero(scans.test_labels == digit)[0]) for digit in range(10)]
+    for i in examples:
+        cosines = "  ".join(f"{scans.train_labels[j]} ({queries[i] @ bank[j]:.3f})" for j in nearest[i])
+        print(f"a held-out {scans.test_labels[i]}:  {cosines}")
+    found = bundled.vote(bank, scans.train_labels, queries)
+    wrong = np.flatnonzero(found != scans.test_labels)
+    accuracy = f"{len(queries) - len(wrong)} of {len(queries)} held-out digits ({1 - len(wrong) / len(queries):.1%})"
+    print(f"the vote of the 5 nearest is right for {accuracy}")
+
+    say("Photographs: the same path, though this small model knows nothing but digits")
+    pictures = bundled.photographs()
+    vectors = np.array(model.encode_image(processor(pictures), normalize=True))
+    for picture, row in zip(pictures, vectors @ vectors.T, strict=True):
+        print(f"{picture.name:14}", "  ".join(f"{cosine:6.3f}" for cosine in row))
+
+    say("Draw")
+    neighbours = draw_neighbours(scans, examples, nearest)
+    mistakes = draw_mistakes(scans, wrong, found)
+    whole_plane = draw_plane(scans, queries)
+    maps = [plot.side_by_side(tile_map(model, processor, picture), height=250, gap=4) for picture in pictures]
+    page = compose(neighbours, mistakes, whole_plane, maps, accuracy)
+    page.save(output / "demo.png")
+    for path, what in ((folder, "the converted model"), (output / "demo.png", "the picture to look at")):
+        print(f"{path}  {what}")
+    print(f"done in {time.perf_counter() - began:.0f} s; your own pictures: examples/README.md")
+
+
+def say(title: str) -> None:
+    print(f"\n== {title}", flush=True)
+
+
+def convert(target: Path) -> Path:
+    """Converts the embedded checkpoint with the command that converts any other, and lists what was written."""
+    shutil.rmtree(target, ignore_errors=True)  # an earlier demo's; the converter replaces nothing
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = ["-m", "mlx_aimv2.convert", "--hf-path", str(bundled.digits_checkpoint()), "--mlx-path", str(target)]
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+    for file in sorted(target.iterdir()):
+        print(f"{file.stat().st_size:>12,} bytes  {file.name}")
+    return target
+
+
+def draw_neighbours(scans: bundled.Digits, chosen: list[int], nearest: np.ndarray) -> Image.Image:
+    """A row for each chosen held-out digit: itself, then its nearest ones, framed green where the class is the same."""
+    rows, frames = [], []
+    for i in chosen:
+        same = [scans.train_labels[j] == scans.test_labels[i] for j in nearest[i]]
+        rows.append([picture(scans.test_pictures[i]), *(picture(scans.train_pictures[j]) for j in nearest[i])])
+        frames.append([plot.INK, *(RIGHT if right else WRONG for right in same)])
+    return plot.contact_sheet(rows, frames=frames, side=62, gap=12)
+
+
+def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -> Image.Image:
+    """Every held-out digit that the vote gets wrong, with what it is and what it was taken for."""
+    pictures = [picture(scans.test_pictures[i]) for i in wrong]
+    captions = [f"{scans.test_labels[i]} as {found[i]}" for i in wrong]
+    rows = range(0, max(len(wrong), 1), 6)
+    return plot.contact_sheet(
+        [pictures[start : start + 6] for start in rows],
+        captions=[captions[start : start + 6] for start in rows],
+        side=62,
+        gap=12,
+    )
+
+
+def draw_plane(scans: bundled.Digits, queries: np.ndarray) -> Image.Image:
+    """All held-out digits where their features lie, one colour per class."""
+    pictures = [picture(scan).resize((24, 24), Image.Resampling.BICUBIC) for scan in scans.test_pictures]
+    colours = [plot.CLASSES[label] for label in scans.test_labels]
+    return plot.scatter(plane.neighbour_plane(queries), pictures, colours, size=(1000, 1000))
+
+
+def tile_map(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> list[Image.Image]:
+    """A photograph and its colour map, cut into tiles of the small size that the embedded checkpoint takes."""
+    image = Image.open(path).convert("RGB")
+    rows, columns = image.height // TILE, image.width // TILE
+    image = image.crop((0, 0, columns * TILE, rows * TILE))
+    boxes = [(c * TILE, r * TILE, (c + 1) * TILE, (r + 1) * TILE) for r in range(rows) for c in range(columns)]
+    tokens = np.array(model(processor([image.crop(box) for box in boxes])).last_hidden_state)  # (tiles, N, D)
+    tokens = tokens - tokens.mean(axis=0)  # what one place has in common in all tiles says nothing of the picture
+    side = int(tokens.shape[1] ** 0.5)
+    tokens = tokens.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
+    grid = (rows * side, columns * side)
+    return [image, plot.pca_map(tokens.reshape(grid[0] * grid[1], -1), grid)]
+
+
+def compose(
+    neighbours: Image.Image, mistakes: Image.Image, whole_plane: Image.Image, maps: list[Image.Image], accuracy: str
+) -> Image.Image:
+    """The page: neighbours and mistakes at the left, the plane at the right, photographs below."""
+    neighbours = plot.titled(
+        neighbours, "Held-out digits, nearest ones", subtitle="first the query, then the five most alike of 1,198"
+    )
+    mistakes = plot.titled(mistakes, "All mistakes", subtitle=f"right: {accuracy}")
+    whole_plane = plot.titled(
+        whole_plane,
+        "599 digits that training never saw, where their features lie",
+        subtitle="drawn by t-SNE, which never saw a label; a colour is a class",
+    )
+    upper = plot.beside([plot.below([neighbours, mistakes]), whole_plane])
+    photographs = plot.titled(
+        plot.below([plot.beside(maps[:2]), plot.beside(maps[2:])]),
+        "Dense features of photographs",
+        subtitle=f"in tiles of {TILE} pixels, by an encoder that has seen nothing but digits: strokes and edges",
+    )
+    return plot.below([upper, photographs])
+
+
+def picture(scan: np.ndarray) -> Image.Image:
+    return Image.fromarray(scan).resize((TILE, TILE), Image.Resampling.BICUBIC)
+
+
+if __name__ == "__main__":
+    main()
