@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2 import card, fidelity, folder
+from mlx_aimv2.bit_search import as_predicate, choose_bits, most_common
 from mlx_aimv2.checkpoint import CONFIG_FILE, read_json
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
 from mlx_aimv2.names import PATCH_CONV
@@ -89,6 +90,11 @@ def convert(
     wanted = wanted or _own_dtype(source)
     log(f"[INFO] Using dtype: {_name_of(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
+    if q_target is not None:
+        bits = choose_bits(
+            hf_path, pictures, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
+        )
+        section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
     # Before anything is written: a picture that cannot be read would end a long conversion at its end.
     original = observe(hf_path, pictures, revision=revision, dtype=mx.float32, inside=True) if verify else None
 
@@ -100,6 +106,8 @@ def convert(
             proof = fidelity.report(original, observe(place, pictures, name=target.name), pictures)
             folder.write_json(place / fidelity.FILE, proof)
             log(fidelity.table(proof))
+            if q_target is not None and proof["token_cosine"]["mean"] < q_target:
+                log(f"[WARNING] The folder misses the target {q_target:g}; ask for a little more")
         config = read_json(place / CONFIG_FILE)
         card.write(place, source=source, config=config, fidelity=proof, hub_name=upload_repo)
     if upload_repo is not None:

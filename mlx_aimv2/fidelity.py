@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.observing import Floats, Observation, choose_pictures, observe
+from mlx_aimv2.observing import Floats, Observation, choose_pictures, cosines, observe, token_cosines
 
 FILE = "fidelity.json"
 
@@ -46,7 +46,7 @@ def compare(
 def report(reference: Observation, other: Observation, pictures: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     """Two observations of the same pictures as the content of fidelity.json."""
     _check_comparable(reference, other)
-    tokens = np.concatenate([cosines(a, b) for a, b in zip(reference.tokens, other.tokens, strict=True)])
+    tokens = token_cosines(reference.tokens, other.tokens)
     found: dict[str, Any] = {
         "reference": _about(reference),
         "model": _about(other),
@@ -65,15 +65,6 @@ def report(reference: Observation, other: Observation, pictures: Sequence[str | 
     found["warnings"] = _warnings(reference, other)
     found["versions"] = {"mlx_aimv2": __version__, "mlx": version("mlx")}
     return found
-
-
-def cosines(a: Floats, b: Floats) -> Floats:
-    """Cosine of each row with its fellow, `(N, D), (N, D) -> (N,)`; 0 for a row that is not finite."""
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = (a * b).sum(axis=-1) / lengths
-    same: Floats = np.clip(np.where(np.isfinite(values), values, 0.0), -1.0, 1.0)
-    return same
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,9 @@ class Observation:
     """What one model gave.
 
     `tokens` one (N, D) for each picture, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
-    gives them; `text_vectors` (T, E) and `logits` (B, T) for LiT, else None. `peaks` the largest absolute value that
-    occurred in each block, on its way from layer to layer and at its end. `stored_bytes` of all tensors on disk.
+    gives them; `text_vectors` (T, E), `text_tokens` T arrays (L, D) and `logits` (B, T) for LiT alone. `peaks` the
+    largest absolute value that occurred in each block, on its way from layer to layer and at its end. `stored_bytes` of
+    all tensors on disk.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Observation:
     vectors: Floats
     peaks: dict[str, float]
     text_vectors: Floats | None = None
+    text_tokens: list[Floats] = field(default_factory=list)
     logits: Floats | None = None
 
     @property
@@ -89,13 +91,16 @@ def observe(
     vectors = mx.concatenate([_image_vector(model, state) for state in states])
     tokens = [_numbers(state[0]) for state in states]
     text_vectors = logits = None
+    text_tokens: list[Floats] = []
     if isinstance(model, Aimv2Model):
         ids = text_ids(model, processor)
-        texts = walk(model.text_model, embed_texts(model, ids), peaks, inside=inside, prefix="text_model.")
+        texts = walk(
+            model.text_model, [embed_text(model, row) for row in ids], peaks, inside=inside, prefix="text_model."
+        )
         # Nothing is filled up, so the end of the text is the last token.
         words = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
         logits = _numbers(model.logits(unit_length(vectors), unit_length(words)))
-        text_vectors = _numbers(words)
+        text_vectors, text_tokens = _numbers(words), [_numbers(state[0]) for state in texts]
     return Observation(
         name,
         str(model.dtype).rpartition(".")[2],
@@ -105,6 +110,7 @@ def observe(
         _numbers(vectors),
         peaks,
         text_vectors,
+        text_tokens,
         logits,
     )
 
@@ -169,10 +175,25 @@ def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
     return [mx.array([row]) for row in rows]
 
 
-def embed_texts(model: Aimv2Model, ids: list[mx.array]) -> list[mx.array]:
-    """The inputs of the text tower's first block: `[(1, L), …] -> [(1, L, D), …]`."""
+def embed_text(model: Aimv2Model, ids: mx.array) -> mx.array:
+    """The input of the text tower's first block: `(1, L) -> (1, L, D)`."""
     tower = model.text_model
-    return [tower.token_embed(row) + tower.pos_embed[: row.shape[1]] for row in ids]
+    embedded: mx.array = tower.token_embed(ids) + tower.pos_embed[: ids.shape[1]]
+    return embedded
+
+
+def cosines(a: Floats, b: Floats) -> Floats:
+    """Cosine of each row with its fellow, `(N, D), (N, D) -> (N,)`; 0 for a row that is not finite."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (a * b).sum(axis=-1) / lengths
+    same: Floats = np.clip(np.where(np.isfinite(values), values, 0.0), -1.0, 1.0)
+    return same
+
+
+def token_cosines(a: Sequence[Floats], b: Sequence[Floats]) -> Floats:
+    """Cosines of all tokens of several pictures or texts, one after another."""
+    return np.concatenate([cosines(ours, theirs) for ours, theirs in zip(a, b, strict=True)])
 
 
 def count_parameters(config: Any) -> int:

@@ -1,0 +1,275 @@
+"""How few bits can each layer have so that the features stay within a target?
+
+The target is the mean cosine of the tokens with those of the float32 source, on calibration pictures. The method:
+
+1. What one layer at so many bits costs is measured where it counts, at the output: only this layer is quantized, the
+   rest runs in float32, and the loss is 1 - mean token cosine. Bits from 8 downwards, until the layer alone would use
+   up what the target allows.
+2. Losses of several layers roughly add up, as long as they are small. So the smallest model within an allowance is a
+   knapsack with one choice for each layer, solved exactly by dynamic programming.
+3. "Roughly" is measured too: the chosen model runs as a whole and the allowance is corrected by what was found, until
+   it meets the target closely. What is left over is used by lowering single layers while the whole still meets it.
+
+Choosing bits by measured sensitivity under a budget is HAWQ's idea (arXiv 1905.03696; as an integer programme HAWQ-V3,
+arXiv 2011.10680). mlx-lm's dynamic quantization ranks layers by gradients times weight errors and gives each one of two
+widths, to reach a size; here all of MLX's widths are used, the output's error is measured instead of estimated, and
+quality is what is asked for.
+
+Cost: the source is held in float32. A layer of block i is measured through the blocks from i on, so `depth` blocks of
+five layers cost about `5 * widths * depth / 2` runs of the whole model over the pictures: 240 at 24 blocks, 4 widths.
+The same source, pictures and device give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_aimv2.loading import AnyModel, load
+from mlx_aimv2.model import Aimv2Model
+from mlx_aimv2.observing import embed_text, observe, text_ids, token_cosines
+from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.quantize import MODES, STAY_DENSE, Predicate, layers, pack, unpack
+
+WIDTHS = sorted(MODES["affine"].bits, reverse=True)
+BINS = 1 << 14
+"""Into how many steps the allowance is divided in the knapsack."""
+
+CORRECTIONS = 12
+SAFETY = 0.99
+"""Of the allowed loss this share is used: the folder is computed in its own dtype, whose rounding varies a little."""
+
+Bits = dict[str, int | None]
+"""Path of a layer -> its bits; None stays dense."""
+
+Losses = dict[str, dict[int | None, float]]
+"""Path of a layer -> bits -> 1 - mean token cosine with this layer alone quantized."""
+
+Stored = Callable[[mx.array, int], mx.array]
+"""A weight at so many bits, as it would be read back from a folder."""
+
+
+def choose_bits(
+    path_or_hf_repo: str | os.PathLike[str],
+    pictures: Sequence[str | os.PathLike[str]],
+    *,
+    target: float,
+    settings: Mapping[str, Any],
+    dtype: mx.Dtype,
+    revision: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> Bits:
+    """The bits of each layer for a mean token cosine of at least `target`: `checkpoint, pictures -> Bits`.
+
+    `settings` are group size and mode of all layers, `dtype` that of the scales and of what stays dense. LiT's towers
+    are searched one after the other, the text tower on `observing.TEXTS`. Raises ValueError if `dtype` alone misses the
+    target.
+    """
+    rounding = _loss_of_dtype(path_or_hf_repo, pictures, dtype=dtype, revision=revision)
+    model, processor = load(path_or_hf_repo, revision=revision, dtype=mx.float32)
+
+    def stored(weight: mx.array, width: int) -> mx.array:
+        own = {**settings, "bits": width}
+        return unpack(pack(weight, own, dtype), own)
+
+    chosen: Bits = {}
+    for tower in _towers(model, [processor(os.fspath(picture)) for picture in pictures], processor):
+        lost = rounding.get(tower.prefix, 0.0)
+        if 1 - target <= lost:
+            raise ValueError(
+                f"the target {target:g} cannot be reached: {_spelled(dtype)} alone, without fewer bits, gives a mean "
+                f"token cosine of {1 - lost:.7f}; ask for less or for --dtype float32"
+            )
+        chosen |= _search(tower, (1 - target - lost) * SAFETY, stored, 8 * dtype.size, log)
+    return chosen
+
+
+def most_common(bits: Bits) -> int:
+    """The bits that most layers have, for the shared entry; the most bits where all stay dense."""
+    counts = Counter(width for width in bits.values() if width is not None)
+    return max(counts, key=lambda width: (counts[width], width)) if counts else WIDTHS[0]
+
+
+def as_predicate(bits: Bits) -> Predicate:
+    """The choice as `quantize.plan` takes it."""
+
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        width = bits[path]
+        return {"bits": width} if width is not None else False
+
+    return settings
+
+
+class _Tower:
+    """A tower as steps, the embedding and the blocks, each of which may hold layers to quantize."""
+
+    def __init__(
+        self, prefix: str, tower: nn.Module, inputs: list[mx.array], steps: Sequence[Callable[[mx.array], mx.array]]
+    ) -> None:
+        self.prefix, self.norm, self.inputs, self.steps = prefix, tower.norm, inputs, steps
+        self.layers: list[dict[str, nn.Module]] = [{} for _ in steps]
+        for path, layer in layers(tower).items():
+            if not set(path.split(".")) & set(STAY_DENSE):
+                step = int(path.split(".")[1]) + 1 if path.startswith("blocks.") else 0
+                self.layers[step][prefix + path] = layer
+        self.sizes: dict[str, int] = {path: layer.weight.size for found in self.layers for path, layer in found.items()}
+        self.reference = self._tokens(inputs, 0, {}, lambda weight, width: weight)
+
+    def loss(self, states: list[mx.array], start: int, bits: Mapping[str, int | None], stored: Stored) -> float:
+        """1 - mean token cosine with these layers quantized, from the input of step `start` on."""
+        pairs = zip(self._tokens(states, start, bits, stored), self.reference, strict=True)
+        # Half the squared distance of unit vectors is the same and keeps its digits near 0.
+        losses = mx.concatenate([mx.square(a - b).sum(axis=-1).flatten() for a, b in pairs])
+        return float(np.array(losses).astype(np.float64).mean() / 2)
+
+    def advance(
+        self, states: list[mx.array], number: int, bits: Mapping[str, int | None], stored: Stored
+    ) -> list[mx.array]:
+        """Through one step, with the weights of its layers exchanged meanwhile: `[(1, N, D), …] -> [(1, N, D), …]`."""
+        weights = {}
+        for path, layer in self.layers[number].items():
+            weights[path] = layer.weight
+            width = bits.get(path)
+            layer.weight = layer.weight if width is None else stored(layer.weight, width)
+        states = [self.steps[number](state) for state in states]
+        mx.eval(states)
+        for path, layer in self.layers[number].items():
+            layer.weight = weights[path]
+        return states
+
+    def _tokens(
+        self, states: list[mx.array], start: int, bits: Mapping[str, int | None], stored: Stored
+    ) -> list[mx.array]:
+        """Tokens of unit length after the final norm."""
+        for number in range(start, len(self.steps)):
+            states = self.advance(states, number, bits, stored)
+        tokens = [self.norm(state) for state in states]
+        units = [x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in tokens]
+        mx.eval(units)
+        return units
+
+
+def _towers(model: AnyModel, pixels: list[mx.array], processor: Aimv2Processor) -> Iterator[_Tower]:
+    vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
+    yield _Tower(prefix, vision, pixels, [vision.embed, *vision.blocks])
+    if isinstance(model, Aimv2Model):
+        text, ids = model.text_model, text_ids(model, processor)
+        blocks = [partial(block, causal=True) for block in text.blocks]
+        yield _Tower("text_model.", text, ids, [partial(embed_text, model), *blocks])
+
+
+def _search(tower: _Tower, allowed: float, stored: Stored, dense_bits: int, log: Callable[[str], None]) -> Bits:
+    losses: Losses = {}
+    states = tower.inputs
+    for number, found in enumerate(tower.layers):
+        for path in found:
+            losses[path] = {None: 0.0}
+            for width in WIDTHS:
+                losses[path][width] = tower.loss(states, number, {path: width}, stored)
+                if losses[path][width] > allowed:
+                    break
+        states = tower.advance(states, number, {}, stored)
+        log(f"[INFO] Measured {tower.prefix}{'embedding' if number == 0 else f'blocks.{number - 1}'} at the output")
+
+    def size(bits: Bits) -> int:
+        return sum((width or dense_bits) * tower.sizes[path] for path, width in bits.items())
+
+    def whole(bits: Bits) -> float:
+        return tower.loss(tower.inputs, 0, bits, stored)
+
+    best: Bits = dict.fromkeys(losses)
+    best_loss, allowance = 0.0, allowed
+    tried: list[Bits] = []
+    for _ in range(CORRECTIONS):
+        bits = knapsack(losses, tower.sizes, allowance, dense_bits=dense_bits)
+        if bits in tried:
+            break
+        tried.append(bits)
+        loss = whole(bits)
+        if loss <= allowed and size(bits) < size(best):
+            best, best_loss = bits, loss
+        allowance *= min(2.0, max(0.25, allowed / max(loss, 1e-12)))
+    best, best_loss = _lowered(best, best_loss, allowed, losses, tower.sizes, whole)
+    log(f"[INFO] Chose {_histogram(best)}: mean token cosine {1 - best_loss:.6f}")
+    return best
+
+
+def _lowered(
+    bits: Bits,
+    loss: float,
+    allowed: float,
+    losses: Losses,
+    sizes: Mapping[str, int],
+    whole: Callable[[Bits], float],
+) -> tuple[Bits, float]:
+    """Lowers single layers, those that save most for their loss first, while the whole still meets the target."""
+    failed: set[tuple[str, int]] = set()
+    while True:
+        steps = []
+        for path, width in bits.items():
+            lower = [known for known in losses[path] if known is not None and (width is None or known < width)]
+            if lower and (path, max(lower)) not in failed:
+                more = losses[path][max(lower)] - losses[path][width]
+                if more <= 1.5 * (allowed - loss):
+                    steps.append((more / sizes[path], path, max(lower)))
+        if not steps:
+            return bits, loss
+        _, path, lower_width = min(steps)
+        trial = {**bits, path: lower_width}
+        found = whole(trial)
+        if found <= allowed:
+            bits, loss = trial, found
+        else:
+            failed.add((path, lower_width))
+
+
+def knapsack(losses: Losses, sizes: Mapping[str, int], allowance: float, *, dense_bits: int) -> Bits:
+    """The smallest choice of bits whose losses add up to at most `allowance`: `path -> {bits: loss} -> path -> bits`.
+
+    Exact but for the rounding of each loss up to a `BINS`th of the allowance.
+    """
+    smallest = np.zeros(BINS + 1)  # of the layers so far, within so many steps of the allowance
+    picks: list[tuple[list[int | None], np.ndarray[Any, Any]]] = []
+    for path, options in losses.items():
+        widths = list(options)
+        rows = np.full((len(widths), BINS + 1), np.inf)
+        for row, width in zip(rows, widths, strict=True):
+            steps = int(np.ceil(options[width] / allowance * BINS))
+            if steps <= BINS:
+                row[steps:] = smallest[: BINS + 1 - steps] + (width or dense_bits) * sizes[path]
+        picks.append((widths, rows.argmin(axis=0)))
+        smallest = rows.min(axis=0)
+    left, bits = BINS, {}
+    for (path, options), (widths, pick) in zip(reversed(losses.items()), reversed(picks), strict=True):
+        bits[path] = widths[pick[left]]
+        left -= int(np.ceil(options[bits[path]] / allowance * BINS))
+    return {path: bits[path] for path in losses}
+
+
+def _loss_of_dtype(
+    path: str | os.PathLike[str], pictures: Sequence[str | os.PathLike[str]], *, dtype: mx.Dtype, revision: str | None
+) -> dict[str, float]:
+    """What computing in `dtype` costs with all weights dense: tower's prefix -> 1 - mean token cosine."""
+    if dtype == mx.float32:
+        return {}
+    exact, rounded = (observe(path, pictures, revision=revision, dtype=kind) for kind in (mx.float32, dtype))
+    vision = 1 - float(token_cosines(exact.tokens, rounded.tokens).mean())
+    text = 1 - float(token_cosines(exact.text_tokens, rounded.text_tokens).mean()) if exact.text_tokens else 0.0
+    return {"": vision, "vision_model.": vision, "text_model.": text}
+
+
+def _histogram(bits: Bits) -> str:
+    counts = Counter(bits.values())
+    named = sorted(counts.items(), key=lambda item: -(item[0] or 99))
+    return ", ".join(f"{count} layers {'dense' if width is None else f'at {width} bits'}" for width, count in named)
+
+
+def _spelled(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
