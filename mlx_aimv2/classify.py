@@ -111,6 +111,7 @@ class ZeroShotClassifier:
     def predict(self, pixels: mx.array) -> list[Prediction]:
         """What the processor made of pictures, `(B, H, W, 3) -> B predictions`."""
         logits = self._model.logits(unit_length(self._model.encode_image(pixels)), self.text_embeds)  # (B, T)
+        _check_finite(logits, self._model)
         pairs = zip(np.array(logits), np.array(mx.softmax(logits, axis=-1)), strict=True)
         return [Prediction(self.labels, *pair) for pair in pairs]
 
@@ -121,10 +122,12 @@ class ZeroShotClassifier:
         """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
         texts = [template.replace(PLACE, label) for label in self.labels for template in self.templates]
         ids = np.array(self._processor.tokenize(texts))
+        eos = self._model.config.text_config.eos_token_id
+        ids = np.where(np.cumsum(ids == eos, axis=1) > 0, eos, ids)  # nothing behind the first end of text is read
         _check_distinct(ids, self.labels, self.templates)
         vectors = encode_ids(self._model, ids).reshape(len(self.labels), len(self.templates), -1)
         text_embeds = unit_length(mx.array(vectors.mean(axis=1)))
-        mx.eval(text_embeds)
+        _check_finite(text_embeds, self._model)
         return text_embeds
 
 
@@ -191,7 +194,7 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str], templates: Sequence[str]) -> None:
-    """Labels that differ only in capitals, or beyond the context, are the same text to the model."""
+    """Labels that differ only in capitals, beyond the context or behind an end of text are one text to the model."""
     by_template = ids.reshape(len(labels), len(templates), -1)
     for k, template in enumerate(templates):
         first: dict[bytes, str] = {}
@@ -199,8 +202,14 @@ def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str], templates:
             if (other := first.setdefault(row.tobytes(), label)) != label:
                 raise ValueError(
                     f"{other!r:.60} and {label!r:.60} are the same text to the model in {template!r:.60}: "
-                    f"capitals do not count, nor does what lies beyond the context"
+                    "capitals do not count, nor does what lies beyond the context"
                 )
+
+
+def _check_finite(numbers: mx.array, model: Aimv2Model) -> None:
+    if not mx.isfinite(numbers).all().item():
+        name = str(model.dtype).removeprefix("mlx.core.")
+        raise ValueError(f"the model gave numbers that are not finite in {name}: load it with dtype float32")
 
 
 def _pixels_or_error(processor: Aimv2Processor, picture: Picture) -> Pixels | OSError | ValueError:

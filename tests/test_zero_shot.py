@@ -225,11 +225,21 @@ def test_labels_that_make_no_classes_are_refused(pair, labels, message):
         ([7], r"template 7 has no \{\}"),
         ([], "no templates"),
         ("dog " * 40 + "{}", "same text to the model .* beyond the context"),
+        ("a photo <|endoftext|> of a {}", "same text to the model"),
     ],
 )
 def test_templates_that_hold_no_label_are_refused(pair, templates, message):
     with pytest.raises(ValueError, match=message):
         ZeroShotClassifier(*pair, LABELS, templates=templates)
+
+
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+def test_numbers_beyond_half_precision_are_told_and_not_ranked(folder, pictures, tower):
+    model, processor = load(folder, dtype="float16")
+    norm = getattr(model, tower).norm
+    norm.weight = norm.weight * 60000
+    with pytest.raises(ValueError, match=r"not finite in float16: load it with dtype float32"):
+        zero_shot(model, processor, pictures, LABELS)
 
 
 def test_a_vision_only_checkpoint_names_the_one_that_reads_words_before_any_picture():
