@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plane, plot
 
@@ -152,7 +152,7 @@ def compose(
         "Dense features of photographs",
         subtitle=f"in tiles of {TILE} pixels, by an encoder that has seen nothing but digits: strokes and edges",
     )
-    return plot.below([upper, photographs])
+    return ImageOps.expand(plot.below([upper, photographs]), 28, plot.PAPER)
 
 
 def picture(scan: np.ndarray) -> Image.Image:

@@ -202,16 +202,15 @@ def scatter(
 ) -> Image.Image:
     """Small pictures where their features lie, `(n, 2) coordinates -> picture`; dark ink takes each one's colour.
 
-    The pictures are grey, dark on white; white is left out, so that neighbours do not hide each other.
+    The pictures are grey, dark on white; white is left out, and pictures that would lie on each other are moved apart
+    until each can be read, so that close places are not exact.
     """
     from PIL import Image, ImageOps
 
     sheet = Image.new("RGB", size, PAPER)
-    points = np.asarray(points, np.float64)
-    low, spread = points.min(axis=0), np.ptp(points, axis=0)
-    rim = max(max(picture.size) for picture in pictures) // 2 + 4
-    room = np.array(size) - 2 * rim
-    places = rim + (points - low) / np.where(spread > 0, spread, 1) * room
+    side = max(max(picture.size) for picture in pictures)
+    places = _apart(_fitted(points, size, side // 2 + 4), 0.8 * side)
+    places = _fitted(places, size, side // 2 + 4)
     for (x, y), picture, colour in zip(places, pictures, colours, strict=True):
         ink = ImageOps.invert(picture.convert("L"))
         sheet.paste(colour, (round(x) - ink.width // 2, round(size[1] - y) - ink.height // 2), ink)
@@ -230,6 +229,25 @@ def titled(image: Image.Image, title: str, *, subtitle: str = "", size: int = 22
         draw.text((10, size * 1.65), subtitle, FAINT, _font(round(size * 0.72)))
     sheet.paste(image, (0, band))
     return sheet
+
+
+def _fitted(points: Array, size: tuple[int, int], rim: int) -> Array:
+    """Points stretched to fill a sheet of `size` up to its rim, `(n, 2) -> (n, 2)`."""
+    points = np.asarray(points, np.float64)
+    spread = np.ptp(points, axis=0)
+    places: Array = rim + (points - points.min(axis=0)) / np.where(spread > 0, spread, 1) * (np.array(size) - 2 * rim)
+    return places
+
+
+def _apart(places: Array, distance: float, *, steps: int = 60) -> Array:
+    """Points pushed away from each other where they are nearer than `distance`: `(n, 2) -> (n, 2)`."""
+    places = places.copy()
+    for _ in range(steps):
+        away = places[:, None] - places  # (n, n, 2)
+        gaps = np.maximum(np.linalg.norm(away, axis=2), 1e-6)
+        push = np.maximum(distance - gaps, 0) / gaps * 0.25
+        places += (away * push[:, :, None]).sum(axis=1)
+    return places
 
 
 def _check_grid(tokens: Array, grid: tuple[int, int]) -> None:

@@ -27,6 +27,9 @@ HELP = "draw the dense features of pictures: one colour per patch, or how alike 
 
 ENDING = ".png"
 
+HEIGHT = 672
+"""Of the picture that is written, in pixels, or a little less: a patch is a whole number of pixels."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
@@ -81,16 +84,26 @@ def draw(
     """The picture as the model saw it beside its map, and the grid: `picture -> (image, (rows, columns))`."""
     pixels = processor(picture)
     rows, columns = grid = model.grid(pixels)
+    if patch is not None and (patch[0] >= rows or patch[1] >= columns):
+        raise ValueError(
+            f"{shown(picture)} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
+            f"is {rows - 1},{columns - 1}"
+        )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
-    steps = processor.preprocessing
-    image = plot.seen(
-        np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=1 / (steps.rescale_factor or 1)
-    )
-    side = model.config.patch_size
-    image = image.crop((0, 0, columns * side, rows * side))  # what does not fill a patch was not seen
+    side, cell = model.config.patch_size, max(1, HEIGHT // rows)
+    image = _seen(pixels, processor).crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
+    image = plot.to_height(image, rows * cell)
     if patch is None:
-        return plot.side_by_side([image, plot.pca_map(tokens, grid)]), grid
-    return plot.side_by_side([plot.framed(image, grid, patch), plot.similarity_map(tokens, grid, patch)]), grid
+        both = [image, plot.pca_map(tokens, grid, cell=cell)]
+    else:
+        both = [plot.framed(image, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
+    return plot.side_by_side(both, height=rows * cell), grid
+
+
+def _seen(pixels: mx.array, processor: Aimv2Processor) -> Image.Image:
+    steps = processor.preprocessing
+    scale = 1 / (steps.rescale_factor or 1)
+    return plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
 
 
 def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
