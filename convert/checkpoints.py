@@ -1,0 +1,68 @@
+"""Which checkpoints are there: the rows of checkpoints.toml?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # the extra `test` brings it
+    import tomli as tomllib
+
+FILE = Path(__file__).parent / "checkpoints.toml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint. `expected` are published values of its features on the list's picture, None where there are none.
+
+    `image_size` is None for native, `commit` None for a folder on disk.
+    """
+
+    name: str
+    repo: str
+    commit: str | None
+    parameters: int
+    image_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    imagenet: float | None = None
+    expected_shape: tuple[int, ...] | None = None
+    expected: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The picture on which values were published: (width, height) tells a copy of another size apart."""
+
+    name: str
+    url: str
+    size: tuple[int, int]
+
+
+def read(file: Path = FILE) -> tuple[list[Row], Picture]:
+    """The rows and the picture of a list: `file -> (rows, picture)`."""
+    content = tomllib.loads(file.read_text(encoding="utf-8"))
+    return [Row(**_frozen(row)) for row in content["checkpoint"]], Picture(**_frozen(content["picture"]))
+
+
+def choose(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
+    """The rows of these names, with or without `apple/`; all of them where no name is given. Raises ValueError."""
+    by_name = {row.name: row for row in rows} | {row.repo: row for row in rows}
+    if unknown := [name for name in names if name not in by_name]:
+        known = ", ".join(dict.fromkeys(row.name for row in by_name.values()))
+        raise ValueError(f"no such checkpoint: {', '.join(unknown)}; there are {known}")
+    return [by_name[name] for name in names] or list(dict.fromkeys(by_name.values()))
+
+
+def _frozen(table: dict[str, Any]) -> dict[str, Any]:
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, list) else value
+
+    return {key: freeze(value) for key, value in table.items()}

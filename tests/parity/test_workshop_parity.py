@@ -1,0 +1,56 @@
+"""Do the workshop's golden values agree with our models, and does its check against PyTorch tell right from wrong?"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from convert import check, make_golden
+from mlx_aimv2 import load
+
+
+@pytest.fixture(scope="module", params=make_golden.SIZES)
+def golden(request, tmp_path_factory):
+    place = make_golden.make(tmp_path_factory.mktemp("golden") / request.param, request.param, seed=5)
+    with np.load(place / "expected.npz") as values:
+        return place, dict(values)
+
+
+def test_every_hidden_state_is_as_near_to_float64_as_theirs(golden):
+    place, values = golden
+    output = load(place)[0].vision(mx.array(values["pixel_values"].transpose(0, 2, 3, 1)), output_hidden_states=True)
+    found = {"last_hidden_state": np.array(output.last_hidden_state), "hidden_states": np.stack(output.hidden_states)}
+    for name, ours in found.items():
+        exact = values[f"{name}_float64"]
+        assert np.linalg.norm(ours - exact) <= 2 * np.linalg.norm(values[name] - exact), name
+
+
+def test_the_pairs_logits_are_theirs(golden):
+    place, values = golden
+    if "input_ids" in values:
+        ids = mx.array(values["input_ids"].astype(np.int32))
+        ours = load(place)[0](mx.array(values["pixel_values"].transpose(0, 2, 3, 1)), ids).logits_per_image
+        exact = values["logits_per_image_float64"]
+        assert np.abs(np.array(ours) - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
+@pytest.fixture
+def fixed(tmp_path):
+    return make_golden.make(tmp_path / "fixed", "fixed", seed=7)
+
+
+def test_the_check_passes_a_right_checkpoint(fixed, capsys):
+    assert check.main([str(fixed)]) == 0
+    assert "largest relative error" in capsys.readouterr().out
+
+
+def test_the_check_fails_where_the_numbers_differ(fixed, monkeypatch):
+    def spoiled(*arguments, **flags):
+        model, processor = load(*arguments, **flags)
+        model.vision.norm.weight = model.vision.norm.weight * 1.001
+        return model, processor
+
+    monkeypatch.setattr(check, "load", spoiled)
+    assert check.main([str(fixed)]) == 1
