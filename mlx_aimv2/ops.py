@@ -1,13 +1,17 @@
 """How are the two hot operations, attention and SwiGLU, spelled for the device that runs them?
 
-GPUs get MLX's fused kernels. MLX's CPU backend on x86 computes `exp` one number at a time but `power` in vectors, so
-there both operations are written with `e ** x`, which is several times faster at equal accuracy.
+GPUs get MLX's fused kernels. MLX's CPU backend on x86 runs everything but matrix products on one core, and computes
+`exp` far slower than `power`. There both operations are cut into independent pieces, one stream per core, each small
+enough for the processor's cache, and written with `e ** x`, in float32 whatever the dtype.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import platform
+import threading
+from collections.abc import Callable
 from functools import cache, partial
 
 import mlx.core as mx
@@ -15,36 +19,92 @@ import mlx.nn as nn
 
 CAUSAL = "causal"
 
+PIECE = 1 << 20
+"""Numbers in one piece of work for one core: 4 MB of float32 stay in its cache."""
+
+WORTH_SHARING = 1 << 16
+"""Below so many numbers, waking another core costs more than it saves."""
+
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False) -> mx.array:
     """Softmax attention with scale `head_dim ** -0.5`: three `(B, H, N, D/H) -> (B, H, N, D/H)`.
 
     The softmax is taken in float32 whatever the dtype. With `causal` a token attends to itself and what stands before.
     """
+    if _on_x86_cpu():
+        return _attention_in_pieces(queries, keys, values, causal)
     scale = queries.shape[-1] ** -0.5
-    if not _on_x86_cpu():
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=CAUSAL if causal else None)
-    scores = ((queries * scale) @ keys.swapaxes(-1, -2)).astype(mx.float32)  # (B, H, Nq, Nk)
-    if causal:
-        tokens = mx.arange(scores.shape[-1])
-        scores = mx.where(tokens[:, None] >= tokens, scores, -math.inf)
-    weights = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
-    weights = weights / weights.sum(axis=-1, keepdims=True)
-    return weights.astype(values.dtype) @ values
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=CAUSAL if causal else None)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """The gated product of the feed-forward, `silu(gate) * up`: two `(B, N, I) -> (B, N, I)`."""
-    return _swiglu_with_power(gate, up) if _on_x86_cpu() else _swiglu_compiled(gate, up)
+    return _swiglu_in_pieces(gate, up) if _on_x86_cpu() else _swiglu_compiled(gate, up)
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu_compiled(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
+def _attention_in_pieces(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:
+    """The heads of all pictures in one row, a few at a time."""
+    scale = queries.shape[-1] ** -0.5
+    # Copied here once: a matrix product would copy these views too, and the transposed keys five times slower.
+    flat = (mx.contiguous(x.astype(mx.float32)).flatten(0, 1) for x in (queries * scale, keys, values))  # (B H, N, D/H)
+    scores_per_head = queries.shape[2] * keys.shape[2]
+    mixed = _in_pieces(partial(_attend, causal=causal), *flat, numbers_per_row=scores_per_head)
+    return mixed.reshape(queries.shape).astype(values.dtype)
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool) -> mx.array:
+    scores = queries @ keys.swapaxes(-1, -2)  # (heads, Nq, Nk)
+    if causal:
+        tokens = mx.arange(scores.shape[-1])
+        scores = mx.where(tokens[:, None] >= tokens, scores, -math.inf)
+    weights = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
+    return (weights @ values) / weights.sum(axis=-1, keepdims=True)
+
+
+def _swiglu_in_pieces(gate: mx.array, up: mx.array) -> mx.array:
+    tokens = (x.astype(mx.float32).flatten(0, -2) for x in (gate, up))  # (B N, I)
+    return (
+        _in_pieces(_swiglu_with_power, *tokens, numbers_per_row=gate.shape[-1]).reshape(gate.shape).astype(gate.dtype)
+    )
 
 
 def _swiglu_with_power(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + mx.power(math.e, -gate))
 
 
-@partial(mx.compile, shapeless=True)
-def _swiglu_compiled(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
+def _in_pieces(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row: int) -> mx.array:
+    """`work(*arrays)`, whose rows are independent, some rows at a time in turn on each core."""
+    rows = arrays[0].shape[0]
+    if rows * numbers_per_row < WORTH_SHARING:
+        return work(*arrays)
+    streams = _streams()
+    step = max(1, min(PIECE // numbers_per_row, -(-rows // len(streams))))
+    results = []
+    for i, start in enumerate(range(0, rows, step)):
+        with mx.stream(streams[i % len(streams)]):
+            results.append(work(*(x[start : start + step] for x in arrays)))
+    return mx.concatenate(results) if len(results) > 1 else results[0]
+
+
+_of_thread = threading.local()
+
+
+def _streams() -> list[mx.Stream]:
+    """One stream per core; a stream belongs to the thread that made it, so each thread has its own."""
+    if not hasattr(_of_thread, "streams"):
+        others = [mx.new_stream(mx.cpu) for _ in range(_cores() - 1)]
+        _of_thread.streams = [mx.default_stream(mx.cpu), *others]
+    streams: list[mx.Stream] = _of_thread.streams
+    return streams
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _on_x86_cpu() -> bool:

@@ -1,0 +1,139 @@
+"""Do the spellings of attention and SwiGLU for GPUs and for x86 CPUs give the same numbers, the right ones?"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_aimv2 import ops
+
+B, H, N, D, INNER = 2, 3, 7, 5, 11
+SPELLINGS = {"gpu": False, "x86 cpu": True}
+
+
+@pytest.fixture(params=SPELLINGS)
+def spelling(request, monkeypatch):
+    monkeypatch.setattr(ops, "_on_x86_cpu", lambda: SPELLINGS[request.param])
+    return request.param
+
+
+@pytest.fixture
+def x86(monkeypatch):
+    monkeypatch.setattr(ops, "_on_x86_cpu", lambda: True)
+
+
+@pytest.fixture(params=[(1, 1), (150, 1), (1 << 20, 1), (1 << 20, 1 << 20)], ids=["rows", "few", "cores", "whole"])
+def pieces(request, monkeypatch, x86):
+    """How the work is cut: row by row, a few rows at a time, one piece for each core, not at all."""
+    size, worth = request.param
+    monkeypatch.setattr(ops, "PIECE", size)
+    monkeypatch.setattr(ops, "WORTH_SHARING", worth)
+    monkeypatch.setattr(ops, "_cores", lambda: 3)
+    monkeypatch.delattr(ops._of_thread, "streams", raising=False)
+    yield
+    monkeypatch.undo()
+    if hasattr(ops._of_thread, "streams"):
+        del ops._of_thread.streams
+
+
+def normal(*shape: int, spread: float = 1.0) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(scale=spread, size=shape)
+
+
+def exact_attention(q, k, v, causal=False):
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
+    if causal:
+        scores = np.where(np.tri(q.shape[-2], k.shape[-2], dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def exact_swiglu(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def single(*arrays: np.ndarray) -> list[mx.array]:
+    return [mx.array(array.astype(np.float32)) for array in arrays]
+
+
+def far(found: mx.array, exact: np.ndarray) -> float:
+    return float(np.abs(np.array(found.astype(mx.float32)) - exact).max() / np.abs(exact).max())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_the_softmax_of_scaled_products(spelling, causal):
+    q, k, v = (normal(B, H, N, D + i, spread=3)[..., :D] for i in range(3))
+    found = ops.attention(*single(q, k, v), causal=causal)
+    assert found.shape == (B, H, N, D)
+    assert far(found, exact_attention(q, k, v, causal)) <= 1e-6
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_in_pieces_is_attention(pieces, causal):
+    q, k, v = (normal(B, H, N, D + i, spread=3)[..., :D] for i in range(3))
+    assert far(ops.attention(*single(q, k, v), causal=causal), exact_attention(q, k, v, causal)) <= 1e-6
+
+
+def test_one_query_attends_to_all_tokens(spelling):
+    q, k, v = normal(B, H, 1, D), normal(B, H, N, D), normal(B, H, N, D + 1)[..., :D]
+    found = ops.attention(*single(q, k, v))
+    assert found.shape == (B, H, 1, D)
+    assert far(found, exact_attention(q, k, v)) <= 1e-6
+
+
+def test_attention_takes_views_of_one_matrix(spelling):
+    joint = normal(B, N, 3, H, D)
+    q, k, v = joint.transpose(2, 0, 3, 1, 4)
+    views = mx.array(joint.astype(np.float32)).transpose(2, 0, 3, 1, 4)
+    assert far(ops.attention(*views), exact_attention(q, k, v)) <= 1e-6
+
+
+def test_scores_beyond_the_range_of_exp_are_no_trouble(spelling):
+    q, k, v = normal(B, H, N, D, spread=100), normal(B, H, N, D, spread=99), normal(B, H, N, D)
+    assert far(ops.attention(*single(q, k, v)), exact_attention(q, k, v)) <= 1e-4
+
+
+def test_swiglu_is_the_silu_of_one_times_the_other(spelling):
+    gate, up = normal(B, N, INNER, spread=4), normal(B, N, INNER + 1)[..., :INNER]
+    assert far(ops.swiglu(*single(gate, up)), exact_swiglu(gate, up)) <= 1e-6
+
+
+def test_swiglu_in_pieces_is_swiglu(pieces):
+    gate, up = normal(B, N, INNER, spread=4), normal(B, N, INNER + 1)[..., :INNER]
+    found = ops.swiglu(*single(gate, up))
+    assert found.shape == (B, N, INNER)
+    assert far(found, exact_swiglu(gate, up)) <= 1e-6
+
+
+def test_gates_far_from_zero_stay_finite(spelling):
+    gate, up = single(np.array([[[-200.0, -89.0, 0.0, 89.0, 200.0]]]), np.ones((1, 1, 5)))
+    assert np.allclose(np.array(ops.swiglu(gate, up)), [0, 0, 0, 89, 200], atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_in_is_half_out_rounded_once(x86, dtype):
+    halves = [mx.array(normal(B, H, N, D + i).astype(np.float32)).astype(dtype)[..., :D] for i in range(3)]
+    q, k, v = (np.array(half.astype(mx.float32)) for half in halves)
+    digit = mx.finfo(dtype).eps / 2
+    found, product = ops.attention(*halves), ops.swiglu(*halves[:2])
+    assert found.dtype == product.dtype == dtype
+    assert far(found, exact_attention(q, k, v)) <= 1.01 * digit
+    assert far(product, exact_swiglu(q, k)) <= 1.01 * digit
+
+
+def test_half_products_beyond_the_range_of_half_are_not_lost_on_the_way(x86):
+    gate, up = mx.array([-8.0], mx.float16), mx.array([20000.0], mx.float16)  # their product overflows float16
+    assert far(ops.swiglu(gate, up), exact_swiglu(np.array([-8.0]), np.array([20000.0]))) <= 1e-3
+
+
+def test_every_thread_may_use_them(pieces):
+    q, k, v = (normal(B, H, N, D + i)[..., :D] for i in range(3))
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: np.array(ops.attention(*single(q, k, v))), range(4)):
+            assert far(mx.array(found), exact_attention(q, k, v)) <= 1e-6
+
+
+def test_compiling_them_changes_nothing(spelling, monkeypatch):
+    q, k, v = single(*(normal(B, H, N, D + i)[..., :D] for i in range(3)))
+    assert mx.allclose(mx.compile(ops.attention)(q, k, v), ops.attention(q, k, v), rtol=1e-6, atol=1e-6)
