@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     mistakes = draw_mistakes(scans, wrong, found)
     whole_plane = draw_plane(scans, queries)
     maps = [plot.side_by_side(tile_map(model, processor, picture), height=250, gap=4) for picture in pictures]
-    page = compose(neighbours, mistakes, whole_plane, maps, accuracy)
+    page = compose(scans, neighbours, mistakes, whole_plane, maps, accuracy)
     page.save(output / "demo.png")
     for path, what in ((folder, "the converted model"), (output / "demo.png", "the picture to look at")):
-        print(f"{path}  {what}")
+        print(f"{short(path)}  {what}")
     print(f"done in {time.perf_counter() - began:.0f} s; your own pictures: examples/README.md")
 
 
@@ -77,12 +77,17 @@ def say(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
+def short(path: Path) -> Path:
+    """The path from where the demo was started, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def convert(target: Path) -> Path:
     """Converts the embedded checkpoint with the command that converts any other, and lists what was written."""
     shutil.rmtree(target, ignore_errors=True)  # an earlier demo's; the converter replaces nothing
     target.parent.mkdir(parents=True, exist_ok=True)
     command = ["-m", "mlx_aimv2.convert", "--hf-path", str(bundled.digits_checkpoint()), "--mlx-path", str(target)]
-    print("python", *command, flush=True)
+    print("python", *(short(Path(word)) if Path(word).is_absolute() else word for word in command), flush=True)
     subprocess.run([sys.executable, *command], check=True)
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size:>12,} bytes  {file.name}")
@@ -134,17 +139,24 @@ def tile_map(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> 
 
 
 def compose(
-    neighbours: Image.Image, mistakes: Image.Image, whole_plane: Image.Image, maps: list[Image.Image], accuracy: str
+    scans: bundled.Digits,
+    neighbours: Image.Image,
+    mistakes: Image.Image,
+    whole_plane: Image.Image,
+    maps: list[Image.Image],
+    accuracy: str,
 ) -> Image.Image:
     """The page: neighbours and mistakes at the left, the plane at the right, photographs below."""
     neighbours = plot.titled(
-        neighbours, "Held-out digits, nearest ones", subtitle="first the query, then the five most alike of 1,198"
+        neighbours,
+        "Nearest neighbours",
+        subtitle=f"a held-out digit, then the 5 most alike of {len(scans.train_pictures):,}",
     )
-    mistakes = plot.titled(mistakes, "All mistakes", subtitle=f"right: {accuracy}")
+    mistakes = plot.titled(mistakes, "All mistakes", subtitle=f"right by vote: {accuracy}")
     whole_plane = plot.titled(
         whole_plane,
-        "599 digits that training never saw, where their features lie",
-        subtitle="drawn by t-SNE, which never saw a label; a colour is a class",
+        f"{len(scans.test_pictures)} digits that training never saw, where their features lie",
+        subtitle="drawn by t-SNE, which sees no labels; a colour is a class",
     )
     upper = plot.beside([plot.below([neighbours, mistakes]), whole_plane])
     photographs = plot.titled(

@@ -140,7 +140,7 @@ def overlay(picture: Image.Image, map_image: Image.Image, *, opacity: float = 0.
 
 
 def to_height(image: Image.Image, height: int) -> Image.Image:
-    """A picture at this height, its shape kept; enlarged, it keeps its squares."""
+    """A picture at this height, its shape kept; a tiny one keeps its squares."""
     width = max(1, round(image.width * height / image.height))
     return image.convert("RGB").resize((width, height), _sampling(image, height))
 
@@ -275,10 +275,10 @@ def _pasted(images: Sequence[Image.Image], places: Sequence[tuple[int, int]], si
 
 
 def _sampling(image: Image.Image, side: int) -> Any:
-    """Photographs are smoothed; tiny pictures and maps keep their squares."""
+    """Pictures are smoothed, but one that is enlarged a lot shows its pixels."""
     from PIL import Image
 
-    return Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
+    return Image.Resampling.NEAREST if 4 * max(image.size) <= side else Image.Resampling.LANCZOS
 
 
 def _font(size: int) -> Any:
