@@ -59,8 +59,8 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     return folder
 
 
-def in_a_child(work: Callable[[], None]) -> tuple[float, float]:
-    """Runs `work` in a forked process that replaces itself: seconds and the peak of its resident memory in GB."""
+def in_a_child(work: Callable[[], None]) -> tuple[float, float, float]:
+    """Runs `work` in a process of its own: seconds, seconds on the processor, peak of its resident memory in GB."""
     start = time.perf_counter()
     child = os.fork()
     if child == 0:
@@ -74,7 +74,7 @@ def in_a_child(work: Callable[[], None]) -> tuple[float, float]:
     if status:
         raise SystemExit(f"a step failed with status {status}")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return time.perf_counter() - start, usage.ru_maxrss * unit / 1e9
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e9
 
 
 def copy_bytes(source: Path, target: Path, count: int) -> None:
@@ -101,14 +101,15 @@ def main() -> None:
     for name, flags in CASES.items():
         command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(source), "--mlx-path", str(result)]
         shutil.rmtree(result, ignore_errors=True)
-        seconds, peak = in_a_child(partial(os.execv, command[0], [*command, *flags, "--no-verify"]))
+        seconds, cpu, peak = in_a_child(partial(os.execv, command[0], [*command, *flags, "--no-verify"]))
         shards = [file.stat().st_size for file in result.glob("*.safetensors")]
         shutil.rmtree(result)
-        baseline, _ = in_a_child(partial(copy_bytes, weights, copied, sum(shards)))
+        baseline, baseline_cpu, _ = in_a_child(partial(copy_bytes, weights, copied, sum(shards)))
         copied.unlink()
         print(
             f"{name}: peak {peak:.2f} GB, largest shard {max(shards) / 1e9:.2f} GB of {sum(shards) / 1e9:.2f} GB; "
-            f"{seconds:.1f} s, reading and writing the same bytes {baseline:.1f} s, ratio {seconds / baseline:.2f}"
+            f"{seconds:.1f} s (processor {cpu:.1f} s), reading and writing the same bytes {baseline:.1f} s "
+            f"(processor {baseline_cpu:.1f} s), ratio {seconds / baseline:.2f}; load {os.getloadavg()[0]:.1f}"
         )
     if not arguments.keep:
         shutil.rmtree(source)

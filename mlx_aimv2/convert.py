@@ -148,6 +148,8 @@ def _write(
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
         folder.save_config(place, config)
         folder.copy_companions(source.origin.folder, place)
+    if not (source.origin.folder / CONFIG_FILE).is_file():  # what was open could still be read, the rest could not
+        raise FileNotFoundError(f"{source.origin.folder} vanished while it was read; nothing was written")
     if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how pictures are prepared
         Aimv2Processor.from_folder(source.origin.folder, config=source.config).save_to(place)
 

@@ -26,6 +26,9 @@ CODES = {
 
 ALIGNMENT = 8
 
+CACHE_BYTES = 256 << 20
+"""Freed buffers that MLX keeps meanwhile: enough to use them again for the next tensor; on Metal they would pile up."""
+
 
 def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> None:
     """Writes lazy arrays as one safetensors file and empties `tensors`; memory holds two of them at a time.
@@ -34,10 +37,15 @@ def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, st
     """
     # A tensor of odd length would put all that follow at odd addresses, so those come last.
     order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
-    with path.open("wb") as file:
-        file.write(_header(order, tensors, metadata))
-        for array in _computed(order, tensors):
-            file.write(memoryview(array))  # type: ignore[arg-type]
+    limit = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        with path.open("wb") as file:
+            file.write(_header(order, tensors, metadata))
+            for array in _computed(order, tensors):
+                file.write(memoryview(array))  # type: ignore[arg-type]
+    finally:
+        mx.set_cache_limit(limit)
+        mx.clear_cache()
 
 
 def _header(order: list[str], tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
@@ -64,7 +72,6 @@ def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.arr
                 yield ahead
             ahead = array
             del array
-            mx.clear_cache()  # on Metal the freed buffers would pile up
         if ahead is not None:
             mx.eval(ahead)
             yield ahead
