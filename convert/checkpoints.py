@@ -25,8 +25,8 @@ class Row:
 
     name: str
     repo: str
-    commit: str | None
     parameters: int
+    commit: str | None = None
     image_size: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None

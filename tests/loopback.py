@@ -28,7 +28,7 @@ class Hub:
 
     `repositories` is `{name: {commit: {path: content}}}`, a repository's last commit being `main`. `refuse` answers a
     repository with `(status, error code)`. `cuts` closes the connection after so many bytes of a path, once for each
-    entry; `down` answers every request for a path's content with 500.
+    entry; `down` answers every request for a path's content with 500. `pages` are contents outside all repositories.
     """
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
+    pages: dict[str, bytes] = field(default_factory=dict)
     address: str = ""
 
     def publish(self, name: str, commit: str, folder: Path, **renamed: str) -> None:
@@ -123,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json({"error": "no such entry"}, 404, {"X-Error-Code": "EntryNotFound"})
             elif files is not None:
                 self._content(file, files[file], str(self._commit(name, revision)))
+        elif path in self.state.pages:
+            self._content(path, self.state.pages[path], "")
         else:
             self._json({"error": "no such page"}, 404)
 

@@ -1,0 +1,79 @@
+"""Which machine is this, and how long does something take on it?"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_aimv2 import __version__
+
+
+def section() -> str:
+    """The machine as a Markdown table, the head of a report."""
+    lines = [f"| {what} | {value} |" for what, value in facts().items()]
+    return "\n".join(["### Machine", "", "| | |", "|---|---|", *lines])
+
+
+def facts() -> dict[str, str]:
+    """What a figure has to be read with: chip, memory, systems and versions. No name of a person or a machine."""
+    return {
+        "chip": chip(),
+        "memory": _memory(),
+        "system": _system(),
+        "python": platform.python_version(),
+        "mlx": f"{version('mlx')}, {'GPU' if mx.default_device().type == mx.DeviceType.gpu else 'CPU'}",
+        "mlx-aimv2": __version__,
+    }
+
+
+def chip() -> str:
+    """The processor's own name."""
+    if platform.system() == "Darwin":
+        return _ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} threads" if names else platform.machine()
+
+
+def median_seconds(work: Callable[[], mx.array], repeats: int) -> float:
+    """Median time of evaluating what `work` gives, after one run that does not count."""
+    mx.eval(work())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(work())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _system() -> str:
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}, {platform.machine()}"
+    return f"{platform.system()}, {platform.machine()}"
+
+
+def _memory() -> str:
+    if platform.system() == "Darwin":
+        total = int(_ask("sysctl", "-n", "hw.memsize") or 0)
+    else:
+        meminfo = Path("/proc/meminfo")
+        total = int(meminfo.read_text().split()[1]) * 1024 if meminfo.is_file() else 0
+    return f"{total / 2**30:.0f} GiB" if total else "unknown"
+
+
+def _cpuinfo() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text(errors="replace").splitlines() if file.is_file() else []
+
+
+def _ask(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
