@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import checkpoint, names, quantize, recognition
+from mlx_aimv2 import checkpoint, device, names, quantize, recognition
 from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
@@ -71,14 +71,17 @@ def load(
     """Loads a checkpoint: `Hub name, foreign folder or weight file, or MLX folder -> (model, processor)`.
 
     A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
-    "bfloat16" or an mlx dtype; None keeps the checkpoint's. Quantized weights are made dense once, because an encoder
-    runs faster so; `keep_quantized` saves the memory instead. With `lazy` the weights are read when first used. With
-    `return_config` the content of config.json comes third.
+    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`device.suited_dtype`); None
+    keeps the checkpoint's. Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized`
+    saves the memory instead. With `lazy` the weights are read when first used. With `return_config` the content of
+    config.json comes third.
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
-    wanted = parse_dtype(dtype)
+    wanted = None if dtype == device.AUTO else parse_dtype(dtype)
     source = read_source(path_or_hf_repo, revision=revision)
+    if dtype == device.AUTO:
+        wanted = DTYPES[device.suited_dtype(source.origin.folder)]
     model = build(source.config)
     processor = Aimv2Processor.from_folder(source.origin.folder, config=source.config)
     if source.quantization is not None and keep_quantized:

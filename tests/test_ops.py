@@ -123,7 +123,7 @@ def test_half_in_is_half_out_rounded_once(x86, dtype):
 
 
 def test_half_products_beyond_the_range_of_half_are_not_lost_on_the_way(x86):
-    gate, up = mx.array([-8.0], mx.float16), mx.array([20000.0], mx.float16)  # their product overflows float16
+    gate, up = mx.array([[-8.0]], mx.float16), mx.array([[20000.0]], mx.float16)  # their product overflows float16
     assert far(ops.swiglu(gate, up), exact_swiglu(np.array([-8.0]), np.array([20000.0]))) <= 1e-3
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mlx_aimv2.classify import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
+from mlx_aimv2.device import AUTO
 from mlx_aimv2.listing import shown
 from mlx_aimv2.loading import DTYPES, load
 from mlx_aimv2.model import LIT_CHECKPOINT
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sentence with {{}} for the label; may be given several times (default: {TEMPLATES[0]!r})",
     )
     parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype to compute in (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=[*DTYPES, AUTO], help="dtype to compute in (default: the checkpoint's)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each picture")
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HELP = "embed folders of pictures into an index, for search"
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "auto")
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
 

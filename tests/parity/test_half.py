@@ -1,7 +1,7 @@
 """In half precision, how far from exact are we, beside transformers on torch with the same weights?
 
-Exact is transformers in float64, but for its norms, which it always takes in float32. Both sides round the same float32 checkpoint to the same dtype. The error is the
-Euclidean norm of the difference over that of the exact features.
+Exact is transformers in float64, but for its norms, which it always takes in float32. Both sides round the same float32
+checkpoint to the same dtype. The error is the Euclidean norm of the difference over that of the exact features.
 """
 
 from pathlib import Path
@@ -73,7 +73,6 @@ def test_we_are_as_near_to_float64_as_torch_in_the_same_dtype(case, dtype):
             np.linalg.norm(theirs(kind, folder, inputs, getattr(torch, dtype), attention)[name] - exact[name]) / size
             for attention in attentions
         ]
-        print(
-            f"{kind:8} {dtype:9} {name:7} ours {error:.3g} torch {[f'{e:.3g}' for e in torchs]} x{error / min(torchs):.2f}"
-        )
+        ratio = error / min(torchs)
+        print(f"{kind} {dtype} {name}: ours {error:.3g}, torch {', '.join(f'{e:.3g}' for e in torchs)}, {ratio:.2f} x")
         assert error <= MOST * min(torchs), f"{name}: {error:.3g} against {min(torchs):.3g}"

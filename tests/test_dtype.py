@@ -1,0 +1,151 @@
+"""Which dtype does `auto` mean on which machine, and is a model in that dtype throughout?"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import device, fidelity, load
+from mlx_aimv2.convert import convert
+from mlx_aimv2.device import Machine
+
+REFERENCE = Path(__file__).parent / "golden" / "reference"
+
+CPU, CUDA, NEXT = Machine("cpu", "a CPU"), Machine("cuda", "a GPU"), Machine("metal", "a later chip")
+M1, M2, M3, M5 = (Machine("metal", f"M{family - 12}", family) for family in (13, 14, 15, 17))
+
+ROOM, NO_ROOM = 32751.0, 32753.0
+
+
+def with_report(folder: Path, largest: object) -> Path:
+    (folder / "fidelity.json").write_text(json.dumps({"largest_activation": {"block": "blocks.1", "value": largest}}))
+    return folder
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the fixed reference checkpoint that a test may add to."""
+    shutil.copytree(REFERENCE / "fixed", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize(
+    ("machine", "unknown", "room", "no_room"),
+    [
+        (CPU, "float32", "float32", "float32"),
+        (M1, "float16", "float16", "bfloat16"),
+        (M2, "float16", "float16", "bfloat16"),
+        (M3, "bfloat16", "float16", "bfloat16"),
+        (M5, "bfloat16", "float16", "bfloat16"),
+        (NEXT, "bfloat16", "float16", "bfloat16"),
+        (CUDA, "bfloat16", "float16", "bfloat16"),
+    ],
+    ids=lambda value: getattr(value, "chip", value),
+)
+def test_auto_is_what_suits_the_machine_and_the_report(tmp_path, machine, unknown, room, no_room):
+    assert device.suited_dtype(tmp_path, on=machine) == unknown
+    assert device.suited_dtype(with_report(tmp_path, ROOM), on=machine) == room
+    assert device.suited_dtype(with_report(tmp_path, NO_ROOM), on=machine) == no_room
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"largest_activation": {}}', '{"largest_activation": {"value": "x"}}']
+)
+def test_a_report_that_says_nothing_is_no_report(tmp_path, text):
+    (tmp_path / "fidelity.json").write_text(text)
+    assert device.largest_activation(tmp_path) is None
+
+
+def test_the_converters_report_is_read(tmp_path):
+    folder = convert(REFERENCE / "outlier", tmp_path / "mlx")
+    report = json.loads((folder / fidelity.FILE).read_text())
+    assert device.largest_activation(folder) == report["largest_activation"]["value"] > 1000
+
+
+def test_the_policy_and_the_reports_warning_draw_one_line():
+    assert device.REPORT == fidelity.FILE
+    assert (fidelity.LIMITS["float16"], fidelity.HEADROOM) == (device.FLOAT16_LARGEST, device.HEADROOM)
+
+
+@pytest.mark.parametrize(
+    ("facts", "family"),
+    [
+        ({"device_name": "Apple M1", "architecture": "applegpu_g13g"}, 13),
+        ({"device_name": "Apple M2 Ultra", "architecture": "applegpu_g14d"}, 14),
+        ({"device_name": "Apple M5 Max", "architecture": "applegpu_g17s"}, 17),
+        ({"device_name": "Apple M9"}, None),
+    ],
+)
+def test_a_macs_chip_is_known_by_its_architecture(monkeypatch, facts, family):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda which: facts)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert device.machine() == Machine("metal", facts["device_name"], family)
+
+
+def test_a_gpu_that_is_not_metals_is_cudas(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda which: {"device_name": "a GPU", "architecture": "sm_90"})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert device.machine() == CUDA
+
+
+@pytest.mark.parametrize(
+    ("built_for", "macos", "said"),
+    [(14, (26, 3), "built for macOS 14"), (26, (26, 1), "update macOS"), (26, (26, 2), None), (None, (27, 0), None)],
+)
+def test_an_m5_without_its_kernels_is_told(monkeypatch, built_for, macos, said):
+    monkeypatch.setattr(device, "_wheel_macos", lambda: built_for)
+    monkeypatch.setattr(device, "_macos", lambda: macos)
+    remark = device.remark(M5)
+    assert remark is None if said is None else said in remark
+    assert device.remark(M3) is None
+
+
+def test_a_slow_blas_is_told(monkeypatch):
+    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(device, "_loaded_libraries", lambda: "/lib/libblas.so.3\n")
+    assert "OpenBLAS".lower() in device.remark(CPU)
+    monkeypatch.setattr(device, "_loaded_libraries", lambda: "/lib/libopenblas.so.0\n")
+    assert device.remark(CPU) is None
+
+
+def test_load_takes_auto(monkeypatch, copy):
+    assert load(copy, dtype="auto")[0].dtype == (mx.float32 if device.machine().kind == "cpu" else mx.bfloat16)
+    monkeypatch.setattr(device, "machine", lambda: M1)
+    assert load(copy, dtype="auto")[0].dtype == mx.float16
+    assert load(with_report(copy, NO_ROOM), dtype="auto")[0].dtype == mx.bfloat16
+
+
+def test_a_half_checkpoint_computes_in_float32_on_a_cpu_with_auto(monkeypatch, tmp_path):
+    folder = convert(REFERENCE / "fixed", tmp_path / "half", dtype="float16", verify=False)
+    monkeypatch.setattr(device, "machine", lambda: CPU)
+    assert load(folder)[0].dtype == mx.float16
+    assert load(folder, dtype="auto")[0].dtype == mx.float32
+
+
+@pytest.mark.parametrize("keep_quantized", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_pair_of_towers_is_in_one_dtype_throughout(tmp_path, dtype, keep_quantized):
+    folder = convert(
+        REFERENCE / "lit",
+        tmp_path / "mlx",
+        quantize=keep_quantized,
+        q_group_size=32 if keep_quantized else None,
+        verify=False,
+    )
+    model, _ = load(folder, dtype=dtype, keep_quantized=keep_quantized)
+    pixels, ids = mx.zeros((1, 42, 42, 3)), mx.array([[7, 5, 210], [3, 210, 210]])
+    picture, text = (
+        encoder(given, output_hidden_states=True)
+        for encoder, given in ((model.vision_model, pixels), (model.text_model, ids))
+    )
+    arrays = [array for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)]
+    for output in (picture, text):
+        arrays += [output.last_hidden_state, output.pooler_output, *output.hidden_states]
+    arrays += [model.encode_image(pixels), model.encode_text(ids), model.encode_text(ids, normalize=True)]
+    assert {array.dtype for array in arrays} == {getattr(mx, dtype)}
+    assert model(pixels, ids).logits_per_image.dtype == mx.float32
