@@ -38,7 +38,7 @@ class Digits:
 
 
 def photographs() -> list[Path]:
-    """Four photographs, free to use for anything (`assets/CREDITS.md`): an astronaut, a cat, coffee, a rocket."""
+    """Four free photographs (credits in `assets/CREDITS.md`): an astronaut, a cat, a cup of coffee, a rocket."""
     return sorted((ASSETS / "photographs").glob("*.jpg"))
 
 

@@ -1,0 +1,100 @@
+"""Does every example run on the embedded checkpoint and end in a picture or a number, in under sixty lines?"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2 import bundled, plane
+
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(file for file in FOLDER.glob("*.py") if file.stem not in ("demo", "__init__"))
+
+
+def imported(file: Path):
+    spec = importlib.util.spec_from_file_location(f"example_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, capsys, *flags: str) -> str:
+    imported(FOLDER / f"{name}.py").main([str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_is_one_short_idea_and_is_listed(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 60
+    assert f"`{file.name}`" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_features_end_in_a_map(tmp_path, capsys):
+    out = run("features", capsys, "--output", tmp_path / "map.png")
+    assert "(1, 16, 128)" in out
+    with Image.open(tmp_path / "map.png") as image:
+        assert image.size == (672, 672)
+
+
+def test_the_most_similar_digit_is_of_the_same_class(tmp_path, capsys):
+    out = run("most_similar", capsys, "--output", tmp_path / "ranking.png")
+    cosines = [float(number) for number in re.findall(r"^ *\d+  (\d\.\d+)", out, re.MULTILINE)]
+    assert len(cosines) == 8
+    assert cosines == sorted(cosines, reverse=True)
+    query, best = re.search(r"most like a (\d): a (\d)", out).groups()
+    assert query == best == str(bundled.digits().test_labels[0])
+    assert (tmp_path / "ranking.png").is_file()
+
+
+def test_a_picture_is_most_like_itself(tmp_path, capsys):
+    cat, coffee = bundled.photographs()[1:3]
+    out = run("most_similar", capsys, cat, coffee, cat, "--output", tmp_path / "ranking.png")
+    assert out.splitlines()[0].endswith(f"1.000  {cat}")
+
+
+def test_a_patch_finds_its_likes(tmp_path, capsys):
+    out = run("patch_similarity", capsys, "--patch", "0,3", "--output", tmp_path / "map.png")
+    assert re.search(r"most like patch 0,3 is [0-3],[0-3] \(cosine -?0\.\d+\)", out)
+    with Image.open(tmp_path / "map.png") as image:
+        assert image.size == (672, 672)
+
+
+def test_the_page_holds_the_cosines_of_every_pair(tmp_path, capsys):
+    import base64
+    import json
+
+    out = run("click_a_patch", capsys, "--output", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "16 patches to click" in out
+    data = json.loads(re.search(r"^const \{.*\} = (\{.*\});$", page, re.MULTILINE)[1])
+    levels = np.frombuffer(base64.b64decode(data["levels"]), np.uint8).reshape(16, 16)
+    assert (np.diag(levels) == 255).all()
+    assert (levels.min(axis=1) == 0).all()
+    assert "http" not in page
+
+
+def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
+    out = run("convert_and_load", capsys, "--dtype", "float16")
+    assert 0.999 < float(re.search(r"feature (\d\.\d+)", out)[1]) <= 1.000001
+    assert "1.47 MB" in out
+
+
+def test_the_demo_runs_twice_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
+    scans = bundled.digits()
+    few = bundled.Digits(
+        scans.train_pictures[:150], scans.train_labels[:150], scans.test_pictures[:40], scans.test_labels[:40]
+    )
+    monkeypatch.setattr(bundled, "digits", lambda: few)
+    monkeypatch.setattr(plane, "STEPS", 5)
+    demo = imported(FOLDER / "demo.py")
+    for _ in range(2):
+        demo.main(["--output", str(tmp_path / "shown")])
+    out = capsys.readouterr().out
+    assert re.search(r"right for \d+ of 40 held-out digits", out)
+    assert str(tmp_path / "shown" / "demo.png") in out
+    assert (tmp_path / "shown" / "digits-mlx" / "model.safetensors").is_file()
+    with Image.open(tmp_path / "shown" / "demo.png") as image:
+        assert image.width > 1200
