@@ -84,7 +84,7 @@ def choose_bits(
         lost = rounding.get(tower.prefix, 0.0)
         if 1 - target <= lost:
             raise ValueError(
-                f"the target {target:g} cannot be reached: {_spelled(dtype)} alone, without fewer bits, gives a mean "
+                f"the target {target} cannot be reached: {_spelled(dtype)} alone, without fewer bits, gives a mean "
                 f"token cosine of {1 - lost:.7f}; ask for less or for --dtype float32"
             )
         chosen |= _search(tower, (1 - target - lost) * SAFETY, stored, 8 * dtype.size, log)
