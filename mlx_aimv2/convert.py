@@ -62,9 +62,9 @@ def convert(
     with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
     unless the conversion was complete.
     """
+    quantize = quantize or q_target is not None
     if quantize and dequantize:
         raise ValueError("Choose either quantize or dequantize, not both.")
-    quantize = quantize or q_target is not None
     _check_flags(
         {
             "--q-bits": q_bits,

@@ -1,0 +1,201 @@
+"""Does the converter do what its flags say, and refuse in one line what they cannot mean?"""
+
+import inspect
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from safetensors import safe_open
+
+from mlx_aimv2 import bundled, cli, load
+from mlx_aimv2 import convert as converter
+from mlx_aimv2.convert import convert
+
+DIGITS = bundled.digits_checkpoint()
+FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
+
+MLX_LM = {
+    "hf_path": inspect.Parameter.empty,
+    "mlx_path": "mlx_model",
+    "quantize": False,
+    "q_group_size": None,
+    "q_bits": None,
+    "q_mode": "affine",
+    "dtype": None,
+    "upload_repo": None,
+    "revision": None,
+    "dequantize": False,
+    "quant_predicate": None,
+}
+"""mlx-lm's keywords and their defaults."""
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("the source was read")
+
+    monkeypatch.setattr(converter, "read_source", read)
+
+
+def test_the_keywords_and_defaults_are_mlx_lms():
+    ours = {name: parameter.default for name, parameter in inspect.signature(convert).parameters.items()}
+    assert {name: ours[name] for name in MLX_LM} == MLX_LM
+
+
+def test_each_flag_is_a_keyword():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    converter.add_arguments(parser)
+    flags = vars(parser.parse_args(["--model", "x"]))
+    keywords = set(inspect.signature(convert).parameters) - {"log"}
+    assert set(flags) == keywords
+    assert {name: flags[name] for name in flags if name in MLX_LM and name != "hf_path"} == {
+        name: value for name, value in MLX_LM.items() if name != "hf_path"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": True, "dequantize": True, "q_bits": 7}, r"^Choose either quantize or dequantize, not both\.$"),
+        ({"q_bits": 4}, "--q-bits would change nothing without --quantize; add -q"),
+        ({"q_mode": "mxfp8"}, "--q-mode would change nothing"),
+        ({"dequantize": True, "q_group_size": 32}, "--q-group-size would change nothing"),
+        ({"quant_predicate": "mixed_3_6"}, "--quant-predicate would change nothing"),
+        ({"quantize": True, "quant_predicate": "mixed_5_6"}, "must be mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6, got"),
+        ({"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 4}, "says the bits; leave --q-bits out"),
+        ({"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "nvfp4"}, "leave --q-mode nvfp4 out"),
+        ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
+        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "q_bits must be 4 with q_mode mxfp4"),
+        ({"q_target": 1.0}, "between 0 and 1, such as 0.999, got 1.0"),
+        ({"q_target": 0.999, "q_bits": 4}, "--q-target chooses the bits of each layer itself; leave --q-bits out"),
+        ({"q_target": 0.999, "quant_predicate": "mixed_3_6"}, "leave --quant-predicate out"),
+        ({"q_target": 0.999, "dequantize": True}, "not both"),
+        ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
+        ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
+        ({"calibration": "pictures", "verify": False}, "--calibration is for --q-target and for the proof"),
+        ({"calibration": "nowhere"}, "nowhere: wanted a folder of pictures"),
+        ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_read(tmp_path, nothing_is_read, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        convert(DIGITS, tmp_path / "mlx", **options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_is_read):
+    with pytest.raises(FileExistsError, match=f"^Cannot save to the path {tmp_path} as it already exists"):
+        convert(DIGITS, tmp_path)
+
+
+def test_a_quantized_source_is_refused_quantized_again_or_as_it_is(tmp_path):
+    folder = convert(DIGITS, tmp_path / "4bit", quantize=True, verify=False)
+    for options in ({"quantize": True}, {}, {"dtype": "float16"}):
+        with pytest.raises(ValueError, match=r"4bit is already quantized.*with -d"):
+            convert(folder, tmp_path / "again", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["4bit"]
+
+
+def test_a_dense_source_has_nothing_to_dequantize(tmp_path):
+    with pytest.raises(ValueError, match="is not quantized, so there is nothing to dequantize; leave -d out"):
+        convert(DIGITS, tmp_path / "mlx", dequantize=True)
+
+
+def test_a_quantized_source_is_exported_dense(tmp_path):
+    packed = convert(DIGITS, tmp_path / "8bit", quantize=True, q_bits=8, verify=False)
+    exported = convert(packed, tmp_path / "pt", export_layout="apple", verify=False)
+    inputs = mx.random.normal((1, 56, 56, 3), key=mx.random.key(2))
+    a, b = (load(folder)[0].encode_image(inputs) for folder in (packed, exported))
+    assert mx.allclose(a, b, atol=1e-5)
+
+
+def test_what_happens_is_said_in_the_words_of_mlx_lm(tmp_path):
+    lines = []
+    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16", verify=False, log=lines.append)
+    assert lines == [
+        "[INFO] Loading",
+        "[INFO] Using dtype: float16",
+        "[INFO] Quantizing",
+        "[INFO] Quantized model with 9.304 bits per weight.",
+    ]
+    lines.clear()
+    convert(folder, tmp_path / "dense", dequantize=True, verify=False, log=lines.append)
+    assert "[INFO] Dequantizing" in lines
+
+
+def test_without_a_dtype_the_checkpoints_stays(tmp_path):
+    half = convert(DIGITS, tmp_path / "half", dtype="bfloat16", verify=False)
+    again = convert(half, tmp_path / "again", verify=False)
+    assert load(again)[0].dtype == mx.bfloat16
+    assert json.loads((again / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_the_folder_is_as_the_ecosystem_knows_it(tmp_path):
+    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, dtype="float16")
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "preprocessor_config.json",
+        "fidelity.json",
+        "README.md",
+    }
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "mlx"}
+        names = list(file.keys())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert list(index["weight_map"]) == sorted(names)
+    assert index["metadata"]["total_parameters"] == 734080  # numbers, however they are packed
+    text = (folder / "config.json").read_text()
+    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert text.startswith('{\n    "')
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o700 == 0o700
+
+
+def test_a_checkpoint_that_says_nothing_about_pictures_gets_it_written(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(DIGITS, source)
+    (source / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="no preprocessor_config.json"):
+        folder = convert(source, tmp_path / "mlx", verify=False)
+    assert json.loads((folder / "preprocessor_config.json").read_text())["crop_size"] == {"height": 56, "width": 56}
+
+
+def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, capsys):
+    target = str(tmp_path / "mlx")
+    assert cli.main(["convert", "--hf-path", str(DIGITS), "--mlx-path", target, "-q", "--q-mode", "mxfp8"]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{target}\n"
+    assert "token cosine, mean" in output.err
+
+
+def test_the_converters_own_command_is_the_same(tmp_path, capsys):
+    assert converter.main(["--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("mlx-aimv2: these layers do not divide")
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
+    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16")
+    assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.9995
+    scans = bundled.digits()
+    known, unknown = scans.train_pictures[:80], scans.test_pictures[:40]
+    found = []
+    for path in (DIGITS, folder):
+        model, processor = load(path, dtype="float32")
+        bank, queries = (bundled.encode(model, processor, pictures) for pictures in (known, unknown))
+        found.append(bundled.vote(bank, scans.train_labels[:80], queries))
+    assert (found[0] == found[1]).mean() >= 0.97  # all of them: benchmarks/quantization.py
+
+
+def test_6_bits_keep_a_token_cosine_of_0998(tmp_path):
+    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=6, dtype="float16")
+    assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.998
