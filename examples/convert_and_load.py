@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
         before, processor = load(args.model)
         after, _ = load(folder)
         pixels = processor(args.picture)
-        pairs = [model.encode_image(pixels, normalize=True).astype(mx.float32) for model in (before, after)]
-        cosine = (pairs[0] * pairs[1]).sum().item()
+        a, b = (model.encode_image(pixels)[0].astype(mx.float32) for model in (before, after))
+        cosine = ((a @ b) / (mx.linalg.norm(a) * mx.linalg.norm(b))).item()
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     print(f"{args.dtype}: {size / 1e6:.2f} MB, cosine with the original's feature {cosine:.6f}")
 

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     neighbours = draw_neighbours(scans, examples, nearest)
     mistakes = draw_mistakes(scans, wrong, found)
     whole_plane = draw_plane(scans, queries)
-    maps = [plot.side_by_side(tile_map(model, processor, picture), height=250, gap=4) for picture in pictures]
+    maps = [plot.side_by_side(tile_maps(model, processor, picture), height=168, gap=4) for picture in pictures]
     page = compose(scans, neighbours, mistakes, whole_plane, maps, accuracy)
     page.save(output / "demo.png")
     for path, what in ((folder, "the converted model"), (output / "demo.png", "the picture to look at")):
@@ -124,18 +124,25 @@ def draw_plane(scans: bundled.Digits, queries: np.ndarray) -> Image.Image:
     return plot.scatter(plane.neighbour_plane(queries), pictures, colours, size=(1000, 1000))
 
 
-def tile_map(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> list[Image.Image]:
-    """A photograph and its colour map, cut into tiles of the small size that the embedded checkpoint takes."""
+def tile_maps(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> list[Image.Image]:
+    """A photograph, and colour maps of its patches before and after the first block.
+
+    It is cut into tiles of the small size that the embedded checkpoint takes; deeper blocks know only digits.
+    """
     image = Image.open(path).convert("RGB")
     rows, columns = image.height // TILE, image.width // TILE
     image = image.crop((0, 0, columns * TILE, rows * TILE))
     boxes = [(c * TILE, r * TILE, (c + 1) * TILE, (r + 1) * TILE) for r in range(rows) for c in range(columns)]
-    tokens = np.array(model(processor([image.crop(box) for box in boxes])).last_hidden_state)  # (tiles, N, D)
-    tokens = tokens - tokens.mean(axis=0)  # what one place has in common in all tiles says nothing of the picture
-    side = int(tokens.shape[1] ** 0.5)
-    tokens = tokens.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
-    grid = (rows * side, columns * side)
-    return [image, plot.pca_map(tokens.reshape(grid[0] * grid[1], -1), grid)]
+    states = model(processor([image.crop(box) for box in boxes]), output_hidden_states=True).hidden_states
+    maps = []
+    for state in states[:2]:
+        tokens = np.array(state)  # (tiles, N, D)
+        tokens = tokens - tokens.mean(axis=0)  # what one place has in common in all tiles says nothing of the picture
+        side = int(tokens.shape[1] ** 0.5)
+        tokens = tokens.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
+        grid = (rows * side, columns * side)
+        maps.append(plot.pca_map(tokens.reshape(grid[0] * grid[1], -1), grid))
+    return [image, *maps]
 
 
 def compose(
@@ -161,8 +168,8 @@ def compose(
     upper = plot.beside([plot.below([neighbours, mistakes]), whole_plane])
     photographs = plot.titled(
         plot.below([plot.beside(maps[:2]), plot.beside(maps[2:])]),
-        "Dense features of photographs",
-        subtitle=f"in tiles of {TILE} pixels, by an encoder that has seen nothing but digits: strokes and edges",
+        "Features of photographs, patch by patch",
+        subtitle=f"patch embedding and first block, in tiles of {TILE} pixels, by an encoder that has seen only digits",
     )
     return ImageOps.expand(plot.below([upper, photographs]), 28, plot.PAPER)
 
