@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def make(place: Path, kind: str, *, seed: int) -> Path:
     _write_json(place / "config.json", config_for(config, "apple") | {"torch_dtype": "float32"})
     _write_json(place / "preprocessor_config.json", to_clip(published(vision.image_size)))
     pixels = rng.standard_normal(PIXELS[kind]).astype(np.float32)
-    values = {"pixel_values": pixels}
+    values: dict[str, Any] = {"pixel_values": pixels}
     for suffix, dtype in (("", "float32"), ("_float64", "float64")):
         outputs = _outputs(config, load_file(place / "model.safetensors"), pixels, dtype)
         values |= {name + suffix: array for name, array in outputs.items()}
@@ -91,7 +92,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
 def _outputs(
     config: AnyConfig, apple: dict[str, np.ndarray[Any, Any]], pixels: np.ndarray[Any, Any], dtype: str
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """What transformers makes of the weights; its names are spelled here anew, so that our tables are not the judge."""
+    """What transformers makes of the weights."""
     try:
         import torch
         import transformers
@@ -103,7 +104,7 @@ def _outputs(
     settings = {key: value for key, value in spelled.items() if key not in ("architectures", "model_type")}
     theirs_config = getattr(transformers, kind[0])(**settings, attn_implementation="eager")
     model = getattr(transformers, kind[1])(theirs_config)
-    state = {name: torch.from_numpy(array) for name, array in _to_transformers(apple).items()}
+    state = {name: torch.from_numpy(array) for name, array in to_transformers(apple).items()}
     model.load_state_dict(state, strict=True)
     model = model.to(getattr(torch, dtype)).eval()
     pictures = torch.from_numpy(pixels).to(getattr(torch, dtype))
@@ -120,7 +121,8 @@ def _outputs(
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
-def _to_transformers(apple: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+def to_transformers(apple: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Apple's tensors under transformers' names, spelled here anew, so that our own tables are not the judge."""
     theirs: dict[str, np.ndarray[Any, Any]] = {}
     for name, array in apple.items():
         for old, new in _RENAMED:

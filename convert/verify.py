@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,10 @@ def _transformers(subject: Subject) -> Finding:
         import transformers
     except ImportError as error:
         return Finding(what, NOT_DONE, f"{error.name} is not installed: pip install 'mlx-aimv2[parity]'")
-    error = check.compare(subject.row.repo, [subject.picture], revision=subject.row.commit)[0]
+    distance = check.compare(subject.row.repo, [subject.picture], revision=subject.row.commit)[0]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, CPU, float32"
-    verdict = PASS if error <= check.TOLERANCE else FAIL
-    return Finding(what, verdict, f"relative error {error:.1e}, allowed {check.TOLERANCE:.0e} ({versions})")
+    verdict = PASS if distance <= check.TOLERANCE else FAIL
+    return Finding(what, verdict, f"relative error {distance:.1e}, allowed {check.TOLERANCE:.0e} ({versions})")
 
 
 def _fused(model: AnyModel, pixels: mx.array) -> list[Finding]:
@@ -229,18 +230,19 @@ def _fused(model: AnyModel, pixels: mx.array) -> list[Finding]:
 @contextmanager
 def only_fused() -> Iterator[list[Any]]:
     """Within the block attention is fused or raises; gives the list of the shapes it was called with."""
-    original: Any = mx.fast.scaled_dot_product_attention
+    fast: Any = mx.fast
+    original = fast.scaled_dot_product_attention
     calls: list[Any] = []
 
-    def forced(queries: mx.array, *arguments: Any, **flags: Any) -> mx.array:
+    def forced(queries: mx.array, *arguments: Any, **flags: Any) -> Any:
         calls.append(queries.shape)
         return original(queries, *arguments, **flags, force_fused=True)
 
-    mx.fast.scaled_dot_product_attention = forced
+    fast.scaled_dot_product_attention = forced
     try:
         yield calls
     finally:
-        mx.fast.scaled_dot_product_attention = original
+        fast.scaled_dot_product_attention = original
 
 
 def _halves(subject: Subject) -> list[Finding]:
@@ -260,10 +262,14 @@ def _speed(model: AnyModel, pixels: mx.array, repeats: int) -> list[Finding]:
         rates = []
         for batch in (1, 8):
             many = mx.concatenate([pixels] * batch)
-            seconds = machine.median_seconds(lambda cast=cast, many=many: cast.vision(many).last_hidden_state, repeats)
+            seconds = machine.median_seconds(partial(_features, cast, many), repeats)
             rates.append(f"{batch / seconds:.2f} ({batch} at once)")
         findings.append(Finding(f"pictures a second, {dtype}", SEEN, ", ".join(rates)))
     return findings
+
+
+def _features(model: AnyModel, pixels: mx.array) -> mx.array:
+    return model.vision(pixels).last_hidden_state
 
 
 def _cast(model: AnyModel, dtype: str) -> AnyModel:

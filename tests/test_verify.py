@@ -28,7 +28,8 @@ from tests.towers import FIXED, NATIVE
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "b" * 40
-RUN = "import sys; sys.modules['torch'] = None; from convert.verify import main; sys.exit(main(sys.argv[1:]))"
+RUN = "import sys; from convert.verify import main; sys.exit(main(sys.argv[1:]))"
+WITHOUT_TORCH = RUN.replace("sys;", "sys; sys.modules['torch'] = None;", 1)
 
 
 def picture() -> bytes:
@@ -65,10 +66,19 @@ def write_list(hub: Hub, file: Path, *rows: str, url: str = "/picture.png") -> P
     return file
 
 
-def run(hub: Hub, tmp_path: Path, *arguments: object) -> tuple[int, str]:
+def run(hub: Hub, tmp_path: Path, *arguments: object, torch: bool = False) -> tuple[int, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     result = subprocess.run(
-        [sys.executable, "-c", RUN, *map(str, arguments), "--report", tmp_path / "report.md", "--repeats", "1"],
+        [
+            sys.executable,
+            "-c",
+            RUN if torch else WITHOUT_TORCH,
+            *map(str, arguments),
+            "--report",
+            tmp_path / "report.md",
+            "--repeats",
+            "1",
+        ],
         capture_output=True,
         text=True,
         env=inherited | hub.environment(tmp_path / "home"),

@@ -9,6 +9,10 @@ pytest.importorskip("transformers")
 
 from convert import check, make_golden
 from mlx_aimv2 import load
+from mlx_aimv2.convert import convert
+from tests.loopback import serve
+from tests.test_verify import row, run, write_list
+from tests.towers import FIXED
 
 
 @pytest.fixture(scope="module", params=make_golden.SIZES)
@@ -54,3 +58,15 @@ def test_the_check_fails_where_the_numbers_differ(fixed, monkeypatch):
 
     monkeypatch.setattr(check, "load", spoiled)
     assert check.main([str(fixed)]) == 1
+
+
+def test_verify_compares_with_what_transformers_itself_reads_from_main(tmp_path):
+    with serve() as hub:
+        entry = row(hub, "fixed", FIXED)
+        exported = convert(FIXED, tmp_path / "exported", export_layout="transformers", verify=False)
+        hub.publish("apple/fixed", "f" * 40, exported)  # `main`, as in Apple's repositories since mid-2025
+        code, report = run(hub, tmp_path, "--list", write_list(hub, tmp_path / "l.toml", entry), torch=True)
+        asked = [path for verb, path in hub.requests if verb == "GET" and "model.safetensors" in path]
+    assert code == 0, report
+    assert "| transformers on torch | pass | relative error " in report
+    assert len(asked) == 2, "each layout once"
