@@ -15,6 +15,7 @@ VERBS = {
     "classify": "mlx_aimv2.commands.classify",
     "compare": "mlx_aimv2.commands.compare",
     "info": "mlx_aimv2.commands.info",
+    "bench": "mlx_aimv2.commands.bench",
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 

@@ -1,0 +1,187 @@
+"""What does `mlx-aimv2 bench` do: say how fast a model is on this machine, beside what the machine could do?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mlx_aimv2 import device
+
+if TYPE_CHECKING:
+    from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
+
+HELP = "time a model on this machine, beside the machine's own matrix products"
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
+"""A CPU's half-precision products are so slow in MLX that measuring them is a wish of its own."""
+
+NOTE = (
+    "ms, images/s: one forward pass of the vision encoder on pixels in memory, median of {runs} runs. "
+    "peak MB: memory above the weights and the pixels. GFLOP/s: matrix products over the time of the whole pass. "
+    "of bare: time of these products alone, run in turn with the pass, over the time of the pass."
+)
+
+HEADERS = ("dtype", "weights", "MB", "batch", "tokens", "ms", "ms/image", "images/s", "peak MB", "GFLOP/s", "of bare")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file")
+    which.add_argument(
+        "--random", metavar="SIZE", help="random weights of a released size instead, such as large-patch14-224"
+    )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)"
+    )
+    parser.add_argument("--batch", nargs="+", type=_count, default=[1, 4], metavar="B", help="pictures at once (1 4)")
+    parser.add_argument("--side", type=_count, metavar="PIXELS", help="side of the pictures of a native model (224)")
+    parser.add_argument("--runs", type=_count, default=7, metavar="N", help="runs of each measurement (%(default)s)")
+    parser.add_argument(
+        "--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
+    found = measure(arguments)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(table(found, runs=arguments.runs))
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured, as one dictionary for JSON."""
+    from mlx_aimv2 import __version__, bench
+
+    if arguments.random:
+        bench.released_config(arguments.random)
+        if arguments.keep_quantized:
+            raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
+    on = device.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "device": on.kind,
+        "chip": on.chip,
+        "cores": cores,
+        "mlx": device.mlx_build(),
+        "mlx-aimv2": __version__,
+        "remark": device.remark(on),
+        "model": arguments.model or f"random {arguments.random}",
+        "runs": arguments.runs,
+    }
+    if arguments.model:
+        found |= _about_files(arguments)
+    found["speed"] = [
+        asdict(speed)
+        | {
+            "milliseconds_per_image": 1e3 / speed.images_per_second,
+            "images_per_second": speed.images_per_second,
+            "flops_per_second": speed.flops_per_second,
+            "fraction_of_bare": speed.fraction,
+        }
+        for speed in _speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind])
+    ]
+    return found
+
+
+def table(found: dict[str, Any], *, runs: int) -> str:
+    """What was measured, as lines for the terminal."""
+    lines = [
+        ("machine", f"{found['chip']}, {found['device']}, {found['cores']} cores"),
+        ("versions", f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}"),
+        ("model", found["model"]),
+    ]
+    if load := found.get("loading"):
+        size = f"{load['bytes'] / 1e6:.0f} MB"
+        lines.append(("load", f"{load['seconds']:.2f} s, {load['ratio']:.2f} times reading the {size} (page cache)"))
+    if first := found.get("first_embedding"):
+        steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
+        lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
+    if found["remark"]:
+        lines.append(("remark", found["remark"]))
+    width = max(len(name) for name, _ in lines)
+    head = [f"{name:<{width}}  {value}" for name, value in lines]
+    rows = [HEADERS, *(_row(speed) for speed in found["speed"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
+    body = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
+
+
+def _about_files(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load time and the first embedding, of a checkpoint that has files."""
+    from mlx_aimv2 import bench, bundled, checkpoint, load
+
+    path, _, _ = checkpoint.find(arguments.model, revision=arguments.revision)
+    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+    _tell("loading")
+    loading: Loading = bench.measure_loading(lambda: load(path), files, runs=arguments.runs)
+    _tell("first embedding in a fresh process")
+    first: FirstEmbedding = bench.measure_first_embedding(
+        str(path), bundled.photographs()[0], dtype=(arguments.dtype or ["auto"])[0]
+    )
+    return {"loading": asdict(loading) | {"ratio": loading.ratio}, "first_embedding": asdict(first)}
+
+
+def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[Speed]:
+    from mlx_aimv2 import bench
+
+    for dtype in dtypes:
+        for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
+            model = _model(arguments, dtype, keep_quantized=weights == "packed")
+            for batch in arguments.batch:
+                _tell(f"{dtype} {weights}, {batch} pictures")
+                pixels = bench.random_pixels(model.vision.config, batch=batch, side=arguments.side)
+                yield bench.measure_speed(model, pixels, runs=arguments.runs, weights=weights)
+
+
+def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
+    from mlx_aimv2 import bench, load
+    from mlx_aimv2.loading import DTYPES as KNOWN
+
+    if arguments.random:
+        return bench.random_model(bench.released_config(arguments.random), KNOWN[dtype])
+    model, _, config = load(
+        arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
+    )
+    if keep_quantized and not config.get("quantization"):
+        raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
+    return model
+
+
+def _row(speed: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        speed["dtype"],
+        speed["weights"],
+        f"{speed['weight_bytes'] / 1e6:.0f}",
+        str(speed["batch"]),
+        str(speed["tokens"]),
+        f"{speed['seconds'] * 1e3:.1f}",
+        f"{speed['milliseconds_per_image']:.1f}",
+        f"{speed['images_per_second']:.2f}",
+        f"{speed['peak_bytes'] / 1e6:.0f}",
+        f"{speed['flops_per_second'] / 1e9:.0f}",
+        f"{speed['fraction_of_bare']:.2f}",
+    )
+
+
+def _tell(step: str) -> None:
+    print(f"measuring: {step}", file=sys.stderr)
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 up is wanted, got {text}")
+    return number

@@ -1,0 +1,173 @@
+"""Does `bench` count what it says it counts, and say what it measured?"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bench, load
+from mlx_aimv2.cli import main
+from mlx_aimv2.convert import convert
+
+REFERENCE = Path(__file__).parent / "golden" / "reference"
+FIXED = REFERENCE / "fixed"
+
+SMALL = Aimv2VisionConfig(22, 13, 3, 2, image_size=15, patch_size=5)
+LARGE_224 = 309_197_824
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("large-patch14-224", LARGE_224),
+        ("aimv2-huge-patch14-336", 681_343_488),
+        ("apple/aimv2-1B-patch14-448", 1_236_531_200),
+        ("3B-448", 2_723_017_728),
+        ("large-patch14-native", 308_935_680),
+    ],
+)
+def test_released_sizes_go_by_their_names(name, parameters):
+    model = Aimv2VisionModel(bench.released_config(name))
+    assert sum(array.size for _, array in tree_flatten(model.parameters())) == parameters
+
+
+@pytest.mark.parametrize("name", ["", "large", "giant-patch14-224", "large-patch14-512", "3B-patch14-native"])
+def test_other_sizes_are_refused(name):
+    with pytest.raises(ValueError, match="a released size is large, huge, 1B, 3B"):
+        bench.released_config(name)
+
+
+@pytest.mark.parametrize("use_head", [False, True])
+def test_the_count_is_that_of_every_matrix_product(monkeypatch, use_head):
+    config = Aimv2VisionConfig(22, 13, 3, 2, image_size=15, patch_size=5, use_head=use_head)
+    model, counted = Aimv2VisionModel(config), []
+
+    def counting(multiply):
+        def counted_multiply(*arrays):
+            left, right = arrays[-2:]
+            counted.append(2 * int(np.prod(left.shape)) * right.shape[-1])
+            return multiply(*arrays)
+
+        return counted_multiply
+
+    monkeypatch.setattr(mx, "addmm", counting(mx.addmm))
+    monkeypatch.setattr(mx.array, "__matmul__", counting(mx.array.__matmul__))
+    monkeypatch.setattr("mlx_aimv2.ops._on_x86_cpu", lambda: True)
+    monkeypatch.setattr("mlx_aimv2.ops.WORTH_SHARING", 1)
+    model(mx.zeros((2, 15, 15, 3)))
+    assert sum(counted) == bench.matrix_flops(config, batch=2, tokens=9)
+
+
+def test_a_large_picture_costs_165_gigaflops():
+    flops = bench.matrix_flops(bench.released_config("large-patch14-224"), batch=1, tokens=256)
+    assert flops == pytest.approx(164.6e9, rel=1e-3)
+
+
+def test_the_fraction_is_the_bare_time_over_the_time():
+    speed = bench.Speed("float32", "dense", 1, 4, 256, 2.0, 1.5, 10, 0, 7)
+    assert (speed.images_per_second, speed.flops_per_second, speed.fraction) == (2.0, 5.0, 0.75)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_a_random_model_is_in_the_dtype_asked_for(dtype):
+    model = bench.random_model(SMALL, dtype)
+    assert {array.dtype for _, array in tree_flatten(model.parameters())} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["fixed", "native", "lit"])
+def test_every_kind_of_model_is_measured(kind):
+    model, _ = load(REFERENCE / kind)
+    pixels = bench.random_pixels(model.vision.config, batch=2, side=70)
+    speed = bench.measure_speed(model, pixels, runs=1)
+    assert pixels.shape == (2, 70, 70, 3) if kind == "native" else (2, 42, 42, 3)
+    assert (speed.dtype, speed.batch, speed.tokens) == ("float32", 2, 25 if kind == "native" else 9)
+    assert min(speed.seconds, speed.bare_seconds, speed.peak_bytes) > 0
+    assert speed.weight_bytes == sum(array.nbytes for _, array in tree_flatten(model.vision.parameters()))
+
+
+def test_loading_is_compared_with_the_bytes_of_the_files():
+    weights = FIXED / "model.safetensors"
+    loading = bench.measure_loading(lambda: load(FIXED), [weights], runs=1)
+    assert loading.bytes == weights.stat().st_size
+    assert loading.ratio == loading.seconds / loading.reading_seconds > 0
+
+
+@pytest.mark.parametrize("settings", [{"q_bits": 4}, {"q_bits": 8}, {"q_mode": "mxfp4"}], ids=["4", "8", "mxfp4"])
+@pytest.mark.parametrize("kind", ["fixed", "native", "lit"])
+def test_packed_and_dense_weights_give_the_same_features(tmp_path, kind, settings):
+    group = None if "q_mode" in settings else 32
+    folder = convert(REFERENCE / kind, tmp_path / "mlx", quantize=True, q_group_size=group, verify=False, **settings)
+    with np.load(REFERENCE / kind / "expected.npz") as expected:
+        pixels = mx.array(expected["pixel_values"].transpose(0, 2, 3, 1))
+    dense, packed = (load(folder, keep_quantized=keep)[0].vision(pixels).last_hidden_state for keep in (False, True))
+    assert float(mx.linalg.norm(dense - packed) / mx.linalg.norm(dense)) <= 1e-3
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main(["bench", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_json_says_what_was_measured_on_what(capsys):
+    code, out, err = run(capsys, "-m", FIXED, "--dtype", "float32", "--batch", 1, 3, "--runs", 1, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert {"device", "chip", "cores", "mlx", "mlx-aimv2", "remark", "model", "loading", "first_embedding"} <= set(
+        found
+    )
+    assert [(row["dtype"], row["batch"], row["tokens"]) for row in found["speed"]] == [
+        ("float32", 1, 9),
+        ("float32", 3, 9),
+    ]
+    row = found["speed"][1]
+    assert row["images_per_second"] == pytest.approx(3 / row["seconds"])
+    assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
+    assert row["fraction_of_bare"] == pytest.approx(row["bare_seconds"] / row["seconds"])
+    assert "float32 dense, 3 pictures" in err
+
+
+def test_the_table_names_its_columns_and_its_conditions(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "released_config", lambda name: SMALL)
+    code, out, _ = run(
+        capsys, "--random", "large-patch14-224", "--dtype", "float32", "float16", "--batch", 2, "--runs", 1
+    )
+    assert code == 0
+    for word in ("machine", "versions", "images/s", "peak MB", "GFLOP/s", "of bare", "median of 1 runs", "float16"):
+        assert word in out
+    assert "first embedding" not in out
+
+
+def test_packed_weights_have_their_own_row(capsys, tmp_path):
+    folder = convert(FIXED, tmp_path / "mlx", quantize=True, q_group_size=32, verify=False)
+    options = ("--dtype", "float32", "--batch", 1, "--runs", 1, "--keep-quantized", "--json")
+    rows = json.loads(run(capsys, "-m", folder, *options)[1])["speed"]
+    assert [row["weights"] for row in rows] == ["dense", "packed"]
+    assert rows[1]["weight_bytes"] < rows[0]["weight_bytes"] / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--random", "larger"], "a released size is"),
+        (["--random", "large-224", "--keep-quantized"], "needs a quantized MLX folder"),
+        (["-m", FIXED, "--keep-quantized", "--batch", 1, "--runs", 1], "needs quantized weights"),
+        (["-m", "/no/such/folder"], "/no/such/folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value[1:])),
+)
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
+    assert last.startswith("mlx-aimv2: ")
+    assert message in last
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_counts_are_whole_and_positive(capsys, count):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--random", "large-224", "--batch", count])
+    assert stopped.value.code == 2
