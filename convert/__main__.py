@@ -4,8 +4,8 @@
     python -m convert aimv2-large-patch14-224 --variants fp16 8bit
     python -m convert --upload somebody                  and each folder to somebody/NAME-VARIANT
 
-A folder that exists is left as it is, so the run can be stopped and started again. A failure is named and the rest goes
-on; the exit code is 1 then.
+A folder that exists is left as it is and only uploaded, so the run can be stopped and started again. A failure is named
+and the rest goes on; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoints import FILE, Row, choose, read
+from mlx_aimv2 import hub
 from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.convert import convert
 
@@ -53,31 +54,31 @@ def run(
     for row in choose(rows, arguments.names):
         for variant in arguments.variants:
             target = arguments.out / f"{row.name}-{variant}"
-            if target.exists():
-                print(f"{target}: is there already")
-                continue
+            log(f"[INFO] {target}")
             try:
-                _convert(row, variant, target, arguments, log)
+                print(f"{target}: {_make(row, variant, target, arguments, log)}")
             except (ValueError, OSError) as error:
                 failed += 1
                 print(f"{target}: failed: {' '.join(str(error).split())}")
-            else:
-                print(f"{target}: written")
     return 1 if failed else 0
 
 
-def _convert(row: Row, variant: str, target: Path, arguments: argparse.Namespace, log: Callable[[str], None]) -> None:
-    log(f"[INFO] {row.name}, {variant}")
+def _make(row: Row, variant: str, target: Path, arguments: argparse.Namespace, log: Callable[[str], None]) -> str:
+    """Converts and uploads one variant as far as that has not been done; returns what was done."""
+    repo = f"{arguments.upload}/{target.name}" if arguments.upload else None
+    if target.exists():
+        return f"is there already, uploaded to {hub.upload(target, repo)}" if repo else "is there already"
     target.parent.mkdir(parents=True, exist_ok=True)
     convert(
         row.repo,
         target,
         revision=row.commit,
         calibration=arguments.calibration,
-        upload_repo=f"{arguments.upload}/{target.name}" if arguments.upload else None,
+        upload_repo=repo,
         log=log,
         **VARIANTS[variant],
     )
+    return "written"
 
 
 if __name__ == "__main__":
