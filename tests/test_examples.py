@@ -82,19 +82,20 @@ def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
     assert "1.47 MB" in out
 
 
-def test_the_demo_runs_twice_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
+def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
     scans = bundled.digits()
     few = bundled.Digits(
         scans.train_pictures[:150], scans.train_labels[:150], scans.test_pictures[:40], scans.test_labels[:40]
     )
     monkeypatch.setattr(bundled, "digits", lambda: few)
     monkeypatch.setattr(plane, "STEPS", 5)
-    demo = imported(FOLDER / "demo.py")
-    for _ in range(2):
-        demo.main(["--output", str(tmp_path / "shown")])
+    (tmp_path / "digits-mlx").mkdir()
+    (tmp_path / "digits-mlx" / "old.txt").touch()
+    imported(FOLDER / "demo.py").main(["--output", str(tmp_path)])
     out = capsys.readouterr().out
     assert re.search(r"right for \d+ of 40 held-out digits", out)
-    assert str(tmp_path / "shown" / "demo.png") in out
-    assert (tmp_path / "shown" / "digits-mlx" / "model.safetensors").is_file()
-    with Image.open(tmp_path / "shown" / "demo.png") as image:
+    assert str(tmp_path / "demo.png") in out
+    assert (tmp_path / "digits-mlx" / "model.safetensors").is_file()
+    assert not (tmp_path / "digits-mlx" / "old.txt").exists()
+    with Image.open(tmp_path / "demo.png") as image:
         assert image.width > 1200

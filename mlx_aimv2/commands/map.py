@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
             except (ValueError, OSError) as error:
                 failed.append(str(error))
                 continue
+            finally:
+                mx.clear_cache()  # each size of a native picture would keep buffers of its own
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target)
             record = {"picture": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
