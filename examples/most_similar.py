@@ -2,7 +2,7 @@
 
 python -m examples.most_similar [QUERY PICTURE ...] [--model MODEL] [--output ranking.png]
 
-Without pictures: a handwritten digit that the embedded model never saw, among two hundred that it was trained on.
+Without pictures: a handwritten digit that the embedded model never saw, among a hundred that it was trained on.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     if len(args.pictures) == 1:
         parser.error("give the query and at least one picture to compare it with")
     scans = bundled.digits()
-    pictures = args.pictures or [scans.test_pictures[0], *scans.train_pictures[:200]]
-    names = args.pictures or [f"a {label}" for label in [scans.test_labels[0], *scans.train_labels[:200]]]
+    pictures = args.pictures or [scans.test_pictures[0], *scans.train_pictures[:100]]
+    names = args.pictures or [f"a {label}" for label in [scans.test_labels[0], *scans.train_labels[:100]]]
 
     model, processor = load(args.model)
     features = mx.concatenate([model.encode_image(processor(picture), normalize=True) for picture in pictures])
