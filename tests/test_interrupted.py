@@ -1,0 +1,102 @@
+"""Does a run that is killed at any moment leave an index that the next run completes, vector for vector?"""
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2.cli import main
+from mlx_aimv2.embed import SHEET
+from mlx_aimv2.index import Index
+
+FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
+PICTURES = 9 * SHEET + 13
+KILLS = 20
+
+# Commits after every sheet and decodes slowly, so that a kill meets every stage of the work.
+DRIVER = """
+import sys, time
+from mlx_aimv2 import cli, decoding, updating
+import mlx_aimv2.embed, mlx_aimv2.provenance, mlx_aimv2.indexing
+updating.COMMIT_SECONDS = 0
+read = decoding._read
+def slowly(path):
+    time.sleep(0.003)
+    return read(path)
+decoding._read = slowly
+print("ready", flush=True)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dice = np.random.default_rng(4)
+    Path("in").mkdir()
+    for number in range(PICTURES):
+        low = Image.fromarray(dice.integers(0, 256, (4, 4, 3), np.uint8))
+        low.resize((44, 42), Image.Resampling.BILINEAR).save(f"in/{number:03d}.png", compress_level=1)
+    Path("in/100a.png").write_bytes(b"broken")  # tried again in every run, which must not shift the batches
+    return tmp_path
+
+
+def start() -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DRIVER, "embed", "in", "-m", str(FIXED), "-o", "killed.db"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def contents(name: str) -> dict[str, tuple[object, ...]]:
+    with Index.open(name) as index:
+        return {one.path: (one.size, one.mtime_ns, one.sha256, one.vector.tobytes()) for one in index.embeddings()}
+
+
+def test_a_killed_run_is_completed_by_the_next_one(folder):
+    assert main(["embed", "in", "-m", str(FIXED), "-o", "whole.db"]) == 1  # one picture is broken
+    whole = contents("whole.db")
+    assert len(whole) == PICTURES
+    begun = time.monotonic()
+    process = start()
+    process.communicate()
+    lasts = time.monotonic() - begun
+    dice = random.Random(7)
+    Path("killed.db").unlink()
+    found = set()
+    for _ in range(KILLS):
+        process = start()
+        time.sleep(dice.uniform(0, lasts / 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if Path("killed.db").exists() and Path("killed.db").stat().st_size:
+            partly = contents("killed.db")
+            assert partly.items() <= whole.items()
+            found.add(len(partly))
+            with sqlite3.connect("killed.db") as database:
+                assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            database.close()
+            if len(partly) == len(whole):
+                Path("killed.db").unlink()
+    assert len(found) >= 3  # the kills met different stages
+    assert main(["embed", "in", "-m", str(FIXED), "-o", "killed.db"]) == 1
+    assert contents("killed.db") == whole
+    assert sorted(file.name for file in folder.iterdir()) == ["in", "killed.db", "whole.db"]
+
+
+def test_ctrl_c_keeps_what_was_done(folder):
+    process = start()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode in (130, 1)  # 1 where it was done already
+    with Index.open("killed.db") as index:
+        assert len(index) % SHEET in (0, PICTURES % SHEET, SHEET - 1)
