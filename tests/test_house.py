@@ -47,7 +47,7 @@ def test_imports_go_one_way():
     assert not cycles
 
 
-@pytest.mark.parametrize("name", ["config", "ops", "index", "plot"])
+@pytest.mark.parametrize("name", ["config", "ops", "index", "plane", "plot"])
 def test_the_ground_floor_imports_nothing_of_ours(name):
     assert not imports_of_ours(PACKAGE / f"{name}.py")
 
