@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.recognition import listed
+from mlx_aimv2.recognition import listed, recognise
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -38,15 +38,8 @@ COMPANIONS = (
 )
 """Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
 
-HUB_FILES = (CONFIG_FILE, "README.md", *COMPANIONS)
-"""What is fetched from the Hub beside the weights."""
-
-HUB_WEIGHTS = (
-    ("model*.safetensors", INDEX_FILE),
-    ("mlx_model.safetensors",),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-)
-"""Patterns of the weights, asked for in this order until one is there: the same weights never come twice."""
+HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *COMPANIONS)
+"""What is fetched from the Hub before the weights, whose files it names."""
 
 PINNED = {
     "apple/aimv2-large-patch14-224": "ac764a25c832c7dc5e11871daa588e98e3cdbfb7",
@@ -130,7 +123,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         tensors |= more
         metadata |= note
     if not path.is_file():
-        _check_index(folder, tensors)
+        _check_index(folder, files, tensors)
     return Checkpoint(folder, config, tensors, repo, commit, metadata)
 
 
@@ -149,13 +142,22 @@ def find(
     name = str(path_or_hf_repo)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name")
+    folder = _download(name, revision or PINNED.get(name))
+    return folder, name, folder.name
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """Fetches a checkpoint and only what of it is needed: never the same weights twice, of a larger model the tower."""
     from mlx_aimv2 import hub
 
-    for weights in HUB_WEIGHTS:
-        folder = hub.download(name, revision=revision or PINNED.get(name), patterns=(*HUB_FILES, *weights))
-        if any(file for pattern in weights for file in folder.glob(pattern)):
+    folder = hub.download(repo, revision=revision, patterns=HUB_FILES)
+    if (index := _index(folder)) is not None:
+        return hub.download(repo, revision=revision, patterns=(CONFIG_FILE, *_shards_of_tower(index)))
+    for name in WEIGHT_FILES:
+        hub.download(repo, revision=revision, patterns=(CONFIG_FILE, name))
+        if (folder / name).is_file():
             break
-    return folder, name, folder.name
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,18 +177,31 @@ def _weight_files(path: Path) -> tuple[Path, list[Path]]:
     """The folder and the files that hold the weights."""
     if path.is_file():
         return path.parent, [path]
-    for index in (path / name for name in INDEX_FILES):
-        if index.is_file():
-            named = sorted(set(_weight_map(index).values()))
-            if missing := [name for name in named if not (path / name).is_file()]:
-                raise FileNotFoundError(f"{path}: {index.name} names shards that are not there: {', '.join(missing)}")
-            return path, [path / name for name in named]
+    if (index := _index(path)) is not None:
+        needed = _shards_of_tower(index)
+        if missing := [name for name in needed if not (path / name).is_file()]:
+            raise FileNotFoundError(f"{path}: {index.name} names shards that are not there: {', '.join(missing)}")
+        return path, [path / name for name in needed]
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path, [path / name]
     if any(path.glob("model-*-of-*.safetensors")):
         raise FileNotFoundError(f"{path}: has shards but no {INDEX_FILE} that lists them")
     raise FileNotFoundError(f"{path}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
+
+
+def _index(folder: Path) -> Path | None:
+    return next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+
+
+def _shards_of_tower(index: Path) -> list[str]:
+    """The shards that hold the tower, for it may be a small part of a large model; all where no tower is recognised."""
+    weight_map = _weight_map(index)
+    try:
+        prefix = recognise(dict.fromkeys(weight_map, ())).prefix
+    except ValueError:  # said better once the shapes are known
+        prefix = ""
+    return sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
@@ -198,9 +213,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, tensors: Mapping[str, mx.array]) -> None:
-    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
-    if index is not None and (absent := set(_weight_map(index)) - set(tensors)):
+def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array]) -> None:
+    if (index := _index(folder)) is None:
+        return
+    read = {file.name for file in files}
+    if absent := {name for name, file in _weight_map(index).items() if file in read} - set(tensors):
         raise ValueError(f"{index}: lists tensors that no shard holds: {listed(absent)}")
 
 

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2.checkpoint import PINNED
 from mlx_aimv2.hub import download
@@ -116,6 +118,33 @@ def test_a_repository_of_somebody_else_comes_from_main_and_may_hold_shards(hub, 
     result = run(hub, tmp_path / "home", READ, "somebody/aimv2-mlx")
     assert result.stdout.split() == ["somebody/aimv2-mlx", MAIN, "1e-05", "mlx-aimv2"], result.stderr
     assert sum(name.startswith("model-") for name in hub.fetched()) > 1
+
+
+def test_of_a_larger_model_only_the_shards_with_the_tower_are_fetched(hub, tmp_path):
+    prefix = "visual_tokenizer.backbone."
+    tower = {prefix + name: array for name, array in load_file(FIXED / "model.safetensors").items()}
+    half = sorted(tower)[: len(tower) // 2]
+    language = {f"llm.model.layers.{i}.mlp.up_proj.weight": np.zeros((3, 5), np.float32) for i in range(4)}
+    first = {name: tower[name] for name in half} | {"llm.model.norm.weight": np.ones(5, np.float32)}
+    shards = [first, {name: tower[name] for name in tower if name not in half}, language]
+    folder = tmp_path / "Ovis2"
+    folder.mkdir()
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-0000{i + 1}-of-00003.safetensors"
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    backbone = json.loads((FIXED / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"visual_tokenizer_config": {"backbone_config": backbone}}))
+    hub.publish("AIDC-AI/Ovis2-1B", MAIN, folder)
+    for offline in ("0", "1"):
+        result = run(hub, tmp_path / "home", READ, "AIDC-AI/Ovis2-1B", HF_HUB_OFFLINE=offline)
+        assert result.stdout.split() == ["AIDC-AI/Ovis2-1B", MAIN, "1e-05", "apple"], result.stderr
+    assert [name for name in hub.fetched() if "0000" in name] == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+    ]
 
 
 def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_path):

@@ -253,6 +253,13 @@ def test_an_unknown_layout_names_the_known_ones(tmp_path):
     assert "the first names are w" in message
 
 
+def test_a_position_table_without_its_first_axis_is_of_another_shape_and_not_of_another_size(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["preprocessor.pos_embed"] = tensors["preprocessor.pos_embed"][0]
+    save_file(tensors, folder / "model.safetensors")
+    assert "of another shape preprocessor.pos_embed (wanted (1, 9, 96), got (9, 96))" in refusal(folder)
+
+
 def test_a_model_of_another_depth_names_its_block_once(folder):
     tensors = {
         name: array for name, array in load_file(folder / "model.safetensors").items() if "blocks.1." not in name
