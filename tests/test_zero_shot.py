@@ -3,7 +3,10 @@
 import importlib
 import json
 import math
+import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +181,24 @@ def test_one_picture_an_array_of_pictures_and_no_picture(pair, pictures):
     assert classifier([]) == []
 
 
+def test_open_images_are_decoded_by_one_thread_and_files_by_several(pair, pictures, monkeypatch):
+    model, processor = pair
+    threads, pixels = set(), processor.pixels
+
+    def slowly(picture: object) -> np.ndarray:
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return pixels(picture)
+
+    monkeypatch.setattr(processor, "pixels", slowly)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    classifier = ZeroShotClassifier(model, processor, LABELS)
+    image = Image.open(pictures[0])
+    assert len(classifier([image, image, image])) == 3 and len(threads) == 1
+    threads.clear()  # the system gives an ended thread's number to a new one
+    assert len(classifier(pictures)) == 5 and len(threads) == 3
+
+
 def test_pixels_from_the_processor_serve_too(pair, pictures):
     classifier = ZeroShotClassifier(*pair, LABELS)
     for ready, read in zip(classifier.predict(pair[1](pictures)), classifier(pictures), strict=True):
@@ -233,13 +254,15 @@ def test_templates_that_hold_no_label_are_refused(pair, templates, message):
         ZeroShotClassifier(*pair, LABELS, templates=templates)
 
 
-@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
-def test_numbers_beyond_half_precision_are_told_and_not_ranked(folder, pictures, tower):
+def test_numbers_beyond_half_precision_are_told_and_not_ranked(folder, pictures):
     model, processor = load(folder, dtype="float16")
-    norm = getattr(model, tower).norm
-    norm.weight = norm.weight * 60000
+    classifier = ZeroShotClassifier(model, processor, LABELS)
+    for tower in (model.vision_model, model.text_model):
+        tower.norm.weight = tower.norm.weight * 60000
     with pytest.raises(ValueError, match=r"not finite in float16: load it with dtype float32"):
-        zero_shot(model, processor, pictures, LABELS)
+        classifier(pictures)
+    with pytest.raises(ValueError, match=r"not finite in float16: load it with dtype float32"):
+        ZeroShotClassifier(model, processor, LABELS)
 
 
 def test_a_vision_only_checkpoint_names_the_one_that_reads_words_before_any_picture():
