@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ def facts() -> dict[str, str]:
         "memory": _memory(),
         "system": _system(),
         "python": platform.python_version(),
-        "mlx": f"{version('mlx')}, {'GPU' if mx.default_device().type == mx.DeviceType.gpu else 'CPU'}",
+        "mlx": f"{version('mlx')}, {'GPU' if mx.default_device().type == mx.DeviceType.gpu else 'CPU'}, {_tf32()}",
         "mlx-aimv2": __version__,
     }
 
@@ -50,6 +51,10 @@ def median_seconds(work: Callable[[], mx.array], repeats: int) -> float:
         mx.eval(work())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def _tf32() -> str:
+    return "TF32 off" if os.environ.get("MLX_ENABLE_TF32") == "0" else "TF32 where there is any"
 
 
 def _system() -> str:

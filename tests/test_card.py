@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from mlx_aimv2.convert import convert
 from mlx_aimv2.export import config_for
 from mlx_aimv2.fidelity import compare, rows
 from mlx_aimv2.loading import read_source
-from tests.towers import FIXED, LIT, write_pair
+from tests.towers import FIXED, pair_with_words
 
-TOKENIZER = FIXED.parents[1] / "tokenizer"
 APPLES_CARD = """---
 library_name: transformers
 license: apple-amlr
@@ -115,15 +113,6 @@ def test_warnings_of_the_comparison_are_in_it(apples, pictures, tmp_path):
 
 def snippet(text: str) -> str:
     return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-
-
-def pair_with_words(folder: Path) -> Path:
-    """A random pair whose vocabulary is that of the small tokenizer."""
-    write_pair(folder, replace(LIT, text_config=replace(LIT.text_config, vocab_size=778, eos_token_id=777)))
-    for file in TOKENIZER.iterdir():
-        if file.name != "ids.json":
-            shutil.copy(file, folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["vision", "pair"])

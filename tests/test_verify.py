@@ -24,7 +24,7 @@ from mlx_aimv2.config import Aimv2Config, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes, read_source
 from tests.loopback import Hub, serve
 from tests.test_names import PARAMETERS, product
-from tests.towers import FIXED, NATIVE
+from tests.towers import FIXED, NATIVE, pair_with_words
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "b" * 40
@@ -44,7 +44,7 @@ PICTURE = picture()
 def row(hub: Hub, name: str, folder: Path, *, shift: float = 0.0, parameters: int | None = None) -> str:
     """Publishes a folder and describes it as a row of a list, with its features as the published values."""
     hub.publish(f"apple/{name}", COMMIT, folder)
-    del hub.repositories[f"apple/{name}"][COMMIT]["expected.npz"]
+    hub.repositories[f"apple/{name}"][COMMIT].pop("expected.npz", None)
     model, processor = load(folder)
     features = np.array(model.vision(processor([PICTURE])).last_hidden_state)
     counted = sum(array.size for array in read_source(folder).weights.values())
@@ -93,8 +93,8 @@ def run(hub: Hub, tmp_path: Path, *arguments: object, torch: bool = False) -> tu
 
 def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     with serve() as hub:
-        rows = row(hub, "fixed", FIXED), row(hub, "native", NATIVE), row(hub, "lit", FIXED.parent / "lit")
-        code, report = run(hub, tmp_path, "fixed", "native", "--list", write_list(hub, tmp_path / "l.toml", *rows))
+        rows = row(hub, "fixed", FIXED), row(hub, "native", NATIVE), row(hub, "lit", pair_with_words(tmp_path / "pair"))
+        code, report = run(hub, tmp_path, "fixed", "lit", "--list", write_list(hub, tmp_path / "l.toml", *rows))
     assert code == 0, report
     assert report.count("| published values | pass | largest difference ") == 2
     assert report.count("the folder gives the same features to the bit") == 2
@@ -102,7 +102,8 @@ def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     assert f"commit {COMMIT[:12]}" in report
     assert "float16: largest activation" in report
     assert "pictures a second, float32" in report
-    assert "### lit" not in report
+    assert "### native" not in report
+    assert report.count("| words | seen | a photo of a cat: ") == 1
     for fact in ("chip", "memory", "system", "python", "mlx", "mlx-aimv2"):
         assert f"| {fact} | " in report
     if mx.default_device().type == mx.DeviceType.cpu:

@@ -1,7 +1,9 @@
 """Which small checkpoints do several tests start from: the reference folders, and a random pair in Apple's layout?"""
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -51,4 +53,13 @@ def write_pair(folder: Path, config: Aimv2Config) -> Path:
     preprocessing = json.loads((FIXED / "preprocessor_config.json").read_text())
     preprocessing |= {"crop_size": {"height": size, "width": size}, "size": {"shortest_edge": size}}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return folder
+
+
+def pair_with_words(folder: Path) -> Path:
+    """A random pair whose vocabulary is that of the small tokenizer beside it."""
+    write_pair(folder, replace(LIT, text_config=replace(LIT.text_config, vocab_size=778, eos_token_id=777)))
+    for file in (FIXED.parents[1] / "tokenizer").iterdir():
+        if file.name != "ids.json":
+            shutil.copy(file, folder)
     return folder
