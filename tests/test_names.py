@@ -12,6 +12,7 @@ from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.names import LAYOUTS, OURS, layout_for
 from mlx_aimv2.recognition import differences, recognise
+from tests.towers import LIT, random_weights
 from mlx_aimv2.spellings import read_config
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
@@ -127,11 +128,7 @@ VISION = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
 SMALL = {
     "fixed": VISION,
     "native": Aimv2VisionConfig(20, 13, 3, 2, image_size=None, patch_size=5, is_native=True),
-    "lit": Aimv2Config(
-        Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5, use_head=True),
-        Aimv2TextConfig(31, 14, 17, 3, 2, 11, 30),
-        projection_dim=19,
-    ),
+    "lit": LIT,
 }
 CASES = [
     (layout.name, kind)
@@ -142,15 +139,9 @@ CASES = [
 ]
 
 
-def random_weights(kind: str) -> dict[str, mx.array]:
-    shapes = parameter_shapes(build(SMALL[kind]))
-    keys = mx.random.split(mx.random.key(3), len(shapes))
-    return {name: mx.random.normal(shape, key=key) for (name, shape), key in zip(shapes.items(), keys, strict=True)}
-
-
 @pytest.mark.parametrize(("layout", "kind"), CASES, ids=map(" ".join, CASES))
 def test_there_and_back_is_exact(layout, kind):
-    ours = random_weights(kind)
+    ours = random_weights(SMALL[kind])
     theirs = dict(layout_for(layout, pair=kind == "lit").to_theirs(ours.items()))
     match = recognise({name: tuple(array.shape) for name, array in theirs.items()})
     assert match.layout.name == layout
@@ -161,7 +152,7 @@ def test_there_and_back_is_exact(layout, kind):
 
 
 def test_query_key_and_value_are_thirds_of_one_matrix_in_that_order():
-    ours = random_weights("fixed")
+    ours = random_weights(VISION)
     theirs = dict(layout_for("transformers", pair=False).to_theirs(ours.items()))
     qkv = ours["blocks.1.attn.qkv.weight"]
     for third, letter in enumerate("qkv"):
@@ -170,7 +161,7 @@ def test_query_key_and_value_are_thirds_of_one_matrix_in_that_order():
 
 
 def test_the_patch_convolution_has_its_channels_first_elsewhere_and_last_here():
-    ours = random_weights("fixed")
+    ours = random_weights(VISION)
     theirs = dict(layout_for("apple", pair=False).to_theirs(ours.items()))
     conv, turned = ours["patch_embed.proj.weight"], theirs["preprocessor.patchifier.proj.weight"]
     assert turned.shape == (22, 3, 5, 5)
@@ -178,7 +169,7 @@ def test_the_patch_convolution_has_its_channels_first_elsewhere_and_last_here():
 
 
 def test_gate_and_up_keep_their_roles():
-    ours = random_weights("fixed")
+    ours = random_weights(VISION)
     wanted = {"apple": ("fc1", "fc3", "fc2"), "timm": ("fc1_g", "fc1_x", "fc2")}
     wanted["transformers"] = ("gate_proj", "up_proj", "down_proj")
     for layout, names in wanted.items():
@@ -190,7 +181,7 @@ def test_gate_and_up_keep_their_roles():
 
 
 def test_translating_frees_what_it_used():
-    theirs = dict(layout_for("apple", pair=False).to_theirs(random_weights("fixed").items()))
+    theirs = dict(layout_for("apple", pair=False).to_theirs(random_weights(VISION).items()))
     recognise({name: tuple(array.shape) for name, array in theirs.items()}).to_ours(theirs, ["norm.weight"])
     assert "trunk.post_trunk_norm.weight" not in theirs
 
