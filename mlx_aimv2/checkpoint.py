@@ -151,10 +151,11 @@ def _download(repo: str, revision: str | None) -> Path:
     from mlx_aimv2 import hub
 
     folder = hub.download(repo, revision=revision, patterns=HUB_FILES)
+    commit = folder.name  # from here on, so that a branch that moves meanwhile is not taken half
     if (index := _index(folder)) is not None:
-        return hub.download(repo, revision=revision, patterns=(CONFIG_FILE, *_shards_of_tower(index)))
+        return hub.download(repo, revision=commit, patterns=(CONFIG_FILE, *_shards_of_tower(index)))
     for name in WEIGHT_FILES:
-        hub.download(repo, revision=revision, patterns=(CONFIG_FILE, name))
+        hub.download(repo, revision=commit, patterns=(CONFIG_FILE, name))
         if (folder / name).is_file():
             break
     return folder

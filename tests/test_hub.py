@@ -222,7 +222,8 @@ def test_a_repository_without_safetensors_is_asked_for_its_pickled_weights_last(
     files = released.repositories[NAME][PIN]
     files["pytorch_model.bin"] = files.pop("model.safetensors")
     del files["mlx_model.safetensors"]
-    refusal(run(released, tmp_path / "home", READ, NAME))
+    line = refusal(run(released, tmp_path / "home", f"sys.modules['torch'] = None\n{READ}", NAME))
+    assert "pytorch_model.bin: a pickled file, which only torch reads safely" in line
     assert "pytorch_model.bin" in released.fetched()
 
 

@@ -8,12 +8,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2.checkpoint import PINNED
-from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.names import LAYOUTS, OURS, layout_for
 from mlx_aimv2.recognition import differences, recognise
-from tests.towers import LIT, random_weights
 from mlx_aimv2.spellings import read_config
+from tests.towers import LIT, random_weights
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 
