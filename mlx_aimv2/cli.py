@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import warnings
 from collections.abc import Callable
+
+from mlx_aimv2 import __version__
 
 VERBS = {
     "convert": "mlx_aimv2.convert",
@@ -25,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: pictures in, features out."
     )
+    parser.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     modules = {verb: importlib.import_module(name) for verb, name in VERBS.items()}
     for verb, module in modules.items():
@@ -34,12 +39,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Runs `work`; what a user can cause ends as one line on stderr and exit code 2 instead of a traceback."""
+    """Runs `work`; what a user can cause ends as one line on stderr and exit code 2 instead of a traceback.
+
+    Remarks (`warnings.warn`) become one line each too. A reader that has seen enough, as `head` has,
+    ends the run quietly.
+    """
     try:
-        return work()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: _say(message)
+            code = work()
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+        return 0
     except (ValueError, OSError) as error:
-        print(f"mlx-aimv2: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(error)
         return 2
     except KeyboardInterrupt:
-        print("mlx-aimv2: stopped", file=sys.stderr)
+        _say("stopped")
         return 130
+
+
+def _say(message: object) -> None:
+    print(f"mlx-aimv2: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,69 @@
+"""Does the command line end a user's mistake in one line, and is what it claims about itself true?"""
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import mlx_aimv2
+from mlx_aimv2 import bundled, cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "mlx_aimv2", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_version_is_the_packages():
+    assert run("--version").stdout.split() == ["mlx-aimv2", mlx_aimv2.__version__]
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    result = run("convert", "--hf-path", "nowhere", "--mlx-path", "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("mlx-aimv2: nowhere: no such file or folder")
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+
+
+def test_a_remark_is_one_line_without_the_place_in_the_code(capsys):
+    def work() -> int:
+        warnings.warn("pictures are prepared as for Apple's checkpoints", stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.one_line_errors(work) == 0
+    assert capsys.readouterr().err == "mlx-aimv2: pictures are prepared as for Apple's checkpoints\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
+    command = f"{sys.executable} -m mlx_aimv2 info {bundled.digits_checkpoint()} | true"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    assert ["mlx-aimv2", verb] == help_of(verb, capsys).split()[1:3]
+
+
+def test_every_verb_and_flag_that_the_readme_shows_exists(capsys):
+    shown = re.findall(r"mlx-aimv2 (\w+)([^\n`]*)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert shown
+    for verb in {verb for verb, _ in shown}:
+        assert verb in cli.VERBS
+        known = help_of(verb, capsys)
+        rest = " ".join(line for name, line in shown if name == verb)
+        for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", rest):
+            assert flag in known, f"{verb} {flag}"
