@@ -56,15 +56,23 @@ def load_with_origin(name: str, *, revision: str | None = None, dtype: str | Non
     """Loads a checkpoint like `load`, and says which one it was: `path or Hub name -> Loaded`."""
     path, repo, commit = checkpoint.find(name, revision=revision)
     model, processor, config = load(path, dtype=dtype, return_config=True)
-    packed = config.get("quantization")
-    shared = {key: packed[key] for key in ("bits", "group_size", "mode") if key in packed} if packed else None
     origin = {
         "checkpoint": repo or str(path.absolute()),
         "commit": commit,
         "dtype": next(known for known, value in DTYPES.items() if value == model.dtype),
-        "quantization": shared,
+        "quantization": _bits(config.get("quantization")),
     }
     return Loaded(model, processor, origin)
+
+
+def _bits(section: Mapping[str, Any] | None) -> Description | None:
+    """The shared bits of an MLX folder, and a short digest of what single layers have instead."""
+    if not section:
+        return None
+    shared = {key: section[key] for key in ("bits", "group_size", "mode") if key in section}
+    if own := {key: value for key, value in section.items() if key not in shared}:
+        shared["recipe"] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    return shared
 
 
 def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int) -> Description:

@@ -97,7 +97,7 @@ def test_a_killed_run_is_completed_by_the_next_one(folder):
 
 def test_ctrl_c_keeps_what_was_done(folder):
     process = start()
-    while not (Path("killed.db").exists() and Path("killed.db").stat().st_size):
+    while not (Path("killed.db").exists() and Path("killed.db").stat().st_size and contents("killed.db")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     from mlx_aimv2.pooling import Pooling
     from mlx_aimv2.progress import Progress
     from mlx_aimv2.provenance import describe, load_with_origin
-    from mlx_aimv2.ranks import Result, my_sheets
+    from mlx_aimv2.ranks import RankLostError, Result, my_sheets
     from mlx_aimv2.updating import Plan, Update
 
     started = time.monotonic()
@@ -140,6 +140,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
                 mine.failures.clear()
                 mine.remarks.clear()
             ranks.first(lambda: chief.finish(update, mine, progress))
+        except RankLostError:
+            update.commit()
+            raise
         except KeyboardInterrupt:
             update.commit()
             progress.say("mlx-aimv2: stopped; what was done is kept, run it again to go on")
