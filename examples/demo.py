@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     wrong = np.flatnonzero(found != scans.test_labels)
     accuracy = f"{len(queries) - len(wrong)} of {len(queries)} held-out digits ({1 - len(wrong) / len(queries):.1%})"
     print(f"the vote of the 5 nearest is right for {accuracy}")
+    if len(wrong) > 0.05 * len(queries):
+        raise SystemExit("at least 95 % were expected: something is wrong with this installation")
 
     say("Photographs: the same path, though this small model knows nothing but digits")
     pictures = bundled.photographs()

@@ -36,9 +36,15 @@ def neighbour_plane(features: Array, *, neighbours: float = 30.0) -> Array:
 
 
 def _nearness(features: Array, neighbours: float) -> Array:
-    """How near each pair is, `(n, D) -> (n, n)`, symmetric, summing to 1.
+    """How near each pair is, `(n, D) -> (n, n)`, symmetric, summing to 1."""
+    weights = _looks(features, neighbours)
+    return np.maximum((weights + weights.T) / (2 * len(weights)), 1e-12)
 
-    Each feature's Gaussian is as wide as makes its perplexity `neighbours`: found by halving, all at once.
+
+def _looks(features: Array, neighbours: float) -> Array:
+    """How much each feature looks at each other one, `(n, D) -> (n, n)` with rows that sum to 1.
+
+    Its Gaussian is as wide as makes its perplexity `neighbours`: found by halving, for all features at once.
     """
     squares = _squared_distances(features)
     squares /= max(squares.max(), 1e-30)
@@ -52,7 +58,7 @@ def _nearness(features: Array, neighbours: float) -> Array:
         entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=1, keepdims=True)
         too_wide = entropy > np.log(neighbours)
         low, high = np.where(too_wide, middle, low), np.where(too_wide, high, middle)
-    return np.maximum((weights + weights.T) / (2 * len(weights)), 1e-12)
+    return weights
 
 
 def _pull(place: Array, near: Array) -> Array:

@@ -123,20 +123,29 @@ def test_every_matrix_of_the_blocks_takes_every_quantization():
     assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
 
 
-def test_its_five_nearest_neighbours_know_the_held_out_digits():
-    model, processor = load(bundled.digits_checkpoint())
-    assert bundled.digits_accuracy(model, processor) >= 0.98
+def some(scans: bundled.Digits, train: int, test: int) -> bundled.Digits:
+    """Every so manieth digit: without OpenBLAS all of them take half a minute, which `make demo` spends."""
+    return bundled.Digits(
+        scans.train_pictures[::train],
+        scans.train_labels[::train],
+        scans.test_pictures[::test],
+        scans.test_labels[::test],
+    )
 
 
-def test_the_accuracy_is_earned_by_the_weights():
+def test_its_five_nearest_neighbours_know_the_held_out_digits(scans, monkeypatch):
+    few = some(scans, 4, 2)
+    monkeypatch.setattr(bundled, "digits", lambda: few)
+    assert bundled.digits_accuracy(*load(bundled.digits_checkpoint())) >= 0.98
+
+
+def test_the_accuracy_is_earned_by_the_weights(scans, monkeypatch):
+    few = some(scans, 8, 12)
+    monkeypatch.setattr(bundled, "digits", lambda: few)
     model, processor = load(bundled.digits_checkpoint())
-    scrambled = Aimv2VisionModel(model.config)
+    trained = bundled.digits_accuracy(model, processor)
     mx.random.seed(3)
-    scrambled.pos_embed = mx.random.normal(scrambled.pos_embed.shape)
-    scans = bundled.digits()
-    bank = bundled.encode(scrambled, processor, scans.train_pictures[:400])
-    found = bundled.vote(bank, scans.train_labels[:400], bundled.encode(scrambled, processor, scans.test_pictures[:50]))
-    assert (found == scans.test_labels[:50]).mean() < 0.9
+    assert bundled.digits_accuracy(Aimv2VisionModel(model.config), processor) < trained - 0.1
 
 
 def test_features_come_in_order_and_of_unit_length_from_every_batch(monkeypatch):

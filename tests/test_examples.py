@@ -82,6 +82,17 @@ def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
     assert "1.47 MB" in out
 
 
+def test_the_demo_fails_where_features_are_wrong(tmp_path, capsys, monkeypatch):
+    scans = bundled.digits()
+    shuffled = np.random.default_rng(5).permutation(60).astype(np.uint8) % 10
+    few = bundled.Digits(scans.train_pictures[:60], shuffled, scans.test_pictures[:40], scans.test_labels[:40])
+    monkeypatch.setattr(bundled, "digits", lambda: few)
+    demo = imported(FOLDER / "demo.py")
+    monkeypatch.setattr(demo, "convert", lambda target: bundled.digits_checkpoint())
+    with pytest.raises(SystemExit, match="at least 95 %"):
+        demo.main(["--output", str(tmp_path)])
+
+
 def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
     scans = bundled.digits()
     few = bundled.Digits(

@@ -140,9 +140,20 @@ def test_the_plane_keeps_neighbours_together():
 
 
 def test_a_feature_looks_at_as_many_neighbours_as_asked():
+    looks = plane._looks(tokens(), 4.0)
+    perplexity = np.exp(-(looks * np.log(np.maximum(looks, 1e-300))).sum(axis=1))
+    np.testing.assert_allclose(perplexity, 4.0, rtol=1e-6)
+
+
+def test_nearness_is_mutual():
     near = plane._nearness(tokens(), 4.0)
     assert near.sum() == pytest.approx(1)
     np.testing.assert_allclose(near, near.T)
+
+
+def test_two_features_make_no_plane():
+    with pytest.raises(ValueError, match="at least 3 features, got 2"):
+        plane.neighbour_plane(np.ones((2, 5)))
 
 
 @pytest.fixture
