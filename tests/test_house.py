@@ -1,6 +1,7 @@
 """Does the house stand as designed: imports one way, nothing heavy at import, every public name explained?"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def imports_of_ours(file: Path) -> set[str]:
     """Modules of this package that a file imports at its top level, functions and type hints left out."""
     found = set()
-    for node in ast.parse(file.read_text()).body:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mlx_aimv2"):
             rest = node.module.removeprefix("mlx_aimv2").lstrip(".")
             found |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
@@ -58,12 +59,16 @@ def test_names_reads_only_sizes():
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_file_says_which_question_it_answers(file):
-    assert ast.get_docstring(ast.parse(file.read_text()))
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_no_file_needs_torch_at_import(file):
-    tops = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    tops = [
+        node
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     names = {alias.name for node in tops for alias in node.names} | {getattr(node, "module", None) for node in tops}
     assert not {name for name in names if name and name.split(".")[0] in ("torch", "transformers", "timm")}
 
@@ -81,3 +86,15 @@ def test_the_converter_is_not_reexported():
     )
     assert run.returncode == 0, run.stderr
     assert not run.stderr
+
+
+def test_contributing_places_every_file():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    placed = {name for line in table for name in re.findall(r"`(\w+)`", line)}
+    assert placed == {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+
+
+def test_every_file_is_short_enough_to_answer_one_question():
+    lengths = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert not {name: length for name, length in lengths.items() if length > 320}
