@@ -58,10 +58,21 @@ def _attention_in_pieces(queries: mx.array, keys: mx.array, values: mx.array, ca
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool) -> mx.array:
+    """Some heads `(heads, N, D/H)`, some of their queries at a time."""
+    rows = max(1, PIECE // (keys.shape[0] * keys.shape[1]))
+    mixed = [
+        _softmax_product(queries[:, first : first + rows], keys, values, first=first if causal else None)
+        for first in range(0, queries.shape[1], rows)
+    ]
+    return mx.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+
+
+def _softmax_product(queries: mx.array, keys: mx.array, values: mx.array, *, first: int | None) -> mx.array:
+    """The queries from token `first` on, causal; or with None not causal."""
     scores = queries @ keys.swapaxes(-1, -2)  # (heads, Nq, Nk)
-    if causal:
-        tokens = mx.arange(scores.shape[-1])
-        scores = mx.where(tokens[:, None] >= tokens, scores, -math.inf)
+    if first is not None:
+        asking = mx.arange(first, first + scores.shape[-2])
+        scores = mx.where(asking[:, None] >= mx.arange(scores.shape[-1]), scores, -math.inf)
     weights = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
     return (weights @ values) / weights.sum(axis=-1, keepdims=True)
 
@@ -83,7 +94,8 @@ def _in_pieces(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row
     if rows * numbers_per_row < WORTH_SHARING:
         return work(*arrays)
     streams = _streams()
-    step = max(1, min(PIECE // numbers_per_row, -(-rows // len(streams))))
+    rounds = math.ceil(rows * numbers_per_row / PIECE / len(streams))
+    step = math.ceil(rows / (rounds * len(streams)))  # so that every core has the same to do
     results = []
     for i, start in enumerate(range(0, rows, step)):
         with mx.stream(streams[i % len(streams)]):

@@ -23,9 +23,12 @@ def x86(monkeypatch):
     monkeypatch.setattr(ops, "_on_x86_cpu", lambda: True)
 
 
-@pytest.fixture(params=[(1, 1), (150, 1), (1 << 20, 1), (1 << 20, 1 << 20)], ids=["rows", "few", "cores", "whole"])
+@pytest.fixture(
+    params=[(1, 1), (29, 1), (150, 1), (1 << 20, 1), (1 << 20, 1 << 20)],
+    ids=["rows", "queries", "heads", "cores", "whole"],
+)
 def pieces(request, monkeypatch, x86):
-    """How the work is cut: row by row, a few rows at a time, one piece for each core, not at all."""
+    """How the work is cut: by rows, some queries of a head, some heads at a time, a piece for each core, not at all."""
     size, worth = request.param
     monkeypatch.setattr(ops, "PIECE", size)
     monkeypatch.setattr(ops, "WORTH_SHARING", worth)
