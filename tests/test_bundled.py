@@ -134,13 +134,13 @@ def some(scans: bundled.Digits, train: int, test: int) -> bundled.Digits:
 
 
 def test_its_five_nearest_neighbours_know_the_held_out_digits(scans, monkeypatch):
-    few = some(scans, 4, 2)
+    few = some(scans, 6, 4)
     monkeypatch.setattr(bundled, "digits", lambda: few)
-    assert bundled.digits_accuracy(*load(bundled.digits_checkpoint())) >= 0.98
+    assert bundled.digits_accuracy(*load(bundled.digits_checkpoint())) >= 0.97
 
 
 def test_the_accuracy_is_earned_by_the_weights(scans, monkeypatch):
-    few = some(scans, 8, 12)
+    few = some(scans, 12, 12)
     monkeypatch.setattr(bundled, "digits", lambda: few)
     model, processor = load(bundled.digits_checkpoint())
     trained = bundled.digits_accuracy(model, processor)

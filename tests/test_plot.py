@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from towers import NATIVE
 
 from mlx_aimv2 import bundled, cli, plane, plot
 
@@ -184,6 +185,18 @@ def test_map_of_several_pictures_fills_a_folder_without_losing_one(small, capsys
     assert code == 0
     assert [record["rows"] for record in records] == [4, 4]
     assert sorted(file.name for file in (small / "maps").iterdir()) == ["field-2-pca.png", "field-pca.png"]
+
+
+def test_map_of_a_native_picture_leaves_out_what_fills_no_patch(tmp_path):
+    picture = Image.new("RGB", (5 * 14 + 6, 3 * 14 + 4), (0, 250, 0))
+    picture.paste((200, 0, 0), (0, 0, 5 * 14, 3 * 14))
+    picture.save(tmp_path / "rest.png")
+    assert cli.main(["map", str(tmp_path / "rest.png"), "-m", str(NATIVE), "-o", str(tmp_path / "map.png")]) == 0
+    with Image.open(tmp_path / "map.png") as image:
+        cell = image.height // 3
+        assert image.size == (2 * 5 * cell + 8, 3 * cell)
+        left = np.asarray(image.convert("RGB").crop((0, 0, 5 * cell, 3 * cell))).astype(int)
+    assert np.abs(left - (200, 0, 0)).max() <= 1
 
 
 def test_map_names_each_picture_that_fails_and_draws_the_rest(small, capsys):
