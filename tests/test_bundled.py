@@ -118,6 +118,12 @@ def test_training_pictures_are_the_scans_turned_about_their_centre(training, mon
         assert (turned.sum(axis=axis) * np.arange(56)).sum() / turned.sum() == pytest.approx(27.5, abs=0.3)
 
 
+def test_what_comes_in_at_the_edge_is_paper(training, monkeypatch):
+    monkeypatch.setattr(training, "SHIFT", 0.3)
+    blank = np.full((8, 8), 255, np.uint8)
+    assert (np.asarray(training.varied(blank, np.random.default_rng(2))) == 255).all()
+
+
 def test_every_matrix_of_the_blocks_takes_every_quantization():
     config = load(bundled.digits_checkpoint(), lazy=True)[0].config
     assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
