@@ -76,12 +76,14 @@ def write(
     layout = _layout(config)
     head = ModelCardData(**front_matter(place, source=source, config=config)).to_yaml()
     name = hub_name or _HERE
+    title = hub_name.rpartition("/")[2] if hub_name else f"{_origin_name(source)} for {'PyTorch' if layout else 'MLX'}"
+    packages = "transformers torch" if layout == "transformers" else "mlx-aimv2"
+    snippet = _snippet(source, layout).format(**_sizes(source), name=name)
     parts = [
         f"---\n{head.strip()}\n---",
-        f"# {hub_name.rpartition('/')[2] if hub_name else f'{_origin_name(source)} for MLX'}",
+        f"# {title}",
         _introduction(source, config, layout),
-        f"## Use\n\n```bash\npip install {'transformers torch' if layout == 'transformers' else 'mlx-aimv2'}\n```\n\n"
-        f"```python\n{_snippet(source, layout).format(**_sizes(source), name=name)}```",
+        f"## Use\n\n```bash\npip install {packages}\n```\n\n```python\n{snippet}```",
         _fidelity(fidelity),
         _licence(place, source),
     ]
@@ -127,7 +129,7 @@ def _introduction(source: Source, config: Mapping[str, Any], layout: str | None)
     name = _origin_name(source)
     link = f"[{name}]({_address(name)})" if origin.repo else name
     at = f" (commit `{origin.commit}`)" if origin.commit else ""
-    became = f"a PyTorch folder in {layout}'s layout" if layout else "MLX"
+    became = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     return f"{link}{at}, converted to {became} by mlx-aimv2 {__version__}: {_precision(config)}."
 
 

@@ -138,7 +138,8 @@ def test_an_export_is_a_pytorch_card(apples, tmp_path, layout, library):
     head = metadata_load(written)
     assert (head["library_name"], head["tags"]) == ("transformers", ["aimv2", "vision"])
     assert library in snippet(written.read_text())
-    assert f"{layout}'s layout" in written.read_text()
+    assert f"a PyTorch folder in the {layout} layout" in written.read_text()
+    assert "\n# apples for PyTorch\n" in written.read_text()
 
 
 def test_a_published_folder_is_named_by_its_repository(apples, tmp_path):

@@ -248,16 +248,23 @@ sys.exit(one_line_errors(work))
 """
 
 
-def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
-    from mlx_aimv2.convert import convert
+CONVERT = "from mlx_aimv2.convert import main; sys.exit(main(argv[1:]))"
 
-    folder = convert(FIXED, tmp_path / "mlx", verify=False)
-    for _ in range(2):  # the second time the repository exists already
-        result = run(hub, tmp_path / "home", UPLOAD, folder, "somebody/aimv2-mlx", HF_TOKEN=TOKEN)
-        assert result.stdout.strip() == f"{hub.address}/somebody/aimv2-mlx", result.stderr
-    published = list(hub.repositories["somebody/aimv2-mlx"].values())[-1]
+
+def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
+    name, folder = "somebody/aimv2-mlx", tmp_path / "mlx"
+    flags = ("--hf-path", FIXED, "--mlx-path", folder, "--no-verify", "--upload-repo", name)
+    result = run(hub, tmp_path / "home", CONVERT, *flags, HF_TOKEN=TOKEN)
+    assert f"[INFO] Uploading to {hub.address}/{name}" in result.stderr
+    assert result.stdout.strip() == str(folder)
+    published = list(hub.repositories[name].values())[-1]
     assert published == {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert run(hub, tmp_path / "other", READ, "somebody/aimv2-mlx").returncode == 0
+    assert f'load("{name}")' in published["README.md"].decode()
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    result = run(hub, tmp_path / "home", UPLOAD, folder, name, HF_TOKEN=TOKEN)  # the repository exists already
+    assert result.stdout.strip() == f"{hub.address}/{name}", result.stderr
+    assert list(hub.repositories[name].values())[-1]["config.json"] == (folder / "config.json").read_bytes()
+    assert run(hub, tmp_path / "other", READ, name).stdout.split()[0] == name
 
 
 def test_without_a_token_that_may_write_the_upload_says_so(hub, tmp_path):
