@@ -95,6 +95,8 @@ def test_what_training_writes_is_what_it_trained(training, tmp_path):
     training.write_checkpoint(model, tmp_path)
     again, processor = load(tmp_path)
     pixels = processor(bundled.photographs()[0])
+    with safe_open(tmp_path / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
     assert again.config == training.CONFIG
     assert mx.array_equal(again(pixels).last_hidden_state, model(pixels).last_hidden_state)
 
