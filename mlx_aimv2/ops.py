@@ -19,8 +19,8 @@ import mlx.nn as nn
 
 CAUSAL = "causal"
 
-PIECE = 1 << 20
-"""Numbers in one piece of work for one core: 4 MB of float32 stay in its cache."""
+PIECE = 1 << 19
+"""Numbers in one piece of work for one core: 2 MB of float32 stay in its cache."""
 
 WORTH_SHARING = 1 << 16
 """Below so many numbers, waking another core costs more than it saves."""
