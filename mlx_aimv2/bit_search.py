@@ -7,8 +7,9 @@ The target is the mean cosine of the tokens with those of the float32 source, on
    up what the target allows.
 2. Losses of several layers roughly add up, as long as they are small. So the smallest model within an allowance is a
    knapsack with one choice for each layer, solved exactly by dynamic programming.
-3. "Roughly" is measured too: the chosen model runs as a whole and the allowance is corrected by what was found, until
-   it meets the target closely. What is left over is used by lowering single layers while the whole still meets it.
+3. "Roughly" is measured too: each choice runs as a whole, and the allowance is corrected by what was found until the
+   target is met closely. Choices for allowances around it are tried as well; in the smallest few single layers are
+   lowered further as long as the whole still meets the target.
 
 Choosing bits by measured sensitivity under a budget is HAWQ's idea (arXiv 1905.03696; as an integer programme HAWQ-V3,
 arXiv 2011.10680). mlx-lm's dynamic quantization ranks layers by gradients times weight errors and gives each one of two
@@ -16,7 +17,8 @@ widths, to reach a size; here all of MLX's widths are used, the output's error i
 quality is what is asked for.
 
 Cost: the source is held in float32. A layer of block i is measured through the blocks from i on, so `depth` blocks of
-five layers cost about `5 * widths * depth / 2` runs of the whole model over the pictures: 240 at 24 blocks, 4 widths.
+five layers cost about `5 * widths * depth / 2` runs of the whole model over the pictures: 240 at 24 blocks, 4 widths,
+and some forty for the choices as a whole.
 The same source, pictures and device give the same bits.
 """
 
@@ -42,7 +44,9 @@ WIDTHS = sorted(MODES["affine"].bits, reverse=True)
 BINS = 1 << 14
 """Into how many steps the allowance is divided in the knapsack."""
 
-CORRECTIONS = 12
+CORRECTIONS, LOOKS, FINALISTS = 6, 16, 4
+"""Runs of the whole to correct the allowance; runs to look around it; choices that go into the last step."""
+
 SAFETY = 0.99
 """Of the allowed loss this share is used: the folder is computed in its own dtype, whose rounding varies a little."""
 
@@ -184,19 +188,23 @@ def _search(tower: _Tower, allowed: float, stored: Stored, dense_bits: int, log:
     def whole(bits: Bits) -> float:
         return tower.loss(tower.inputs, 0, bits, stored)
 
-    best: Bits = dict.fromkeys(losses)
-    best_loss, allowance = 0.0, allowed
+    # Losses do not quite add up: the first runs find the ratio, the others look around it.
     tried: list[Bits] = []
-    for _ in range(CORRECTIONS):
-        bits = knapsack(losses, tower.sizes, allowance, dense_bits=dense_bits)
+    fitting: list[tuple[int, float, Bits]] = [(size(dict.fromkeys(losses)), 0.0, dict.fromkeys(losses))]
+    ratio = 1.0
+    for spread in (*[1.0] * CORRECTIONS, *np.geomspace(0.8, 1.25, LOOKS)):
+        bits = knapsack(losses, tower.sizes, allowed * ratio * spread, dense_bits=dense_bits)
         if bits in tried:
-            break
+            continue
         tried.append(bits)
         loss = whole(bits)
-        if loss <= allowed and size(bits) < size(best):
-            best, best_loss = bits, loss
-        allowance *= min(2.0, max(0.25, allowed / max(loss, 1e-12)))
-    best, best_loss = _lowered(best, best_loss, allowed, losses, tower.sizes, whole)
+        if loss <= allowed:
+            fitting.append((size(bits), loss, bits))
+        if spread == 1.0 and loss > 0:
+            ratio *= min(4.0, max(0.25, allowed / loss))
+    fitting.sort(key=lambda found: found[:2])
+    lowered = [_lowered(bits, loss, allowed, losses, tower.sizes, whole) for _, loss, bits in fitting[:FINALISTS]]
+    best, best_loss = min(lowered, key=lambda found: (size(found[0]), found[1]))
     log(f"[INFO] Chose {_histogram(best)}: mean token cosine {1 - best_loss:.6f}")
     return best
 

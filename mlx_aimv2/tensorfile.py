@@ -35,8 +35,8 @@ def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, st
 
     Raises OSError when the disk takes no more, or when the file behind a lazy array can no longer be read.
     """
-    # A tensor of odd length would put all that follow at odd addresses, so those come last.
-    order = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    # A tensor of odd length puts what follows at odd addresses, so those come last, the wider numbers first.
+    order = sorted(tensors, key=lambda name: (_evenness(tensors[name]), name))
     limit = mx.set_cache_limit(CACHE_BYTES)
     try:
         with path.open("wb") as file:
@@ -46,6 +46,11 @@ def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, st
     finally:
         mx.set_cache_limit(limit)
         mx.clear_cache()
+
+
+def _evenness(array: mx.array) -> int:
+    """0 for a whole number of eight bytes; of the others those of wider numbers come first."""
+    return 0 if array.nbytes % ALIGNMENT == 0 else ALIGNMENT - array.dtype.size
 
 
 def _header(order: list[str], tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:

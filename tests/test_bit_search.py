@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2 import bundled, fidelity
-from mlx_aimv2.bit_search import as_predicate, choose_bits, knapsack, most_common
+from mlx_aimv2.bit_search import _lowered, as_predicate, choose_bits, knapsack, most_common
 from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import resolve
 
@@ -83,10 +83,24 @@ def test_layers_differ_in_bits_and_say_so_in_config_json(at_target):
     assert all(entry["bits"] != section["bits"] and entry["group_size"] == 64 for entry in own.values())
 
 
-def test_lowering_any_layer_further_would_miss_the_target_or_was_not_worth_a_try(at_target):
+def test_most_of_what_is_allowed_is_used(at_target):
     _, found, lines = at_target
     assert any(line.startswith("[INFO] Chose") for line in lines)
-    assert 1 - found["token_cosine"]["mean"] > 0.9e-3  # nine tenths of what is allowed are used
+    assert 1 - found["token_cosine"]["mean"] > 0.9e-3
+
+
+def test_what_is_left_over_lowers_the_layers_that_save_most_for_their_loss():
+    losses = {
+        path: {None: 0.0, 8: 0.1 * cost, 6: 0.3 * cost, 4: cost} for path, cost in (("a", 1.0), ("b", 0.2), ("c", 9.0))
+    }
+    sizes = {"a": 1, "b": 1, "c": 1}
+
+    def whole(bits):
+        return sum(losses[path][width] for path, width in bits.items())
+
+    bits, loss = _lowered({"a": 6, "b": 8, "c": 8}, whole({"a": 6, "b": 8, "c": 8}), 1.5, losses, sizes, whole)
+    assert bits == {"a": 6, "b": 4, "c": 8}
+    assert loss == pytest.approx(0.3 + 0.2 + 0.9)
 
 
 def test_the_same_pictures_give_the_same_bits():

@@ -151,6 +151,15 @@ def test_8_bits_err_by_about_half_a_percent_and_4_bits_by_9():
         assert low < (mx.linalg.norm(again - weight) / mx.linalg.norm(weight)).item() < high
 
 
+def test_unpacking_rounds_nothing_but_once_to_float32():
+    weight, scales, biases = pack(mx.random.normal((3, 64), key=mx.random.key(3)), resolve(), mx.float16)
+    words = (
+        np.array(weight)[:, :, None] >> np.arange(0, 32, 4) & 15
+    )  # eight numbers of 4 bits in a word, low ones first
+    exact = np.array(scales).astype(float) * words.reshape(3, 64) + np.array(biases).astype(float)
+    np.testing.assert_allclose(np.array(unpack([weight, scales, biases], resolve())), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_bfloat16_scales_are_known_when_numbers_are_rounded_to_them():
     weight, settings = mx.random.normal((64, 512), key=mx.random.key(1)), resolve(bits=8)
     afterwards = [
