@@ -77,13 +77,13 @@ def write(
     head = ModelCardData(**front_matter(place, source=source, config=config)).to_yaml()
     name = hub_name or _HERE
     title = hub_name.rpartition("/")[2] if hub_name else f"{_origin_name(source)} for {'PyTorch' if layout else 'MLX'}"
-    packages = "transformers torch" if layout == "transformers" else "mlx-aimv2"
+    package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
     snippet = _snippet(source, layout).format(**_sizes(source), name=name)
     parts = [
         f"---\n{head.strip()}\n---",
         f"# {title}",
         _introduction(source, config, layout),
-        f"## Use\n\n```bash\npip install {packages}\n```\n\n```python\n{snippet}```",
+        f"## Use\n\nWith {package} installed:\n\n```python\n{snippet}```",
         _fidelity(fidelity),
         _licence(place, source),
     ]
