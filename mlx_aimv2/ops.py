@@ -85,7 +85,7 @@ def _swiglu_in_pieces(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _swiglu_with_power(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * up / (1 + mx.power(math.e, -gate))
+    return gate * up / (1 + mx.power(1 / math.e, gate))
 
 
 def _in_pieces(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row: int) -> mx.array:
