@@ -94,8 +94,9 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """`rows` as lines of text, the warnings after them."""
-    lines = rows(found)
+    """`rows` as lines of text, each block's largest activation and the warnings after them."""
+    peaks = " ".join(f"{peak:.3g}" for peak in found["activations"].values())
+    lines = [*rows(found), ("block by block", peaks)]
     width = max(len(what) for what, _ in lines)
     return "\n".join([*(f"{what:<{width}}  {value}" for what, value in lines), *found["warnings"]])
 

@@ -107,6 +107,7 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
     start = stream.read(16)
     if not start:
         raise ValueError(f"{name} is empty: no picture in it")
+    start = start.ljust(16, b"\0")  # some of Pillow's plugins unpack numbers from it without asking for its length
     tried: set[str] = set()
     fault = ""
     for prepare in (Image.preinit, Image.init):

@@ -96,6 +96,24 @@ def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_i
         convert(DIGITS, tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["proof", "target"])
+def test_a_picture_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match=r"broken\.jpg"):
+        convert(DIGITS, tmp_path / "mlx", calibration=pictures, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_the_proof_is_given_on_the_pictures_of_ones_own(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    shutil.copy(bundled.photographs()[1], pictures / "mine.jpg")
+    folder = convert(DIGITS, tmp_path / "mlx", calibration=pictures)
+    assert json.loads((folder / "fidelity.json").read_text())["pictures"] == ["mine.jpg"]
+
+
 def test_a_quantized_source_is_refused_quantized_again_or_as_it_is(tmp_path):
     folder = convert(DIGITS, tmp_path / "4bit", quantize=True, verify=False)
     for options in ({"quantize": True}, {}, {"dtype": "float16"}):

@@ -174,7 +174,9 @@ def test_a_lossless_conversion_proves_to_be_one(tmp_path):
 
 def test_the_table_is_short_and_nothing_names_a_path():
     found = fidelity.compare(DIGITS, DIGITS, pictures=PICTURES)
-    assert len(fidelity.table(found).splitlines()) <= 9
+    lines = fidelity.table(found).splitlines()
+    assert len(lines) <= 9
+    assert len(lines[-1].removeprefix("block by block").split()) == 4
     assert str(DIGITS.parent) not in json.dumps(found)
 
 
