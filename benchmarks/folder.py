@@ -69,9 +69,13 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
         "model": lambda: _encode(lambda: pooling(model, batch), len(sheets)),
         "embed": lambda: _embed(folder, sheets, model, processor, pooling, threads),
     }
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     memory = works[kind]()
-    return {"seconds": time.perf_counter() - start, **memory}
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor seconds": time.process_time() - processor_start,
+        **memory,
+    }
 
 
 def _decode(decoder: Decoder, files: list[str], threads: int) -> dict[str, float]:
@@ -127,13 +131,21 @@ def main() -> None:
         rounds = [{kind: _in_process(kind, folder, arguments) for kind in KINDS} for _ in range(arguments.rounds)]
     count = len(list_pictures([folder]).files) or arguments.pictures
     print(
-        f"{count} pictures, {arguments.threads} threads, {platform.machine()}, {os.cpu_count()} cores, MLX on {mx.default_device()}"
+        f"{count} pictures, {arguments.threads} threads that decode, {os.cpu_count()} cores of {platform.machine()}, "
+        f"MLX {mx.__version__} on {mx.default_device()}"
     )
     for kind in KINDS:
-        times = [one[kind]["seconds"] for one in rounds]
-        print(f"{kind:<8}{statistics.median(times):8.2f} s   {count / statistics.median(times):9.1f} pictures a second")
+        wall, processor = (
+            statistics.median(one[kind][unit] for one in rounds) for unit in ("seconds", "processor seconds")
+        )
+        print(f"{kind:<8}{wall:8.2f} s {count / wall:9.1f} pictures a second {processor:8.2f} s of processor time")
     ratios = [one["embed"]["seconds"] / max(one["decode"]["seconds"], one["model"]["seconds"]) for one in rounds]
     print(f"embed / the larger of both, each round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    effort = [
+        one["embed"]["processor seconds"] / sum(one[kind]["processor seconds"] for kind in ("decode", "model"))
+        for one in rounds
+    ]
+    print(f"processor time, embed / the sum of both: {', '.join(f'{ratio:.2f}' for ratio in effort)}")
     early, late = (
         statistics.median(one["embed"][key] for one in rounds) for key in ("MB after 1,000", "MB at the end")
     )

@@ -100,14 +100,20 @@ class Index:
             raise IsADirectoryError(f"{path} is a folder, not an index of pictures")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed PICTURES -m MODEL -o {path}")
-        with plain_errors(path):
-            # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
-            db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
-            if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
-                raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
-            if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
-                raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
-            return cls(path, db)
+        # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
+        db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
+        try:
+            with plain_errors(path):
+                if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
+                    raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
+                if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
+                    raise ValueError(
+                        f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew"
+                    )
+                return cls(path, db)
+        except BaseException:
+            db.close()
+            raise
 
     def __enter__(self: AnyIndex) -> AnyIndex:
         return self
@@ -226,7 +232,8 @@ class Index:
 def connect(path: Path, mode: str) -> sqlite3.Connection:
     """SQLite's connection to a file: mode `ro`, `rw` or, to make it, `rwc`; transactions are begun by hand."""
     name = quote(os.fsencode(path.absolute()))
-    return sqlite3.connect(f"file:{name}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS)
+    with plain_errors(path):
+        return sqlite3.connect(f"file:{name}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS)
 
 
 @contextlib.contextmanager

@@ -77,12 +77,16 @@ class IndexWriter(Index):
         if path.exists() and (path.is_dir() or path.stat().st_size):
             raise FileExistsError(f"{path} already exists: open it, or choose another name")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
-        with plain_errors(path):
-            db = connect(path, "rwc")
-            db.executescript(SCHEMA)
-            db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-            db.execute("COMMIT")
-            return cls(path, db)
+        db = connect(path, "rwc")
+        try:
+            with plain_errors(path):
+                db.executescript(SCHEMA)
+                db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+                db.execute("COMMIT")
+                return cls(path, db)
+        except BaseException:
+            db.close()
+            raise
 
     def add(self, pictures: Iterable[Embedding | Copy]) -> None:
         """Stores pictures, replacing those of the same path.

@@ -35,7 +35,7 @@ class Vectors:
     """Unit vectors with the ids of their pictures, in memory."""
 
     def __init__(self, identities: Array, rows: Array | list[mx.array]) -> None:
-        """`identities` (P,) and one array (P, D) of float32, or several float16 or float32 ones on the GPU."""
+        """`identities` (P,) and one array (P, D) of float32, or on a GPU several of float16."""
         self.identities = identities
         self.rows = rows
 
@@ -44,8 +44,8 @@ class Vectors:
         cls, blocks: Iterable[tuple[bytes, bytes]], count: int, *, width: int, dtype: str, on_gpu: bool | None = None
     ) -> Vectors:
         """Takes `count` vectors from blocks of `(ids as int64, vectors in dtype)`."""
-        if on_gpu is None:
-            on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        if on_gpu is None:  # some GPUs round float32 products more than SLACK allows, so float32 stays with NumPy
+            on_gpu = dtype == "float16" and mx.default_device().type == mx.DeviceType.gpu
         return (cls._read_gpu if on_gpu else cls._read_cpu)(blocks, count, width, dtype)
 
     @classmethod

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 ON_TERMINAL = 0.1
@@ -14,6 +17,8 @@ IN_LOG = 10.0
 
 WINDOW = 20.0
 """Seconds over which the rate is taken."""
+
+REMARKS = 10
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -62,6 +67,24 @@ class Progress:
             self.stream.write("\r" + " " * len(self._line) + "\r")
             self.stream.flush()
             self._line = ""
+
+    @contextmanager
+    def warnings_as_lines(self) -> Iterator[None]:
+        """Within it, warnings become lines for users; after the first few they are only counted."""
+        count = 0
+
+        def show(message: Warning | str, *_: object, **__: object) -> None:
+            nonlocal count
+            count += 1
+            if count <= REMARKS:
+                self.say(f"mlx-aimv2: note: {message}")
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = show
+            yield
+        if count > REMARKS:
+            self.say(f"mlx-aimv2: note: {count - REMARKS:,} more remarks like these")
 
     def _show(self, now: float) -> None:
         start, before = self._history[0]

@@ -201,8 +201,16 @@ def test_a_query_that_cannot_be_compared_is_refused(index, vector, k, words):
         index.search(vector, k)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_the_gpus_way_finds_the_same_as_the_cpus(dtype):
+def test_a_full_disk_loses_only_what_did_not_fit(index):
+    index.add(some(5))
+    before = contents(index)
+    index._db.execute(f"PRAGMA max_page_count = {index._all('PRAGMA page_count')[0][0] + 1}")
+    with pytest.raises(OSError, match=r"a\.db: database or disk is full"):
+        index.add(some(20000, seed=2))
+    assert contents(index) == before
+
+
+def test_the_gpus_way_finds_the_same_as_the_cpus(dtype="float16"):
     random = np.random.default_rng(3)
     count = 3 * TILE + 11
     vectors = random.normal(size=(count, WIDTH))

@@ -8,8 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +26,6 @@ HELP = "embed folders of pictures into an index, for search"
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
-
-REMARKS = 10
-"""Warnings about single pictures that are printed; the others are counted."""
 
 
 @dataclass
@@ -89,15 +85,19 @@ def run(arguments: argparse.Namespace) -> int:
         if (value := getattr(arguments, flag)) is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
     ranks = Ranks()
+    chief = _Chief(arguments, ranks)
     try:
-        return _run(arguments, ranks)
+        return _run(arguments, ranks, chief)
     except RankLostError as error:
         kept = f"{shown(arguments.output)} keeps what was done" if arguments.output.exists() else "nothing was written"
         print(f"mlx-aimv2: rank {ranks.rank}: {error}; {kept}; run it again to go on", file=sys.stderr)
         return 1
+    finally:
+        if chief.index is not None:
+            chief.index.close()
 
 
-def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
+def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
     from mlx_aimv2.decoding import MAX_PATCHES
     from mlx_aimv2.embed import embed_sheets
     from mlx_aimv2.pooling import Pooling
@@ -107,10 +107,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     from mlx_aimv2.updating import Plan, Update
 
     started = time.monotonic()
-    chief = _Chief(arguments, ranks)
     job = ranks.first(chief.prepare)
     settings, plan = Settings(**job["settings"]), Plan(**job["plan"])
-    with Progress(plan.pictures if ranks.rank == 0 else 0, "pictures") as progress, _plain_warnings(progress.say):
+    with Progress(plan.pictures if ranks.rank == 0 else 0, "pictures") as progress, progress.warnings_as_lines():
         loaded = load_with_origin(settings.model, revision=settings.revision, dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
@@ -245,7 +244,8 @@ class _Chief:
 
         dtype = self.arguments.store or "float16"
         width = description["width"]
-        return IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
+        self.index = IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
+        return self.index
 
     def report(self, failures: list[tuple[str, str]], say: Callable[[str], None]) -> None:
         """Says what failed and why."""
@@ -268,7 +268,6 @@ class _Chief:
         last.embeddings = []
         self.take(last, update, progress)
         update.finish()
-        self.index = update.index
         if self.arguments.export is not None and self.index is not None:
             from mlx_aimv2.interchange import export
 
@@ -293,29 +292,8 @@ class _Chief:
             print(f"{shown(self.output)}: {total:,} pictures ({', '.join(parts) or 'nothing to do'})")
         if self.index is None:
             _to_stderr(f"mlx-aimv2: no picture could be embedded; {shown(self.output)} was not made")
-        else:
-            self.index.close()
         return 1 if self.failures else 0
 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _plain_warnings(say: Callable[[str], None]) -> Iterator[None]:
-    """Warnings as lines for users; of those about single pictures only the first few."""
-    count = 0
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        nonlocal count
-        count += 1
-        if count <= REMARKS:
-            say(f"mlx-aimv2: note: {message}")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = show
-        yield
-    if count > REMARKS:
-        say(f"mlx-aimv2: note: {count - REMARKS:,} more remarks like these")
