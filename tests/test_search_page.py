@@ -4,6 +4,7 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +313,30 @@ def test_the_index_module_reads_what_the_command_wrote(photos):
     with Index.open("photos.db") as index:
         query = index.vector(str(photos / "in" / "3.png"))
         assert [Path(match.path).name for match in index.search(query, 1)] == ["3.png"]
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr"
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
+def test_a_browser_shows_twelve_pictures_and_has_nothing_to_complain_of(tmp_path):
+    files = [noise(tmp_path / f"{number}.png", number) for number in range(11)]
+    files.append(noise(tmp_path / HOSTILE, 11))
+    matches = [Match(str(file), 0.9 - number / 20) for number, file in enumerate(files)]
+    page = tmp_path / "page.html"
+    page.write_text(result_page(matches, picture=str(files[0]), about="12 of 12"), encoding="utf-8")
+    command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+    picture = tmp_path / "page.png"
+    command += ["--window-size=1200,1300", f"--screenshot={picture}", "--dump-dom", page.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "CONSOLE" not in run.stderr  # where a script's errors and refusals of the page's own rules would be
+    dom = Page(run.stdout)
+    assert len(dom.all("li")) == 12
+    assert len(dom.all("img")) == 13
+    assert HOSTILE in dom.texts
+    with Image.open(picture) as image:  # thumbnails are there: the page is more than a few flat colours
+        assert len(image.convert("RGB").resize((300, 325)).getcolors(1 << 20)) > 1000
