@@ -5,8 +5,9 @@ in Apple's layout (3B: 10.9 GB in float32) into FOLDER, converts it in fresh pro
 the checkpoint and writing as many bytes as the result has. FOLDER needs about twice the checkpoint's size.
 
 The peak is what the kernel reports for the converting process (ru_maxrss): everything resident, Python and its
-libraries included, the page cache not. Every time includes bringing the result to the disk (fsync); the page cache is
-as the previous step left it, for both sides alike.
+libraries included, the page cache not. Every time includes bringing the result to the disk (fsync). Each timed step
+comes right after a result of the same size was removed, so that both find as much free memory for the page cache; the
+conversion is run once before, untimed, for that.
 """
 
 import argparse
@@ -101,7 +102,10 @@ def main() -> None:
     for name, flags in CASES.items():
         command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(source), "--mlx-path", str(result)]
         shutil.rmtree(result, ignore_errors=True)
-        seconds, cpu, peak = in_a_child(partial(os.execv, command[0], [*command, *flags, "--no-verify"]))
+        conversion = partial(os.execv, command[0], [*command, *flags, "--no-verify"])
+        in_a_child(conversion)
+        shutil.rmtree(result)
+        seconds, cpu, peak = in_a_child(conversion)
         shards = [file.stat().st_size for file in result.glob("*.safetensors")]
         shutil.rmtree(result)
         baseline, baseline_cpu, _ = in_a_child(partial(copy_bytes, weights, copied, sum(shards)))

@@ -26,8 +26,9 @@ CODES = {
 
 ALIGNMENT = 8
 
-CACHE_BYTES = 256 << 20
-"""Freed buffers that MLX keeps meanwhile: enough to use them again for the next tensor; on Metal they would pile up."""
+CACHE_BYTES = 1 << 30
+"""Freed buffers that MLX may keep meanwhile. A 3B model uses some 0.5 GB of it; with less every tensor's memory is
+asked of the system anew, which took as long as casting it. On Metal, where there is no limit, they would pile up."""
 
 
 def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> None:
