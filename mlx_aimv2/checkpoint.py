@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -21,6 +22,9 @@ INDEX_FILES = (INDEX_FILE, "pytorch_model.bin.index.json")
 
 WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin")
 """Names under which a folder may hold its weights whole, the first found is taken."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""How a file of weights ends; all but the first are PyTorch's pickles."""
 
 COMPANIONS = (
     "preprocessor_config.json",
@@ -135,13 +139,17 @@ def find(
     A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit.
     """
     path = Path(path_or_hf_repo).expanduser()
+    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        raise ValueError(f"{path}: not a weight file; wanted {', '.join(WEIGHT_SUFFIXES)}, or a checkpoint's folder")
     if path.exists():
         if revision is not None:
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
         return path, None, None
     name = str(path_or_hf_repo)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name")
+        near = difflib.get_close_matches(f"apple/{name}", PINNED, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name{hint}")
     folder = _download(name, revision or PINNED.get(name))
     return folder, name, folder.name
 
@@ -223,12 +231,10 @@ def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array
 
 
 def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    if file.suffix in (".bin", ".pt", ".pth"):
+    if file.suffix in WEIGHT_SUFFIXES[1:]:
         from mlx_aimv2 import pickled
 
         return pickled.read(file), {}
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file}: not a weight file; wanted .safetensors, .bin, .pt or .pth")
     metadata = _check_safetensors(file)
     try:
         return dict(mx.load(str(file))), metadata  # type: ignore[arg-type]

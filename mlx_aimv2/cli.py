@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from mlx_aimv2 import __version__
 
@@ -24,11 +25,18 @@ VERBS = {
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser whose complaints are one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong with the arguments and where help is, and exits with 2."""
+        _say(f"{message}; see {self.prog} --help")
+        self.exit(2)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: `arguments -> exit code` (0 done, 1 some inputs failed, 2 wrong use)."""
-    parser = argparse.ArgumentParser(
-        prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: pictures in, features out."
-    )
+    parser = Parser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: pictures in, features out.")
     parser.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     modules = {verb: importlib.import_module(name) for verb, name in VERBS.items()}

@@ -22,8 +22,6 @@ from mlx_aimv2.listing import shown
 from mlx_aimv2.pictures import name_of, to_rgb
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mlx_aimv2.processor import Aimv2Processor
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -98,7 +96,7 @@ class Decoder:
         if self.max_patches is None:
             found.pixels = self.processor.pixels(image)
             return
-        pixels = self.processor.pixels(_shrunk(image, self.processor, self.max_patches))
+        pixels = self.processor.pixels(image, max_patches=self.max_patches)
         patch = self.processor.patch_size
         rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
         # Without the remainder, which the model drops, all pictures of one grid have one size.
@@ -118,20 +116,6 @@ def _read(path: str) -> tuple[os.stat_result, bytes]:
         if about.st_size > MAX_FILE_BYTES:
             raise OSError(f"has {about.st_size} bytes, more than a picture of {MAX_FILE_BYTES} bytes")
         return about, file.read()
-
-
-def _shrunk(image: Image.Image, processor: Aimv2Processor, max_patches: int) -> Image.Image:
-    """The picture scaled down in its shape until it has at most `max_patches` patches."""
-    patch = processor.patch_size
-    if (image.width // patch) * (image.height // patch) <= max_patches:
-        return image
-    scale = (max_patches * patch * patch / (image.width * image.height)) ** 0.5
-    width, height = int(image.width * scale), int(image.height * scale)
-    if min(width, height) < patch:
-        raise ValueError(
-            f"has {image.height}x{image.width} pixels: scaled to {max_patches} patches it is narrower than one patch"
-        )
-    return image.resize((width, height), processor.preprocessing.resample)
 
 
 def _reason(error: OSError) -> str:

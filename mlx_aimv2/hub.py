@@ -6,21 +6,28 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import socket
+import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
     """Fetches the matching files of a repository into the Hub's cache and returns their folder, named by its commit.
 
-    A connection that is cut is taken up where it broke. Raises FileNotFoundError for a repository or revision that is
+    A connection that is cut is taken up where it broke; without a network the cache serves at once. Raises FileNotFoundError for a repository or revision that is
     not there, PermissionError for one that asks for a login, ConnectionError for a Hub that does not answer.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     at = f" at revision {revision}" if revision else ""
     with _one_line(repo, at, "the download broke off; run it again, files that came whole are kept"):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        cache_only = not _has_address(constants.ENDPOINT)  # else each request would be tried for half a minute
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=cache_only)
+        )
 
 
 def upload(folder: Path, repo: str) -> str:
@@ -43,6 +50,9 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
     """Turns what the Hub and the network raise into the few errors that our callers know, each in one line."""
     from huggingface_hub import errors
 
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)  # its warnings tell of every retry
     try:
         yield
     except errors.GatedRepoError:
@@ -55,7 +65,7 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise ConnectionError(
-            f"{repo}{at}: not whole in the Hub's cache, and the Hub cannot be reached; connect once (and unset "
+            f"{repo}{at}: the Hub cannot be reached, and its cache does not hold all of this; connect once (and unset "
             "HF_HUB_OFFLINE), or give a folder"
         ) from None
     except errors.HfHubHTTPError as error:
@@ -74,6 +84,19 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
         ):
             raise
         raise ConnectionError(f"{repo}{at}: {broken} ({_first_line(error)})") from None
+    finally:
+        log.setLevel(level)
+
+
+def _has_address(endpoint: str) -> bool:
+    """Whether the Hub's name can be looked up, which fails at once on a machine without a network."""
+    if urllib.request.getproxies():  # then the proxy looks the name up
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")

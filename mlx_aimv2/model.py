@@ -92,7 +92,7 @@ class Aimv2VisionModel(nn.Module):
     def embed(self, pixels: mx.array) -> mx.array:
         """Patches with their positions, the input of the first block: `(B, H, W, 3) -> (B, N, D)`."""
         rows, columns = self.grid(pixels)
-        x = self.patch_embed(pixels.astype(self.dtype))
+        x = self.patch_embed(mx.array(pixels, self.dtype))  # NumPy's are welcome too
         if self.config.num_patches is not None:
             return x + self.pos_embed
         positions = mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size))

@@ -84,12 +84,16 @@ class Aimv2Processor:
         """Whether pictures keep their own size."""
         return self.preprocessing.resize is None and self.preprocessing.crop is None
 
-    def __call__(self, pictures: Picture | Sequence[Picture]) -> mx.array:
-        """One picture or several -> (B, H, W, 3) float32; ValueError where their final sizes differ."""
+    def __call__(self, pictures: Picture | Sequence[Picture], *, max_patches: int | None = None) -> mx.array:
+        """One picture or several -> (B, H, W, 3) float32; ValueError where their final sizes differ.
+
+        A native checkpoint takes pictures as large as they are, at a cost that grows with the square of their pixels:
+        with `max_patches` larger ones are scaled down in their shape. It changes nothing for the other checkpoints.
+        """
         batch = _as_list(pictures)
         if not batch:
             raise ValueError("no picture to prepare: give one, or a list of them")
-        arrays = self._all_pixels(batch)
+        arrays = self._all_pixels(batch, max_patches)
         first: dict[tuple[int, ...], int] = {}
         for number, array in enumerate(arrays):
             first.setdefault(array.shape, number)
@@ -100,7 +104,7 @@ class Aimv2Processor:
             )
         return mx.array(np.stack(arrays))
 
-    def pixels(self, picture: Picture) -> Pixels:
+    def pixels(self, picture: Picture, *, max_patches: int | None = None) -> Pixels:
         """A picture -> (H, W, 3) float32, contiguous. Uses Pillow and NumPy alone, so any thread may call it."""
         name = name_of(picture)
         image = to_rgb(picture)
@@ -108,6 +112,8 @@ class Aimv2Processor:
             raise ValueError(f"{name} is a single pixel: nothing to see")
         image = self._sized(image, name)
         patch = self.patch_size
+        if max_patches is not None and self.is_native:
+            image = self._shrunk(image, max_patches, name)
         if min(image.size) < patch:
             raise ValueError(f"{name} has {image.height}x{image.width} pixels, less than one patch of {patch}x{patch}")
         return _scaled(np.asarray(image), self.preprocessing)
@@ -127,21 +133,35 @@ class Aimv2Processor:
             json.dumps(reading.to_clip(self.preprocessing), indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
 
-    def _all_pixels(self, batch: list[Picture]) -> list[Pixels]:
+    def _all_pixels(self, batch: list[Picture], max_patches: int | None) -> list[Pixels]:
         if len(batch) == 1:
-            return [self.pixels(batch[0])]
+            return [self.pixels(batch[0], max_patches=max_patches)]
         # An open file or a PIL image may occur twice in a list, and neither is for two threads at once.
         apart = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in batch)
         with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1) if apart else 1) as pool:
-            return list(pool.map(self._numbered_pixels, range(len(batch)), batch))
+            return list(pool.map(self._numbered_pixels, range(len(batch)), batch, [max_patches] * len(batch)))
 
-    def _numbered_pixels(self, number: int, picture: Picture) -> Pixels:
+    def _numbered_pixels(self, number: int, picture: Picture, max_patches: int | None) -> Pixels:
         try:
-            return self.pixels(picture)
+            return self.pixels(picture, max_patches=max_patches)
         except OSError as error:
             raise type(error)(f"picture {number}: {error}") from None
         except ValueError as error:
             raise ValueError(f"picture {number}: {error}") from None
+
+    def _shrunk(self, image: Image.Image, max_patches: int, name: str) -> Image.Image:
+        """The picture scaled down in its shape until it has at most `max_patches` patches."""
+        patch = self.patch_size
+        if (image.width // patch) * (image.height // patch) <= max_patches:
+            return image
+        scale = (max_patches * patch * patch / (image.width * image.height)) ** 0.5
+        width, height = int(image.width * scale), int(image.height * scale)
+        if min(width, height) < patch:
+            raise ValueError(
+                f"{name} has {image.height}x{image.width} pixels: "
+                f"scaled to {max_patches} patches it is narrower than one patch"
+            )
+        return image.resize((width, height), self.preprocessing.resample)
 
     def _sized(self, image: Image.Image, name: str) -> Image.Image:
         steps = self.preprocessing

@@ -1,5 +1,6 @@
 """Does the command line end a user's mistake in one line, and is what it claims about itself true?"""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -67,3 +68,21 @@ def test_every_verb_and_flag_that_the_readme_shows_exists(capsys):
         rest = " ".join(line for name, line in shown if name == verb)
         for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", rest):
             assert flag in known, f"{verb} {flag}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], "VERB; see mlx-aimv2 --help"),
+        (["frob"], "invalid choice: 'frob'"),
+        (["map", "a.jpg", "-m", "x", "--patch", "9"], "ROW,COL such as 3,5, got '9'; see mlx-aimv2 map --help"),
+        (["info", "aimv2-large-patch14-448"], "did you mean apple/aimv2-large-patch14-448?"),
+        (["info", str(ROOT / "README.md")], "README.md: not a weight file; wanted .safetensors"),
+    ],
+)
+def test_wrong_arguments_are_one_line_too(arguments, wanted, capsys):
+    with contextlib.suppress(SystemExit):
+        assert cli.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("mlx-aimv2: ") and wanted in line
+    assert line.count("\n") == 1

@@ -273,3 +273,16 @@ def test_without_a_token_that_may_write_the_upload_says_so(hub, tmp_path):
     line = refusal(run(hub, tmp_path / "home", UPLOAD, folder, "somebody/aimv2-mlx", HF_TOKEN="hf_wrong"))
     assert "HF_TOKEN" in line
     assert "somebody/aimv2-mlx" in line
+
+
+def test_without_a_network_the_answer_is_one_line_at_once(hub, tmp_path):
+    result = run(hub, tmp_path / "home", READ, NAME, HF_ENDPOINT="http://no-such-host.invalid")
+    line = refusal(result)
+    assert "the Hub cannot be reached" in line and NAME in line
+    assert len(result.stderr.strip().splitlines()) <= 1
+
+
+def test_without_a_network_the_cache_serves(released, tmp_path):
+    assert run(released, tmp_path / "home", READ, NAME).returncode == 0
+    result = run(released, tmp_path / "home", READ, NAME, HF_ENDPOINT="http://no-such-host.invalid")
+    assert result.returncode == 0, result.stderr

@@ -210,7 +210,7 @@ def test_garbage_is_recognised(folder, content):
 
 def test_a_file_of_another_kind(folder):
     (folder / "weights.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"wanted .safetensors, .bin, .pt or .pth"):
+    with pytest.raises(ValueError, match=r"not a weight file; wanted .safetensors, .bin, .pt, .pth"):
         load(folder / "weights.npz")
 
 

@@ -595,3 +595,17 @@ def test_what_is_saved_is_read_back(tmp_path, steps):
     Aimv2Processor(steps).save_to(tmp_path)
     assert Aimv2Processor.from_folder(tmp_path).preprocessing == steps
     assert from_clip(to_clip(steps), tmp_path) == steps
+
+
+def test_a_native_picture_above_max_patches_is_scaled_down_in_its_shape():
+    processor = Aimv2Processor(published(None))
+    picture = np.full((14 * 20, 14 * 45, 3), 99, np.uint8)
+    height, width, _ = processor.pixels(picture, max_patches=100).shape
+    assert 80 <= (height // 14) * (width // 14) <= 100
+    assert abs(width / height - 45 / 20) < 0.05
+    assert processor(picture, max_patches=900).shape == (1, 280, 630, 3)
+
+
+def test_max_patches_changes_nothing_for_a_fixed_checkpoint():
+    processor = Aimv2Processor(published(56))
+    assert processor.pixels(np.full((140, 280, 3), 99, np.uint8), max_patches=3).shape == (56, 56, 3)

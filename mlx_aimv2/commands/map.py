@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import plot
+from mlx_aimv2.decoding import MAX_PATCHES
 from mlx_aimv2.listing import list_pictures, shown
 from mlx_aimv2.loading import load
 
@@ -34,7 +35,7 @@ HEIGHT = 672
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders or patterns")
-    parser.add_argument("-m", "--model", required=True, metavar="MODEL", help="Hub name or checkpoint folder")
+    parser.add_argument("-m", "--model", required=True, metavar="X", help="Hub name, folder or weight file")
     parser.add_argument(
         "-o",
         "--output",
@@ -51,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROW,COL",
         help="how alike every patch is to this one; 0,0 is the one at the top left",
     )
+    parser.add_argument(
+        "--max-patches",
+        type=int,
+        default=MAX_PATCHES,
+        metavar="N",
+        help="native checkpoints: scale larger pictures down (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON per picture instead of the path")
 
 
@@ -65,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         model, processor = load(arguments.model)
         for file, target in zip(found.files, targets, strict=True):
             try:
-                image, grid = draw(model.vision, processor, file, patch=arguments.patch)
+                image, grid = draw(
+                    model.vision, processor, file, patch=arguments.patch, max_patches=arguments.max_patches
+                )
             except (ValueError, OSError) as error:
                 failed.append(str(error))
                 continue
@@ -81,10 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def draw(
-    model: Aimv2VisionModel, processor: Aimv2Processor, picture: str, *, patch: tuple[int, int] | None
+    model: Aimv2VisionModel,
+    processor: Aimv2Processor,
+    picture: str,
+    *,
+    patch: tuple[int, int] | None,
+    max_patches: int | None = None,
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The picture as the model saw it beside its map, and the grid: `picture -> (image, (rows, columns))`."""
-    pixels = processor(picture)
+    pixels = processor(picture, max_patches=max_patches)
     rows, columns = grid = model.grid(pixels)
     if patch is not None and (patch[0] >= rows or patch[1] >= columns):
         raise ValueError(
