@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ CODES = {
 
 ALIGNMENT = 8
 
+AHEAD = 4
+"""How many tensors are computed while one is written: of a quantized layer three belong together."""
+
 CACHE_BYTES = 1 << 30
 """Freed buffers that MLX may keep meanwhile. A 3B model uses some 0.5 GB of it; with less every tensor's memory is
 asked of the system anew, which took as long as casting it. On Metal, where there is no limit, they would pile up."""
 
 
 def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> None:
-    """Writes lazy arrays as one safetensors file and empties `tensors`; memory holds two of them at a time.
+    """Writes lazy arrays as one safetensors file and empties `tensors`; memory holds a few of them at a time.
 
     Raises OSError when the disk takes no more, or when the file behind a lazy array can no longer be read.
     """
@@ -66,21 +70,19 @@ def _header(order: list[str], tensors: Mapping[str, mx.array], metadata: Mapping
 
 
 def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.array]:
-    """Each array in turn, the next one under way while this one is written."""
+    """Each array in turn, the next ones under way while this one is written."""
     name = ""
     try:
-        ahead: mx.array | None = None
+        ahead: deque[mx.array] = deque()
         for name in order:
-            array = mx.contiguous(tensors.pop(name))
-            mx.async_eval(array)  # type: ignore[no-untyped-call]
-            if ahead is not None:
-                mx.eval(ahead)
-                yield ahead
-            ahead = array
-            del array
-        if ahead is not None:
-            mx.eval(ahead)
-            yield ahead
+            ahead.append(mx.contiguous(tensors.pop(name)))
+            mx.async_eval(ahead[-1])  # type: ignore[no-untyped-call]
+            if len(ahead) > AHEAD:
+                mx.eval(ahead[0])
+                yield ahead.popleft()
+        while ahead:
+            mx.eval(ahead[0])
+            yield ahead.popleft()
     except RuntimeError as error:
         raise OSError(
             f"the source can no longer be read at {name}: was it cut or changed meanwhile? ({error})"

@@ -114,6 +114,15 @@ def test_the_proof_is_given_on_the_pictures_of_ones_own(tmp_path):
     assert json.loads((folder / "fidelity.json").read_text())["pictures"] == ["mine.jpg"]
 
 
+def test_any_thread_may_convert(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    for i in range(3):  # each with a thread of its own, whose streams are not the others'
+        with ThreadPoolExecutor(1) as pool:
+            folder = pool.submit(convert, DIGITS, tmp_path / str(i), quantize=True).result()
+        assert (folder / "fidelity.json").is_file()
+
+
 def test_a_quantized_source_is_refused_quantized_again_or_as_it_is(tmp_path):
     folder = convert(DIGITS, tmp_path / "4bit", quantize=True, verify=False)
     for options in ({"quantize": True}, {}, {"dtype": "float16"}):
