@@ -88,7 +88,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("size", f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight"),
         ("size of the reference", f"{_megabytes(found['reference']['bytes'])}"),
-        ("measured on", f"{len(found['pictures'])} pictures, {found['tokens']} tokens, against float32"),
+        ("measured on", f"{_counted(len(found['pictures']), 'picture')}, {found['tokens']} tokens, against float32"),
     ]
     return table
 
@@ -149,6 +149,10 @@ def _finite(value: float) -> float:
 
 def _cosine(value: float) -> str:
     return f"{value:.6f}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def _megabytes(count: int) -> str:
