@@ -212,9 +212,9 @@ def _name_of(dtype: mx.Dtype) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of the converter; returns the exit code."""
-    from mlx_aimv2.cli import one_line_errors
+    from mlx_aimv2.cli import Parser, one_line_errors
 
-    parser = argparse.ArgumentParser(prog="mlx_aimv2.convert", description="Convert an AIMv2 checkpoint to MLX.")
+    parser = Parser(prog="mlx_aimv2.convert", description="Convert an AIMv2 checkpoint to MLX.")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     return one_line_errors(lambda: run(arguments))
