@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
     """Fetches the matching files of a repository into the Hub's cache and returns their folder, named by its commit.
 
-    A connection that is cut is taken up where it broke; without a network the cache serves at once. Raises FileNotFoundError for a repository or revision that is
-    not there, PermissionError for one that asks for a login, ConnectionError for a Hub that does not answer.
+    A connection that is cut is taken up where it broke; without a network the cache serves at once. Raises
+    FileNotFoundError for a repository or revision that is not there, PermissionError for one that asks for a login,
+    ConnectionError for a Hub that does not answer.
     """
     from huggingface_hub import constants, snapshot_download
 
