@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import mlx_aimv2
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed import SHEET
 from mlx_aimv2.index import Embedding, Index
-from mlx_aimv2.ranks import Ranks, Result, _packed, _unpacked, my_sheets
+from mlx_aimv2.ranks import RankLostError, Ranks, Result, _packed, _unpacked, my_sheets
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
@@ -24,7 +26,8 @@ PICTURES = 3 * SHEET + 7
 # What `mlx-aimv2` does, except that rank 1 dies when its first sheet has been handed over.
 DIES = """
 import os, signal, sys
-from mlx_aimv2 import cli, embed
+from mlx_aimv2 import cli, embed, updating
+updating.COMMIT_SECONDS = 1e9  # so that nothing is on disk yet but what is put there on the way out
 finish, count = embed._finished, 0
 def deadly(*arguments):
     global count
@@ -127,6 +130,23 @@ def test_a_single_process_needs_no_engine(monkeypatch):
     assert ranks.first(lambda: {"a": 1}) == {"a": 1}
     result = Result()
     assert ranks.gather(result) == [result]
+
+
+def test_being_ended_by_the_launcher_is_a_rank_lost(monkeypatch):
+    class Group:
+        def size(self):
+            return 2
+
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setattr("mlx.core.distributed.init", Group)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        Ranks()
+        with pytest.raises(RankLostError, match="another rank is gone"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -17,8 +17,11 @@ from mlx_aimv2 import load
 from mlx_aimv2.cli import main
 from mlx_aimv2.decoding import Decoder
 from mlx_aimv2.embed import BATCH_TOKENS, SHEET, embed, embed_sheets, sheets_of
-from mlx_aimv2.index import Index
+from mlx_aimv2.index import Embedding, Index
+from mlx_aimv2.indexing import IndexWriter
+from mlx_aimv2.listing import list_pictures
 from mlx_aimv2.pooling import Pooling
+from mlx_aimv2.updating import make_plan
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 
@@ -243,6 +246,25 @@ def test_pictures_within_the_limit_keep_every_pixel(tmp_path, native):
     np.testing.assert_array_equal(decoded.pixels, native[1].pixels(file))
 
 
+def test_a_picture_right_at_the_limit_is_not_scaled(tmp_path, native):
+    file = picture(tmp_path / "a.png", (14 * 12 + 9, 14 * 11 + 5))
+    decoded = Decoder(native[1], max_patches=132)(str(file))
+    np.testing.assert_array_equal(decoded.pixels, native[1].pixels(file)[: 14 * 11, : 14 * 12])
+
+
+def test_a_pipe_that_came_after_the_listing_does_not_stop_the_run(tmp_path, fixed):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert Decoder(fixed[1])(str(tmp_path / "a.jpg")).failure == "is not a file that holds a picture"
+
+
+def test_whatever_a_decoder_raises_is_that_pictures_failure(tmp_path, fixed, monkeypatch):
+    def broken(stream):
+        raise RuntimeError("decoder\nexploded")
+
+    monkeypatch.setattr("mlx_aimv2.decoding.to_rgb", broken)
+    assert Decoder(fixed[1])(str(picture(tmp_path / "a.jpg", (9, 9)))).failure == "decoder exploded"
+
+
 def test_small_native_pictures_give_a_warning(tmp_path, native):
     picture(tmp_path / "a.png", (14 * 8, 14 * 13))
     with pytest.warns(UserWarning, match=r"a\.png has 13x8 patches; the checkpoint was trained on 112"):
@@ -258,6 +280,22 @@ def test_exif_orientation_is_honoured(tmp_path, native):
     upright.rotate(90, expand=True).save(tmp_path / "b.png", exif=exif)
     one, other = embed([tmp_path], *native)
     np.testing.assert_array_equal(one.vector, other.vector)
+
+
+def test_sheets_are_cut_before_anything_is_left_out(tmp_path):
+    files = [str(tmp_path / f"{n:03d}.png") for n in range(2 * SHEET + 5)]
+    for file in files:
+        Path(file).touch()
+    listing = list_pictures([tmp_path])
+    with IndexWriter.create(tmp_path / "a.db", provenance={}, width=3, dtype="float32") as index:
+        done = [*files[:7], *files[SHEET : 2 * SHEET]]
+        stats = [(file, Path(file).stat()) for file in done]
+        ones = np.ones(3, np.float32)
+        index.add(Embedding(file, about.st_size, about.st_mtime_ns, bytes(32), ones) for file, about in stats)
+        plan = make_plan(listing, index)
+    assert plan.sheets == [files[7:SHEET], files[2 * SHEET :]]
+    assert plan.unchanged == len(done)
+    assert plan.pictures == len(files) - len(done)
 
 
 # On the command line

@@ -124,6 +124,16 @@ def test_an_addition_that_fails_changes_nothing(index):
     assert contents(index) == before
 
 
+def test_after_a_failure_halfway_the_next_addition_works(index):
+    index.add(some(3))
+    before = contents(index)
+    with pytest.raises(OSError, match="UNIQUE"):
+        index.add([entry("/new.jpg", np.ones(WIDTH)), entry("/new.jpg", np.ones(WIDTH))])
+    assert contents(index) == before
+    index.add([entry("/new.jpg", np.ones(WIDTH))])
+    assert len(index) == 4
+
+
 def test_tokens_and_maps_come_back_in_their_shapes(tmp_path):
     for axes, shapes in ((2, [(3, WIDTH), (5, WIDTH)]), (3, [(2, 3, WIDTH), (1, 5, WIDTH)])):
         with IndexWriter.create(
@@ -210,7 +220,8 @@ def test_a_full_disk_loses_only_what_did_not_fit(index):
     assert contents(index) == before
 
 
-def test_the_gpus_way_finds_the_same_as_the_cpus(dtype="float16"):
+def test_the_gpus_way_finds_the_same_as_the_cpus(monkeypatch, dtype="float16"):
+    monkeypatch.setattr("mlx_aimv2.nearest.ON_GPU", TILE)
     random = np.random.default_rng(3)
     count = 3 * TILE + 11
     vectors = random.normal(size=(count, WIDTH))
@@ -221,6 +232,7 @@ def test_the_gpus_way_finds_the_same_as_the_cpus(dtype="float16"):
     ways = [Vectors.read(iter(blocks), count, width=WIDTH, dtype=dtype, on_gpu=on) for on in (False, True)]
     assert isinstance(ways[0].rows, np.ndarray)
     assert isinstance(ways[1].rows[0], mx.array)
+    assert len(ways[1].rows) > 1
     for query in (vectors[77].astype(np.float64), random.normal(size=WIDTH)):
         query = query / np.linalg.norm(query)
         (ids_a, scores_a), (ids_b, scores_b) = (way.nearest(query, 13) for way in ways)
