@@ -153,11 +153,12 @@ class Index:
             for path, size, mtime_ns, sha256, *place in cursor:
                 yield Embedding(os.fsdecode(path), size, mtime_ns, sha256, self._restored(*place))
 
-    def search(self, vector: Array | Sequence[float], k: int = 12) -> list[Match]:
+    def search(self, vector: Array | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
         """The k pictures whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
-        vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index.
+        vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index. With
+        `once` they are read for this search alone and not kept.
         """
         query = np.asarray(vector, np.float64)
         if query.shape != (self.width,):
@@ -166,7 +167,8 @@ class Index:
             raise ValueError("a query must be finite and not all zero")
         if k < 1:
             raise ValueError(f"k is how many pictures to find, at least 1; got {k}")
-        identities, scores = self.read_vectors().nearest(query / np.linalg.norm(query), k)
+        query = query / np.linalg.norm(query)
+        identities, scores = self._nearest_on_disk(query, k) if once else self.read_vectors().nearest(query, k)
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
             for (path,) in self._all("SELECT path FROM pictures WHERE id = ?", identity):
@@ -183,17 +185,28 @@ class Index:
         """Brings all vectors into memory, if they are not there yet, ready for searches."""
         from mlx_aimv2.nearest import Vectors  # whoever does not search needs no MLX
 
-        self.check_search()
         if self._vectors is None:
-            with plain_errors(self.path):
-                self._db.execute("BEGIN")  # count and content of the same moment
-                try:
-                    count = self._db.execute("SELECT count(*) FROM pictures").fetchone()[0]
-                    blocks = self._db.execute("SELECT pictures, vectors FROM blocks ORDER BY id")
-                    self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
-                finally:
-                    self._db.execute("COMMIT")
+            with self._all_blocks() as (blocks, count):
+                self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
         return self._vectors
+
+    def _nearest_on_disk(self, query: Array, k: int) -> tuple[Array, Array]:
+        from mlx_aimv2.nearest import nearest_in
+
+        with self._all_blocks() as (blocks, _):
+            return nearest_in(blocks, query, k, width=self.width, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def _all_blocks(self) -> Iterator[tuple[sqlite3.Cursor, int]]:
+        """All blocks and the number of pictures, both of the same moment."""
+        self.check_search()
+        with plain_errors(self.path):
+            self._db.execute("BEGIN")
+            try:
+                count = self._db.execute("SELECT count(*) FROM pictures").fetchone()[0]
+                yield self._db.execute("SELECT pictures, vectors FROM blocks ORDER BY id"), count
+            finally:
+                self._db.execute("COMMIT")
 
     def _place(self, path: str) -> tuple[int, float | None, int | None, int | None, int]:
         """(id, length, rows, columns, block) of a picture."""

@@ -240,6 +240,17 @@ def test_the_gpus_way_finds_the_same_as_the_cpus(monkeypatch, dtype="float16"):
         np.testing.assert_array_equal(scores_a, scores_b)
 
 
+@pytest.mark.parametrize("k", [1, 13, 5000])
+def test_a_single_search_finds_the_same_without_keeping_anything(index, k):
+    index.add(some(4 * BLOCK + 3))
+    index.add([replace(one, path=f"/again{one.path}") for one in some(300)])  # equal scores
+    for query in (np.arange(1.0, WIDTH + 1), some(1)[0].vector):
+        once = index.search(query, k, once=True)
+        assert index._vectors is None
+        with Index.open(index.path) as other:
+            assert once == other.search(query, k)
+
+
 def test_widening_is_exact_for_every_float16():
     every = np.arange(65536, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)][:63488].reshape(-1, 64)

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         picture = _as_picture(arguments.query)
         query = _query(index, arguments, picture)
         started = time.perf_counter()
-        matches = index.search(query, arguments.top)
+        matches = index.search(query, arguments.top, once=True)
         seconds = time.perf_counter() - started
         if arguments.html is not None or arguments.open:
             _show(index, matches, arguments, picture)
