@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import NoReturn
 
 from mlx_aimv2 import __version__
@@ -36,14 +37,24 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: `arguments -> exit code` (0 done, 1 some inputs failed, 2 wrong use)."""
+    return one_line_errors(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+
+
+def _dispatch(argv: list[str]) -> int:
     parser = Parser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: pictures in, features out.")
     parser.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    modules = {verb: importlib.import_module(name) for verb, name in VERBS.items()}
-    for verb, module in modules.items():
-        module.add_arguments(verbs.add_parser(verb, help=module.HELP, description=module.HELP))
+    asked = argv[0] if argv and argv[0] in VERBS else None
+    # Only the verb that is asked for is imported; the list of all needs every one's help.
+    modules = {verb: import_module(name) for verb, name in VERBS.items() if asked in (None, verb)}
+    for verb in VERBS:
+        explained = {"help": modules[verb].HELP, "description": modules[verb].HELP} if verb in modules else {}
+        under = verbs.add_parser(verb, **explained)
+        if verb in modules:
+            modules[verb].add_arguments(under)
     arguments = parser.parse_args(argv)
-    return one_line_errors(lambda: modules[arguments.verb].run(arguments))
+    code: int = modules[arguments.verb].run(arguments)
+    return code
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
@@ -53,6 +64,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     ends the run quietly.
     """
     try:
+        _usable_streams()
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: _say(message)
             code = work()
@@ -67,6 +79,16 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         _say("stopped")
         return 130
+
+
+def _usable_streams() -> None:
+    """Opens streams that the caller closed, and lets names of files that are not text pass through them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 def _say(message: object) -> None:

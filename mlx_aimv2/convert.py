@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import card, fidelity, folder
+from mlx_aimv2 import card, fidelity, folder, hub
 from mlx_aimv2.bit_search import as_predicate, choose_bits, most_common
 from mlx_aimv2.checkpoint import CONFIG_FILE, read_json
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
@@ -79,8 +79,10 @@ def convert(
         export_layout=export_layout,
     )
     settings = resolve(q_mode, q_group_size, q_bits)
-    wanted, target = parse_dtype(dtype), Path(mlx_path)
+    wanted, target = parse_dtype(dtype), Path(mlx_path).expanduser()
     folder.check_target(target)
+    if upload_repo is not None:
+        hub.check_upload(upload_repo)
 
     pictures = choose_pictures(calibration) if verify or q_target is not None else []
 
@@ -90,18 +92,20 @@ def convert(
     wanted = wanted or _own_dtype(source)
     log(f"[INFO] Using dtype: {_name_of(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
+    # Before anything is written: a picture that cannot be read would end a long conversion at its end.
+    original = observe(hf_path, pictures, revision=revision, dtype=mx.float32, inside=True) if pictures else None
+    if original is not None:
+        fidelity.check_finite(original)
     if q_target is not None:
         bits = choose_bits(
             hf_path, pictures, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
         )
         section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
-    # Before anything is written: a picture that cannot be read would end a long conversion at its end.
-    original = observe(hf_path, pictures, revision=revision, dtype=mx.float32, inside=True) if verify else None
 
     with folder.appearing(target) as place:
         _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         proof = None
-        if original is not None:
+        if original is not None and verify:
             log("[INFO] Comparing with the source in float32")
             proof = fidelity.report(original, observe(place, pictures, name=target.name), pictures)
             folder.write_json(place / fidelity.FILE, proof)
@@ -111,9 +115,10 @@ def convert(
         config = read_json(place / CONFIG_FILE)
         card.write(place, source=source, config=config, fidelity=proof, hub_name=upload_repo)
     if upload_repo is not None:
-        from mlx_aimv2 import hub
-
-        log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
+        try:
+            log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
+        except OSError as error:
+            raise type(error)(f"{error}; the folder {target} is written") from None
     return target
 
 

@@ -45,12 +45,13 @@ def compare(
 
 def report(reference: Observation, other: Observation, pictures: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     """Two observations of the same pictures as the content of fidelity.json."""
+    check_finite(reference)
     _check_comparable(reference, other)
     tokens = token_cosines(reference.tokens, other.tokens)
     found: dict[str, Any] = {
         "reference": _about(reference),
         "model": _about(other),
-        "pictures": [Path(picture).name for picture in pictures],
+        "pictures": [_text(Path(picture).name) for picture in pictures],
         "tokens": len(tokens),
         "token_cosine": _spread(tokens),
         "image_cosine": _spread(cosines(reference.vectors, other.vectors)),
@@ -65,6 +66,16 @@ def report(reference: Observation, other: Observation, pictures: Sequence[str | 
     found["warnings"] = _warnings(reference, other)
     found["versions"] = {"mlx_aimv2": __version__, "mlx": version("mlx")}
     return found
+
+
+def check_finite(seen: Observation) -> None:
+    """Raises ValueError, with the first block where it happens, if a model gives NaN or infinity in float32."""
+    for block, peak in seen.peaks.items():
+        if not np.isfinite(peak):
+            raise ValueError(
+                f"{seen.name}: {block} gives numbers that are not finite even in float32: "
+                "its weights are damaged (NaN, infinite or huge); fetch them again"
+            )
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -117,7 +128,8 @@ def _check_comparable(reference: Observation, other: Observation) -> None:
 def _warnings(reference: Observation, other: Observation) -> list[str]:
     warnings = []
     if not all(np.isfinite(array).all() for array in (*other.tokens, other.vectors)):
-        warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; use bfloat16 or float32")
+        remedy = "its weights are damaged" if other.dtype == "float32" else "use bfloat16 or float32"
+        warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; {remedy}")
     for name, peak in reference.peaks.items():
         if peak * HEADROOM > LIMITS["float16"]:
             times = LIMITS["float16"] / peak
@@ -145,6 +157,11 @@ def _spread(values: Floats) -> dict[str, float]:
 def _finite(value: float) -> float:
     """JSON has no infinity: the largest number there is stands for it."""
     return float(np.nan_to_num(float(value), nan=np.finfo(np.float64).max))
+
+
+def _text(name: str) -> str:
+    """A file's name as JSON can hold it, even where its bytes are no text."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _cosine(value: float) -> str:

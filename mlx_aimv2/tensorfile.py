@@ -49,6 +49,7 @@ def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, st
             for array in _computed(order, tensors):
                 file.write(memoryview(array))  # type: ignore[arg-type]
     finally:
+        _settle()
         mx.set_cache_limit(limit)
         mx.clear_cache()
 
@@ -84,6 +85,17 @@ def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.arr
             mx.eval(ahead[0])
             yield ahead.popleft()
     except RuntimeError as error:
+        _settle()
         raise OSError(
             f"the source can no longer be read at {name}: was it cut or changed meanwhile? ({error})"
         ) from None
+
+
+def _settle() -> None:
+    """Waits for what is under way. Reads that fail after the first one would else be told by some later call of MLX."""
+    for _ in range(AHEAD + 1):
+        try:
+            mx.synchronize()
+        except RuntimeError:
+            continue
+        return

@@ -1,6 +1,7 @@
 """Does the command line end a user's mistake in one line, and is what it claims about itself true?"""
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -86,3 +87,33 @@ def test_wrong_arguments_are_one_line_too(arguments, wanted, capsys):
     line = capsys.readouterr().err
     assert line.startswith("mlx-aimv2: ") and wanted in line
     assert line.count("\n") == 1
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = command.replace("mlx-aimv2", f"{sys.executable} -m mlx_aimv2")
+    return subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | environment, check=False)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_mistake(closed):
+    result = shell(f"mlx-aimv2 info {bundled.digits_checkpoint()} {closed}")
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_names_that_a_terminal_cannot_show_do_not_undo_the_work(tmp_path):
+    target = tmp_path / "ünï"
+    source = bundled.digits_checkpoint()
+    result = shell(
+        f"mlx-aimv2 convert --hf-path {source} --mlx-path {target} --no-verify 2>/dev/null", PYTHONIOENCODING="ascii"
+    )
+    assert result.returncode == 0
+    assert (target / "config.json").is_file()
+
+
+def test_only_the_verb_that_is_asked_for_is_imported():
+    code = (
+        "import sys\nfrom mlx_aimv2 import cli\ntry:\n cli.main(['compare', '--help'])\nfinally:\n print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
+    assert "mlx_aimv2.commands.compare" in loaded
+    assert "mlx_aimv2.commands.search" not in loaded

@@ -226,3 +226,19 @@ def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
 def test_6_bits_keep_a_token_cosine_of_0998(tmp_path):
     folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=6, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.998
+
+
+@pytest.mark.parametrize("name", ["bad/na/me", "-x/y"])
+def test_the_name_to_upload_to_is_checked_first(nothing_is_read, tmp_path, name):
+    with pytest.raises(ValueError, match="no Hub name of the form owner/name"):
+        convert(DIGITS, tmp_path / "out", upload_repo=name)
+
+
+def test_nothing_is_converted_for_an_upload_that_cannot_be(nothing_is_read, tmp_path):
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        convert(DIGITS, tmp_path / "out", upload_repo="somebody/model")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(DIGITS, "~/out", verify=False) == tmp_path / "out"

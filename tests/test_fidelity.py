@@ -200,3 +200,18 @@ def test_compare_prints_a_table_or_json(capsys):
     assert "token cosine, mean          1.000000" in capsys.readouterr().out
     assert cli.main(["compare", str(DIGITS), str(DIGITS), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["activations"]) == 4
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["-q", "--q-bits", "8"], ["--q-target", "0.9"]], ids=["dense", "8 bits", "target"]
+)
+def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, capsys, flags):
+    target = tmp_path / "out"
+    assert cli.main(["convert", "--hf-path", str(scaled(np.nan)), "--mlx-path", str(target), *flags]) == 2
+    assert "blocks.1 gives numbers that are not finite even in float32" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_comparing_with_a_damaged_reference_is_refused(scaled):
+    with pytest.raises(ValueError, match="weights are damaged"):
+        fidelity.compare(scaled(np.inf), DIGITS, pictures=PICTURES)

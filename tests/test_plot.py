@@ -241,3 +241,15 @@ def test_map_never_writes_over_its_picture(small, capsys):
     before = picture.read_bytes()
     assert cli.main(["map", str(picture), *MODEL, "-o", str(picture)]) == 2
     assert picture.read_bytes() == before
+
+
+def test_map_replaces_an_earlier_map_and_nothing_else(small, capsys):
+    target = small / "map.png"
+    arguments = ["map", str(small / "a" / "field.png"), *MODEL, "-o", str(target)]
+    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 0
+    Image.new("RGB", (5, 7)).save(target)
+    mine = target.read_bytes()
+    assert cli.main(arguments) == 2
+    assert "is there already and no earlier map" in capsys.readouterr().err
+    assert target.read_bytes() == mine

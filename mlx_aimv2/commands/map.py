@@ -20,6 +20,7 @@ from mlx_aimv2.loading import load
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 HELP = "draw the dense features of pictures: one colour per patch, or how alike every patch is to one of them"
 
 ENDING = ".png"
+
+SOFTWARE = "mlx-aimv2 map"
+"""Stands in every map, so that a map may replace an earlier one and nothing else."""
 
 HEIGHT = 672
 """Of the picture that is written, in pixels, or a little less: a patch is a whole number of pixels."""
@@ -82,9 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
             finally:
                 mx.clear_cache()  # each size of a native picture would keep buffers of its own
             target.parent.mkdir(parents=True, exist_ok=True)
-            image.save(target)
+            image.save(target, pnginfo=_mark())
             record = {"picture": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
-            print(json.dumps(record) if arguments.json else target, flush=True)
+            print(json.dumps(record) if arguments.json else shown(str(target)), flush=True)
     for line in failed:
         print(f"mlx-aimv2: {' '.join(line.split())}", file=sys.stderr)
     return 1 if failed else 0
@@ -107,6 +111,8 @@ def draw(
             f"is {rows - 1},{columns - 1}"
         )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
+    if not np.isfinite(tokens).all():
+        raise ValueError(f"{shown(picture)} gets features that are not finite; is the checkpoint damaged?")
     side, cell = model.config.patch_size, max(1, HEIGHT // rows)
     image = _seen(pixels, processor).crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
     image = plot.to_height(image, rows * cell)
@@ -128,9 +134,9 @@ def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} pictures: give a folder")
-        yield _not_the_picture(Path(output), files)
+        yield _not_the_picture(Path(output).expanduser(), files)
         return
-    folder = Path(output or ".")
+    folder = Path(output or ".").expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
     taken: set[str] = set()
@@ -147,7 +153,27 @@ def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
 def _not_the_picture(target: Path, files: list[str]) -> Path:
     if str(target.absolute()) in files:
         raise ValueError(f"{target} is one of the pictures themselves: give another --output")
+    if target.exists() and not _is_ours(target):
+        raise FileExistsError(f"{target} is there already and no earlier map: give another --output")
     return target
+
+
+def _mark() -> PngInfo:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    return info
+
+
+def _is_ours(target: Path) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(target) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError):
+        return False
 
 
 def _patch(text: str) -> tuple[int, int]:
