@@ -112,8 +112,7 @@ def embed_sheets(
             decoded = decoder.ahead(names, pool, ahead)
             before: tuple[list[Decoded], list[Batch]] | None = None
             for sheet in sheets:
-                pictures = [_told(next(decoded), fail, remark) for _ in sheet]
-                now = pictures, _submit(pictures, model, pooling)
+                now = _submitted((_told(next(decoded), fail, remark) for _ in sheet), model, pooling)
                 if before is not None:  # read now that the device has more to do
                     yield _finished(*before, fail)
                 before = now
@@ -133,24 +132,34 @@ def _told(picture: Decoded, fail: OnFailure, remark: OnFailure) -> Decoded:
     return picture
 
 
-def _submit(pictures: list[Decoded], model: Aimv2VisionModel | Aimv2Model, pooling: Pooling) -> list[Batch]:
-    """Gives a sheet's pictures to the device, those of one size together."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for place, picture in enumerate(pictures):
-        if picture.pixels is not None:
-            groups.setdefault(picture.pixels.shape, []).append(place)
+def _submitted(
+    coming: Iterable[Decoded], model: Aimv2VisionModel | Aimv2Model, pooling: Pooling
+) -> tuple[list[Decoded], list[Batch]]:
+    """Gives a sheet's pictures to the device, those of one size together, a batch as soon as it is full."""
     patch = model.vision.config.patch_size
+    pictures: list[Decoded] = []
     batches: list[Batch] = []
-    for (height, width, *_), places in groups.items():
-        count = max(1, BATCH_TOKENS // ((height // patch) * (width // patch)))
-        for start in range(0, len(places), count):
-            part = places[start : start + count]
-            features = pooling(model, mx.array(_stacked(pictures, part)))
-            if len(batches) >= IN_FLIGHT:
-                mx.eval(batches[-IN_FLIGHT][0])
-            mx.async_eval(features)  # type: ignore[no-untyped-call]
-            batches.append((features, part))
-    return batches
+    groups: dict[tuple[int, ...], list[int]] = {}
+
+    def submit(places: list[int]) -> None:
+        features = pooling(model, mx.array(_stacked(pictures, places)))
+        if len(batches) >= IN_FLIGHT:
+            mx.eval(batches[-IN_FLIGHT][0])
+        mx.async_eval(features)  # type: ignore[no-untyped-call]
+        batches.append((features, places))
+
+    for place, picture in enumerate(coming):
+        pictures.append(picture)
+        if picture.pixels is None:
+            continue
+        group = groups.setdefault(picture.pixels.shape, [])
+        group.append(place)
+        tokens = (picture.pixels.shape[0] // patch) * (picture.pixels.shape[1] // patch)
+        if (len(group) + 1) * tokens > BATCH_TOKENS:
+            submit(groups.pop(picture.pixels.shape))
+    for group in groups.values():
+        submit(group)
+    return pictures, batches
 
 
 def _stacked(pictures: list[Decoded], places: list[int]) -> np.ndarray[Any, Any]:

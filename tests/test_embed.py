@@ -455,6 +455,24 @@ def test_an_output_that_cannot_be_is_told_before_the_model_is_read(folder, cli, 
     assert (tmp_path / "photos.db").read_text() == "my own notes"
 
 
+def test_a_device_that_gives_up_ends_in_one_line_and_keeps_what_was_done(tmp_path, cli, monkeypatch):
+    for number in range(2 * SHEET + 1):
+        picture(tmp_path / "in" / f"{number:03d}.png", (42, 42), number)
+    really, count = Pooling.__call__, []
+
+    def gives_up(self, model, pixels):
+        count.append(pixels.shape)
+        if len(count) == 3:
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+        return really(self, model, pixels)
+
+    monkeypatch.setattr(Pooling, "__call__", gives_up)
+    code, _, err = cli("in")
+    assert code == 2
+    assert err == "mlx-aimv2: MLX could not go on: [malloc] Unable to allocate 123 bytes.; what was done is kept\n"
+    assert len(contents()) == SHEET
+
+
 def test_other_settings_are_refused_by_name(folder, cli):
     cli("in")
     before = contents()

@@ -142,6 +142,9 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
         except RankLostError:
             update.commit()
             raise
+        except RuntimeError as error:  # MLX's own: no memory on the device, most likely
+            update.commit()
+            raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
         except KeyboardInterrupt:
             update.commit()
             progress.say("mlx-aimv2: stopped; what was done is kept, run it again to go on")
