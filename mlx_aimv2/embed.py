@@ -103,6 +103,8 @@ def embed_sheets(
         raise ValueError(f"max_patches is a number of patches, at least 1; got {max_patches}")
     is_native = config.num_patches is None
     decoder = Decoder(processor, max_patches=max_patches if is_native else None, known=known)
+    is_widest = model.dtype == mx.float32
+    advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
     threads = threads or os.cpu_count() or 1
     # Enough to feed the threads and the next two batches; a native picture may take ten megabytes.
     ahead = 2 * threads + min(SHEET, 2 * max(1, BATCH_TOKENS // (config.num_patches or BATCH_TOKENS // 8)))
@@ -114,12 +116,12 @@ def embed_sheets(
             for sheet in sheets:
                 now = _submitted((_told(next(decoded), fail, remark) for _ in sheet), model, pooling)
                 if before is not None:  # read now that the device has more to do
-                    yield _finished(*before, fail)
+                    yield _finished(*before, fail, advice)
                 before = now
                 if is_native:
                     mx.clear_cache()  # buffers of shapes that may not come again
             if before is not None:
-                yield _finished(*before, fail)
+                yield _finished(*before, fail, advice)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -170,7 +172,7 @@ def _stacked(pictures: list[Decoded], places: list[int]) -> np.ndarray[Any, Any]
     return np.stack([array for array in arrays if array is not None])
 
 
-def _finished(pictures: list[Decoded], batches: list[Batch], fail: OnFailure) -> list[Embedding]:
+def _finished(pictures: list[Decoded], batches: list[Batch], fail: OnFailure, advice: str) -> list[Embedding]:
     """Reads a sheet's features from the device; pictures whose features are not finite fail."""
     vectors: dict[int, np.ndarray[Any, Any]] = {}
     for features, places in batches:
@@ -183,7 +185,7 @@ def _finished(pictures: list[Decoded], batches: list[Batch], fail: OnFailure) ->
         if np.isfinite(vector).all():
             done.append(Embedding(picture.path, picture.size, picture.mtime_ns, picture.sha256, vector))
         else:
-            fail(picture.path, "gave numbers that are not finite: load the model as float32")
+            fail(picture.path, f"gave numbers that are not finite: {advice}")
     return done
 
 

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import numpy as np
+
+from mlx_aimv2.listing import shown
 
 if TYPE_CHECKING:
     from mlx_aimv2.nearest import Vectors
@@ -83,14 +85,19 @@ class Index:
         self._vectors: Vectors | None = None
         self._blocks: dict[int, tuple[Array, bytes]] = {}
         about = dict(self._all("SELECT name, value FROM about"))
-        self.provenance: dict[str, Any] = json.loads(about["provenance"])
-        """What made the vectors, as whoever made the file described it."""
-        self.dtype: str = about["dtype"]
-        """In which precision they are stored: float16 or float32."""
-        self.axes = int(about["axes"])
-        """1 for one vector a picture (D,), 2 for tokens (N, D), 3 for maps (h, w, D)."""
-        self.width = int(about["width"])
-        """D, the length of one vector."""
+        try:
+            self.provenance: dict[str, Any] = json.loads(about["provenance"])
+            """What made the vectors, as whoever made the file described it."""
+            self.dtype: str = about["dtype"]
+            """In which precision they are stored: float16 or float32."""
+            self.axes = int(about["axes"])
+            """1 for one vector a picture (D,), 2 for tokens (N, D), 3 for maps (h, w, D)."""
+            self.width = int(about["width"])
+            """D, the length of one vector."""
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
+        if not isinstance(self.provenance, dict) or self.dtype not in DTYPES or self.axes not in AXES or self.width < 1:
+            raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")
 
     @classmethod
     def open(cls: type[AnyIndex], path: str | os.PathLike[str]) -> AnyIndex:
@@ -100,6 +107,8 @@ class Index:
             raise IsADirectoryError(f"{path} is a folder, not an index of pictures")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed PICTURES -m MODEL -o {path}")
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed PICTURES -m MODEL -o {path}")
         # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
         db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
         try:
@@ -134,11 +143,13 @@ class Index:
     def paths(self) -> Iterator[str]:
         """All paths, sorted by their bytes."""
         for (path,) in self._all("SELECT path FROM pictures ORDER BY path"):
-            yield os.fsdecode(path)
+            yield self._name(path)
 
     def stamp(self, path: str) -> Stamp | None:
         """How a picture's file was when it was read; None for a picture that is not in here."""
         rows = self._all("SELECT size, mtime_ns, sha256 FROM pictures WHERE path = ?", os.fsencode(path))
+        if rows and [type(value) for value in rows[0]] != [int, int, bytes]:
+            raise damaged(self.path, f"what it says of {shown(path)}")
         return Stamp(*rows[0]) if rows else None
 
     def vector(self, path: str) -> Array:
@@ -151,7 +162,7 @@ class Index:
         with plain_errors(self.path):
             cursor = self._db.execute(f"SELECT {columns} FROM pictures ORDER BY path")
             for path, size, mtime_ns, sha256, *place in cursor:
-                yield Embedding(os.fsdecode(path), size, mtime_ns, sha256, self._restored(*place))
+                yield Embedding(self._name(path), size, mtime_ns, sha256, self._restored(*place))
 
     def search(self, vector: Array | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
         """The k pictures whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
@@ -173,7 +184,7 @@ class Index:
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
             for (path,) in self._all("SELECT path FROM pictures WHERE id = ?", identity):
                 found.append((-score, path))
-        return [Match(os.fsdecode(path), -score) for score, path in sorted(found)[:k]]
+        return [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
 
     def check_search(self) -> None:
         """Raises ValueError if this index holds tokens or maps, which search cannot compare."""
@@ -197,16 +208,36 @@ class Index:
             return nearest_in(blocks, query, k, width=self.width, dtype=self.dtype)
 
     @contextlib.contextmanager
-    def _all_blocks(self) -> Iterator[tuple[sqlite3.Cursor, int]]:
+    def _all_blocks(self) -> Iterator[tuple[Iterator[tuple[bytes, bytes]], int]]:
         """All blocks and the number of pictures, both of the same moment."""
         self.check_search()
         with plain_errors(self.path):
             self._db.execute("BEGIN")
             try:
                 count = self._db.execute("SELECT count(*) FROM pictures").fetchone()[0]
-                yield self._db.execute("SELECT pictures, vectors FROM blocks ORDER BY id"), count
+                yield self._whole(self._db.execute("SELECT pictures, vectors FROM blocks ORDER BY id"), count), count
+            except FloatingPointError as error:
+                raise damaged(self.path, str(error)) from None
             finally:
-                self._db.execute("COMMIT")
+                if self._db.in_transaction:  # a file that is no longer readable may have ended it
+                    self._db.execute("COMMIT")
+
+    def _whole(self, blocks: Iterable[tuple[bytes, bytes]], count: int) -> Iterator[tuple[bytes, bytes]]:
+        """The same blocks, provided that there are ids and vectors for `count` pictures."""
+        found, size = 0, self.width * np.dtype(self.dtype).itemsize
+        for members, vectors in blocks:
+            is_whole = isinstance(members, bytes) and isinstance(vectors, bytes) and len(members) % 8 == 0
+            if not is_whole or len(vectors) != len(members) // 8 * size or found + len(members) // 8 > count:
+                raise damaged(self.path, "a block of vectors that does not fit its pictures")
+            found += len(members) // 8
+            yield members, vectors
+        if found != count:
+            raise damaged(self.path, f"vectors of {found:,} pictures where there are {count:,}")
+
+    def _name(self, path: object) -> str:
+        if not isinstance(path, bytes):
+            raise damaged(self.path, f"{path!r} as the name of a picture")
+        return os.fsdecode(path)
 
     def _place(self, path: str) -> tuple[int, float | None, int | None, int | None, int]:
         """(id, length, rows, columns, block) of a picture."""
@@ -220,10 +251,12 @@ class Index:
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
     ) -> Array:
-        vector = np.frombuffer(self._stored(identity, block), self.dtype).astype(np.float32)
-        if length is not None:
-            return vector * np.float32(length)
-        return vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
+        try:
+            vector = np.frombuffer(self._stored(identity, block), self.dtype).astype(np.float32)
+            vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
+            return vector if length is None else vector * np.float32(length)
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            raise damaged(self.path, "a picture without its vector") from None
 
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
@@ -255,6 +288,16 @@ def plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if "not a database" in str(error):
+        text = str(error)
+        if "not a database" in text:
             raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
-        raise OSError(f"{path}: {error}") from None
+        if any(words in text for words in ("malformed", "no such table", "no such column")):
+            raise damaged(path, text) from None
+        if "already exists" in text:
+            raise FileExistsError(f"{path} already exists: open it, or choose another name") from None
+        raise OSError(f"{path}: {text}") from None
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error for an index that cannot be read as it should."""
+    return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed anew")

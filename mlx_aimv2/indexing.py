@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_aimv2.index import APPLICATION_ID, AXES, DTYPES, VERSION, Embedding, Index, connect, plain_errors
+from mlx_aimv2.index import APPLICATION_ID, AXES, DTYPES, VERSION, Embedding, Index, connect, damaged, plain_errors
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
@@ -150,7 +150,10 @@ class IndexWriter(Index):
                 gone.setdefault(found[1], []).append(found[0])
                 self._db.execute("DELETE FROM pictures WHERE id = ?", found[:1])
         for block, ids in gone.items():
-            raw, vectors = self._db.execute("SELECT pictures, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
+            stored = self._db.execute("SELECT pictures, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
+            raw, vectors = stored or (b"", b"")
+            if not raw or len(raw) % 8 or len(vectors) % (len(raw) // 8):
+                raise damaged(self.path, "a block of vectors that does not fit its pictures")
             members = np.frombuffer(raw, "<i8")
             kept = ~np.isin(members, ids)
             if kept.any():

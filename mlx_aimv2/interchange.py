@@ -8,11 +8,12 @@ Files are written beside their target and take its name when they are complete; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -27,10 +28,34 @@ def export(index: Index, path: Path, *, kind: str) -> None:
     """Writes a whole index to a file: kind `npz`, `safetensors` or `jsonl`; a file of that name is replaced."""
     if kind not in WRITERS:
         raise ValueError(f"an export is {', '.join(WRITERS)}, not {kind}")
+    with appearing(path) as file:
+        WRITERS[kind](index, file)
+
+
+def target(output: Path, kind: str) -> Path:
+    """Where the export of the index at `output` goes. Raises ValueError or OSError where it would do harm."""
+    path = output.with_suffix(f".{kind}")
+    if output.suffix.lower() == f".{kind}" or (path.exists() and output.exists() and path.samefile(output)):
+        raise ValueError(f"-o {output} is the name of its export: give the index another one, {output.stem}.db")
+    if path.is_dir():
+        raise IsADirectoryError(f"the export would be {path}, which is a folder: choose another -o")
+    if path.exists():
+        start, mark = MARKS[kind]
+        with path.open("rb") as file:
+            head = file.read(start + len(mark))
+        if head and head[start:] != mark:
+            raise FileExistsError(f"the export would replace {path}, which is none of mlx-aimv2: choose another -o")
+    return path
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write beside `path`, which takes its name when the block ends well and is deleted when it does not."""
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            WRITERS[kind](index, file)
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         Path(beside).chmod(0o666 & ~_umask())
         Path(beside).replace(path)
@@ -83,6 +108,14 @@ def _jsonl(index: Index, file: BinaryIO) -> None:
 
 
 WRITERS: dict[str, Callable[[Index, BinaryIO], None]] = {"npz": _npz, "safetensors": _safetensors, "jsonl": _jsonl}
+
+
+MARKS = {
+    "npz": (30, b"vectors.npy"),
+    "safetensors": (8, b'{"__metadata__": {"paths": '),
+    "jsonl": (0, b'{"path": '),
+}
+"""Kind -> by which bytes, and where, a file is known as an export."""
 
 
 def _contents(index: Index) -> tuple[list[str], Array]:

@@ -78,6 +78,7 @@ class Vectors:
         for members, raw in blocks:
             identities.append(np.frombuffer(members, "<i8"))
             parts.append(np.frombuffer(raw, dtype).reshape(-1, width))
+            _check_finite(parts[-1])
             held += len(parts[-1])
             if held >= ON_GPU:
                 rows.append(mx.array(np.concatenate(parts)))
@@ -192,10 +193,21 @@ def _cut(places: Array, size: int) -> Iterable[Array]:
     return (places[start : start + size] for start in range(0, len(places), size))
 
 
+def _check_finite(part: Array) -> None:
+    """Raises FloatingPointError for Inf and NaN: no vector that was stored has them."""
+    if part.dtype == np.float16:  # all larger bit patterns are Inf and NaN; whole numbers compare faster than halves
+        is_finite = part.view(np.int16).max(initial=0) < 0x7C00 and part.view(np.uint16).max(initial=0) < 0xFC00
+    else:
+        is_finite = bool(np.isfinite(part).all())
+    if not is_finite:
+        raise FloatingPointError("vectors that are not finite")
+
+
 def _widen(raw: Array, out: Array) -> None:
     """float16 -> float32 by moving bits, which is several times faster than NumPy's own cast."""
     for start in range(0, len(raw), WIDENED):
         part, wide = raw[start : start + WIDENED], out[start : start + WIDENED]
+        _check_finite(part)
         if raw.dtype != np.float16:
             wide[...] = part
             continue

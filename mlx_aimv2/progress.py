@@ -8,7 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 ON_TERMINAL = 0.1
@@ -31,8 +31,8 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = 0
-        self.stream = stream or sys.stderr
-        self.is_terminal = self.stream.isatty()
+        self.stream: TextIO | None = stream or sys.stderr
+        self.is_terminal = self.stream is not None and self.stream.isatty()
         self._shown = time.monotonic()
         self._history = deque([(self._shown, 0)])
         self._line = ""
@@ -58,14 +58,12 @@ class Progress:
     def say(self, line: str) -> None:
         """Writes a line of its own above the bar."""
         self.clear()
-        self.stream.write(line + "\n")
-        self.stream.flush()
+        self._write(line + "\n")
 
     def clear(self) -> None:
         """Takes the bar off the terminal."""
         if self._line:
-            self.stream.write("\r" + " " * len(self._line) + "\r")
-            self.stream.flush()
+            self._write("\r" + " " * len(self._line) + "\r")
             self._line = ""
 
     @contextmanager
@@ -92,13 +90,28 @@ class Progress:
         left = f"{clock((self.total - self.done) / rate)} left" if rate > 0 else "waiting"
         text = f"{self.done:,} of {self.total:,} {self.unit}  {rate:,.1f} a second  {left}"
         if not self.is_terminal:
-            self.stream.write(f"{text}\n")
+            self._write(f"{text}\n")
         else:
             width = min(30, shutil.get_terminal_size().columns - len(text) - 3)
             self.clear()
             self._line = f"{bar(self.done / self.total, width)}  {text}" if width > 4 else text
-            self.stream.write(self._line)
-        self.stream.flush()
+            self._write(self._line)
+
+    def _write(self, text: str) -> None:
+        """Writes if it can be: a log on a full disk does not stop the work that it tells of."""
+        _attempt(self.stream, text)
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr if that can be written to."""
+    _attempt(sys.stderr, line + "\n")
+
+
+def _attempt(stream: TextIO | None, text: str) -> None:
+    if stream is not None:  # as stderr is where the caller closed it
+        with suppress(OSError, ValueError):
+            stream.write(text)
+            stream.flush()
 
 
 def bar(share: float, width: int) -> str:

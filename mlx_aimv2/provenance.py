@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -19,9 +20,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import __version__, checkpoint
+from mlx_aimv2.index import damaged
 from mlx_aimv2.loading import DTYPES, AnyModel, load
 
 if TYPE_CHECKING:
+    from mlx_aimv2.index import Index
     from mlx_aimv2.pooling import Pooling
     from mlx_aimv2.processor import Aimv2Processor
 
@@ -32,6 +35,18 @@ MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
 
 SHOULD_AGREE = ("dtype", "quantization")
 """Fields that change the numbers a little."""
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "checkpoint": str,
+    "commit": (str, NoneType),
+    "dtype": str,
+    "pool": str,
+    "layer": (int, NoneType),
+    "norm": bool,
+    "max_patches": (int, NoneType),
+    "weights": dict,
+}
+"""Fields of a description that are acted on, and their types."""
 
 KEPT_DENSE = ("norm", "patch_embed", "pos_embed")
 """Parts of a parameter's path: these are never quantized."""
@@ -93,6 +108,19 @@ def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int) -> Descripti
             **{name: metadata.version(name) for name in ("mlx", "numpy", "pillow")},
         },
     }
+
+
+def made_by(index: Index) -> Description:
+    """What an index says of the model that made it, checked. Raises ValueError if it does not say it."""
+    made = index.provenance
+    if "weights" not in made:
+        raise ValueError(f"{index.path} does not say which model made it: search it from Python, with vectors")
+    for name, types in FIELDS.items():
+        if not isinstance(made.get(name), types):
+            raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
+    if not isinstance(made["weights"].get("digest"), str) or not isinstance(made["weights"].get("sample"), list):
+        raise damaged(index.path, "it says nothing of the weights that made it")
+    return made
 
 
 def fingerprint(model: AnyModel) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2.listing import SUFFIXES, Listing, list_pictures, read_list, shown
+from mlx_aimv2.progress import Progress, say
 
 if TYPE_CHECKING:
     from mlx_aimv2.indexing import IndexWriter
-    from mlx_aimv2.progress import Progress
     from mlx_aimv2.ranks import Ranks, Result
     from mlx_aimv2.updating import Update
 
@@ -73,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", choices=("float16", "float32"), help="precision of the vectors in the index (default: float16)"
     )
-    parser.add_argument("--export", choices=EXPORTS, help="then write everything beside the index for other tools")
+    parser.add_argument(
+        "--export",
+        choices=EXPORTS,
+        help="then write everything beside the index for other tools, replacing an earlier export",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -84,13 +88,15 @@ def run(arguments: argparse.Namespace) -> int:
     for flag in ("threads", "max_patches"):
         if (value := getattr(arguments, flag)) is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    arguments.output = Path(os.path.expanduser(arguments.output))  # noqa: PTH111 - ~nobody stays as it is
     ranks = Ranks()
     chief = _Chief(arguments, ranks)
     try:
         return _run(arguments, ranks, chief)
     except RankLostError as error:
-        kept = f"{shown(arguments.output)} keeps what was done" if arguments.output.exists() else "nothing was written"
-        print(f"mlx-aimv2: rank {ranks.rank}: {error}; {kept}; run it again to go on", file=sys.stderr)
+        count = len(chief.index) if chief.index is not None else 0
+        kept = f"; {shown(arguments.output)} keeps {count:,} pictures" if count else "; nothing is stored yet"
+        say(f"mlx-aimv2: rank {ranks.rank}: {error}{kept if ranks.rank == 0 else ''}; run it again to go on")
         return 1
     finally:
         if chief.index is not None:
@@ -101,7 +107,6 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
     from mlx_aimv2.decoding import MAX_PATCHES
     from mlx_aimv2.embed import embed_sheets
     from mlx_aimv2.pooling import Pooling
-    from mlx_aimv2.progress import Progress
     from mlx_aimv2.provenance import describe, load_with_origin
     from mlx_aimv2.ranks import RankLostError, Result, my_sheets
     from mlx_aimv2.updating import Plan, Update
@@ -164,6 +169,7 @@ class _Chief:
         self.index: IndexWriter | None = None
         self.failures = 0
         self.plan: Any = None
+        self.export_to: Path | None = None
 
     def prepare(self) -> dict[str, Any]:
         from mlx_aimv2.updating import make_plan
@@ -186,6 +192,10 @@ class _Chief:
             raise FileNotFoundError(f"{folder} does not exist: make that folder first, or choose another -o")
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
             raise PermissionError(f"{folder} cannot be written to: choose another -o")
+        if self.arguments.export is not None:
+            from mlx_aimv2.interchange import target
+
+            self.export_to = target(self.output, self.arguments.export)
 
     def _settings(self) -> Settings:
         given = self.arguments
@@ -195,7 +205,9 @@ class _Chief:
             return Settings(
                 given.model, given.revision, given.dtype, given.pool, given.layer, given.norm, given.max_patches
             )
-        stored = self.index.provenance
+        from mlx_aimv2.provenance import made_by
+
+        stored = made_by(self.index)
         if given.store is not None and given.store != self.index.dtype:
             raise ValueError(f"{self.output} stores {self.index.dtype}: leave --store out, or choose another -o")
         own = given.model is None
@@ -221,9 +233,9 @@ class _Chief:
         listing = list_pictures(paths)
         for path in listing.empty:
             kept = f"; what {shown(self.output)} holds of it stays" if self.index is not None else ""
-            print(f"mlx-aimv2: no pictures in {shown(path)}{kept}", file=sys.stderr)
-        self.report([(path, "does not exist") for path in listing.missing], _to_stderr)
-        self.report(listing.problems, _to_stderr)
+            say(f"mlx-aimv2: no pictures in {shown(path)}{kept}")
+        self.report([(path, "does not exist") for path in listing.missing], say)
+        self.report(listing.problems, say)
         if not listing.files and not listing.problems:
             raise FileNotFoundError(f"no pictures found: looked for names that end in {' '.join(SUFFIXES)}")
         return listing
@@ -238,8 +250,11 @@ class _Chief:
                 f"{self.output} was made otherwise, so new embeddings could not be compared with it: "
                 f"{'; '.join(refused)}. Use the same settings or another -o"
             )
-        for remark in remarks:
-            _to_stderr(f"mlx-aimv2: note: {shown(self.output)} was made a little otherwise: {remark}")
+        if remarks:
+            say(
+                f"mlx-aimv2: note: the new pictures are made a little otherwise than those in {shown(self.output)} "
+                f"({'; '.join(remarks)}): leave -m and --dtype out to keep to one"
+            )
         return str(description["weights"]["digest"])
 
     def create(self, description: dict[str, Any], axes: int) -> IndexWriter:
@@ -247,7 +262,10 @@ class _Chief:
 
         dtype = self.arguments.store or "float16"
         width = description["width"]
-        self.index = IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
+        try:
+            self.index = IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
+        except FileExistsError:
+            raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
         return self.index
 
     def report(self, failures: list[tuple[str, str]], say: Callable[[str], None]) -> None:
@@ -271,10 +289,10 @@ class _Chief:
         last.embeddings = []
         self.take(last, update, progress)
         update.finish()
-        if self.arguments.export is not None and self.index is not None:
+        if self.export_to is not None and self.index is not None:
             from mlx_aimv2.interchange import export
 
-            export(self.index, self.output.with_suffix(f".{self.arguments.export}"), kind=self.arguments.export)
+            export(self.index, self.export_to, kind=self.arguments.export)
         return True
 
     def summary(self, update: Update, seconds: float) -> int:
@@ -294,9 +312,5 @@ class _Chief:
             parts = [f"{count:,} {name}" for name, count in counts.items() if name != "pictures" and count]
             print(f"{shown(self.output)}: {total:,} pictures ({', '.join(parts) or 'nothing to do'})")
         if self.index is None:
-            _to_stderr(f"mlx-aimv2: no picture could be embedded; {shown(self.output)} was not made")
+            say(f"mlx-aimv2: no picture could be embedded; {shown(self.output)} was not made")
         return 1 if self.failures else 0
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -28,10 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints one fact a line."""
     path = Path(arguments.target).expanduser()
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is an empty file")
     facts = about_index(path) if _is_database(path) else about_checkpoint(arguments.target, arguments.revision)
     if arguments.json:
         print(json.dumps(facts))
         return 0
+    if facts.get("layer", 0) is None:
+        facts["layer"] = "last, after the final norm"
+        facts.pop("norm", None)
     width = max(len(name) for name in facts)
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<{width}}  {_spelled(value)}")
@@ -52,7 +57,7 @@ def about_index(path: Path) -> Facts:
             "holds": f"{AXES[index.axes]} for each picture, width {index.width}, {index.dtype}",
             "bytes": path.stat().st_size,
             **made,
-            "weights": made.get("weights", {}).get("digest"),
+            "weights": weights.get("digest") if isinstance(weights := made.get("weights"), dict) else None,
         }
 
 

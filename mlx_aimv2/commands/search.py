@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from mlx_aimv2.index import Index, Match
 
+PAGES = (".html", ".htm")
+
 HELP = "find the pictures of an index that are most like a picture, or fit words best"
 
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails that needs no server")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write (or replace) a page with thumbnails")
     parser.add_argument("--open", action="store_true", help="show that page in the browser")
 
 
@@ -42,10 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
-    if arguments.html is not None and not arguments.html.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{arguments.html.parent} does not exist: make that folder first")
+    if arguments.html is not None:
+        arguments.html = Path(os.path.expanduser(arguments.html))  # noqa: PTH111 - ~nobody stays as it is
     with Index.open(arguments.index) as index:
         picture = _as_picture(arguments.query)
+        if arguments.html is not None:
+            _check_page(arguments.html, index, picture)
         query = _query(index, arguments, picture)
         started = time.perf_counter()
         matches = index.search(query, arguments.top, once=True)
@@ -75,6 +79,21 @@ def _as_picture(query: str) -> str | None:
     return None
 
 
+def _check_page(page: Path, index: Index, picture: str | None) -> None:
+    """Refuses to write the page where that would do harm or fail."""
+    folder = page.absolute().parent
+    if page.suffix.lower() not in PAGES:
+        raise ValueError(f"--html {page} would be a page: give it a name that ends in {' or '.join(PAGES)}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{page.parent} does not exist: make that folder first")
+    if page.is_dir():
+        raise IsADirectoryError(f"--html {page} is a folder: name a file")
+    if page.exists() and any(page.samefile(file) for file in (index.path, picture) if file is not None):
+        raise ValueError(f"--html {page} would replace the index or the picture that it shows: choose another name")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to: choose another --html")
+
+
 def _query(index: Index, arguments: argparse.Namespace, picture: str | None) -> np.ndarray[Any, Any]:
     """The query's vector: from the index where the picture is in it as it is now, else from the model."""
     stamp = index.stamp(picture) if picture is not None else None
@@ -91,12 +110,10 @@ def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None
     from mlx_aimv2.decoding import MAX_PATCHES
     from mlx_aimv2.embed import embed_sheets
     from mlx_aimv2.pooling import Pooling
-    from mlx_aimv2.provenance import describe, differences, load_with_origin
+    from mlx_aimv2.provenance import describe, differences, load_with_origin, made_by
 
     index.check_search()
-    made = index.provenance
-    if "weights" not in made:
-        raise ValueError(f"{index.path} does not say which model made it: search it from Python, with vectors")
+    made = made_by(index)
     if picture is None and made["pool"] != "head":
         raise ValueError(
             f"{arguments.query} is no picture, and {index.path} holds {made['pool']} embeddings of pictures, which "
@@ -124,10 +141,12 @@ def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None
 
 
 def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, picture: str | None) -> None:
+    from mlx_aimv2.interchange import appearing
     from mlx_aimv2.page import result_page
 
     made = index.provenance
-    name = made["checkpoint"] if made.get("commit") else Path(made.get("checkpoint", "")).name
+    name = str(made.get("checkpoint") or "")
+    name = name if made.get("commit") else Path(name).name
     about = " · ".join(filter(None, (f"{len(matches)} nearest of {len(index):,} pictures", name, str(index.path))))
     words = None if picture is not None else arguments.query
     text = result_page(matches, words=words, picture=picture, about=about)
@@ -136,7 +155,8 @@ def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, pic
         handle, name = tempfile.mkstemp(prefix="mlx-aimv2-", suffix=".html")
         os.close(handle)
         target = Path(name)
-    target.write_text(text, encoding="utf-8")
+    with appearing(target) as file:
+        file.write(text.encode("utf-8"))
     if arguments.html is None:
         print(f"mlx-aimv2: the page is {target}", file=sys.stderr)
     if arguments.open and not webbrowser.open(f"file://{target.absolute()}"):
