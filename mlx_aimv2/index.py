@@ -24,8 +24,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from mlx_aimv2.listing import shown
-
 if TYPE_CHECKING:
     from mlx_aimv2.nearest import Vectors
 
@@ -96,7 +94,9 @@ class Index:
             """D, the length of one vector."""
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
-        if not isinstance(self.provenance, dict) or self.dtype not in DTYPES or self.axes not in AXES or self.width < 1:
+        if not isinstance(self.provenance, dict):
+            raise damaged(path, "it does not say how it was made")
+        if self.dtype not in DTYPES or self.axes not in AXES or self.width < 1:
             raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")
 
     @classmethod
@@ -149,7 +149,7 @@ class Index:
         """How a picture's file was when it was read; None for a picture that is not in here."""
         rows = self._all("SELECT size, mtime_ns, sha256 FROM pictures WHERE path = ?", os.fsencode(path))
         if rows and [type(value) for value in rows[0]] != [int, int, bytes]:
-            raise damaged(self.path, f"what it says of {shown(path)}")
+            raise damaged(self.path, f"what it says of {path!r}")
         return Stamp(*rows[0]) if rows else None
 
     def vector(self, path: str) -> Array:
@@ -254,9 +254,11 @@ class Index:
         try:
             vector = np.frombuffer(self._stored(identity, block), self.dtype).astype(np.float32)
             vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
+            if not np.isfinite(vector).all():
+                raise FloatingPointError
             return vector if length is None else vector * np.float32(length)
         except (ArithmeticError, LookupError, TypeError, ValueError):
-            raise damaged(self.path, "a picture without its vector") from None
+            raise damaged(self.path, "a picture whose vector is missing or broken") from None
 
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""

@@ -114,7 +114,9 @@ def made_by(index: Index) -> Description:
     """What an index says of the model that made it, checked. Raises ValueError if it does not say it."""
     made = index.provenance
     if "weights" not in made:
-        raise ValueError(f"{index.path} does not say which model made it: search it from Python, with vectors")
+        raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
+    if made.get("width", index.width) != index.width:
+        raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
     for name, types in FIELDS.items():
         if not isinstance(made.get(name), types):
             raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")

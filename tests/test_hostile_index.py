@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_aimv2 import provenance
 from mlx_aimv2.bundled import digits_checkpoint, photographs
 from mlx_aimv2.cli import main
 from mlx_aimv2.index import Embedding, Index
@@ -108,11 +109,12 @@ def test_vectors_that_are_not_finite_are_not_ranked(photos, bits):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("checkpoint", None), ("weights", 5), ("weights", {}), ("layer", "x"), ("norm", 2)]
+    ("field", "value"),
+    [("checkpoint", None), ("weights", 5), ("weights", {}), ("layer", "x"), ("norm", 2), ("width", 9)],
 )
 def test_what_an_index_says_of_its_model_is_checked(photos, field, value):
     change(photos, "UPDATE about SET value = ? WHERE name = 'provenance'", json.dumps(MADE | {field: value}))
-    with Index.open(photos) as index, pytest.raises(ValueError, match=r"^photos\.db is damaged \(it says"):
+    with Index.open(photos) as index, pytest.raises(ValueError, match=r"^photos\.db is damaged"):
         made_by(index)
     assert main(["info", "photos.db"]) == 0
 
@@ -246,3 +248,15 @@ def test_an_output_below_the_home_folder_is_found(tmp_path, monkeypatch):
     assert main(command) == 0
     assert main(["search", "x.db", str(photographs()[0]), "--html=~/p.html"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.html", "x.db"]
+
+
+def test_who_makes_an_index_at_the_same_time_is_told_to_run_again(photos, monkeypatch, capsys):
+    describe = provenance.describe
+
+    def slow(*arguments, **named):
+        shutil.copy(photos, "new.db")
+        return describe(*arguments, **named)
+
+    monkeypatch.setattr(provenance, "describe", slow)
+    assert main(["embed", str(photographs()[0]), "-m", str(digits_checkpoint()), "-o", "new.db"]) == 2
+    assert "another mlx-aimv2 embed made new.db meanwhile: run it again" in capsys.readouterr().err
