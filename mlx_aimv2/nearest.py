@@ -160,7 +160,8 @@ class _Best:
         identities = np.frombuffer(members, "<i8")
         rows = np.empty((len(identities), self.width), np.float32)
         _widen(np.frombuffer(raw, self.dtype).reshape(rows.shape), rows)
-        scores = rows @ self.query
+        # No BLAS here: its own threads, waiting in a loop, would take turns with these.
+        scores = np.einsum("pd,d->p", rows, self.query)
         kept = scores >= self.lowest
         return identities[kept], rows[kept], scores[kept]
 
