@@ -95,6 +95,7 @@ class Ranks:
             padded[: len(data)] = np.frombuffer(data, np.uint8)
             rows = np.array(mx.distributed.all_gather(mx.array(padded), group=self._group)).reshape(self.size, -1)
         except RuntimeError as error:
+            _ignore_the_launcher()
             raise RankLostError(f"another rank is gone ({error})") from None
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
@@ -107,7 +108,13 @@ def my_sheets(sheets: Sequence[list[str]], ranks: Ranks) -> list[list[str]]:
 
 
 def _lost(number: int, frame: FrameType | None) -> None:
+    _ignore_the_launcher()
     raise RankLostError("another rank is gone (stopped by mlx.launch)")
+
+
+def _ignore_the_launcher() -> None:
+    """Told once that it is over, this process puts what it has on disk; told again, it would break that off."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _packed(result: Result) -> bytes:
