@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_aimv2.jsonfile import read as read_json
 from mlx_aimv2.recognition import listed, recognise
 
 CONFIG_FILE = "config.json"
@@ -138,7 +138,7 @@ def find(
 
     A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit.
     """
-    path = Path(path_or_hf_repo).expanduser()
+    path = Path(os.path.expanduser(path_or_hf_repo))  # noqa: PTH111 - ~nobody stays as it is
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         raise ValueError(f"{path}: not a weight file; wanted {', '.join(WEIGHT_SUFFIXES)}, or a checkpoint's folder")
     if path.exists():
@@ -167,19 +167,6 @@ def _download(repo: str, revision: str | None) -> Path:
         if (folder / name).is_file():
             break
     return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: wanted an object, got a {type(content).__name__}")
-    return content
 
 
 def _weight_files(path: Path) -> tuple[Path, list[Path]]:

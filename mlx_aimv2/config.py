@@ -9,6 +9,9 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor by its name."""
 
+LARGEST = 1 << 24
+"""No size of a network comes near this; a config.json that says more is damaged."""
+
 _NO_BIASES = {"qkv_bias": False, "mlp_bias": False}
 
 
@@ -101,6 +104,9 @@ class Aimv2Config:
     projection_dim: int = 768
     max_logit_scale: float = 100.0
 
+    def __post_init__(self) -> None:
+        _check_positive(self)
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2Config:
         """Sizes from the content of a config.json in any spelling: `{key: value} -> Aimv2Config`."""
@@ -125,8 +131,13 @@ AnyConfig = Aimv2VisionConfig | Aimv2Config
 def _check_positive(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and f.name != "eos_token_id":
-            raise ValueError(f"{f.name} must be positive, got {value}")
+        least = 0 if f.name == "eos_token_id" else 1
+        if type(value) is int and not least <= value < LARGEST:
+            raise ValueError(f"{f.name} must be from {least} to {LARGEST:,}, got {value:.6g}")
+        if isinstance(value, float) and not 0 < value < LARGEST:  # false for NaN too
+            raise ValueError(f"{f.name} must be a positive number, got {value}")
+    if getattr(config, "rms_norm_eps", 0) >= 1:
+        raise ValueError(f"rms_norm_eps must be far below 1, got {config.rms_norm_eps}")
 
 
 def _check_heads(config: Aimv2VisionConfig | Aimv2TextConfig) -> None:

@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from mlx_aimv2 import card, fidelity, folder, hub
 from mlx_aimv2.bit_search import as_predicate, choose_bits, most_common
-from mlx_aimv2.checkpoint import CONFIG_FILE, read_json
+from mlx_aimv2.checkpoint import CONFIG_FILE
+from mlx_aimv2.jsonfile import read as read_json
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
 from mlx_aimv2.names import PATCH_CONV
 from mlx_aimv2.observing import choose_pictures, count_parameters, observe
@@ -79,7 +80,7 @@ def convert(
         export_layout=export_layout,
     )
     settings = resolve(q_mode, q_group_size, q_bits)
-    wanted, target = parse_dtype(dtype), Path(mlx_path).expanduser()
+    wanted, target = parse_dtype(dtype), Path(os.path.expanduser(mlx_path))  # noqa: PTH111 - ~nobody stays as it is
     folder.check_target(target)
     if upload_repo is not None:
         hub.check_upload(upload_repo)

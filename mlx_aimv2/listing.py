@@ -122,7 +122,7 @@ class _Walk:
         self.visited: set[tuple[int, int]] = set()
 
     def argument(self, given: str) -> None:
-        path = os.path.normpath(Path(given).expanduser().absolute())
+        path = os.path.normpath(Path(os.path.expanduser(given)).absolute())  # noqa: PTH111 - ~nobody stays as it is
         try:
             kind = os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself over 100,000 names
         except OSError as error:
@@ -140,7 +140,7 @@ class _Walk:
             self.file(path, kind)
 
     def pattern(self, given: str) -> None:
-        names = sorted(glob.glob(str(Path(given).expanduser()), recursive=True))  # noqa: PTH207 - absolute patterns too
+        names = sorted(glob.glob(str(Path(os.path.expanduser(given))), recursive=True))  # noqa: PTH111, PTH207 - absolute patterns too
         if not names:
             self.found.missing.append(given)
         for name in names:

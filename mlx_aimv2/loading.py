@@ -105,13 +105,16 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     quantization = origin.config.get("quantization") if match.layout.name == names.OURS else None
     shapes = match.our_shapes(origin.shapes)
     config = _naming(origin, lambda: read_config(origin.config, shapes))
+    if sizes := disagreements(config, shapes):  # before a model of sizes that nobody checked is built
+        raise ValueError(f"{origin}: config.json and the weights are of different sizes: {'; '.join(sizes)}")
     model = build(config)
     if quantization is not None:
+        _naming(origin, lambda: quantize.check_section(quantization))
         _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
     wanted = parameter_shapes(model)
     their_wanted = match.their_shapes(wanted)
     if lines := recognition.differences(their_wanted, origin.shapes, match):
-        raise ValueError(f"{origin}: {_explain(config, shapes, lines)}")
+        raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
     _naming(origin, lambda: origin.check_dtypes(their_wanted, packed=quantization is not None))
     weights = match.to_ours(origin.tensors, wanted)
     return Source(origin, config, match, weights, quantization)
@@ -153,13 +156,6 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
-
-
-def _explain(config: AnyConfig, shapes: Mapping[str, tuple[int, ...]], lines: list[str]) -> str:
-    """The sizes on which config.json and the weights differ, where that is the whole story; else every tensor."""
-    if sizes := disagreements(config, shapes):
-        return f"config.json and the weights are of different sizes: {'; '.join(sizes)}"
-    return f"the tensors are not those of this model: {'; '.join(lines)}"
 
 
 def _naming(origin: checkpoint.Checkpoint, step: Any) -> Any:

@@ -201,7 +201,7 @@ class Match:
             row = self.row(ours_of[pattern].replace("{i}", number))
             parts = [found[name] for name in row.theirs if name in found]
             if len(parts) == len(row.theirs) and all(len(part) == len(parts[0]) for part in parts):
-                joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+                joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 and parts[0] else parts[0]
                 shapes[row.ours] = row.turn.shape_to_ours(joined)
         return shapes
 

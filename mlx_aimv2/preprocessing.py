@@ -7,12 +7,13 @@ config.json (timm's)      }
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mlx_aimv2 import jsonfile
 
 if TYPE_CHECKING:
     from mlx_aimv2.config import Aimv2VisionConfig
@@ -49,6 +50,13 @@ UNSUPPORTED_STEPS = (
     "do_flip_channel_order",
     "crop_to_patches",
 )
+
+
+LARGEST_SIDE = 16384
+"""Pixels of a side that a file may ask for: more is a mistake in the file, not a picture that is too small."""
+
+LARGEST_NUMBER = 1e6
+"""What pixels may be scaled by, and one over it: beyond, float32 pixels are all alike or not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,8 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
     if not 0 < share <= 1:
         raise ValueError(f"{file}: crop_pct must be above 0 and at most 1, not {share}")
     whole = (math.floor(height / share), math.floor(width / share))
+    if max(whole) > LARGEST_SIDE:
+        raise ValueError(f"{file}: crop_pct {share} asks for more than {LARGEST_SIDE} pixels")
     mode = fields.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
         raise ValueError(f"{file}: crop_mode must be center or squash, not {mode!r}")
@@ -178,20 +188,14 @@ def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    return jsonfile.read(file) if file.exists() else None
 
 
 def _pixels(value: object, name: str, file: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{file}: {name} must be in whole pixels above 0, not {value!r}")
+        raise ValueError(f"{file}: {name} must be in whole pixels above 0, not {value!r:.60}")
+    if value > LARGEST_SIDE:
+        raise ValueError(f"{file}: {name} must be at most {LARGEST_SIDE} pixels, not {value!r:.60}")
     return value
 
 
@@ -215,10 +219,12 @@ def _resample(value: object, name: str, file: Path) -> int:
 
 
 def _number(value: object, name: str, file: Path, *, above_zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{file}: {name} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f"{file}: {name} must be a number, not {value!r:.60}")
     if above_zero and value <= 0:
-        raise ValueError(f"{file}: {name} must be above 0, not {value!r}")
+        raise ValueError(f"{file}: {name} must be above 0, not {value!r:.60}")
+    if abs(value) > LARGEST_NUMBER or (above_zero and value < 1 / LARGEST_NUMBER):
+        raise ValueError(f"{file}: {name} must be a number that pixels can be scaled by, not {value!r:.60}")
     return float(value)
 
 

@@ -112,6 +112,22 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items(), key=_in_order))
 
 
+def check_section(quantization: object) -> None:
+    """Raises ValueError unless a `quantization` section is an object of settings, and of entries per layer."""
+    kinds = {"group_size": int, "bits": int, "mode": str}
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"config.json: quantization must be an object, got {quantization!r}")
+    for path, entry in [("", quantization), *((key, quantization[key]) for key in quantization if key not in SHARED)]:
+        where = f"quantization, {path}" if path else "quantization"
+        if not isinstance(entry, Mapping | bool):
+            raise ValueError(f"config.json: {where} must be an object, true or false, got {entry!r}")
+        if isinstance(entry, bool):
+            continue
+        for key, kind in kinds.items():
+            if type(entry.get(key)) not in (kind, type(None)):
+                raise ValueError(f"config.json: {where}: {key} must be of type {kind.__name__}, got {entry[key]!r}")
+
+
 def apply_structure(model: nn.Module, quantization: Quantization, stored: Container[str]) -> None:
     """Turns layers into quantized ones, in place; their weights come later.
 

@@ -59,7 +59,7 @@ def disagreements(config: AnyConfig, shapes: Shapes) -> list[str]:
             *_size_pairs(config.vision_config, vision_sizes(_without("vision_model.", shapes)), "vision_config."),
             *_size_pairs(config.text_config, text_sizes(_without("text_model.", shapes)), "text_config."),
         ]
-        if (projection := shapes.get("visual_projection.weight")) is not None:
+        if (projection := _shape(shapes, "visual_projection.weight", axes=2)) is not None:
             pairs.append(("projection_dim", config.projection_dim, projection[0]))
     else:
         pairs = _size_pairs(config, vision_sizes(shapes), "")
@@ -69,9 +69,9 @@ def disagreements(config: AnyConfig, shapes: Shapes) -> list[str]:
 def vision_sizes(shapes: Shapes) -> dict[str, Any]:
     """The sizes of a vision tower that its tensors show; absent where the tensor is absent."""
     sizes: dict[str, Any] = _block_sizes(shapes)
-    if (conv := shapes.get("patch_embed.proj.weight")) is not None and len(conv) == 4:  # (D, patch, patch, channels)
+    if (conv := _shape(shapes, "patch_embed.proj.weight", axes=4)) is not None:  # (D, patch, patch, channels)
         sizes |= {"hidden_size": conv[0], "patch_size": conv[1], "num_channels": conv[3]}
-        if (table := shapes.get("pos_embed")) is not None:
+        if (table := _shape(shapes, "pos_embed", axes=2)) is not None:
             sizes["image_size"] = math.isqrt(table[0]) * conv[1]
     sizes["use_head"] = any(name.startswith("head.") for name in shapes)
     return sizes
@@ -80,9 +80,9 @@ def vision_sizes(shapes: Shapes) -> dict[str, Any]:
 def text_sizes(shapes: Shapes) -> dict[str, Any]:
     """The sizes of a text tower that its tensors show; absent where the tensor is absent."""
     sizes: dict[str, Any] = _block_sizes(shapes)
-    if (table := shapes.get("token_embed.weight")) is not None:
+    if (table := _shape(shapes, "token_embed.weight", axes=2)) is not None:
         sizes["vocab_size"] = table[0]
-    if (table := shapes.get("pos_embed")) is not None:  # never packed into integers, unlike the token table
+    if (table := _shape(shapes, "pos_embed", axes=2)) is not None:  # never packed into integers, unlike the token table
         sizes |= {"max_position_embeddings": table[0], "hidden_size": table[1]}
     return sizes
 
@@ -105,6 +105,8 @@ def _timm_section(raw: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict
     if isinstance(size, list | tuple) and len(size) == 3:
         section["image_size"] = list(size[1:])
     arguments = raw.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"config.json: model_args must be an object, got {arguments!r}")
     return section | {_TIMM_ARGUMENTS[key]: value for key, value in arguments.items() if key in _TIMM_ARGUMENTS}
 
 
@@ -141,7 +143,7 @@ def text_config(raw: Mapping[str, Any], shapes: Shapes) -> Aimv2TextConfig:
 def pair_config(raw: Mapping[str, Any], shapes: Shapes) -> Aimv2Config:
     """The sizes of both towers and of the space that they share: `config.json, {our name: shape} -> Aimv2Config`."""
     said = _fields_of(Aimv2Config, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
-    if (projection := shapes.get("visual_projection.weight")) is not None:
+    if (projection := _shape(shapes, "visual_projection.weight", axes=2)) is not None:
         said.setdefault("projection_dim", projection[0])
     said["vision_config"] = vision_config(
         {"image_size": 224, "is_native": False} | _section(raw, "vision_config"), _without("vision_model.", shapes)
@@ -179,6 +181,8 @@ def _fields_of(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list | tuple):  # [224, 224], or several end-of-text ids of which the first counts
+        if not all(isinstance(number, int | float) for number in value):
+            raise ValueError(f"config.json: {name} must be a number or a list of numbers, got {value!r}")
         if len(set(value)) == 1 or (name == "eos_token_id" and value):
             value = value[0]
         else:
@@ -212,10 +216,16 @@ def _block_sizes(shapes: Shapes) -> dict[str, Any]:
     indices = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
     if indices:
         sizes["num_hidden_layers"] = max(indices) + 1
-    if (gate := shapes.get("blocks.0.mlp.gate.weight")) is not None:
+    if (gate := _shape(shapes, "blocks.0.mlp.gate.weight", axes=2)) is not None:
         sizes["intermediate_size"] = gate[0]
     return sizes
 
 
 def _without(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _shape(shapes: Shapes, name: str, *, axes: int) -> tuple[int, ...] | None:
+    """A tensor's shape if it has as many axes as it should; the strict comparison names those that have not."""
+    shape = shapes.get(name)
+    return shape if shape is not None and len(shape) == axes else None

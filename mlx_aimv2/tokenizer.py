@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from mlx_aimv2 import jsonfile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +87,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     file = folder / "tokenizer.json"
     if file.is_file():
         try:
-            return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")), file
+            return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig")), file
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{file} is not a tokenizer: {error}") from None
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -140,14 +141,9 @@ def _mark_names(folder: Path) -> dict[str, str]:
     """How this checkpoint calls its first and last token, where a file says so."""
     names = {"bos_token": BOS, "eos_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.exists():
             continue
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from None
-        if not isinstance(told, dict):
-            raise ValueError(f"{file} must hold a JSON object, not a {type(told).__name__}")
+        told = jsonfile.read(file)
         for role in names:
             name = told.get(role)
             name = name.get("content") if isinstance(name, dict) else name

@@ -130,7 +130,7 @@ def test_biases_are_another_network(key):
         ({"image_size": [42, 56]}, "image_size must be square"),
         ({"hidden_size": "60"}, "hidden_size must be of type int"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be"),
-        ({"patch_size": 0}, "patch_size must be positive"),
+        ({"patch_size": 0}, "patch_size must be from 1"),
         ({"num_attention_heads": 7}, "does not divide into 7"),
     ],
 )

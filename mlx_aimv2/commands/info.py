@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one fact a line."""
-    path = Path(arguments.target).expanduser()
+    path = Path(os.path.expanduser(arguments.target))  # noqa: PTH111
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} is an empty file")
     facts = about_index(path) if _is_database(path) else about_checkpoint(arguments.target, arguments.revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -134,9 +135,9 @@ def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} pictures: give a folder")
-        yield _not_the_picture(Path(output).expanduser(), files)
+        yield _not_the_picture(Path(os.path.expanduser(output)), files)  # noqa: PTH111
         return
-    folder = Path(output or ".").expanduser()
+    folder = Path(os.path.expanduser(output or "."))  # noqa: PTH111
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
     taken: set[str] = set()

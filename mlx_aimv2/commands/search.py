@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _as_picture(query: str) -> str | None:
     """The query as an absolute path, None if it is words."""
-    path = Path(query).expanduser()
+    path = Path(os.path.expanduser(query))  # noqa: PTH111
     if path.is_file():
         return os.path.normpath(path.absolute())
     if path.is_dir():

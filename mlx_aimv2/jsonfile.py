@@ -1,0 +1,20 @@
+"""What does a JSON file of a checkpoint say, or in one line, why can it not be read?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():  # nor a folder or a pipe, which would wait for ever
+        raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wanted an object, got a {type(content).__name__}")
+    return content
