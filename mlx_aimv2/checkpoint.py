@@ -68,9 +68,6 @@ PINNED = {
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 """dtypes of dense weights."""
 
-PACKED = (mx.uint32, mx.uint8)
-"""dtypes of the packed integers and the scales of a quantized MLX folder."""
-
 
 @dataclass
 class Checkpoint:
@@ -95,11 +92,14 @@ class Checkpoint:
         """Shape of each tensor under its own name."""
         return {name: tuple(array.shape) for name, array in self.tensors.items()}
 
-    def check_dtypes(self, names: Iterable[str], *, packed: bool = False) -> None:
-        """Raises ValueError that names each of the tensors that is not of a dtype we read."""
-        allowed = (*FLOATS, *PACKED) if packed else FLOATS
+    def check_dtypes(self, names: Iterable[str], packed: Mapping[str, mx.Dtype]) -> None:
+        """Raises ValueError that names each of the tensors of a wrong dtype: `packed` has those that are no floats."""
         dtypes = {name: self.tensors[name].dtype for name in names}
-        if other := [f"{name} is {_name(dtype)}" for name, dtype in dtypes.items() if dtype not in allowed]:
+        if wrong := [name for name in packed if dtypes[name] != packed[name]]:
+            each = [f"{name} is {_name(dtypes[name])} (wanted {_name(packed[name])})" for name in wrong]
+            raise ValueError(f"quantized weights are packed integers, got {', '.join(each)}")
+        dense = {name: dtype for name, dtype in dtypes.items() if name not in packed}
+        if other := [f"{name} is {_name(dtype)}" for name, dtype in dense.items() if dtype not in FLOATS]:
             raise ValueError(f"weights must be {', '.join(map(_name, FLOATS))}, got {', '.join(other)}")
 
 
@@ -222,6 +222,10 @@ def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         from mlx_aimv2 import pickled
 
         return pickled.read(file), {}
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{file}: the path is not UTF-8, which MLX cannot open: rename it") from None
     metadata = _check_safetensors(file)
     try:
         return dict(mx.load(str(file))), metadata  # type: ignore[arg-type]

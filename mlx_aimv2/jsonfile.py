@@ -9,7 +9,9 @@ from typing import Any
 
 def read(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():  # nor a folder or a pipe, which would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path}: wanted a file, got a folder, a pipe or a device")
+    if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -109,13 +109,14 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
         raise ValueError(f"{origin}: config.json and the weights are of different sizes: {'; '.join(sizes)}")
     model = build(config)
     if quantization is not None:
-        _naming(origin, lambda: quantize.check_section(quantization))
+        _naming(origin, lambda: quantize.check_section(quantization, quantize.layers(model)))
         _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
     wanted = parameter_shapes(model)
     their_wanted = match.their_shapes(wanted)
     if lines := recognition.differences(their_wanted, origin.shapes, match):
         raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
-    _naming(origin, lambda: origin.check_dtypes(their_wanted, packed=quantization is not None))
+    packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
+    _naming(origin, lambda: origin.check_dtypes(their_wanted, packed))
     weights = match.to_ours(origin.tensors, wanted)
     return Source(origin, config, match, weights, quantization)
 

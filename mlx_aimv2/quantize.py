@@ -112,13 +112,15 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return dict(sorted(found.items(), key=_in_order))
 
 
-def check_section(quantization: object) -> None:
+def check_section(quantization: object, known: Container[str]) -> None:
     """Raises ValueError unless a `quantization` section is an object of settings, and of entries per layer."""
     kinds = {"group_size": int, "bits": int, "mode": str}
     if not isinstance(quantization, Mapping):
         raise ValueError(f"config.json: quantization must be an object, got {quantization!r}")
     for path, entry in [("", quantization), *((key, quantization[key]) for key in quantization if key not in SHARED)]:
         where = f"quantization, {path}" if path else "quantization"
+        if path and path not in known:
+            raise ValueError(f"config.json: {where}: no layer of this model that could be quantized")
         if not isinstance(entry, Mapping | bool):
             raise ValueError(f"config.json: {where} must be an object, true or false, got {entry!r}")
         if isinstance(entry, bool):
@@ -126,6 +128,17 @@ def check_section(quantization: object) -> None:
         for key, kind in kinds.items():
             if type(entry.get(key)) not in (kind, type(None)):
                 raise ValueError(f"config.json: {where}: {key} must be of type {kind.__name__}, got {entry[key]!r}")
+
+
+def packed_dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
+    """dtypes of the tensors of quantized layers that hold no floats: `-> {name: dtype}`."""
+    dtypes: dict[str, mx.Dtype] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            dtypes[f"{path}.weight"] = mx.uint32
+            if layer.mode != "affine":
+                dtypes[f"{path}.scales"] = mx.uint8
+    return dtypes
 
 
 def apply_structure(model: nn.Module, quantization: Quantization, stored: Container[str]) -> None:

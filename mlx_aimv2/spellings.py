@@ -208,7 +208,10 @@ def _refuse_other_networks(section: Mapping[str, Any]) -> None:
 
 
 def _size_pairs(config: Any, sizes: Mapping[str, Any], where: str) -> list[tuple[str, Any, Any]]:
-    return [(where + name, getattr(config, name), size) for name, size in sizes.items()]
+    pairs = [(where + name, getattr(config, name), size) for name, size in sizes.items() if name != "image_size"]
+    if (side := sizes.get("image_size")) and config.num_patches != (side // config.patch_size) ** 2:
+        pairs.append((f"{where}image_size", config.image_size, side))  # what is left over at the edges is no patch
+    return pairs
 
 
 def _block_sizes(shapes: Shapes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import cli, load
 from mlx_aimv2.convert import convert
+from mlx_aimv2.loading import read_source
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 
@@ -133,3 +134,54 @@ def test_a_quantization_section_of_another_kind(fixed, tmp_path, section):
 def test_the_home_of_nobody_is_no_traceback(capsys):
     assert cli.main(["info", "~nosuchuser/x"]) == 2
     assert capsys.readouterr().err.startswith("mlx-aimv2: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("blocks.0.attn.qkv.scales", np.uint32),
+        ("norm.weight", np.uint32),
+        ("blocks.0.attn.qkv.weight", np.float32),
+    ],
+)
+def test_a_tensor_of_a_quantized_folder_in_another_dtype_is_named(fixed, tmp_path, name, dtype):
+    packed = convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    tensors = load_file(packed / "model.safetensors")
+    tensors[name] = tensors[name].astype(dtype)
+    save_file(tensors, packed / "model.safetensors")
+    assert f"{name} is {np.dtype(dtype)}" in refusal(packed)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8"])
+def test_the_scales_of_the_other_modes_are_bytes(fixed, tmp_path, mode):
+    load(convert(fixed, tmp_path / "mlx", quantize=True, q_mode=mode, verify=False))
+
+
+def test_an_entry_for_a_layer_that_there_is_not_is_named(fixed, tmp_path):
+    packed = convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    edit(packed, quantization={"group_size": 32, "bits": 8, "blocks.99.attn.qkv": False})
+    assert "blocks.99.attn.qkv" in refusal(packed)
+
+
+def test_a_path_that_mlx_cannot_open_is_named_as_such(fixed, tmp_path):
+    target = tmp_path / os.fsdecode(b"src\xff")
+    try:
+        fixed.rename(target)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert "not UTF-8" in refusal(target)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_std", [1e-300] * 3), ("rescale_factor", 1e300), ("rescale_factor", 10**400), ("size", 100_000)],
+)
+def test_preprocessing_that_leaves_no_picture(fixed, key, value):
+    file = fixed / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert f"preprocessor_config.json: {key} must be" in refusal(fixed)
+
+
+def test_a_size_with_a_part_of_a_patch_over_is_no_disagreement(fixed):
+    edit(fixed, image_size=43)
+    assert read_source(fixed).config.num_patches == 9
