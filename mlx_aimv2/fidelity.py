@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
 from mlx_aimv2.observing import Floats, Observation, choose_pictures, cosines, observe, token_cosines
 
-FILE = "fidelity.json"
+FILE = REPORT
 
-LIMITS = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}
+LIMITS = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": FLOAT16_LARGEST}
 """The largest number of each dtype."""
-
-HEADROOM = 2.0
-"""A block whose largest activation times this exceeds float16's limit is named in a warning."""
 
 
 def compare(
