@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-# MLX's Linux wheel multiplies matrices with the reference BLAS; where OpenBLAS is installed it is some fifty times faster.
+# MLX's Linux wheel multiplies matrices with the reference BLAS; where OpenBLAS is installed it is some fifty times
+# faster. With one thread, because the package has one stream for each core (mlx_aimv2/cores.py).
 OPENBLAS := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
-RUN      := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS)) $(BIN)/python
+RUN      := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(BIN)/python
 
 .PHONY: help demo test parity check verify train format clean
 help:  ## this list

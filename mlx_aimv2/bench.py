@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_aimv2 import cores
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.layers import split_heads
+from mlx_aimv2.layers import Block, split_heads
 from mlx_aimv2.model import Aimv2VisionModel
 
 SIZES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
@@ -199,35 +201,46 @@ def measure_first_embedding(path: str, picture: Path, *, dtype: str | None) -> F
 
 
 def _bare_products(vision: Aimv2VisionModel, *, batch: int, tokens: int) -> Callable[[], None]:
-    """A function that computes the matrix products of a forward pass and nothing else, block by block."""
+    """A function that computes the matrix products of a forward pass and nothing else, block by block.
+
+    Where the cores of a CPU share the pass in lanes, so they do the products.
+    """
     config, dtype = vision.config, vision.dtype
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    lanes = cores.Lanes.of((batch, tokens, width))
 
-    def normal(*shape: int) -> mx.array:
-        return mx.random.normal(shape, key=mx.random.key(1)).astype(dtype)
+    def normal(*shape: int) -> list[mx.array]:
+        return [mx.contiguous(part) for part in lanes.cut(mx.random.normal(shape, key=mx.random.key(1)).astype(dtype))]
+
+    def one_per_head() -> list[mx.array]:
+        whole = split_heads(mx.random.normal((batch, tokens, width), key=mx.random.key(1)).astype(dtype), heads)
+        return [mx.contiguous(part) for part in lanes.cut(whole)]
 
     x, gated = normal(batch, tokens, width), normal(batch, tokens, inner)
     patches = normal(batch, tokens, config.num_channels * config.patch_size**2)
-    q, k, v = (mx.contiguous(split_heads(normal(batch, tokens, width), heads)) for _ in range(3))
+    queries, keys, values = (one_per_head() for _ in range(3))
+    if lanes.axis == cores.TOKENS:
+        keys, values = ([lanes.join(parts)] * len(parts) for parts in (keys, values))
     scores = normal(batch, heads, tokens, tokens)
     conv = vision.patch_embed.proj.weight.reshape(width, -1)
-    mx.eval(x, gated, patches, q, k, v, scores, conv)
+    mx.eval(x, gated, patches, queries, keys, values, scores, conv)
 
-    def products() -> Iterator[list[mx.array]]:
-        yield [patches @ conv.T]
-        for block in vision.blocks:
-            attn, mlp = block.attn, block.mlp
-            yield [
-                *(_product(x, layer) for layer in (attn.qkv, attn.proj, mlp.gate, mlp.up)),
-                _product(gated, mlp.down),
-                q @ k.swapaxes(-1, -2),
-                scores @ v,
-            ]
+    def products(block: Block, x, gated, q, k, v, scores) -> list[mx.array]:  # type: ignore[no-untyped-def]
+        attn, mlp = block.attn, block.mlp
+        return [
+            *(_product(x, layer) for layer in (attn.qkv, attn.proj, mlp.gate, mlp.up)),
+            _product(gated, mlp.down),
+            q @ k.swapaxes(-1, -2),
+            scores @ v,
+        ]
 
     def run() -> None:
-        for results in products():
+        mx.async_eval(*lanes.run(lambda part: part @ conv.T, patches))  # type: ignore[no-untyped-call]
+        for block in vision.blocks:
+            results = lanes.run(partial(products, block), x, gated, queries, keys, values, scores)
             mx.async_eval(*results)  # type: ignore[no-untyped-call]
-        mx.synchronize()
+        for stream in lanes.streams:
+            mx.synchronize(stream)
 
     return run
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_aimv2 import cores
+
 AUTO = "auto"
 
 REPORT = "fidelity.json"
@@ -99,11 +101,17 @@ def remark(on: Machine) -> str | None:
             )
         if _macos() < (26, 2):
             return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
-    if on.kind == "cpu" and platform.system() == "Linux" and "openblas" not in _loaded_libraries():
-        return (
-            "MLX multiplies with the BLAS that its wheel was built with, which is slow; "
-            "with libopenblas0-pthread installed, run with LD_PRELOAD=libopenblas.so.0"
-        )
+    if on.kind == "cpu" and platform.system() == "Linux":
+        if cores.openblas() is None:
+            return (
+                "MLX multiplies with the BLAS that its wheel was built with, which is slow; with libopenblas0-pthread "
+                "installed, run with LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1"
+            )
+        if 1 < cores.blas_threads() <= cores.MOST_LANES and cores.on_x86_cpu():
+            return (
+                f"OpenBLAS shares each product among {cores.blas_threads()} threads; on few cores it is faster that "
+                "each core takes its own pictures or tokens: run with OPENBLAS_NUM_THREADS=1"
+            )
     return None
 
 
@@ -126,9 +134,3 @@ def _wheel_macos() -> int | None:
 
 def _macos() -> tuple[int, ...]:
     return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
-
-
-def _loaded_libraries() -> str:
-    """The libraries in this process that could multiply for MLX; NumPy's own OpenBLAS, `scipy_openblas`, is not one."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    return "\n".join(line for line in maps.splitlines() if "scipy_openblas" not in line)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2 import ops
+from mlx_aimv2 import cores, ops
 
 ROPE_BASE = 10000.0
 
@@ -53,10 +53,7 @@ def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, `(B, N, D) -> (B, N, D)` before its output projection.
-
-    Query, key and value are one matrix. The projection `proj` is applied by the block together with the residual.
-    """
+    """Multi-head self-attention. Query, key and value are one matrix."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -64,10 +61,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
+    def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values, `(B, N, D) -> three (B, H, N, D/H)`."""
         # Splitting gives views; indexing a (B, N, 3, ...) array would copy three times.
         q, k, v = (split_heads(part, self.num_heads) for part in mx.split(self.qkv(x), 3, axis=-1))
-        return merge_heads(ops.attention(q, k, v, causal=causal))
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -94,7 +92,22 @@ class Block(nn.Module):
         self.mlp = FeedForward(hidden_size, intermediate_size)
 
     def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
-        x = project_and_add(self.attn.proj, self.attn(self.norm1(x), causal=causal), x)
+        (x,) = cores.through([self], x, causal=causal)  # `finish(x, *heads(x))`, shared by the cores of a CPU
+        return x
+
+    def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """What each token brings to attention: queries, keys and values, `(B, N, D) -> three (B, H, N, D/H)`."""
+        return self.attn.heads(self.norm1(x))
+
+    def finish(
+        self, x: mx.array, queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False
+    ) -> mx.array:
+        """Attention and feed-forward, each added to `x`: `(B, M, D), (B, H, M, D/H), two (B, H, N, D/H) -> (B, M, D)`.
+
+        The M tokens that ask may be some of the N that are asked.
+        """
+        mixed = merge_heads(ops.attention(queries, keys, values, causal=causal))
+        x = project_and_add(self.attn.proj, mixed, x)
         return project_and_add(self.mlp.down, self.mlp(self.norm2(x)), x)
 
 

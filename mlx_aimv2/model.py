@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2 import layers
+from mlx_aimv2 import cores, layers
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 
 LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
@@ -79,10 +79,9 @@ class Aimv2VisionModel(nn.Module):
         `pixels` are what the processor gives: normalised RGB, channels last. Raises ValueError for a picture of another
         size than a fixed checkpoint was trained on, and for one smaller than a patch.
         """
-        x = self.embed(pixels)
-        states = [x]
-        for block in self.blocks:
-            x = block(x)
+        embedded = self.embed(pixels)
+        states = [embedded]
+        for x in cores.through(self.blocks, embedded):
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)
@@ -148,10 +147,9 @@ class Aimv2TextModel(nn.Module):
         Raises ValueError for ids beyond the vocabulary, rows longer than the context and rows without an end of text.
         """
         ends = self._first_ends(ids)
-        x = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]  # (B, L, D)
-        states = [x]
-        for block in self.blocks:
-            x = block(x, causal=True)  # so what follows the end of text cannot change the feature
+        embedded = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]  # (B, L, D)
+        states = [embedded]
+        for x in cores.through(self.blocks, embedded, causal=True):  # so what follows the end changes nothing before
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import device, fidelity, load
+from mlx_aimv2 import cores, device, fidelity, load
 from mlx_aimv2.convert import convert
 from mlx_aimv2.device import Machine
 
@@ -107,10 +107,13 @@ def test_an_m5_without_its_kernels_is_told(monkeypatch, built_for, macos, said):
 
 def test_a_slow_blas_is_told(monkeypatch):
     monkeypatch.setattr(device.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(device, "_loaded_libraries", lambda: "/lib/libblas.so.3\n")
-    assert "OpenBLAS".lower() in device.remark(CPU)
-    monkeypatch.setattr(device, "_loaded_libraries", lambda: "/lib/libopenblas.so.0\n")
-    assert device.remark(CPU) is None
+    monkeypatch.setattr(cores, "openblas", lambda: None)
+    assert "LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1" in device.remark(CPU)
+    monkeypatch.setattr(cores, "openblas", lambda: ...)
+    monkeypatch.setattr(cores, "on_x86_cpu", lambda: True)
+    for threads, said in ((1, False), (2, True), (64, False)):  # with many cores OpenBLAS's threads have their use
+        monkeypatch.setattr(cores, "blas_threads", lambda threads=threads: threads)
+        assert ("OPENBLAS_NUM_THREADS=1" in (device.remark(CPU) or "")) == said
 
 
 def test_load_takes_auto(monkeypatch, copy):

@@ -48,13 +48,14 @@ def test_imports_go_one_way():
     assert not cycles
 
 
-@pytest.mark.parametrize("name", ["config", "ops", "index", "plane", "plot"])
+@pytest.mark.parametrize("name", ["config", "cores", "index", "plane", "plot"])
 def test_the_ground_floor_imports_nothing_of_ours(name):
     assert not imports_of_ours(PACKAGE / f"{name}.py")
 
 
-def test_names_reads_only_sizes():
-    assert imports_of_ours(PACKAGE / "names.py") <= {"config"}
+@pytest.mark.parametrize(("name", "other"), [("names", "config"), ("ops", "cores")])
+def test_the_first_floor_stands_on_one_file(name, other):
+    assert imports_of_ours(PACKAGE / f"{name}.py") <= {other}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)

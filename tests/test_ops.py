@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2 import ops
+from mlx_aimv2 import cores, ops
 
 B, H, N, D, INNER = 2, 3, 7, 5, 11
 SPELLINGS = {"gpu": False, "x86 cpu": True}
@@ -14,30 +14,22 @@ SPELLINGS = {"gpu": False, "x86 cpu": True}
 
 @pytest.fixture(params=SPELLINGS)
 def spelling(request, monkeypatch):
-    monkeypatch.setattr(ops, "_on_x86_cpu", lambda: SPELLINGS[request.param])
+    monkeypatch.setattr(cores, "on_x86_cpu", lambda: SPELLINGS[request.param])
     return request.param
 
 
 @pytest.fixture
 def x86(monkeypatch):
-    monkeypatch.setattr(ops, "_on_x86_cpu", lambda: True)
+    monkeypatch.setattr(cores, "on_x86_cpu", lambda: True)
 
 
 @pytest.fixture(
-    params=[(1, 1), (29, 1), (150, 1), (1 << 20, 1), (1 << 20, 1 << 20)],
-    ids=["rows", "queries", "heads", "cores", "whole"],
+    params=[(1, 4), (29, 4), (150, 4), (1 << 20, 4), (29, 1), (1 << 20, 1)],
+    ids=["rows", "queries", "heads", "cores", "queries on one core", "whole"],
 )
-def pieces(request, monkeypatch, x86):
+def pieces(request, three_cores, x86):
     """How the work is cut: by rows, some queries of a head, some heads at a time, a piece for each core, not at all."""
-    size, worth = request.param
-    monkeypatch.setattr(ops, "PIECE", size)
-    monkeypatch.setattr(ops, "WORTH_SHARING", worth)
-    monkeypatch.setattr(ops, "_cores", lambda: 3)
-    monkeypatch.delattr(ops._of_thread, "streams", raising=False)
-    yield
-    monkeypatch.undo()
-    if hasattr(ops._of_thread, "streams"):
-        del ops._of_thread.streams
+    three_cores(blas_threads=request.param[1], PIECE=request.param[0], WORTH_SHARING=1)
 
 
 def normal(*shape: int, spread: float = 1.0) -> np.ndarray:
@@ -78,6 +70,28 @@ def test_attention_in_pieces_is_attention(pieces, causal):
     assert far(ops.attention(*single(q, k, v), causal=causal), exact_attention(q, k, v, causal)) <= 1e-6
 
 
+def test_fewer_queries_than_keys_attend_to_all(pieces):
+    q, k, v = normal(B, H, 4, D), normal(B, H, N, D), normal(B, H, N, D + 1)[..., :D]
+    assert far(ops.attention(*single(q, k, v)), exact_attention(q, k, v)) <= 1e-6
+
+
+@pytest.mark.parametrize("level", [-3e7, -5e5, 5e5, 3e7])
+def test_scores_far_from_zero_are_weighed_by_their_differences(x86, level):
+    q, k, v = np.ones((1, 1, 1, 1)), np.array([0.0, 8.0, 16.0]).reshape(1, 1, 3, 1) + level, normal(1, 1, 3, 1)
+    assert far(ops.attention(*single(q, k, v)), exact_attention(q, k, v)) <= 1e-2  # float32 holds such scores to 1
+
+
+@pytest.mark.parametrize("part", ["queries", "keys", "values", "gate", "up"])
+def test_what_is_not_a_number_stays_so(spelling, part):
+    inputs = dict(zip(("queries", "keys", "values"), single(*(normal(1, 1, N, D) for _ in range(3))), strict=True))
+    gates = dict(zip(("gate", "up"), single(normal(1, N, D), normal(1, N, D)), strict=True))
+    for given in (inputs, gates):
+        if part in given:
+            given[part] = mx.where(mx.arange(N)[:, None] == 2, float("nan"), given[part])
+    found = ops.attention(**inputs) if part in inputs else ops.swiglu(**gates)
+    assert np.isnan(np.array(found)).any()
+
+
 def test_one_query_attends_to_all_tokens(spelling):
     q, k, v = normal(B, H, 1, D), normal(B, H, N, D), normal(B, H, N, D + 1)[..., :D]
     found = ops.attention(*single(q, k, v))
@@ -109,6 +123,11 @@ def test_swiglu_in_pieces_is_swiglu(pieces):
     assert far(found, exact_swiglu(gate, up)) <= 1e-6
 
 
+def test_powers_of_two_are_right_to_their_last_digits(x86):
+    x = np.random.default_rng(0).uniform(-126, 127, 100_003).astype(np.float32)
+    assert np.abs(np.array(ops._exp2(mx.array(x))) / 2.0 ** x.astype(np.float64) - 1).max() <= 2.5e-7
+
+
 def test_gates_far_from_zero_stay_finite(spelling):
     gate, up = single(np.array([[[-200.0, -89.0, 0.0, 89.0, 200.0]]]), np.ones((1, 1, 5)))
     assert np.allclose(np.array(ops.swiglu(gate, up)), [0, 0, 0, 89, 200], atol=1e-30)
@@ -135,6 +154,17 @@ def test_every_thread_may_use_them(pieces):
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(lambda _: np.array(ops.attention(*single(q, k, v))), range(4)):
             assert far(mx.array(found), exact_attention(q, k, v)) <= 1e-6
+
+
+def slope(function, x):
+    return np.array(mx.grad(lambda x: (function(x) ** 2).sum())(x))
+
+
+def test_they_have_their_derivatives(spelling):
+    q, k, v, gate, up = single(*(normal(B, H, N, D + i)[..., :D] for i in range(5)))
+    softmax = lambda q: mx.softmax(q @ k.swapaxes(-1, -2) / D**0.5, axis=-1) @ v  # noqa: E731
+    assert np.allclose(slope(lambda q: ops.attention(q, k, v), q), slope(softmax, q), rtol=1e-4, atol=1e-5)
+    assert np.allclose(slope(lambda x: ops.swiglu(x, up), gate), slope(lambda x: x * mx.sigmoid(x) * up, gate), 1e-4)
 
 
 def test_compiling_them_changes_nothing(spelling, monkeypatch):

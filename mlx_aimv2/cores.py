@@ -1,0 +1,187 @@
+"""How do the cores of a CPU share a forward pass, when MLX's CPU backend runs each operation on one of them?
+
+Only its matrix products may use several, if the BLAS behind them does. So there are two ways, by what that BLAS does:
+
+- It has one thread, as OpenBLAS with OPENBLAS_NUM_THREADS=1 and the reference BLAS: each core takes a lane of its own
+  through all blocks, some of the pictures or some of the tokens. Lanes wait for each other in attention alone, and
+  there only if they share a picture. On few cores this is the faster way.
+- It has several threads: products use all cores already, and `in_pieces` shares what lies between them.
+
+A GPU has one lane and no pieces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import mlx.core as mx
+
+PIECE = 1 << 19
+"""Numbers in one piece of work: 2 MB of float32. Larger ones are allocated anew each time, which costs as much."""
+
+WORTH_SHARING = 1 << 16
+"""Below so many numbers, waking another core costs more than it saves."""
+
+LEAST_TOKENS = 64
+"""Of a lane: with so few, a product still has some 85 % of its speed; the rest goes into arranging the weights."""
+
+MOST_LANES = 8
+"""MLX puts some twenty operations side by side and the others behind them; a lane has two or three at a time."""
+
+EVEN_ENOUGH = 1.1
+"""How much longer the longest lane of whole pictures may be than the mean before pictures are cut instead."""
+
+PICTURES, TOKENS = 0, -2
+"""The axes of `(B, N, D)` and `(B, H, N, D/H)` along which lanes are cut."""
+
+T = TypeVar("T")
+
+
+class Block(Protocol):
+    """What `through` asks of a block: the part that each token does alone, and the rest."""
+
+    def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values: `(B, N, D) -> three (B, H, N, D/H)`."""
+
+    def finish(
+        self, x: mx.array, queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False
+    ) -> mx.array:
+        """What the block gives for the tokens that ask: `(B, N, D), three (B, H, N, D/H) -> (B, N, D)`."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Ways for parts of one computation to run side by side: a stream each, None for the one that runs anyway."""
+
+    streams: list[mx.Stream | None]
+    axis: int = TOKENS
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], *, whole: bool = False) -> Lanes:
+        """The lanes for tokens of shape `(B, N, …)`; with `whole` no picture is cut, nor a text."""
+        batch, tokens = shape[0], shape[1]
+        count = min(_cores(), MOST_LANES, batch * tokens // LEAST_TOKENS) if _one_core_multiplies() else 1
+        if whole:
+            count = min(count, batch)
+        if count <= 1:
+            return cls([None])
+        even = math.ceil(batch / count) * count <= EVEN_ENOUGH * batch
+        return cls(_streams()[:count], PICTURES if whole or even else TOKENS)
+
+    def cut(self, x: mx.array) -> list[mx.array]:
+        """One part of `x` for each lane."""
+        if len(self.streams) == 1:
+            return [x]
+        length, count = x.shape[self.axis], len(self.streams)
+        return list(mx.split(x, [i * length // count for i in range(1, count)], axis=self.axis))
+
+    def join(self, parts: Sequence[mx.array]) -> mx.array:
+        """The parts of all lanes as one array."""
+        return parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=self.axis)
+
+    def run(self, work: Callable[..., T], *parts: Sequence[Any]) -> list[T]:
+        """`work` on each lane's own: `parts` has one entry for each lane, for each argument."""
+        results = []
+        for stream, *own in zip(self.streams, *parts, strict=True):
+            with nullcontext() if stream is None else mx.stream(stream):
+                results.append(work(*own))
+        return results
+
+
+def through(blocks: Iterable[Block], x: mx.array, *, causal: bool = False) -> Iterator[mx.array]:
+    """Takes tokens through blocks and yields what each of them gives: `(B, N, D) -> (B, N, D), …`."""
+    lanes = Lanes.of(x.shape, whole=causal)
+    parts = lanes.cut(x)
+    for block in blocks:
+        queries, keys, values = zip(*lanes.run(block.heads, parts), strict=True)
+        if lanes.axis == TOKENS:  # a token attends to those of all lanes
+            keys, values = ((lanes.join(own),) * len(parts) for own in (keys, values))
+        parts = lanes.run(partial(block.finish, causal=causal), parts, queries, keys, values)
+        yield lanes.join(parts)
+
+
+def in_pieces(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row: int) -> mx.array:
+    """`work(*arrays)`, whose rows are independent, some rows at a time; on all cores where lanes do not use them."""
+    rows = arrays[0].shape[0]
+    shared = not _one_core_multiplies() and rows * numbers_per_row >= WORTH_SHARING
+    lanes = Lanes(_streams()[: min(_cores(), MOST_LANES, rows)] if shared else [None], axis=0)
+    step = max(1, PIECE // numbers_per_row)
+
+    def lane(*own: mx.array) -> list[mx.array]:
+        return in_turn(work, [tuple(x[i : i + step] for x in own) for i in range(0, own[0].shape[0], step)])
+
+    done = lanes.run(lane, *(lanes.cut(x) for x in arrays))
+    results = [result for results in done for result in results]
+    return mx.concatenate(results) if len(results) > 1 else results[0]
+
+
+def in_turn(work: Callable[..., mx.array], pieces: Iterable[tuple[Any, ...]]) -> list[mx.array]:
+    """`work` on each piece, one after another: side by side they would need all their memory at once."""
+    results: list[mx.array] = []
+    for first, *others in pieces:
+        if results:
+            first = mx.depends(first, results[-1])
+        results.append(work(first, *others))
+    return results
+
+
+def on_x86_cpu() -> bool:
+    """Whether MLX computes on its CPU backend for x86 by default."""
+    return _is_x86() and mx.default_device().type == mx.DeviceType.cpu
+
+
+def blas_threads() -> int:
+    """Threads with which the BLAS behind MLX's products multiplies; only OpenBLAS is known to have several."""
+    library = openblas()
+    return 1 if library is None else int(library.openblas_get_num_threads())
+
+
+@cache
+def openblas() -> ctypes.CDLL | None:
+    """OpenBLAS, if it is in this process for MLX; NumPy's own has names of its own, so that neither is the other."""
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return None
+    for path in dict.fromkeys(line[line.index("/") :] for line in mapped if "/" in line):
+        if "openblas" in path:
+            with suppress(OSError, AttributeError):
+                library = ctypes.CDLL(path)
+                library.openblas_get_num_threads.restype = ctypes.c_int
+                return library
+    return None
+
+
+_of_thread = threading.local()
+
+
+def _streams() -> list[mx.Stream | None]:
+    """One stream per core; a stream belongs to the thread that made it, so each thread has its own."""
+    if not hasattr(_of_thread, "streams"):
+        others = [mx.new_stream(mx.cpu) for _ in range(_cores() - 1)]
+        _of_thread.streams = [mx.default_stream(mx.cpu), *others]
+    streams: list[mx.Stream | None] = _of_thread.streams
+    return streams
+
+
+def _one_core_multiplies() -> bool:
+    return on_x86_cpu() and blas_threads() == 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")

@@ -1,0 +1,173 @@
+"""Do the cores of a CPU share a forward pass without changing its result?"""
+
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bench, cores, load
+from mlx_aimv2.cores import PICTURES, TOKENS, Lanes
+
+REFERENCE = Path(__file__).parent / "golden" / "reference"
+OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")
+
+FIXED = Aimv2VisionConfig(22, 13, 3, 2, image_size=15, patch_size=5)
+NATIVE = Aimv2VisionConfig(28, 13, 3, 7, patch_size=5, is_native=True)
+
+
+def close(found: mx.array, wanted: mx.array) -> bool:
+    return found.shape == wanted.shape and bool(mx.allclose(found, wanted, rtol=1e-5, atol=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "count", "axis"),
+    [
+        ((1, 256), False, 3, TOKENS),
+        ((1, 150), False, 2, TOKENS),
+        ((1, 127), False, 1, TOKENS),
+        ((3, 256), False, 3, PICTURES),
+        ((4, 256), False, 3, TOKENS),  # two pictures for one lane would be half as much again
+        ((30, 256), False, 3, PICTURES),
+        ((31, 256), False, 3, PICTURES),
+        ((2, 1024), False, 3, TOKENS),
+        ((5, 77), True, 3, PICTURES),
+        ((2, 77), True, 2, PICTURES),
+        ((1, 512), True, 1, TOKENS),
+    ],
+)
+def test_lanes_are_cut_evenly_and_long_enough(three_cores, shape, whole, count, axis):
+    three_cores(blas_threads=1)
+    lanes = Lanes.of((*shape, 7), whole=whole)
+    assert (len(lanes.streams), lanes.axis) == (count, axis)
+    parts = lanes.cut(mx.arange(shape[0] * shape[1]).reshape(*shape, 1))
+    assert len(parts) == count
+    assert mx.array_equal(lanes.join(parts).flatten(), mx.arange(shape[0] * shape[1]))
+
+
+def test_a_blas_of_several_threads_and_a_gpu_leave_one_lane(three_cores, monkeypatch):
+    three_cores(blas_threads=2)
+    assert Lanes.of((8, 256, 7)).streams == [None]
+    three_cores(blas_threads=1)
+    monkeypatch.setattr(cores, "on_x86_cpu", lambda: False)
+    assert Lanes.of((8, 256, 7)).streams == [None]
+
+
+def test_no_more_lanes_than_mlx_runs_side_by_side(three_cores, monkeypatch):
+    three_cores(blas_threads=1)
+    monkeypatch.setattr(cores, "_cores", lambda: 64)
+    assert len(Lanes.of((64, 256, 7)).streams) == cores.MOST_LANES
+
+
+def test_each_lane_is_a_core_of_its_own(three_cores):
+    three_cores(blas_threads=1)
+    lanes = Lanes.of((3, 256, 7))
+    assert lanes.run(lambda: mx.default_stream(mx.cpu)) == lanes.streams
+    assert len({str(stream) for stream in lanes.streams}) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+@pytest.mark.parametrize("config", [FIXED, NATIVE], ids=["fixed", "native"])
+def test_lanes_change_no_feature(three_cores, config, batch):
+    model = Aimv2VisionModel(config)
+    pixels = bench.random_pixels(config, batch=batch, side=25)
+    alone = model(pixels, output_hidden_states=True)
+    mx.eval(alone.last_hidden_state, alone.hidden_states)
+    three_cores(blas_threads=1, LEAST_TOKENS=1)
+    shared = model(pixels, output_hidden_states=True)
+    assert close(shared.last_hidden_state, alone.last_hidden_state)
+    assert all(map(close, shared.hidden_states, alone.hidden_states))
+
+
+@pytest.mark.parametrize("blas_threads", [1, 4])
+def test_lanes_and_pieces_change_no_match_of_pictures_and_words(three_cores, blas_threads):
+    model, _ = load(REFERENCE / "lit")
+    with np.load(REFERENCE / "lit" / "expected.npz") as expected:
+        pixels = mx.array(expected["pixel_values"].transpose(0, 2, 3, 1))
+        ids, logits = mx.array(expected["input_ids"]), expected["logits_per_image"]
+    three_cores(blas_threads=blas_threads, LEAST_TOKENS=1, WORTH_SHARING=1, PIECE=50)
+    assert np.allclose(np.array(model(pixels, ids).logits_per_image), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_block_is_shared_too(three_cores):
+    block, x = Aimv2VisionModel(FIXED).blocks[1], mx.random.normal((1, 7, 22))
+    alone = block(x)
+    mx.eval(alone)
+    three_cores(blas_threads=1, LEAST_TOKENS=1)
+    assert close(block(x), alone)
+
+
+def test_gradients_pass_through_lanes(three_cores):
+    model, pixels = Aimv2VisionModel(FIXED), bench.random_pixels(FIXED, batch=1)
+    slope = mx.grad(lambda pixels: model(pixels).last_hidden_state.square().sum())
+    alone = slope(pixels)
+    mx.eval(alone)
+    three_cores(blas_threads=1, LEAST_TOKENS=1)
+    assert bool(mx.allclose(slope(pixels), alone, rtol=1e-4, atol=1e-5))
+
+
+def test_every_thread_has_its_own_lanes(three_cores):
+    model = Aimv2VisionModel(FIXED)
+    mx.eval(model.parameters())
+    pictures = [bench.random_pixels(FIXED, batch=1 + i) for i in range(4)]
+    alone = [np.array(model(pixels).last_hidden_state) for pixels in pictures]
+    three_cores(blas_threads=1, LEAST_TOKENS=1)
+    with ThreadPoolExecutor(2) as pool:
+        for found, wanted in zip(
+            pool.map(lambda x: np.array(model(x).last_hidden_state), pictures), alone, strict=True
+        ):
+            assert np.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("blas_threads", [1, 4])
+def test_pieces_are_all_rows_in_their_order(three_cores, blas_threads):
+    three_cores(blas_threads=blas_threads, PIECE=26, WORTH_SHARING=1)
+    x, y = mx.arange(17 * 13).reshape(17, 13), mx.arange(17).reshape(17, 1)
+    assert mx.array_equal(cores.in_pieces(lambda x, y: x * y, x, y, numbers_per_row=13), x * y)
+
+
+@pytest.mark.parametrize(("blas_threads", "streams"), [(1, 1), (4, 3)])
+def test_pieces_leave_the_other_cores_to_their_lanes(three_cores, blas_threads, streams):
+    three_cores(blas_threads=blas_threads, WORTH_SHARING=1)
+    seen = set()
+
+    def work(x):
+        seen.add(str(mx.default_stream(mx.cpu)))
+        return x
+
+    cores.in_pieces(work, mx.zeros((17, 1)), numbers_per_row=1)
+    assert len(seen) == streams
+
+
+def test_pieces_wait_for_each_other(tmp_path):
+    results = cores.in_turn(lambda x: x + 1, [(mx.arange(3),), (mx.arange(3, 6),), (mx.arange(6, 9),)])
+    graph = tmp_path / "graph.dot"
+    mx.export_to_dot(str(graph), results[-1])
+    assert graph.read_text().count("Depends") == 2
+    assert mx.concatenate(results).tolist() == list(range(1, 10))
+
+
+def blas_of(**environment: str) -> str:
+    code = (
+        "import mlx.core, numpy; from mlx_aimv2 import cores; print(cores.openblas() is not None, cores.blas_threads())"
+    )
+    clean = {key: value for key, value in os.environ.items() if key not in ("LD_PRELOAD", "OPENBLAS_NUM_THREADS")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.skipif(not OPENBLAS.exists() or cores._cores() < 2, reason="needs OpenBLAS installed, and two cores")
+def test_openblas_and_its_threads_are_found():
+    assert blas_of(LD_PRELOAD=str(OPENBLAS), OPENBLAS_NUM_THREADS="1") == "True 1"
+    assert blas_of(LD_PRELOAD=str(OPENBLAS), OPENBLAS_NUM_THREADS="2") == "True 2"
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="asks what is mapped into a Linux process")
+def test_numpys_openblas_is_not_taken_for_mlxs():
+    assert blas_of() == "False 1"
