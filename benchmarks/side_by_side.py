@@ -1,10 +1,11 @@
-"""Are we as fast as transformers on torch, on this machine, with the same weights and the same pixels?
+"""Are we as fast as others on this machine, with the same weights and the same pixels?
 
-`python -m benchmarks.side_by_side [SIZE …] [--batch B …] [--dtype …] [--rounds N] [--runs N] [--cpu]`, with the extra
-`parity` installed. Each contender runs in a process of its own, in turn, `rounds` times: what disturbs one disturbs the
-other. The ratio is ours over torch's in each round, its median over the rounds; below 1 we are faster. The features of
-both are compared. On a Mac torch runs on MPS, beside an NVIDIA GPU on CUDA, elsewhere and with --cpu on the CPU; there
-our process multiplies with OpenBLAS where it is installed. The table is Markdown.
+`python -m benchmarks.side_by_side [SIZE …] [--beside transformers apple timm] [--batch B …] [--dtype …] [--rounds N]
+[--runs N] [--cpu]`, with the extra `parity` installed for transformers; how the others are installed is in README.md
+here. Each contender runs in a process of its own, in turn, `rounds` times: what disturbs one disturbs the other. The
+ratio is ours over theirs in each round, its median over the rounds; below 1 we are faster. The features are compared.
+On a Mac torch runs on MPS, beside an NVIDIA GPU on CUDA, elsewhere and with --cpu on the CPU; there MLX multiplies with
+OpenBLAS where it is installed, in one thread on few cores, as README.md says. The table is Markdown.
 """
 
 import argparse
@@ -15,12 +16,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
-CONTENDERS = ("mlx_aimv2", "transformers")
+from benchmarks.contenders import CONTENDERS, numbers
+from mlx_aimv2.cores import MOST_LANES
+
+OURS = "mlx_aimv2"
+ON_MLX = (OURS, "apple")
+DISTRIBUTIONS = {"transformers": ("torch", "transformers"), "timm": ("torch", "timm"), "apple": ("aim-v2",)}
 OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")
 
 
@@ -57,56 +64,26 @@ def pixels(folder: Path, batch: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
 
 
-def time_mlx_aimv2(folder: Path, batch: int, dtype: str, runs: int, cpu: bool) -> tuple[list[float], np.ndarray]:
-    """Seconds of each run and the features, ours."""
-    import time
-
-    import mlx.core as mx
-
-    from mlx_aimv2 import load
-
-    if cpu:
-        mx.set_default_device(mx.cpu)
-    model, _ = load(folder, dtype=dtype)
-    given = mx.array(pixels(folder, batch).transpose(0, 2, 3, 1)).astype(model.dtype)
+def measure(
+    contender: str, folder: Path, batch: int, dtype: str, runs: int, cpu: bool
+) -> tuple[list[float], np.ndarray]:
+    """Seconds of each run after the first, and the features."""
+    encode = CONTENDERS[contender](folder, pixels(folder, batch), dtype, cpu)
     seconds = []
     for _ in range(runs + 1):
         began = time.perf_counter()
-        features = model(given).last_hidden_state
-        mx.eval(features)
+        features = encode()
         seconds.append(time.perf_counter() - began)
-    return seconds[1:], np.array(features.astype(mx.float32))
-
-
-def time_transformers(folder: Path, batch: int, dtype: str, runs: int, cpu: bool) -> tuple[list[float], np.ndarray]:
-    """Seconds of each run and the features, transformers' with torch's fused attention."""
-    import time
-
-    import torch
-    from transformers import Aimv2VisionModel
-
-    device = "cpu"
-    if not cpu:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
-    kind = getattr(torch, dtype)
-    model = Aimv2VisionModel.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(device).eval()
-    given = torch.from_numpy(pixels(folder, batch)).to(device, kind)
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(runs + 1):
-            began = time.perf_counter()
-            features = model(given).last_hidden_state
-            wait()
-            seconds.append(time.perf_counter() - began)
-    return seconds[1:], features.float().cpu().numpy()
+    return seconds[1:], numbers(features)
 
 
 def in_process(contender: str, folder: Path, batch: int, dtype: str, runs: int, cpu: bool) -> list[float]:
     """Runs one contender in a fresh process: seconds of each run."""
     environment = dict(os.environ)
-    if contender == "mlx_aimv2" and OPENBLAS.exists():
+    if contender in ON_MLX and OPENBLAS.exists():
         environment["LD_PRELOAD"] = str(OPENBLAS)
+    if contender == OURS and (os.cpu_count() or 1) <= MOST_LANES:
+        environment["OPENBLAS_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.side_by_side", "--contender", contender, "--folder", str(folder)]
     command += ["--batch", str(batch), "--dtype", dtype, "--runs", str(runs), *(["--cpu"] if cpu else [])]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -115,36 +92,54 @@ def in_process(contender: str, folder: Path, batch: int, dtype: str, runs: int, 
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def compare(folder: Path, size: str, batch: int, dtype: str, arguments: argparse.Namespace) -> str:
-    """One line of the table."""
-    times = {name: [] for name in CONTENDERS}
+def compare(folder: Path, size: str, batch: int, dtype: str, arguments: argparse.Namespace) -> list[str]:
+    """The lines of the table for one size, dtype and batch, one for each that we stand beside."""
+    times: dict[str, list[list[float]]] = {name: [] for name in (OURS, *arguments.beside)}
     for _ in range(arguments.rounds):
-        for name in CONTENDERS:
-            times[name].append(in_process(name, folder, batch, dtype, arguments.runs, arguments.cpu))
+        for name, rounds in times.items():
+            rounds.append(in_process(name, folder, batch, dtype, arguments.runs, arguments.cpu))
         print(size, batch, dtype, {name: f"{min(rounds[-1]):.3f} s" for name, rounds in times.items()}, file=sys.stderr)
     medians = {name: [statistics.median(seconds) for seconds in rounds] for name, rounds in times.items()}
-    ratios = [ours / theirs for ours, theirs in zip(*medians.values(), strict=True)]
-    fastest = {name: min(map(min, rounds)) for name, rounds in times.items()}
-    ours, theirs = (np.load(folder / f"{name}.npy") for name in CONTENDERS)
-    cells = [size, dtype, batch, *(f"{statistics.median(medians[name]) * 1e3:.0f}" for name in CONTENDERS)]
-    cells += [f"{statistics.median(ratios):.2f}", *(f"{fastest[name] * 1e3:.0f}" for name in CONTENDERS)]
-    cells += [f"{fastest['mlx_aimv2'] / fastest['transformers']:.2f}"]
-    cells += [f"{np.linalg.norm(ours - theirs) / np.linalg.norm(theirs):.1e}"]
-    return f"| {' | '.join(map(str, cells))} |"
+    least = {name: min(map(min, rounds)) for name, rounds in times.items()}
+    features = {name: np.load(folder / f"{name}.npy") for name in times}
+    lines = []
+    for name in arguments.beside:
+        ratios = [ours / theirs for ours, theirs in zip(medians[OURS], medians[name], strict=True)]
+        far = np.linalg.norm(features[OURS] - features[name]) / np.linalg.norm(features[name])
+        cells = [size, dtype, batch, name, *(f"{statistics.median(medians[who]) * 1e3:.0f}" for who in (OURS, name))]
+        cells += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        cells += [
+            *(f"{least[who] * 1e3:.0f}" for who in (OURS, name)),
+            f"{least[OURS] / least[name]:.2f}",
+            f"{far:.1e}",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
-def machine() -> str:
+def machine(beside: list[str]) -> str:
     """Processor, cores and versions, for the line above the table."""
     from mlx_aimv2 import device
 
     on = device.machine()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return f"{on.chip} ({on.kind}), {os.cpu_count()} cores; mlx {device.mlx_build()}, {versions}"
+    names = dict.fromkeys(name for contender in beside for name in DISTRIBUTIONS[contender])
+    versions = [f"{name} {_version(name)}" for name in names]
+    return f"{on.chip} ({on.kind}), {os.cpu_count()} cores; {', '.join([f'mlx {device.mlx_build()}', *versions])}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "from source"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="mlx_aimv2 and transformers on torch, side by side")
+    parser = argparse.ArgumentParser(description="mlx_aimv2 and others, side by side")
     parser.add_argument("sizes", nargs="*", default=["large-patch14-224"], metavar="SIZE")
+    parser.add_argument(
+        "--beside", nargs="+", default=["transformers"], choices=[name for name in CONTENDERS if name != OURS]
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -154,22 +149,24 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
-        run = {"mlx_aimv2": time_mlx_aimv2, "transformers": time_transformers}[arguments.contender]
-        seconds, features = run(arguments.folder, arguments.batch[0], arguments.dtype[0], arguments.runs, arguments.cpu)
-        np.save(arguments.folder / f"{arguments.contender}.npy", features)
+        who, folder = arguments.contender, arguments.folder
+        batch, dtype = arguments.batch[0], arguments.dtype[0]
+        seconds, features = measure(who, folder, batch, dtype, arguments.runs, arguments.cpu)
+        np.save(folder / f"{who}.npy", features)
         print(json.dumps(seconds))
         return
-    print(machine() + f"; {arguments.rounds} rounds of {arguments.runs} runs\n")
+    print(machine(arguments.beside) + f"; {arguments.rounds} rounds of {arguments.runs} runs\n")
     print(
-        "| model | dtype | pictures | ours, ms | torch, ms | ratio | our least | torch's least | ratio | difference |"
+        "| model | dtype | pictures | beside | ours, ms | theirs, ms | ratio | in the rounds "
+        "| our least | their least | ratio | difference |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|" + "---|" * 12)
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as place:
             write_checkpoint(Path(place), size)
             for dtype in arguments.dtype:
                 for batch in arguments.batch:
-                    print(compare(Path(place), size, batch, dtype, arguments), flush=True)
+                    print(*compare(Path(place), size, batch, dtype, arguments), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
