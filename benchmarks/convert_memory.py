@@ -11,7 +11,6 @@ conversion is run once before, untimed, for that.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -22,13 +21,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_aimv2 import Aimv2Processor, Aimv2VisionConfig, tensorfile
+from mlx_aimv2 import Aimv2Processor, bench, export, tensorfile
+from mlx_aimv2 import folder as folders
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.names import layout_for
 from mlx_aimv2.preprocessing import published
-
-SIZES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
-"""Name -> width, width of the feed-forward, heads; 24 blocks and pictures of 224 pixels in all of them."""
 
 CASES = {
     "float16": ["--dtype", "float16"],
@@ -39,21 +36,10 @@ CHUNK = 16 << 20
 
 def write_checkpoint(folder: Path, size: str) -> Path:
     """A checkpoint of random numbers in Apple's layout, one tensor after another."""
-    hidden, intermediate, heads = SIZES[size]
-    config = Aimv2VisionConfig(hidden, intermediate, 24, heads)
+    config = bench.released_config(f"{size}-patch14-224")
     shapes = layout_for("apple", pair=False).their_shapes(parameter_shapes(build(config)))
     folder.mkdir(parents=True, exist_ok=True)
-    spelled = {
-        "model_type": "aimv2",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_hidden_layers": 24,
-        "image_size": 224,
-        "patch_size": 14,
-        "rms_norm_eps": 1e-5,
-    }
-    (folder / "config.json").write_text(json.dumps(spelled))
+    folders.save_config(folder, export.config_for(config, "apple"))
     Aimv2Processor(published(224)).save_to(folder)
     tensors = {name: mx.random.normal(shape, scale=0.02) for name, shape in shapes.items()}
     tensorfile.write(folder / "model.safetensors", tensors, metadata={"format": "pt"})
@@ -90,7 +76,7 @@ def copy_bytes(source: Path, target: Path, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=list(SIZES), default="3B")
+    parser.add_argument("--size", choices=list(bench.SIZES), default="3B")
     parser.add_argument("--keep", action="store_true", help="do not remove the checkpoint afterwards")
     arguments = parser.parse_args()
     source = arguments.folder / f"synthetic-{arguments.size}"

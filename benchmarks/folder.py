@@ -1,10 +1,11 @@
-"""What does embedding a folder cost beside decoding and encoding alone, and does memory stay level?
+"""What does embedding a folder cost beside decoding and encoding alone, and how does that grow with its pictures?
 
-python -m benchmarks.folder [--pictures 10000] [--side 320] [--model FOLDER] [--threads N] [--rounds 3]
+python -m benchmarks.folder [--pictures 100 1000 10000] [--side 320] [--model FOLDER] [--threads N] [--rounds 3]
 
-Makes a folder of JPEG pictures and, in a new process for each round, measures three things in turns: the files decoded
-by the same threads with nothing else to do; the model alone on batches that are ready; and `embed` into an index, from
-the list of files to the last commit. Memory is what the process holds after 1,000 pictures and at the end.
+Makes a folder of JPEG pictures, adds to it until it has each of these numbers and, in a new process for each round,
+measures three things in turns: the files decoded by the same threads with nothing else to do; the model alone on
+batches that are ready; and `embed` into an index, from the list of files to the last commit. Memory is what the process
+holds after 1,000 pictures and at the end. The table is Markdown, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_aimv2 import device
 from mlx_aimv2.bundled import ASSETS
 from mlx_aimv2.decoding import Decoder
 from mlx_aimv2.embed import embed_sheets, sheets_of
@@ -39,11 +40,17 @@ from mlx_aimv2.updating import Plan, Update
 KINDS = ("decode", "model", "embed")
 
 
-def make(folder: Path, count: int, side: int) -> None:
-    """Fills a folder with pictures of soft random colours, a third of them upright, a third lying."""
-    random = np.random.default_rng(0)
+HEAD = (
+    "| pictures | decode, s | model, s | embed, s | ms per picture | beside the larger of both "
+    "| processor time beside the sum of both | MB after 1,000 | MB at the end |\n" + "|---" * 9 + "|"
+)
+
+
+def make(folder: Path, numbers: range, side: int) -> None:
+    """Adds pictures of soft random colours to a folder, a third of them upright, a third lying."""
+    random = np.random.default_rng(numbers.start)
     sizes = ((side, side), (side, side * 3 // 4), (side * 3 // 4, side))
-    for number in range(count):
+    for number in numbers:
         low = Image.fromarray(random.integers(0, 256, (7, 7, 3), np.uint8))
         low.resize(sizes[number % 3], Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=88)
 
@@ -67,7 +74,7 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
     works: dict[str, Callable[[], dict[str, float]]] = {
         "decode": lambda: _decode(Decoder(processor), files, threads),
         "model": lambda: _encode(lambda: pooling(model, batch), len(sheets)),
-        "embed": lambda: _embed(folder, sheets, model, processor, pooling, threads),
+        "embed": lambda: _embed(sheets, model, processor, pooling, threads),
     }
     start, processor_start = time.perf_counter(), time.process_time()
     memory = works[kind]()
@@ -91,65 +98,71 @@ def _encode(work: Callable[[], mx.array], count: int) -> dict[str, float]:
     return {}
 
 
-def _embed(folder, sheets, model, processor, pooling, threads) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    target = folder / "pictures.db"
-    target.unlink(missing_ok=True)
-
-    def create() -> IndexWriter:
-        return IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16")
-
-    update = Update(Plan(sheets=sheets), None, create)
+def _embed(sheets, model, processor, pooling, threads) -> dict[str, float]:  # type: ignore[no-untyped-def]
     memory: dict[str, float] = {}
     done = 0
-    for sheet in embed_sheets(sheets, model, processor, pooling=pooling, threads=threads):
-        update.take(sheet)
-        done += len(sheet)
-        if done >= 1000:
-            memory.setdefault("MB after 1,000", resident())
-    update.finish()
-    return memory | {"MB at the end": resident()}
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def create() -> IndexWriter:
+            target = Path(temporary) / "pictures.db"
+            return IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16")
+
+        update = Update(Plan(sheets=sheets), None, create)
+        for sheet in embed_sheets(sheets, model, processor, pooling=pooling, threads=threads):
+            update.take(sheet)
+            done += len(sheet)
+            if done >= 1000:
+                memory.setdefault("MB after 1,000", resident())
+        update.finish()
+        return memory | {"MB at the end": resident()}
 
 
 def main() -> None:
-    """Makes the folder and prints the comparison."""
+    """Makes the folder and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--pictures", nargs="+", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--side", type=int, default=320)
     parser.add_argument("--model", default=str(ASSETS / "digits"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="use these pictures")
+    parser.add_argument("--folder", type=Path, help="use these pictures, which stay as they are")
     parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments.folder, arguments.model, arguments.threads)))
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        if arguments.folder is None:
-            make(folder, arguments.pictures, arguments.side)
-        rounds = [{kind: _in_process(kind, folder, arguments) for kind in KINDS} for _ in range(arguments.rounds)]
-    count = len(list_pictures([folder]).files) or arguments.pictures
+    on = device.machine()
     print(
-        f"{count} pictures, {arguments.threads} threads that decode, {os.cpu_count()} cores of {platform.machine()}, "
-        f"MLX {mx.__version__} on {mx.default_device()}"
+        f"{on.chip} ({on.kind}), {os.cpu_count()} cores; mlx {device.mlx_build()}; {arguments.threads} threads decode"
     )
-    for kind in KINDS:
-        wall, processor = (
-            statistics.median(one[kind][unit] for one in rounds) for unit in ("seconds", "processor seconds")
-        )
-        print(f"{kind:<8}{wall:8.2f} s {count / wall:9.1f} pictures a second {processor:8.2f} s of processor time")
-    ratios = [one["embed"]["seconds"] / max(one["decode"]["seconds"], one["model"]["seconds"]) for one in rounds]
-    print(f"embed / the larger of both, each round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    print(f"{Path(arguments.model).name}, {arguments.rounds} rounds\n\n{HEAD}", flush=True)
+    if arguments.folder:
+        _row(arguments.folder, arguments)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        made = 0
+        for count in sorted(arguments.pictures):
+            make(Path(temporary), range(made, count), arguments.side)
+            made = count
+            _row(Path(temporary), arguments)
+
+
+def _row(folder: Path, arguments: argparse.Namespace) -> None:
+    """Measures one folder and prints its line of the table."""
+    rounds = [{kind: _in_process(kind, folder, arguments) for kind in KINDS} for _ in range(arguments.rounds)]
+    count = len(list_pictures([folder]).files)
+    seconds = {kind: statistics.median(one[kind]["seconds"] for one in rounds) for kind in KINDS}
+    wall = [one["embed"]["seconds"] / max(one[kind]["seconds"] for kind in ("decode", "model")) for one in rounds]
     effort = [
         one["embed"]["processor seconds"] / sum(one[kind]["processor seconds"] for kind in ("decode", "model"))
         for one in rounds
     ]
-    print(f"processor time, embed / the sum of both: {', '.join(f'{ratio:.2f}' for ratio in effort)}")
-    early, late = (
-        statistics.median(one["embed"][key] for one in rounds) for key in ("MB after 1,000", "MB at the end")
-    )
-    print(f"memory: {early:.0f} MB after 1,000 pictures, {late:.0f} MB at the end, {late / early - 1:+.1%}")
+    cells = [f"{count:,}", *(f"{seconds[kind]:.2f}" for kind in KINDS), f"{seconds['embed'] / count * 1e3:.2f}"]
+    cells += [f"{statistics.median(ratios):.2f}" for ratios in (wall, effort)]
+    for key in ("MB after 1,000", "MB at the end"):
+        held = [one["embed"][key] for one in rounds if key in one["embed"]]
+        cells.append(f"{statistics.median(held):.0f}" if held else "")
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def _in_process(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:

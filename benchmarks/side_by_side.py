@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,14 @@ from benchmarks.contenders import CONTENDERS, numbers
 from mlx_aimv2.cores import MOST_LANES
 
 OURS = "mlx_aimv2"
+OTHERS = tuple(name for name in CONTENDERS if name != OURS)
+DTYPES = ("float32", "float16", "bfloat16")
 ON_MLX = (OURS, "apple")
 DISTRIBUTIONS = {"transformers": ("torch", "transformers"), "timm": ("torch", "timm"), "apple": ("aim-v2",)}
+HEAD = (
+    "| model | dtype | pictures | beside | ours, ms | theirs, ms | ratio | in the rounds "
+    "| our least | their least | ratio | difference |\n" + "|---" * 12 + "|"
+)
 OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")
 
 
@@ -77,44 +84,61 @@ def measure(
     return seconds[1:], numbers(features)
 
 
+def environment(contender: str) -> dict[str, str]:
+    """This process's, and OpenBLAS for MLX where it is installed, with as many threads as suit the contender best."""
+    variables = dict(os.environ)
+    if contender in ON_MLX and OPENBLAS.exists():
+        variables["LD_PRELOAD"] = str(OPENBLAS)
+    if contender == OURS and (os.cpu_count() or 1) <= MOST_LANES:
+        variables["OPENBLAS_NUM_THREADS"] = "1"
+    return variables
+
+
 def in_process(contender: str, folder: Path, batch: int, dtype: str, runs: int, cpu: bool) -> list[float]:
     """Runs one contender in a fresh process: seconds of each run."""
-    environment = dict(os.environ)
-    if contender in ON_MLX and OPENBLAS.exists():
-        environment["LD_PRELOAD"] = str(OPENBLAS)
-    if contender == OURS and (os.cpu_count() or 1) <= MOST_LANES:
-        environment["OPENBLAS_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.side_by_side", "--contender", contender, "--folder", str(folder)]
     command += ["--batch", str(batch), "--dtype", dtype, "--runs", str(runs), *(["--cpu"] if cpu else [])]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment(contender), capture_output=True, text=True, check=False)
     if finished.returncode:
         sys.exit(f"{contender} failed:\n{finished.stderr}")
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def compare(folder: Path, size: str, batch: int, dtype: str, arguments: argparse.Namespace) -> list[str]:
-    """The lines of the table for one size, dtype and batch, one for each that we stand beside."""
-    times: dict[str, list[list[float]]] = {name: [] for name in (OURS, *arguments.beside)}
-    for _ in range(arguments.rounds):
-        for name, rounds in times.items():
-            rounds.append(in_process(name, folder, batch, dtype, arguments.runs, arguments.cpu))
-        print(size, batch, dtype, {name: f"{min(rounds[-1]):.3f} s" for name, rounds in times.items()}, file=sys.stderr)
-    medians = {name: [statistics.median(seconds) for seconds in rounds] for name, rounds in times.items()}
-    least = {name: min(map(min, rounds)) for name, rounds in times.items()}
-    features = {name: np.load(folder / f"{name}.npy") for name in times}
-    lines = []
-    for name in arguments.beside:
-        ratios = [ours / theirs for ours, theirs in zip(medians[OURS], medians[name], strict=True)]
-        far = np.linalg.norm(features[OURS] - features[name]) / np.linalg.norm(features[name])
-        cells = [size, dtype, batch, name, *(f"{statistics.median(medians[who]) * 1e3:.0f}" for who in (OURS, name))]
-        cells += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-        cells += [
-            *(f"{least[who] * 1e3:.0f}" for who in (OURS, name)),
-            f"{least[OURS] / least[name]:.2f}",
-            f"{far:.1e}",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+def print_table(
+    sizes: list[str], dtypes: list[str], batches: list[int], *, beside: list[str], rounds: int, runs: int, cpu: bool
+) -> None:
+    """Measures every size, dtype and batch, and prints the table as it grows."""
+    print(HEAD, flush=True)
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            write_checkpoint(folder, size)
+            for dtype, batch in product(dtypes, batches):
+                times: dict[str, list[list[float]]] = {name: [] for name in (OURS, *beside)}
+                for _ in range(rounds):
+                    for name, so_far in times.items():
+                        so_far.append(in_process(name, folder, batch, dtype, runs, cpu))
+                    last = {name: f"{min(so_far[-1]):.3f} s" for name, so_far in times.items()}
+                    print(size, batch, dtype, last, file=sys.stderr)
+                features = {name: np.load(folder / f"{name}.npy") for name in times}
+                for name in beside:
+                    cells = [size, dtype, str(batch), name, *_cells(times[OURS], times[name])]
+                    far = np.linalg.norm(features[OURS] - features[name]) / np.linalg.norm(features[name])
+                    print(f"| {' | '.join([*cells, f'{far:.1e}'])} |", flush=True)
+
+
+def _cells(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
+    """The seconds of both in every run of every round, as medians, ratios of the rounds, and least times."""
+    medians = [[statistics.median(seconds) for seconds in rounds] for rounds in (ours, theirs)]
+    ratios = [mine / other for mine, other in zip(*medians, strict=True)]
+    least = [min(map(min, rounds)) for rounds in (ours, theirs)]
+    return [
+        *(f"{statistics.median(of_rounds) * 1e3:.0f}" for of_rounds in medians),
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        *(f"{seconds * 1e3:.0f}" for seconds in least),
+        f"{least[0] / least[1]:.2f}",
+    ]
 
 
 def machine(beside: list[str]) -> str:
@@ -137,11 +161,9 @@ def _version(distribution: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="mlx_aimv2 and others, side by side")
     parser.add_argument("sizes", nargs="*", default=["large-patch14-224"], metavar="SIZE")
-    parser.add_argument(
-        "--beside", nargs="+", default=["transformers"], choices=[name for name in CONTENDERS if name != OURS]
-    )
+    parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cpu", action="store_true")
@@ -156,17 +178,15 @@ def main() -> None:
         print(json.dumps(seconds))
         return
     print(machine(arguments.beside) + f"; {arguments.rounds} rounds of {arguments.runs} runs\n")
-    print(
-        "| model | dtype | pictures | beside | ours, ms | theirs, ms | ratio | in the rounds "
-        "| our least | their least | ratio | difference |"
+    print_table(
+        arguments.sizes,
+        arguments.dtype,
+        arguments.batch,
+        beside=arguments.beside,
+        rounds=arguments.rounds,
+        runs=arguments.runs,
+        cpu=arguments.cpu,
     )
-    print("|" + "---|" * 12)
-    for size in arguments.sizes:
-        with tempfile.TemporaryDirectory() as place:
-            write_checkpoint(Path(place), size)
-            for dtype in arguments.dtype:
-                for batch in arguments.batch:
-                    print(*compare(Path(place), size, batch, dtype, arguments), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

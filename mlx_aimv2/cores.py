@@ -41,6 +41,10 @@ MOST_LANES = 8
 EVEN_ENOUGH = 1.1
 """How much longer the longest lane of whole pictures may be than the mean before pictures are cut instead."""
 
+CACHE, MLX_CACHE = 1 << 28, 1 << 25
+"""Bytes of freed memory that MLX keeps for what comes next: ours, and its own limit, with which a pass over four
+pictures of 224 pixels takes 40,000 pages anew from the system, and 5 to 10 % longer."""
+
 PICTURES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which lanes are cut."""
 
@@ -100,6 +104,8 @@ class Lanes:
 
 def through(blocks: Iterable[Block], x: mx.array, *, causal: bool = False) -> Iterator[mx.array]:
     """Takes tokens through blocks and yields what each of them gives: `(B, N, D) -> (B, N, D), …`."""
+    if on_x86_cpu():
+        _keep_memory()
     lanes = Lanes.of(x.shape, whole=causal)
     parts = lanes.cut(x)
     for block in blocks:
@@ -160,6 +166,14 @@ def openblas() -> ctypes.CDLL | None:
                 library.openblas_get_num_threads.restype = ctypes.c_int
                 return library
     return None
+
+
+@cache
+def _keep_memory() -> None:
+    """Raises MLX's limit once, unless somebody has set one of their own."""
+    before = mx.set_cache_limit(CACHE)
+    if before != MLX_CACHE:
+        mx.set_cache_limit(before)
 
 
 _of_thread = threading.local()

@@ -152,6 +152,34 @@ def test_pieces_wait_for_each_other(tmp_path):
     assert mx.concatenate(results).tolist() == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    ("before", "x86", "after"),
+    [
+        (cores.MLX_CACHE, True, cores.CACHE),
+        (cores.MLX_CACHE, False, cores.MLX_CACHE),
+        (123, True, 123),
+        (1 << 30, True, 1 << 30),
+    ],
+)
+def test_more_freed_memory_is_kept_unless_somebody_has_said_how_much(monkeypatch, before, x86, after):
+    monkeypatch.setattr(cores, "on_x86_cpu", lambda: x86)
+    cores._keep_memory.cache_clear()
+    limit = mx.set_cache_limit(before)
+    try:
+        for _ in range(2):
+            list(cores.through([], mx.zeros((1, 1, 1))))
+        assert mx.set_cache_limit(limit) == after
+    finally:
+        mx.set_cache_limit(limit)
+
+
+@pytest.mark.skipif(not cores.on_x86_cpu(), reason="other backends have other limits, and keep them")
+def test_what_mlx_keeps_by_itself_is_known():
+    asked = "import mlx.core as mx; print(mx.set_cache_limit(0))"
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert int(found) == cores.MLX_CACHE
+
+
 def blas_of(**environment: str) -> str:
     code = (
         "import mlx.core, numpy; from mlx_aimv2 import cores; print(cores.openblas() is not None, cores.blas_threads())"

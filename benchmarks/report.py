@@ -1,0 +1,79 @@
+"""What do the speed benchmarks say about this machine, as one page?
+
+`python -m benchmarks.report [SIZE …] [--dtype …] [--batch B …] [--beside NAME …] [--rounds N] [--runs N]`: for each
+size, how near it comes to the machine's bare matrix products, which is what `mlx-aimv2 bench` measures, and how fast it
+is beside others, as `side_by_side` says. Without arguments it takes what suits the kind of machine: on a GPU large at
+224 and 448 and 3B at 448 pixels in both half precisions, on a CPU large in float32. The page is Markdown, for
+`results/NAME.md`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks import side_by_side
+from mlx_aimv2 import device
+from mlx_aimv2.commands.bench import DEFAULT_DTYPES
+
+SIZES = ("large-patch14-224", "large-patch14-448", "3B-patch14-448")
+SIZES_ON_CPU = SIZES[:2]
+
+HEAD = (
+    "| model | dtype | pictures | tokens each | ms | pictures a second | peak above the weights, MB | GFLOP/s "
+    "| of the bare products |\n" + "|---" * 9 + "|"
+)
+
+
+def bench(size: str, dtypes: list[str], batches: list[int], *, runs: int) -> dict[str, Any]:
+    """What `mlx-aimv2 bench` says of a size, in a process that multiplies as the side by side does."""
+    command = [sys.executable, "-m", "mlx_aimv2", "bench", "--random", size, "--json", "--runs", str(runs)]
+    command += ["--dtype", *dtypes, "--batch", *map(str, batches)]
+    environment = side_by_side.environment(side_by_side.OURS)
+    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)  # bench has said why
+    found: dict[str, Any] = json.loads(finished.stdout)
+    return found
+
+
+def row(size: str, speed: dict[str, Any]) -> str:
+    """A line of the table of forward passes."""
+    cells = [size, speed["dtype"], str(speed["batch"]), str(speed["tokens"]), f"{speed['seconds'] * 1e3:.1f}"]
+    cells += [f"{speed['images_per_second']:.2f}", f"{speed['peak_bytes'] / 1e6:.0f}"]
+    cells += [f"{speed['flops_per_second'] / 1e9:.0f}", f"{speed['fraction_of_bare']:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    on = device.machine()
+    parser = argparse.ArgumentParser(description="the speed benchmarks of this machine, as one page")
+    parser.add_argument("sizes", nargs="*", default=SIZES_ON_CPU if on.kind == "cpu" else SIZES, metavar="SIZE")
+    parser.add_argument("--dtype", nargs="+", default=list(DEFAULT_DTYPES[on.kind]), choices=side_by_side.DTYPES)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4] if on.kind == "cpu" else [1, 16])
+    parser.add_argument("--beside", nargs="+", default=["transformers"], choices=side_by_side.OTHERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5)
+    arguments = parser.parse_args()
+    print(f"# {side_by_side.machine(arguments.beside)}\n\nRandom weights of the released sizes.", flush=True)
+    for number, size in enumerate(arguments.sizes):
+        found = bench(size, arguments.dtype, arguments.batch, runs=arguments.runs)
+        if number == 0:
+            remark = f" Remark: {found['remark']}." if found["remark"] else ""
+            print(f"Pass and bare products in turn, medians of {arguments.runs} runs.{remark}\n\n{HEAD}")
+        print(*(row(size, speed) for speed in found["speed"]), sep="\n", flush=True)
+    print(f"\nSide by side, {arguments.rounds} rounds, in each of them a process of {arguments.runs} runs for each.\n")
+    side_by_side.print_table(
+        arguments.sizes,
+        arguments.dtype,
+        arguments.batch,
+        beside=arguments.beside,
+        rounds=arguments.rounds,
+        runs=arguments.runs,
+        cpu=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
