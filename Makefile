@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 # MLX's Linux wheel multiplies matrices with the reference BLAS; where OpenBLAS is installed it is some fifty times
-# faster. With one thread, because the package has one stream for each core (mlx_aimv2/cores.py).
-OPENBLAS := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
-RUN      := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) OPENBLAS_NUM_THREADS=1) $(BIN)/python
+# faster. With one thread on few x86 cores, for which the package has a stream each (mlx_aimv2/cores.py).
+OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
+ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
+RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
 .PHONY: help demo test parity check verify train format clean
 help:  ## this list

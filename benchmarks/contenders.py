@@ -1,7 +1,7 @@
 """Who can encode the same pictures with the same weights, to be measured beside us?
 
-Each function takes a checkpoint's folder in transformers' layout, pixels (B, 3, H, W), the dtype and whether to stay on
-the CPU. It gives a function that computes the features (B, N, D), on the device, and waits for them.
+Each function takes a checkpoint's folder in transformers' layout, pixels (B, 3, H, W), the dtype, and the kind of
+device (cpu, metal or cuda). It gives a function that computes the features (B, N, D) there, and waits for them.
 """
 
 from __future__ import annotations
@@ -13,50 +13,54 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+TORCH_DEVICES = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
+"""Kind of device -> what torch calls it."""
+
 Encode: TypeAlias = Callable[[], Any]
 
 
-def mlx_aimv2(folder: Path, pixels: np.ndarray, dtype: str, cpu: bool) -> Encode:
+def mlx_aimv2(folder: Path, pixels: np.ndarray, dtype: str, kind: str) -> Encode:
     """This package."""
     import mlx.core as mx
 
     from mlx_aimv2 import load
 
-    if cpu:
+    if kind == "cpu":
         mx.set_default_device(mx.cpu)
     model, _ = load(folder, dtype=dtype)
     given = mx.array(pixels.transpose(0, 2, 3, 1)).astype(model.dtype)
     return lambda: _evaluated(model(given).last_hidden_state)
 
 
-def apple(folder: Path, pixels: np.ndarray, dtype: str, cpu: bool) -> Encode:
+def apple(folder: Path, pixels: np.ndarray, dtype: str, kind: str) -> Encode:
     """Apple's own MLX code, packages aim-v1 and aim-v2 of github.com/apple/ml-aim."""
     import mlx.core as mx
     from aim.v2.mlx import models
 
-    if cpu:
+    if kind == "cpu":
         mx.set_default_device(mx.cpu)
     maker = {1024: models.aimv2_large, 1536: models.aimv2_huge, 2048: models.aimv2_1B, 3072: models.aimv2_3B}
     sizes = json.loads((folder / "config.json").read_text())
     model = maker[sizes["hidden_size"]](img_size=sizes["image_size"])
-    kind = getattr(mx, dtype)
-    weights = [(name, array.astype(kind)) for name, array in _translated(folder, "apple-mlx")]
+    in_dtype = getattr(mx, dtype)
+    weights = [(name, array.astype(in_dtype)) for name, array in _translated(folder, "apple-mlx")]
     mx.eval([array for _, array in weights])
     model.load_weights(weights, strict=True)
     model.eval()
-    given = mx.array(pixels).astype(kind)
+    given = mx.array(pixels).astype(in_dtype)
     return lambda: _evaluated(model(given))
 
 
-def transformers(folder: Path, pixels: np.ndarray, dtype: str, cpu: bool) -> Encode:
+def transformers(folder: Path, pixels: np.ndarray, dtype: str, kind: str) -> Encode:
     """transformers on torch, with torch's fused attention."""
+    import torch
     from transformers import Aimv2VisionModel
 
-    model = Aimv2VisionModel.from_pretrained(folder, attn_implementation="sdpa")
-    return _torch(model, lambda model, x: model(x).last_hidden_state, pixels, dtype, cpu)
+    model = Aimv2VisionModel.from_pretrained(folder, attn_implementation="sdpa", dtype=getattr(torch, dtype))
+    return _on_torch(model, lambda model, x: model(x).last_hidden_state, pixels, dtype, kind)
 
 
-def timm(folder: Path, pixels: np.ndarray, dtype: str, cpu: bool) -> Encode:
+def timm(folder: Path, pixels: np.ndarray, dtype: str, kind: str) -> Encode:
     """timm on torch, with torch's fused attention."""
     import timm
     import torch
@@ -66,7 +70,7 @@ def timm(folder: Path, pixels: np.ndarray, dtype: str, cpu: bool) -> Encode:
     model = timm.create_model(f"aimv2_{width}_patch14_{sizes['image_size']}", num_classes=0)
     weights = {name: torch.from_numpy(np.array(array)) for name, array in _translated(folder, "timm")}
     model.load_state_dict(weights, strict=True)
-    return _torch(model, lambda model, x: model.forward_features(x), pixels, dtype, cpu)
+    return _on_torch(model, lambda model, x: model.forward_features(x), pixels, dtype, kind)
 
 
 CONTENDERS = {contender.__name__: contender for contender in (mlx_aimv2, transformers, apple, timm)}
@@ -96,18 +100,19 @@ def _evaluated(features: Any) -> Any:
     return features
 
 
-def _torch(
-    model: Any, encode: Callable[[Any, Any], Any], pixels: np.ndarray, dtype: str, cpu: bool
+def _on_torch(
+    model: Any, encode: Callable[[Any, Any], Any], pixels: np.ndarray, dtype: str, kind: str
 ) -> Callable[[], Any]:
     import torch
 
-    device = "cpu"
-    if not cpu:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
-    kind = getattr(torch, dtype)
-    model = model.to(device, kind).eval()
-    given = torch.from_numpy(pixels).to(device, kind)
+    device = TORCH_DEVICES[kind]
+    if not {"cpu": lambda: True, "mps": torch.backends.mps.is_available, "cuda": torch.cuda.is_available}[device]():
+        raise SystemExit(
+            f"MLX computes on {kind}, torch {torch.__version__} has no {device} here: install one that has"
+        )
+    wait = {"cpu": lambda: None, "mps": torch.mps.synchronize, "cuda": torch.cuda.synchronize}[device]
+    model = model.to(device, getattr(torch, dtype)).eval()
+    given = torch.from_numpy(pixels).to(device, getattr(torch, dtype))
 
     def run() -> Any:
         with torch.inference_mode():

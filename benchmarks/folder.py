@@ -4,8 +4,9 @@ python -m benchmarks.folder [--pictures 100 1000 10000] [--side 320] [--model FO
 
 Makes a folder of JPEG pictures, adds to it until it has each of these numbers and, in a new process for each round,
 measures three things in turns: the files decoded by the same threads with nothing else to do; the model alone on
-batches that are ready; and `embed` into an index, from the list of files to the last commit. Memory is what the process
-holds after 1,000 pictures and at the end. The table is Markdown, medians over the rounds.
+batches that are ready, as large as `embed` makes them; and `embed` into an index, from the list of files to the last
+commit. Memory is what the process holds after 1,000 pictures and at the end (on a Mac: the most that it held until
+then). The table is Markdown, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_aimv2 import device
+from mlx_aimv2 import cores, device
 from mlx_aimv2.bundled import ASSETS
 from mlx_aimv2.decoding import Decoder
-from mlx_aimv2.embed import embed_sheets, sheets_of
+from mlx_aimv2.embed import BATCH_TOKENS, embed_sheets, sheets_of
 from mlx_aimv2.indexing import IndexWriter
 from mlx_aimv2.listing import list_pictures
 from mlx_aimv2.loading import load
@@ -69,11 +70,17 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
     pooling = Pooling.of(model)
     files = list_pictures([folder]).files
     sheets = sheets_of(files)
-    batch = mx.array(np.stack([processor.pixels(file) for file in sheets[0]]))
-    mx.eval(pooling(model, batch))
+    if model.vision.config.is_native:
+        raise SystemExit("a native model makes a batch of its own for each size; give a model of one size")
+    pixels = mx.array(np.stack([processor.pixels(file) for file in sheets[0]]))
+    at_once = BATCH_TOKENS // model.vision.config.num_patches
+    batches = [
+        pixels[: len(sheet[first : first + at_once])] for sheet in sheets for first in range(0, len(sheet), at_once)
+    ]
+    mx.eval(pooling(model, batches[0]))
     works: dict[str, Callable[[], dict[str, float]]] = {
         "decode": lambda: _decode(Decoder(processor), files, threads),
-        "model": lambda: _encode(lambda: pooling(model, batch), len(sheets)),
+        "model": lambda: _encode(lambda batch: pooling(model, batch), batches),
         "embed": lambda: _embed(sheets, model, processor, pooling, threads),
     }
     start, processor_start = time.perf_counter(), time.process_time()
@@ -92,9 +99,9 @@ def _decode(decoder: Decoder, files: list[str], threads: int) -> dict[str, float
     return {}
 
 
-def _encode(work: Callable[[], mx.array], count: int) -> dict[str, float]:
-    for _ in range(count):
-        np.array(work())
+def _encode(work: Callable[[mx.array], mx.array], batches: list[mx.array]) -> dict[str, float]:
+    for batch in batches:
+        np.array(work(batch))
     return {}
 
 
@@ -132,9 +139,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.only, arguments.folder, arguments.model, arguments.threads)))
         return
     on = device.machine()
-    print(
-        f"{on.chip} ({on.kind}), {os.cpu_count()} cores; mlx {device.mlx_build()}; {arguments.threads} threads decode"
-    )
+    print(f"{on.chip} ({on.kind}), {cores.count()} cores; mlx {device.mlx_build()}; {arguments.threads} threads decode")
     print(f"{Path(arguments.model).name}, {arguments.rounds} rounds\n\n{HEAD}", flush=True)
     if arguments.folder:
         _row(arguments.folder, arguments)
@@ -168,7 +173,10 @@ def _row(folder: Path, arguments: argparse.Namespace) -> None:
 def _in_process(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.folder", "--only", kind, "--folder", str(folder)]
     command += ["--model", arguments.model, "--threads", str(arguments.threads)]
-    result: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)  # the child has said why
+    result: dict[str, float] = json.loads(finished.stdout)
     return result
 
 

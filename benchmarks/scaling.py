@@ -7,13 +7,12 @@ How embedding a folder grows with its pictures is `benchmarks.folder`.
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_aimv2 import bench, device
+from mlx_aimv2 import bench, cores, device
 from mlx_aimv2.loading import DTYPES
 
 SIDES = (224, 448, 672, 896)
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     arguments = parser.parse_args()
     on = device.machine()
-    print(f"{on.chip} ({on.kind}), {os.cpu_count()} cores; mlx {device.mlx_build()}; {arguments.dtype},")
+    print(f"{on.chip} ({on.kind}), {cores.count()} cores; mlx {device.mlx_build()}; {arguments.dtype},")
     print(f"{arguments.blocks} blocks, medians of {arguments.runs} runs")
     for along in arguments.along:
         print(f"\n| {along} | ms | ms per picture | GFLOP/s | of the bare products | peak above the weights, MB |")
@@ -55,7 +54,7 @@ def main() -> None:
                 held = (config, bench.random_model(config, DTYPES[arguments.dtype]))
             pixels = bench.random_pixels(config, batch=batch, side=side)
             speed = bench.measure_speed(held[1], pixels, runs=arguments.runs)
-            cells = [name, f"{speed.seconds * 1e3:.0f}", f"{speed.seconds * 1e3 / batch:.1f}"]
+            cells = [name, f"{speed.seconds * 1e3:.1f}", f"{speed.seconds * 1e3 / batch:.1f}"]
             cells += [f"{speed.flops_per_second / 1e9:.0f}", f"{speed.fraction:.2f}", f"{speed.peak_bytes / 1e6:.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
             mx.clear_cache()

@@ -4,8 +4,9 @@
 [--runs N] [--cpu]`, with the extra `parity` installed for transformers; how the others are installed is in README.md
 here. Each contender runs in a process of its own, in turn, `rounds` times: what disturbs one disturbs the other. The
 ratio is ours over theirs in each round, its median over the rounds; below 1 we are faster. The features are compared.
-On a Mac torch runs on MPS, beside an NVIDIA GPU on CUDA, elsewhere and with --cpu on the CPU; there MLX multiplies with
-OpenBLAS where it is installed, in one thread on few cores, as README.md says. The table is Markdown.
+torch runs where MLX does: on a Mac on MPS, beside an NVIDIA GPU on CUDA, elsewhere and with --cpu on the CPU; there MLX
+multiplies with OpenBLAS where it is installed, ours in one thread on few cores, as README.md says. The table is
+Markdown.
 """
 
 import argparse
@@ -17,14 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-from benchmarks.contenders import CONTENDERS, numbers
-from mlx_aimv2.cores import MOST_LANES
+from benchmarks.contenders import CONTENDERS, TORCH_DEVICES, numbers
+from mlx_aimv2 import Aimv2Processor, bench, cores, device, export
+from mlx_aimv2 import folder as folders
+from mlx_aimv2.loading import build, parameter_shapes
+from mlx_aimv2.names import layout_for
+from mlx_aimv2.preprocessing import published
 
 OURS = "mlx_aimv2"
 OTHERS = tuple(name for name in CONTENDERS if name != OURS)
@@ -35,20 +42,18 @@ HEAD = (
     "| model | dtype | pictures | beside | ours, ms | theirs, ms | ratio | in the rounds "
     "| our least | their least | ratio | difference |\n" + "|---" * 12 + "|"
 )
+LEAST_SECONDS = 1.0
+"""Of warming up, and of measuring, in each process: a GPU's first runs are slower, and a run may take milliseconds."""
+
 OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")
 
 
+class Failed(Exception):
+    """A contender could not encode; the message is the last that it said."""
+
+
 def write_checkpoint(folder: Path, size: str) -> None:
-    """Random weights of a released size as transformers lays them out, and pixels for the largest batch."""
-    import mlx.core as mx
-
-    from mlx_aimv2 import bench, export
-    from mlx_aimv2 import folder as folders
-    from mlx_aimv2.loading import build, parameter_shapes
-    from mlx_aimv2.names import layout_for
-    from mlx_aimv2.preprocessing import published
-    from mlx_aimv2.processor import Aimv2Processor
-
+    """Random weights of a released size as transformers lays them out."""
     config = bench.released_config(size)
     ours = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
     folders.save_weights(folder, layout_for("transformers", pair=False).to_theirs(ours), metadata={"format": "pt"})
@@ -57,74 +62,98 @@ def write_checkpoint(folder: Path, size: str) -> None:
     mx.clear_cache()
 
 
-def _random(name: str, shape: tuple[int, ...]) -> "object":
-    import mlx.core as mx
-
+def _random(name: str, shape: tuple[int, ...]) -> mx.array:
     if "norm" in name:
         return mx.random.uniform(0.5, 1.5, shape)
     return mx.random.normal(shape) * (0.02 if len(shape) < 2 else np.prod(shape[1:]) ** -0.5)
 
 
 def pixels(folder: Path, batch: int) -> np.ndarray:
-    """The same pictures for both, `(B, 3, H, W)`."""
+    """The same pictures for all, `(B, 3, H, W)`."""
     side = json.loads((folder / "config.json").read_text())["image_size"]
     return np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
 
 
 def measure(
-    contender: str, folder: Path, batch: int, dtype: str, runs: int, cpu: bool
+    contender: str, folder: Path, batch: int, dtype: str, runs: int, kind: str
 ) -> tuple[list[float], np.ndarray]:
-    """Seconds of each run after the first, and the features."""
-    encode = CONTENDERS[contender](folder, pixels(folder, batch), dtype, cpu)
-    seconds = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        features = encode()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:], numbers(features)
+    """Seconds of each run once it is warm, and the features."""
+    encode = CONTENDERS[contender](folder, pixels(folder, batch), dtype, kind)
+
+    def repeated(least: int) -> list[float]:
+        seconds: list[float] = []
+        while len(seconds) < least or sum(seconds) < LEAST_SECONDS:
+            began = time.perf_counter()
+            encode()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    repeated(1)
+    return repeated(runs), numbers(encode())
 
 
 def environment(contender: str) -> dict[str, str]:
-    """This process's, and OpenBLAS for MLX where it is installed, with as many threads as suit the contender best."""
+    """This process's, with the BLAS and the number of its threads that suit the contender, whatever suits us here."""
     variables = dict(os.environ)
-    if contender in ON_MLX and OPENBLAS.exists():
-        variables["LD_PRELOAD"] = str(OPENBLAS)
-    if contender == OURS and (os.cpu_count() or 1) <= MOST_LANES:
+    for name in ("LD_PRELOAD", "OPENBLAS_NUM_THREADS"):
+        variables.pop(name, None)
+    if contender in ON_MLX:
+        variables["MLX_ENABLE_TF32"] = "0"  # torch, too, multiplies float32 in full
+        if OPENBLAS.exists():
+            variables["LD_PRELOAD"] = str(OPENBLAS)
+    if contender == OURS and cores.prefer_one_blas_thread():
         variables["OPENBLAS_NUM_THREADS"] = "1"
     return variables
 
 
-def in_process(contender: str, folder: Path, batch: int, dtype: str, runs: int, cpu: bool) -> list[float]:
-    """Runs one contender in a fresh process: seconds of each run."""
+def in_process(contender: str, folder: Path, batch: int, dtype: str, runs: int, kind: str) -> list[float]:
+    """Runs one contender in a fresh process: seconds of each run. Raises Failed."""
     command = [sys.executable, "-m", "benchmarks.side_by_side", "--contender", contender, "--folder", str(folder)]
-    command += ["--batch", str(batch), "--dtype", dtype, "--runs", str(runs), *(["--cpu"] if cpu else [])]
+    command += ["--batch", str(batch), "--dtype", dtype, "--runs", str(runs), "--kind", kind]
     finished = subprocess.run(command, env=environment(contender), capture_output=True, text=True, check=False)
     if finished.returncode:
-        sys.exit(f"{contender} failed:\n{finished.stderr}")
-    return json.loads(finished.stdout.splitlines()[-1])
+        print(finished.stderr, file=sys.stderr)
+        raise Failed((finished.stderr.strip().splitlines() or [f"status {finished.returncode}"])[-1])
+    seconds: list[float] = json.loads(finished.stdout.splitlines()[-1])
+    return seconds
 
 
 def print_table(
-    sizes: list[str], dtypes: list[str], batches: list[int], *, beside: list[str], rounds: int, runs: int, cpu: bool
+    sizes: list[str], dtypes: list[str], batches: list[int], *, beside: list[str], rounds: int, runs: int
 ) -> None:
-    """Measures every size, dtype and batch, and prints the table as it grows."""
+    """Measures every size, dtype and batch on MLX's default device, and prints the table as it grows."""
     print(HEAD, flush=True)
     for size in sizes:
         with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            write_checkpoint(folder, size)
+            write_checkpoint(Path(place), size)
             for dtype, batch in product(dtypes, batches):
-                times: dict[str, list[list[float]]] = {name: [] for name in (OURS, *beside)}
-                for _ in range(rounds):
-                    for name, so_far in times.items():
-                        so_far.append(in_process(name, folder, batch, dtype, runs, cpu))
-                    last = {name: f"{min(so_far[-1]):.3f} s" for name, so_far in times.items()}
-                    print(size, batch, dtype, last, file=sys.stderr)
-                features = {name: np.load(folder / f"{name}.npy") for name in times}
-                for name in beside:
-                    cells = [size, dtype, str(batch), name, *_cells(times[OURS], times[name])]
-                    far = np.linalg.norm(features[OURS] - features[name]) / np.linalg.norm(features[name])
-                    print(f"| {' | '.join([*cells, f'{far:.1e}'])} |", flush=True)
+                for name, cells in compare(Path(place), dtype, batch, beside, rounds, runs):
+                    print(f"| {' | '.join([size, dtype, str(batch), name, *cells])} |", flush=True)
+
+
+def compare(
+    folder: Path, dtype: str, batch: int, beside: list[str], rounds: int, runs: int
+) -> Iterator[tuple[str, list[str]]]:
+    """The names that we stand beside, each with what the table says of it. One that fails does not stop the others."""
+    kind = device.machine().kind
+    times: dict[str, list[list[float]]] = {name: [] for name in (OURS, *beside)}
+    failures: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, so_far in times.items():
+            try:
+                if name not in failures:
+                    so_far.append(in_process(name, folder, batch, dtype, runs, kind))
+            except Failed as failure:
+                failures[name] = f"{name} failed: {failure}"
+        last = {name: f"{min(so_far[-1]):.4f} s" for name, so_far in times.items() if name not in failures}
+        print(batch, dtype, last, file=sys.stderr)
+    for name in beside:
+        if failure := failures.get(OURS) or failures.get(name):
+            yield name, [failure.replace("|", "/"), *[""] * 7]
+            continue
+        ours, theirs = (np.load(folder / f"{who}.npy") for who in (OURS, name))
+        far = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        yield name, [*_cells(times[OURS], times[name]), f"{far:.1e}"]
 
 
 def _cells(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
@@ -133,22 +162,32 @@ def _cells(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
     ratios = [mine / other for mine, other in zip(*medians, strict=True)]
     least = [min(map(min, rounds)) for rounds in (ours, theirs)]
     return [
-        *(f"{statistics.median(of_rounds) * 1e3:.0f}" for of_rounds in medians),
+        *(f"{statistics.median(of_rounds) * 1e3:.1f}" for of_rounds in medians),
         f"{statistics.median(ratios):.2f}",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
-        *(f"{seconds * 1e3:.0f}" for seconds in least),
+        *(f"{seconds * 1e3:.1f}" for seconds in least),
         f"{least[0] / least[1]:.2f}",
     ]
 
 
 def machine(beside: list[str]) -> str:
     """Processor, cores and versions, for the line above the table."""
-    from mlx_aimv2 import device
-
     on = device.machine()
     names = dict.fromkeys(name for contender in beside for name in DISTRIBUTIONS[contender])
     versions = [f"{name} {_version(name)}" for name in names]
-    return f"{on.chip} ({on.kind}), {os.cpu_count()} cores; {', '.join([f'mlx {device.mlx_build()}', *versions])}"
+    where = f"; torch on {TORCH_DEVICES[on.kind]}" if "torch" in names else ""
+    return f"{on.chip} ({on.kind}), {cores.count()} cores; {', '.join([f'mlx {device.mlx_build()}', *versions])}{where}"
+
+
+def fixed_size(name: str) -> str:
+    """The name of a released size whose pictures have one size, for argparse."""
+    try:
+        config = bench.released_config(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if config.is_native:
+        raise argparse.ArgumentTypeError(f"pictures of one size are wanted, {name} takes any; give large-patch14-224")
+    return name
 
 
 def _version(distribution: str) -> str:
@@ -158,25 +197,33 @@ def _version(distribution: str) -> str:
         return "from source"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that `report` has too."""
+    parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS, help="whom (transformers)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="processes for each of them, in turn (5)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs in a process, and a second of them (5)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="mlx_aimv2 and others, side by side")
-    parser.add_argument("sizes", nargs="*", default=["large-patch14-224"], metavar="SIZE")
-    parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("sizes", nargs="*", type=fixed_size, default=["large-patch14-224"], metavar="SIZE")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], metavar="B", help="pictures at once (1 4)")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="dtypes (float32)")
+    add_arguments(parser)
+    parser.add_argument("--cpu", action="store_true", help="all of them on the CPU")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=TORCH_DEVICES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
         who, folder = arguments.contender, arguments.folder
         batch, dtype = arguments.batch[0], arguments.dtype[0]
-        seconds, features = measure(who, folder, batch, dtype, arguments.runs, arguments.cpu)
+        seconds, features = measure(who, folder, batch, dtype, arguments.runs, arguments.kind)
         np.save(folder / f"{who}.npy", features)
         print(json.dumps(seconds))
         return
+    if arguments.cpu:
+        mx.set_default_device(mx.cpu)
     print(machine(arguments.beside) + f"; {arguments.rounds} rounds of {arguments.runs} runs\n")
     print_table(
         arguments.sizes,
@@ -185,7 +232,6 @@ def main() -> None:
         beside=arguments.beside,
         rounds=arguments.rounds,
         runs=arguments.runs,
-        cpu=arguments.cpu,
     )
 
 

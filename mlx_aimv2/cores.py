@@ -7,7 +7,7 @@ Only its matrix products may use several, if the BLAS behind them does. So there
   there only if they share a picture. On few cores this is the faster way.
 - It has several threads: products use all cores already, and `in_pieces` shares what lies between them.
 
-A GPU has one lane and no pieces.
+So it is on x86, where this was measured. A GPU has one lane and no pieces, and so has an ARM CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PICTURES, TOKENS = 0, -2
 T = TypeVar("T")
 
 
-class Block(Protocol):
+class TwoPartBlock(Protocol):
     """What `through` asks of a block: the part that each token does alone, and the rest."""
 
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -60,7 +60,7 @@ class Block(Protocol):
     def finish(
         self, x: mx.array, queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False
     ) -> mx.array:
-        """What the block gives for the tokens that ask: `(B, N, D), three (B, H, N, D/H) -> (B, N, D)`."""
+        """What the block gives for M tokens: `(B, M, D), (B, H, M, D/H), two (B, H, N, D/H) -> (B, M, D)`."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Lanes:
     def of(cls, shape: tuple[int, ...], *, whole: bool = False) -> Lanes:
         """The lanes for tokens of shape `(B, N, …)`; with `whole` no picture is cut, nor a text."""
         batch, tokens = shape[0], shape[1]
-        count = min(_cores(), MOST_LANES, batch * tokens // LEAST_TOKENS) if _one_core_multiplies() else 1
+        count = min(len(streams()), batch * tokens // LEAST_TOKENS) if _one_core_multiplies() else 1
         if whole:
             count = min(count, batch)
         if count <= 1:
             return cls([None])
         even = math.ceil(batch / count) * count <= EVEN_ENOUGH * batch
-        return cls(_streams()[:count], PICTURES if whole or even else TOKENS)
+        return cls(list(streams()[:count]), PICTURES if whole or even else TOKENS)
 
     def cut(self, x: mx.array) -> list[mx.array]:
         """One part of `x` for each lane."""
@@ -102,8 +102,11 @@ class Lanes:
         return results
 
 
-def through(blocks: Iterable[Block], x: mx.array, *, causal: bool = False) -> Iterator[mx.array]:
-    """Takes tokens through blocks and yields what each of them gives: `(B, N, D) -> (B, N, D), …`."""
+def through(blocks: Iterable[TwoPartBlock], x: mx.array, *, causal: bool = False) -> Iterator[mx.array]:
+    """Takes tokens through blocks and yields what each of them gives: `(B, N, D) -> (B, N, D), …`.
+
+    On x86 the first call raises MLX's limit for freed memory to `CACHE`, unless somebody has set one of their own.
+    """
     if on_x86_cpu():
         _keep_memory()
     lanes = Lanes.of(x.shape, whole=causal)
@@ -120,11 +123,11 @@ def in_pieces(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row:
     """`work(*arrays)`, whose rows are independent, some rows at a time; on all cores where lanes do not use them."""
     rows = arrays[0].shape[0]
     shared = not _one_core_multiplies() and rows * numbers_per_row >= WORTH_SHARING
-    lanes = Lanes(_streams()[: min(_cores(), MOST_LANES, rows)] if shared else [None], axis=0)
+    lanes = Lanes(list(streams()[:rows]) if shared else [None], axis=0)
     step = max(1, PIECE // numbers_per_row)
 
     def lane(*own: mx.array) -> list[mx.array]:
-        return in_turn(work, [tuple(x[i : i + step] for x in own) for i in range(0, own[0].shape[0], step)])
+        return in_turn(work, [tuple(x[i : i + step] for x in own) for i in range(0, max(1, own[0].shape[0]), step)])
 
     done = lanes.run(lane, *(lanes.cut(x) for x in arrays))
     results = [result for results in done for result in results]
@@ -132,13 +135,31 @@ def in_pieces(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row:
 
 
 def in_turn(work: Callable[..., mx.array], pieces: Iterable[tuple[Any, ...]]) -> list[mx.array]:
-    """`work` on each piece, one after another: side by side they would need all their memory at once."""
+    """`work` on each piece, one after another: side by side they would need all their memory at once.
+
+    MLX has no `vmap` and no `jvp` of what makes them wait; `grad`, `vjp` and `compile` work.
+    """
     results: list[mx.array] = []
     for first, *others in pieces:
         if results:
             first = mx.depends(first, results[-1])
         results.append(work(first, *others))
     return results
+
+
+def count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def streams() -> list[mx.Stream]:
+    """A stream of the CPU for each core, up to MOST_LANES: the one that runs anyway, and others.
+
+    A stream belongs to the thread that made it and lives as long as the process, so each thread has its own.
+    """
+    if not hasattr(_of_thread, "streams"):
+        _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(min(count(), MOST_LANES) - 1)]
+    return [mx.default_stream(mx.cpu), *_of_thread.streams]
 
 
 def on_x86_cpu() -> bool:
@@ -152,25 +173,28 @@ def blas_threads() -> int:
     return 1 if library is None else int(library.openblas_get_num_threads())
 
 
+def prefer_one_blas_thread() -> bool:
+    """Whether this machine's cores do better with lanes of their own than with a BLAS of several threads."""
+    return _is_x86() and count() <= MOST_LANES
+
+
 @cache
 def openblas() -> ctypes.CDLL | None:
-    """OpenBLAS, if it is in this process for MLX; NumPy's own has names of its own, so that neither is the other."""
-    try:
-        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
+    """OpenBLAS, if MLX's products reach it: preloaded, or linked. NumPy's own is neither."""
+    if platform.system() != "Linux":
         return None
-    for path in dict.fromkeys(line[line.index("/") :] for line in mapped if "/" in line):
-        if "openblas" in path:
-            with suppress(OSError, AttributeError):
-                library = ctypes.CDLL(path)
-                library.openblas_get_num_threads.restype = ctypes.c_int
-                return library
+    linked = str(Path(mx.__file__).parent / "lib" / "libmlx.so")
+    for path in (None, linked):  # None: what every library of this process can see
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(path)
+            library.openblas_get_num_threads.restype = ctypes.c_int
+            return library
     return None
 
 
 @cache
 def _keep_memory() -> None:
-    """Raises MLX's limit once, unless somebody has set one of their own."""
+    """Raises MLX's limit once; another than MLX's own has been set by somebody."""
     before = mx.set_cache_limit(CACHE)
     if before != MLX_CACHE:
         mx.set_cache_limit(before)
@@ -179,21 +203,8 @@ def _keep_memory() -> None:
 _of_thread = threading.local()
 
 
-def _streams() -> list[mx.Stream | None]:
-    """One stream per core; a stream belongs to the thread that made it, so each thread has its own."""
-    if not hasattr(_of_thread, "streams"):
-        others = [mx.new_stream(mx.cpu) for _ in range(_cores() - 1)]
-        _of_thread.streams = [mx.default_stream(mx.cpu), *others]
-    streams: list[mx.Stream | None] = _of_thread.streams
-    return streams
-
-
 def _one_core_multiplies() -> bool:
     return on_x86_cpu() and blas_threads() == 1
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -102,15 +102,16 @@ def remark(on: Machine) -> str | None:
         if _macos() < (26, 2):
             return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
     if on.kind == "cpu" and platform.system() == "Linux":
+        one_thread = " OPENBLAS_NUM_THREADS=1" if cores.prefer_one_blas_thread() else ""
         if cores.openblas() is None:
             return (
                 "MLX multiplies with the BLAS that its wheel was built with, which is slow; with libopenblas0-pthread "
-                "installed, run with LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1"
+                f"installed, run with LD_PRELOAD=libopenblas.so.0{one_thread}"
             )
-        if 1 < cores.blas_threads() <= cores.MOST_LANES and cores.on_x86_cpu():
+        if one_thread and cores.blas_threads() > 1:
             return (
                 f"OpenBLAS shares each product among {cores.blas_threads()} threads; on few cores it is faster that "
-                "each core takes its own pictures or tokens: run with OPENBLAS_NUM_THREADS=1"
+                f"each core takes its own pictures or tokens: run with{one_thread}"
             )
     return None
 

@@ -53,7 +53,7 @@ def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Query, key and value are one matrix."""
+    """What multi-head self-attention has learned; query, key and value are one matrix. `Block.finish` attends."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def _attention_in_pieces(queries: mx.array, keys: mx.array, values: mx.array, ca
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool) -> mx.array:
     """Some heads, `(heads, M, D/H), two (heads, N, D/H) -> (heads, M, D/H)`, some of their queries at a time."""
-    rows = max(1, cores.PIECE // (keys.shape[0] * keys.shape[1]))
+    rows = max(1, cores.PIECE // max(1, keys.shape[0] * keys.shape[1]))
     starts = range(0, queries.shape[1], rows)
 
     def product(asking: mx.array, first: int) -> mx.array:
@@ -80,9 +80,8 @@ def _softmax_product(queries: mx.array, keys: mx.array, values: mx.array, *, fir
     if first is not None:
         asking = mx.arange(first, first + scores.shape[-1])
         scores = mx.where(mx.arange(scores.shape[-2])[:, None] <= asking, scores, -math.inf)
-    # A whole number at least as large as the largest score cancels out as well as that score does.
-    largest = mx.ceil(scores.max(axis=-2, keepdims=True))
-    weights = _exp2(mx.maximum(scores, largest - 127), less=largest)
+    largest = mx.stop_gradient(scores.max(axis=-2, keepdims=True))  # cancels out
+    weights = _exp2(mx.maximum(scores - largest, -127))
     sums = weights.sum(axis=-2)[..., None]  # (heads, M, 1)
     return (weights.swapaxes(-1, -2) @ values) / sums
 
@@ -96,17 +95,15 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + _exp2(mx.clip(gate * -LOG2_E, -127, 128)))
 
 
-def _exp2(x: mx.array, *, less: mx.array | float = 0) -> mx.array:
-    """`2 ** (x - less)` in float32, to 2.4e-7 of itself: 2 to the nearest whole number, times a polynomial of the rest.
+def _exp2(x: mx.array) -> mx.array:
+    """`2 ** x` in float32, to 2.4e-7 of itself: 2 to the nearest whole number, times a polynomial of the rest.
 
-    `less` are whole numbers. `x - less` must lie from -127 to 128; the result is zero below -126.5, infinite above
-    127.5.
+    `x` must lie from -127 to 128; the result is zero below -126.5, infinite above 127.5.
     """
-    offset = WHOLE - less
-    shifted = x + offset
-    # That whole number becomes the exponent. Its derivative is none: the rest's polynomial has all of it.
-    power = mx.stop_gradient(mx.left_shift(shifted.view(mx.uint32), 23).view(mx.float32))
-    rest = x - mx.stop_gradient(shifted - offset)
+    # The whole number has no derivative: the rest's polynomial has all of it.
+    shifted = mx.stop_gradient(x + WHOLE)
+    power = mx.left_shift(shifted.view(mx.uint32), 23).view(mx.float32)  # the whole number becomes the exponent
+    rest = x - (shifted - WHOLE)
     result = EXP2[0] * rest
     for coefficient in EXP2[1:-1]:
         result = (result + coefficient) * rest

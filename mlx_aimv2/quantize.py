@@ -8,13 +8,14 @@ together they are small, and the head and the projections are the last thing tha
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlx_aimv2 import cores
 
 Quantization = Mapping[str, Any]
 """The `quantization` section of config.json: group_size, bits, mode, and per layer path an own object or false."""
@@ -25,9 +26,6 @@ Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 SHARED = ("group_size", "bits", "mode")
 STAY_DENSE = ("head", "visual_projection", "text_projection")
 """Parts of a path whose linear layers are never quantized."""
-
-_THREAD = threading.local()
-"""Holds a thread's second stream: a stream belongs to the thread that made it and lives as long as the process."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +169,11 @@ def packed(
     `paths` are those of the layers that could be quantized (`layers`). Whatever is not a packed integer is cast to
     `dtype`.
     """
-    paths, lanes = set(paths), _lanes()
+    paths, streams = set(paths), _streams()
     for name, array in weights:
         path, _, kind = name.rpartition(".")
         settings = settings_at(path, quantization) if kind == "weight" and path in paths else {}
-        with mx.stream(next(lanes)):
+        with mx.stream(next(streams)):
             parts = pack(array, settings, dtype) if settings else [array.astype(dtype)]
         if settings:
             for part, values in zip(("weight", "scales", "biases"), parts, strict=False):
@@ -184,14 +182,12 @@ def packed(
             yield name, parts[0]
 
 
-def _lanes() -> Iterator[mx.Stream]:
+def _streams() -> Iterator[mx.Stream]:
     """Streams in turn: a CPU computes each on one core, so that two layers are packed at once; a GPU needs one."""
     device = mx.default_device()
     if device.type != mx.DeviceType.cpu:
         return itertools.repeat(mx.default_stream(device))
-    if not hasattr(_THREAD, "second"):
-        _THREAD.second = mx.new_stream(device)
-    return itertools.cycle([mx.default_stream(device), _THREAD.second])
+    return itertools.cycle(cores.streams()[:2])
 
 
 def pack(array: mx.array, settings: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:

@@ -15,7 +15,7 @@ def three_cores(monkeypatch):
     from mlx_aimv2 import cores
 
     def become(*, blas_threads, **settings):
-        settings |= {"on_x86_cpu": lambda: True, "_cores": lambda: 3, "blas_threads": lambda: blas_threads}
+        settings |= {"on_x86_cpu": lambda: True, "count": lambda: 3, "blas_threads": lambda: blas_threads}
         for name, value in settings.items():
             monkeypatch.setattr(cores, name, value)
         monkeypatch.delattr(cores._of_thread, "streams", raising=False)

@@ -60,7 +60,7 @@ def test_a_blas_of_several_threads_and_a_gpu_leave_one_lane(three_cores, monkeyp
 
 def test_no_more_lanes_than_mlx_runs_side_by_side(three_cores, monkeypatch):
     three_cores(blas_threads=1)
-    monkeypatch.setattr(cores, "_cores", lambda: 64)
+    monkeypatch.setattr(cores, "count", lambda: 64)
     assert len(Lanes.of((64, 256, 7)).streams) == cores.MOST_LANES
 
 
@@ -190,7 +190,7 @@ def blas_of(**environment: str) -> str:
     ).stdout.strip()
 
 
-@pytest.mark.skipif(not OPENBLAS.exists() or cores._cores() < 2, reason="needs OpenBLAS installed, and two cores")
+@pytest.mark.skipif(not OPENBLAS.exists() or cores.count() < 2, reason="needs OpenBLAS installed, and two cores")
 def test_openblas_and_its_threads_are_found():
     assert blas_of(LD_PRELOAD=str(OPENBLAS), OPENBLAS_NUM_THREADS="1") == "True 1"
     assert blas_of(LD_PRELOAD=str(OPENBLAS), OPENBLAS_NUM_THREADS="2") == "True 2"

@@ -107,13 +107,18 @@ def test_an_m5_without_its_kernels_is_told(monkeypatch, built_for, macos, said):
 
 def test_a_slow_blas_is_told(monkeypatch):
     monkeypatch.setattr(device.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(cores, "openblas", lambda: None)
-    assert "LD_PRELOAD=libopenblas.so.0 OPENBLAS_NUM_THREADS=1" in device.remark(CPU)
-    monkeypatch.setattr(cores, "openblas", lambda: ...)
-    monkeypatch.setattr(cores, "on_x86_cpu", lambda: True)
-    for threads, said in ((1, False), (2, True), (64, False)):  # with many cores OpenBLAS's threads have their use
+    monkeypatch.setattr(cores, "_is_x86", lambda: True)
+    for count, threads, said in ((2, 1, False), (2, 2, True), (64, 64, False)):
+        monkeypatch.setattr(cores, "count", lambda count=count: count)
         monkeypatch.setattr(cores, "blas_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cores, "openblas", lambda: None)
+        assert "LD_PRELOAD=libopenblas.so.0" in device.remark(CPU)
+        assert ("OPENBLAS_NUM_THREADS=1" in device.remark(CPU)) == (count == 2)  # many cores are OpenBLAS's own
+        monkeypatch.setattr(cores, "openblas", lambda: ...)
         assert ("OPENBLAS_NUM_THREADS=1" in (device.remark(CPU) or "")) == said
+    monkeypatch.setattr(cores, "_is_x86", lambda: False)
+    monkeypatch.setattr(cores, "count", lambda: 2)
+    assert device.remark(CPU) is None
 
 
 def test_load_takes_auto(monkeypatch, copy):

@@ -81,6 +81,12 @@ def test_scores_far_from_zero_are_weighed_by_their_differences(x86, level):
     assert far(ops.attention(*single(q, k, v)), exact_attention(q, k, v)) <= 1e-2  # float32 holds such scores to 1
 
 
+@pytest.mark.parametrize("level", [-2e7, 1.2e7, 2e7, 1e9])
+def test_scores_far_from_zero_and_from_each_other_leave_the_largest(x86, level):
+    k, v = np.array([0.0, -400.0, -200.0]).reshape(1, 1, 3, 1) + level, normal(1, 1, 3, 1)
+    assert far(ops.attention(*single(np.ones((1, 1, 1, 1)), k, v)), v[:, :, :1]) <= 1e-6
+
+
 @pytest.mark.parametrize("part", ["queries", "keys", "values", "gate", "up"])
 def test_what_is_not_a_number_stays_so(spelling, part):
     inputs = dict(zip(("queries", "keys", "values"), single(*(normal(1, 1, N, D) for _ in range(3))), strict=True))
@@ -160,11 +166,40 @@ def slope(function, x):
     return np.array(mx.grad(lambda x: (function(x) ** 2).sum())(x))
 
 
-def test_they_have_their_derivatives(spelling):
+def check_derivatives():
     q, k, v, gate, up = single(*(normal(B, H, N, D + i)[..., :D] for i in range(5)))
-    softmax = lambda q: mx.softmax(q @ k.swapaxes(-1, -2) / D**0.5, axis=-1) @ v  # noqa: E731
-    assert np.allclose(slope(lambda q: ops.attention(q, k, v), q), slope(softmax, q), rtol=1e-4, atol=1e-5)
+    softmax = lambda q, k, v: mx.softmax(q @ k.swapaxes(-1, -2) / D**0.5, axis=-1) @ v  # noqa: E731
+    for place, x in enumerate((q, k, v)):
+        others = [array for array in (q, k, v) if array is not x]
+        found, wanted = (
+            slope(lambda x, f=f, place=place, others=others: f(*others[:place], x, *others[place:]), x)
+            for f in (ops.attention, softmax)
+        )
+        assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
     assert np.allclose(slope(lambda x: ops.swiglu(x, up), gate), slope(lambda x: x * mx.sigmoid(x) * up, gate), 1e-4)
+
+
+def test_they_have_their_derivatives(spelling):
+    check_derivatives()
+
+
+def test_pieces_have_their_derivatives(pieces):
+    check_derivatives()
+
+
+def test_forward_derivatives_of_one_piece(x86):
+    gate, up = single(normal(N, D), normal(N, D + 1)[:, :D])
+    (found,), (wanted,) = (
+        mx.jvp(lambda x, f=f: f(x, up), [gate], [mx.ones_like(gate)])[1]
+        for f in (ops.swiglu, lambda x, y: x * mx.sigmoid(x) * y)
+    )
+    assert mx.allclose(found, wanted, rtol=1e-4)
+
+
+def test_no_pictures_give_no_features(spelling):
+    nothing = mx.zeros((0, H, N, D))
+    assert ops.attention(nothing, nothing, nothing).shape == (0, H, N, D)
+    assert ops.swiglu(nothing[0:0, 0], nothing[0:0, 0]).shape == (0, N, D)
 
 
 def test_compiling_them_changes_nothing(spelling, monkeypatch):

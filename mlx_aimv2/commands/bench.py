@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2 import device
+from mlx_aimv2 import cores, device
 
 if TYPE_CHECKING:
     from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
@@ -70,11 +69,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.keep_quantized:
             raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
     on = device.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found: dict[str, Any] = {
         "device": on.kind,
         "chip": on.chip,
-        "cores": cores,
+        "cores": cores.count(),
         "mlx": device.mlx_build(),
         "mlx-aimv2": __version__,
         "remark": device.remark(on),
