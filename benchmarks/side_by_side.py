@@ -194,7 +194,7 @@ def _version(distribution: str) -> str:
     try:
         return version(distribution)
     except PackageNotFoundError:
-        return "from source"
+        return "of unknown version"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
