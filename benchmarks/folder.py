@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -80,7 +81,7 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
     mx.eval(pooling(model, batches[0]))
     works: dict[str, Callable[[], dict[str, float]]] = {
         "decode": lambda: _decode(Decoder(processor), files, threads),
-        "model": lambda: _encode(lambda batch: pooling(model, batch), batches),
+        "model": lambda: _encode(partial(pooling, model), batches),
         "embed": lambda: _embed(sheets, model, processor, pooling, threads),
     }
     start, processor_start = time.perf_counter(), time.process_time()

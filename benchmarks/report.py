@@ -49,28 +49,18 @@ def row(size: str, speed: dict[str, Any]) -> str:
 def main() -> None:
     on = device.machine()
     parser = argparse.ArgumentParser(description="the speed benchmarks of this machine, as one page")
-    parser.add_argument("sizes", nargs="*", type=side_by_side.fixed_size, metavar="SIZE")
-    parser.add_argument("--dtype", nargs="+", default=list(DEFAULT_DTYPES[on.kind]), choices=side_by_side.DTYPES)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4] if on.kind == "cpu" else [1, 16], metavar="B")
-    side_by_side.add_arguments(parser)
+    sizes, batches = (SIZES_ON_CPU, [1, 4]) if on.kind == "cpu" else (SIZES, [1, 16])
+    side_by_side.add_arguments(parser, list(sizes), list(DEFAULT_DTYPES[on.kind]), batches)
     arguments = parser.parse_args()
-    sizes = arguments.sizes or list(SIZES_ON_CPU if on.kind == "cpu" else SIZES)
     print(f"# {side_by_side.machine(arguments.beside)}\n\nRandom weights of the released sizes.", flush=True)
-    for number, size in enumerate(sizes):
+    for number, size in enumerate(arguments.sizes):
         found = bench(size, arguments.dtype, arguments.batch, runs=arguments.runs)
         if number == 0:
             remark = f" Remark: {found['remark']}." if found["remark"] else ""
             print(f"Pass and bare products in turn, medians of {arguments.runs} runs.{remark}\n\n{HEAD}")
         print(*(row(size, speed) for speed in found["speed"]), sep="\n", flush=True)
     print(f"\nSide by side, {arguments.rounds} rounds, a process of {arguments.runs} runs or more for each in turn.\n")
-    side_by_side.print_table(
-        sizes,
-        arguments.dtype,
-        arguments.batch,
-        beside=arguments.beside,
-        rounds=arguments.rounds,
-        runs=arguments.runs,
-    )
+    side_by_side.print_table(arguments)
 
 
 if __name__ == "__main__":

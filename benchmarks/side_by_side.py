@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -80,16 +81,17 @@ def measure(
     """Seconds of each run once it is warm, and the features."""
     encode = CONTENDERS[contender](folder, pixels(folder, batch), dtype, kind)
 
-    def repeated(least: int) -> list[float]:
+    def repeated(least: int) -> tuple[list[float], Any]:
         seconds: list[float] = []
         while len(seconds) < least or sum(seconds) < LEAST_SECONDS:
             began = time.perf_counter()
-            encode()
+            features = encode()
             seconds.append(time.perf_counter() - began)
-        return seconds
+        return seconds, features
 
     repeated(1)
-    return repeated(runs), numbers(encode())
+    seconds, features = repeated(runs)
+    return seconds, numbers(features)
 
 
 def environment(contender: str) -> dict[str, str]:
@@ -118,16 +120,16 @@ def in_process(contender: str, folder: Path, batch: int, dtype: str, runs: int, 
     return seconds
 
 
-def print_table(
-    sizes: list[str], dtypes: list[str], batches: list[int], *, beside: list[str], rounds: int, runs: int
-) -> None:
+def print_table(arguments: argparse.Namespace) -> None:
     """Measures every size, dtype and batch on MLX's default device, and prints the table as it grows."""
     print(HEAD, flush=True)
-    for size in sizes:
+    for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as place:
             write_checkpoint(Path(place), size)
-            for dtype, batch in product(dtypes, batches):
-                for name, cells in compare(Path(place), dtype, batch, beside, rounds, runs):
+            for dtype, batch in product(arguments.dtype, arguments.batch):
+                for name, cells in compare(
+                    Path(place), dtype, batch, arguments.beside, arguments.rounds, arguments.runs
+                ):
                     print(f"| {' | '.join([size, dtype, str(batch), name, *cells])} |", flush=True)
 
 
@@ -197,8 +199,20 @@ def _version(distribution: str) -> str:
         return "of unknown version"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that `report` has too."""
+def add_arguments(parser: argparse.ArgumentParser, sizes: list[str], dtypes: list[str], batches: list[int]) -> None:
+    """What to compare, with these defaults; `report` has the same flags."""
+    parser.add_argument(
+        "sizes", nargs="*", type=fixed_size, default=sizes, metavar="SIZE", help=f"released sizes ({' '.join(sizes)})"
+    )
+    parser.add_argument("--dtype", nargs="+", default=dtypes, choices=DTYPES, help=f"dtypes ({' '.join(dtypes)})")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=int,
+        default=batches,
+        metavar="B",
+        help=f"pictures at once ({' '.join(map(str, batches))})",
+    )
     parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS, help="whom (transformers)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="processes for each of them, in turn (5)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs in a process, and a second of them (5)")
@@ -206,10 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="mlx_aimv2 and others, side by side")
-    parser.add_argument("sizes", nargs="*", type=fixed_size, default=["large-patch14-224"], metavar="SIZE")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4], metavar="B", help="pictures at once (1 4)")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="dtypes (float32)")
-    add_arguments(parser)
+    add_arguments(parser, ["large-patch14-224"], ["float32"], [1, 4])
     parser.add_argument("--cpu", action="store_true", help="all of them on the CPU")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -224,15 +235,8 @@ def main() -> None:
         return
     if arguments.cpu:
         mx.set_default_device(mx.cpu)
-    print(machine(arguments.beside) + f"; {arguments.rounds} rounds of {arguments.runs} runs\n")
-    print_table(
-        arguments.sizes,
-        arguments.dtype,
-        arguments.batch,
-        beside=arguments.beside,
-        rounds=arguments.rounds,
-        runs=arguments.runs,
-    )
+    print(machine(arguments.beside) + f"; {arguments.rounds} rounds of {arguments.runs} runs or more\n")
+    print_table(arguments)
 
 
 if __name__ == "__main__":

@@ -160,12 +160,12 @@ def measure_speed(model: Any, pixels: mx.array, *, runs: int, weights: str = "de
     def forward() -> None:
         mx.eval(vision(pixels).last_hidden_state)
 
-    began = time.perf_counter()
-    forward()
-    bare()
-    while mx.default_device() != mx.cpu and time.perf_counter() < began + WARM_UP_SECONDS:
+    warm = time.perf_counter() + (0 if mx.default_device() == mx.cpu else WARM_UP_SECONDS)
+    while True:
         forward()
         bare()
+        if time.perf_counter() >= warm:
+            break
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     forward()
