@@ -87,8 +87,8 @@ def numbers(features: Any) -> np.ndarray:
 
 def _translated(folder: Path, layout: str) -> Any:
     """The folder's weights under the names of another layout, one at a time."""
+    from mlx_aimv2.checkpoint.layouts import layout_for
     from mlx_aimv2.loading import read_source
-    from mlx_aimv2.names import layout_for
 
     return layout_for(layout, pair=False).to_theirs(read_source(folder).weights.items())
 

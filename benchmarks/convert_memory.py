@@ -21,10 +21,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_aimv2 import Aimv2Processor, bench, export, tensorfile
-from mlx_aimv2 import folder as folders
+from mlx_aimv2 import Aimv2Processor, bench
+from mlx_aimv2.checkpoint.layouts import layout_for
+from mlx_aimv2.conversion import folder as folders
+from mlx_aimv2.conversion import pytorch_folder, safetensors_file
 from mlx_aimv2.loading import build, parameter_shapes
-from mlx_aimv2.names import layout_for
 from mlx_aimv2.preprocessing import published
 
 CASES = {
@@ -39,10 +40,10 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     config = bench.released_config(f"{size}-patch14-224")
     shapes = layout_for("apple", pair=False).their_shapes(parameter_shapes(build(config)))
     folder.mkdir(parents=True, exist_ok=True)
-    folders.save_config(folder, export.config_for(config, "apple"))
+    folders.save_config(folder, pytorch_folder.config_for(config, "apple"))
     Aimv2Processor(published(224)).save_to(folder)
     tensors = {name: mx.random.normal(shape, scale=0.02) for name, shape in shapes.items()}
-    tensorfile.write(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    safetensors_file.write(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     return folder
 
 

@@ -29,15 +29,15 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_aimv2 import cores, device
+from mlx_aimv2 import device
 from mlx_aimv2.bundled import ASSETS
-from mlx_aimv2.decoding import Decoder
-from mlx_aimv2.embed import BATCH_TOKENS, embed_sheets, sheets_of
-from mlx_aimv2.indexing import IndexWriter
-from mlx_aimv2.listing import list_pictures
+from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_sheets, sheets_of
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.prefetch import Decoder
+from mlx_aimv2.embed.update import Plan, Update
+from mlx_aimv2.find_images import list_pictures
+from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.loading import load
-from mlx_aimv2.pooling import Pooling
-from mlx_aimv2.updating import Plan, Update
 
 KINDS = ("decode", "model", "embed")
 
@@ -139,8 +139,7 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments.folder, arguments.model, arguments.threads)))
         return
-    on = device.machine()
-    print(f"{on.chip} ({on.kind}), {cores.count()} cores; mlx {device.mlx_build()}; {arguments.threads} threads decode")
+    print(f"{device.summary()}; mlx {device.mlx_build()}; {arguments.threads} threads decode")
     print(f"{Path(arguments.model).name}, {arguments.rounds} rounds\n\n{HEAD}", flush=True)
     if arguments.folder:
         _row(arguments.folder, arguments)

@@ -9,7 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from mlx_aimv2 import bundled, fidelity, load
+from mlx_aimv2 import bundled, load
+from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import RECIPES
 

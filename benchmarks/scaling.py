@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_aimv2 import bench, cores, device
+from mlx_aimv2 import bench, device
 from mlx_aimv2.loading import DTYPES
 
 SIDES = (224, 448, 672, 896)
@@ -40,8 +40,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     arguments = parser.parse_args()
-    on = device.machine()
-    print(f"{on.chip} ({on.kind}), {cores.count()} cores; mlx {device.mlx_build()}; {arguments.dtype},")
+    print(f"{device.summary()}; mlx {device.mlx_build()}; {arguments.dtype},")
     print(f"{arguments.blocks} blocks, medians of {arguments.runs} runs")
     for along in arguments.along:
         print(f"\n| {along} | ms | ms per picture | GFLOP/s | of the bare products | peak above the weights, MB |")

@@ -21,8 +21,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.index import Embedding, Index
-from mlx_aimv2.indexing import IndexWriter
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.writer import IndexWriter
 
 ROUNDS = 15
 AT_ONCE = 8192

@@ -28,10 +28,11 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS, TORCH_DEVICES, numbers
-from mlx_aimv2 import Aimv2Processor, bench, cores, device, export
-from mlx_aimv2 import folder as folders
+from mlx_aimv2 import Aimv2Processor, bench, device
+from mlx_aimv2.checkpoint.layouts import layout_for
+from mlx_aimv2.conversion import folder as folders
+from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.loading import build, parameter_shapes
-from mlx_aimv2.names import layout_for
 from mlx_aimv2.preprocessing import published
 
 OURS = "mlx_aimv2"
@@ -58,7 +59,7 @@ def write_checkpoint(folder: Path, size: str) -> None:
     config = bench.released_config(size)
     ours = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
     folders.save_weights(folder, layout_for("transformers", pair=False).to_theirs(ours), metadata={"format": "pt"})
-    folders.save_config(folder, export.config_for(config, "transformers") | {"torch_dtype": "float32"})
+    folders.save_config(folder, pytorch_folder.config_for(config, "transformers") | {"torch_dtype": "float32"})
     Aimv2Processor(published(config.image_size)).save_to(folder)
     mx.clear_cache()
 
@@ -103,7 +104,7 @@ def environment(contender: str) -> dict[str, str]:
         variables["MLX_ENABLE_TF32"] = "0"  # torch, too, multiplies float32 in full
         if OPENBLAS.exists():
             variables["LD_PRELOAD"] = str(OPENBLAS)
-    if contender == OURS and cores.prefer_one_blas_thread():
+    if contender == OURS and device.prefers_one_blas_thread():
         variables["OPENBLAS_NUM_THREADS"] = "1"
     return variables
 
@@ -178,7 +179,7 @@ def machine(beside: list[str]) -> str:
     names = dict.fromkeys(name for contender in beside for name in DISTRIBUTIONS[contender])
     versions = [f"{name} {_version(name)}" for name in names]
     where = f"; torch on {TORCH_DEVICES[on.kind]}" if "torch" in names else ""
-    return f"{on.chip} ({on.kind}), {cores.count()} cores; {', '.join([f'mlx {device.mlx_build()}', *versions])}{where}"
+    return f"{device.summary()}; {', '.join([f'mlx {device.mlx_build()}', *versions])}{where}"
 
 
 def fixed_size(name: str) -> str:

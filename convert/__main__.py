@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.checkpoints import FILE, Row, choose, read
-from mlx_aimv2 import hub
+from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.convert import convert
 

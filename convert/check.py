@@ -23,9 +23,9 @@ import numpy as np
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.conversion.blockwise import choose_pictures
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
-from mlx_aimv2.observing import choose_pictures
 
 TOLERANCE = 1e-4
 """Largest relative error that passes, `|ours - theirs| / |theirs|`; float32 on one backend is about 1e-6 of another."""

@@ -27,10 +27,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mlx_aimv2 import bundled, preprocessing
+from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.loading import load
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.names import layout_for
 from mlx_aimv2.processor import Aimv2Processor
 
 SEED = 20

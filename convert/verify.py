@@ -32,8 +32,9 @@ from PIL import Image
 
 from convert import check, machine
 from convert.checkpoints import FILE, Picture, Row, choose, read
-from mlx_aimv2 import Aimv2Model, bundled, fidelity, load
+from mlx_aimv2 import Aimv2Model, bundled, load
 from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import AnyModel, read_source
 from mlx_aimv2.processor import Aimv2Processor

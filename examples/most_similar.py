@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import bundled, load, plot
-from mlx_aimv2.pictures import to_rgb
+from mlx_aimv2.images import to_rgb
 
 parser = argparse.ArgumentParser(description="Rank pictures by likeness to the first one.")
 parser.add_argument("pictures", nargs="*", help="the query, then the pictures to rank")

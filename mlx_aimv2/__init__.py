@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_aimv2.classify import ZeroShotClassifier, zero_shot
     from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
     from mlx_aimv2.loading import load
     from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.zero_shot_classifier import ZeroShotClassifier, zero_shot
 
 __version__ = "0.1.0"
 
@@ -37,9 +37,9 @@ _HOME = {
     "Aimv2TextModel": "model",
     "Aimv2VisionModel": "model",
     "Aimv2Processor": "processor",
-    "ZeroShotClassifier": "classify",
+    "ZeroShotClassifier": "zero_shot_classifier",
     "load": "loading",
-    "zero_shot": "classify",
+    "zero_shot": "zero_shot_classifier",
 }
 """Public name -> the file that it is defined in."""
 

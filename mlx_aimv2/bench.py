@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import cores
+from mlx_aimv2 import x86
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.layers import Block, split_heads
 from mlx_aimv2.model import Aimv2VisionModel
@@ -210,24 +210,26 @@ def measure_first_embedding(path: str, picture: Path, *, dtype: str | None) -> F
 def _bare_products(vision: Aimv2VisionModel, *, batch: int, tokens: int) -> Callable[[], None]:
     """A function that computes the matrix products of a forward pass and nothing else, block by block.
 
-    Where the cores of a CPU share the pass in lanes, so they do the products.
+    Where the cores of a CPU share the pass in shards, so they do the products.
     """
     config, dtype = vision.config, vision.dtype
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    lanes = cores.Lanes.of((batch, tokens, width))
+    shards = x86.Shards.of((batch, tokens, width))
 
     def normal(*shape: int) -> list[mx.array]:
-        return [mx.contiguous(part) for part in lanes.cut(mx.random.normal(shape, key=mx.random.key(1)).astype(dtype))]
+        return [
+            mx.contiguous(part) for part in shards.split(mx.random.normal(shape, key=mx.random.key(1)).astype(dtype))
+        ]
 
     def one_per_head() -> list[mx.array]:
         whole = split_heads(mx.random.normal((batch, tokens, width), key=mx.random.key(1)).astype(dtype), heads)
-        return [mx.contiguous(part) for part in lanes.cut(whole)]
+        return [mx.contiguous(part) for part in shards.split(whole)]
 
     x, gated = normal(batch, tokens, width), normal(batch, tokens, inner)
     patches = normal(batch, tokens, config.num_channels * config.patch_size**2)
     queries, keys, values = (one_per_head() for _ in range(3))
-    if lanes.axis == cores.TOKENS:
-        keys, values = ([lanes.join(parts)] * len(parts) for parts in (keys, values))
+    if shards.axis == x86.TOKENS:
+        keys, values = ([shards.join(parts)] * len(parts) for parts in (keys, values))
     scores = normal(batch, heads, tokens, tokens)
     conv = vision.patch_embed.proj.weight.reshape(width, -1)
     mx.eval(x, gated, patches, queries, keys, values, scores, conv)
@@ -242,11 +244,11 @@ def _bare_products(vision: Aimv2VisionModel, *, batch: int, tokens: int) -> Call
         ]
 
     def run() -> None:
-        mx.async_eval(*lanes.run(lambda part: part @ conv.T, patches))  # type: ignore[no-untyped-call]
+        mx.async_eval(*shards.run(lambda part: part @ conv.T, patches))  # type: ignore[no-untyped-call]
         for block in vision.blocks:
-            results = lanes.run(partial(products, block), x, gated, queries, keys, values, scores)
+            results = shards.run(partial(products, block), x, gated, queries, keys, values, scores)
             mx.async_eval(*results)  # type: ignore[no-untyped-call]
-        for stream in lanes.streams:
+        for stream in shards.streams:
             mx.synchronize(stream)
 
     return run

@@ -54,7 +54,7 @@ class Aimv2VisionConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2VisionConfig:
         """Sizes from the content of a config.json in any spelling: `{key: value} -> Aimv2VisionConfig`."""
-        from mlx_aimv2.spellings import vision_config
+        from mlx_aimv2.checkpoint.config_json import vision_config
 
         return vision_config(raw, {})
 
@@ -86,7 +86,7 @@ class Aimv2TextConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2TextConfig:
         """Sizes from the content of a config.json or of its `text_config`: `{key: value} -> Aimv2TextConfig`."""
-        from mlx_aimv2.spellings import text_config
+        from mlx_aimv2.checkpoint.config_json import text_config
 
         return text_config(raw, {})
 
@@ -110,7 +110,7 @@ class Aimv2Config:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2Config:
         """Sizes from the content of a config.json in any spelling: `{key: value} -> Aimv2Config`."""
-        from mlx_aimv2.spellings import pair_config
+        from mlx_aimv2.checkpoint.config_json import pair_config
 
         return pair_config(raw, {})
 

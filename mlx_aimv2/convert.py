@@ -14,13 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import card, fidelity, folder, hub
-from mlx_aimv2.bit_search import as_predicate, choose_bits, most_common
-from mlx_aimv2.checkpoint import CONFIG_FILE
-from mlx_aimv2.jsonfile import read as read_json
+from mlx_aimv2.checkpoint import hub
+from mlx_aimv2.checkpoint.json_file import read as read_json
+from mlx_aimv2.checkpoint.layouts import PATCH_CONV
+from mlx_aimv2.checkpoint.read import CONFIG_FILE
+from mlx_aimv2.conversion import fidelity, folder, model_card
+from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
+from mlx_aimv2.conversion.blockwise import choose_pictures, count_parameters, observe
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
-from mlx_aimv2.names import PATCH_CONV
-from mlx_aimv2.observing import choose_pictures, count_parameters, observe
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 
@@ -114,7 +115,7 @@ def convert(
             if q_target is not None and proof["token_cosine"]["mean"] < q_target:
                 log(f"[WARNING] The folder misses the target {q_target:g}; ask for a little more")
         config = read_json(place / CONFIG_FILE)
-        card.write(place, source=source, config=config, fidelity=proof, hub_name=upload_repo)
+        model_card.write(place, source=source, config=config, fidelity=proof, hub_name=upload_repo)
     if upload_repo is not None:
         try:
             log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
@@ -138,10 +139,10 @@ def _write(
         source.weights = dequantized(source.weights, source.quantization)
     weights = _one_by_one(source)
     if export_layout is not None:
-        from mlx_aimv2 import export
+        from mlx_aimv2.conversion import pytorch_folder
 
         weights = ((name, array.astype(dtype)) for name, array in weights)
-        export.save(source, weights, place, layout=export_layout, dtype=dtype)
+        pytorch_folder.save(source, weights, place, layout=export_layout, dtype=dtype)
     else:
         config = source.config.to_dict() | {"torch_dtype": _name_of(dtype)}
         count = count_parameters(source.config)

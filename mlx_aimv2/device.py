@@ -1,4 +1,4 @@
-"""Which machine is this, and which dtype suits it and a checkpoint?
+"""Describes the machine: its chip, MLX's backend, its cores and BLAS, the dtype that suits it, and advice.
 
 `auto` is float32 on a CPU, whose half-precision products are slow in MLX. On a GPU it is float16, which has eight times
 the digits of bfloat16, if the checkpoint's fidelity report shows room in float16's range, and bfloat16 if it shows
@@ -8,17 +8,19 @@ two is faster on a later chip is for `mlx-aimv2 bench` to measure.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-
-from mlx_aimv2 import cores
 
 AUTO = "auto"
 
@@ -33,6 +35,9 @@ FIRST_WITH_BFLOAT16 = 15
 """Metal's family of GPUs that first computes bfloat16 natively: applegpu_g13 is M1, g14 M2, g15 M3, g16 M4, g17 M5."""
 
 FIRST_WITH_MATRIX_UNITS = 17
+
+MAX_STREAMS = 8
+"""CPU streams in use at once: MLX runs some twenty operations side by side and queues the rest; a stream has 2 or 3."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,55 @@ def largest_activation(checkpoint: Path) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def is_x86() -> bool:
+    """Whether the CPU is an x86."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def blas_threads() -> int:
+    """Threads with which the BLAS behind MLX's products multiplies; only OpenBLAS is known to have several."""
+    library = openblas()
+    return 1 if library is None else int(library.openblas_get_num_threads())
+
+
+def prefers_one_blas_thread() -> bool:
+    """Whether this machine's cores do better with a shard each than with a BLAS of several threads (`x86`)."""
+    return is_x86() and cpu_count() <= MAX_STREAMS
+
+
+@cache
+def openblas() -> ctypes.CDLL | None:
+    """OpenBLAS, if MLX's products reach it: preloaded, or linked. NumPy's own is neither."""
+    if platform.system() != "Linux":
+        return None
+    linked = str(Path(mx.__file__).parent / "lib" / "libmlx.so")
+    for path in (None, linked):  # None: what every library of this process can see
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(path)
+            library.openblas_get_num_threads.restype = ctypes.c_int
+            return library
+    return None
+
+
+def summary() -> str:
+    """The machine in a few words: `AMD EPYC (cpu), 2 cores`."""
+    on = machine()
+    return f"{on.chip} ({on.kind}), {cpu_count()} cores"
+
+
 def mlx_build() -> str:
     """MLX's version and the backends that are installed, as `0.32.4 cpu`."""
     names = {"mlx-metal": "metal", "mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
     return " ".join([version("mlx"), *(short for name, short in names.items() if _installed(name))])
 
 
-def remark(on: Machine) -> str | None:
+def advice(on: Machine) -> str | None:
     """What keeps this machine from its speed, with what to do about it; None where nothing is known to."""
     if on.kind == "metal" and (on.family or 0) >= FIRST_WITH_MATRIX_UNITS:
         # MLX has wheels for macOS 14, 15 and 26; only the last holds the kernels for these units, which need 26.2.
@@ -102,15 +149,15 @@ def remark(on: Machine) -> str | None:
         if _macos() < (26, 2):
             return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
     if on.kind == "cpu" and platform.system() == "Linux":
-        one_thread = " OPENBLAS_NUM_THREADS=1" if cores.prefer_one_blas_thread() else ""
-        if cores.openblas() is None:
+        one_thread = " OPENBLAS_NUM_THREADS=1" if prefers_one_blas_thread() else ""
+        if openblas() is None:
             return (
                 "MLX multiplies with the BLAS that its wheel was built with, which is slow; with libopenblas0-pthread "
                 f"installed, run with LD_PRELOAD=libopenblas.so.0{one_thread}"
             )
-        if one_thread and cores.blas_threads() > 1:
+        if one_thread and blas_threads() > 1:
             return (
-                f"OpenBLAS shares each product among {cores.blas_threads()} threads; on few cores it is faster that "
+                f"OpenBLAS shares each product among {blas_threads()} threads; on few cores it is faster that "
                 f"each core takes its own pictures or tokens: run with{one_thread}"
             )
     return None

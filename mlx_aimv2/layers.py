@@ -1,20 +1,18 @@
-"""What are the parts of the network: patch embedding, positions, attention, feed-forward, block, pooling head?"""
+"""The parts of the network: patch embedding, positions, attention, feed-forward, block, pooling head."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2 import cores, ops
-
-ROPE_BASE = 10000.0
+POSITION_BASE = 10000.0
 
 
 class PatchEmbed(nn.Module):
-    """Pictures to patch vectors, `(B, H, W, 3) -> (B, N, D)`: a convolution whose stride is its kernel, then RMSNorm.
+    """Cuts images into patches: `(B, H, W, 3) -> (B, N, D)`, a convolution whose stride is its kernel, then RMSNorm.
 
     Rows and columns that do not fill a patch are dropped at the bottom and at the right.
     """
@@ -25,16 +23,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        weight = self.proj.weight  # (D, p, p, C)
-        dims, p, _, channels = weight.shape
-        batch, height, width, _ = pixels.shape
-        rows, columns = height // p, width // p
-        x = pixels[:, : rows * p, : columns * p, :]
-        x = x.reshape(batch, rows, p, columns, p, channels)
-        # A patch's pixels must be neighbours in memory, in the order of the kernel: row, column, channel.
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)
-        x = mx.addmm(self.proj.bias, x, weight.reshape(dims, -1).T)  # (B, N, D)
-        return self.norm(x)
+        return self.norm(self.proj(pixels).flatten(1, 2))
 
 
 @lru_cache(maxsize=64)
@@ -45,7 +34,7 @@ def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
     with the frequencies `10000 ** (-i / (D/4))`. Computed in double precision: in half precision the large angles of
     far patches would be off by up to 0.3.
     """
-    omega = ROPE_BASE ** -(np.arange(hidden_size // 4) / (hidden_size // 4))
+    omega = POSITION_BASE ** -(np.arange(hidden_size // 4) / (hidden_size // 4))
     row, column = np.divmod(np.arange(rows * columns), columns)
     angles = (column[:, None] * omega, row[:, None] * omega)
     table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
@@ -53,7 +42,7 @@ def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
 
 
 class Attention(nn.Module):
-    """What multi-head self-attention has learned; query, key and value are one matrix. `Block.finish` attends."""
+    """Multi-head self-attention, `(B, N, D) -> (B, N, D)`; query, key and value are one matrix."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -61,15 +50,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
+    def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
+        x = attention(*self.heads(x), causal=causal)  # (B, H, N, D/H)
+        return self.proj(merge_heads(x))
+
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values, `(B, N, D) -> three (B, H, N, D/H)`."""
+        """Queries, keys and values: `(B, N, D) -> three (B, H, N, D/H)`."""
         # Splitting gives views; indexing a (B, N, 3, ...) array would copy three times.
         q, k, v = (split_heads(part, self.num_heads) for part in mx.split(self.qkv(x), 3, axis=-1))
         return q, k, v
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, `(B, N, D) -> (B, N, I)` before its output projection `down`, which the block applies."""
+    """SwiGLU: `(B, N, D) -> (B, N, D)` by way of I features."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -78,7 +71,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.swiglu(self.gate(x), self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -92,23 +85,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(hidden_size, intermediate_size)
 
     def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
-        (x,) = cores.through([self], x, causal=causal)  # `finish(x, *heads(x))`, shared by the cores of a CPU
-        return x
-
-    def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """What each token brings to attention: queries, keys and values, `(B, N, D) -> three (B, H, N, D/H)`."""
-        return self.attn.heads(self.norm1(x))
-
-    def finish(
-        self, x: mx.array, queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False
-    ) -> mx.array:
-        """Attention and feed-forward, each added to `x`: `(B, M, D), (B, H, M, D/H), two (B, H, N, D/H) -> (B, M, D)`.
-
-        The M tokens that ask may be some of the N that are asked.
-        """
-        mixed = merge_heads(ops.attention(queries, keys, values, causal=causal))
-        x = project_and_add(self.attn.proj, mixed, x)
-        return project_and_add(self.mlp.down, self.mlp(self.norm2(x)), x)
+        x = x + self.attn(self.norm1(x), causal=causal)
+        return x + self.mlp(self.norm2(x))
 
 
 class AttentionPoolingHead(nn.Module):
@@ -125,8 +103,29 @@ class AttentionPoolingHead(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         query = mx.broadcast_to(self.cls_token, (x.shape[0], 1, x.shape[2]))
         q, k, v = (split_heads(part, self.num_heads) for part in (query, self.k(x), self.v(x)))
-        pooled = merge_heads(ops.attention(q, k, v))  # (B, 1, D)
+        pooled = merge_heads(attention(q, k, v))  # (B, 1, D)
         return self.linear(pooled[:, 0])
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False) -> mx.array:
+    """Softmax attention, scale `head_dim ** -0.5`: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
+
+    With `causal` (M = N) a token attends to itself and to those before it.
+    """
+    scale = queries.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal" if causal else None)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """The gated product of the feed-forward, `silu(gate) * up`: two `(B, N, I) -> (B, N, I)`."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        return _fused_swiglu(gate, up)
+    return gate * mx.sigmoid(gate) * up  # MLX compiles for a CPU by starting a C++ compiler, which may not be there
+
+
+@partial(mx.compile, shapeless=True)
+def _fused_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
 
 
 def split_heads(x: mx.array, num_heads: int) -> mx.array:
@@ -139,10 +138,3 @@ def merge_heads(x: mx.array) -> mx.array:
     """`(B, H, N, D/H) -> (B, N, D)`."""
     batch, heads, tokens, dims = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * dims)
-
-
-def project_and_add(linear: nn.Module, x: mx.array, residual: mx.array) -> mx.array:
-    """`residual + linear(x)`, as one kernel where the weights are dense."""
-    if isinstance(linear, nn.Linear):
-        return mx.addmm(residual, x, linear.weight.T)
-    return residual + linear(x)

@@ -1,6 +1,6 @@
 """How does any checkpoint become a model and its processor: foreign or MLX, on disk or on the Hub?
 
-checkpoint.read -> recognition.recognise -> sizes -> strict comparison -> our names -> dtype -> model.
+checkpoint.read -> detect.recognise -> sizes -> strict comparison -> our names -> dtype -> model.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import checkpoint, device, names, quantize, recognition
+from mlx_aimv2 import device, quantize
+from mlx_aimv2.checkpoint import detect, layouts
+from mlx_aimv2.checkpoint import read as checkpoint
+from mlx_aimv2.checkpoint.config_json import disagreements, read_config
 from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.spellings import disagreements, read_config
 
 AnyModel = Aimv2VisionModel | Aimv2Model
 
@@ -34,7 +36,7 @@ class Source:
 
     origin: checkpoint.Checkpoint
     config: AnyConfig
-    match: names.Match
+    match: layouts.Match
     weights: dict[str, mx.array]
     quantization: Mapping[str, Any] | None
 
@@ -101,8 +103,8 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     that are not.
     """
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
-    match = _naming(origin, lambda: recognition.recognise(origin.shapes))
-    quantization = origin.config.get("quantization") if match.layout.name == names.OURS else None
+    match = _naming(origin, lambda: detect.recognise(origin.shapes))
+    quantization = origin.config.get("quantization") if match.layout.name == layouts.OURS else None
     shapes = match.our_shapes(origin.shapes)
     config = _naming(origin, lambda: read_config(origin.config, shapes))
     if sizes := disagreements(config, shapes):  # before a model of sizes that nobody checked is built
@@ -113,7 +115,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
         _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
     wanted = parameter_shapes(model)
     their_wanted = match.their_shapes(wanted)
-    if lines := recognition.differences(their_wanted, origin.shapes, match):
+    if lines := detect.differences(their_wanted, origin.shapes, match):
         raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
     packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
     _naming(origin, lambda: origin.check_dtypes(their_wanted, packed))
@@ -138,7 +140,7 @@ def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | No
     One tensor of another dtype would promote everything after it; dtype None takes that of the patch embedding. Tensor
     by tensor, because casting all at once needs the memory twice.
     """
-    reference = next(array for name, array in weights.items() if name.endswith(names.PATCH_CONV))
+    reference = next(array for name, array in weights.items() if name.endswith(layouts.PATCH_CONV))
     dtype = dtype or reference.dtype
     for name in list(weights):
         array = weights.pop(name)

@@ -6,12 +6,13 @@ Read from top to bottom like the paper (arXiv 2411.14402): patches, blocks, fina
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2 import cores, layers
+from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 
 LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
@@ -44,6 +45,16 @@ class PairOutput:
     text_embeds: mx.array
     vision_model_output: EncoderOutput
     text_model_output: EncoderOutput
+
+
+def run_blocks(blocks: Iterable[layers.Block], x: mx.array, *, causal: bool = False) -> Iterator[mx.array]:
+    """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`."""
+    if x86.on_x86_cpu():
+        yield from x86.run_blocks(blocks, x, causal=causal)
+        return
+    for block in blocks:
+        x = block(x, causal=causal)
+        yield x
 
 
 class Aimv2VisionModel(nn.Module):
@@ -81,7 +92,7 @@ class Aimv2VisionModel(nn.Module):
         """
         embedded = self.embed(pixels)
         states = [embedded]
-        for x in cores.through(self.blocks, embedded):
+        for x in run_blocks(self.blocks, embedded):
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)
@@ -149,7 +160,7 @@ class Aimv2TextModel(nn.Module):
         ends = self._first_ends(ids)
         embedded = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]  # (B, L, D)
         states = [embedded]
-        for x in cores.through(self.blocks, embedded, causal=True):  # so what follows the end changes nothing before
+        for x in run_blocks(self.blocks, embedded, causal=True):  # so what follows the end changes nothing before
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)

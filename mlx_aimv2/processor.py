@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_aimv2 import preprocessing as reading
 from mlx_aimv2.config import Aimv2Config
-from mlx_aimv2.pictures import Picture, name_of, to_rgb
+from mlx_aimv2.images import Picture, name_of, to_rgb
 from mlx_aimv2.preprocessing import Preprocessing
 from mlx_aimv2.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2 import cores
+from mlx_aimv2 import x86
 
 Quantization = Mapping[str, Any]
 """The `quantization` section of config.json: group_size, bits, mode, and per layer path an own object or false."""
@@ -187,7 +187,7 @@ def _streams() -> Iterator[mx.Stream]:
     device = mx.default_device()
     if device.type != mx.DeviceType.cpu:
         return itertools.repeat(mx.default_stream(device))
-    return itertools.cycle(cores.streams()[:2])
+    return itertools.cycle(x86.streams()[:2])
 
 
 def pack(array: mx.array, settings: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_aimv2 import jsonfile
+from mlx_aimv2.checkpoint import json_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +143,7 @@ def _mark_names(folder: Path) -> dict[str, str]:
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.exists():
             continue
-        told = jsonfile.read(file)
+        told = json_file.read(file)
         for role in names:
             name = told.get(role)
             name = name.get("content") if isinstance(name, dict) else name

@@ -11,16 +11,16 @@ import pytest
 
 @pytest.fixture
 def three_cores(monkeypatch):
-    """A function that makes MLX's device an x86 CPU of three cores, and takes what else to set in `cores`."""
-    from mlx_aimv2 import cores
+    """A function that makes MLX's device an x86 CPU of three cores, and takes what else to set in `x86`."""
+    from mlx_aimv2 import x86
 
     def become(*, blas_threads, **settings):
-        settings |= {"on_x86_cpu": lambda: True, "count": lambda: 3, "blas_threads": lambda: blas_threads}
+        settings |= {"on_x86_cpu": lambda: True, "cpu_count": lambda: 3, "blas_threads": lambda: blas_threads}
         for name, value in settings.items():
-            monkeypatch.setattr(cores, name, value)
-        monkeypatch.delattr(cores._of_thread, "streams", raising=False)
+            monkeypatch.setattr(x86, name, value)
+        monkeypatch.delattr(x86._of_thread, "streams", raising=False)
 
     yield become
     monkeypatch.undo()
-    if hasattr(cores._of_thread, "streams"):
-        del cores._of_thread.streams
+    if hasattr(x86._of_thread, "streams"):
+        del x86._of_thread.streams

@@ -14,8 +14,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 
-from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextConfig, Aimv2VisionConfig, names
-from mlx_aimv2.export import config_for
+from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.checkpoint import layouts
+from mlx_aimv2.conversion.pytorch_folder import config_for
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.processor import Aimv2Processor
 
@@ -81,7 +82,7 @@ def write(folder: Path, *, model: Aimv2Model | None = None, files: tuple[str, ..
     """A folder in Apple's layout with the pair, a preprocessor_config.json and these tokenizer files."""
     model = model or small_lit()
     folder.mkdir(parents=True, exist_ok=True)
-    match = names.layout_for("apple", pair=True)
+    match = layouts.layout_for("apple", pair=True)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(match.to_theirs(tree_flatten(model.parameters()))))
     (folder / "config.json").write_text(json.dumps(config_for(model.config, "apple")))
     Aimv2Processor(published(model.config.vision_config.image_size)).save_to(folder)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.index import Index
-from mlx_aimv2.listing import shown
+from mlx_aimv2.find_images import shown
+from mlx_aimv2.index.reader import Index
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
 

@@ -53,10 +53,21 @@ def test_the_count_is_that_of_every_matrix_product(monkeypatch, use_head):
 
         return counted_multiply
 
+    def conv2d(pixels, weight, *rest, convolve=mx.conv2d):
+        out = convolve(pixels, weight, *rest)
+        counted.append(2 * out.size * int(np.prod(weight.shape[1:])))
+        return out
+
+    def attention(q, k, v, attend=mx.fast.scaled_dot_product_attention, **options):
+        counted.append(4 * q.size * k.shape[2])
+        return attend(q, k, v, **options)
+
     monkeypatch.setattr(mx, "addmm", counting(mx.addmm))
+    monkeypatch.setattr(mx, "conv2d", conv2d)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(mx.array, "__matmul__", counting(mx.array.__matmul__))
-    monkeypatch.setattr("mlx_aimv2.cores.on_x86_cpu", lambda: True)
-    monkeypatch.setattr("mlx_aimv2.cores.WORTH_SHARING", 1)
+    monkeypatch.setattr("mlx_aimv2.x86.on_x86_cpu", lambda: True)
+    monkeypatch.setattr("mlx_aimv2.x86.MIN_SHARED", 1)
     model(mx.zeros((2, 15, 15, 3)))
     assert sum(counted) == bench.matrix_flops(config, batch=2, tokens=9)
 
@@ -115,7 +126,7 @@ def test_json_says_what_was_measured_on_what(capsys):
     code, out, err = run(capsys, "-m", FIXED, "--dtype", "float32", "--batch", 1, 3, "--runs", 1, "--json")
     found = json.loads(out)
     assert code == 0
-    assert {"device", "chip", "cores", "mlx", "mlx-aimv2", "remark", "model", "loading", "first_embedding"} <= set(
+    assert {"device", "chip", "cores", "mlx", "mlx-aimv2", "advice", "model", "loading", "first_embedding"} <= set(
         found
     )
     assert [(row["dtype"], row["batch"], row["tokens"]) for row in found["speed"]] == [

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2 import bundled, fidelity
-from mlx_aimv2.bit_search import _lowered, as_predicate, choose_bits, knapsack, most_common
+from mlx_aimv2 import bundled
+from mlx_aimv2.conversion import fidelity
+from mlx_aimv2.conversion.bit_search import _lowered, as_predicate, choose_bits, knapsack, most_common
 from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import resolve
 

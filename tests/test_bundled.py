@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from mlx_aimv2 import Aimv2VisionModel, bundled, load
-from mlx_aimv2.checkpoint import read
-from mlx_aimv2.recognition import recognise
+from mlx_aimv2.checkpoint.detect import recognise
+from mlx_aimv2.checkpoint.read import read
 
 
 @pytest.fixture(scope="module")

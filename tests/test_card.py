@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import metadata_load
 from PIL import Image
 
-from mlx_aimv2 import card
+from mlx_aimv2.conversion import model_card
+from mlx_aimv2.conversion.fidelity import compare, rows
+from mlx_aimv2.conversion.pytorch_folder import config_for
 from mlx_aimv2.convert import convert
-from mlx_aimv2.export import config_for
-from mlx_aimv2.fidelity import compare, rows
 from mlx_aimv2.loading import read_source
 from tests.towers import FIXED, pair_with_words
 
@@ -49,7 +49,7 @@ def card_of(source: Path, target: Path, *, repo: str | None = None, proof=None, 
         read.origin.repo, read.origin.commit = repo, "c" * 40
     target.mkdir(exist_ok=True)
     config = read.config.to_dict() | {"torch_dtype": "float16"} | (config or {})
-    card.write(target, source=read, config=config, fidelity=proof, hub_name=hub_name)
+    model_card.write(target, source=read, config=config, fidelity=proof, hub_name=hub_name)
     return target / "README.md"
 
 

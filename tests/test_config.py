@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.spellings import disagreements, read_config
+from mlx_aimv2.checkpoint.config_json import disagreements, read_config
 
 SIZES = {"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 5}
 APPLE = {**SIZES, "model_type": "aimv2", "num_channels": 3, "patch_size": 14, "rms_norm_eps": 1e-5, "use_bias": False}

@@ -14,9 +14,9 @@ from PIL import Image
 
 import mlx_aimv2
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed import SHEET
-from mlx_aimv2.index import Embedding, Index
-from mlx_aimv2.ranks import RankLostError, Ranks, Result, _packed, _unpacked, my_sheets
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _unpacked, my_sheets
+from mlx_aimv2.embed.pipeline import SHEET
+from mlx_aimv2.index.reader import Embedding, Index
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
@@ -26,9 +26,11 @@ PICTURES = 3 * SHEET + 7
 # What `mlx-aimv2` does, except that rank 1 dies when rank 0 has taken its first sheet.
 DIES = """
 import os, signal, sys, time
-from mlx_aimv2 import cli, embed, updating
-updating.COMMIT_SECONDS = 1e9  # so that nothing is on disk yet but what is put there on the way out
-finish, count = embed._finished, 0
+from mlx_aimv2 import cli
+from mlx_aimv2.embed import pipeline
+from mlx_aimv2.embed import update
+update.COMMIT_SECONDS = 1e9  # so that nothing is on disk yet but what is put there on the way out
+finish, count = pipeline._finished, 0
 def deadly(*arguments):
     global count
     count += 1
@@ -37,12 +39,12 @@ def deadly(*arguments):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return finish(*arguments)
-embed._finished = deadly
-take = updating.Update.take
+pipeline._finished = deadly
+take = update.Update.take
 def marked(*arguments):
     take(*arguments)
     open("taken", "w").close()
-updating.Update.take = marked
+update.Update.take = marked
 sys.exit(cli.main(sys.argv[1:]))
 """
 

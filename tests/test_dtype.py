@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import cores, device, fidelity, load
+from mlx_aimv2 import device, load
+from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.convert import convert
 from mlx_aimv2.device import Machine
 
@@ -100,25 +101,25 @@ def test_a_gpu_that_is_not_metals_is_cudas(monkeypatch):
 def test_an_m5_without_its_kernels_is_told(monkeypatch, built_for, macos, said):
     monkeypatch.setattr(device, "_wheel_macos", lambda: built_for)
     monkeypatch.setattr(device, "_macos", lambda: macos)
-    remark = device.remark(M5)
+    remark = device.advice(M5)
     assert remark is None if said is None else said in remark
-    assert device.remark(M3) is None
+    assert device.advice(M3) is None
 
 
 def test_a_slow_blas_is_told(monkeypatch):
     monkeypatch.setattr(device.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(cores, "_is_x86", lambda: True)
+    monkeypatch.setattr(device, "is_x86", lambda: True)
     for count, threads, said in ((2, 1, False), (2, 2, True), (64, 64, False)):
-        monkeypatch.setattr(cores, "count", lambda count=count: count)
-        monkeypatch.setattr(cores, "blas_threads", lambda threads=threads: threads)
-        monkeypatch.setattr(cores, "openblas", lambda: None)
-        assert "LD_PRELOAD=libopenblas.so.0" in device.remark(CPU)
-        assert ("OPENBLAS_NUM_THREADS=1" in device.remark(CPU)) == (count == 2)  # many cores are OpenBLAS's own
-        monkeypatch.setattr(cores, "openblas", lambda: ...)
-        assert ("OPENBLAS_NUM_THREADS=1" in (device.remark(CPU) or "")) == said
-    monkeypatch.setattr(cores, "_is_x86", lambda: False)
-    monkeypatch.setattr(cores, "count", lambda: 2)
-    assert device.remark(CPU) is None
+        monkeypatch.setattr(device, "cpu_count", lambda count=count: count)
+        monkeypatch.setattr(device, "blas_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(device, "openblas", lambda: None)
+        assert "LD_PRELOAD=libopenblas.so.0" in device.advice(CPU)
+        assert ("OPENBLAS_NUM_THREADS=1" in device.advice(CPU)) == (count == 2)  # many cores are OpenBLAS's own
+        monkeypatch.setattr(device, "openblas", lambda: ...)
+        assert ("OPENBLAS_NUM_THREADS=1" in (device.advice(CPU) or "")) == said
+    monkeypatch.setattr(device, "is_x86", lambda: False)
+    monkeypatch.setattr(device, "cpu_count", lambda: 2)
+    assert device.advice(CPU) is None
 
 
 def test_load_takes_auto(monkeypatch, copy):

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli import main
-from mlx_aimv2.decoding import Decoder
-from mlx_aimv2.embed import BATCH_TOKENS, SHEET, embed, embed_sheets, sheets_of
-from mlx_aimv2.index import Embedding, Index
-from mlx_aimv2.indexing import IndexWriter
-from mlx_aimv2.listing import list_pictures
-from mlx_aimv2.pooling import Pooling
-from mlx_aimv2.updating import make_plan
+from mlx_aimv2.embed.pipeline import BATCH_TOKENS, SHEET, embed, embed_sheets, sheets_of
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.prefetch import Decoder
+from mlx_aimv2.embed.update import make_plan
+from mlx_aimv2.find_images import list_pictures
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.writer import IndexWriter
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 
@@ -194,7 +194,7 @@ class Noted:
 
 
 def test_a_batch_holds_so_many_tokens(folder, fixed, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.embed.BATCH_TOKENS", 3 * fixed[0].config.num_patches + 1)
+    monkeypatch.setattr("mlx_aimv2.embed.pipeline.BATCH_TOKENS", 3 * fixed[0].config.num_patches + 1)
     noted = Noted()
     list(embed_sheets(sheets_of([str(folder / f"{n}.png") for n in range(7)]), *fixed, pooling=noted))
     assert [shape[0] for shape in noted.shapes] == [3, 3, 1]
@@ -261,7 +261,7 @@ def test_whatever_a_decoder_raises_is_that_pictures_failure(tmp_path, fixed, mon
     def broken(stream):
         raise RuntimeError("decoder\nexploded")
 
-    monkeypatch.setattr("mlx_aimv2.decoding.to_rgb", broken)
+    monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", broken)
     assert Decoder(fixed[1])(str(picture(tmp_path / "a.jpg", (9, 9)))).failure == "decoder exploded"
 
 
@@ -330,7 +330,7 @@ def test_moved_and_touched_files_are_known_by_their_content(folder, cli, monkeyp
     (folder / "1.png").rename(folder / "moved.png")
     shutil.copy(folder / "moved.png", folder / "twice.png")
     os.utime(folder / "5.png", ns=(1, 1))
-    monkeypatch.setattr("mlx_aimv2.decoding.to_rgb", None)  # nothing is decoded
+    monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", None)  # nothing is decoded
     _, out, _ = cli("in", "--json")
     assert counts(out) == {"pictures": 8, "recognised": 3, "unchanged": 5, "dropped": 1}
     after = contents()
@@ -446,7 +446,7 @@ def test_wrong_use_is_one_line(folder, cli, arguments, model, words):
 
 
 def test_an_output_that_cannot_be_is_told_before_the_model_is_read(folder, cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.provenance.load_with_origin", None)
+    monkeypatch.setattr("mlx_aimv2.embed.provenance.load_with_origin", None)
     assert main(["embed", "in", "-m", "x", "-o", "nowhere/photos.db"]) == 2
     (tmp_path / "photos.db").write_text("my own notes")
     code, _, err = cli("in")

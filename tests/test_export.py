@@ -8,9 +8,9 @@ import pytest
 from safetensors import safe_open
 
 from mlx_aimv2 import load
-from mlx_aimv2.checkpoint import read
+from mlx_aimv2.checkpoint.read import read
+from mlx_aimv2.conversion.folder import save_weights
 from mlx_aimv2.convert import convert
-from mlx_aimv2.folder import save_weights
 from mlx_aimv2.loading import read_source
 from tests.towers import FIXED, NATIVE, write_lit
 

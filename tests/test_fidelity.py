@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mlx_aimv2 import bundled, cli, fidelity, load
+from mlx_aimv2 import bundled, cli, load
+from mlx_aimv2.conversion import fidelity
+from mlx_aimv2.conversion.blockwise import MOST_PICTURES, Observation, choose_pictures, cosines, observe, text_ids
 from mlx_aimv2.convert import convert
-from mlx_aimv2.observing import MOST_PICTURES, Observation, choose_pictures, cosines, observe, text_ids
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 DIGITS = bundled.digits_checkpoint()

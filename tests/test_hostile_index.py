@@ -11,15 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2 import provenance
 from mlx_aimv2.bundled import digits_checkpoint, photographs
 from mlx_aimv2.cli import main
-from mlx_aimv2.index import Embedding, Index
-from mlx_aimv2.indexing import IndexWriter
-from mlx_aimv2.interchange import appearing, export, target
-from mlx_aimv2.pooling import Pooling
+from mlx_aimv2.embed import provenance
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.provenance import made_by
+from mlx_aimv2.index.export import appearing, export, target
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.progress import Progress, say
-from mlx_aimv2.provenance import made_by
 
 WIDTH = 7
 MADE = {

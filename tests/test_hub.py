@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_aimv2.checkpoint import PINNED
-from mlx_aimv2.hub import download
+from mlx_aimv2.checkpoint.hub import download
+from mlx_aimv2.checkpoint.read import PINNED
 from tests.loopback import TOKEN, Hub, serve
 from tests.towers import FIXED
 
@@ -105,8 +105,8 @@ def test_a_revision_overrides_the_pinned_commit(released, tmp_path):
 
 
 def test_a_repository_of_somebody_else_comes_from_main_and_may_hold_shards(hub, tmp_path):
+    from mlx_aimv2.conversion.folder import save_weights
     from mlx_aimv2.convert import convert
-    from mlx_aimv2.folder import save_weights
 
     defaults = save_weights.__kwdefaults__["shard_bytes"]
     save_weights.__kwdefaults__["shard_bytes"] = 400_000
@@ -240,7 +240,7 @@ def test_a_repository_without_weights_says_what_was_looked_for(released, tmp_pat
 UPLOAD = """
 from pathlib import Path
 from mlx_aimv2.cli import one_line_errors
-from mlx_aimv2.hub import upload
+from mlx_aimv2.checkpoint.hub import upload
 def work():
     print(upload(Path(argv[1]), argv[2]))
     return 0

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2.index import Embedding, Index, Match
-from mlx_aimv2.indexing import BLOCK, Copy, IndexWriter
-from mlx_aimv2.nearest import TILE, Vectors
+from mlx_aimv2.index.nearest import TILE, Vectors
+from mlx_aimv2.index.reader import Embedding, Index, Match
+from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
 
 WIDTH = 7
 
@@ -221,7 +221,7 @@ def test_a_full_disk_loses_only_what_did_not_fit(index):
 
 
 def test_the_gpus_way_finds_the_same_as_the_cpus(monkeypatch, dtype="float16"):
-    monkeypatch.setattr("mlx_aimv2.nearest.ON_GPU", TILE)
+    monkeypatch.setattr("mlx_aimv2.index.nearest.ON_GPU", TILE)
     random = np.random.default_rng(3)
     count = 3 * TILE + 11
     vectors = random.normal(size=(count, WIDTH))

@@ -15,8 +15,8 @@ from PIL import Image
 
 import mlx_aimv2
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed import SHEET
-from mlx_aimv2.index import Index
+from mlx_aimv2.embed.pipeline import SHEET
+from mlx_aimv2.index.reader import Index
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
 PICTURES = 9 * SHEET + 13
@@ -26,14 +26,16 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1
 # Commits after every sheet and decodes slowly, so that a kill meets every stage of the work.
 DRIVER = """
 import sys, time
-from mlx_aimv2 import cli, decoding, updating
-import mlx_aimv2.embed, mlx_aimv2.provenance, mlx_aimv2.indexing
-updating.COMMIT_SECONDS = 0
-read = decoding._read
+from mlx_aimv2 import cli
+from mlx_aimv2.embed import prefetch
+from mlx_aimv2.embed import update
+import mlx_aimv2.embed.pipeline, mlx_aimv2.embed.provenance, mlx_aimv2.index.writer
+update.COMMIT_SECONDS = 0
+read = prefetch._read
 def slowly(path):
     time.sleep(0.003)
     return read(path)
-decoding._read = slowly
+prefetch._read = slowly
 print("ready", flush=True)
 sys.exit(cli.main(sys.argv[1:]))
 """

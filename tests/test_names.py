@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_aimv2.checkpoint import PINNED
+from mlx_aimv2.checkpoint.config_json import read_config
+from mlx_aimv2.checkpoint.detect import differences, recognise
+from mlx_aimv2.checkpoint.layouts import LAYOUTS, OURS, layout_for
+from mlx_aimv2.checkpoint.read import PINNED
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
-from mlx_aimv2.names import LAYOUTS, OURS, layout_for
-from mlx_aimv2.recognition import differences, recognise
-from mlx_aimv2.spellings import read_config
 from tests.towers import LIT, random_weights
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"

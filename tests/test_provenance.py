@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2.convert import convert
-from mlx_aimv2.pooling import Pooling
-from mlx_aimv2.provenance import describe, differences, load_with_origin
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.provenance import describe, differences, load_with_origin
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
-from mlx_aimv2.index import Index, Match
-from mlx_aimv2.indexing import IndexWriter
-from mlx_aimv2.page import result_page, thumbnail
+from mlx_aimv2.index.html import result_page, thumbnail
+from mlx_aimv2.index.reader import Index, Match
+from mlx_aimv2.index.writer import IndexWriter
 from tests.small_lit import COLOURS, colour_lit, write
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
@@ -72,7 +72,7 @@ def search(capsys):
 
 
 def test_a_picture_of_the_index_is_found_without_a_model(photos, search, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.provenance.load_with_origin", None)
+    monkeypatch.setattr("mlx_aimv2.embed.provenance.load_with_origin", None)
     code, out, err = search("in/2.png", "-k", "3")
     assert (code, err) == (0, "")
     lines = out.splitlines()

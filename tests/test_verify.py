@@ -18,8 +18,8 @@ from PIL import Image
 
 from convert import verify
 from convert.checkpoints import FILE, choose, read
-from mlx_aimv2 import cores, load
-from mlx_aimv2.checkpoint import PINNED
+from mlx_aimv2 import load, x86
+from mlx_aimv2.checkpoint.read import PINNED
 from mlx_aimv2.config import Aimv2Config, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes, read_source
 from tests.loopback import Hub, serve
@@ -154,7 +154,7 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(tmp_path):
 def test_attention_that_is_not_fused_is_found_out(monkeypatch):
     model, processor = load(FIXED)
     pixels = processor([PICTURE])
-    monkeypatch.setattr(cores, "on_x86_cpu", lambda: False)
+    monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
     monkeypatch.setattr(mx, "default_device", lambda: type("Gpu", (), {"type": mx.DeviceType.gpu}))
     original = mx.fast.scaled_dot_product_attention
 
@@ -169,7 +169,7 @@ def test_attention_that_is_not_fused_is_found_out(monkeypatch):
     findings = verify._fused(model, pixels)
     assert [finding.verdict for finding in findings] == [verify.PASS] * 3
     assert findings[0].detail == "3 calls in 3 blocks"
-    monkeypatch.setattr(cores, "on_x86_cpu", lambda: True)
+    monkeypatch.setattr(x86, "on_x86_cpu", lambda: True)
     assert {finding.verdict for finding in verify._fused(model, pixels)} == {verify.FAIL}, "no call, no proof"
 
 

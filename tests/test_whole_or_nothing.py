@@ -13,7 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_aimv2 import bundled, folder, load
+from mlx_aimv2 import bundled, load
+from mlx_aimv2.conversion import folder
 from mlx_aimv2.convert import convert
 
 DIGITS = bundled.digits_checkpoint()
@@ -93,7 +94,7 @@ def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from mlx_aimv2 import folder
+from mlx_aimv2.conversion import folder
 with folder.appearing(Path({str(tmp_path / "mlx")!r})):
     print("writing", flush=True)
     sys.stdin.read()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, bundled, classify, load, zero_shot
+from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, bundled, load, zero_shot
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from tests.small_lit import COLOURS, CONFIG, GOLDEN, TOKENIZER_FILES, colour_lit, small_lit, write
@@ -160,7 +160,7 @@ def test_small_batches_give_what_one_batch_gives(pair, pictures, monkeypatch):
     encode_text, encode_image = model.encode_text, model.encode_image
     monkeypatch.setattr(model, "encode_text", lambda ids: tokens.append(ids.size) or encode_text(ids), raising=False)
     monkeypatch.setattr(model, "encode_image", lambda p: rows.append(len(p)) or encode_image(p), raising=False)
-    monkeypatch.setattr(classify, "TOKENS_AT_ONCE", 25)
+    monkeypatch.setattr("mlx_aimv2.zero_shot_classifier.TOKENS_AT_ONCE", 25)
     parts = ZeroShotClassifier(*pair, labels, templates=templates)
     assert np.allclose(np.array(parts.text_embeds), np.array(whole.text_embeds), atol=1e-6)
     assert np.allclose([prediction.logits for prediction in parts(pictures)], wanted, atol=1e-3)
@@ -206,7 +206,7 @@ def test_pixels_from_the_processor_serve_too(pair, pictures):
 
 
 def test_a_picture_that_cannot_be_read_gives_its_error_in_its_place(pair, pictures, monkeypatch):
-    monkeypatch.setattr(classify, "TOKENS_AT_ONCE", 18)
+    monkeypatch.setattr("mlx_aimv2.zero_shot_classifier.TOKENS_AT_ONCE", 18)
     classifier = ZeroShotClassifier(*pair, LABELS)
     results = list(classifier.each([pictures[0], "nowhere.png", "gone.png", *pictures[1:]]))
     assert [isinstance(result, FileNotFoundError) for result in results] == [False, True, True, *[False] * 4]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2 import cores, device
+from mlx_aimv2 import device
 
 if TYPE_CHECKING:
     from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
@@ -72,10 +72,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": on.kind,
         "chip": on.chip,
-        "cores": cores.count(),
+        "cores": device.cpu_count(),
         "mlx": device.mlx_build(),
         "mlx-aimv2": __version__,
-        "remark": device.remark(on),
+        "advice": device.advice(on),
         "model": arguments.model or f"random {arguments.random}",
         "runs": arguments.runs,
     }
@@ -107,8 +107,8 @@ def table(found: dict[str, Any], *, runs: int) -> str:
     if first := found.get("first_embedding"):
         steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
         lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
-    if found["remark"]:
-        lines.append(("remark", found["remark"]))
+    if found["advice"]:
+        lines.append(("advice", found["advice"]))
     width = max(len(name) for name, _ in lines)
     head = [f"{name:<{width}}  {value}" for name, value in lines]
     rows = [HEADERS, *(_row(speed) for speed in found["speed"])]
@@ -119,7 +119,8 @@ def table(found: dict[str, Any], *, runs: int) -> str:
 
 def _about_files(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load time and the first embedding, of a checkpoint that has files."""
-    from mlx_aimv2 import bench, bundled, checkpoint, load
+    from mlx_aimv2 import bench, bundled, load
+    from mlx_aimv2.checkpoint import read as checkpoint
 
     path, _, _ = checkpoint.find(arguments.model, revision=arguments.revision)
     files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]

@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_aimv2.classify import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 from mlx_aimv2.device import AUTO
-from mlx_aimv2.listing import shown
+from mlx_aimv2.find_images import shown
 from mlx_aimv2.loading import DTYPES, load
 from mlx_aimv2.model import LIT_CHECKPOINT
+from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 
 HELP = "say which of your words fit each picture"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from mlx_aimv2 import fidelity
-from mlx_aimv2.observing import MOST_PICTURES, choose_pictures
+from mlx_aimv2.conversion import fidelity
+from mlx_aimv2.conversion.blockwise import MOST_PICTURES, choose_pictures
 
 HELP = "measure how far a model is from its reference, on pictures"
 

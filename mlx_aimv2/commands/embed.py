@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2.listing import SUFFIXES, Listing, list_pictures, read_list, shown
+from mlx_aimv2.find_images import SUFFIXES, Listing, list_pictures, read_list, shown
 from mlx_aimv2.progress import Progress, say
 
 if TYPE_CHECKING:
-    from mlx_aimv2.indexing import IndexWriter
-    from mlx_aimv2.ranks import Ranks, Result
-    from mlx_aimv2.updating import Update
+    from mlx_aimv2.embed.distributed import Ranks, Result
+    from mlx_aimv2.embed.update import Update
+    from mlx_aimv2.index.writer import IndexWriter
 
 HELP = "embed folders of pictures into an index, for search"
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Embeds what is new or changed and forgets what is gone; returns 1 when some pictures failed."""
-    from mlx_aimv2.ranks import RankLostError, Ranks
+    from mlx_aimv2.embed.distributed import RankLostError, Ranks
 
     for flag in ("threads", "max_patches"):
         if (value := getattr(arguments, flag)) is not None and value < 1:
@@ -104,12 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
-    from mlx_aimv2.decoding import MAX_PATCHES
-    from mlx_aimv2.embed import embed_sheets
-    from mlx_aimv2.pooling import Pooling
-    from mlx_aimv2.provenance import describe, load_with_origin
-    from mlx_aimv2.ranks import RankLostError, Result, my_sheets
-    from mlx_aimv2.updating import Plan, Update
+    from mlx_aimv2.embed.distributed import RankLostError, Result, my_sheets
+    from mlx_aimv2.embed.pipeline import embed_sheets
+    from mlx_aimv2.embed.pooling import Pooling
+    from mlx_aimv2.embed.prefetch import MAX_PATCHES
+    from mlx_aimv2.embed.provenance import describe, load_with_origin
+    from mlx_aimv2.embed.update import Plan, Update
 
     started = time.monotonic()
     job = ranks.first(chief.prepare)
@@ -172,7 +172,7 @@ class _Chief:
         self.export_to: Path | None = None
 
     def prepare(self) -> dict[str, Any]:
-        from mlx_aimv2.updating import make_plan
+        from mlx_aimv2.embed.update import make_plan
 
         self._check_output()
         settings = self._settings()
@@ -181,7 +181,7 @@ class _Chief:
         return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
     def _check_output(self) -> None:
-        from mlx_aimv2.indexing import IndexWriter
+        from mlx_aimv2.index.writer import IndexWriter
 
         folder = self.output.absolute().parent
         if self.output.exists() and (self.output.is_dir() or self.output.stat().st_size):
@@ -193,7 +193,7 @@ class _Chief:
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
             raise PermissionError(f"{folder} cannot be written to: choose another -o")
         if self.arguments.export is not None:
-            from mlx_aimv2.interchange import target
+            from mlx_aimv2.index.export import target
 
             self.export_to = target(self.output, self.arguments.export)
 
@@ -205,7 +205,7 @@ class _Chief:
             return Settings(
                 given.model, given.revision, given.dtype, given.pool, given.layer, given.norm, given.max_patches
             )
-        from mlx_aimv2.provenance import made_by
+        from mlx_aimv2.embed.provenance import made_by
 
         stored = made_by(self.index)
         if given.store is not None and given.store != self.index.dtype:
@@ -242,7 +242,7 @@ class _Chief:
 
     def agree(self, description: dict[str, Any]) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
-        from mlx_aimv2.provenance import differences
+        from mlx_aimv2.embed.provenance import differences
 
         refused, remarks = differences(self.index.provenance, description) if self.index is not None else ([], [])
         if refused:
@@ -258,7 +258,7 @@ class _Chief:
         return str(description["weights"]["digest"])
 
     def create(self, description: dict[str, Any], axes: int) -> IndexWriter:
-        from mlx_aimv2.indexing import IndexWriter
+        from mlx_aimv2.index.writer import IndexWriter
 
         dtype = self.arguments.store or "float16"
         width = description["width"]
@@ -290,7 +290,7 @@ class _Chief:
         self.take(last, update, progress)
         update.finish()
         if self.export_to is not None and self.index is not None:
-            from mlx_aimv2.interchange import export
+            from mlx_aimv2.index.export import export
 
             export(self.index, self.export_to, kind=self.arguments.export)
         return True

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.listing import shown
+from mlx_aimv2.find_images import shown
 
 HELP = "say what an index or a checkpoint holds"
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def about_index(path: Path) -> Facts:
     """What an index holds and how it was made."""
-    from mlx_aimv2.index import AXES, Index
+    from mlx_aimv2.index.reader import AXES, Index
 
     with Index.open(path) as index:
         made = index.provenance

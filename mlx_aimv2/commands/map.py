@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import plot
-from mlx_aimv2.decoding import MAX_PATCHES
-from mlx_aimv2.listing import list_pictures, shown
+from mlx_aimv2.embed.prefetch import MAX_PATCHES
+from mlx_aimv2.find_images import list_pictures, shown
 from mlx_aimv2.loading import load
 
 if TYPE_CHECKING:

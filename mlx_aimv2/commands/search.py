@@ -12,12 +12,12 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2.listing import has_suffix, shown
+from mlx_aimv2.find_images import has_suffix, shown
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlx_aimv2.index import Index, Match
+    from mlx_aimv2.index.reader import Index, Match
 
 PAGES = (".html", ".htm")
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the nearest pictures, best first."""
-    from mlx_aimv2.index import Index
+    from mlx_aimv2.index.reader import Index
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
@@ -107,10 +107,10 @@ def _query(index: Index, arguments: argparse.Namespace, picture: str | None) -> 
 def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    from mlx_aimv2.decoding import MAX_PATCHES
-    from mlx_aimv2.embed import embed_sheets
-    from mlx_aimv2.pooling import Pooling
-    from mlx_aimv2.provenance import describe, differences, load_with_origin, made_by
+    from mlx_aimv2.embed.pipeline import embed_sheets
+    from mlx_aimv2.embed.pooling import Pooling
+    from mlx_aimv2.embed.prefetch import MAX_PATCHES
+    from mlx_aimv2.embed.provenance import describe, differences, load_with_origin, made_by
 
     index.check_search()
     made = made_by(index)
@@ -141,8 +141,8 @@ def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None
 
 
 def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, picture: str | None) -> None:
-    from mlx_aimv2.interchange import appearing
-    from mlx_aimv2.page import result_page
+    from mlx_aimv2.index.export import appearing
+    from mlx_aimv2.index.html import result_page
 
     made = index.provenance
     name = str(made.get("checkpoint") or "")

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.config import Aimv2Config
-from mlx_aimv2.fidelity import rows
+from mlx_aimv2.conversion.fidelity import rows
 from mlx_aimv2.loading import Source
 
 FILE = "README.md"

@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import folder
-from mlx_aimv2.checkpoint import INDEX_FILE
+from mlx_aimv2.checkpoint.layouts import layout_for
+from mlx_aimv2.checkpoint.read import INDEX_FILE
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
+from mlx_aimv2.conversion import folder
 from mlx_aimv2.loading import Source
-from mlx_aimv2.names import layout_for
 
 METADATA = {"format": "pt"}
 """What PyTorch's readers ask of a safetensors header."""

@@ -20,8 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import tensorfile
-from mlx_aimv2.checkpoint import COMPANIONS, CONFIG_FILE, INDEX_FILE
+from mlx_aimv2.checkpoint.read import COMPANIONS, CONFIG_FILE, INDEX_FILE
+from mlx_aimv2.conversion import safetensors_file
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""
@@ -98,7 +98,7 @@ def save_weights(
     for i, shard in enumerate(shards):
         file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
-        tensorfile.write(folder / file, shard, metadata=metadata)
+        safetensors_file.write(folder / file, shard, metadata=metadata)
     about = {"total_size": total_size, "total_parameters": total_parameters or elements}
     write_json(folder / INDEX_FILE, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
     return total_size

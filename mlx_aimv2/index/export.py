@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.index import Index
+from mlx_aimv2.index.reader import Index
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from mlx_aimv2.checkpoint.layouts import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row, split_number
 from mlx_aimv2.config import Shapes
-from mlx_aimv2.names import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row, split_number
 
 _NOT_AIMV2 = {
     r"(^|\.)(cls_token|class_token|cls_embed\w*|class_embedding)$": "a CLS token",

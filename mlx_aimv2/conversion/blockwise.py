@@ -17,9 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.listing import list_pictures
+from mlx_aimv2.find_images import list_pictures
 from mlx_aimv2.loading import AnyModel, build, load, parameter_shapes, read_source
-from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
+from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, run_blocks, unit_length
 from mlx_aimv2.processor import Aimv2Processor
 
 MOST_PICTURES = 32
@@ -127,7 +127,7 @@ def walk(
 
     The tower is used up. `peaks` gets the largest absolute value of each block.
     """
-    causal = {"causal": True} if isinstance(tower, Aimv2TextModel) else {}
+    causal = isinstance(tower, Aimv2TextModel)
     mx.eval(states)
     for i, block in enumerate(tower.blocks):
         seen: list[mx.array] = []
@@ -135,7 +135,7 @@ def walk(
             _watch(block, seen)
         highest = 0.0
         for k, state in enumerate(states):
-            states[k] = block(state, **causal)
+            states[k] = next(run_blocks([block], state, causal=causal))
             highest = max(highest, _largest([*seen, mx.abs(states[k]).max()]))
             seen.clear()
         peaks[f"{prefix}blocks.{i}"] = highest

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import numpy as np
 
 if TYPE_CHECKING:
-    from mlx_aimv2.nearest import Vectors
+    from mlx_aimv2.index.nearest import Vectors
 
 Array: TypeAlias = np.ndarray[Any, Any]
 AnyIndex = TypeVar("AnyIndex", bound="Index")
@@ -194,7 +194,7 @@ class Index:
 
     def read_vectors(self) -> Vectors:
         """Brings all vectors into memory, if they are not there yet, ready for searches."""
-        from mlx_aimv2.nearest import Vectors  # whoever does not search needs no MLX
+        from mlx_aimv2.index.nearest import Vectors  # whoever does not search needs no MLX
 
         if self._vectors is None:
             with self._all_blocks() as (blocks, count):
@@ -202,7 +202,7 @@ class Index:
         return self._vectors
 
     def _nearest_on_disk(self, query: Array, k: int) -> tuple[Array, Array]:
-        from mlx_aimv2.nearest import nearest_in
+        from mlx_aimv2.index.nearest import nearest_in
 
         with self._all_blocks() as (blocks, _):
             return nearest_in(blocks, query, k, width=self.width, dtype=self.dtype)

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.jsonfile import read as read_json
-from mlx_aimv2.recognition import listed, recognise
+from mlx_aimv2.checkpoint.detect import listed, recognise
+from mlx_aimv2.checkpoint.json_file import read as read_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -156,7 +156,7 @@ def find(
 
 def _download(repo: str, revision: str | None) -> Path:
     """Fetches a checkpoint and only what of it is needed: never the same weights twice, of a larger model the tower."""
-    from mlx_aimv2 import hub
+    from mlx_aimv2.checkpoint import hub
 
     folder = hub.download(repo, revision=revision, patterns=HUB_FILES)
     commit = folder.name  # from here on, so that a branch that moves meanwhile is not taken half
@@ -219,9 +219,9 @@ def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array
 
 def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if file.suffix in WEIGHT_SUFFIXES[1:]:
-        from mlx_aimv2 import pickled
+        from mlx_aimv2.checkpoint import torch_pickle
 
-        return pickled.read(file), {}
+        return torch_pickle.read(file), {}
     try:
         str(file).encode()
     except UnicodeEncodeError:

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.index import Embedding
+from mlx_aimv2.index.reader import Embedding
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch (ring, jaccl, nccl) or by mpirun: without one of them this is a single process."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.conversion.blockwise import Floats, Observation, choose_pictures, cosines, observe, token_cosines
 from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
-from mlx_aimv2.observing import Floats, Observation, choose_pictures, cosines, observe, token_cosines
 
 FILE = REPORT
 

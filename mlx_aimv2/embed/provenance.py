@@ -19,13 +19,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import __version__, checkpoint
-from mlx_aimv2.index import damaged
+from mlx_aimv2 import __version__
+from mlx_aimv2.checkpoint import read as checkpoint
+from mlx_aimv2.index.reader import damaged
 from mlx_aimv2.loading import DTYPES, AnyModel, load
 
 if TYPE_CHECKING:
-    from mlx_aimv2.index import Index
-    from mlx_aimv2.pooling import Pooling
+    from mlx_aimv2.embed.pooling import Pooling
+    from mlx_aimv2.index.reader import Index
     from mlx_aimv2.processor import Aimv2Processor
 
 Description = dict[str, Any]

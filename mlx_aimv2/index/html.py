@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
-from mlx_aimv2.index import Match
-from mlx_aimv2.listing import shown
-from mlx_aimv2.pictures import to_rgb
+from mlx_aimv2.find_images import shown
+from mlx_aimv2.images import to_rgb
+from mlx_aimv2.index.reader import Match
 
 THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""

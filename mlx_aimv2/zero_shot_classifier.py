@@ -15,8 +15,8 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_aimv2.images import Picture
 from mlx_aimv2.model import LIT_CHECKPOINT, Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.pictures import Picture
 from mlx_aimv2.processor import Aimv2Processor, Pixels
 
 TEMPLATES = ("a photo of a {}",)

@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from mlx_aimv2.index import APPLICATION_ID, AXES, DTYPES, VERSION, Embedding, Index, connect, damaged, plain_errors
+from mlx_aimv2.index.reader import (
+    APPLICATION_ID,
+    AXES,
+    DTYPES,
+    VERSION,
+    Embedding,
+    Index,
+    connect,
+    damaged,
+    plain_errors,
+)
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.decoding import MAX_PATCHES, Decoded, Decoder, Known
-from mlx_aimv2.index import Embedding
-from mlx_aimv2.listing import list_pictures, shown
-from mlx_aimv2.pooling import Pooling
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.prefetch import MAX_PATCHES, Decoded, Decoder, Known
+from mlx_aimv2.find_images import list_pictures, shown
+from mlx_aimv2.index.reader import Embedding
 
 if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel

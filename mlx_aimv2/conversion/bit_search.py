@@ -34,9 +34,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.conversion.blockwise import embed_text, observe, text_ids, token_cosines
+from mlx_aimv2.layers import Block
 from mlx_aimv2.loading import AnyModel, load
-from mlx_aimv2.model import Aimv2Model
-from mlx_aimv2.observing import embed_text, observe, text_ids, token_cosines
+from mlx_aimv2.model import Aimv2Model, run_blocks
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.quantize import MODES, STAY_DENSE, Predicate, layers, pack, unpack
 
@@ -162,11 +163,15 @@ class _Tower:
 
 def _towers(model: AnyModel, pixels: list[mx.array], processor: Aimv2Processor) -> Iterator[_Tower]:
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
-    yield _Tower(prefix, vision, pixels, [vision.embed, *vision.blocks])
+    yield _Tower(prefix, vision, pixels, [vision.embed, *(partial(_run, block) for block in vision.blocks)])
     if isinstance(model, Aimv2Model):
         text, ids = model.text_model, text_ids(model, processor)
-        blocks = [partial(block, causal=True) for block in text.blocks]
+        blocks = [partial(_run, block, causal=True) for block in text.blocks]
         yield _Tower("text_model.", text, ids, [partial(embed_text, model), *blocks])
+
+
+def _run(block: Block, x: mx.array, *, causal: bool = False) -> mx.array:
+    return next(run_blocks([block], x, causal=causal))
 
 
 def _search(tower: _Tower, allowed: float, stored: Stored, dense_bits: int, log: Callable[[str], None]) -> Bits:

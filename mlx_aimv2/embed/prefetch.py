@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.listing import shown
-from mlx_aimv2.pictures import name_of, to_rgb
+from mlx_aimv2.find_images import shown
+from mlx_aimv2.images import name_of, to_rgb
 
 if TYPE_CHECKING:
     from mlx_aimv2.processor import Aimv2Processor

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_aimv2.embed import sheets_of
-from mlx_aimv2.index import Embedding, Index
-from mlx_aimv2.indexing import Copy, IndexWriter
-from mlx_aimv2.listing import Listing, is_gone, is_under
+from mlx_aimv2.embed.pipeline import sheets_of
+from mlx_aimv2.find_images import Listing, is_gone, is_under
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
 COMMIT_PICTURES = 1024

@@ -1,0 +1,5 @@
+"""Turns folders of pictures into vectors."""
+
+from mlx_aimv2.embed.pipeline import embed
+
+__all__ = ["embed"]

@@ -1,0 +1,85 @@
+"""The package as a whole: imports go one way, importing costs little, every public name is documented."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_aimv2
+
+PACKAGE = Path(mlx_aimv2.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, function bodies and type hints included."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & set(MODULES)) or {node.module}
+    return found
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, mlx_aimv2; print(' '.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "huggingface_hub", "PIL", "tokenizers", "safetensors"} & set(loaded)
+
+
+def test_imports_have_no_cycle():
+    graph = {module: imports_of(file) for module, file in MODULES.items()}
+    graph.pop("mlx_aimv2")  # re-exports lazily
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for other in sorted(graph.get(module, ())):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_every_file_has_a_docstring_and_needs_no_torch_at_import(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    tops = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in tops for alias in node.names} | {getattr(node, "module", None) for node in tops}
+    assert not {name for name in names if name and name.split(".")[0] in ("torch", "transformers", "timm")}
+
+
+@pytest.mark.parametrize("name", mlx_aimv2.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(mlx_aimv2, name).__doc__
+
+
+def test_public_names_are_not_hidden_by_modules_of_the_same_name():
+    code = "import mlx_aimv2.cli; mlx_aimv2.cli.main(['classify', '--help'])"
+    after = "import mlx_aimv2\nassert callable(mlx_aimv2.zero_shot), mlx_aimv2.zero_shot"
+    run = f"try:\n {code}\nexcept SystemExit: pass\n{after}"
+    subprocess.run([sys.executable, "-c", run], capture_output=True, check=True)
+
+
+def test_the_converter_is_not_reexported():
+    # `python -m mlx_aimv2.convert` would warn that the module is already loaded
+    assert "convert" not in mlx_aimv2.__all__
+    command = [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
