@@ -13,7 +13,7 @@ RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
-demo: $(VENV)/installed  ## convert the embedded checkpoint, embed pictures, draw one
+demo: $(VENV)/installed  ## convert the embedded checkpoint, embed images, draw one
 	$(RUN) -m examples.demo
 
 test: $(VENV)/tested  ## the quick tests: no network, no torch

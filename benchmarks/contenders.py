@@ -1,4 +1,4 @@
-"""Who can encode the same pictures with the same weights, to be measured beside us?
+"""Who can encode the same images with the same weights, to be measured beside us?
 
 Each function takes a checkpoint's folder in transformers' layout, pixels (B, 3, H, W), the dtype, and the kind of
 device (cpu, metal or cuda). It gives a function that computes the features (B, N, D) there, and waits for them.
@@ -90,7 +90,7 @@ def _translated(folder: Path, layout: str) -> Any:
     from mlx_aimv2.checkpoint.layouts import layout_for
     from mlx_aimv2.loading import read_source
 
-    return layout_for(layout, pair=False).to_theirs(read_source(folder).weights.items())
+    return layout_for(layout, pair=False).to_source(read_source(folder).weights.items())
 
 
 def _evaluated(features: Any) -> Any:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_aimv2 import Aimv2Processor, bench
+from mlx_aimv2 import Aimv2Processor
 from mlx_aimv2.checkpoint.layouts import layout_for
+from mlx_aimv2.config import WIDTHS, released
 from mlx_aimv2.conversion import folder as folders
 from mlx_aimv2.conversion import pytorch_folder, safetensors_file
 from mlx_aimv2.loading import build, parameter_shapes
@@ -37,8 +38,8 @@ CHUNK = 16 << 20
 
 def write_checkpoint(folder: Path, size: str) -> Path:
     """A checkpoint of random numbers in Apple's layout, one tensor after another."""
-    config = bench.released_config(f"{size}-patch14-224")
-    shapes = layout_for("apple", pair=False).their_shapes(parameter_shapes(build(config)))
+    config = released(f"{size}-patch14-224").vision
+    shapes = layout_for("apple", pair=False).source_shapes(parameter_shapes(build(config)))
     folder.mkdir(parents=True, exist_ok=True)
     folders.save_config(folder, pytorch_folder.config_for(config, "apple"))
     Aimv2Processor(published(224)).save_to(folder)
@@ -77,7 +78,7 @@ def copy_bytes(source: Path, target: Path, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=list(bench.SIZES), default="3B")
+    parser.add_argument("--size", choices=list(WIDTHS), default="3B")
     parser.add_argument("--keep", action="store_true", help="do not remove the checkpoint afterwards")
     arguments = parser.parse_args()
     source = arguments.folder / f"synthetic-{arguments.size}"

@@ -1,11 +1,11 @@
-"""What does embedding a folder cost beside decoding and encoding alone, and how does that grow with its pictures?
+"""What does embedding a folder cost beside decoding and encoding alone, and how does that grow with its images?
 
-python -m benchmarks.folder [--pictures 100 1000 10000] [--side 320] [--model FOLDER] [--threads N] [--rounds 3]
+python -m benchmarks.folder [--images 100 1000 10000] [--side 320] [--model FOLDER] [--threads N] [--rounds 3]
 
-Makes a folder of JPEG pictures, adds to it until it has each of these numbers and, in a new process for each round,
+Makes a folder of JPEG images, adds to it until it has each of these numbers and, in a new process for each round,
 measures three things in turns: the files decoded by the same threads with nothing else to do; the model alone on
 batches that are ready, as large as `embed` makes them; and `embed` into an index, from the list of files to the last
-commit. Memory is what the process holds after 1,000 pictures and at the end (on a Mac: the most that it held until
+commit. Memory is what the process holds after 1,000 images and at the end (on a Mac: the most that it held until
 then). The table is Markdown, medians over the rounds.
 """
 
@@ -31,11 +31,11 @@ from PIL import Image
 
 from mlx_aimv2 import device
 from mlx_aimv2.bundled import ASSETS
-from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_sheets, sheets_of
+from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_chunks, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import Decoder
 from mlx_aimv2.embed.update import Plan, Update
-from mlx_aimv2.find_images import list_pictures
+from mlx_aimv2.find_images import list_images
 from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.loading import load
 
@@ -43,13 +43,13 @@ KINDS = ("decode", "model", "embed")
 
 
 HEAD = (
-    "| pictures | decode, s | model, s | embed, s | ms per picture | beside the larger of both "
+    "| images | decode, s | model, s | embed, s | ms per image | beside the larger of both "
     "| processor time beside the sum of both | MB after 1,000 | MB at the end |\n" + "|---" * 9 + "|"
 )
 
 
 def make(folder: Path, numbers: range, side: int) -> None:
-    """Adds pictures of soft random colours to a folder, a third of them upright, a third lying."""
+    """Adds images of soft random colours to a folder, a third of them upright, a third lying."""
     random = np.random.default_rng(numbers.start)
     sizes = ((side, side), (side, side * 3 // 4), (side * 3 // 4, side))
     for number in numbers:
@@ -69,20 +69,20 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
     """Seconds of one kind of work over the whole folder, and memory on the way."""
     model, processor = load(model_folder)
     pooling = Pooling.of(model)
-    files = list_pictures([folder]).files
-    sheets = sheets_of(files)
+    files = list_images([folder]).files
+    chunks = split_into_chunks(files)
     if model.vision.config.is_native:
         raise SystemExit("a native model makes a batch of its own for each size; give a model of one size")
-    pixels = mx.array(np.stack([processor.pixels(file) for file in sheets[0]]))
+    pixels = mx.array(np.stack([processor.pixels(file) for file in chunks[0]]))
     at_once = BATCH_TOKENS // model.vision.config.num_patches
     batches = [
-        pixels[: len(sheet[first : first + at_once])] for sheet in sheets for first in range(0, len(sheet), at_once)
+        pixels[: len(chunk[first : first + at_once])] for chunk in chunks for first in range(0, len(chunk), at_once)
     ]
     mx.eval(pooling(model, batches[0]))
     works: dict[str, Callable[[], dict[str, float]]] = {
         "decode": lambda: _decode(Decoder(processor), files, threads),
         "model": lambda: _encode(partial(pooling, model), batches),
-        "embed": lambda: _embed(sheets, model, processor, pooling, threads),
+        "embed": lambda: _embed(chunks, model, processor, pooling, threads),
     }
     start, processor_start = time.perf_counter(), time.process_time()
     memory = works[kind]()
@@ -106,19 +106,19 @@ def _encode(work: Callable[[mx.array], mx.array], batches: list[mx.array]) -> di
     return {}
 
 
-def _embed(sheets, model, processor, pooling, threads) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _embed(chunks, model, processor, pooling, threads) -> dict[str, float]:  # type: ignore[no-untyped-def]
     memory: dict[str, float] = {}
     done = 0
     with tempfile.TemporaryDirectory() as temporary:
 
         def create() -> IndexWriter:
-            target = Path(temporary) / "pictures.db"
+            target = Path(temporary) / "images.db"
             return IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16")
 
-        update = Update(Plan(sheets=sheets), None, create)
-        for sheet in embed_sheets(sheets, model, processor, pooling=pooling, threads=threads):
-            update.take(sheet)
-            done += len(sheet)
+        update = Update(Plan(chunks=chunks), None, create)
+        for chunk in embed_chunks(chunks, model, processor, pooling=pooling, threads=threads):
+            update.take(chunk)
+            done += len(chunk)
             if done >= 1000:
                 memory.setdefault("MB after 1,000", resident())
         update.finish()
@@ -128,12 +128,12 @@ def _embed(sheets, model, processor, pooling, threads) -> dict[str, float]:  # t
 def main() -> None:
     """Makes the folder and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", nargs="+", type=int, default=[100, 1000, 10_000])
+    parser.add_argument("--images", nargs="+", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--side", type=int, default=320)
     parser.add_argument("--model", default=str(ASSETS / "digits"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="use these pictures, which stay as they are")
+    parser.add_argument("--folder", type=Path, help="use these images, which stay as they are")
     parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only:
@@ -146,7 +146,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         made = 0
-        for count in sorted(arguments.pictures):
+        for count in sorted(arguments.images):
             make(Path(temporary), range(made, count), arguments.side)
             made = count
             _row(Path(temporary), arguments)
@@ -155,7 +155,7 @@ def main() -> None:
 def _row(folder: Path, arguments: argparse.Namespace) -> None:
     """Measures one folder and prints its line of the table."""
     rounds = [{kind: _in_process(kind, folder, arguments) for kind in KINDS} for _ in range(arguments.rounds)]
-    count = len(list_pictures([folder]).files)
+    count = len(list_images([folder]).files)
     seconds = {kind: statistics.median(one[kind]["seconds"] for one in rounds) for kind in KINDS}
     wall = [one["embed"]["seconds"] / max(one[kind]["seconds"] for kind in ("decode", "model")) for one in rounds]
     effort = [

@@ -21,7 +21,7 @@ SIZES = ("large-patch14-224", "large-patch14-448", "3B-patch14-448")
 SIZES_ON_CPU = SIZES[:2]
 
 HEAD = (
-    "| model | dtype | pictures | tokens each | ms | pictures a second | peak above the weights, MB | GFLOP/s "
+    "| model | dtype | images | tokens each | ms | images a second | peak above the weights, MB | GFLOP/s "
     "| of the bare products |\n" + "|---" * 9 + "|"
 )
 
@@ -56,8 +56,8 @@ def main() -> None:
     for number, size in enumerate(arguments.sizes):
         found = bench(size, arguments.dtype, arguments.batch, runs=arguments.runs)
         if number == 0:
-            remark = f" Remark: {found['remark']}." if found["remark"] else ""
-            print(f"Pass and bare products in turn, medians of {arguments.runs} runs.{remark}\n\n{HEAD}")
+            note = f" Remark: {found['note']}." if found["note"] else ""
+            print(f"Pass and bare products in turn, medians of {arguments.runs} runs.{note}\n\n{HEAD}")
         print(*(row(size, speed) for speed in found["speed"]), sep="\n", flush=True)
     print(f"\nSide by side, {arguments.rounds} rounds, a process of {arguments.runs} runs or more for each in turn.\n")
     side_by_side.print_table(arguments)

@@ -1,6 +1,6 @@
-"""How long does a search over a million pictures take, against the bare matrix product over the same memory?
+"""How long does a search over a million images take, against the bare matrix product over the same memory?
 
-python -m benchmarks.search [--pictures 1000000] [--width 768] [--file PATH]
+python -m benchmarks.search [--images 1000000] [--width 768] [--file PATH]
 
 Makes an index of random float16 vectors, opens it in a fresh process, and compares `Index.search` with the product
 `vectors @ query` alone: over the same memory, in turns, the median of each.
@@ -28,13 +28,13 @@ ROUNDS = 15
 AT_ONCE = 8192
 
 
-def make(file: Path, pictures: int, width: int) -> None:
+def make(file: Path, images: int, width: int) -> None:
     """Fills an index with random vectors through the same calls as `mlx-aimv2 embed`."""
     random = np.random.default_rng(0)
     with IndexWriter.create(file, provenance={}, width=width, dtype="float16") as index:
-        for start in range(0, pictures, AT_ONCE):
-            vectors = random.standard_normal((min(AT_ONCE, pictures - start), width), np.float32)
-            names = (f"/Users/someone/Pictures/2024/IMG_{start + i:07d}.jpg" for i in range(len(vectors)))
+        for start in range(0, images, AT_ONCE):
+            vectors = random.standard_normal((min(AT_ONCE, images - start), width), np.float32)
+            names = (f"/Users/someone/Images/2024/IMG_{start + i:07d}.jpg" for i in range(len(vectors)))
             index.add(Embedding(name, 1, 1, bytes(32), row) for name, row in zip(names, vectors, strict=True))
 
 
@@ -86,14 +86,14 @@ def measure(file: Path) -> None:
 def main() -> None:
     """Makes the file where it is missing, then measures in a new process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1_000_000)
+    parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--file", type=Path, help="keep the index here; used again when it exists")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = arguments.file or Path(folder) / "million.db"
         if not file.exists():
-            make(file, arguments.pictures, arguments.width)
+            make(file, arguments.images, arguments.width)
         subprocess.run(
             [
                 sys.executable,

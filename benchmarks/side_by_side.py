@@ -28,8 +28,9 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS, TORCH_DEVICES, numbers
-from mlx_aimv2 import Aimv2Processor, bench, device
+from mlx_aimv2 import Aimv2Processor, device
 from mlx_aimv2.checkpoint.layouts import layout_for
+from mlx_aimv2.config import released
 from mlx_aimv2.conversion import folder as folders
 from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.loading import build, parameter_shapes
@@ -41,7 +42,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 ON_MLX = (OURS, "apple")
 DISTRIBUTIONS = {"transformers": ("torch", "transformers"), "timm": ("torch", "timm"), "apple": ("aim-v2",)}
 HEAD = (
-    "| model | dtype | pictures | beside | ours, ms | theirs, ms | ratio | in the rounds "
+    "| model | dtype | images | beside | ours, ms | theirs, ms | ratio | in the rounds "
     "| our least | their least | ratio | difference |\n" + "|---" * 12 + "|"
 )
 LEAST_SECONDS = 1.0
@@ -56,9 +57,9 @@ class Failed(Exception):
 
 def write_checkpoint(folder: Path, size: str) -> None:
     """Random weights of a released size as transformers lays them out."""
-    config = bench.released_config(size)
+    config = released(size).vision
     ours = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
-    folders.save_weights(folder, layout_for("transformers", pair=False).to_theirs(ours), metadata={"format": "pt"})
+    folders.save_weights(folder, layout_for("transformers", pair=False).to_source(ours), metadata={"format": "pt"})
     folders.save_config(folder, pytorch_folder.config_for(config, "transformers") | {"torch_dtype": "float32"})
     Aimv2Processor(published(config.image_size)).save_to(folder)
     mx.clear_cache()
@@ -71,7 +72,7 @@ def _random(name: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def pixels(folder: Path, batch: int) -> np.ndarray:
-    """The same pictures for all, `(B, 3, H, W)`."""
+    """The same images for all, `(B, 3, H, W)`."""
     side = json.loads((folder / "config.json").read_text())["image_size"]
     return np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
 
@@ -183,13 +184,13 @@ def machine(beside: list[str]) -> str:
 
 
 def fixed_size(name: str) -> str:
-    """The name of a released size whose pictures have one size, for argparse."""
+    """The name of a released size whose images have one size, for argparse."""
     try:
-        config = bench.released_config(name)
+        config = released(name).vision
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if config.is_native:
-        raise argparse.ArgumentTypeError(f"pictures of one size are wanted, {name} takes any; give large-patch14-224")
+        raise argparse.ArgumentTypeError(f"images of one size are wanted, {name} takes any; give large-patch14-224")
     return name
 
 
@@ -212,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser, sizes: list[str], dtypes: lis
         type=int,
         default=batches,
         metavar="B",
-        help=f"pictures at once ({' '.join(map(str, batches))})",
+        help=f"images at once ({' '.join(map(str, batches))})",
     )
     parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS, help="whom (transformers)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="processes for each of them, in turn (5)")

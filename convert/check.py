@@ -1,6 +1,6 @@
-"""Are our features those of transformers on torch, for a whole checkpoint and real pictures?
+"""Are our features those of transformers on torch, for a whole checkpoint and real images?
 
-    python -m convert.check apple/aimv2-large-patch14-224 --pictures DIR
+    python -m convert.check apple/aimv2-large-patch14-224 --images DIR
 
 Needs the extra `parity`. transformers reads the checkpoint itself where it can (its own layout, which `main` holds for
 Apple's repositories), else what we export of it, which is bit-exact but is then our own translation.
@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli import one_line_errors
-from mlx_aimv2.conversion.blockwise import choose_pictures
+from mlx_aimv2.conversion.blockwise import choose_images
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 
@@ -36,15 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m convert.check", description="Compare with transformers on torch.")
     parser.add_argument("checkpoint", help="Hub name or folder, in any layout")
     parser.add_argument("--revision", help="branch, tag or commit of our side (default: the pinned one)")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="(default: the four bundled photographs)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="(default: the four bundled photographs)")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="E", help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
     return one_line_errors(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one line for each picture and returns 1 if an error exceeds the tolerance."""
-    paths = choose_pictures(arguments.pictures)
+    """Prints one line for each image and returns 1 if an error exceeds the tolerance."""
+    paths = choose_images(arguments.images)
     errors = compare(arguments.checkpoint, paths, revision=arguments.revision)
     for path, error in zip(paths, errors, strict=True):
         print(f"{error:.2e}  {Path(path).name}")
@@ -52,14 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     return int(max(errors) > arguments.tolerance)
 
 
-def compare(checkpoint: str, pictures: Sequence[str | os.PathLike[str]], *, revision: str | None = None) -> list[float]:
-    """Relative error of the last hidden state for each picture, in float32: `checkpoint, B pictures -> [B errors]`.
+def compare(checkpoint: str, images: Sequence[str | os.PathLike[str]], *, revision: str | None = None) -> list[float]:
+    """Relative error of the last hidden state for each image, in float32: `checkpoint, B images -> [B errors]`.
 
     Raises ValueError without torch and transformers.
     """
     model, processor = load(checkpoint, revision=revision, dtype="float32")
     theirs = _theirs(checkpoint, revision)
-    return [_error(model.vision, theirs, processor([picture])) for picture in pictures]
+    return [_error(model.vision, theirs, processor([image])) for image in images]
 
 
 def _error(ours: Any, theirs: Any, pixels: mx.array) -> float:

@@ -1,4 +1,4 @@
-"""Which checkpoints are there: the rows of checkpoints.toml?"""
+"""Reads the list of checkpoints, checkpoints.toml, and completes it with the sizes and commits of `config.RELEASED`."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ if sys.version_info >= (3, 11):
 else:  # the extra `test` brings it
     import tomli as tomllib
 
+from mlx_aimv2.config import RELEASED
+
 FILE = Path(__file__).parent / "checkpoints.toml"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint. `expected` are published values of its features on the list's picture, None where there are none.
+    """One checkpoint. `expected` are published values of its features on the list's image, None where there are none.
 
-    `image_size` is None for native, `commit` None for a folder on disk.
+    `repo`, `commit` and `parameters` of a released checkpoint come from `config.RELEASED`; `commit` is None for a
+    folder on disk.
     """
 
     name: str
     repo: str
     parameters: int
     commit: str | None = None
-    image_size: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
     imagenet: float | None = None
     expected_shape: tuple[int, ...] | None = None
     expected: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The picture on which values were published: (width, height) tells a copy of another size apart."""
+class ReferenceImage:
+    """The image on which values were published: (width, height) tells a copy of another size apart."""
 
     name: str
     url: str
     size: tuple[int, int]
 
 
-def read(file: Path = FILE) -> tuple[list[Row], Picture]:
-    """The rows and the picture of a list: `file -> (rows, picture)`."""
+def read(file: Path = FILE) -> tuple[list[Row], ReferenceImage]:
+    """The rows and the image of a list: `file -> (rows, image)`."""
     content = tomllib.loads(file.read_text(encoding="utf-8"))
-    return [Row(**_frozen(row)) for row in content["checkpoint"]], Picture(**_frozen(content["picture"]))
+    return [Row(**_released(row["name"]) | _frozen(row)) for row in content["checkpoint"]], ReferenceImage(
+        **_frozen(content["image"])
+    )
 
 
 def choose(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
@@ -59,6 +59,11 @@ def choose(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
         known = ", ".join(dict.fromkeys(row.name for row in by_name.values()))
         raise ValueError(f"no such checkpoint: {', '.join(unknown)}; there are {known}")
     return [by_name[name] for name in names] or list(dict.fromkeys(by_name.values()))
+
+
+def _released(name: str) -> dict[str, Any]:
+    known = RELEASED.get(name)
+    return {} if known is None else {"repo": f"apple/{name}", "commit": known.commit, "parameters": known.parameters}
 
 
 def _frozen(table: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 3e-3, 0.1, 0.1
 # The loss sees cosines between features and class directions; the scale sets how far apart classes are pushed.
 COSINE_SCALE, LABEL_SMOOTHING = 12.0, 0.1
 TURN, SHIFT, ZOOM = 10.0, 0.07, 0.1
-"""Largest random change of a training picture: degrees, share of the side, share of the size."""
+"""Largest random change of a training image: degrees, share of the side, share of the size."""
 
 
 class Classifier(nn.Module):
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         self.directions = mx.random.normal((10, config.hidden_size))
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """Scaled cosine of each picture's mean token with each class: `(B, H, W, 3) -> (B, 10)`."""
+        """Scaled cosine of each image's mean token with each class: `(B, H, W, 3) -> (B, 10)`."""
         directions = self.directions / mx.linalg.norm(self.directions, axis=1, keepdims=True)
         return COSINE_SCALE * self.encoder.encode_image(pixels, normalize=True) @ directions.T
 
@@ -91,11 +91,11 @@ def train(*, epochs: int, seed: int) -> Aimv2VisionModel:
     mx.random.seed(seed)
     chance = np.random.default_rng(seed)
     scans = bundled.digits()
-    pictures, labels = scans.train_pictures, mx.array(scans.train_labels.astype(np.int32))
+    images, labels = scans.train_images, mx.array(scans.train_labels.astype(np.int32))
     processor = Aimv2Processor(preprocessing.published(CONFIG.image_size), patch_size=CONFIG.patch_size)
     model = Classifier(CONFIG)
     start_small(model.encoder)
-    steps = epochs * math.ceil(len(pictures) / BATCH)
+    steps = epochs * math.ceil(len(images) / BATCH)
     warm_up = int(WARM_UP * steps)
     rise = optim.linear_schedule(0.0, LEARNING_RATE, warm_up)
     fall = optim.cosine_decay(LEARNING_RATE, steps - warm_up)
@@ -107,10 +107,10 @@ def train(*, epochs: int, seed: int) -> Aimv2VisionModel:
     step = nn.value_and_grad(model, loss)
     began = time.perf_counter()
     for epoch in range(epochs):
-        order, total = chance.permutation(len(pictures)), 0.0
+        order, total = chance.permutation(len(images)), 0.0
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            pixels = processor([varied(pictures[i], chance) for i in chosen])
+            pixels = processor([varied(images[i], chance) for i in chosen])
             value, gradients = step(pixels, labels[mx.array(chosen)])
             gradients, _ = optim.clip_grad_norm(gradients, 1.0)
             optimizer.update(model, gradients)
@@ -156,7 +156,7 @@ def varied(scan: bundled.Bytes, chance: np.random.Generator) -> Image.Image:
 def write_checkpoint(model: Aimv2VisionModel, folder: Path) -> None:
     """A folder as PyTorch and transformers would have left it, in Apple's layout."""
     parameters: Any = tree_flatten(model.parameters())
-    tensors = layout_for("apple", pair=False).to_theirs(parameters)
+    tensors = layout_for("apple", pair=False).to_source(parameters)
     arrays = {name: np.ascontiguousarray(np.array(array)) for name, array in tensors}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
@@ -181,13 +181,13 @@ def write_checkpoint(model: Aimv2VisionModel, folder: Path) -> None:
         "torch_dtype": "float32",
         "use_bias": False,
     }
-    pictures = preprocessing.to_clip(preprocessing.published(CONFIG.image_size))
-    for name, content in (("config.json", config), ("preprocessor_config.json", pictures)):
+    images = preprocessing.to_clip(preprocessing.published(CONFIG.image_size))
+    for name, content in (("config.json", config), ("preprocessor_config.json", images)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_scans(file: Path) -> None:
-    """scikit-learn's digits as grey pictures with their labels and whether they are held out."""
+    """scikit-learn's digits as grey images with their labels and whether they are held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -197,7 +197,7 @@ def write_scans(file: Path) -> None:
     _, held_out = train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, stratify=labels, random_state=0)
     is_test = np.zeros(len(labels), bool)
     is_test[held_out] = True
-    np.savez_compressed(file, pictures=255 - ink, labels=labels, is_test=is_test)
+    np.savez_compressed(file, images=255 - ink, labels=labels, is_test=is_test)
 
 
 if __name__ == "__main__":

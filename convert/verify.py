@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from convert import check, machine
-from convert.checkpoints import FILE, Picture, Row, choose, read
+from convert.checkpoints import FILE, ReferenceImage, Row, choose, read
 from mlx_aimv2 import Aimv2Model, bundled, load
 from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.conversion import fidelity
@@ -56,11 +56,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the steps look at: a row, the picture, and a folder for whatever they write."""
+    """What the steps look at: a row, the image, and a folder for whatever they write."""
 
     row: Row
-    picture: Path
-    picture_is_the_published: bool
+    image: Path
+    image_is_the_published: bool
     place: Path
     repeats: int
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m convert.verify", description="Verify published checkpoints here.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints (default: the first of the list)")
     parser.add_argument("--list", type=Path, default=FILE, metavar="TOML", help="the list (default: checkpoints.toml)")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="a copy of the list's picture (default: fetch it)")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a copy of the list's image (default: fetch it)")
     parser.add_argument("--report", type=Path, default=Path("verify.md"), metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs per speed (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -79,14 +79,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verifies, prints the report, writes it to its file, and returns the exit code."""
-    rows, picture = read(arguments.list)
+    rows, image = read(arguments.list)
     chosen = choose(rows, arguments.names) if arguments.names else rows[:1]
     parts, failed = [machine.section()], False
     with tempfile.TemporaryDirectory() as place:
-        path, remark = find_picture(picture, arguments.picture, Path(place))
+        path, note = find_image(image, arguments.image, Path(place))
         for row in chosen:
-            subject = Subject(row, path, not remark, Path(place) / row.name, arguments.repeats)
-            findings = verify(subject, remark)
+            subject = Subject(row, path, not note, Path(place) / row.name, arguments.repeats)
+            findings = verify(subject, note)
             failed |= any(finding.verdict == FAIL for finding in findings)
             parts.append(section(row, findings))
             shutil.rmtree(subject.place, ignore_errors=True)
@@ -97,39 +97,39 @@ def run(arguments: argparse.Namespace) -> int:
     return int(failed)
 
 
-def find_picture(picture: Picture, given: Path | None, place: Path) -> tuple[Path, str]:
-    """A file to look at and a remark, empty if it is the picture the values were published for.
+def find_image(reference: ReferenceImage, given: Path | None, place: Path) -> tuple[Path, str]:
+    """A file to look at and a note, empty if it is the image the values were published for.
 
     Raises FileNotFoundError for a `given` file that is not there; without network a bundled photograph serves the steps
     that need no particular one.
     """
-    path = given or place / "picture.jpg"
+    path = given or place / "image.jpg"
     if given is None:
-        _say(f"fetching {picture.url}")
+        _say(f"fetching {reference.url}")
         try:
-            with urllib.request.urlopen(picture.url, timeout=30) as answer:
+            with urllib.request.urlopen(reference.url, timeout=30) as answer:
                 path.write_bytes(answer.read())
         except OSError as error:
-            return bundled.photographs()[0], f"{picture.url} could not be fetched ({error}); give it with --picture"
+            return bundled.photographs()[0], f"{reference.url} could not be fetched ({error}); give it with --image"
     with Image.open(path) as image:
-        if image.size != picture.size:
-            wanted = "{} x {}".format(*picture.size)
-            return path, f"{path.name} has {image.width} x {image.height} pixels, {picture.name} has {wanted}"
+        if image.size != reference.size:
+            wanted = "{} x {}".format(*reference.size)
+            return path, f"{path.name} has {image.width} x {image.height} pixels, {reference.name} has {wanted}"
     return path, ""
 
 
-def verify(subject: Subject, remark: str = "") -> list[Finding]:
-    """All findings about one checkpoint; `remark` says why published values cannot be compared."""
+def verify(subject: Subject, note: str = "") -> list[Finding]:
+    """All findings about one checkpoint; `note` says why published values cannot be compared."""
     _say(f"{subject.row.name}: download and read")
     try:
         findings = [_read(subject)]
         model, processor = load(subject.row.repo, revision=subject.row.commit, dtype="float32")
-        pixels = processor([subject.picture])
+        pixels = processor([subject.image])
         features = model.vision(pixels).last_hidden_state
     except (ValueError, OSError) as error:
         return [Finding("download and read", FAIL, _line(error))]
     steps: dict[str, Callable[[], list[Finding]]] = {
-        "published values": lambda: [_published(subject, features, remark)],
+        "published values": lambda: [_published(subject, features, note)],
         "words": lambda: _words(model, processor, pixels),
         "conversion": lambda: [_conversion(subject, features, pixels)],
         "transformers on torch": lambda: [_transformers(subject)],
@@ -163,12 +163,12 @@ def _read(subject: Subject) -> Finding:
     return Finding("download and read", PASS, detail)
 
 
-def _published(subject: Subject, features: mx.array, remark: str) -> Finding:
+def _published(subject: Subject, features: mx.array, note: str) -> Finding:
     what, row = "published values", subject.row
     if row.expected is None:
         return Finding(what, NOT_DONE, "none are published for this checkpoint")
-    if remark:
-        return Finding(what, NOT_DONE, remark)
+    if note:
+        return Finding(what, NOT_DONE, note)
     if tuple(features.shape) != row.expected_shape:
         return Finding(what, FAIL, f"shape {tuple(features.shape)}, published {row.expected_shape}")
     wanted = np.array(row.expected)
@@ -203,7 +203,7 @@ def _transformers(subject: Subject) -> Finding:
         import transformers
     except ImportError as error:
         return Finding(what, NOT_DONE, f"{error.name} is not installed: pip install 'mlx-aimv2[parity]'")
-    distance = check.compare(subject.row.repo, [subject.picture], revision=subject.row.commit)[0]
+    distance = check.compare(subject.row.repo, [subject.image], revision=subject.row.commit)[0]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, CPU, float32"
     verdict = PASS if distance <= check.TOLERANCE else FAIL
     return Finding(what, verdict, f"relative error {distance:.1e}, allowed {check.TOLERANCE:.0e} ({versions})")
@@ -265,7 +265,7 @@ def _speed(model: AnyModel, pixels: mx.array, repeats: int) -> list[Finding]:
             many = mx.concatenate([pixels] * batch)
             seconds = machine.median_seconds(partial(_features, cast, many), repeats)
             rates.append(f"{batch / seconds:.2f} ({batch} at once)")
-        findings.append(Finding(f"pictures a second, {dtype}", SEEN, ", ".join(rates)))
+        findings.append(Finding(f"images a second, {dtype}", SEEN, ", ".join(rates)))
     return findings
 
 

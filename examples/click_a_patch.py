@@ -1,6 +1,6 @@
 """Click a patch of a photograph and see what is like it: a page for any browser, complete in one file.
 
-python -m examples.click_a_patch [PICTURE] [--model MODEL] [--output page.html]
+python -m examples.click_a_patch [IMAGE] [--model MODEL] [--output page.html]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from mlx_aimv2 import bundled, load, plot
 PAGE = Path(__file__).with_suffix(".html")
 
 parser = argparse.ArgumentParser(description="A page that shows which patches are like the one that is clicked.")
-parser.add_argument("picture", nargs="?", default=bundled.photographs()[1])
+parser.add_argument("image", nargs="?", default=bundled.photographs()[1])
 parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="click_a_patch.html", help="default: %(default)s")
 
@@ -25,7 +25,7 @@ parser.add_argument("--output", default="click_a_patch.html", help="default: %(d
 def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, processor = load(args.model)
-    pixels = processor(args.picture)
+    pixels = processor(args.image)
     rows, columns = model.vision.grid(pixels)
     tokens = model.vision(pixels).last_hidden_state[0].astype(mx.float32)  # (N, D)
     tokens = tokens / mx.linalg.norm(tokens, axis=1, keepdims=True)
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         "patch": model.vision.config.patch_size,
         "levels": base64.b64encode(levels.tobytes()).decode(),
         "colours": (plot.heat(np.linspace(0, 1, 256)) * 255).round().astype(int).tolist(),
-        "picture": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+        "image": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
     }
     page = PAGE.read_text(encoding="utf-8").replace("{{DATA}}", json.dumps(data))
     Path(args.output).write_text(page, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Does a converted checkpoint give the features of the original?
 
-python -m examples.convert_and_load [MODEL] [--dtype float16] [--output mlx_model] [--picture PICTURE]
+python -m examples.convert_and_load [MODEL] [--dtype float16] [--output mlx_model] [--image IMAGE]
 """
 
 import argparse
@@ -16,7 +16,7 @@ parser = argparse.ArgumentParser(description="Convert a checkpoint and compare i
 parser.add_argument("model", nargs="?", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--dtype", default="float16", help="of the converted weights (default: %(default)s)")
 parser.add_argument("--output", help="folder to keep the converted model in (default: none is kept)")
-parser.add_argument("--picture", default=bundled.photographs()[0])
+parser.add_argument("--image", default=bundled.photographs()[0])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = convert(args.model, args.output or Path(place) / "model", dtype=args.dtype)
         before, processor = load(args.model)
         after, _ = load(folder)
-        pixels = processor(args.picture)
+        pixels = processor(args.image)
         a, b = (model.encode_image(pixels)[0].astype(mx.float32) for model in (before, after))
         cosine = ((a @ b) / (mx.linalg.norm(a) * mx.linalg.norm(b))).item()
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

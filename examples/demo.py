@@ -22,13 +22,13 @@ from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plane, pl
 
 ROOT = Path(__file__).parent.parent
 TILE = 56
-"""The side of the pictures that the embedded checkpoint takes."""
+"""The side of the images that the embedded checkpoint takes."""
 
 RIGHT, WRONG = (60, 160, 90), (214, 69, 65)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Convert the embedded checkpoint, embed pictures, draw one.")
+    parser = argparse.ArgumentParser(description="Convert the embedded checkpoint, embed images, draw one.")
     parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder (default: %(default)s)")
     output: Path = parser.parse_args(argv).output
     began = time.perf_counter()
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(folder)
     scans = bundled.digits()
     start = time.perf_counter()
-    bank = bundled.encode(model, processor, scans.train_pictures)
-    queries = bundled.encode(model, processor, scans.test_pictures)
-    print(f"{len(bank)} + {len(queries)} pictures in {time.perf_counter() - start:.1f} s, {bank.shape[1]} numbers each")
+    bank = bundled.encode(model, processor, scans.train_images)
+    queries = bundled.encode(model, processor, scans.test_images)
+    print(f"{len(bank)} + {len(queries)} images in {time.perf_counter() - start:.1f} s, {bank.shape[1]} numbers each")
 
     say("Nearest neighbours: held-out digits among those of training")
     nearest = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :5]
@@ -58,21 +58,21 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("at least 95 % were expected: something is wrong with this installation")
 
     say("Photographs: the same path, though this small model knows nothing but digits")
-    pictures = bundled.photographs()
-    vectors = np.array(model.encode_image(processor(pictures), normalize=True))
-    for picture, row in zip(pictures, vectors @ vectors.T, strict=True):
-        print(f"{picture.name:14}", "  ".join(f"{cosine:6.3f}" for cosine in row))
+    images = bundled.photographs()
+    vectors = np.array(model.encode_image(processor(images), normalize=True))
+    for image, row in zip(images, vectors @ vectors.T, strict=True):
+        print(f"{image.name:14}", "  ".join(f"{cosine:6.3f}" for cosine in row))
 
     say("Draw")
     neighbours = draw_neighbours(scans, examples, nearest)
     mistakes = draw_mistakes(scans, wrong, found)
     whole_plane = draw_plane(scans, queries)
-    maps = [plot.side_by_side(tile_maps(model, processor, picture), height=168, gap=4) for picture in pictures]
+    maps = [plot.side_by_side(tile_maps(model, processor, image), height=168, gap=4) for image in images]
     page = compose(scans, neighbours, mistakes, whole_plane, maps, accuracy)
     page.save(output / "demo.png")
-    for path, what in ((folder, "the converted model"), (output / "demo.png", "the picture to look at")):
+    for path, what in ((folder, "the converted model"), (output / "demo.png", "the image to look at")):
         print(f"{short(path)}  {what}")
-    print(f"done in {time.perf_counter() - began:.0f} s; your own pictures: examples/README.md")
+    print(f"done in {time.perf_counter() - began:.0f} s; your own images: examples/README.md")
 
 
 def say(title: str) -> None:
@@ -101,18 +101,18 @@ def draw_neighbours(scans: bundled.Digits, chosen: list[int], nearest: np.ndarra
     rows, frames = [], []
     for i in chosen:
         same = [scans.train_labels[j] == scans.test_labels[i] for j in nearest[i]]
-        rows.append([picture(scans.test_pictures[i]), *(picture(scans.train_pictures[j]) for j in nearest[i])])
+        rows.append([image(scans.test_images[i]), *(image(scans.train_images[j]) for j in nearest[i])])
         frames.append([plot.INK, *(RIGHT if right else WRONG for right in same)])
     return plot.contact_sheet(rows, frames=frames, side=62, gap=12)
 
 
 def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -> Image.Image:
     """Every held-out digit that the vote gets wrong, with what it is and what it was taken for."""
-    pictures = [picture(scans.test_pictures[i]) for i in wrong]
+    images = [image(scans.test_images[i]) for i in wrong]
     captions = [f"{scans.test_labels[i]} as {found[i]}" for i in wrong]
     rows = range(0, max(len(wrong), 1), 6)
     return plot.contact_sheet(
-        [pictures[start : start + 6] for start in rows],
+        [images[start : start + 6] for start in rows],
         captions=[captions[start : start + 6] for start in rows],
         side=62,
         gap=12,
@@ -121,9 +121,9 @@ def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -
 
 def draw_plane(scans: bundled.Digits, queries: np.ndarray) -> Image.Image:
     """All held-out digits where their features lie, one colour per class."""
-    pictures = [picture(scan).resize((24, 24), Image.Resampling.BICUBIC) for scan in scans.test_pictures]
+    images = [image(scan).resize((24, 24), Image.Resampling.BICUBIC) for scan in scans.test_images]
     colours = [plot.CLASSES[label] for label in scans.test_labels]
-    return plot.scatter(plane.neighbour_plane(queries), pictures, colours, size=(1000, 1000))
+    return plot.scatter(plane.neighbour_plane(queries), images, colours, size=(1000, 1000))
 
 
 def tile_maps(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> list[Image.Image]:
@@ -139,7 +139,7 @@ def tile_maps(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) ->
     maps = []
     for state in states[:2]:
         tokens = np.array(state)  # (tiles, N, D)
-        tokens = tokens - tokens.mean(axis=0)  # what one place has in common in all tiles says nothing of the picture
+        tokens = tokens - tokens.mean(axis=0)  # what one place has in common in all tiles says nothing of the image
         side = int(tokens.shape[1] ** 0.5)
         tokens = tokens.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
         grid = (rows * side, columns * side)
@@ -159,12 +159,12 @@ def compose(
     neighbours = plot.titled(
         neighbours,
         "Nearest neighbours",
-        subtitle=f"a held-out digit, then the 5 most alike of {len(scans.train_pictures):,}",
+        subtitle=f"a held-out digit, then the 5 most alike of {len(scans.train_images):,}",
     )
     mistakes = plot.titled(mistakes, "All mistakes", subtitle=f"right by vote: {accuracy}")
     whole_plane = plot.titled(
         whole_plane,
-        f"{len(scans.test_pictures)} digits that training never saw, where their features lie",
+        f"{len(scans.test_images)} digits that training never saw, where their features lie",
         subtitle="drawn by t-SNE, which sees no labels; a colour is a class",
     )
     upper = plot.beside([plot.below([neighbours, mistakes]), whole_plane])
@@ -176,7 +176,7 @@ def compose(
     return ImageOps.expand(plot.below([upper, photographs]), 28, plot.PAPER)
 
 
-def picture(scan: np.ndarray) -> Image.Image:
+def image(scan: np.ndarray) -> Image.Image:
     return Image.fromarray(scan).resize((TILE, TILE), Image.Resampling.BICUBIC)
 
 

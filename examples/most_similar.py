@@ -1,8 +1,8 @@
-"""Which of several pictures is most like this one?
+"""Which of several images is most like this one?
 
-python -m examples.most_similar [QUERY PICTURE ...] [--model MODEL] [--output ranking.png]
+python -m examples.most_similar [QUERY IMAGE ...] [--model MODEL] [--output ranking.png]
 
-Without pictures: a handwritten digit that the embedded model never saw, among a hundred that it was trained on.
+Without images: a handwritten digit that the embedded model never saw, among a hundred that it was trained on.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import numpy as np
 from mlx_aimv2 import bundled, load, plot
 from mlx_aimv2.images import to_rgb
 
-parser = argparse.ArgumentParser(description="Rank pictures by likeness to the first one.")
-parser.add_argument("pictures", nargs="*", help="the query, then the pictures to rank")
+parser = argparse.ArgumentParser(description="Rank images by likeness to the first one.")
+parser.add_argument("images", nargs="*", help="the query, then the images to rank")
 parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="most_similar.png", help="the ranking drawn (default: %(default)s)")
 parser.add_argument("--show", type=int, default=8, help="how many to show (default: %(default)s)")
@@ -22,20 +22,20 @@ parser.add_argument("--show", type=int, default=8, help="how many to show (defau
 
 def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
-    if len(args.pictures) == 1:
-        parser.error("give the query and at least one picture to compare it with")
+    if len(args.images) == 1:
+        parser.error("give the query and at least one image to compare it with")
     scans = bundled.digits()
-    pictures = args.pictures or [scans.test_pictures[0], *scans.train_pictures[:100]]
-    names = args.pictures or [f"a {label}" for label in [scans.test_labels[0], *scans.train_labels[:100]]]
+    images = args.images or [scans.test_images[0], *scans.train_images[:100]]
+    names = args.images or [f"a {label}" for label in [scans.test_labels[0], *scans.train_labels[:100]]]
 
     model, processor = load(args.model)
-    features = mx.concatenate([model.encode_image(processor(picture), normalize=True) for picture in pictures])
+    features = mx.concatenate([model.encode_image(processor(image), normalize=True) for image in images])
     cosines = np.array((features[1:] @ features[0]).astype(mx.float32))  # unit vectors: the product is the cosine
     best = np.argsort(-cosines)[: args.show]
     for rank, i in enumerate(best, 1):
         print(f"{rank:3}  {cosines[i]:.3f}  {names[i + 1]}")
 
-    row = [to_rgb(pictures[i]) for i in (0, *(best + 1))]
+    row = [to_rgb(images[i]) for i in (0, *(best + 1))]
     captions = ["query", *(f"{cosines[i]:.3f}" for i in best)]
     plot.contact_sheet([row], captions=[captions], side=128).save(args.output)
     print(f"most like {names[0]}: {names[best[0] + 1]}; drawn in {args.output}")

@@ -1,9 +1,9 @@
-"""Which of these pictures fits the words best?
+"""Which of these images fits the words best?
 
-python -m examples.search_by_words "a cup of coffee on a table" [PICTURE ...] [--model MODEL]
+python -m examples.search_by_words "a cup of coffee on a table" [IMAGE ...] [--model MODEL]
 
 The embedded model reads no words: this needs Apple's LiT checkpoint (1.7 GB), which is fetched on first use. For more
-pictures than a few, embed them once (mlx-aimv2 embed) and search the index (mlx-aimv2 search).
+images than a few, embed them once (mlx-aimv2 embed) and search the index (mlx-aimv2 search).
 """
 
 import argparse
@@ -11,11 +11,11 @@ import argparse
 import mlx.core as mx
 
 from mlx_aimv2 import bundled, load
-from mlx_aimv2.model import LIT_CHECKPOINT
+from mlx_aimv2.config import LIT_CHECKPOINT
 
-parser = argparse.ArgumentParser(description="Rank pictures by words.")
+parser = argparse.ArgumentParser(description="Rank images by words.")
 parser.add_argument("words")
-parser.add_argument("pictures", nargs="*", default=bundled.photographs(), help="default: the bundled photographs")
+parser.add_argument("images", nargs="*", default=bundled.photographs(), help="default: the bundled photographs")
 parser.add_argument("--model", default=LIT_CHECKPOINT, help="Hub name or checkpoint folder (default: %(default)s)")
 
 
@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(args.model)
     text = model.encode_text(
         processor.tokenize(args.words), normalize=True
-    )  # (1, E); fails at once without a text tower
-    pictures = model.encode_image(processor(args.pictures), normalize=True)  # (B, E)
-    cosines = (pictures @ text.T)[:, 0].astype(mx.float32)
+    )  # (1, E); fails at once without a text encoder
+    images = model.encode_image(processor(args.images), normalize=True)  # (B, E)
+    cosines = (images @ text.T)[:, 0].astype(mx.float32)
     for i in mx.argsort(-cosines).tolist():
-        print(f"{cosines[i].item():7.4f}  {args.pictures[i]}")
+        print(f"{cosines[i].item():7.4f}  {args.images[i]}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ same weights: the ratio of the two says what is left to gain here, and hardly de
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -27,11 +26,8 @@ from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.layers import Block, split_heads
 from mlx_aimv2.model import Aimv2VisionModel
 
-SIZES = {"large": (1024, 2816, 8), "huge": (1536, 4096, 12), "1B": (2048, 5632, 16), "3B": (3072, 8192, 24)}
-"""Released widths: hidden_size, intermediate_size, num_attention_heads; each has 24 blocks and patches of 14 pixels."""
-
 NATIVE_SIDE = 224
-"""Pixels along the side of the pictures that a native model is measured on, if nothing else is asked for."""
+"""Pixels along the side of the images that a native model is measured on, if nothing else is asked for."""
 
 WARM_UP_SECONDS = 1.0
 """Before a GPU is timed: its clock rises with work, and a pass may take milliseconds."""
@@ -51,7 +47,7 @@ print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loa
 
 @dataclass(frozen=True)
 class Speed:
-    """One forward pass: B pictures of N tokens, medians over the runs.
+    """One forward pass: B images of N tokens, medians over the runs.
 
     `weights` is dense or packed, `weight_bytes` what they take. `peak_bytes` is the most memory above the weights and
     the pixels. `flops` are the multiplications and additions of the matrix products, `bare_seconds` what these take
@@ -71,7 +67,7 @@ class Speed:
 
     @property
     def images_per_second(self) -> float:
-        """Pictures in a second."""
+        """Images in a second."""
         return self.batch / self.seconds
 
     @property
@@ -108,19 +104,6 @@ class FirstEmbedding:
     embedding: float
 
 
-def released_config(name: str) -> Aimv2VisionConfig:
-    """Sizes of a released vision encoder by its name: `large-patch14-224 -> Aimv2VisionConfig`."""
-    found = re.fullmatch(rf"(?:apple/)?(?:aimv2-)?({'|'.join(SIZES)})(?:-patch14)?-(224|336|448|native)", name)
-    if found is None or (found[2] == "native" and found[1] != "large"):
-        raise ValueError(
-            f"a released size is {', '.join(SIZES)} and -patch14-224, -336 or -448, or large-patch14-native, got {name}"
-        )
-    hidden, intermediate, heads = SIZES[found[1]]
-    if found[2] == "native":
-        return Aimv2VisionConfig(hidden, intermediate, 24, heads, is_native=True)
-    return Aimv2VisionConfig(hidden, intermediate, 24, heads, image_size=int(found[2]))
-
-
 def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel:
     """A model of these sizes with random weights: as fast as a trained one, its features mean nothing."""
     model = Aimv2VisionModel(config)
@@ -132,7 +115,7 @@ def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel
 
 
 def random_pixels(config: Aimv2VisionConfig, *, batch: int, side: int | None = None) -> mx.array:
-    """Pictures of the size the model takes, `(B, H, W, 3)`; `side` is for native models."""
+    """Images of the size the model takes, `(B, H, W, 3)`; `side` is for native models."""
     side = config.image_size or side or NATIVE_SIDE
     pixels = mx.random.normal((batch, side, side, config.num_channels), key=mx.random.key(0))
     mx.eval(pixels)
@@ -150,7 +133,7 @@ def matrix_flops(config: Aimv2VisionConfig, *, batch: int, tokens: int) -> int:
 
 
 def measure_speed(model: Any, pixels: mx.array, *, runs: int, weights: str = "dense") -> Speed:
-    """Times the vision encoder on pictures `(B, H, W, 3)`, in turn with its bare matrix products."""
+    """Times the vision encoder on images `(B, H, W, 3)`, in turn with its bare matrix products."""
     vision = model.vision
     rows, columns = vision.grid(pixels)
     batch, tokens = pixels.shape[0], rows * columns
@@ -198,12 +181,12 @@ def measure_loading(load: Callable[[], Any], files: list[Path], *, runs: int) ->
     return Loading(seconds, reading, sum(file.stat().st_size for file in files))
 
 
-def measure_first_embedding(path: str, picture: Path, *, dtype: str | None) -> FirstEmbedding:
-    """Runs a fresh process that imports, loads and embeds one picture."""
-    command = [sys.executable, "-c", FIRST_EMBEDDING, path, dtype or "", str(picture)]
+def measure_first_embedding(path: str, image: Path, *, dtype: str | None) -> FirstEmbedding:
+    """Runs a fresh process that imports, loads and embeds one image."""
+    command = [sys.executable, "-c", FIRST_EMBEDDING, path, dtype or "", str(image)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise ValueError(f"a fresh process could not embed a picture: {finished.stderr.strip().splitlines()[-1]}")
+        raise ValueError(f"a fresh process could not embed an image: {finished.stderr.strip().splitlines()[-1]}")
     return FirstEmbedding(*json.loads(finished.stdout))
 
 

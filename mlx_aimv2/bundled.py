@@ -1,6 +1,6 @@
 """What ships inside the package: four photographs, 1,797 handwritten digits and a small encoder trained on them.
 
-With these the whole path, foreign checkpoint to features of pictures, runs offline on any machine.
+With these the whole path, foreign checkpoint to features of images, runs offline on any machine.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Digits:
-    """Scans of handwritten digits, dark ink on white paper: pictures (n, 8, 8) of grey levels, labels (n,) from 0 to 9.
+    """Scans of handwritten digits, dark ink on white paper: images (n, 8, 8) of grey levels, labels (n,) from 0 to 9.
 
     The encoder that ships was trained on the training part alone. The parts were drawn at random per digit, so most of
     the 13 writers occur in both.
     """
 
-    train_pictures: Bytes
+    train_images: Bytes
     train_labels: Bytes
-    test_pictures: Bytes
+    test_images: Bytes
     test_labels: Bytes
 
 
@@ -50,15 +50,15 @@ def digits_checkpoint() -> Path:
 def digits() -> Digits:
     """The scans, as the processor takes them."""
     with np.load(ASSETS / "digits.npz") as file:
-        pictures, labels, held_out = file["pictures"], file["labels"], file["is_test"]
-    return Digits(pictures[~held_out], labels[~held_out], pictures[held_out], labels[held_out])
+        images, labels, held_out = file["images"], file["labels"], file["is_test"]
+    return Digits(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
 
-def encode(model: AnyModel, processor: Aimv2Processor, pictures: Bytes) -> Floats:
-    """Features of unit length of many small pictures, batch by batch: `(n, H, W) -> (n, D)` float32."""
+def encode(model: AnyModel, processor: Aimv2Processor, images: Bytes) -> Floats:
+    """Features of unit length of many small images, batch by batch: `(n, H, W) -> (n, D)` float32."""
     import mlx.core as mx
 
-    batches = (list(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH))
+    batches = (list(images[start : start + BATCH]) for start in range(0, len(images), BATCH))
     return np.concatenate(
         [np.array(model.encode_image(processor(batch), normalize=True).astype(mx.float32)) for batch in batches]
     )
@@ -67,8 +67,8 @@ def encode(model: AnyModel, processor: Aimv2Processor, pictures: Bytes) -> Float
 def digits_accuracy(model: AnyModel, processor: Aimv2Processor, *, neighbours: int = 5) -> float:
     """The share of held-out digits whose nearest training digits vote for the right class, from 0 to 1."""
     scans = digits()
-    bank = encode(model, processor, scans.train_pictures)
-    found = vote(bank, scans.train_labels, encode(model, processor, scans.test_pictures), neighbours=neighbours)
+    bank = encode(model, processor, scans.train_images)
+    found = vote(bank, scans.train_labels, encode(model, processor, scans.test_images), neighbours=neighbours)
     return float((found == scans.test_labels).mean())
 
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser = Parser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: pictures in, features out.")
+    parser = Parser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
     parser.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     asked = argv[0] if argv and argv[0] in VERBS else None
@@ -60,7 +60,7 @@ def _dispatch(argv: list[str]) -> int:
 def one_line_errors(work: Callable[[], int]) -> int:
     """Runs `work`; what a user can cause ends as one line on stderr and exit code 2 instead of a traceback.
 
-    Remarks (`warnings.warn`) become one line each too. A reader that has seen enough, as `head` has,
+    Notes (`warnings.warn`) become one line each too. A reader that has seen enough, as `head` has,
     ends the run quietly.
     """
     try:

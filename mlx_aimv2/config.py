@@ -1,4 +1,4 @@
-"""How large is a model: its sizes as frozen dataclasses, with Hugging Face's field names."""
+"""Sizes of the models as frozen dataclasses with Hugging Face's field names, and the table of released checkpoints."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor by its name."""
 
-LARGEST = 1 << 24
+MAX_SIZE = 1 << 24
 """No size of a network comes near this; a config.json that says more is damaged."""
 
+LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
+
 _NO_BIASES = {"qkv_bias": False, "mlp_bias": False}
+
+_BIAS_KEYS = ("qkv_bias", "mlp_bias", "use_bias")
+
+_OTHER_KEYS = ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta")
+"""Keys of encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL)."""
+
+_APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
+"""Apple's name of a field -> Hugging Face's."""
 
 
 @dataclass(frozen=True)
 class Aimv2VisionConfig:
     """Sizes of a vision encoder; the defaults are aimv2-large-patch14-224.
 
-    `image_size` is the side of the square pictures in pixels, None for native checkpoints (`is_native`), which take any
+    `image_size` is the side of the square images in pixels, None for native checkpoints (`is_native`), which take any
     size of at least one patch. `use_head` says that an attention-pooling head follows the final norm (LiT only).
     """
 
@@ -48,18 +58,32 @@ class Aimv2VisionConfig:
 
     @property
     def num_patches(self) -> int | None:
-        """Tokens per picture; None for native checkpoints, where the picture decides."""
+        """Tokens per image; None for native checkpoints, where the image decides."""
         return None if self.image_size is None else (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2VisionConfig:
-        """Sizes from the content of a config.json in any spelling: `{key: value} -> Aimv2VisionConfig`."""
-        from mlx_aimv2.checkpoint.config_json import vision_config
+        """Sizes from the content of a config.json in Apple's or transformers' format: `{key: value} -> config`.
 
-        return vision_config(raw, {})
+        Of a LiT model's content the `vision_config` is read. Unknown keys are ignored. `use_head` defaults to True as
+        in transformers, but to False in Apple's format, which does not know it. Raises ValueError for a network that
+        AIMv2 is not (biases in the blocks, another activation, rotary positions).
+        """
+        in_lit = isinstance(raw.get("vision_config"), Mapping)
+        section = dict(raw["vision_config"] if in_lit else raw)
+        is_apple = raw.get("model_type") == "aimv2" and not in_lit
+        if in_lit:
+            section = {"image_size": 224, "is_native": False} | section
+        elif "is_native" not in section:  # Apple's format: a native model has no size
+            section["is_native"] = is_apple and section.get("image_size") is None
+        if section["is_native"]:
+            section["image_size"] = None
+        if section.get("use_head") is None:
+            section["use_head"] = not is_apple
+        return cls(**read_fields(cls, section))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, in transformers' spelling."""
+        """The content of config.json in transformers' format."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         return {"model_type": "aimv2_vision_model", "hidden_act": "silu", **_NO_BIASES, **values}
 
@@ -85,19 +109,17 @@ class Aimv2TextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2TextConfig:
-        """Sizes from the content of a config.json or of its `text_config`: `{key: value} -> Aimv2TextConfig`."""
-        from mlx_aimv2.checkpoint.config_json import text_config
-
-        return text_config(raw, {})
+        """Sizes from the content of a config.json or of its `text_config`: `{key: value} -> config`."""
+        return cls(**read_fields(cls, section_of(raw, "text_config")))
 
     def to_dict(self) -> dict[str, Any]:
-        """The `text_config` of config.json, in transformers' spelling."""
+        """The `text_config` of config.json in transformers' format."""
         return {"model_type": "aimv2_text_model", "hidden_act": "silu", **_NO_BIASES, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Aimv2Config:
-    """Sizes of the pair of towers (LiT): both encoders and the space that they share."""
+    """Sizes of the LiT model: its vision encoder, its text encoder and the width of their shared space."""
 
     vision_config: Aimv2VisionConfig = field(default_factory=lambda: Aimv2VisionConfig(use_head=True))
     text_config: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
@@ -109,13 +131,14 @@ class Aimv2Config:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2Config:
-        """Sizes from the content of a config.json in any spelling: `{key: value} -> Aimv2Config`."""
-        from mlx_aimv2.checkpoint.config_json import pair_config
-
-        return pair_config(raw, {})
+        """Sizes from the content of a LiT model's config.json: `{key: value} -> config`."""
+        shared = read_fields(cls, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
+        vision = section_of(raw, "vision_config") | {"use_head": True}  # a LiT model always pools with the head
+        text = Aimv2TextConfig.from_dict(raw)
+        return cls(vision_config=Aimv2VisionConfig.from_dict({"vision_config": vision}), text_config=text, **shared)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, in transformers' spelling."""
+        """The content of config.json in transformers' format."""
         return {
             "model_type": "aimv2",
             "projection_dim": self.projection_dim,
@@ -128,13 +151,57 @@ class Aimv2Config:
 AnyConfig = Aimv2VisionConfig | Aimv2Config
 
 
+def section_of(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A section of config.json, or the whole where it has none. Raises ValueError for one that is no object."""
+    section = raw.get(key, raw)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"config.json: {key} must be an object, got {section!r}")
+    return dict(section)
+
+
+def read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration class that a section of config.json has, checked: `-> {field: value}`.
+
+    Raises ValueError for a value of another type and for a network that AIMv2 is not.
+    """
+    if on := [key for key in _BIAS_KEYS if section.get(key)]:
+        raise ValueError(f"config.json says {on[0]}: true; AIMv2's blocks have no biases, so this is another network")
+    if on := [key for key in _OTHER_KEYS if section.get(key) is not None]:
+        raise ValueError(
+            f"config.json says {on[0]}: {section[on[0]]}; AIMv2 has neither rotary positions nor windows, so this is "
+            "another network"
+        )
+    if (activation := section.get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"config.json says hidden_act: {activation}; AIMv2 uses silu, so this is another network")
+    types = {f.name: str(f.type) for f in fields(kind)}
+    named = {_APPLE_NAMES.get(key, key): value for key, value in section.items()}
+    found = {name: _checked(name, named[name], types[name]) for name in types if named.get(name) is not None}
+    return found | ({"image_size": None} if section.get("is_native") else {})
+
+
+def _checked(name: str, value: Any, kind: str) -> Any:
+    if isinstance(value, list | tuple):  # [224, 224], or several end-of-text ids of which the first counts
+        if not all(isinstance(number, int | float) for number in value):
+            raise ValueError(f"config.json: {name} must be a number or a list of numbers, got {value!r}")
+        if len(set(value)) == 1 or (name == "eos_token_id" and value):
+            value = value[0]
+        else:
+            raise ValueError(f"config.json: {name} must be square, got {value}")
+    kind = kind.split(" ")[0]  # "int | None"
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value).__name__ != kind:
+        raise ValueError(f"config.json: {name} must be of type {kind}, got {value!r}")
+    return value
+
+
 def _check_positive(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         least = 0 if f.name == "eos_token_id" else 1
-        if type(value) is int and not least <= value < LARGEST:
-            raise ValueError(f"{f.name} must be from {least} to {LARGEST:,}, got {value:.6g}")
-        if isinstance(value, float) and not 0 < value < LARGEST:  # false for NaN too
+        if type(value) is int and not least <= value < MAX_SIZE:
+            raise ValueError(f"{f.name} must be from {least} to {MAX_SIZE:,}, got {value:.6g}")
+        if isinstance(value, float) and not 0 < value < MAX_SIZE:  # false for NaN too
             raise ValueError(f"{f.name} must be a positive number, got {value}")
     if getattr(config, "rms_norm_eps", 0) >= 1:
         raise ValueError(f"rms_norm_eps must be far below 1, got {config.rms_norm_eps}")
@@ -145,3 +212,79 @@ def _check_heads(config: Aimv2VisionConfig | Aimv2TextConfig) -> None:
         raise ValueError(
             f"hidden_size {config.hidden_size} does not divide into {config.num_attention_heads} attention heads"
         )
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released checkpoint: its repository `apple/<name>`, Apple's commit, its sizes and its number of parameters."""
+
+    commit: str
+    config: AnyConfig
+    parameters: int
+
+    @property
+    def vision(self) -> Aimv2VisionConfig:
+        """Sizes of the vision encoder, in the LiT model too."""
+        return self.config.vision_config if isinstance(self.config, Aimv2Config) else self.config
+
+    @property
+    def bytes(self) -> int:
+        """Size of the released weights, which are float32, without the header of the file."""
+        return 4 * self.parameters
+
+
+WIDTHS = {
+    "large": (1024, 2816, 24, 8),
+    "huge": (1536, 4096, 24, 12),
+    "1B": (2048, 5632, 24, 16),
+    "3B": (3072, 8192, 24, 24),
+}
+"""Size -> hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (arXiv 2411.14402, table 1)."""
+
+
+def _released_config(size: str, resolution: int | str) -> AnyConfig:
+    if resolution == "lit":
+        return Aimv2Config(Aimv2VisionConfig(*WIDTHS[size], use_head=True))
+    if resolution == "native":
+        return Aimv2VisionConfig(*WIDTHS[size], is_native=True)
+    return Aimv2VisionConfig(*WIDTHS[size], image_size=int(resolution))
+
+
+# Commits: ml-aim's own table; they hold Apple's layout. Parameters: counted on the original classes.
+RELEASED = {
+    f"aimv2-{name}": Released(commit, _released_config(name.split("-")[0], resolution), parameters)
+    for name, resolution, commit, parameters in (
+        ("large-patch14-224", 224, "ac764a25c832c7dc5e11871daa588e98e3cdbfb7", 309_197_824),
+        ("huge-patch14-224", 224, "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1", 680_851_968),
+        ("1B-patch14-224", 224, "4d24a422f71e87d327d476bc405030fe6593d8b1", 1_234_958_336),
+        ("3B-patch14-224", 224, "df1cbc288096c9742ec8bd6709ff82757972338c", 2_720_658_432),
+        ("large-patch14-336", 336, "639423ae9f07319d24a7fc431b61908110d08d3a", 309_525_504),
+        ("huge-patch14-336", 336, "21528bd53a2438a84162e79f1f9a46453b88004c", 681_343_488),
+        ("1B-patch14-336", 336, "5a15f23f6757776fdd487283353a018677621939", 1_235_613_696),
+        ("3B-patch14-336", 336, "d1adb39ee92dfd7ecf3114b1ee3aa7e9027ce98f", 2_721_641_472),
+        ("large-patch14-448", 448, "cefb13f21003bdadba65bfbee956c82b976cd23d", 309_984_256),
+        ("huge-patch14-448", 448, "44e6440a24a8ea966ad0deadf5399a22d852bcc0", 682_031_616),
+        ("1B-patch14-448", 448, "7f292735d3a07a911559c0fabb3ad3e9d141713f", 1_236_531_200),
+        ("3B-patch14-448", 448, "70810b618e4456b724bacc8ef4d2d038060ceda6", 2_723_017_728),
+        ("large-patch14-224-distilled", 224, "d6d09b071e8ba31735c5e05ccd4b2a393020ce90", 309_197_824),
+        ("large-patch14-336-distilled", 336, "8fe1704e5cc1c80cefc99c194afcefe21dff1faa", 309_525_504),
+        ("large-patch14-native", "native", "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629", 308_935_680),
+        ("large-patch14-224-lit", "lit", "c2cd59a786c4c06f39d199c50d08cc2eab9f8605", 436_680_193),
+    )
+}
+"""Every public checkpoint by the name of its repository under `apple/`."""
+
+
+def released(name: str) -> Released:
+    """The released checkpoint of a name such as `large-patch14-224`; `apple/`, `aimv2-` and `-patch14` may be left out.
+
+    Raises ValueError with the names there are.
+    """
+
+    def short(name: str) -> str:
+        return name.removeprefix("apple/").removeprefix("aimv2-").replace("-patch14", "")
+
+    for known, checkpoint in RELEASED.items():
+        if short(known) == short(name):
+            return checkpoint
+    raise ValueError(f"no released checkpoint is called {name}; there are {', '.join(RELEASED)}")

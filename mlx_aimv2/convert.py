@@ -20,7 +20,7 @@ from mlx_aimv2.checkpoint.layouts import PATCH_CONV
 from mlx_aimv2.checkpoint.read import CONFIG_FILE
 from mlx_aimv2.conversion import fidelity, folder, model_card
 from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
-from mlx_aimv2.conversion.blockwise import choose_pictures, count_parameters, observe
+from mlx_aimv2.conversion.blockwise import choose_images, count_parameters, run_blockwise
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
@@ -56,7 +56,7 @@ def convert(
     settings or bool`. `q_target` instead chooses the bits of each layer so that the mean token cosine against the
     float32 source reaches it (`bit_search`). `dtype` None keeps the checkpoint's.
 
-    With `verify` the folder is loaded again and compared with the source in float32 on the pictures of `calibration`,
+    With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
     or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
     axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives progress lines.
 
@@ -86,7 +86,7 @@ def convert(
     if upload_repo is not None:
         hub.check_upload(upload_repo)
 
-    pictures = choose_pictures(calibration) if verify or q_target is not None else []
+    images = choose_images(calibration) if verify or q_target is not None else []
 
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
@@ -94,13 +94,13 @@ def convert(
     wanted = wanted or _own_dtype(source)
     log(f"[INFO] Using dtype: {_name_of(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
-    # Before anything is written: a picture that cannot be read would end a long conversion at its end.
-    original = observe(hf_path, pictures, revision=revision, dtype=mx.float32, inside=True) if pictures else None
+    # Before anything is written: an image that cannot be read would end a long conversion at its end.
+    original = run_blockwise(hf_path, images, revision=revision, dtype=mx.float32, inside=True) if images else None
     if original is not None:
         fidelity.check_finite(original)
     if q_target is not None:
         bits = choose_bits(
-            hf_path, pictures, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
+            hf_path, images, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
         )
         section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
 
@@ -109,7 +109,7 @@ def convert(
         proof = None
         if original is not None and verify:
             log("[INFO] Comparing with the source in float32")
-            proof = fidelity.report(original, observe(place, pictures, name=target.name), pictures)
+            proof = fidelity.report(original, run_blockwise(place, images, name=target.name), images)
             folder.write_json(place / fidelity.FILE, proof)
             log(fidelity.table(proof))
             if q_target is not None and proof["token_cosine"]["mean"] < q_target:
@@ -154,10 +154,10 @@ def _write(
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
         folder.save_config(place, config)
-        folder.copy_companions(source.origin.folder, place)
+        folder.copy_auxiliary_files(source.origin.folder, place)
     if not (source.origin.folder / CONFIG_FILE).is_file():  # what was open could still be read, the rest could not
         raise FileNotFoundError(f"{source.origin.folder} vanished while it was read; nothing was written")
-    if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how pictures are prepared
+    if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
         Aimv2Processor.from_folder(source.origin.folder, config=source.config).save_to(place)
 
 
@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--q-mode", choices=list(MODES), default="affine", help="how numbers are stored (default: %(default)s)")
     add("--quant-predicate", choices=list(RECIPES), help="a recipe: more bits for the layers that matter most")
     add("--q-target", type=float, metavar="COSINE", help="choose each layer's bits to reach this mean token cosine")
-    add("--calibration", metavar="DIR", help="pictures for --q-target and the proof (default: four bundled ones)")
+    add("--calibration", metavar="DIR", help="images for --q-target and the proof (default: four bundled ones)")
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
     add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: the checkpoint's)")
     add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")

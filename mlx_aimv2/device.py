@@ -29,7 +29,7 @@ REPORT = "fidelity.json"
 
 FLOAT16_LARGEST = 65504.0
 HEADROOM = 2.0
-"""How many times a report's largest activation, seen on a few pictures, must fit into float16."""
+"""How many times a report's largest activation, seen on a few images, must fit into float16."""
 
 FIRST_WITH_BFLOAT16 = 15
 """Metal's family of GPUs that first computes bfloat16 natively: applegpu_g13 is M1, g14 M2, g15 M3, g16 M4, g17 M5."""
@@ -158,7 +158,7 @@ def advice(on: Machine) -> str | None:
         if one_thread and blas_threads() > 1:
             return (
                 f"OpenBLAS shares each product among {blas_threads()} threads; on few cores it is faster that "
-                f"each core takes its own pictures or tokens: run with{one_thread}"
+                f"each core takes its own images or tokens: run with{one_thread}"
             )
     return None
 

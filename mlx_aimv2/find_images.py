@@ -1,6 +1,6 @@
-"""Which files are the pictures that a user means by folders, files, patterns and lists?
+"""Which files are the images that a user means by folders, files, patterns and lists?
 
-PATH … -> Listing: absolute names in one fixed order, and what cannot be a picture with the reason.
+PATH … -> Listing: absolute names in one fixed order, and what cannot be an image with the reason.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SUFFIXES = (
     ".tiff",
     ".webp",
 )
-"""Endings, in any case, by which a picture is recognised inside a folder; a file given by name needs none of them."""
+"""Endings, in any case, by which an image is recognised inside a folder; a file given by name needs none of them."""
 
 PACKAGES = {".photoslibrary": "originals"}
-"""Folders that macOS shows as one document -> the only folder in them that holds the pictures themselves."""
+"""Folders that macOS shows as one document -> the only folder in them that holds the images themselves."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -52,7 +52,7 @@ class Listing:
 
     `files` sorted by their bytes, each once; `problems` pairs of (name, reason) where the reason continues a sentence
     that starts with the name; `missing` what was asked for and names nothing; `roots` the folders that were walked and
-    hold pictures; `empty` the folders asked for that hold none.
+    hold images; `empty` the folders asked for that hold none.
     """
 
     files: list[str] = field(default_factory=list)
@@ -62,8 +62,8 @@ class Listing:
     empty: list[str] = field(default_factory=list)
 
 
-def list_pictures(paths: Iterable[str | os.PathLike[str]]) -> Listing:
-    """Finds the pictures: `files, folders and patterns -> Listing`.
+def list_images(paths: Iterable[str | os.PathLike[str]]) -> Listing:
+    """Finds the images: `files, folders and patterns -> Listing`.
 
     Folders are walked to the bottom; in them only names with one of `SUFFIXES` count and hidden names are passed over.
     Links to folders are followed after everything else, so that a folder reached twice is listed under its own name and
@@ -100,7 +100,7 @@ def is_under(path: str, roots: Iterable[str]) -> bool:
 
 
 def has_suffix(name: str) -> bool:
-    """Whether a name ends as pictures' names do."""
+    """Whether a name ends as images' names do."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -202,7 +202,7 @@ class _Walk:
         if stat.S_ISREG(kind.st_mode):
             self.files.add(path)
         else:
-            self.problem(path, f"is {KINDS.get(stat.S_IFMT(kind.st_mode), 'something else')}, not a picture")
+            self.problem(path, f"is {KINDS.get(stat.S_IFMT(kind.st_mode), 'something else')}, not an image")
 
     def problem(self, path: str, reason: str) -> None:
         self.found.problems.append((path, reason))

@@ -1,4 +1,4 @@
-"""How does anything that holds a picture become an upright RGB image of 8 bits per colour?
+"""How does anything that holds an image become an upright RGB image of 8 bits per colour?
 
 path, bytes, open file, PIL image, NumPy array -> PIL image in mode RGB
 """
@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-Picture: TypeAlias = (
+ImageInput: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray[Any, Any]"
 )
 
@@ -24,42 +24,42 @@ Levels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 EXIF_ORIENTATION = 0x0112
 
-# Pillow reads these by starting another program, which a folder of strangers' pictures should not be able to do.
+# Pillow reads these by starting another program, which a folder of strangers' images should not be able to do.
 NOT_OPENED = {"EPS"}
 
 # The brands by which a HEIC file names itself, after "ftyp" at byte 4.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
 
-def name_of(picture: object) -> str:
-    """What an error calls this picture: its file where there is one."""
-    if isinstance(picture, (str, os.PathLike)):
-        return os.fspath(picture)
-    file = getattr(picture, "filename", None) or getattr(picture, "name", None)
+def name_of(image: object) -> str:
+    """What an error calls this image: its file where there is one."""
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    file = getattr(image, "filename", None) or getattr(image, "name", None)
     if isinstance(file, str) and file:
         return file
-    if isinstance(picture, (bytes, bytearray, memoryview)):
-        return f"picture of {len(picture)} bytes"
-    return f"picture ({type(picture).__name__})"
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return f"image of {len(image)} bytes"
+    return f"image ({type(image).__name__})"
 
 
-def to_rgb(picture: Picture) -> Image.Image:
-    """Any picture -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
+def to_rgb(image: ImageInput) -> Image.Image:
+    """Any image -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
 
     16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1),
     (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1.
-    Raises ValueError or OSError with one line that names the picture.
+    Raises ValueError or OSError with one line that names the image.
     """
     from PIL import Image
 
-    name = name_of(picture)
-    if isinstance(picture, Image.Image):
-        return _finish(picture, name)
-    if isinstance(picture, np.ndarray):
-        return _flatten(_from_array(picture, name), name)
-    if isinstance(picture, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(picture), name)
-    if isinstance(picture, (str, os.PathLike)):
+    name = name_of(image)
+    if isinstance(image, Image.Image):
+        return _finish(image, name)
+    if isinstance(image, np.ndarray):
+        return _flatten(_from_array(image, name), name)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(image), name)
+    if isinstance(image, (str, os.PathLike)):
         if name.startswith(("http://", "https://")):
             raise ValueError(f"{name} is an address: download it first and give the file")
         try:
@@ -68,13 +68,13 @@ def to_rgb(picture: Picture) -> Image.Image:
         except FileNotFoundError:
             raise FileNotFoundError(f"{name} does not exist") from None
         except IsADirectoryError:
-            raise IsADirectoryError(f"{name} is a folder: give the pictures in it") from None
+            raise IsADirectoryError(f"{name} is a folder: give the images in it") from None
         except PermissionError:
             raise PermissionError(f"{name} may not be read: permission denied") from None
-    if hasattr(picture, "read") and hasattr(picture, "seek"):
-        return _decode(picture, name)
-    kind = type(picture).__name__
-    raise ValueError(f"a picture is a path, bytes, an open file, a PIL image or a NumPy array, not {kind}")
+    if hasattr(image, "read") and hasattr(image, "seek"):
+        return _decode(image, name)
+    kind = type(image).__name__
+    raise ValueError(f"an image is a path, bytes, an open file, a PIL image or a NumPy array, not {kind}")
 
 
 def _decode(stream: IO[bytes], name: str) -> Image.Image:
@@ -106,7 +106,7 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
     stream.seek(0)
     start = stream.read(16)
     if not start:
-        raise ValueError(f"{name} is empty: no picture in it")
+        raise ValueError(f"{name} is empty: no image in it")
     start = start.ljust(16, b"\0")  # some of Pillow's plugins unpack numbers from it without asking for its length
     tried: set[str] = set()
     fault = ""
@@ -125,11 +125,11 @@ def _identify(stream: IO[bytes], name: str) -> Image.Image:
                 if accept is not None:  # it began as one of these, so this is the fault to tell
                     fault = fault or f"{kind}: {error}"
             except Exception as error:
-                raise ValueError(f"{name} cannot be read as a picture: {error}") from None
+                raise ValueError(f"{name} cannot be read as an image: {error}") from None
     if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
         return _open_heic(stream, name)
     raise ValueError(
-        f"{name} is a broken {fault}" if fault else f"{name} is not a picture in a format that Pillow reads"
+        f"{name} is a broken {fault}" if fault else f"{name} is not an image in a format that Pillow reads"
     )
 
 
@@ -137,17 +137,17 @@ def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
     try:
         import pillow_heif
     except ImportError:
-        raise ValueError(f"{name} is a HEIC picture: pip install 'mlx-aimv2[heic]' to read it") from None
+        raise ValueError(f"{name} is a HEIC image: pip install 'mlx-aimv2[heic]' to read it") from None
     try:
         stream.seek(0)
         file = pillow_heif.open_heif(stream)
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from None
+        raise ValueError(f"{name} cannot be read as an image: {error}") from None
     _check_size(file.size, name)
     try:
         return cast("Image.Image", file.to_pillow())
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from None
+        raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
 def _finish(image: Image.Image, name: str) -> Image.Image:
@@ -164,7 +164,7 @@ def _finish(image: Image.Image, name: str) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they meet in a broken file
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from None
+        raise ValueError(f"{name} cannot be read as an image: {error}") from None
     return _flatten(image, name)
 
 
@@ -211,7 +211,7 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
     if kind == "b":
         return array.astype(np.uint8) * np.uint8(255)
     if kind == "u" and array.dtype.itemsize == 2:
-        # The high byte, as Pillow does for 16-bit colour: exact for 8-bit pictures stored as v * 256 and as v * 257.
+        # The high byte, as Pillow does for 16-bit colour: exact for 8-bit images stored as v * 256 and as v * 257.
         return (array >> 8).astype(np.uint8)
     if kind not in "iuf":
         raise ValueError(f"{name} holds {array.dtype}; wanted uint8, uint16, bool, or float from 0 to 1")

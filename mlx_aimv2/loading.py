@@ -105,7 +105,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
     match = _naming(origin, lambda: detect.recognise(origin.shapes))
     quantization = origin.config.get("quantization") if match.layout.name == layouts.OURS else None
-    shapes = match.our_shapes(origin.shapes)
+    shapes = match.target_shapes(origin.shapes)
     config = _naming(origin, lambda: read_config(origin.config, shapes))
     if sizes := disagreements(config, shapes):  # before a model of sizes that nobody checked is built
         raise ValueError(f"{origin}: config.json and the weights are of different sizes: {'; '.join(sizes)}")
@@ -114,12 +114,12 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
         _naming(origin, lambda: quantize.check_section(quantization, quantize.layers(model)))
         _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
     wanted = parameter_shapes(model)
-    their_wanted = match.their_shapes(wanted)
+    their_wanted = match.source_shapes(wanted)
     if lines := detect.differences(their_wanted, origin.shapes, match):
         raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
     packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
     _naming(origin, lambda: origin.check_dtypes(their_wanted, packed))
-    weights = match.to_ours(origin.tensors, wanted)
+    weights = match.to_target(origin.tensors, wanted)
     return Source(origin, config, match, weights, quantization)
 
 

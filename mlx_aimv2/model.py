@@ -13,9 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_aimv2 import layers, x86
-from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-
-LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
+from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class EncoderOutput:
 
 
 @dataclass(frozen=True)
-class PairOutput:
-    """What the pair of encoders returns for B pictures and T texts.
+class Aimv2Output:
+    """What the pair of encoders returns for B images and T texts.
 
     `logits_per_image` (B, T) and `logits_per_text` (T, B) in float32; `image_embeds` (B, E) and `text_embeds` (T, E) of
     unit length in float32; the outputs of both encoders.
@@ -58,7 +56,7 @@ def run_blocks(blocks: Iterable[layers.Block], x: mx.array, *, causal: bool = Fa
 
 
 class Aimv2VisionModel(nn.Module):
-    """The vision encoder: pictures to one vector per patch, `(B, H, W, 3) -> (B, N, D)`."""
+    """The vision encoder: images to one vector per patch, `(B, H, W, 3) -> (B, N, D)`."""
 
     def __init__(self, config: Aimv2VisionConfig) -> None:
         super().__init__()
@@ -75,7 +73,7 @@ class Aimv2VisionModel(nn.Module):
 
     @property
     def vision(self) -> Aimv2VisionModel:
-        """The vision encoder itself, under the name by which the pair of towers gives it too."""
+        """The vision encoder itself, under the name by which the LiT model gives it too."""
         return self
 
     @property
@@ -85,9 +83,9 @@ class Aimv2VisionModel(nn.Module):
         return dtype
 
     def __call__(self, pixels: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
-        """Features of pictures, `(B, H, W, 3) -> EncoderOutput`.
+        """Features of images, `(B, H, W, 3) -> EncoderOutput`.
 
-        `pixels` are what the processor gives: normalised RGB, channels last. Raises ValueError for a picture of another
+        `pixels` are what the processor gives: normalised RGB, channels last. Raises ValueError for an image of another
         size than a fixed checkpoint was trained on, and for one smaller than a patch.
         """
         embedded = self.embed(pixels)
@@ -109,36 +107,36 @@ class Aimv2VisionModel(nn.Module):
         return x + positions.astype(x.dtype)
 
     def grid(self, pixels: mx.array) -> tuple[int, int]:
-        """Rows and columns of patches in `pixels`, after checking that this checkpoint takes pictures of that size."""
+        """Rows and columns of patches in `pixels`, after checking that this checkpoint takes images of that size."""
         config = self.config
         if pixels.ndim != 4 or pixels.shape[3] != config.num_channels:
             raise ValueError(
-                f"pixels must be (pictures, height, width, {config.num_channels}), got {tuple(pixels.shape)}; "
+                f"pixels must be (images, height, width, {config.num_channels}), got {tuple(pixels.shape)}; "
                 "the processor gives them so"
             )
         height, width = pixels.shape[1:3]
         if config.image_size is not None and (height, width) != (config.image_size, config.image_size):
             raise ValueError(
-                f"this checkpoint takes pictures of {config.image_size} x {config.image_size} pixels, "
+                f"this checkpoint takes images of {config.image_size} x {config.image_size} pixels, "
                 f"got {height} x {width}; resize them with its processor or use a native checkpoint"
             )
         rows, columns = height // config.patch_size, width // config.patch_size
         if rows == 0 or columns == 0:
             raise ValueError(
-                f"a picture of {height} x {width} pixels (height x width) is smaller than one patch "
+                f"an image of {height} x {width} pixels (height x width) is smaller than one patch "
                 f"of {config.patch_size} x {config.patch_size}"
             )
         return rows, columns
 
     def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
-        """One vector per picture, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length."""
+        """One vector per image, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length."""
         tokens = self(pixels).last_hidden_state
         mean = tokens.astype(mx.float32).mean(axis=1)  # float32: hundreds of halves would lose digits
         return (unit_length(mean) if normalize else mean).astype(tokens.dtype)
 
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
-        """Always raises ValueError: this checkpoint has no text tower, and the message names the one that has."""
-        raise ValueError(f"this checkpoint has no text tower; the one that reads words is {LIT_CHECKPOINT}")
+        """Always raises ValueError: this checkpoint has no text encoder, and the message names the one that has."""
+        raise ValueError(f"this checkpoint has no text encoder; the one that reads words is {LIT_CHECKPOINT}")
 
 
 class Aimv2TextModel(nn.Module):
@@ -213,13 +211,13 @@ class Aimv2Model(nn.Module):
         """The dtype of the weights and so of the features."""
         return self.vision_model.dtype
 
-    def __call__(self, pixels: mx.array, ids: mx.array) -> PairOutput:
-        """How well each picture fits each text: `(B, H, W, 3), (T, L) -> PairOutput`."""
+    def __call__(self, pixels: mx.array, ids: mx.array) -> Aimv2Output:
+        """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`."""
         vision, text = self.vision_model(pixels), self.text_model(ids)
         image_embeds = unit_length(self.visual_projection(_pooled(vision)))
         text_embeds = unit_length(self.text_projection(_pooled(text)))
         logits = self.logits(image_embeds, text_embeds)
-        return PairOutput(logits, logits.T, image_embeds, text_embeds, vision, text)
+        return Aimv2Output(logits, logits.T, image_embeds, text_embeds, vision, text)
 
     def logits(self, image_embeds: mx.array, text_embeds: mx.array) -> mx.array:
         """Scaled cosines of unit vectors, `(B, E), (T, E) -> (B, T)`, in float32.
@@ -232,7 +230,7 @@ class Aimv2Model(nn.Module):
         return scale * (image_embeds.astype(mx.float32) @ text_embeds.astype(mx.float32).T)
 
     def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
-        """One vector per picture in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length."""
+        """One vector per image in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length."""
         return self._features(self.visual_projection(_pooled(self.vision_model(pixels))), normalize)
 
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
@@ -257,5 +255,5 @@ def _blocks(config: Aimv2VisionConfig | Aimv2TextConfig) -> list[layers.Block]:
 
 def _pooled(output: EncoderOutput) -> mx.array:
     if output.pooler_output is None:
-        raise ValueError("this vision tower has no pooling head, so it cannot be paired with texts")
+        raise ValueError("this vision encoder has no pooling head, so it cannot be paired with texts")
     return output.pooler_output

@@ -1,7 +1,7 @@
 """Where in the plane do many features lie so that neighbours stay neighbours?
 
 t-SNE (van der Maaten and Hinton 2008), exact, for up to a few thousand features. It starts from the two widest
-principal components instead of noise, so the same features always give the same picture.
+principal components instead of noise, so the same features always give the same image.
 """
 
 from __future__ import annotations

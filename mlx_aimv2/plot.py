@@ -1,4 +1,4 @@
-"""What do features look like: maps of dense features, heat maps, contact sheets and scatter plots as PIL images?
+"""What do features look like: maps of dense features, heat maps, contact canvases and scatter plots as PIL images?
 
 Every square of a map is one token; nothing is smoothed, so that what is drawn is what the model said.
 """
@@ -59,9 +59,9 @@ def principal_components(features: Array, count: int) -> Array:
 
 
 def pca_map(tokens: Array, grid: tuple[int, int], *, cell: int = 14) -> Image.Image:
-    """Dense features as colours, `(N, D), (rows, columns) -> picture`: tokens of like colour are alike.
+    """Dense features as colours, `(N, D), (rows, columns) -> image`: tokens of like colour are alike.
 
-    Red, green and blue are the first three principal components of this picture's tokens, each stretched between its
+    Red, green and blue are the first three principal components of this image's tokens, each stretched between its
     2nd and 98th percentile. Each token is a square of `cell` pixels.
     """
     _check_grid(tokens, grid)
@@ -87,9 +87,9 @@ def similarities(tokens: Array, grid: tuple[int, int], patch: tuple[int, int]) -
 
 
 def similarity_map(tokens: Array, grid: tuple[int, int], patch: tuple[int, int], *, cell: int = 14) -> Image.Image:
-    """How alike each patch is to one of them, `(N, D), (rows, columns), (row, column) -> picture`.
+    """How alike each patch is to one of them, `(N, D), (rows, columns), (row, column) -> image`.
 
-    Dark is the least alike of this picture, bright the most; the patch itself has a white frame.
+    Dark is the least alike of this image, bright the most; the patch itself has a white frame.
     """
     cosines = similarities(tokens, grid, patch)
     low, high = cosines.min(), cosines.max()
@@ -105,7 +105,7 @@ def heat(values: Array) -> Array:
 
 
 def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> Image.Image:
-    """A copy of a picture with a white frame around one patch of its grid."""
+    """A copy of an image with a white frame around one patch of its grid."""
     from PIL import ImageDraw
 
     image = image.copy()
@@ -122,7 +122,7 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
 def seen(
     pixels: Array, *, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float = 255
 ) -> Image.Image:
-    """What the model saw, `(H, W, 3) normalised pixels -> picture`, by undoing the processor's last steps."""
+    """What the model saw, `(H, W, 3) normalised pixels -> image`, by undoing the processor's last steps."""
     from PIL import Image
 
     values = np.asarray(pixels, np.float64)
@@ -131,34 +131,34 @@ def seen(
     return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
 
 
-def overlay(picture: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:
-    """A map laid over its picture, at the picture's size; `opacity` 1 hides the picture."""
+def overlay(image: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:
+    """A map laid over its image, at the image's size; `opacity` 1 hides the image."""
     from PIL import Image
 
-    laid = map_image.convert("RGB").resize(picture.size, Image.Resampling.NEAREST)
-    return Image.blend(picture.convert("RGB"), laid, opacity)
+    laid = map_image.convert("RGB").resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("RGB"), laid, opacity)
 
 
 def to_height(image: Image.Image, height: int) -> Image.Image:
-    """A picture at this height, its shape kept; a tiny one keeps its squares."""
+    """An image at this height, its shape kept; a tiny one keeps its squares."""
     width = max(1, round(image.width * height / image.height))
     return image.convert("RGB").resize((width, height), _sampling(image, height))
 
 
 def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int = 8) -> Image.Image:
-    """Pictures in a row, all brought to one height."""
+    """Images in a row, all brought to one height."""
     return beside([to_height(image, height) for image in images], gap=gap)
 
 
 def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
-    """Pictures in a row as they are, their tops in line."""
+    """Images in a row as they are, their tops in line."""
     places = np.cumsum([0, *(image.width + gap for image in images)])
     size = (int(places[-1]) - gap, max(image.height for image in images))
     return _pasted(images, [(int(left), 0) for left in places[:-1]], size)
 
 
 def below(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
-    """Pictures in a column as they are, their left edges in line."""
+    """Images in a column as they are, their left edges in line."""
     places = np.cumsum([0, *(image.height + gap for image in images)])
     size = (max(image.width for image in images), int(places[-1]) - gap)
     return _pasted(images, [(0, int(top)) for top in places[:-1]], size)
@@ -172,67 +172,67 @@ def contact_sheet(
     side: int = 96,
     gap: int = 10,
 ) -> Image.Image:
-    """Pictures in rows on white, each fitted into a square of `side` pixels.
+    """Images in rows on white, each fitted into a square of `side` pixels.
 
-    `captions` and `frames` follow the shape of `rows`: a line of text under each picture, a coloured frame around it.
+    `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
     """
     from PIL import Image, ImageDraw, ImageOps
 
     text = max(11, side // 8) if captions else 0
     step = (side + gap, side + gap + (text + 6 if captions else 0))
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    canvas = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
+    draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             left, top = gap + c * step[0], gap + r * step[1]
             fitted = ImageOps.contain(image.convert("RGB"), (side, side), _sampling(image, side))
             place = (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2)
-            sheet.paste(fitted, place)
+            canvas.paste(fitted, place)
             if frames and (colour := frames[r][c]):
                 edges = (place[0] - 3, place[1] - 3, place[0] + fitted.width + 2, place[1] + fitted.height + 2)
                 draw.rectangle(edges, outline=colour, width=3)
             if captions:
                 draw.text((left + side / 2, top + side + 5), captions[r][c], INK, _font(text), anchor="mt")
-    return sheet
+    return canvas
 
 
 def scatter(
-    points: Array, pictures: Sequence[Image.Image], colours: Sequence[Colour], *, size: tuple[int, int] = (900, 900)
+    points: Array, images: Sequence[Image.Image], colours: Sequence[Colour], *, size: tuple[int, int] = (900, 900)
 ) -> Image.Image:
-    """Small pictures where their features lie, `(n, 2) coordinates -> picture`; dark ink takes each one's colour.
+    """Small images where their features lie, `(n, 2) coordinates -> image`; dark ink takes each one's colour.
 
-    The pictures are grey, dark on white; white is left out, and pictures that would lie on each other are moved apart
+    The images are grey, dark on white; white is left out, and images that would lie on each other are moved apart
     until each can be read, so that close places are not exact.
     """
     from PIL import Image, ImageOps
 
-    sheet = Image.new("RGB", size, PAPER)
-    side = max(max(picture.size) for picture in pictures)
+    canvas = Image.new("RGB", size, PAPER)
+    side = max(max(image.size) for image in images)
     places = _apart(_fitted(points, size, side // 2 + 4), 0.8 * side)
     places = _fitted(places, size, side // 2 + 4)
-    for (x, y), picture, colour in zip(places, pictures, colours, strict=True):
-        ink = ImageOps.invert(picture.convert("L"))
-        sheet.paste(colour, (round(x) - ink.width // 2, round(size[1] - y) - ink.height // 2), ink)
-    return sheet
+    for (x, y), image, colour in zip(places, images, colours, strict=True):
+        ink = ImageOps.invert(image.convert("L"))
+        canvas.paste(colour, (round(x) - ink.width // 2, round(size[1] - y) - ink.height // 2), ink)
+    return canvas
 
 
 def titled(image: Image.Image, title: str, *, subtitle: str = "", size: int = 22) -> Image.Image:
-    """A copy of a picture with a line of text above it, and a fainter one below that."""
+    """A copy of an image with a line of text above it, and a fainter one below that."""
     from PIL import Image, ImageDraw
 
     band = round(size * 1.7) + (round(size * 1.05) if subtitle else 0)
-    sheet = Image.new("RGB", (image.width, image.height + band), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    canvas = Image.new("RGB", (image.width, image.height + band), PAPER)
+    draw = ImageDraw.Draw(canvas)
     draw.text((10, size * 0.4), title, INK, _font(size))
     if subtitle:
         draw.text((10, size * 1.65), subtitle, FAINT, _font(round(size * 0.72)))
-    sheet.paste(image, (0, band))
-    return sheet
+    canvas.paste(image, (0, band))
+    return canvas
 
 
 def _fitted(points: Array, size: tuple[int, int], rim: int) -> Array:
-    """Points stretched to fill a sheet of `size` up to its rim, `(n, 2) -> (n, 2)`."""
+    """Points stretched to fill a canvas of `size` up to its rim, `(n, 2) -> (n, 2)`."""
     points = np.asarray(points, np.float64)
     spread = np.ptp(points, axis=0)
     places: Array = rim + (points - points.min(axis=0)) / np.where(spread > 0, spread, 1) * (np.array(size) - 2 * rim)
@@ -258,7 +258,7 @@ def _check_grid(tokens: Array, grid: tuple[int, int]) -> None:
 
 
 def _squares(levels: Array, cell: int) -> Image.Image:
-    """`(rows, columns, 3)` from 0 to 1 -> a picture whose squares are `cell` pixels wide."""
+    """`(rows, columns, 3)` from 0 to 1 -> an image whose squares are `cell` pixels wide."""
     from PIL import Image
 
     image = Image.fromarray(np.rint(levels * 255).astype(np.uint8))
@@ -268,14 +268,14 @@ def _squares(levels: Array, cell: int) -> Image.Image:
 def _pasted(images: Sequence[Image.Image], places: Sequence[tuple[int, int]], size: tuple[int, int]) -> Image.Image:
     from PIL import Image
 
-    sheet = Image.new("RGB", size, PAPER)
+    canvas = Image.new("RGB", size, PAPER)
     for image, place in zip(images, places, strict=True):
-        sheet.paste(image, place)
-    return sheet
+        canvas.paste(image, place)
+    return canvas
 
 
 def _sampling(image: Image.Image, side: int) -> Any:
-    """Pictures are smoothed, but one that is enlarged a lot shows its pixels."""
+    """Images are smoothed, but one that is enlarged a lot shows its pixels."""
     from PIL import Image
 
     return Image.Resampling.NEAREST if 4 * max(image.size) <= side else Image.Resampling.LANCZOS

@@ -1,4 +1,4 @@
-"""What must happen to a picture before this checkpoint sees it? Read from the checkpoint's own files.
+"""What must happen to an image before this checkpoint sees it? Read from the checkpoint's own files.
 
 preprocessor_config.json  }
 processor_config.json     } -> Preprocessing -> processor.py
@@ -53,7 +53,7 @@ UNSUPPORTED_STEPS = (
 
 
 LARGEST_SIDE = 16384
-"""Pixels of a side that a file may ask for: more is a mistake in the file, not a picture that is too small."""
+"""Pixels of a side that a file may ask for: more is a mistake in the file, not an image that is too small."""
 
 LARGEST_NUMBER = 1e6
 """What pixels may be scaled by, and one over it: beyond, float32 pixels are all alike or not finite."""
@@ -61,12 +61,12 @@ LARGEST_NUMBER = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """The steps from an RGB picture to pixels, in this order; None means that a step is not taken."""
+    """The steps from an RGB image to pixels, in this order; None means that a step is not taken."""
 
     resize: int | tuple[int, int] | None
     """The shortest edge (the longer one follows), or (height, width) whatever the shape."""
     crop: tuple[int, int] | None
-    """(height, width) cut from the centre; where the picture is smaller, black is added."""
+    """(height, width) cut from the centre; where the image is smaller, black is added."""
     resample: int = RESAMPLE["bicubic"]
     """Pillow's number of the filter."""
     rescale_factor: float | None = 1 / 255
@@ -75,7 +75,7 @@ class Preprocessing:
 
     @property
     def final_size(self) -> tuple[int, int] | None:
-        """(height, width) of every result, or None where it follows the picture."""
+        """(height, width) of every result, or None where it follows the image."""
         if self.crop is not None:
             return self.crop
         return self.resize if isinstance(self.resize, tuple) else None
@@ -89,7 +89,7 @@ def published(image_size: int | None) -> Preprocessing:
 
 
 def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
-    """What the files in `folder` say; where none does, Apple's preprocessing for `config`, with a remark."""
+    """What the files in `folder` say; where none does, Apple's preprocessing for `config`, with a note."""
     file = folder / "preprocessor_config.json"
     fields = _read_json(file)
     if fields is None:
@@ -103,7 +103,7 @@ def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocess
             return from_clip(fields, file)
         if config is None:
             raise ValueError(f"{file} asks for {kind}; AIMv2 checkpoints come with {CLIP_TYPES[0]}")
-        remark = f"{file} asks for {kind}, which is not AIMv2's"
+        note = f"{file} asks for {kind}, which is not AIMv2's"
     else:
         file = folder / "config.json"
         timm = (_read_json(file) or {}).get("pretrained_cfg")
@@ -111,12 +111,10 @@ def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocess
             return from_timm(timm, file)
         if config is None:
             raise FileNotFoundError(f"{folder} has no preprocessor_config.json")
-        remark = f"{folder} has no preprocessor_config.json"
+        note = f"{folder} has no preprocessor_config.json"
     size = config.image_size
-    kept = "pictures keep their size" if size is None else f"shortest edge to {size}, centre crop {size}x{size}"
-    warnings.warn(
-        f"{remark}; pictures are prepared as for Apple's checkpoints ({kept}, CLIP mean and std)", stacklevel=3
-    )
+    kept = "images keep their size" if size is None else f"shortest edge to {size}, centre crop {size}x{size}"
+    warnings.warn(f"{note}; images are prepared as for Apple's checkpoints ({kept}, CLIP mean and std)", stacklevel=3)
     return published(size)
 
 

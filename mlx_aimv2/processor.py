@@ -1,6 +1,6 @@
-"""How do pictures become pixels and texts become ids, just as this checkpoint wants them?
+"""How do images become pixels and texts become ids, just as this checkpoint wants them?
 
-picture -> pictures.to_rgb -> resize, crop, scale, normalise -> (H, W, 3) -> batch (B, H, W, 3)
+image -> images.to_rgb -> resize, crop, scale, normalise -> (H, W, 3) -> batch (B, H, W, 3)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_aimv2 import preprocessing as reading
 from mlx_aimv2.config import Aimv2Config
-from mlx_aimv2.images import Picture, name_of, to_rgb
+from mlx_aimv2.images import ImageInput, name_of, to_rgb
 from mlx_aimv2.preprocessing import Preprocessing
 from mlx_aimv2.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Aimv2Processor:
-    """Pictures to pixels, texts to ids."""
+    """Images to pixels, texts to ids."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class Aimv2Processor:
         tokenizer: Tokenizer | None = None,
         no_tokenizer: str | None = None,
     ) -> None:
-        """`no_tokenizer` is what `tokenize` says where a text tower's tokenizer files are missing."""
+        """`no_tokenizer` is what `tokenize` says where a text encoder's tokenizer files are missing."""
         final = preprocessing.final_size
         if final is not None and min(final) < patch_size:
             raise ValueError(
-                f"pictures of {final[0]}x{final[1]} pixels are less than one patch of {patch_size}x{patch_size}"
+                f"images of {final[0]}x{final[1]} pixels are less than one patch of {patch_size}x{patch_size}"
             )
         self.preprocessing = preprocessing
         self.patch_size = patch_size
@@ -68,7 +68,7 @@ class Aimv2Processor:
         final = preprocessing.final_size
         if wanted is not None and final is not None and final != (wanted, wanted):
             raise ValueError(
-                f"{folder}: pictures are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}"
+                f"{folder}: images are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}"
             )
         tokenizer, missing = None, None
         if text is not None:
@@ -81,33 +81,31 @@ class Aimv2Processor:
 
     @property
     def is_native(self) -> bool:
-        """Whether pictures keep their own size."""
+        """Whether images keep their own size."""
         return self.preprocessing.resize is None and self.preprocessing.crop is None
 
-    def __call__(self, pictures: Picture | Sequence[Picture], *, max_patches: int | None = None) -> mx.array:
-        """One picture or several -> (B, H, W, 3) float32; ValueError where their final sizes differ.
+    def __call__(self, images: ImageInput | Sequence[ImageInput], *, max_patches: int | None = None) -> mx.array:
+        """One image or several -> (B, H, W, 3) float32; ValueError where their final sizes differ.
 
-        A native checkpoint takes pictures as large as they are, at a cost that grows with the square of their pixels:
+        A native checkpoint takes images as large as they are, at a cost that grows with the square of their pixels:
         with `max_patches` larger ones are scaled down in their shape. It changes nothing for the other checkpoints.
         """
-        batch = _as_list(pictures)
+        batch = _as_list(images)
         if not batch:
-            raise ValueError("no picture to prepare: give one, or a list of them")
+            raise ValueError("no image to prepare: give one, or a list of them")
         arrays = self._all_pixels(batch, max_patches)
         first: dict[tuple[int, ...], int] = {}
         for number, array in enumerate(arrays):
             first.setdefault(array.shape, number)
         if len(first) > 1:
-            sizes = ", ".join(f"{h}x{w} ({name_of(batch[n])}, picture {n})" for (h, w, _), n in first.items())
-            raise ValueError(
-                f"pictures of one batch must end up equal in size, these do not: {sizes}; give one per call"
-            )
+            sizes = ", ".join(f"{h}x{w} ({name_of(batch[n])}, image {n})" for (h, w, _), n in first.items())
+            raise ValueError(f"images of one batch must end up equal in size, these do not: {sizes}; give one per call")
         return mx.array(np.stack(arrays))
 
-    def pixels(self, picture: Picture, *, max_patches: int | None = None) -> Pixels:
-        """A picture -> (H, W, 3) float32, contiguous. Uses Pillow and NumPy alone, so any thread may call it."""
-        name = name_of(picture)
-        image = to_rgb(picture)
+    def pixels(self, image: ImageInput, *, max_patches: int | None = None) -> Pixels:
+        """An image -> (H, W, 3) float32, contiguous. Uses Pillow and NumPy alone, so any thread may call it."""
+        name = name_of(image)
+        image = to_rgb(image)
         if image.size == (1, 1):
             raise ValueError(f"{name} is a single pixel: nothing to see")
         image = self._sized(image, name)
@@ -119,11 +117,11 @@ class Aimv2Processor:
         return _scaled(np.asarray(image), self.preprocessing)
 
     def tokenize(self, texts: str | Sequence[str]) -> mx.array:
-        """Texts -> ids (B, L) int32: BOS, tokens, EOS, filled with EOS, at most the tower's context."""
+        """Texts -> ids (B, L) int32: BOS, tokens, EOS, filled with EOS, at most the encoder's context."""
         if self._no_tokenizer is not None:
             raise FileNotFoundError(self._no_tokenizer)
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no text tower: load apple/aimv2-large-patch14-224-lit for text")
+            raise ValueError("this checkpoint has no text encoder: load apple/aimv2-large-patch14-224-lit for text")
         return mx.array(self.tokenizer(texts))
 
     def save_to(self, folder: str | os.PathLike[str]) -> None:
@@ -133,24 +131,24 @@ class Aimv2Processor:
             json.dumps(reading.to_clip(self.preprocessing), indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
 
-    def _all_pixels(self, batch: list[Picture], max_patches: int | None) -> list[Pixels]:
+    def _all_pixels(self, batch: list[ImageInput], max_patches: int | None) -> list[Pixels]:
         if len(batch) == 1:
             return [self.pixels(batch[0], max_patches=max_patches)]
         # An open file or a PIL image may occur twice in a list, and neither is for two threads at once.
-        apart = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in batch)
+        apart = all(isinstance(image, (str, os.PathLike, bytes)) for image in batch)
         with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1) if apart else 1) as pool:
             return list(pool.map(self._numbered_pixels, range(len(batch)), batch, [max_patches] * len(batch)))
 
-    def _numbered_pixels(self, number: int, picture: Picture, max_patches: int | None) -> Pixels:
+    def _numbered_pixels(self, number: int, image: ImageInput, max_patches: int | None) -> Pixels:
         try:
-            return self.pixels(picture, max_patches=max_patches)
+            return self.pixels(image, max_patches=max_patches)
         except OSError as error:
-            raise type(error)(f"picture {number}: {error}") from None
+            raise type(error)(f"image {number}: {error}") from None
         except ValueError as error:
-            raise ValueError(f"picture {number}: {error}") from None
+            raise ValueError(f"image {number}: {error}") from None
 
     def _shrunk(self, image: Image.Image, max_patches: int, name: str) -> Image.Image:
-        """The picture scaled down in its shape until it has at most `max_patches` patches."""
+        """The image scaled down in its shape until it has at most `max_patches` patches."""
         patch = self.patch_size
         if (image.width // patch) * (image.height // patch) <= max_patches:
             return image
@@ -175,7 +173,7 @@ class Aimv2Processor:
         if steps.crop is not None:
             height, width = steps.crop
             top, left = (image.height - height) // 2, (image.width - width) // 2
-            # Beyond the picture's edge crop() gives black.
+            # Beyond the image's edge crop() gives black.
             image = image.crop((left, top, left + width, top + height))
         return image
 
@@ -203,7 +201,7 @@ def _scaled(levels: np.ndarray[Any, np.dtype[np.uint8]], steps: Preprocessing) -
     return values.reshape(height, width, channels)
 
 
-def _as_list(pictures: Picture | Sequence[Picture]) -> list[Picture]:
-    if isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4):
-        return list(pictures)
-    return [cast("Picture", pictures)]
+def _as_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    if isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4):
+        return list(images)
+    return [cast("ImageInput", images)]

@@ -18,13 +18,13 @@ IN_LOG = 10.0
 WINDOW = 20.0
 """Seconds over which the rate is taken."""
 
-REMARKS = 10
+NOTES = 10
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 class Progress:
-    """Counts things done: `with Progress(10000, "pictures") as progress: progress.advance(16)`."""
+    """Counts things done: `with Progress(10000, "images") as progress: progress.advance(16)`."""
 
     def __init__(self, total: int, unit: str, *, stream: TextIO | None = None) -> None:
         """Writes to `stream`, by default stderr."""
@@ -74,15 +74,15 @@ class Progress:
         def show(message: Warning | str, *_: object, **__: object) -> None:
             nonlocal count
             count += 1
-            if count <= REMARKS:
+            if count <= NOTES:
                 self.say(f"mlx-aimv2: note: {message}")
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = show
             yield
-        if count > REMARKS:
-            self.say(f"mlx-aimv2: note: {count - REMARKS:,} more remarks like these")
+        if count > NOTES:
+            self.say(f"mlx-aimv2: note: {count - NOTES:,} more notes like these")
 
     def _show(self, now: float) -> None:
         start, before = self._history[0]

@@ -231,22 +231,22 @@ def _matters(path: str, depths: Mapping[str, int]) -> bool:
     blocks and in every third one between. Here queries, keys and values are one matrix, which gets the bits as a whole,
     and so does the token embedding.
     """
-    tower, found, rest = path.rpartition("blocks.")
+    encoder, found, rest = path.rpartition("blocks.")
     if not found:
         return True
     number, _, name = rest.partition(".")
-    i, depth = int(number), depths[tower]
+    i, depth = int(number), depths[encoder]
     inside = depth // 8 <= i < 7 * depth // 8 and (i - depth // 8) % 3 != 2
     return not inside and name in ("attn.qkv", "mlp.down")
 
 
 def _depths(paths: Iterable[str]) -> dict[str, int]:
-    """Blocks of each tower, by what stands before `blocks.` in a path."""
+    """Blocks of each encoder, by what stands before `blocks.` in a path."""
     depths: dict[str, int] = {}
     for path in paths:
-        tower, found, rest = path.rpartition("blocks.")
+        encoder, found, rest = path.rpartition("blocks.")
         if found:
-            depths[tower] = max(depths.get(tower, 0), int(rest.split(".")[0]) + 1)
+            depths[encoder] = max(depths.get(encoder, 0), int(rest.split(".")[0]) + 1)
     return depths
 
 

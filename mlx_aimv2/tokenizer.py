@@ -1,4 +1,4 @@
-"""Which numbers does the text tower read for these words? CLIP's byte pairs, from the checkpoint's own files."""
+"""Which numbers does the text encoder read for these words? CLIP's byte pairs, from the checkpoint's own files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Tokenizer:
             return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"])
         size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         if size > config.vocab_size:
-            raise ValueError(f"{file} has {size} tokens, but the text tower's embedding has {config.vocab_size} rows")
+            raise ValueError(f"{file} has {size} tokens, but the text encoder's embedding has {config.vocab_size} rows")
         if marks["eos_token"] != config.eos_token_id:
             raise ValueError(
                 f"{file} gives {names['eos_token']!r} the id {marks['eos_token']}, "

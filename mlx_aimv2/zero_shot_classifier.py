@@ -1,6 +1,6 @@
-"""Which of these words fits a picture: classes from their names alone, without training (LiT only)?
+"""Which of these words fits an image: classes from their names alone, without training (LiT only)?
 
-labels x templates -> texts -> one unit vector per label; picture -> unit vector; scaled cosines -> probabilities
+labels x templates -> texts -> one unit vector per label; image -> unit vector; scaled cosines -> probabilities
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, TypeAlias, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.images import Picture
-from mlx_aimv2.model import LIT_CHECKPOINT, Aimv2Model, Aimv2VisionModel, unit_length
+from mlx_aimv2.config import LIT_CHECKPOINT
+from mlx_aimv2.images import ImageInput
+from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.processor import Aimv2Processor, Pixels
 
 TEMPLATES = ("a photo of a {}",)
@@ -33,9 +34,9 @@ Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """How well each of T labels fits one picture: `logits` (T,) and `probabilities` (T,), which sum to 1.
+    """How well each of T labels fits one image: `logits` (T,) and `probabilities` (T,), which sum to 1.
 
-    Both are float32 and in the order of `labels`. The probabilities say how the labels share the picture among
+    Both are float32 and in the order of `labels`. The probabilities say how the labels share the image among
     themselves, not whether any of them is right.
     """
 
@@ -55,7 +56,7 @@ class Prediction:
 
 
 class ZeroShotClassifier:
-    """Classes made of words: the labels are read once and then compared with any number of pictures."""
+    """Classes made of words: the labels are read once and then compared with any number of images."""
 
     def __init__(
         self,
@@ -67,56 +68,56 @@ class ZeroShotClassifier:
     ) -> None:
         """Reads the labels in every template; several templates of one label are averaged.
 
-        Raises ValueError for a checkpoint without a text tower, for labels and templates that make no classes, and
-        FileNotFoundError for missing tokenizer files; no picture is needed for that.
+        Raises ValueError for a checkpoint without a text encoder, for labels and templates that make no classes, and
+        FileNotFoundError for missing tokenizer files; no image is needed for that.
         """
         self.labels = check_labels(labels)
         self.templates = check_templates(templates)
         if not isinstance(model, Aimv2Model):
-            raise ValueError(f"this checkpoint has no text tower to read labels with; {LIT_CHECKPOINT} has one")
+            raise ValueError(f"this checkpoint has no text encoder to read labels with; {LIT_CHECKPOINT} has one")
         self._model = model
         self._processor = processor
         self.text_embeds = self._read()
         """One vector per label, (T, E) float32 of unit length."""
 
-    def __call__(self, pictures: Picture | Sequence[Picture]) -> list[Prediction]:
-        """One picture or several -> a prediction for each. Raises what the first unreadable picture raises."""
-        many = isinstance(pictures, (list, tuple)) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
+    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> list[Prediction]:
+        """One image or several -> a prediction for each. Raises what the first unreadable image raises."""
+        many = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
         predictions = []
-        for result in self.each(list(cast("Sequence[Picture]", pictures)) if many else [cast("Picture", pictures)]):
+        for result in self.each(list(cast("Sequence[ImageInput]", images)) if many else [cast("ImageInput", images)]):
             if isinstance(result, Exception):
                 raise result
             predictions.append(result)
         return predictions
 
-    def each(self, pictures: Sequence[Picture]) -> Iterator[Prediction | OSError | ValueError]:
-        """Predictions in the pictures' order; a picture that cannot be read gives its error instead of one.
+    def each(self, images: Sequence[ImageInput]) -> Iterator[Prediction | OSError | ValueError]:
+        """Predictions in the images' order; an image that cannot be read gives its error instead of one.
 
-        Pictures are decoded in other threads while the model works on those before them.
+        Images are decoded in other threads while the model works on those before them.
         """
         tokens = self._model.vision.config.num_patches
         size = TOKENS_AT_ONCE // tokens or 1 if tokens else 1
         # An open PIL image or file may occur twice, and is not for two threads.
-        files = all(isinstance(picture, (str, os.PathLike, bytes)) for picture in pictures)
+        files = all(isinstance(image, (str, os.PathLike, bytes)) for image in images)
         with ThreadPoolExecutor(min(size, os.cpu_count() or 1) if files else 1) as pool:
-            ahead = self._submit(pool, pictures[:size])
-            for start in range(0, len(pictures), size):
+            ahead = self._submit(pool, images[:size])
+            for start in range(0, len(images), size):
                 decoded = [future.result() for future in ahead]
-                ahead = self._submit(pool, pictures[start + size : start + 2 * size])
+                ahead = self._submit(pool, images[start + size : start + 2 * size])
                 arrays = [array for array in decoded if isinstance(array, np.ndarray)]
                 predictions = iter(self.predict(mx.array(np.stack(arrays))) if arrays else ())
                 for array in decoded:
                     yield next(predictions) if isinstance(array, np.ndarray) else array
 
     def predict(self, pixels: mx.array) -> list[Prediction]:
-        """What the processor made of pictures, `(B, H, W, 3) -> B predictions`."""
+        """What the processor made of images, `(B, H, W, 3) -> B predictions`."""
         logits = self._model.logits(unit_length(self._model.encode_image(pixels)), self.text_embeds)  # (B, T)
         _check_finite(logits, self._model)
         pairs = zip(np.array(logits), np.array(mx.softmax(logits, axis=-1)), strict=True)
         return [Prediction(self.labels, *pair) for pair in pairs]
 
-    def _submit(self, pool: ThreadPoolExecutor, pictures: Sequence[Picture]) -> list[Future[Any]]:
-        return [pool.submit(_pixels_or_error, self._processor, picture) for picture in pictures]
+    def _submit(self, pool: ThreadPoolExecutor, images: Sequence[ImageInput]) -> list[Future[Any]]:
+        return [pool.submit(_pixels_or_error, self._processor, image) for image in images]
 
     def _read(self) -> mx.array:
         """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
@@ -134,16 +135,16 @@ class ZeroShotClassifier:
 def zero_shot(
     model: Aimv2Model | Aimv2VisionModel,
     processor: Aimv2Processor,
-    pictures: Picture | Sequence[Picture],
+    images: ImageInput | Sequence[ImageInput],
     labels: Sequence[str],
     *,
     templates: str | Sequence[str] = TEMPLATES,
 ) -> list[Prediction]:
-    """Which label fits each picture: one picture or several, T labels `-> a Prediction for each picture`.
+    """Which label fits each image: one image or several, T labels `-> a Prediction for each image`.
 
     For more than one call with the same labels, make a `ZeroShotClassifier` once.
     """
-    return ZeroShotClassifier(model, processor, labels, templates=templates)(pictures)
+    return ZeroShotClassifier(model, processor, labels, templates=templates)(images)
 
 
 def encode_ids(model: Aimv2Model, ids: np.ndarray[Any, Any]) -> Floats:
@@ -176,7 +177,7 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     if not labels:
         raise ValueError("no labels: give at least two")
     if len(labels) == 1:
-        raise ValueError(f"one label alone ({labels[0]}) fits every picture with probability 1: give at least two")
+        raise ValueError(f"one label alone ({labels[0]}) fits every image with probability 1: give at least two")
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise ValueError(f"labels given more than once: {', '.join(twice)}")
     return labels
@@ -212,8 +213,8 @@ def _check_finite(numbers: mx.array, model: Aimv2Model) -> None:
         raise ValueError(f"the model gave numbers that are not finite in {name}: load it with dtype float32")
 
 
-def _pixels_or_error(processor: Aimv2Processor, picture: Picture) -> Pixels | OSError | ValueError:
+def _pixels_or_error(processor: Aimv2Processor, image: ImageInput) -> Pixels | OSError | ValueError:
     try:
-        return processor.pixels(picture)
+        return processor.pixels(image)
     except (OSError, ValueError) as error:
         return error

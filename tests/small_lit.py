@@ -1,7 +1,7 @@
-"""What do the tests of words and pictures run on? A small random pair with the small trained vocabulary.
+"""What do the tests of words and images run on? A small random pair with the small trained vocabulary.
 
 Random weights know no cat from a dog: what is tested with them is arithmetic and messages. The pair made by hand knows
-three colours, so that pictures and words really meet. How well Apple's weights do is beyond these tests.
+three colours, so that images and words really meet. How well Apple's weights do is beyond these tests.
 """
 
 import json
@@ -51,7 +51,7 @@ def small_lit(config: Aimv2Config = CONFIG, *, seed: int = 7) -> Aimv2Model:
 
 
 def colour_lit() -> Aimv2Model:
-    """A pair made by hand that knows three words: both towers turn red, green and blue into the first three axes.
+    """A pair made by hand that knows three words: both encoders turn red, green and blue into the first three axes.
 
     The blocks pass on what they get, except that each token of the text adds the mean of those before it.
     """
@@ -83,7 +83,7 @@ def write(folder: Path, *, model: Aimv2Model | None = None, files: tuple[str, ..
     model = model or small_lit()
     folder.mkdir(parents=True, exist_ok=True)
     match = layouts.layout_for("apple", pair=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(match.to_theirs(tree_flatten(model.parameters()))))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(match.to_source(tree_flatten(model.parameters()))))
     (folder / "config.json").write_text(json.dumps(config_for(model.config, "apple")))
     Aimv2Processor(published(model.config.vision_config.image_size)).save_to(folder)
     for name in files:

@@ -50,30 +50,30 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 
 # name -> (content, what the reason must say)
 BAD_CONTENTS: dict[bytes, tuple[bytes, str]] = {
-    **{b"cut-%d.jpg" % n: (JPEG[: len(JPEG) * n // 10], "cannot be read as a picture") for n in range(1, 10)},
-    **{b"cut-%d.png" % n: (PNG[: len(PNG) * n // 10], "cannot be read as a picture") for n in range(1, 10)},
-    b"cut.webp": (encoded("WEBP")[:200], "picture"),
-    b"cut.tif": (encoded("TIFF")[:3000], "picture"),
+    **{b"cut-%d.jpg" % n: (JPEG[: len(JPEG) * n // 10], "cannot be read as an image") for n in range(1, 10)},
+    **{b"cut-%d.png" % n: (PNG[: len(PNG) * n // 10], "cannot be read as an image") for n in range(1, 10)},
+    b"cut.webp": (encoded("WEBP")[:200], "image"),
+    b"cut.tif": (encoded("TIFF")[:3000], "image"),
     b"zero.jpg": (b"", "is empty"),
     b"zero.png": (b"", "is empty"),
-    b"text.jpg": (b"these are only words\n" * 9, "is not a picture"),
-    b"page.png": (b"<!doctype html><html><body>404</body></html>", "is not a picture"),
-    b"drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not a picture"),
-    b"film.jpg": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(99), "is not a picture"),
-    b"print.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
-    b"blank.bmp": (bytes(4096), "is not a picture"),
-    b"noise.gif": (np.random.default_rng(2).bytes(4096), "is not a picture"),
+    b"text.jpg": (b"these are only words\n" * 9, "is not an image"),
+    b"page.png": (b"<!doctype html><html><body>404</body></html>", "is not an image"),
+    b"drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is not an image"),
+    b"film.jpg": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(99), "is not an image"),
+    b"print.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+    b"blank.bmp": (bytes(4096), "is not an image"),
+    b"noise.gif": (np.random.default_rng(2).bytes(4096), "is not an image"),
     b"header.gif": (b"GIF89a\x10\x00\x10\x00\x80\x00\x00", "broken GIF"),
-    b"phone.heic": (HEIC, "picture"),
+    b"phone.heic": (HEIC, "image"),
     b"huge.png": (huge_png(60000, 60000), "60000x60000 pixels"),
     b"endless.png": (huge_png(2**31 - 1, 2**31 - 1), "pixels"),
     b"huge.jpg": (huge_jpeg(), "65000x65000 pixels"),
     b"dot.png": (encoded("PNG", (1, 1)), "single pixel"),
     b"ribbon.png": (encoded("PNG", (1, 90000)), "too narrow"),
     b"crc.png": (flipped(PNG, 20), "broken PNG"),
-    b"not-utf8-\xff\xfe.jpg": (b"bad", "is not a picture"),
-    b"new\nline.jpg": (b"bad", "is not a picture"),
-    b"\x1b[31mred.jpg": (b"bad", "is not a picture"),
+    b"not-utf8-\xff\xfe.jpg": (b"bad", "is not an image"),
+    b"new\nline.jpg": (b"bad", "is not an image"),
+    b"\x1b[31mred.jpg": (b"bad", "is not an image"),
 }
 GOOD: dict[bytes, bytes] = {
     b"a.jpg": JPEG,
@@ -83,7 +83,7 @@ GOOD: dict[bytes, bytes] = {
     b"good-\xff\xfe.jpg": JPEG,
     b"good\nline.jpg": JPEG,
     b"<img src=x onerror=alert(1)>.jpg": JPEG,
-    b"'; DROP TABLE pictures; --.jpg": JPEG,
+    b"'; DROP TABLE images; --.jpg": JPEG,
     b"%s{0}$HOME`ls`.jpg": JPEG,
     "größe-大.jpg".encode(): JPEG,
     b"-o.jpg": JPEG,
@@ -129,7 +129,7 @@ def folder(tmp_path, monkeypatch):
         b"device.jpg": "is a device",
         b"pipe.jpg": "is a named pipe",
         b"socket.jpg": "is a socket",
-        b"sparse.jpg": "more than a picture",
+        b"sparse.jpg": "more than an image",
         b"secret.jpg": "may not be read: permission denied",
         b"deleted.jpg": "was deleted",
     }
@@ -186,5 +186,5 @@ def test_nothing_but_bad_files_is_no_success(folder, capsys):
     for name in GOOD:
         (Path("in") / os.fsdecode(name)).unlink()
     assert main(["embed", "in", "-m", str(FIXED), "-o", "photos.db"]) == 1
-    assert "no picture could be embedded" in capsys.readouterr().err
+    assert "no image could be embedded" in capsys.readouterr().err
     assert not Path("photos.db").exists()

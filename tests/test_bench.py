@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bench, load
 from mlx_aimv2.cli import main
+from mlx_aimv2.config import Released, released
 from mlx_aimv2.convert import convert
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
@@ -30,14 +31,14 @@ LARGE_224 = 309_197_824
     ],
 )
 def test_released_sizes_go_by_their_names(name, parameters):
-    model = Aimv2VisionModel(bench.released_config(name))
+    model = Aimv2VisionModel(released(name).vision)
     assert sum(array.size for _, array in tree_flatten(model.parameters())) == parameters
 
 
 @pytest.mark.parametrize("name", ["", "large", "giant-patch14-224", "large-patch14-512", "3B-patch14-native"])
 def test_other_sizes_are_refused(name):
-    with pytest.raises(ValueError, match="a released size is large, huge, 1B, 3B"):
-        bench.released_config(name)
+    with pytest.raises(ValueError, match=r"no released checkpoint is called .*; there are aimv2-large-patch14-224"):
+        released(name)
 
 
 @pytest.mark.parametrize("use_head", [False, True])
@@ -72,8 +73,8 @@ def test_the_count_is_that_of_every_matrix_product(monkeypatch, use_head):
     assert sum(counted) == bench.matrix_flops(config, batch=2, tokens=9)
 
 
-def test_a_large_picture_costs_165_gigaflops():
-    flops = bench.matrix_flops(bench.released_config("large-patch14-224"), batch=1, tokens=256)
+def test_a_large_image_costs_165_gigaflops():
+    flops = bench.matrix_flops(released("large-patch14-224").vision, batch=1, tokens=256)
     assert flops == pytest.approx(164.6e9, rel=1e-3)
 
 
@@ -137,11 +138,11 @@ def test_json_says_what_was_measured_on_what(capsys):
     assert row["images_per_second"] == pytest.approx(3 / row["seconds"])
     assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
     assert row["fraction_of_bare"] == pytest.approx(row["bare_seconds"] / row["seconds"])
-    assert "float32 dense, 3 pictures" in err
+    assert "float32 dense, 3 images" in err
 
 
 def test_the_table_names_its_columns_and_its_conditions(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "released_config", lambda name: SMALL)
+    monkeypatch.setattr("mlx_aimv2.commands.bench.released", lambda name: Released("", SMALL, 0))
     code, out, _ = run(
         capsys, "--random", "large-patch14-224", "--dtype", "float32", "float16", "--batch", 2, "--runs", 1
     )
@@ -162,7 +163,7 @@ def test_packed_weights_have_their_own_row(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--random", "larger"], "a released size is"),
+        (["--random", "larger"], "no released checkpoint is called larger"),
         (["--random", "large-224", "--keep-quantized"], "needs a quantized MLX folder"),
         (["-m", FIXED, "--keep-quantized", "--batch", 1, "--runs", 1], "needs quantized weights"),
         (["-m", "/no/such/folder"], "/no/such/folder"),

@@ -16,7 +16,7 @@ from mlx_aimv2.quantize import resolve
 
 DIGITS = bundled.digits_checkpoint()
 REFERENCE = Path(__file__).parent / "golden" / "reference"
-PICTURES = bundled.photographs()
+IMAGES = bundled.photographs()
 
 
 def smallest(losses, sizes, allowance, dense_bits):
@@ -104,14 +104,14 @@ def test_what_is_left_over_lowers_the_layers_that_save_most_for_their_loss():
     assert loss == pytest.approx(0.3 + 0.2 + 0.9)
 
 
-def test_the_same_pictures_give_the_same_bits():
-    one, two = (choose_bits(DIGITS, PICTURES[:1], target=0.995, settings=resolve(), dtype=mx.float16) for _ in range(2))
+def test_the_same_images_give_the_same_bits():
+    one, two = (choose_bits(DIGITS, IMAGES[:1], target=0.995, settings=resolve(), dtype=mx.float16) for _ in range(2))
     assert one == two
 
 
 def test_a_higher_target_takes_more_bits():
     bits = [
-        choose_bits(DIGITS, PICTURES[:1], target=target, settings=resolve(), dtype=mx.float32)
+        choose_bits(DIGITS, IMAGES[:1], target=target, settings=resolve(), dtype=mx.float32)
         for target in (0.99, 0.9999)
     ]
     assert sum(bits[1].values()) > sum(bits[0].values()) + 20
@@ -129,7 +129,7 @@ def test_both_towers_of_a_pair_reach_the_target(tmp_path):
 
 def test_a_target_that_the_dtype_alone_misses_is_refused_before_the_search():
     with pytest.raises(ValueError, match=r"0.9999999 cannot be reached: bfloat16 alone.*--dtype float32"):
-        choose_bits(DIGITS, PICTURES, target=0.9999999, settings=resolve(), dtype=mx.bfloat16)
+        choose_bits(DIGITS, IMAGES, target=0.9999999, settings=resolve(), dtype=mx.bfloat16)
 
 
 def test_layers_that_8_bits_would_cost_too_much_stay_dense(tmp_path):

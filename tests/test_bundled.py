@@ -26,9 +26,9 @@ def test_every_photograph_opens_and_has_its_credit():
     assert len(bundled.photographs()) == 4
     for file in bundled.photographs():
         assert f"`{file.name}`" in credits
-        with Image.open(file) as picture:
-            picture.load()
-            assert min(picture.size) >= 300
+        with Image.open(file) as image:
+            image.load()
+            assert min(image.size) >= 300
 
 
 def test_the_assets_are_small():
@@ -39,16 +39,16 @@ def test_the_assets_are_small():
 
 
 def test_the_digits_are_all_there_and_a_third_is_held_out(scans):
-    assert scans.train_pictures.shape == (1198, 8, 8)
-    assert scans.test_pictures.shape == (599, 8, 8)
+    assert scans.train_images.shape == (1198, 8, 8)
+    assert scans.test_images.shape == (599, 8, 8)
     assert len(scans.train_labels) == 1198
     assert len(scans.test_labels) == 599
-    assert scans.train_pictures.dtype == scans.test_pictures.dtype == np.uint8
+    assert scans.train_images.dtype == scans.test_images.dtype == np.uint8
 
 
 def test_the_digits_are_dark_on_white(scans):
-    assert np.median(scans.train_pictures[:, :, 0]) == 255
-    assert scans.train_pictures.min() == 0
+    assert np.median(scans.train_images[:, :, 0]) == 255
+    assert scans.train_images.min() == 0
 
 
 def test_every_class_is_held_out_alike(scans):
@@ -60,8 +60,7 @@ def test_every_class_is_held_out_alike(scans):
 
 def test_no_held_out_scan_is_also_trained_on(scans):
     prints = [
-        {hashlib.sha256(scan.tobytes()).digest() for scan in part}
-        for part in (scans.train_pictures, scans.test_pictures)
+        {hashlib.sha256(scan.tobytes()).digest() for scan in part} for part in (scans.train_images, scans.test_images)
     ]
     assert not prints[0] & prints[1]
 
@@ -105,7 +104,7 @@ def test_the_script_is_the_one_that_made_the_checkpoint(training):
     assert load(bundled.digits_checkpoint(), lazy=True)[0].config == training.CONFIG
 
 
-def test_training_pictures_are_the_scans_turned_about_their_centre(training, monkeypatch):
+def test_training_images_are_the_scans_turned_about_their_centre(training, monkeypatch):
     scan = np.full((8, 8), 255, np.uint8)
     scan[2:6, 3:5] = 0
     for limit in ("TURN", "SHIFT", "ZOOM"):
@@ -134,9 +133,9 @@ def test_every_matrix_of_the_blocks_takes_every_quantization():
 def some(scans: bundled.Digits, train: int, test: int) -> bundled.Digits:
     """Every so manieth digit: without OpenBLAS all of them take half a minute, which `make demo` spends."""
     return bundled.Digits(
-        scans.train_pictures[::train],
+        scans.train_images[::train],
         scans.train_labels[::train],
-        scans.test_pictures[::test],
+        scans.test_images[::test],
         scans.test_labels[::test],
     )
 
@@ -158,10 +157,10 @@ def test_the_accuracy_is_earned_by_the_weights(scans, monkeypatch):
 
 def test_features_come_in_order_and_of_unit_length_from_every_batch(monkeypatch):
     model, processor = load(bundled.digits_checkpoint())
-    pictures = bundled.digits().test_pictures[:7]
-    whole = bundled.encode(model, processor, pictures)
+    images = bundled.digits().test_images[:7]
+    whole = bundled.encode(model, processor, images)
     monkeypatch.setattr(bundled, "BATCH", 3)
-    np.testing.assert_allclose(bundled.encode(model, processor, pictures), whole, atol=1e-5)
+    np.testing.assert_allclose(bundled.encode(model, processor, images), whole, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 from PIL import Image
+from tests.small_models import FIXED, pair_with_words
 
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.conversion.fidelity import compare, rows
 from mlx_aimv2.conversion.pytorch_folder import config_for
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
-from tests.towers import FIXED, pair_with_words
 
 APPLES_CARD = """---
 library_name: transformers
@@ -36,7 +36,7 @@ def apples(tmp_path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> list[Path]:
+def images(tmp_path) -> list[Path]:
     paths = [tmp_path / "photograph.jpg", tmp_path / "b.jpg"]
     for seed, path in enumerate(paths):
         Image.effect_noise((61 + seed, 47), 80).convert("RGB").save(path)
@@ -97,17 +97,17 @@ def test_a_conversion_of_a_conversion_keeps_the_first_base(apples, tmp_path):
     assert metadata_load(card_of(apples, tmp_path / "out"))["base_model"] == "apple/aimv2"
 
 
-def test_the_fidelity_table_is_in_it(apples, pictures, tmp_path):
+def test_the_fidelity_table_is_in_it(apples, images, tmp_path):
     target = convert(apples, tmp_path / "mlx", dtype="float16", verify=False)
-    proof = compare(apples, target, pictures=pictures)
+    proof = compare(apples, target, images=images)
     text = card_of(apples, tmp_path / "out", proof=proof).read_text()
     for what, value in rows(proof):
         assert f"| {what} | {value} |" in text
     assert "Not measured" in card_of(apples, tmp_path / "none").read_text()
 
 
-def test_warnings_of_the_comparison_are_in_it(apples, pictures, tmp_path):
-    proof = compare(apples, apples, pictures=pictures) | {"warnings": ["block 3 leaves float16"]}
+def test_warnings_of_the_comparison_are_in_it(apples, images, tmp_path):
+    proof = compare(apples, apples, images=images) | {"warnings": ["block 3 leaves float16"]}
     assert "- block 3 leaves float16" in card_of(apples, tmp_path / "out", proof=proof).read_text()
 
 
@@ -116,11 +116,11 @@ def snippet(text: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["vision", "pair"])
-def test_the_snippet_runs(kind, apples, pictures, tmp_path, capsys, monkeypatch):
+def test_the_snippet_runs(kind, apples, images, tmp_path, capsys, monkeypatch):
     source = apples if kind == "vision" else pair_with_words(tmp_path / "pair")
     target = convert(source, tmp_path / "mlx", verify=False)
     code = snippet(card_of(source, tmp_path / "out", hub_name=str(target)).read_text())
-    monkeypatch.chdir(pictures[0].parent)
+    monkeypatch.chdir(images[0].parent)
     exec(code, {})
     assert capsys.readouterr().out
 

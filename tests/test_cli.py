@@ -34,13 +34,13 @@ def test_a_mistake_is_one_line_and_exit_code_2():
 
 def test_a_remark_is_one_line_without_the_place_in_the_code(capsys):
     def work() -> int:
-        warnings.warn("pictures are prepared as for Apple's checkpoints", stacklevel=1)
+        warnings.warn("images are prepared as for Apple's checkpoints", stacklevel=1)
         return 0
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.one_line_errors(work) == 0
-    assert capsys.readouterr().err == "mlx-aimv2: pictures are prepared as for Apple's checkpoints\n"
+    assert capsys.readouterr().err == "mlx-aimv2: images are prepared as for Apple's checkpoints\n"
 
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly():

@@ -78,8 +78,8 @@ def test_each_flag_is_a_keyword():
         ({"q_target": 0.999, "dequantize": True}, "not both"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
-        ({"calibration": "pictures", "verify": False}, "--calibration is for --q-target and for the proof"),
-        ({"calibration": "nowhere"}, "nowhere: wanted a folder of pictures"),
+        ({"calibration": "images", "verify": False}, "--calibration is for --q-target and for the proof"),
+        ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
         ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
@@ -97,21 +97,21 @@ def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_i
 
 
 @pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["proof", "target"])
-def test_a_picture_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"broken\.jpg"):
-        convert(DIGITS, tmp_path / "mlx", calibration=pictures, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+        convert(DIGITS, tmp_path / "mlx", calibration=images, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_the_proof_is_given_on_the_pictures_of_ones_own(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    shutil.copy(bundled.photographs()[1], pictures / "mine.jpg")
-    folder = convert(DIGITS, tmp_path / "mlx", calibration=pictures)
-    assert json.loads((folder / "fidelity.json").read_text())["pictures"] == ["mine.jpg"]
+def test_the_proof_is_given_on_the_images_of_ones_own(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(bundled.photographs()[1], images / "mine.jpg")
+    folder = convert(DIGITS, tmp_path / "mlx", calibration=images)
+    assert json.loads((folder / "fidelity.json").read_text())["images"] == ["mine.jpg"]
 
 
 def test_any_thread_may_convert(tmp_path):
@@ -187,7 +187,7 @@ def test_the_folder_is_as_the_ecosystem_knows_it(tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) & 0o700 == 0o700
 
 
-def test_a_checkpoint_that_says_nothing_about_pictures_gets_it_written(tmp_path):
+def test_a_checkpoint_that_says_nothing_about_images_gets_it_written(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(DIGITS, source)
     (source / "preprocessor_config.json").unlink()
@@ -214,11 +214,11 @@ def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
     folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.9995
     scans = bundled.digits()
-    known, unknown = scans.train_pictures[:80], scans.test_pictures[:40]
+    known, unknown = scans.train_images[:80], scans.test_images[:40]
     found = []
     for path in (DIGITS, folder):
         model, processor = load(path, dtype="float32")
-        bank, queries = (bundled.encode(model, processor, pictures) for pictures in (known, unknown))
+        bank, queries = (bundled.encode(model, processor, images) for images in (known, unknown))
         found.append(bundled.vote(bank, scans.train_labels[:80], queries))
     assert (found[0] == found[1]).mean() >= 0.97  # all of them: benchmarks/quantization.py
 

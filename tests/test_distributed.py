@@ -14,16 +14,16 @@ from PIL import Image
 
 import mlx_aimv2
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _unpacked, my_sheets
-from mlx_aimv2.embed.pipeline import SHEET
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _unpacked, my_chunks
+from mlx_aimv2.embed.pipeline import CHUNK
 from mlx_aimv2.index.reader import Embedding, Index
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
-PICTURES = 3 * SHEET + 7
+IMAGES = 3 * CHUNK + 7
 
-# What `mlx-aimv2` does, except that rank 1 dies when rank 0 has taken its first sheet.
+# What `mlx-aimv2` does, except that rank 1 dies when rank 0 has taken its first chunk.
 DIES = """
 import os, signal, sys, time
 from mlx_aimv2 import cli
@@ -53,11 +53,11 @@ needs_launch = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Pictures of five grids, a broken one and a name that is not UTF-8."""
+    """Images of five grids, a broken one and a name that is not UTF-8."""
     monkeypatch.chdir(tmp_path)
     dice = np.random.default_rng(8)
     Path("in").mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         low = Image.fromarray(dice.integers(0, 256, (4, 4, 3), np.uint8))
         low.resize((14 * (9 + number % 5), 182), Image.Resampling.BILINEAR).save(
             f"in/{number:03d}.png", compress_level=1
@@ -96,8 +96,8 @@ def test_several_ranks_make_the_index_of_a_single_run(folder, model, ranks):
     command = ["embed", "in", "-m", str(REFERENCE / model)]
     assert main([*command, "-o", "one.db"]) == 1
     out, err = launch("-m", "mlx_aimv2", *command, "-o", "two.db", ranks=ranks)
-    assert out == f"two.db: {PICTURES + 1} pictures ({PICTURES + 1} embedded, 1 failed)\n"
-    assert err.count("050a.png is not a picture") == 1
+    assert out == f"two.db: {IMAGES + 1} images ({IMAGES + 1} embedded, 1 failed)\n"
+    assert err.count("050a.png is not an image") == 1
     assert err.count("\n") == 0
     assert contents("two.db") == contents("one.db")
     with Index.open("one.db") as one, Index.open("two.db") as two:
@@ -114,7 +114,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
     line = next(line for line in err.splitlines() if "rank 0" in line)
     assert "another rank is gone" in line
     partly = contents("two.db")
-    assert f"two.db keeps {len(partly)} pictures; run it again to go on" in line
+    assert f"two.db keeps {len(partly)} images; run it again to go on" in line
     assert 0 < len(partly) < len(whole)
     assert partly.items() <= whole.items()
     launch("-m", "mlx_aimv2", *command, "-o", "two.db")
@@ -125,7 +125,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
 def test_a_mistake_is_told_once(folder):
     _, err = launch("-m", "mlx_aimv2", "embed", "nowhere", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
     assert err.splitlines()[0] == "mlx-aimv2: nowhere does not exist"
-    assert "no pictures found" in err.splitlines()[1]
+    assert "no images found" in err.splitlines()[1]
     assert len(err.splitlines()) == 2
     _, err = launch("-m", "mlx_aimv2", "embed", "-", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
     assert "- does not go with mlx.launch" in err
@@ -168,11 +168,11 @@ def test_every_sheet_belongs_to_one_rank_and_all_have_as_many_rounds(size, count
         rank = property(lambda self: self._rank)
         size = property(lambda self: size)
 
-    sheets = [[f"{n}"] for n in range(count)]
-    shares = [my_sheets(sheets, Some(rank)) for rank in range(size)]
+    chunks = [[f"{n}"] for n in range(count)]
+    shares = [my_chunks(chunks, Some(rank)) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
-    rounds = [sheet for turn in zip(*shares, strict=True) for sheet in turn]
-    assert [sheet for sheet in rounds if sheet] == sheets
+    rounds = [chunk for turn in zip(*shares, strict=True) for chunk in turn]
+    assert [chunk for chunk in rounds if chunk] == chunks
 
 
 def test_what_a_rank_hands_over_arrives_as_it_was():
@@ -184,7 +184,7 @@ def test_what_a_rank_hands_over_arrives_as_it_was():
         [(name, "is small")],
     )
     got = _unpacked(_packed(sent))
-    assert (got.failures, got.remarks) == (sent.failures, sent.remarks)
+    assert (got.failures, got.notes) == (sent.failures, sent.notes)
     for one, other in zip(sent.embeddings, got.embeddings, strict=True):
         assert (one.path, one.size, one.mtime_ns, one.sha256) == (other.path, other.size, other.mtime_ns, other.sha256)
         np.testing.assert_array_equal(one.vector, other.vector)

@@ -101,8 +101,8 @@ def test_a_gpu_that_is_not_metals_is_cudas(monkeypatch):
 def test_an_m5_without_its_kernels_is_told(monkeypatch, built_for, macos, said):
     monkeypatch.setattr(device, "_wheel_macos", lambda: built_for)
     monkeypatch.setattr(device, "_macos", lambda: macos)
-    remark = device.advice(M5)
-    assert remark is None if said is None else said in remark
+    note = device.advice(M5)
+    assert note is None if said is None else said in note
     assert device.advice(M3) is None
 
 
@@ -138,7 +138,7 @@ def test_a_half_checkpoint_computes_in_float32_on_a_cpu_with_auto(monkeypatch, t
 
 @pytest.mark.parametrize("keep_quantized", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_pair_of_towers_is_in_one_dtype_throughout(tmp_path, dtype, keep_quantized):
+def test_a_pair_of_encoders_is_in_one_dtype_throughout(tmp_path, dtype, keep_quantized):
     folder = convert(
         REFERENCE / "lit",
         tmp_path / "mlx",
@@ -148,12 +148,12 @@ def test_a_pair_of_towers_is_in_one_dtype_throughout(tmp_path, dtype, keep_quant
     )
     model, _ = load(folder, dtype=dtype, keep_quantized=keep_quantized)
     pixels, ids = mx.zeros((1, 42, 42, 3)), mx.array([[7, 5, 210], [3, 210, 210]])
-    picture, text = (
+    image, text = (
         encoder(given, output_hidden_states=True)
         for encoder, given in ((model.vision_model, pixels), (model.text_model, ids))
     )
     arrays = [array for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)]
-    for output in (picture, text):
+    for output in (image, text):
         arrays += [output.last_hidden_state, output.pooler_output, *output.hidden_states]
     arrays += [model.encode_image(pixels), model.encode_text(ids), model.encode_text(ids, normalize=True)]
     assert {array.dtype for array in arrays} == {getattr(mx, dtype)}

@@ -1,4 +1,4 @@
-"""Do pictures become the embeddings that the model gives, in batches, and does an index follow its folder?"""
+"""Do images become the embeddings that the model gives, in batches, and does an index follow its folder?"""
 
 import hashlib
 import io
@@ -15,19 +15,19 @@ from safetensors.numpy import load_file
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.pipeline import BATCH_TOKENS, SHEET, embed, embed_sheets, sheets_of
+from mlx_aimv2.embed.pipeline import BATCH_TOKENS, CHUNK, embed, embed_chunks, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import Decoder
 from mlx_aimv2.embed.update import make_plan
-from mlx_aimv2.find_images import list_pictures
+from mlx_aimv2.find_images import list_images
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 
 
-def picture(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
-    """A picture of soft random colours, (width, height)."""
+def image(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
+    """An image of soft random colours, (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     low = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), np.uint8)
     Image.fromarray(low).resize(size, Image.Resampling.BICUBIC).save(path)
@@ -51,9 +51,9 @@ def lit():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures of several sizes."""
+    """Seven images of several sizes."""
     for number in range(7):
-        picture(tmp_path / "in" / f"{number}.png", (50 + 3 * number, 71 - 4 * number), number)
+        image(tmp_path / "in" / f"{number}.png", (50 + 3 * number, 71 - 4 * number), number)
     return tmp_path / "in"
 
 
@@ -104,7 +104,7 @@ def test_lit_gives_what_words_are_compared_with(folder, lit):
 
 def test_tokens_and_maps_are_the_last_hidden_state(folder, native):
     model, processor = native
-    picture(folder / "wide.png", (14 * 12 + 5, 14 * 11 + 3))
+    image(folder / "wide.png", (14 * 12 + 5, 14 * 11 + 3))
     pixels = processor([folder / "wide.png"])
     wanted = np.array(model(pixels).last_hidden_state[0])
     (tokens,) = embed([folder / "wide.png"], model, processor, pool="tokens")
@@ -151,14 +151,14 @@ def test_the_head_reads_the_last_layer_only(folder, lit):
         list(embed([folder], *lit, pool="head", layer=-2))
 
 
-def test_one_bad_picture_raises_or_is_passed_on(folder, fixed):
-    (folder / "3.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"3\.png is not a picture"):
+def test_one_bad_image_raises_or_is_passed_on(folder, fixed):
+    (folder / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.png is not an image"):
         list(embed([folder], *fixed))
     failures = []
     results = list(embed([folder], *fixed, on_failure=lambda path, reason: failures.append((Path(path).name, reason))))
     assert len(results) == 6
-    assert failures == [("3.png", "is not a picture in a format that Pillow reads")]
+    assert failures == [("3.png", "is not an image in a format that Pillow reads")]
 
 
 def test_a_name_that_is_not_there_fails_too(folder, fixed):
@@ -196,38 +196,38 @@ class Noted:
 def test_a_batch_holds_so_many_tokens(folder, fixed, monkeypatch):
     monkeypatch.setattr("mlx_aimv2.embed.pipeline.BATCH_TOKENS", 3 * fixed[0].config.num_patches + 1)
     noted = Noted()
-    list(embed_sheets(sheets_of([str(folder / f"{n}.png") for n in range(7)]), *fixed, pooling=noted))
+    list(embed_chunks(split_into_chunks([str(folder / f"{n}.png") for n in range(7)]), *fixed, pooling=noted))
     assert [shape[0] for shape in noted.shapes] == [3, 3, 1]
     assert BATCH_TOKENS == 4096
 
 
-def test_pictures_of_one_grid_share_a_batch_and_none_is_padded(tmp_path, native):
+def test_images_of_one_grid_share_a_batch_and_none_is_padded(tmp_path, native):
     sizes = [(140, 168), (168, 140), (140, 168), (150, 170), (14 * 70, 14 * 50), (168, 140), (14 * 70, 14 * 50)]
-    files = [str(picture(tmp_path / f"{n}.png", size, n)) for n, size in enumerate(sizes)]
+    files = [str(image(tmp_path / f"{n}.png", size, n)) for n, size in enumerate(sizes)]
     noted = Noted()
-    (sheet,) = embed_sheets([files], *native, pooling=noted)
-    assert [one.path for one in sheet] == files
-    # Without its remainder 150 x 170 is 140 x 168; two pictures of 3,500 tokens are too many for a batch.
+    (chunk,) = embed_chunks([files], *native, pooling=noted)
+    assert [one.path for one in chunk] == files
+    # Without its remainder 150 x 170 is 140 x 168; two images of 3,500 tokens are too many for a batch.
     assert sorted(noted.shapes) == [(1, 700, 980, 3), (1, 700, 980, 3), (2, 140, 168, 3), (3, 168, 140, 3)]
 
 
 def test_a_batch_never_crosses_a_sheet(tmp_path, fixed):
-    files = [str(picture(tmp_path / f"{n:03d}.png", (42, 42), n)) for n in range(SHEET + 3)]
+    files = [str(image(tmp_path / f"{n:03d}.png", (42, 42), n)) for n in range(CHUNK + 3)]
     noted = Noted()
-    sheets = list(embed_sheets(sheets_of(files), *fixed, pooling=noted))
-    assert [len(sheet) for sheet in sheets] == [SHEET, 3]
-    assert [shape[0] for shape in noted.shapes] == [SHEET, 3]
+    chunks = list(embed_chunks(split_into_chunks(files), *fixed, pooling=noted))
+    assert [len(chunk) for chunk in chunks] == [CHUNK, 3]
+    assert [shape[0] for shape in noted.shapes] == [CHUNK, 3]
 
 
 def test_empty_sheets_stay_in_their_places(tmp_path, fixed):
-    file = str(picture(tmp_path / "a.png", (42, 42)))
-    sheets = list(embed_sheets([[], [file], []], *fixed, pooling=Pooling.of(fixed[0])))
-    assert [len(sheet) for sheet in sheets] == [0, 1, 0]
+    file = str(image(tmp_path / "a.png", (42, 42)))
+    chunks = list(embed_chunks([[], [file], []], *fixed, pooling=Pooling.of(fixed[0])))
+    assert [len(chunk) for chunk in chunks] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("size", [(14 * 40, 14 * 30), (14 * 90 + 9, 14 * 17 + 3), (14 * 33, 14 * 33)])
-def test_large_pictures_are_scaled_down_in_their_shape(tmp_path, native, size):
-    decoded = Decoder(native[1], max_patches=300)(str(picture(tmp_path / "a.png", size)))
+def test_large_images_are_scaled_down_in_their_shape(tmp_path, native, size):
+    decoded = Decoder(native[1], max_patches=300)(str(image(tmp_path / "a.png", size)))
     rows, columns = decoded.pixels.shape[0] / 14, decoded.pixels.shape[1] / 14
     assert 300 * 0.75 < rows * columns <= 300
     assert columns / rows == pytest.approx(size[0] / size[1], rel=0.2)
@@ -236,45 +236,45 @@ def test_large_pictures_are_scaled_down_in_their_shape(tmp_path, native, size):
 
 
 def test_a_ribbon_that_cannot_be_scaled_down_is_told(tmp_path, native):
-    decoded = Decoder(native[1], max_patches=300)(str(picture(tmp_path / "a.png", (14 * 2000, 15))))
+    decoded = Decoder(native[1], max_patches=300)(str(image(tmp_path / "a.png", (14 * 2000, 15))))
     assert decoded.failure == "has 15x28000 pixels: scaled to 300 patches it is narrower than one patch"
 
 
-def test_pictures_within_the_limit_keep_every_pixel(tmp_path, native):
-    file = picture(tmp_path / "a.png", (14 * 12, 14 * 11))
+def test_images_within_the_limit_keep_every_pixel(tmp_path, native):
+    file = image(tmp_path / "a.png", (14 * 12, 14 * 11))
     decoded = Decoder(native[1], max_patches=132)(str(file))
     np.testing.assert_array_equal(decoded.pixels, native[1].pixels(file))
 
 
-def test_a_picture_right_at_the_limit_is_not_scaled(tmp_path, native):
-    file = picture(tmp_path / "a.png", (14 * 12 + 9, 14 * 11 + 5))
+def test_an_image_right_at_the_limit_is_not_scaled(tmp_path, native):
+    file = image(tmp_path / "a.png", (14 * 12 + 9, 14 * 11 + 5))
     decoded = Decoder(native[1], max_patches=132)(str(file))
     np.testing.assert_array_equal(decoded.pixels, native[1].pixels(file)[: 14 * 11, : 14 * 12])
 
 
 def test_a_pipe_that_came_after_the_listing_does_not_stop_the_run(tmp_path, fixed):
     os.mkfifo(tmp_path / "a.jpg")
-    assert Decoder(fixed[1])(str(tmp_path / "a.jpg")).failure == "is not a file that holds a picture"
+    assert Decoder(fixed[1])(str(tmp_path / "a.jpg")).failure == "is not a file that holds an image"
 
 
-def test_whatever_a_decoder_raises_is_that_pictures_failure(tmp_path, fixed, monkeypatch):
+def test_whatever_a_decoder_raises_is_that_images_failure(tmp_path, fixed, monkeypatch):
     def broken(stream):
         raise RuntimeError("decoder\nexploded")
 
     monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", broken)
-    assert Decoder(fixed[1])(str(picture(tmp_path / "a.jpg", (9, 9)))).failure == "decoder exploded"
+    assert Decoder(fixed[1])(str(image(tmp_path / "a.jpg", (9, 9)))).failure == "decoder exploded"
 
 
-def test_small_native_pictures_give_a_warning(tmp_path, native):
-    picture(tmp_path / "a.png", (14 * 8, 14 * 13))
+def test_small_native_images_give_a_warning(tmp_path, native):
+    image(tmp_path / "a.png", (14 * 8, 14 * 13))
     with pytest.warns(UserWarning, match=r"a\.png has 13x8 patches; the checkpoint was trained on 112"):
         list(embed([tmp_path], *native))
-    picture(tmp_path / "a.png", (14 * 8, 14 * 14))
+    image(tmp_path / "a.png", (14 * 8, 14 * 14))
     list(embed([tmp_path], *native))
 
 
 def test_exif_orientation_is_honoured(tmp_path, native):
-    upright = Image.open(picture(tmp_path / "a.png", (14 * 12, 14 * 10)))
+    upright = Image.open(image(tmp_path / "a.png", (14 * 12, 14 * 10)))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held with its right side down
     upright.rotate(90, expand=True).save(tmp_path / "b.png", exif=exif)
@@ -283,19 +283,19 @@ def test_exif_orientation_is_honoured(tmp_path, native):
 
 
 def test_sheets_are_cut_before_anything_is_left_out(tmp_path):
-    files = [str(tmp_path / f"{n:03d}.png") for n in range(2 * SHEET + 5)]
+    files = [str(tmp_path / f"{n:03d}.png") for n in range(2 * CHUNK + 5)]
     for file in files:
         Path(file).touch()
-    listing = list_pictures([tmp_path])
+    listing = list_images([tmp_path])
     with IndexWriter.create(tmp_path / "a.db", provenance={}, width=3, dtype="float32") as index:
-        done = [*files[:7], *files[SHEET : 2 * SHEET]]
+        done = [*files[:7], *files[CHUNK : 2 * CHUNK]]
         stats = [(file, Path(file).stat()) for file in done]
         ones = np.ones(3, np.float32)
         index.add(Embedding(file, about.st_size, about.st_mtime_ns, bytes(32), ones) for file, about in stats)
         plan = make_plan(listing, index)
-    assert plan.sheets == [files[7:SHEET], files[2 * SHEET :]]
+    assert plan.chunks == [files[7:CHUNK], files[2 * CHUNK :]]
     assert plan.unchanged == len(done)
-    assert plan.pictures == len(files) - len(done)
+    assert plan.images == len(files) - len(done)
 
 
 # On the command line
@@ -304,19 +304,19 @@ def test_sheets_are_cut_before_anything_is_left_out(tmp_path):
 def test_a_folder_becomes_an_index(folder, cli):
     code, out, err = cli("in")
     assert (code, err) == (0, "")
-    assert out == "photos.db: 7 pictures (7 embedded)\n"
+    assert out == "photos.db: 7 images (7 embedded)\n"
     assert list(contents()) == [f"{n}.png" for n in range(7)]
 
 
 def test_a_second_run_touches_only_what_changed(folder, cli):
     cli("in")
     before = contents()
-    picture(folder / "2.png", (60, 60), 99)
-    picture(folder / "9.png", (60, 60), 100)
+    image(folder / "2.png", (60, 60), 99)
+    image(folder / "9.png", (60, 60), 100)
     (folder / "4.png").unlink()
     code, out, _ = cli("in", "--json", model=None)
     assert code == 0
-    found = {"pictures": 7, "embedded": 2, "unchanged": 5, "dropped": 1}
+    found = {"images": 7, "embedded": 2, "unchanged": 5, "dropped": 1}
     assert counts(out) == found
     after = contents()
     assert set(after) == set(before) - {"4.png"} | {"9.png"}
@@ -332,18 +332,18 @@ def test_moved_and_touched_files_are_known_by_their_content(folder, cli, monkeyp
     os.utime(folder / "5.png", ns=(1, 1))
     monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", None)  # nothing is decoded
     _, out, _ = cli("in", "--json")
-    assert counts(out) == {"pictures": 8, "recognised": 3, "unchanged": 5, "dropped": 1}
+    assert counts(out) == {"images": 8, "recognised": 3, "unchanged": 5, "dropped": 1}
     after = contents()
     assert after["moved.png"] == after["twice.png"] == before["1.png"]
     assert after["5.png"] == before["5.png"]
     _, out, _ = cli("in", "--json")
-    assert counts(out) == {"pictures": 8, "unchanged": 8}
+    assert counts(out) == {"images": 8, "unchanged": 8}
 
 
 def test_content_that_another_name_had_is_not_taken_for_it_once_overwritten(folder, cli):
     cli("in")
     old = (folder / "0.png").read_bytes()
-    picture(folder / "0.png", (44, 44), 55)
+    image(folder / "0.png", (44, 44), 55)
     (folder / "9.png").write_bytes(old)
     before = contents()
     cli("in")
@@ -353,12 +353,12 @@ def test_content_that_another_name_had_is_not_taken_for_it_once_overwritten(fold
     assert contents()["0.png"] != before["0.png"]
 
 
-def test_pictures_of_other_folders_stay(folder, cli, tmp_path):
-    picture(tmp_path / "other" / "a.png", (50, 50))
+def test_images_of_other_folders_stay(folder, cli, tmp_path):
+    image(tmp_path / "other" / "a.png", (50, 50))
     cli("in", "other")
     shutil.rmtree(tmp_path / "other")
     _, out, _ = cli("in", "--json")
-    assert counts(out) == {"pictures": 8, "unchanged": 7}
+    assert counts(out) == {"images": 8, "unchanged": 7}
     (folder / "0.png").unlink()
     code, _, err = cli("other", "in")
     assert code == 1
@@ -368,11 +368,11 @@ def test_pictures_of_other_folders_stay(folder, cli, tmp_path):
 
 
 def test_a_folder_that_is_empty_now_loses_nothing(folder, cli, tmp_path):
-    picture(tmp_path / "card" / "a.png", (50, 50))
+    image(tmp_path / "card" / "a.png", (50, 50))
     cli("in", "card")
     (tmp_path / "card" / "a.png").unlink()  # as when a disk is not mounted
     _, _, err = cli("in", "card")
-    assert "no pictures in" in err
+    assert "no images in" in err
     assert "a.png" in contents()
 
 
@@ -385,12 +385,12 @@ def test_a_file_given_by_name_that_is_gone_is_dropped(folder, cli):
     assert list(contents()) == ["1.png"]
 
 
-def test_a_picture_that_broke_does_not_keep_its_old_embedding(folder, cli):
+def test_an_image_that_broke_does_not_keep_its_old_embedding(folder, cli):
     cli("in")
     (folder / "3.png").write_bytes(b"broken")
     code, _, err = cli("in")
     assert code == 1
-    assert "3.png is not a picture" in err
+    assert "3.png is not an image" in err
     assert "3.png" not in contents()
 
 
@@ -406,7 +406,7 @@ def test_a_list_comes_from_stdin(folder, cli, monkeypatch):
     assert list(contents()) == ["0.png", "1.png", "5.png"]
 
 
-def test_no_pictures_is_wrong_use(tmp_path, cli):
+def test_no_images_is_wrong_use(tmp_path, cli):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").touch()
     code, _, err = cli("in")
@@ -423,7 +423,7 @@ def test_all_failed_is_no_success_and_makes_no_file(tmp_path, cli):
     code, out, err = cli("in")
     assert code == 1
     assert out == ""
-    assert "no picture could be embedded" in err
+    assert "no image could be embedded" in err
     assert not Path("photos.db").exists()
 
 
@@ -456,8 +456,8 @@ def test_an_output_that_cannot_be_is_told_before_the_model_is_read(folder, cli, 
 
 
 def test_a_device_that_gives_up_ends_in_one_line_and_keeps_what_was_done(tmp_path, cli, monkeypatch):
-    for number in range(2 * SHEET + 1):
-        picture(tmp_path / "in" / f"{number:03d}.png", (42, 42), number)
+    for number in range(2 * CHUNK + 1):
+        image(tmp_path / "in" / f"{number:03d}.png", (42, 42), number)
     really, count = Pooling.__call__, []
 
     def gives_up(self, model, pixels):
@@ -470,7 +470,7 @@ def test_a_device_that_gives_up_ends_in_one_line_and_keeps_what_was_done(tmp_pat
     code, _, err = cli("in")
     assert code == 2
     assert err == "mlx-aimv2: MLX could not go on: [malloc] Unable to allocate 123 bytes.; what was done is kept\n"
-    assert len(contents()) == SHEET
+    assert len(contents()) == CHUNK
 
 
 def test_other_settings_are_refused_by_name(folder, cli):
@@ -490,7 +490,7 @@ def test_other_settings_are_refused_by_name(folder, cli):
 
 def test_the_same_weights_in_another_dtype_are_a_remark(folder, cli):
     cli("in")
-    picture(folder / "9.png", (60, 60))
+    image(folder / "9.png", (60, 60))
     code, _, err = cli("in", "--dtype", "bfloat16")
     assert code == 0
     assert "dtype: float32 there, bfloat16 here" in err
@@ -499,7 +499,7 @@ def test_the_same_weights_in_another_dtype_are_a_remark(folder, cli):
 
 def test_an_index_remembers_its_settings(folder, cli):
     cli("in", "--pool", "tokens", "--layer", "-2", model="native")
-    picture(folder / "9.png", (60, 60))
+    image(folder / "9.png", (60, 60))
     code, out, _ = cli("in", "--json", model=None)
     assert code == 0
     assert counts(out)["embedded"] == 1
@@ -508,13 +508,13 @@ def test_an_index_remembers_its_settings(folder, cli):
         assert (index.provenance["pool"], index.provenance["layer"]) == ("tokens", -2)
 
 
-def test_remarks_about_pictures_are_counted_after_ten(tmp_path, cli):
+def test_remarks_about_images_are_counted_after_ten(tmp_path, cli):
     for number in range(13):
-        picture(tmp_path / "in" / f"{number:02d}.png", (28, 28), number)
+        image(tmp_path / "in" / f"{number:02d}.png", (28, 28), number)
     code, _, err = cli("in", model="native")
     assert code == 0
     assert err.count("has 2x2 patches") == 10
-    assert "3 more remarks like these" in err
+    assert "3 more notes like these" in err
 
 
 @pytest.mark.parametrize("pool", ["mean", "map"])
@@ -553,14 +553,14 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
 
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.Progress(1000, "pictures") as bar:
+    with progress.Progress(1000, "images") as bar:
         for _ in range(25):
             now[0] += 1
             bar.advance(20)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "200 of 1,000 pictures  20.0 a second  0:40 left",
-        "400 of 1,000 pictures  20.0 a second  0:30 left",
+        "200 of 1,000 images  20.0 a second  0:40 left",
+        "400 of 1,000 images  20.0 a second  0:30 left",
     ]
 
 
@@ -570,7 +570,7 @@ def test_progress_on_a_terminal_is_one_bar(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress.Progress(4, "pictures") as bar:
+    with progress.Progress(4, "images") as bar:
         now[0] = 1.0
         bar.advance()
         bar.say("a line")
@@ -578,7 +578,7 @@ def test_progress_on_a_terminal_is_one_bar(monkeypatch, capsys):
         bar.advance()
     err = capsys.readouterr().err
     assert "█" in err
-    assert "2 of 4 pictures  1.0 a second  0:02 left" in err
+    assert "2 of 4 images  1.0 a second  0:02 left" in err
     assert err.endswith("\r")
     assert "a line\n" in err
 

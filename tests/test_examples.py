@@ -1,4 +1,4 @@
-"""Does every example run on the embedded checkpoint and end in a picture or a number, in under sixty lines?"""
+"""Does every example run on the embedded checkpoint and end in an image or a number, in under sixty lines?"""
 
 import importlib.util
 import re
@@ -49,7 +49,7 @@ def test_the_most_similar_digit_is_of_the_same_class(tmp_path, capsys):
     assert (tmp_path / "ranking.png").is_file()
 
 
-def test_a_picture_is_most_like_itself(tmp_path, capsys):
+def test_an_image_is_most_like_itself(tmp_path, capsys):
     cat, coffee = bundled.photographs()[1:3]
     out = run("most_similar", capsys, cat, coffee, cat, "--output", tmp_path / "ranking.png")
     assert out.splitlines()[0].endswith(f"1.000  {cat}")
@@ -85,7 +85,7 @@ def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
 def test_the_demo_fails_where_features_are_wrong(tmp_path, capsys, monkeypatch):
     scans = bundled.digits()
     shuffled = np.random.default_rng(5).permutation(60).astype(np.uint8) % 10
-    few = bundled.Digits(scans.train_pictures[:60], shuffled, scans.test_pictures[:40], scans.test_labels[:40])
+    few = bundled.Digits(scans.train_images[:60], shuffled, scans.test_images[:40], scans.test_labels[:40])
     monkeypatch.setattr(bundled, "digits", lambda: few)
     demo = imported(FOLDER / "demo.py")
     monkeypatch.setattr(demo, "convert", lambda target: bundled.digits_checkpoint())
@@ -96,7 +96,7 @@ def test_the_demo_fails_where_features_are_wrong(tmp_path, capsys, monkeypatch):
 def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
     scans = bundled.digits()
     few = bundled.Digits(
-        scans.train_pictures[:150], scans.train_labels[:150], scans.test_pictures[:40], scans.test_labels[:40]
+        scans.train_images[:150], scans.train_labels[:150], scans.test_images[:40], scans.test_labels[:40]
     )
     monkeypatch.setattr(bundled, "digits", lambda: few)
     monkeypatch.setattr(plane, "STEPS", 5)

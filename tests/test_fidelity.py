@@ -12,17 +12,17 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2.conversion import fidelity
-from mlx_aimv2.conversion.blockwise import MOST_PICTURES, Observation, choose_pictures, cosines, observe, text_ids
+from mlx_aimv2.conversion.blockwise import MOST_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
 from mlx_aimv2.convert import convert
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 DIGITS = bundled.digits_checkpoint()
-PICTURES = bundled.photographs()[:2]
+IMAGES = bundled.photographs()[:2]
 
 
 def observation(tokens, *, dtype="float32", peaks=None, **more):
     tokens = [np.array(rows, float) for rows in tokens]
-    return Observation(
+    return BlockwiseRun(
         "m", dtype, 10, 40, tokens, np.stack([t.mean(0) for t in tokens]), peaks or {"blocks.0": 1.0}, **more
     )
 
@@ -44,31 +44,31 @@ def scaled(tmp_path):
 
 @pytest.mark.parametrize("folder", ["fixed", "native", "outlier"])
 def test_block_by_block_gives_what_the_whole_model_gives(folder, tmp_path):
-    pictures = []
-    for i, picture in enumerate(PICTURES):  # of two sizes, small because a native model takes them as they are
-        pictures.append(tmp_path / f"{i}.png")
-        Image.open(picture).resize((70 + 14 * i, 42)).save(pictures[-1])
-    seen = observe(REFERENCE / folder, pictures)
+    images = []
+    for i, image in enumerate(IMAGES):  # of two sizes, small because a native model takes them as they are
+        images.append(tmp_path / f"{i}.png")
+        Image.open(image).resize((70 + 14 * i, 42)).save(images[-1])
+    seen = run_blockwise(REFERENCE / folder, images)
     model, processor = load(REFERENCE / folder)
-    for picture, tokens, vector in zip(pictures, seen.tokens, seen.vectors, strict=True):
-        whole = model(processor(picture), output_hidden_states=True)
+    for image, tokens, vector in zip(images, seen.tokens, seen.vectors, strict=True):
+        whole = model(processor(image), output_hidden_states=True)
         np.testing.assert_array_equal(tokens, np.array(whole.last_hidden_state[0]))
-        np.testing.assert_array_equal(vector, np.array(model.encode_image(processor(picture))[0]))
-    states = [model(processor(picture), output_hidden_states=True).hidden_states for picture in pictures]
+        np.testing.assert_array_equal(vector, np.array(model.encode_image(processor(image))[0]))
+    states = [model(processor(image), output_hidden_states=True).hidden_states for image in images]
     largest = {f"blocks.{i}": max(float(mx.abs(s[i + 1]).max()) for s in states) for i in range(len(model.blocks))}
     assert seen.peaks == pytest.approx(largest)
 
 
 def test_a_pairs_towers_are_observed_as_they_run():
-    seen = observe(REFERENCE / "lit", PICTURES)
+    seen = run_blockwise(REFERENCE / "lit", IMAGES)
     model, processor = load(REFERENCE / "lit")
     ids = text_ids(model, processor)
-    np.testing.assert_array_equal(seen.vectors[1], np.array(model.encode_image(processor(PICTURES[1])))[0])
+    np.testing.assert_array_equal(seen.vectors[1], np.array(model.encode_image(processor(IMAGES[1])))[0])
     np.testing.assert_array_equal(seen.text_vectors[2], np.array(model.encode_text(ids[2]))[0])
     np.testing.assert_allclose(
-        seen.logits[1, 2], np.array(model(processor(PICTURES[1]), ids[2]).logits_per_image)[0, 0], rtol=1e-5
+        seen.logits[1, 2], np.array(model(processor(IMAGES[1]), ids[2]).logits_per_image)[0, 0], rtol=1e-5
     )
-    assert set(seen.peaks) == {f"{tower}.blocks.{i}" for tower in ("vision_model", "text_model") for i in (0, 1)}
+    assert set(seen.peaks) == {f"{encoder}.blocks.{i}" for encoder in ("vision_model", "text_model") for i in (0, 1)}
 
 
 def test_made_up_texts_differ_and_end_with_the_end():
@@ -79,7 +79,7 @@ def test_made_up_texts_differ_and_end_with_the_end():
 
 
 def test_inside_a_block_more_is_seen_than_what_leaves_it():
-    outside, inside = (observe(REFERENCE / "fixed", PICTURES, inside=flag) for flag in (False, True))
+    outside, inside = (run_blockwise(REFERENCE / "fixed", IMAGES, inside=flag) for flag in (False, True))
     assert all(inside.peaks[name] >= outside.peaks[name] for name in outside.peaks)
     assert any(inside.peaks[name] > 1.001 * outside.peaks[name] for name in outside.peaks)
     for a, b in zip(inside.tokens, outside.tokens, strict=True):
@@ -96,12 +96,12 @@ def test_a_row_that_is_not_finite_has_cosine_0():
     assert cosines(np.array([[1.0, 1.0]]), np.array([[np.nan, 1.0]])).tolist() == [0.0]
 
 
-def test_the_report_holds_mean_and_least_over_all_tokens_of_all_pictures():
+def test_the_report_holds_mean_and_least_over_all_tokens_of_all_images():
     one, other = observation([[[1, 0], [0, 1]], [[1, 1]]]), observation([[[1, 0], [1, 1]], [[1, 1]]])
     found = fidelity.report(one, other, ["a/b.jpg", "c.jpg"])
     assert found["token_cosine"] == pytest.approx({"mean": (2 + 0.5**0.5) / 3, "min": 0.5**0.5})
     assert found["image_cosine"]["mean"] == pytest.approx((1 + 3 / 10**0.5) / 2)
-    assert (found["tokens"], found["pictures"]) == (3, ["b.jpg", "c.jpg"])
+    assert (found["tokens"], found["images"]) == (3, ["b.jpg", "c.jpg"])
 
 
 def test_a_pairs_report_has_texts_and_logits_too():
@@ -134,13 +134,13 @@ def test_activations_beyond_float16_are_named_and_counted(scaled, tmp_path):
 
 
 def test_models_of_other_sizes_are_not_compared():
-    with pytest.raises(ValueError, match="digits makes 16 tokens of width 128 of a picture, fixed makes 9 of width 96"):
-        fidelity.compare(DIGITS, REFERENCE / "fixed", pictures=PICTURES)
+    with pytest.raises(ValueError, match="digits makes 16 tokens of width 128 of an image, fixed makes 9 of width 96"):
+        fidelity.compare(DIGITS, REFERENCE / "fixed", images=IMAGES)
 
 
 def test_bits_per_weight_count_scales_and_what_stays_dense(tmp_path):
     folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16", verify=False)
-    found = fidelity.compare(DIGITS, folder, pictures=PICTURES)
+    found = fidelity.compare(DIGITS, folder, images=IMAGES)
     size = sum(array.nbytes for array in load_file(folder / "model.safetensors").values())
     assert found["model"]["bytes"] == size
     assert found["model"]["bits_per_weight"] == pytest.approx(8 * size / 734080, abs=1e-3)
@@ -148,7 +148,7 @@ def test_bits_per_weight_count_scales_and_what_stays_dense(tmp_path):
 
 
 def test_what_was_written_is_what_is_measured(tmp_path, scaled):
-    assert fidelity.compare(DIGITS, scaled(3), pictures=PICTURES)["token_cosine"]["mean"] < 0.99
+    assert fidelity.compare(DIGITS, scaled(3), images=IMAGES)["token_cosine"]["mean"] < 0.99
 
 
 def test_every_conversion_stores_its_proof_and_prints_it(tmp_path):
@@ -158,7 +158,7 @@ def test_every_conversion_stores_its_proof_and_prints_it(tmp_path):
     assert found == fidelity.compare(DIGITS, folder)
     assert 0.9999 < found["token_cosine"]["mean"] < 1
     assert fidelity.table(found) in lines
-    assert len(found["pictures"]) == 4
+    assert len(found["images"]) == 4
 
 
 def test_a_proof_can_be_left_out(tmp_path):
@@ -174,26 +174,26 @@ def test_a_lossless_conversion_proves_to_be_one(tmp_path):
 
 
 def test_the_table_is_short_and_nothing_names_a_path():
-    found = fidelity.compare(DIGITS, DIGITS, pictures=PICTURES)
+    found = fidelity.compare(DIGITS, DIGITS, images=IMAGES)
     lines = fidelity.table(found).splitlines()
     assert len(lines) <= 9
     assert len(lines[-1].removeprefix("block by block").split()) == 4
     assert str(DIGITS.parent) not in json.dumps(found)
 
 
-def test_of_many_pictures_some_are_taken_from_all_over(tmp_path):
-    for i in range(3 * MOST_PICTURES):
+def test_of_many_images_some_are_taken_from_all_over(tmp_path):
+    for i in range(3 * MOST_IMAGES):
         (tmp_path / f"{i:03}.png").touch()
-    names = [path.name for path in choose_pictures(tmp_path)]
-    assert len(names) == MOST_PICTURES
+    names = [path.name for path in choose_images(tmp_path)]
+    assert len(names) == MOST_IMAGES
     assert names[:2] == ["000.png", "003.png"]
 
 
-def test_a_folder_without_pictures_and_no_folder_at_all_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no pictures in this folder"):
-        choose_pictures(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere: wanted a folder of pictures"):
-        choose_pictures(tmp_path / "nowhere")
+def test_a_folder_without_images_and_no_folder_at_all_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no images in this folder"):
+        choose_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere: wanted a folder of images"):
+        choose_images(tmp_path / "nowhere")
 
 
 def test_compare_prints_a_table_or_json(capsys):
@@ -215,4 +215,4 @@ def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, 
 
 def test_comparing_with_a_damaged_reference_is_refused(scaled):
     with pytest.raises(ValueError, match="weights are damaged"):
-        fidelity.compare(scaled(np.inf), DIGITS, pictures=PICTURES)
+        fidelity.compare(scaled(np.inf), DIGITS, images=IMAGES)

@@ -42,15 +42,15 @@ DAMAGE = {
     "a list": "UPDATE about SET value = '[1]' WHERE name = 'provenance'",
     "nested": f"UPDATE about SET value = '{'[' * 100_000}' WHERE name = 'provenance'",
     "no table about": "DROP TABLE about",
-    "no pictures": "DROP TABLE pictures",
+    "no images": "DROP TABLE images",
     "no blocks": "DROP TABLE blocks",
     "empty blocks": "UPDATE blocks SET vectors = x''",
     "deleted blocks": "DELETE FROM blocks",
-    "broken ids": "UPDATE blocks SET pictures = x'01'",
+    "broken ids": "UPDATE blocks SET images = x'01'",
     "text for bytes": "UPDATE blocks SET vectors = 'abc'",
-    "whole numbers as names": "UPDATE pictures SET path = id",
-    "a picture without vector": (
-        "INSERT INTO pictures (path, size, mtime_ns, sha256, block) VALUES (x'41', 1, 1, x'00', 99)"
+    "whole numbers as names": "UPDATE images SET path = id",
+    "an image without vector": (
+        "INSERT INTO images (path, size, mtime_ns, sha256, block) VALUES (x'41', 1, 1, x'00', 99)"
     ),
 }
 
@@ -79,7 +79,7 @@ def test_a_search_in_a_damaged_index_says_so_and_finds_nothing(photos, command, 
         index.search(np.ones(index.width), once=once)
 
 
-@pytest.mark.parametrize("name", ["empty blocks", "deleted blocks", "broken ids", "a picture without vector"])
+@pytest.mark.parametrize("name", ["empty blocks", "deleted blocks", "broken ids", "an image without vector"])
 def test_an_export_of_a_damaged_index_says_so(photos, name):
     change(photos, DAMAGE[name])
     with pytest.raises(ValueError, match=r"^photos\.db is damaged"), Index.open(photos) as index:
@@ -89,7 +89,7 @@ def test_an_export_of_a_damaged_index_says_so(photos, name):
 
 @pytest.mark.parametrize("name", ["deleted blocks", "broken ids", "empty blocks"])
 def test_a_damaged_index_takes_no_change(photos, name):
-    change(photos, DAMAGE[name] if name != "empty blocks" else "UPDATE blocks SET pictures = x''")
+    change(photos, DAMAGE[name] if name != "empty blocks" else "UPDATE blocks SET images = x''")
     with IndexWriter.open(photos) as index:
         with pytest.raises(ValueError, match=r"^photos\.db is damaged"):
             index.remove(["/1.jpg"])
@@ -155,20 +155,20 @@ def test_the_default_layer_is_spelled_out(photos, capsys):
         ("page.png", "ends in .html"),
         ("folder.html", "is a folder"),
         ("link.html", "would replace the index"),
-        ("picture.html", "would replace the index or the picture"),
+        ("image.html", "would replace the index or the image"),
         ("nowhere/page.html", "make that folder first"),
     ],
 )
-def test_a_page_replaces_neither_index_nor_picture(photos, page, words, capsys):
+def test_a_page_replaces_neither_index_nor_image(photos, page, words, capsys):
     Path("folder.html").mkdir()
     Path("link.html").symlink_to("photos.db")
-    Path("a.jpg").write_bytes(b"a picture")
-    Path("picture.html").symlink_to("a.jpg")
+    Path("a.jpg").write_bytes(b"an image")
+    Path("image.html").symlink_to("a.jpg")
     before = photos.read_bytes()
     assert main(["search", "photos.db", "a.jpg", "--html", page]) == 2
     assert words in capsys.readouterr().err
     assert photos.read_bytes() == before
-    assert Path("a.jpg").read_bytes() == b"a picture"
+    assert Path("a.jpg").read_bytes() == b"an image"
     assert not Path("page.png").exists()
 
 
@@ -210,15 +210,15 @@ class Full(io.StringIO):
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch):
-    with Progress(3, "pictures", stream=Full()) as progress:
-        progress.say("a remark")
+    with Progress(3, "images", stream=Full()) as progress:
+        progress.say("a note")
         monkeypatch.setattr("mlx_aimv2.progress.IN_LOG", -1.0)
         progress.advance(3)
     for stream in (Full(), None):
         monkeypatch.setattr(sys, "stderr", stream)
-        say("a remark")
-        with Progress(3, "pictures") as progress:
-            progress.say("a remark")
+        say("a note")
+        with Progress(3, "images") as progress:
+            progress.say("a note")
             progress.advance(3)
     monkeypatch.undo()
 
@@ -226,9 +226,9 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch):
 def test_features_that_are_not_finite_in_float32_are_the_weights_fault(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Pooling, "__call__", lambda self, model, pixels: mx.full((len(pixels), 3), mx.nan))
-    picture = str(photographs()[0])
+    image = str(photographs()[0])
     for dtype, advice in (("float32", "the model's weights are damaged"), ("float16", "load the model as float32")):
-        assert main(["embed", picture, "-m", str(digits_checkpoint()), "-o", "a.db", "--dtype", dtype]) == 1
+        assert main(["embed", image, "-m", str(digits_checkpoint()), "-o", "a.db", "--dtype", dtype]) == 1
         assert advice in capsys.readouterr().err
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tests.small_models import FIXED
 
 from mlx_aimv2.checkpoint.hub import download
-from mlx_aimv2.checkpoint.read import PINNED
+from mlx_aimv2.config import RELEASED
 from tests.loopback import TOKEN, Hub, serve
-from tests.towers import FIXED
 
 NAME = "apple/aimv2-large-patch14-224"
-PIN = PINNED[NAME]
+PIN = RELEASED[NAME.removeprefix("apple/")].commit
 MAIN = "f" * 40
 DECOYS = ("mlx_model.safetensors", "flax_model.msgpack", "modeling_aimv2.py", "aimv2_overview_light.png")
 
@@ -120,13 +120,13 @@ def test_a_repository_of_somebody_else_comes_from_main_and_may_hold_shards(hub, 
     assert sum(name.startswith("model-") for name in hub.fetched()) > 1
 
 
-def test_of_a_larger_model_only_the_shards_with_the_tower_are_fetched(hub, tmp_path):
+def test_of_a_larger_model_only_the_shards_with_the_encoder_are_fetched(hub, tmp_path):
     prefix = "visual_tokenizer.backbone."
-    tower = {prefix + name: array for name, array in load_file(FIXED / "model.safetensors").items()}
-    half = sorted(tower)[: len(tower) // 2]
+    encoder = {prefix + name: array for name, array in load_file(FIXED / "model.safetensors").items()}
+    half = sorted(encoder)[: len(encoder) // 2]
     language = {f"llm.model.layers.{i}.mlp.up_proj.weight": np.zeros((3, 5), np.float32) for i in range(4)}
-    first = {name: tower[name] for name in half} | {"llm.model.norm.weight": np.ones(5, np.float32)}
-    shards = [first, {name: tower[name] for name in tower if name not in half}, language]
+    first = {name: encoder[name] for name in half} | {"llm.model.norm.weight": np.ones(5, np.float32)}
+    shards = [first, {name: encoder[name] for name in encoder if name not in half}, language]
     folder = tmp_path / "Ovis2"
     folder.mkdir()
     weight_map = {}

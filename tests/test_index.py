@@ -21,7 +21,7 @@ def entry(path: str, vector: object, *, content: bytes = b"a") -> Embedding:
 
 def some(count: int, *, seed: int = 0) -> list[Embedding]:
     vectors = np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
-    return [entry(f"/pictures/{number:05d}.jpg", vector) for number, vector in enumerate(vectors)]
+    return [entry(f"/images/{number:05d}.jpg", vector) for number, vector in enumerate(vectors)]
 
 
 def unit(embeddings: list[Embedding]) -> np.ndarray:
@@ -75,24 +75,24 @@ def test_paths_come_sorted_by_their_bytes(index):
 
 def test_adding_a_path_again_replaces_it(index):
     index.add(some(3))
-    index.add([entry("/pictures/00001.jpg", np.arange(WIDTH), content=b"b")])
+    index.add([entry("/images/00001.jpg", np.arange(WIDTH), content=b"b")])
     assert len(index) == 3
-    assert index.stamp("/pictures/00001.jpg").sha256 == b"b".ljust(32)
-    np.testing.assert_allclose(index.vector("/pictures/00001.jpg"), np.arange(WIDTH), rtol=1e-3)
+    assert index.stamp("/images/00001.jpg").sha256 == b"b".ljust(32)
+    np.testing.assert_allclose(index.vector("/images/00001.jpg"), np.arange(WIDTH), rtol=1e-3)
 
 
 def test_removing_leaves_the_others_as_they_were(index):
     index.add(some(BLOCK + 5))
     before = contents(index)
-    gone = [f"/pictures/{number:05d}.jpg" for number in (0, 3, BLOCK - 1, BLOCK, BLOCK + 4)]
+    gone = [f"/images/{number:05d}.jpg" for number in (0, 3, BLOCK - 1, BLOCK, BLOCK + 4)]
     assert index.remove([*gone, "/never/there.jpg"]) == 5
     assert contents(index) == {path: vector for path, vector in before.items() if path not in gone}
     assert {match.path for match in index.search(np.ones(WIDTH), 2 * BLOCK)} == set(before) - set(gone)
 
 
-def test_a_block_whose_pictures_are_all_gone_is_gone_too(index):
+def test_a_block_whose_images_are_all_gone_is_gone_too(index):
     index.add(some(BLOCK + 1))
-    index.remove([f"/pictures/{number:05d}.jpg" for number in range(BLOCK)])
+    index.remove([f"/images/{number:05d}.jpg" for number in range(BLOCK)])
     assert index._all("SELECT count(*) FROM blocks") == [(1,)]
     assert len(index.search(np.ones(WIDTH), 9)) == 1
 
@@ -105,12 +105,10 @@ def test_small_additions_share_a_block(index):
 
 def test_a_copy_has_the_same_bits(index):
     index.add(some(4))
-    index.add(
-        [Copy("/moved.jpg", 5, 6, "/pictures/00002.jpg"), Copy("/pictures/00003.jpg", 5, 9, "/pictures/00003.jpg")]
-    )
-    assert contents(index)["/moved.jpg"] == contents(index)["/pictures/00002.jpg"]
+    index.add([Copy("/moved.jpg", 5, 6, "/images/00002.jpg"), Copy("/images/00003.jpg", 5, 9, "/images/00003.jpg")])
+    assert contents(index)["/moved.jpg"] == contents(index)["/images/00002.jpg"]
     assert index.stamp("/moved.jpg").mtime_ns == 6
-    assert index.stamp("/pictures/00003.jpg").mtime_ns == 9
+    assert index.stamp("/images/00003.jpg").mtime_ns == 9
     assert len(index) == 5
 
 
@@ -168,10 +166,10 @@ def test_search_agrees_with_all_cosines(tmp_path, dtype, tolerance):
         assert [match.path for match in found] == [added[i].path for i in np.argsort(-cosines)[:17]]
 
 
-def test_a_stored_picture_finds_itself_with_a_cosine_of_one(index):
+def test_a_stored_image_finds_itself_with_a_cosine_of_one(index):
     index.add(some(53))
-    best = index.search(index.vector("/pictures/00031.jpg"), 1)[0]
-    assert best.path == "/pictures/00031.jpg"
+    best = index.search(index.vector("/images/00031.jpg"), 1)[0]
+    assert best.path == "/images/00031.jpg"
     assert best.score == pytest.approx(1, abs=1e-7)
 
 

@@ -15,15 +15,15 @@ from PIL import Image
 
 import mlx_aimv2
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.pipeline import SHEET
+from mlx_aimv2.embed.pipeline import CHUNK
 from mlx_aimv2.index.reader import Index
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
-PICTURES = 9 * SHEET + 13
+IMAGES = 9 * CHUNK + 13
 KILLS = 20
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
 
-# Commits after every sheet and decodes slowly, so that a kill meets every stage of the work.
+# Commits after every chunk and decodes slowly, so that a kill meets every stage of the work.
 DRIVER = """
 import sys, time
 from mlx_aimv2 import cli
@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dice = np.random.default_rng(4)
     Path("in").mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         low = Image.fromarray(dice.integers(0, 256, (4, 4, 3), np.uint8))
         low.resize((44, 42), Image.Resampling.BILINEAR).save(f"in/{number:03d}.png", compress_level=1)
     Path("in/100a.png").write_bytes(b"broken")  # tried again in every run, which must not shift the batches
@@ -67,9 +67,9 @@ def contents(name: str) -> dict[str, tuple[object, ...]]:
 
 
 def test_a_killed_run_is_completed_by_the_next_one(folder):
-    assert main(["embed", "in", "-m", str(FIXED), "-o", "whole.db"]) == 1  # one picture is broken
+    assert main(["embed", "in", "-m", str(FIXED), "-o", "whole.db"]) == 1  # one image is broken
     whole = contents("whole.db")
-    assert len(whole) == PICTURES
+    assert len(whole) == IMAGES
     begun = time.monotonic()
     process = start()
     process.communicate()
@@ -106,4 +106,4 @@ def test_ctrl_c_keeps_what_was_done(folder):
     process.communicate()
     assert process.returncode in (130, 1)  # 1 where it was done already
     with Index.open("killed.db") as index:
-        assert len(index) >= SHEET
+        assert len(index) >= CHUNK

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
+from tests.small_models import FIXED, LIT, random_weights, write
 
 from mlx_aimv2 import load
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, layout_for
@@ -17,7 +18,6 @@ from mlx_aimv2.checkpoint.read import read
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.conversion.pytorch_folder import config_for
 from mlx_aimv2.loading import DTYPES
-from tests.towers import FIXED, LIT, random_weights, write
 
 VISION = Aimv2VisionConfig(256, 13, 2, 2, image_size=15, patch_size=5)  # two heads of 128: timm does not say how many
 WEIGHTS = random_weights(VISION)
@@ -34,24 +34,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*preprocessor_config.json")
 
 
 def in_layout(layout: str, weights=WEIGHTS, prefix: str = "") -> dict[str, mx.array]:
-    return {prefix + name: array for name, array in layout_for(layout, pair=False).to_theirs(weights.items())}
+    return {prefix + name: array for name, array in layout_for(layout, pair=False).to_source(weights.items())}
 
 
-def is_the_tower(path: Path, **flags) -> bool:
+def is_the_encoder(path: Path, **flags) -> bool:
     found = dict(tree_flatten(load(path, **flags)[0].parameters()))
     return found.keys() == WEIGHTS.keys() and all(mx.array_equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_loads_as_the_same_tower(layout, tmp_path):
+def test_every_layout_loads_as_the_same_encoder(layout, tmp_path):
     config = {"timm": TIMM, "apple": APPLE, "apple-mlx": APPLE}.get(layout, config_for(VISION, "transformers"))
-    assert is_the_tower(write(tmp_path / "a", in_layout(layout), config))
+    assert is_the_encoder(write(tmp_path / "a", in_layout(layout), config))
 
 
 @pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS.values() if layout.pair])
 def test_every_layout_of_the_pair_loads_as_the_same_pair(layout, tmp_path):
     weights = random_weights(LIT)
-    tensors = dict(layout_for(layout, pair=True).to_theirs(weights.items()))
+    tensors = dict(layout_for(layout, pair=True).to_source(weights.items()))
     spelling = "apple" if layout.startswith("apple") else "transformers"
     model, _ = load(write(tmp_path / "a", tensors, config_for(LIT, spelling)))
     found = dict(tree_flatten(model.parameters()))
@@ -87,9 +87,9 @@ OVIS2_IN_TRANSFORMERS = {
     ],
     ids=["Ovis2", "transformers' ovis2", "transformers' ovis2, older"],
 )
-def test_the_tower_is_taken_out_of_a_larger_model(layout, prefix, config, tmp_path):
+def test_the_encoder_is_taken_out_of_a_larger_model(layout, prefix, config, tmp_path):
     folder = write(tmp_path / "a", in_layout(layout, prefix=prefix) | LANGUAGE_MODEL, config)
-    assert is_the_tower(folder)
+    assert is_the_encoder(folder)
     assert read(folder).shapes.keys() >= LANGUAGE_MODEL.keys()
 
 
@@ -214,7 +214,7 @@ def test_a_file_of_another_kind(folder):
         load(folder / "weights.npz")
 
 
-def test_whole_numbers_in_the_tower_are_refused_by_name(folder):
+def test_whole_numbers_in_the_encoder_are_refused_by_name(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["trunk.blocks.1.mlp.fc1.weight"] = tensors["trunk.blocks.1.mlp.fc1.weight"].astype(np.int8)
     save_file(tensors, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Does listing find the pictures that a user means, and say what cannot be one?"""
+"""Does listing find the images that a user means, and say what cannot be one?"""
 
 import os
 import socket
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.find_images import is_gone, list_pictures, read_list, shown
+from mlx_aimv2.find_images import is_gone, list_images, read_list, shown
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Folders with pictures by name only; nothing is ever opened."""
+    """Folders with images by name only; nothing is ever opened."""
     for name in ("a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic", "a/notes.txt", "a/.hidden.jpg", "a/.cache/4.jpg", "d/5.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -27,16 +27,16 @@ def reasons(listing) -> dict[str, str]:
 
 
 def test_a_folder_is_walked_to_the_bottom(tree):
-    assert names(list_pictures([tree / "a"]), tree) == ["a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic"]
+    assert names(list_images([tree / "a"]), tree) == ["a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic"]
 
 
 def test_the_order_is_that_of_the_bytes_and_nothing_comes_twice(tree):
-    listing = list_pictures([tree / "d", tree / "a", tree / "a" / "b", tree / "a" / "1.jpg", f"{tree}/d/../a/1.jpg"])
+    listing = list_images([tree / "d", tree / "a", tree / "a" / "b", tree / "a" / "1.jpg", f"{tree}/d/../a/1.jpg"])
     assert names(listing, tree) == ["a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic", "d/5.webp"]
 
 
 def test_a_file_given_by_name_needs_no_suffix(tree):
-    assert names(list_pictures([tree / "a" / "notes.txt", tree / "a" / ".hidden.jpg"]), tree) == [
+    assert names(list_images([tree / "a" / "notes.txt", tree / "a" / ".hidden.jpg"]), tree) == [
         "a/.hidden.jpg",
         "a/notes.txt",
     ]
@@ -44,31 +44,29 @@ def test_a_file_given_by_name_needs_no_suffix(tree):
 
 def test_names_are_absolute(tree, monkeypatch):
     monkeypatch.chdir(tree)
-    assert list_pictures(["d"]).files == [str(tree / "d" / "5.webp")]
+    assert list_images(["d"]).files == [str(tree / "d" / "5.webp")]
 
 
-def test_patterns_take_pictures_and_folders(tree, monkeypatch):
+def test_patterns_take_images_and_folders(tree, monkeypatch):
     monkeypatch.chdir(tree)
-    assert names(list_pictures(["a/*"]), tree) == ["a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic"]
-    assert names(list_pictures([f"{tree}/**/*.heic"]), tree) == ["a/b/c/3.heic"]
-    assert list_pictures(["a/*.tiff"]).missing == ["a/*.tiff"]
+    assert names(list_images(["a/*"]), tree) == ["a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic"]
+    assert names(list_images([f"{tree}/**/*.heic"]), tree) == ["a/b/c/3.heic"]
+    assert list_images(["a/*.tiff"]).missing == ["a/*.tiff"]
 
 
 def test_a_name_that_exists_is_no_pattern(tree):
     (tree / "a" / "[x].jpg").touch()
     (tree / "a" / "x.jpg").touch()
-    assert names(list_pictures([tree / "a" / "[x].jpg"]), tree) == ["a/[x].jpg"]
+    assert names(list_images([tree / "a" / "[x].jpg"]), tree) == ["a/[x].jpg"]
 
 
 def test_what_does_not_exist_is_missing(tree):
-    assert list_pictures([str(tree / "nowhere"), str(tree / "a" / "1.jpg" / "deeper")]).missing == [
-        str(tree / "nowhere")
-    ]
+    assert list_images([str(tree / "nowhere"), str(tree / "a" / "1.jpg" / "deeper")]).missing == [str(tree / "nowhere")]
 
 
-def test_a_folder_without_pictures_is_told_apart(tree):
+def test_a_folder_without_images_is_told_apart(tree):
     (tree / "e").mkdir()
-    listing = list_pictures([tree / "e", tree / "d"])
+    listing = list_images([tree / "e", tree / "d"])
     assert listing.empty == [str(tree / "e")]
     assert listing.roots == [str(tree / "d")]
 
@@ -79,7 +77,7 @@ def test_links_that_lead_nowhere_or_in_circles_are_named(tree):
     (tree / "a" / "self.jpg").symlink_to("self.jpg")
     (tree / "a" / "b" / "up").symlink_to("..")
     (tree / "a" / "b" / "root").symlink_to("/")
-    assert reasons(list_pictures([tree / "a"])) == {
+    assert reasons(list_images([tree / "a"])) == {
         "dangling.jpg": "is a link that leads nowhere",
         "self.jpg": "is a link that leads in a circle",
         "up": "is a link back to a folder that it lies in",
@@ -93,7 +91,7 @@ def test_links_to_folders_are_followed_once_and_last(tree):
     (tree / "a" / "inside").symlink_to(tree / "a" / "b")
     (tree / "a" / "link.jpg").symlink_to(tree / "d" / "5.webp")
     expected = ["a/0/5.webp", "a/1.jpg", "a/b/2.PNG", "a/b/c/3.heic", "a/link.jpg"]
-    listing = list_pictures([tree / "a"])
+    listing = list_images([tree / "a"])
     assert names(listing, tree) == expected
     assert not listing.problems
 
@@ -105,11 +103,11 @@ def test_what_is_no_file_is_named_by_its_kind(tree, monkeypatch):
     with socket.socket(socket.AF_UNIX) as server:
         monkeypatch.chdir(tree / "a")  # a socket's name may not be long
         server.bind("socket.jpg")
-        listing = list_pictures([tree / "a"])
+        listing = list_images([tree / "a"])
     assert reasons(listing) == {
-        "folder.jpg": "is a folder, not a picture",
-        "pipe.jpg": "is a named pipe, not a picture",
-        "socket.jpg": "is a socket, not a picture",
+        "folder.jpg": "is a folder, not an image",
+        "pipe.jpg": "is a named pipe, not an image",
+        "socket.jpg": "is a socket, not an image",
     }
     assert "a/folder.jpg/6.jpg" in names(listing, tree)
 
@@ -123,7 +121,7 @@ def test_a_folder_that_may_not_be_read_is_named(tree, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    listing = list_pictures([tree / "a"])
+    listing = list_images([tree / "a"])
     assert reasons(listing) == {"b": "may not be read: permission denied"}
     assert names(listing, tree) == ["a/1.jpg"]
 
@@ -133,7 +131,7 @@ def test_of_a_photos_library_only_the_originals_count(tree):
         file = tree / "a" / "Photos Library.photoslibrary" / part
         file.parent.mkdir(parents=True)
         file.touch()
-    found = [name for name in names(list_pictures([tree / "a"]), tree) if "Photos" in name]
+    found = [name for name in names(list_images([tree / "a"]), tree) if "Photos" in name]
     assert found == ["a/Photos Library.photoslibrary/originals/0/7.heic"]
 
 

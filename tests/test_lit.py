@@ -1,4 +1,4 @@
-"""Does the pair of towers read words and pictures as Apple's own code does, and refuse what it cannot read?"""
+"""Does the LiT model read words and images as Apple's own code does, and refuse what it cannot read?"""
 
 import math
 from dataclasses import replace
@@ -57,7 +57,7 @@ def padded(rows: list[list[int]]) -> mx.array:
     return mx.array([row + [EOS] * (longest - len(row)) for row in rows])
 
 
-def pictures(count: int) -> mx.array:
+def images(count: int) -> mx.array:
     return mx.random.normal((count, 42, 42, 3), key=mx.random.key(5))
 
 
@@ -109,7 +109,7 @@ def test_the_pairs_parameters_are_as_many_as_the_released_checkpoints():
 
 
 def test_shapes():
-    pair = small_lit()(pictures(5), padded(texts(7, 3)))
+    pair = small_lit()(images(5), padded(texts(7, 3)))
     assert (pair.image_embeds.shape, pair.text_embeds.shape) == ((5, 29), (2, 29))
     assert (pair.logits_per_image.shape, pair.logits_per_text.shape) == ((5, 2), (2, 5))
     assert pair.vision_model_output.last_hidden_state.shape == (5, 9, 60)
@@ -139,7 +139,7 @@ def test_a_token_sees_what_stands_before_it_and_not_what_follows():
     assert moved.tolist() == [False] * 4 + [True] * 5
 
 
-def test_hidden_states_of_the_text_tower_begin_with_the_embedding():
+def test_hidden_states_of_the_text_encoder_begin_with_the_embedding():
     model, ids = small_lit().text_model, mx.array(texts(5))
     output = model(ids, output_hidden_states=True)
     assert len(output.hidden_states) == 3

@@ -53,24 +53,24 @@ def test_hidden_states_are_given_only_when_asked_for():
 
 def test_patches_run_along_rows():
     model = randomised(NATIVE)
-    picture = np.array(pixels(42, 28, 1))
-    changed = picture.copy()
+    image = np.array(pixels(42, 28, 1))
+    changed = image.copy()
     changed[:, 14:28, 0:14] += 1  # second row, first column: the third patch of two columns
-    difference = np.abs(np.array(model.patch_embed(mx.array(picture)) - model.patch_embed(mx.array(changed))))
+    difference = np.abs(np.array(model.patch_embed(mx.array(image)) - model.patch_embed(mx.array(changed))))
     assert list(np.flatnonzero(difference.max(axis=(0, 2)))) == [2]
 
 
 def test_the_patch_embedding_equals_a_convolution():
     embed = randomised(NATIVE).patch_embed
-    picture = pixels(42, 28)
-    convolved = embed.norm(embed.proj(picture).reshape(2, 6, 60))
-    assert mx.allclose(embed(picture), convolved, atol=1e-4)
+    image = pixels(42, 28)
+    convolved = embed.norm(embed.proj(image).reshape(2, 6, 60))
+    assert mx.allclose(embed(image), convolved, atol=1e-4)
 
 
 def test_a_native_model_drops_what_does_not_fill_a_patch():
     model = randomised(NATIVE)
-    picture = pixels(55, 41)
-    assert mx.array_equal(model(picture).last_hidden_state, model(picture[:, :42, :28]).last_hidden_state)
+    image = pixels(55, 41)
+    assert mx.array_equal(model(image).last_hidden_state, model(image[:, :42, :28]).last_hidden_state)
 
 
 def test_native_positions_code_the_column_first_as_sines_then_cosines():
@@ -90,25 +90,25 @@ def test_encode_image_is_the_mean_over_the_tokens():
     assert mx.allclose(mx.linalg.norm(model.encode_image(pixels(42, 42), normalize=True), axis=1), mx.ones(2))
 
 
-def test_a_picture_alone_gives_what_it_gives_in_a_batch():
+def test_an_image_alone_gives_what_it_gives_in_a_batch():
     model = randomised(FIXED)
     batch = model.encode_image(pixels(42, 42, 5))
     alone = mx.concatenate([model.encode_image(pixels(42, 42, 5)[i : i + 1]) for i in range(5)])
     assert mx.allclose(batch, alone, atol=1e-5)
 
 
-def test_a_picture_of_another_size_is_refused_with_both_sizes():
+def test_an_image_of_another_size_is_refused_with_both_sizes():
     with pytest.raises(ValueError, match=r"42 x 42.*28 x 56"):
         randomised(FIXED)(pixels(28, 56))
 
 
-def test_a_picture_smaller_than_a_patch_is_refused():
+def test_an_image_smaller_than_a_patch_is_refused():
     with pytest.raises(ValueError, match=r"13 x 56.*one patch of 14 x 14"):
         randomised(NATIVE)(pixels(13, 56))
 
 
 def test_channels_first_is_refused():
-    with pytest.raises(ValueError, match=r"\(pictures, height, width, 3\), got \(2, 3, 42, 42\)"):
+    with pytest.raises(ValueError, match=r"\(images, height, width, 3\), got \(2, 3, 42, 42\)"):
         randomised(FIXED)(pixels(42, 42).transpose(0, 3, 1, 2))
 
 

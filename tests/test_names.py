@@ -6,14 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from tests.small_models import LIT, random_weights
 
 from mlx_aimv2.checkpoint.config_json import read_config
 from mlx_aimv2.checkpoint.detect import differences, recognise
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, OURS, layout_for
-from mlx_aimv2.checkpoint.read import PINNED
-from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
-from tests.towers import LIT, random_weights
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 
@@ -79,17 +78,22 @@ def test_an_inventory_translates_exactly_and_has_its_golden_count(layout, name):
     theirs = INVENTORIES[layout, name]
     match = recognise(theirs)
     assert (match.layout.name, match.prefix, match.left) == (layout, "", ())
-    ours = match.our_shapes(theirs)
+    ours = match.target_shapes(theirs)
     model = parameter_shapes(build(read_config({}, ours)))
     assert ours == model
-    assert match.their_shapes(model) == theirs
+    assert match.source_shapes(model) == theirs
     assert sum(map(product, model.values())) == PARAMETERS[name]
 
 
-def test_no_published_checkpoint_is_missing_from_the_pinned_ones():
-    assert {f"apple/{name}" for name in PARAMETERS} == set(PINNED)
-    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in PINNED.values())
-    assert len(set(PINNED.values())) == 16
+def test_no_published_checkpoint_is_missing_from_the_table():
+    assert {name: checkpoint.parameters for name, checkpoint in RELEASED.items()} == PARAMETERS
+    assert all(re.fullmatch("[0-9a-f]{40}", checkpoint.commit) for checkpoint in RELEASED.values())
+    assert len({checkpoint.commit for checkpoint in RELEASED.values()}) == 16
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_sizes_in_the_table_have_the_golden_number_of_parameters(name):
+    assert sum(map(product, parameter_shapes(build(RELEASED[name].config)).values())) == PARAMETERS[name]
 
 
 LARGE = "aimv2-large-patch14-224"
@@ -113,15 +117,15 @@ LANGUAGE = {"llm.model.layers.0.self_attn.q_proj.bias": (8,), "llm.model.norm.we
             "model.vision_tower.transformer.",
         ),
     ],
-    ids=["apple-mlx", "draft", "ovis2 tower", "Ovis2", "transformers' ovis2"],
+    ids=["apple-mlx", "draft", "ovis2 encoder", "Ovis2", "transformers' ovis2"],
 )
 def test_the_further_forms_in_the_wild_are_recognised_with_the_rest_left_out(shapes, layout, prefix):
     match = recognise(shapes | LANGUAGE if prefix else shapes)
     assert (match.layout.name, match.prefix) == (layout, prefix)
     assert match.left == (tuple(sorted(LANGUAGE)) if prefix else ())
-    model = parameter_shapes(build(read_config({}, match.our_shapes(shapes))))
-    assert match.their_shapes(model) == shapes
-    assert not differences(match.their_shapes(model), shapes | LANGUAGE if prefix else shapes, match)
+    model = parameter_shapes(build(read_config({}, match.target_shapes(shapes))))
+    assert match.source_shapes(model) == shapes
+    assert not differences(match.source_shapes(model), shapes | LANGUAGE if prefix else shapes, match)
 
 
 VISION = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
@@ -142,10 +146,10 @@ CASES = [
 @pytest.mark.parametrize(("layout", "kind"), CASES, ids=map(" ".join, CASES))
 def test_there_and_back_is_exact(layout, kind):
     ours = random_weights(SMALL[kind])
-    theirs = dict(layout_for(layout, pair=kind == "lit").to_theirs(ours.items()))
+    theirs = dict(layout_for(layout, pair=kind == "lit").to_source(ours.items()))
     match = recognise({name: tuple(array.shape) for name, array in theirs.items()})
     assert match.layout.name == layout
-    back = match.to_ours(theirs, list(ours))
+    back = match.to_target(theirs, list(ours))
     assert not theirs, "every tensor of theirs is used"
     assert list(back) == list(ours)
     assert all(mx.array_equal(back[name], ours[name]) for name in ours)
@@ -153,7 +157,7 @@ def test_there_and_back_is_exact(layout, kind):
 
 def test_query_key_and_value_are_thirds_of_one_matrix_in_that_order():
     ours = random_weights(VISION)
-    theirs = dict(layout_for("transformers", pair=False).to_theirs(ours.items()))
+    theirs = dict(layout_for("transformers", pair=False).to_source(ours.items()))
     qkv = ours["blocks.1.attn.qkv.weight"]
     for third, letter in enumerate("qkv"):
         part = theirs[f"encoder.layers.1.attention.{letter}_proj.weight"]
@@ -162,7 +166,7 @@ def test_query_key_and_value_are_thirds_of_one_matrix_in_that_order():
 
 def test_the_patch_convolution_has_its_channels_first_elsewhere_and_last_here():
     ours = random_weights(VISION)
-    theirs = dict(layout_for("apple", pair=False).to_theirs(ours.items()))
+    theirs = dict(layout_for("apple", pair=False).to_source(ours.items()))
     conv, turned = ours["patch_embed.proj.weight"], theirs["preprocessor.patchifier.proj.weight"]
     assert turned.shape == (22, 3, 5, 5)
     assert turned[7, 2, 1, 4].item() == conv[7, 1, 4, 2].item()
@@ -173,7 +177,7 @@ def test_gate_and_up_keep_their_roles():
     wanted = {"apple": ("fc1", "fc3", "fc2"), "timm": ("fc1_g", "fc1_x", "fc2")}
     wanted["transformers"] = ("gate_proj", "up_proj", "down_proj")
     for layout, names in wanted.items():
-        theirs = dict(layout_for(layout, pair=False).to_theirs(ours.items()))
+        theirs = dict(layout_for(layout, pair=False).to_source(ours.items()))
         for part, name in zip(("gate", "up", "down"), names, strict=True):
             found = [array for key, array in theirs.items() if re.search(rf"\b1\.(mlp|ffn)\.{name}\.weight$", key)]
             assert len(found) == 1
@@ -181,14 +185,14 @@ def test_gate_and_up_keep_their_roles():
 
 
 def test_translating_frees_what_it_used():
-    theirs = dict(layout_for("apple", pair=False).to_theirs(random_weights(VISION).items()))
-    recognise({name: tuple(array.shape) for name, array in theirs.items()}).to_ours(theirs, ["norm.weight"])
+    theirs = dict(layout_for("apple", pair=False).to_source(random_weights(VISION).items()))
+    recognise({name: tuple(array.shape) for name, array in theirs.items()}).to_target(theirs, ["norm.weight"])
     assert "trunk.post_trunk_norm.weight" not in theirs
 
 
 @pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS.values() if not layout.pair])
-def test_a_layout_without_a_text_tower_cannot_hold_a_pair(layout):
-    with pytest.raises(ValueError, match=f"{layout} layout has no text tower"):
+def test_a_layout_without_a_text_encoder_cannot_hold_a_pair(layout):
+    with pytest.raises(ValueError, match=f"{layout} layout has no text encoder"):
         layout_for(layout, pair=True)
 
 
@@ -263,7 +267,7 @@ def test_an_unknown_layout_says_which_are_known_and_the_first_foreign_names():
     )
 
 
-def test_a_tower_without_its_patch_convolution_is_still_recognised():
+def test_an_encoder_without_its_patch_convolution_is_still_recognised():
     shapes = {name: shape for name, shape in APPLE.items() if "patchifier.proj" not in name}
     assert recognise(shapes).layout.name == "apple"
 

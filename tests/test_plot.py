@@ -1,12 +1,12 @@
-"""Do pictures of features show what the features say: components, cosines, places, and the verb that draws them?"""
+"""Do images of features show what the features say: components, cosines, places, and the verb that draws them?"""
 
 import json
 import re
 
 import numpy as np
 import pytest
+from small_models import NATIVE
 from PIL import Image
-from towers import NATIVE
 
 from mlx_aimv2 import bundled, cli, plane, plot
 
@@ -86,25 +86,25 @@ def test_heat_grows_lighter_all_the_way():
     assert (np.diff(lightness) > 0).all()
 
 
-def test_what_the_model_saw_is_the_picture_again():
-    picture = np.random.default_rng(2).integers(0, 256, (5, 3, 3))
+def test_what_the_model_saw_is_the_image_again():
+    image = np.random.default_rng(2).integers(0, 256, (5, 3, 3))
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    pixels = ((picture / 255 - mean) / std).astype(np.float32)
-    assert (np.asarray(plot.seen(pixels, mean=mean, std=std)) == picture).all()
+    pixels = ((image / 255 - mean) / std).astype(np.float32)
+    assert (np.asarray(plot.seen(pixels, mean=mean, std=std)) == image).all()
 
 
-def test_an_overlay_has_the_size_of_its_picture():
-    picture, laid = Image.new("RGB", (30, 20), (100, 0, 0)), Image.new("RGB", (3, 2), (200, 0, 0))
-    result = plot.overlay(picture, laid, opacity=0.25)
+def test_an_overlay_has_the_size_of_its_image():
+    image, laid = Image.new("RGB", (30, 20), (100, 0, 0)), Image.new("RGB", (3, 2), (200, 0, 0))
+    result = plot.overlay(image, laid, opacity=0.25)
     assert result.size == (30, 20)
     assert result.getpixel((7, 7)) == (125, 0, 0)
 
 
-def test_a_contact_sheet_holds_every_picture_in_its_frame():
-    pictures = [[Image.new("RGB", (8, 8), (0, 0, 250))] * 3, [Image.new("RGB", (8, 4), (250, 0, 0))] * 2]
+def test_a_contact_sheet_holds_every_image_in_its_frame():
+    images = [[Image.new("RGB", (8, 8), (0, 0, 250))] * 3, [Image.new("RGB", (8, 4), (250, 0, 0))] * 2]
     frames = [[(0, 200, 0)] * 3, [None] * 2]
-    sheet = plot.contact_sheet(pictures, frames=frames, captions=[["a"] * 3, ["b"] * 2], side=40, gap=10)
-    levels = np.asarray(sheet)
+    canvas = plot.contact_sheet(images, frames=frames, captions=[["a"] * 3, ["b"] * 2], side=40, gap=10)
+    levels = np.asarray(canvas)
     count = {
         name: (levels == colour).all(axis=2).sum()
         for name, colour in {"blue": (0, 0, 250), "red": (250, 0, 0), "green": (0, 200, 0)}.items()
@@ -116,13 +116,13 @@ def test_a_contact_sheet_holds_every_picture_in_its_frame():
 
 def test_points_are_drawn_where_they_lie_with_up_as_up():
     black = Image.new("L", (4, 4), 0)
-    sheet = plot.scatter(np.array([[0, 0], [1, 1]]), [black] * 2, [(200, 0, 0), (0, 0, 200)], size=(60, 40))
-    levels = np.asarray(sheet)
+    canvas = plot.scatter(np.array([[0, 0], [1, 1]]), [black] * 2, [(200, 0, 0), (0, 0, 200)], size=(60, 40))
+    levels = np.asarray(canvas)
     assert tuple(levels[33, 6]) == (200, 0, 0)
     assert tuple(levels[5, 53]) == (0, 0, 200)
 
 
-def test_pictures_stand_beside_and_below_each_other():
+def test_images_stand_beside_and_below_each_other():
     a, b = Image.new("RGB", (5, 7)), Image.new("RGB", (11, 3))
     assert plot.beside([a, b], gap=2).size == (18, 7)
     assert plot.below([a, b], gap=2).size == (11, 12)
@@ -159,18 +159,18 @@ def test_two_features_make_no_plane():
 
 @pytest.fixture
 def small(tmp_path):
-    """A folder with two pictures of one name, and one that is none."""
+    """A folder with two images of one name, and one that is none."""
     for folder, colour in (("a", (250, 120, 0)), ("b", (0, 120, 250))):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (70, 60), colour).save(tmp_path / folder / "field.png")
-    (tmp_path / "broken.jpg").write_text("not a picture")
+    (tmp_path / "broken.jpg").write_text("not an image")
     return tmp_path
 
 
 MODEL = ["-m", str(bundled.digits_checkpoint())]
 
 
-def test_map_writes_the_picture_beside_its_map(small, capsys):
+def test_map_writes_the_image_beside_its_map(small, capsys):
     target = small / "out.png"
     assert cli.main(["map", str(small / "a" / "field.png"), *MODEL, "-o", str(target)]) == 0
     assert capsys.readouterr().out == f"{target}\n"
@@ -179,7 +179,7 @@ def test_map_writes_the_picture_beside_its_map(small, capsys):
         assert image.convert("RGB").getpixel((5, 5)) == (250, 120, 0)
 
 
-def test_map_of_several_pictures_fills_a_folder_without_losing_one(small, capsys):
+def test_map_of_several_images_fills_a_folder_without_losing_one(small, capsys):
     code = cli.main(["map", str(small / "a"), str(small / "b"), *MODEL, "-o", str(small / "maps"), "--json"])
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert code == 0
@@ -187,10 +187,10 @@ def test_map_of_several_pictures_fills_a_folder_without_losing_one(small, capsys
     assert sorted(file.name for file in (small / "maps").iterdir()) == ["field-2-pca.png", "field-pca.png"]
 
 
-def test_map_of_a_native_picture_leaves_out_what_fills_no_patch(tmp_path):
-    picture = Image.new("RGB", (5 * 14 + 6, 3 * 14 + 4), (0, 250, 0))
-    picture.paste((200, 0, 0), (0, 0, 5 * 14, 3 * 14))
-    picture.save(tmp_path / "rest.png")
+def test_map_of_a_native_image_leaves_out_what_fills_no_patch(tmp_path):
+    image = Image.new("RGB", (5 * 14 + 6, 3 * 14 + 4), (0, 250, 0))
+    image.paste((200, 0, 0), (0, 0, 5 * 14, 3 * 14))
+    image.save(tmp_path / "rest.png")
     assert cli.main(["map", str(tmp_path / "rest.png"), "-m", str(NATIVE), "-o", str(tmp_path / "map.png")]) == 0
     with Image.open(tmp_path / "map.png") as image:
         cell = image.height // 3
@@ -199,7 +199,7 @@ def test_map_of_a_native_picture_leaves_out_what_fills_no_patch(tmp_path):
     assert np.abs(left - (200, 0, 0)).max() <= 1
 
 
-def test_map_names_each_picture_that_fails_and_draws_the_rest(small, capsys):
+def test_map_names_each_image_that_fails_and_draws_the_rest(small, capsys):
     inputs = [str(small / "a" / "field.png"), str(small / "broken.jpg"), str(small / "nowhere.jpg")]
     assert cli.main(["map", *inputs, *MODEL, "-o", str(small / "maps")]) == 1
     output = capsys.readouterr()
@@ -212,15 +212,15 @@ def test_map_names_each_picture_that_fails_and_draws_the_rest(small, capsys):
 
 
 def test_map_of_a_patch_outside_says_where_the_grid_ends(small, capsys):
-    picture = str(small / "a" / "field.png")
-    assert cli.main(["map", picture, *MODEL, "-o", str(small / "maps"), "--patch", "4,1"]) == 1
+    image = str(small / "a" / "field.png")
+    assert cli.main(["map", image, *MODEL, "-o", str(small / "maps"), "--patch", "4,1"]) == 1
     assert re.fullmatch(r"mlx-aimv2: .*field.png has no patch 4,1: .* is 3,3\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["-o", "one.png"], "is one file for 2 pictures"),
+        (["-o", "one.png"], "is one file for 2 images"),
         (["-o", "broken.jpg"], "is neither a folder nor ends in .png"),
         (["--patch", "1;2"], "wanted ROW,COL such as 3,5"),
         (["--pca", "--patch", "1,2"], "not allowed with"),
@@ -236,11 +236,11 @@ def test_wrong_use_of_map_ends_with_2(small, capsys, monkeypatch, flags, line):
     assert line in capsys.readouterr().err
 
 
-def test_map_never_writes_over_its_picture(small, capsys):
-    picture = small / "a" / "field.png"
-    before = picture.read_bytes()
-    assert cli.main(["map", str(picture), *MODEL, "-o", str(picture)]) == 2
-    assert picture.read_bytes() == before
+def test_map_never_writes_over_its_image(small, capsys):
+    image = small / "a" / "field.png"
+    before = image.read_bytes()
+    assert cli.main(["map", str(image), *MODEL, "-o", str(image)]) == 2
+    assert image.read_bytes() == before
 
 
 def test_map_replaces_an_earlier_map_and_nothing_else(small, capsys):

@@ -1,4 +1,4 @@
-"""Does every picture become the pixels that the checkpoint's files ask for, and every bad one a clear line?"""
+"""Does every image become the pixels that the checkpoint's files ask for, and every bad one a clear line?"""
 
 import io
 import json
@@ -56,12 +56,12 @@ def png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(("height", "width"), [(97, 61), (61, 97), (42, 42), (31, 19), (300, 43), (53, 211)])
 def test_pixels_are_resized_bicubically_cropped_from_the_centre_and_normalised(height, width):
-    picture = noise(height, width, 3)
+    image = noise(height, width, 3)
     tall, wide = (42 * height // width, 42) if width <= height else (42, 42 * width // height)
-    resized = np.array(Image.fromarray(picture).resize((wide, tall), Image.Resampling.BICUBIC))
+    resized = np.array(Image.fromarray(image).resize((wide, tall), Image.Resampling.BICUBIC))
     top, left = (tall - 42) // 2, (wide - 42) // 2
     wanted = normalised(resized[top : top + 42, left : left + 42])
-    assert np.abs(FIXED.pixels(picture) - wanted).max() < 1e-6
+    assert np.abs(FIXED.pixels(image) - wanted).max() < 1e-6
 
 
 def test_pixels_are_float32_and_contiguous():
@@ -72,43 +72,43 @@ def test_pixels_are_float32_and_contiguous():
 
 
 def test_a_native_checkpoint_keeps_every_pixel():
-    picture = noise(59, 83, 3)
-    assert np.abs(NATIVE.pixels(picture) - normalised(picture)).max() < 1e-6
+    image = noise(59, 83, 3)
+    assert np.abs(NATIVE.pixels(image) - normalised(image)).max() < 1e-6
 
 
 def test_a_crop_beyond_the_edge_is_black_and_an_odd_remainder_goes_to_the_top_and_left():
     crop_only = Aimv2Processor(Preprocessing(resize=None, crop=(20, 20)))
-    picture = np.full((15, 31, 3), 255, np.uint8)
-    got = levels(crop_only.pixels(picture))
+    image = np.full((15, 31, 3), 255, np.uint8)
+    got = levels(crop_only.pixels(image))
     assert (got[:3] == 0).all() and (got[3:18] == 255).all() and (got[18:] == 0).all()
 
 
 @pytest.mark.parametrize("filter", Image.Resampling)
 def test_the_filter_is_the_one_that_is_asked_for(filter):
-    picture = noise(61, 97, 3)
-    wanted = np.array(Image.fromarray(picture).resize((29, 19), filter))
+    image = noise(61, 97, 3)
+    wanted = np.array(Image.fromarray(image).resize((29, 19), filter))
     assert (
-        levels(Aimv2Processor(Preprocessing(resize=(19, 29), crop=None, resample=filter)).pixels(picture)) == wanted
+        levels(Aimv2Processor(Preprocessing(resize=(19, 29), crop=None, resample=filter)).pixels(image)) == wanted
     ).all()
 
 
 def test_a_resize_to_height_and_width_ignores_the_shape():
     squash = Aimv2Processor(Preprocessing(resize=(29, 43), crop=None))
-    picture = noise(61, 97, 3)
-    wanted = np.array(Image.fromarray(picture).resize((43, 29), Image.Resampling.BICUBIC))
-    assert (levels(squash.pixels(picture)) == wanted).all()
+    image = noise(61, 97, 3)
+    wanted = np.array(Image.fromarray(image).resize((43, 29), Image.Resampling.BICUBIC))
+    assert (levels(squash.pixels(image)) == wanted).all()
 
 
 def test_steps_switched_off_leave_the_levels_as_they_are():
     plain = replace(published(None), rescale_factor=None, image_mean=None, image_std=None)
-    picture = noise(17, 23, 3)
-    assert (Aimv2Processor(plain).pixels(picture) == picture).all()
+    image = noise(17, 23, 3)
+    assert (Aimv2Processor(plain).pixels(image) == image).all()
 
 
 # Batches
 
 
-def test_a_single_picture_gives_a_batch_of_one():
+def test_a_single_image_gives_a_batch_of_one():
     assert FIXED(noise(61, 97, 3)).shape == (1, 42, 42, 3)
 
 
@@ -121,21 +121,21 @@ def test_a_batch_keeps_its_order(tmp_path):
     assert reds.tolist() == [number * 30 for number in range(7)]
 
 
-def test_a_batch_may_be_one_array_of_several_pictures():
-    pictures = np.stack([noise(61, 97, 3, seed=seed) for seed in (1, 2)])
-    assert np.abs(np.array(FIXED(pictures))[1] - FIXED.pixels(pictures[1])).max() == 0
+def test_a_batch_may_be_one_array_of_several_images():
+    images = np.stack([noise(61, 97, 3, seed=seed) for seed in (1, 2)])
+    assert np.abs(np.array(FIXED(images))[1] - FIXED.pixels(images[1])).max() == 0
 
 
-def test_pictures_of_different_final_sizes_are_named(tmp_path):
+def test_images_of_different_final_sizes_are_named(tmp_path):
     Image.new("RGB", (31, 29)).save(tmp_path / "cat.png")
-    with pytest.raises(ValueError, match=r"29x31 \(.*cat\.png, picture 0\), 37x41 \(.*ndarray.*, picture 2\)"):
+    with pytest.raises(ValueError, match=r"29x31 \(.*cat\.png, image 0\), 37x41 \(.*ndarray.*, image 2\)"):
         NATIVE([tmp_path / "cat.png", noise(29, 31, 3), noise(37, 41, 3)])
 
 
-def test_a_bad_picture_among_good_ones_is_counted_out(tmp_path):
-    with pytest.raises(ValueError, match="picture 2: picture of 0 bytes is empty"):
+def test_a_bad_image_among_good_ones_is_counted_out(tmp_path):
+    with pytest.raises(ValueError, match="image 2: image of 0 bytes is empty"):
         FIXED([noise(61, 97, 3), noise(97, 61, 3), b""])
-    with pytest.raises(FileNotFoundError, match=r"picture 1: .*nowhere\.jpg does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"image 1: .*nowhere\.jpg does not exist"):
         FIXED([noise(61, 97, 3), tmp_path / "nowhere.jpg"])
 
 
@@ -151,7 +151,7 @@ def test_pixels_may_be_made_in_many_threads(tmp_path):
 
 
 def test_an_empty_list_is_refused():
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         FIXED([])
 
 
@@ -159,20 +159,20 @@ def test_an_empty_list_is_refused():
 
 
 def test_path_string_bytes_open_file_pil_image_and_array_give_the_same_pixels(tmp_path):
-    picture = noise(61, 97, 3)
+    array = noise(61, 97, 3)
     file = tmp_path / "cat.png"
-    Image.fromarray(picture).save(file)
-    wanted = FIXED.pixels(picture)
+    Image.fromarray(array).save(file)
+    wanted = FIXED.pixels(array)
     with file.open("rb") as stream, Image.open(file) as image:
         for source in (file, str(file), file.read_bytes(), bytearray(file.read_bytes()), stream, image):
             assert (FIXED.pixels(source) == wanted).all(), type(source)
 
 
 def test_the_users_own_image_and_array_stay_as_they_were():
-    picture = noise(61, 97, 3)
-    picture.flags.writeable = False
-    image = Image.fromarray(picture).convert("RGBA")
-    FIXED.pixels(picture)
+    array = noise(61, 97, 3)
+    array.flags.writeable = False
+    image = Image.fromarray(array).convert("RGBA")
+    FIXED.pixels(array)
     FIXED.pixels(image)
     assert image.mode == "RGBA" and image.size == (97, 61)
 
@@ -231,11 +231,11 @@ def test_arrays_of_unclear_range_or_shape_are_refused(array, line):
 # Colours
 
 
-def test_grey_palette_one_bit_and_cmyk_pictures_become_rgb(tmp_path):
-    picture = Image.fromarray(noise(31, 37, 3))
+def test_grey_palette_one_bit_and_cmyk_images_become_rgb(tmp_path):
+    image = Image.fromarray(noise(31, 37, 3))
     for mode, suffix in (("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg")):
         file = tmp_path / f"{mode}.{suffix}"
-        picture.convert(mode).save(file)
+        image.convert(mode).save(file)
         with Image.open(file) as opened:
             wanted = np.array(opened.convert("RGB"))
         assert (levels(NATIVE.pixels(file)) == wanted).all(), mode
@@ -267,8 +267,8 @@ def test_the_transparent_colour_of_an_rgb_png_becomes_white(tmp_path):
 
 
 def test_half_transparent_colours_are_mixed_with_white():
-    picture = np.full((17, 19, 4), [10, 200, 90, 51], np.uint8)  # 51 / 255 is a fifth
-    assert levels(NATIVE.pixels(picture))[3, 3].tolist() == [206, 244, 222]
+    image = np.full((17, 19, 4), [10, 200, 90, 51], np.uint8)  # 51 / 255 is a fifth
+    assert levels(NATIVE.pixels(image))[3, 3].tolist() == [206, 244, 222]
 
 
 def test_grey_of_16_bits_keeps_its_high_byte(tmp_path):
@@ -285,14 +285,14 @@ def test_a_dark_grey_png_of_16_bits_stays_dark_in_pillows_that_widen_it():
     assert (levels(NATIVE.pixels(image)) == 0).all()
 
 
-def test_floating_point_pictures_go_from_0_to_1(tmp_path):
+def test_floating_point_images_go_from_0_to_1(tmp_path):
     Image.fromarray(noise(17, 19).astype(np.float32) / 255).save(tmp_path / "float.tif")
     assert (levels(NATIVE.pixels(tmp_path / "float.tif"))[..., 1] == noise(17, 19)).all()
     with pytest.raises(ValueError, match="float from 0 to 1"):
         NATIVE.pixels(Image.fromarray(noise(17, 19).astype(np.float32)))
 
 
-def test_of_an_animated_picture_the_first_frame_counts(tmp_path):
+def test_of_an_animated_image_the_first_frame_counts(tmp_path):
     frames = [Image.new("RGB", (19, 17), colour) for colour in ("red", "blue")]
     for name in ("moving.gif", "moving.png", "moving.webp", "moving.tif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
@@ -341,7 +341,7 @@ def test_heic_without_its_package_says_what_to_install(monkeypatch):
         NATIVE.pixels(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
 
-# Bad pictures
+# Bad images
 
 
 def test_a_missing_file_a_folder_and_an_address_are_named(tmp_path):
@@ -357,16 +357,16 @@ def test_a_missing_file_a_folder_and_an_address_are_named(tmp_path):
     ("content", "line"),
     [
         (b"", "is empty"),
-        (b"These are the words of a letter.\n" * 9, "is not a picture"),
+        (b"These are the words of a letter.\n" * 9, "is not an image"),
         (b"\xff\xd8\xff\xe0 nothing more", "cannot be read"),
         (b"\x89PNG\r\n\x1a\n", "is a broken PNG"),
         (png(50, 40), "cannot be read"),
         (png(0, 40), "is a broken PNG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not an image"),
     ],
     ids=["empty", "text", "jpeg", "png", "png without pixels", "zero wide", "eps"],
 )
-def test_a_file_that_holds_no_picture_is_named(tmp_path, content, line):
+def test_a_file_that_holds_no_image_is_named(tmp_path, content, line):
     (tmp_path / "cat.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=line) as caught:
         FIXED(tmp_path / "cat.jpg")
@@ -376,7 +376,7 @@ def test_a_file_that_holds_no_picture_is_named(tmp_path, content, line):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "tiff", "bmp"])
-def test_a_truncated_picture_is_named(tmp_path, kind):
+def test_a_truncated_image_is_named(tmp_path, kind):
     whole = io.BytesIO()
     Image.fromarray(noise(97, 61, 3)).save(whole, kind)
     file = tmp_path / f"half.{kind}"
@@ -401,7 +401,7 @@ def test_the_limit_of_pixels_is_pillows_own(monkeypatch, tmp_path):
     assert FIXED(tmp_path / "cat.png").shape == (1, 42, 42, 3)
 
 
-def test_a_picture_without_pixels_is_refused():
+def test_an_image_without_pixels_is_refused():
     with pytest.raises(ValueError, match="0x40 pixels: nothing to see"):
         FIXED(Image.new("RGB", (0, 40)))
 
@@ -418,15 +418,15 @@ def test_a_ribbon_that_would_grow_beyond_memory_is_refused():
     assert FIXED.pixels(np.zeros((1, 500, 3), np.uint8)).shape == (42, 42, 3)
 
 
-def test_a_native_picture_below_one_patch_is_refused():
+def test_a_native_image_below_one_patch_is_refused():
     assert NATIVE.pixels(noise(14, 15, 3)).shape == (14, 15, 3)
     with pytest.raises(ValueError, match="13x900 pixels, less than one patch of 14x14"):
         NATIVE.pixels(noise(13, 900, 3))
 
 
 def test_something_else_is_refused():
-    for thing in (None, 7, {"picture": 1}, [b"nested"]):
-        with pytest.raises(ValueError, match="a picture is a path, bytes"):
+    for thing in (None, 7, {"image": 1}, [b"nested"]):
+        with pytest.raises(ValueError, match="an image is a path, bytes"):
             FIXED([thing])
 
 
@@ -569,7 +569,7 @@ def test_another_processors_settings_give_way_to_apples_with_a_remark(tmp_path):
     assert processor.preprocessing == published(448)
 
 
-def test_a_fixed_models_size_must_be_that_of_its_pictures(tmp_path):
+def test_a_fixed_models_size_must_be_that_of_its_images(tmp_path):
     with pytest.raises(ValueError, match="prepared as 56x42, but the model takes 336x336"):
         Aimv2Processor.from_folder(stored(tmp_path, CLIP), config=Aimv2VisionConfig(image_size=336))
     with pytest.raises(ValueError, match="less than one patch of 57"):
@@ -597,13 +597,13 @@ def test_what_is_saved_is_read_back(tmp_path, steps):
     assert from_clip(to_clip(steps), tmp_path) == steps
 
 
-def test_a_native_picture_above_max_patches_is_scaled_down_in_its_shape():
+def test_a_native_image_above_max_patches_is_scaled_down_in_its_shape():
     processor = Aimv2Processor(published(None))
-    picture = np.full((14 * 20, 14 * 45, 3), 99, np.uint8)
-    height, width, _ = processor.pixels(picture, max_patches=100).shape
+    image = np.full((14 * 20, 14 * 45, 3), 99, np.uint8)
+    height, width, _ = processor.pixels(image, max_patches=100).shape
     assert 80 <= (height // 14) * (width // 14) <= 100
     assert abs(width / height - 45 / 20) < 0.05
-    assert processor(picture, max_patches=900).shape == (1, 280, 630, 3)
+    assert processor(image, max_patches=900).shape == (1, 280, 630, 3)
 
 
 def test_max_patches_changes_nothing_for_a_fixed_checkpoint():

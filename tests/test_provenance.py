@@ -47,9 +47,9 @@ def test_another_dtype_is_a_remark(fixed, dtype):
 @pytest.mark.parametrize(("bits", "mode"), [(8, "affine"), (4, "affine"), (2, "affine"), (4, "mxfp4")])
 def test_other_bits_are_a_remark(fixed, tmp_path, bits, mode):
     convert(REFERENCE / "fixed", tmp_path / "q", quantize=True, q_bits=bits, q_mode=mode, q_group_size=32, verify=False)
-    refused, remarks = differences(fixed, described(tmp_path / "q"))
+    refused, notes = differences(fixed, described(tmp_path / "q"))
     assert not refused
-    assert remarks == [f"quantization: none there, bits={bits} group_size=32 mode={mode} here"]
+    assert notes == [f"quantization: none there, bits={bits} group_size=32 mode={mode} here"]
 
 
 def test_another_recipe_is_a_remark(tmp_path):
@@ -57,10 +57,10 @@ def test_another_recipe_is_a_remark(tmp_path):
         convert(
             REFERENCE / "fixed", tmp_path / name, quantize=True, quant_predicate=name, q_group_size=32, verify=False
         )
-    refused, remarks = differences(described(tmp_path / "mixed_3_4"), described(tmp_path / "mixed_3_6"))
+    refused, notes = differences(described(tmp_path / "mixed_3_4"), described(tmp_path / "mixed_3_6"))
     assert not refused
-    assert len(remarks) == 1
-    assert "recipe=" in remarks[0]
+    assert len(notes) == 1
+    assert "recipe=" in notes[0]
 
 
 def test_the_same_bits_twice_agree(tmp_path):

@@ -205,7 +205,7 @@ def test_recipes_give_more_bits_to_values_and_down_at_both_ends_and_each_third_b
 def test_a_recipes_towers_have_depths_of_their_own():
     section = plan(build(PAIR), resolve(group_size=32), "mixed_2_6")
     assert section["text_model.token_embed"]["bits"] == 6
-    # Of three blocks only the last: it is beyond 7 * 3 // 8, where the vision tower with its two has none.
+    # Of three blocks only the last: it is beyond 7 * 3 // 8, where the vision encoder with its two has none.
     assert "text_model.blocks.2.mlp.down" in section
     assert (
         "text_model.blocks.0.mlp.down" not in section

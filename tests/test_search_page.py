@@ -38,7 +38,7 @@ def noise(path: Path, seed: int) -> Path:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """An index of five pictures, one of them with a hostile name."""
+    """An index of five images, one of them with a hostile name."""
     monkeypatch.chdir(tmp_path)
     for number in range(4):
         noise(tmp_path / "in" / f"{number}.png", number)
@@ -71,7 +71,7 @@ def search(capsys):
     return run
 
 
-def test_a_picture_of_the_index_is_found_without_a_model(photos, search, monkeypatch):
+def test_an_image_of_the_index_is_found_without_a_model(photos, search, monkeypatch):
     monkeypatch.setattr("mlx_aimv2.embed.provenance.load_with_origin", None)
     code, out, err = search("in/2.png", "-k", "3")
     assert (code, err) == (0, "")
@@ -82,23 +82,23 @@ def test_a_picture_of_the_index_is_found_without_a_model(photos, search, monkeyp
     assert scores == sorted(scores, reverse=True)
 
 
-def test_any_other_picture_goes_through_the_model(photos, search):
+def test_any_other_image_goes_through_the_model(photos, search):
     shutil.copy("in/1.png", "query.png")
     _, out, _ = search("query.png", "-k", "1", "--json")
     found = json.loads(out)
     assert found["query"] == "query.png"
-    assert found["pictures"] == 5
+    assert found["images"] == 5
     assert found["matches"] == [{"path": str(photos / "in" / "1.png"), "score": pytest.approx(1, abs=1e-5)}]
 
 
-def test_a_picture_that_changed_since_is_embedded_as_it_is_now(photos, search):
+def test_an_image_that_changed_since_is_embedded_as_it_is_now(photos, search):
     shutil.copy("in/1.png", "in/0.png")
     _, out, _ = search("in/0.png", "-k", "1", "--json")
     assert json.loads(out)["matches"][0]["path"].endswith("1.png")
 
 
 @pytest.mark.parametrize("word", COLOURS)
-def test_words_find_the_pictures_they_fit(colours, search, word):
+def test_words_find_the_images_they_fit(colours, search, word):
     code, out, _ = search(f"something {word}", "-k", "1", "--json")
     assert code == 0
     assert Path(json.loads(out)["matches"][0]["path"]).name == f"{COLOURS.index(word)}.png"
@@ -107,16 +107,16 @@ def test_words_find_the_pictures_they_fit(colours, search, word):
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("a cat", "words cannot be compared with: give a picture, or embed with apple/aimv2-large-patch14-224-lit"),
-        ("cat.jpg", "cat.jpg does not exist: give a picture or words"),
+        ("a cat", "words cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"),
+        ("cat.jpg", "cat.jpg does not exist: give an image or words"),
         ("./cat", "does not exist"),
         ("in", "is a folder"),
         (" ", "empty"),
-        ("notes.txt", "is not a picture"),
+        ("notes.txt", "is not an image"),
     ],
 )
 def test_a_query_that_cannot_be_is_one_line(photos, search, query, words):
-    Path("notes.txt").write_text("no picture")
+    Path("notes.txt").write_text("no image")
     code, out, err = search(query)
     assert (code, out) == (2, "")
     assert words in err
@@ -169,7 +169,7 @@ def test_maps_cannot_be_searched(tmp_path, monkeypatch, search):
     assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db", "--pool", "map"]) == 0
     code, _, err = search("in/0.png")
     assert code == 2
-    assert "holds a map for each picture" in err
+    assert "holds a map for each image" in err
 
 
 class Page(html.parser.HTMLParser):
@@ -217,9 +217,7 @@ def test_a_hostile_name_is_text(photos, search):
     "name", ['" onload="x', "</title><script>alert(1)</script>", "a\nb", "{title}", "&amp;", "\udcff"]
 )
 def test_no_name_breaks_the_page(name):
-    page = Page(
-        result_page([Match(f"/x/{name}.jpg", 0.5)], picture=f"/x/{name}.jpg", about=name.replace("\udcff", "?"))
-    )
+    page = Page(result_page([Match(f"/x/{name}.jpg", 0.5)], image=f"/x/{name}.jpg", about=name.replace("\udcff", "?")))
     assert not page.all("script")
     assert [set(link) for link in page.all("a")] == [{"href", "title"}]
     assert not page.all("a")[0]["href"].startswith("javascript")
@@ -272,21 +270,21 @@ def test_info_says_what_an_index_holds(photos, capsys):
     capsys.readouterr()
     assert main(["info", "photos.db", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["pictures"] == 5
+    assert facts["images"] == 5
     assert facts["pool"] == "mean"
     assert facts["checkpoint"] == str(REFERENCE / "fixed")
-    assert facts["holds"] == "one vector for each picture, width 96, float16"
+    assert facts["holds"] == "one vector for each image, width 96, float16"
     assert main(["info", "photos.db"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(re.fullmatch(r"pictures +5", line) for line in lines)
+    assert any(re.fullmatch(r"images +5", line) for line in lines)
 
 
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
-        ("fixed", {"layout": "apple", "width": 96, "towers": "vision", "bits_per_weight": 32.0}),
-        ("native", {"pictures": "any size (native)", "projection": None}),
-        ("lit", {"towers": "vision and text", "pooling_head": True, "projection": 40}),
+        ("fixed", {"layout": "apple", "width": 96, "encoders": "vision", "bits_per_weight": 32.0}),
+        ("native", {"images": "any size (native)", "projection": None}),
+        ("lit", {"encoders": "vision and text", "pooling_head": True, "projection": 40}),
     ],
 )
 def test_info_says_what_a_checkpoint_holds(capsys, name, facts):
@@ -324,15 +322,15 @@ QUIET = (
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
-def test_a_browser_shows_twelve_pictures_and_has_nothing_to_complain_of(tmp_path):
+def test_a_browser_shows_twelve_images_and_has_nothing_to_complain_of(tmp_path):
     files = [noise(tmp_path / f"{number}.png", number) for number in range(11)]
     files.append(noise(tmp_path / HOSTILE, 11))
     matches = [Match(str(file), 0.9 - number / 20) for number, file in enumerate(files)]
     page = tmp_path / "page.html"
-    page.write_text(result_page(matches, picture=str(files[0]), about="12 of 12"), encoding="utf-8")
+    page.write_text(result_page(matches, image=str(files[0]), about="12 of 12"), encoding="utf-8")
     command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    picture = tmp_path / "page.png"
-    command += ["--window-size=1200,1300", f"--screenshot={picture}", "--dump-dom", page.as_uri()]
+    image = tmp_path / "page.png"
+    command += ["--window-size=1200,1300", f"--screenshot={image}", "--dump-dom", page.as_uri()]
     own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it aborts with our OpenBLAS
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=own)
     assert "CONSOLE" not in run.stderr  # where a script's errors and refusals of the page's own rules would be
@@ -340,5 +338,5 @@ def test_a_browser_shows_twelve_pictures_and_has_nothing_to_complain_of(tmp_path
     assert len(dom.all("li")) == 12
     assert len(dom.all("img")) == 13
     assert HOSTILE in dom.texts
-    with Image.open(picture) as image:  # thumbnails are there: the page is more than a few flat colours
+    with Image.open(image) as image:  # thumbnails are there: the page is more than a few flat colours
         assert len(image.convert("RGB").resize((300, 325)).getcolors(1 << 20)) > 1000

@@ -122,7 +122,7 @@ def test_a_vision_only_processor_names_the_checkpoint_that_has_text():
         Aimv2Processor(published(42)).tokenize("a cat")
 
 
-def test_a_pair_without_tokenizer_files_prepares_pictures_and_names_what_is_missing_for_text(tmp_path):
+def test_a_pair_without_tokenizer_files_prepares_images_and_names_what_is_missing_for_text(tmp_path):
     ours = processor(tmp_path)
     assert ours(np.zeros((50, 47, 3), np.uint8)).shape == (1, 42, 42, 3)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json \(nor vocab\.json and merges\.txt\)"):
@@ -161,7 +161,7 @@ def test_merges_that_end_too_early_are_refused(tmp_path):
 
 
 def test_a_vocabulary_larger_than_the_embedding_names_both_sizes():
-    with pytest.raises(ValueError, match="778 tokens, but the text tower's embedding has 776 rows"):
+    with pytest.raises(ValueError, match="778 tokens, but the text encoder's embedding has 776 rows"):
         Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=776, eos_token_id=775))
 
 

@@ -8,23 +8,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from PIL import Image
+from tests.small_models import FIXED, NATIVE, pair_with_words
 
 from convert import verify
 from convert.checkpoints import FILE, choose, read
 from mlx_aimv2 import load, x86
-from mlx_aimv2.checkpoint.read import PINNED
-from mlx_aimv2.config import Aimv2Config, Aimv2VisionConfig
-from mlx_aimv2.loading import build, parameter_shapes, read_source
+from mlx_aimv2.config import RELEASED
+from mlx_aimv2.loading import read_source
 from tests.loopback import Hub, serve
-from tests.test_names import PARAMETERS, product
-from tests.towers import FIXED, NATIVE, pair_with_words
+from tests.test_names import PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "b" * 40
@@ -32,13 +29,13 @@ RUN = "import sys; from convert.verify import main; sys.exit(main(sys.argv[1:]))
 WITHOUT_TORCH = RUN.replace("sys;", "sys; sys.modules['torch'] = None;", 1)
 
 
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     Image.effect_noise((84, 70), 90).convert("RGB").save(file, "PNG")
     return file.getvalue()
 
 
-PICTURE = picture()
+IMAGE = image()
 
 
 def row(hub: Hub, name: str, folder: Path, *, shift: float = 0.0, parameters: int | None = None) -> str:
@@ -46,7 +43,7 @@ def row(hub: Hub, name: str, folder: Path, *, shift: float = 0.0, parameters: in
     hub.publish(f"apple/{name}", COMMIT, folder)
     hub.repositories[f"apple/{name}"][COMMIT].pop("expected.npz", None)
     model, processor = load(folder)
-    features = np.array(model.vision(processor([PICTURE])).last_hidden_state)
+    features = np.array(model.vision(processor([IMAGE])).last_hidden_state)
     counted = sum(array.size for array in read_source(folder).weights.values())
     lines = [
         f'name = "{name}"',
@@ -59,9 +56,9 @@ def row(hub: Hub, name: str, folder: Path, *, shift: float = 0.0, parameters: in
     return "\n".join(["[[checkpoint]]", *lines])
 
 
-def write_list(hub: Hub, file: Path, *rows: str, url: str = "/picture.png") -> Path:
-    hub.pages["/picture.png"] = PICTURE
-    head = f'[picture]\nname = "noise"\nurl = "{hub.address}{url}"\nsize = [84, 70]\n'
+def write_list(hub: Hub, file: Path, *rows: str, url: str = "/image.png") -> Path:
+    hub.pages["/image.png"] = IMAGE
+    head = f'[image]\nname = "noise"\nurl = "{hub.address}{url}"\nsize = [84, 70]\n'
     file.write_text("\n\n".join([head, *rows]))
     return file
 
@@ -101,7 +98,7 @@ def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     assert report.count("torch is not installed") == 2
     assert f"commit {COMMIT[:12]}" in report
     assert "float16: largest activation" in report
-    assert "pictures a second, float32" in report
+    assert "images a second, float32" in report
     assert "### native" not in report
     assert report.count("| words | seen | a photo of a cat: ") == 1
     for fact in ("chip", "memory", "system", "python", "mlx", "mlx-aimv2"):
@@ -129,15 +126,15 @@ def test_wrong_values_a_wrong_count_and_a_missing_checkpoint_fail(tmp_path):
     assert "| download and read | **FAIL** | apple/gone: neither a folder here" in gone
 
 
-def test_without_the_picture_published_values_are_not_compared(tmp_path):
+def test_without_the_image_published_values_are_not_compared(tmp_path):
     with serve() as hub:
         rows = row(hub, "fixed", FIXED)
         code, report = run(hub, tmp_path, "--list", write_list(hub, tmp_path / "l.toml", rows, url="/none.png"))
         assert code == 0, report
-        assert "/none.png could not be fetched (HTTP Error 404: Not Found); give it with --picture |" in report
+        assert "/none.png could not be fetched (HTTP Error 404: Not Found); give it with --image |" in report
         Image.effect_noise((85, 70), 90).convert("RGB").save(tmp_path / "other.png")
         code, report = run(
-            hub, tmp_path, "--list", write_list(hub, tmp_path / "l.toml", rows), "--picture", tmp_path / "other.png"
+            hub, tmp_path, "--list", write_list(hub, tmp_path / "l.toml", rows), "--image", tmp_path / "other.png"
         )
     assert "not done | other.png has 85 x 70 pixels, noise has 84 x 70 |" in report
 
@@ -153,7 +150,7 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(tmp_path):
 
 def test_attention_that_is_not_fused_is_found_out(monkeypatch):
     model, processor = load(FIXED)
-    pixels = processor([PICTURE])
+    pixels = processor([IMAGE])
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
     monkeypatch.setattr(mx, "default_device", lambda: type("Gpu", (), {"type": mx.DeviceType.gpu}))
     original = mx.fast.scaled_dot_product_attention
@@ -178,31 +175,17 @@ def test_attention_that_is_not_fused_is_found_out(monkeypatch):
 
 def test_the_list_has_all_sixteen_at_their_pins_with_their_golden_counts():
     rows, _ = read()
-    assert {row.repo: row.commit for row in rows} == PINNED
+    assert {row.repo: row.commit for row in rows} == {f"apple/{name}": known.commit for name, known in RELEASED.items()}
     assert {row.name: row.parameters for row in rows} == PARAMETERS
 
 
-@pytest.mark.parametrize("row", read()[0], ids=lambda row: row.name)
-def test_the_sizes_in_the_list_make_a_model_of_that_many_parameters(row):
-    vision = Aimv2VisionConfig(
-        row.hidden_size,
-        row.intermediate_size,
-        row.num_hidden_layers,
-        row.num_attention_heads,
-        image_size=row.image_size,
-        is_native=row.image_size is None,
-    )
-    config = Aimv2Config(replace(vision, use_head=True)) if row.name.endswith("lit") else vision
-    assert sum(map(product, parameter_shapes(build(config)).values())) == row.parameters
-
-
 def test_published_values_are_of_the_shape_that_they_claim():
-    rows, picture = read()
+    rows, image = read()
     published = {row.name: row for row in rows if row.expected}
     assert set(published) == {"aimv2-large-patch14-224", "aimv2-large-patch14-native"}
     for found in published.values():
         assert np.shape(found.expected) == (7, 4)
-    width, height = picture.size
+    width, height = image.size
     assert published["aimv2-large-patch14-native"].expected_shape == (1, (width // 14) * (height // 14), 1024)
 
 
@@ -221,7 +204,7 @@ def test_the_run_over_all_converts_skips_what_is_there_and_names_what_failed(tmp
     list_file = tmp_path / "l.toml"
     rows = [f'[[checkpoint]]\nname = "{name}"\nrepo = "{path}"\nparameters = 1' for name, path in
             (("good", FIXED), ("bad", tmp_path / "nothing"))]  # fmt: skip
-    list_file.write_text("\n\n".join(['[picture]\nname = "x"\nurl = "x"\nsize = [1, 1]', *rows]))
+    list_file.write_text("\n\n".join(['[image]\nname = "x"\nurl = "x"\nsize = [1, 1]', *rows]))
     arguments = ["--list", str(list_file), "--out", str(tmp_path / "out"), "--variants", "fp16", "fp32"]
     assert every.main(arguments) == 1
     lines = capsys.readouterr().out.splitlines()

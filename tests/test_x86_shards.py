@@ -33,7 +33,7 @@ def close(found: mx.array, wanted: mx.array) -> bool:
         ((1, 150), False, 2, TOKENS),
         ((1, 127), False, 1, TOKENS),
         ((3, 256), False, 3, IMAGES),
-        ((4, 256), False, 3, TOKENS),  # two pictures for one shard would be half as much again
+        ((4, 256), False, 3, TOKENS),  # two images for one shard would be half as much again
         ((30, 256), False, 3, IMAGES),
         ((31, 256), False, 3, IMAGES),
         ((2, 1024), False, 3, TOKENS),
@@ -115,13 +115,11 @@ def test_gradients_pass_through_shards(three_cores):
 def test_every_thread_has_its_own_shards(three_cores):
     model = Aimv2VisionModel(FIXED)
     mx.eval(model.parameters())
-    pictures = [bench.random_pixels(FIXED, batch=1 + i) for i in range(4)]
-    alone = [np.array(model(pixels).last_hidden_state) for pixels in pictures]
+    images = [bench.random_pixels(FIXED, batch=1 + i) for i in range(4)]
+    alone = [np.array(model(pixels).last_hidden_state) for pixels in images]
     three_cores(blas_threads=1, MIN_SHARD_TOKENS=1)
     with ThreadPoolExecutor(2) as pool:
-        for found, wanted in zip(
-            pool.map(lambda x: np.array(model(x).last_hidden_state), pictures), alone, strict=True
-        ):
+        for found, wanted in zip(pool.map(lambda x: np.array(model(x).last_hidden_state), images), alone, strict=True):
             assert np.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 

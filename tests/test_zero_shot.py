@@ -1,4 +1,4 @@
-"""Do labels, templates and pictures become the right probabilities, once and in batches, in Python and in the shell?"""
+"""Do labels, templates and images become the right probabilities, once and in batches, in Python and in the shell?"""
 
 import importlib
 import json
@@ -35,9 +35,9 @@ def pair(folder):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[str]:
-    """Five small noisy pictures."""
-    place, dice = tmp_path_factory.mktemp("pictures"), np.random.default_rng(11)
+def images(tmp_path_factory) -> list[str]:
+    """Five small noisy images."""
+    place, dice = tmp_path_factory.mktemp("images"), np.random.default_rng(11)
     files = [place / f"{n}.png" for n in range(5)]
     for file in files:
         Image.fromarray(dice.integers(0, 256, (47, 43, 3), np.uint8)).save(file)
@@ -46,10 +46,10 @@ def pictures(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def by_hand(pair, monkeypatch):
-    """The pair with vectors that a test gives: {text: vector} and one vector for every picture."""
+    """The pair with vectors that a test gives: {text: vector} and one vector for every image."""
     model, processor = pair
 
-    def give(texts: dict[str, list[float]], picture: list[float]) -> None:
+    def give(texts: dict[str, list[float]], image: list[float]) -> None:
         def widened(vector: list[float]) -> list[float]:
             return [*vector, *[0.0] * (29 - len(vector))]
 
@@ -59,7 +59,7 @@ def by_hand(pair, monkeypatch):
             return mx.array([table[tuple(row[: row.index(777) + 1])] for row in ids.tolist()])
 
         monkeypatch.setattr(model, "encode_text", encode_text, raising=False)
-        monkeypatch.setattr(model, "encode_image", lambda pixels: mx.array([widened(picture)] * len(pixels)))
+        monkeypatch.setattr(model, "encode_image", lambda pixels: mx.array([widened(image)] * len(pixels)))
 
     return give
 
@@ -74,11 +74,11 @@ def run(capsys, *arguments: object) -> tuple[int, str, list[str]]:
 # --- what comes out
 
 
-def test_logits_are_those_of_the_pair_and_probabilities_their_softmax(pair, pictures):
+def test_logits_are_those_of_the_pair_and_probabilities_their_softmax(pair, images):
     model, processor = pair
     ids = processor.tokenize([f"a photo of a {label}" for label in LABELS])
-    wanted = np.array(model(processor(pictures), ids).logits_per_image)
-    found = zero_shot(model, processor, pictures, LABELS)
+    wanted = np.array(model(processor(images), ids).logits_per_image)
+    found = zero_shot(model, processor, images, LABELS)
     assert len(found) == 5 and found[0].labels == tuple(LABELS)
     assert np.allclose([prediction.logits for prediction in found], wanted, atol=1e-4)
     exact = np.exp(wanted - wanted.max(axis=1, keepdims=True))
@@ -86,20 +86,20 @@ def test_logits_are_those_of_the_pair_and_probabilities_their_softmax(pair, pict
     assert [prediction.label for prediction in found] == [LABELS[i] for i in wanted.argmax(axis=1)]
 
 
-def test_hand_made_cosines_give_hand_made_numbers(pair, by_hand, pictures):
+def test_hand_made_cosines_give_hand_made_numbers(pair, by_hand, images):
     by_hand({"a photo of a cat": [0, 5], "a photo of a dog": [2, 0]}, [0.06, 0.08])
-    (found,) = zero_shot(*pair, pictures[0], ["cat", "dog"])
+    (found,) = zero_shot(*pair, images[0], ["cat", "dog"])
     assert np.allclose(found.logits, [80, 60], atol=1e-3)  # the scale of 115 is held at 100
     assert math.isclose(found.probabilities[1], math.exp(-20) / (1 + math.exp(-20)), rel_tol=1e-4)
     assert (found.label, found.top(1)) == ("cat", [("cat", float(found.probabilities[0]))])
 
 
-def test_templates_are_averaged_as_unit_vectors_and_the_mean_is_made_one(pair, by_hand, pictures):
+def test_templates_are_averaged_as_unit_vectors_and_the_mean_is_made_one(pair, by_hand, images):
     texts = {"a cat": [30, 0], "two cat": [0, 0.1], "a dog": [0, 0, 9], "two dog": [0, 0, 4]}
     by_hand(texts, [1, 0])
     classifier = ZeroShotClassifier(*pair, ["cat", "dog"], templates=["a {}", "two {}"])
     assert np.allclose(np.array(classifier.text_embeds)[:, :3], [[0.5**0.5, 0.5**0.5, 0], [0, 0, 1]])
-    (found,) = classifier(pictures[:1])
+    (found,) = classifier(images[:1])
     assert np.allclose(found.logits, [100 * 0.5**0.5, 0], atol=1e-3)
 
 
@@ -109,30 +109,30 @@ def test_the_label_goes_wherever_the_template_has_its_place_and_may_hold_braces(
     assert np.array(classifier.text_embeds)[:, :2].tolist() == [[1, 0], [0, 1]]
 
 
-def test_top_is_sorted_and_cut(pair, pictures):
-    (found,) = zero_shot(*pair, pictures[:1], LABELS)
+def test_top_is_sorted_and_cut(pair, images):
+    (found,) = zero_shot(*pair, images[:1], LABELS)
     assert found.top(2) == sorted(zip(LABELS, found.probabilities.tolist(), strict=True), key=lambda p: -p[1])[:2]
     assert len(found.top()) == 3
 
 
-def test_half_precision_keeps_unit_vectors_and_logits_in_float32(folder, pictures):
+def test_half_precision_keeps_unit_vectors_and_logits_in_float32(folder, images):
     classifier = ZeroShotClassifier(*load(folder, dtype="float16"), LABELS)
     assert classifier.text_embeds.dtype == mx.float32
     assert np.allclose(np.linalg.norm(np.array(classifier.text_embeds), axis=1), 1, atol=1e-6)
-    assert classifier(pictures)[0].logits.dtype == np.float32
+    assert classifier(images)[0].logits.dtype == np.float32
 
 
 # --- what it knows
 
 
-def test_a_pair_that_knows_three_colours_names_the_colour_of_each_picture(capsys, tmp_path):
+def test_a_pair_that_knows_three_colours_names_the_colour_of_each_image(capsys, tmp_path):
     folder, dice = write(tmp_path / "lit", model=colour_lit()), np.random.default_rng(2)
     files = []
     for axis, colour in enumerate(COLOURS):
-        picture = dice.integers(0, 100, (61, 83, 3), np.uint8)
-        picture[..., axis] += 120
+        image = dice.integers(0, 100, (61, 83, 3), np.uint8)
+        image[..., axis] += 120
         files.append(tmp_path / f"{colour}.png")
-        Image.fromarray(picture).save(files[-1])
+        Image.fromarray(image).save(files[-1])
     labels = ("blue", "red", "green")
     for templates in (["a photo of a {}"], ["a {} cat", "{}!", "the sun, the sea, the moon and one {} bench"]):
         found = zero_shot(*load(folder), files, labels, templates=templates)
@@ -145,17 +145,17 @@ def test_a_pair_that_knows_three_colours_names_the_colour_of_each_picture(capsys
 # --- once, and in batches
 
 
-def test_labels_are_read_once_for_any_number_of_pictures(pair, pictures, monkeypatch):
+def test_labels_are_read_once_for_any_number_of_images(pair, images, monkeypatch):
     classifier = ZeroShotClassifier(*pair, LABELS)
     monkeypatch.setattr(pair[0], "encode_text", None, raising=False)  # a second reading would fail
-    assert [p.label for p in classifier(pictures)] == [classifier(picture)[0].label for picture in pictures]
+    assert [p.label for p in classifier(images)] == [classifier(image)[0].label for image in images]
 
 
-def test_small_batches_give_what_one_batch_gives(pair, pictures, monkeypatch):
+def test_small_batches_give_what_one_batch_gives(pair, images, monkeypatch):
     model, processor = pair
     labels, templates = [*LABELS, "a very old coffee cup", "moon"], ["a photo of the {} in the sun", "{}"]
     whole = ZeroShotClassifier(*pair, labels, templates=templates)
-    wanted = [prediction.logits for prediction in whole(pictures)]
+    wanted = [prediction.logits for prediction in whole(images)]
     tokens, rows = [], []
     encode_text, encode_image = model.encode_text, model.encode_image
     monkeypatch.setattr(model, "encode_text", lambda ids: tokens.append(ids.size) or encode_text(ids), raising=False)
@@ -163,58 +163,58 @@ def test_small_batches_give_what_one_batch_gives(pair, pictures, monkeypatch):
     monkeypatch.setattr("mlx_aimv2.zero_shot_classifier.TOKENS_AT_ONCE", 25)
     parts = ZeroShotClassifier(*pair, labels, templates=templates)
     assert np.allclose(np.array(parts.text_embeds), np.array(whole.text_embeds), atol=1e-6)
-    assert np.allclose([prediction.logits for prediction in parts(pictures)], wanted, atol=1e-3)
+    assert np.allclose([prediction.logits for prediction in parts(images)], wanted, atol=1e-3)
     lengths = [processor.tokenize(t.replace("{}", label)).size for label in labels for t in templates]
     assert len(tokens) > 3 and max(tokens) <= 25  # several calls, none too large,
     assert sum(tokens) <= 1.2 * sum(lengths)  # and texts of like length together
-    assert rows == [2, 2, 1]  # pictures of 9 tokens
+    assert rows == [2, 2, 1]  # images of 9 tokens
 
 
-def test_one_picture_an_array_of_pictures_and_no_picture(pair, pictures):
+def test_one_image_an_array_of_images_and_no_image(pair, images):
     classifier = ZeroShotClassifier(*pair, LABELS)
-    arrays = np.stack([np.asarray(Image.open(picture)) for picture in pictures])
-    wanted = [prediction.logits for prediction in classifier(pictures)]
+    arrays = np.stack([np.asarray(Image.open(image)) for image in images])
+    wanted = [prediction.logits for prediction in classifier(images)]
     assert np.allclose([prediction.logits for prediction in classifier(arrays)], wanted, atol=1e-4)
-    image = Image.open(pictures[1])
+    image = Image.open(images[1])
     assert np.allclose([prediction.logits for prediction in classifier([image, image])], wanted[1], atol=1e-4)
     assert np.allclose(classifier(arrays[2])[0].logits, wanted[2], atol=1e-4)
     assert classifier([]) == []
 
 
-def test_open_images_are_decoded_by_one_thread_and_files_by_several(pair, pictures, monkeypatch):
+def test_open_images_are_decoded_by_one_thread_and_files_by_several(pair, images, monkeypatch):
     model, processor = pair
     threads, pixels = set(), processor.pixels
 
-    def slowly(picture: object) -> np.ndarray:
+    def slowly(image: object) -> np.ndarray:
         threads.add(threading.get_ident())
         time.sleep(0.01)
-        return pixels(picture)
+        return pixels(image)
 
     monkeypatch.setattr(processor, "pixels", slowly)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     classifier = ZeroShotClassifier(model, processor, LABELS)
-    image = Image.open(pictures[0])
+    image = Image.open(images[0])
     assert len(classifier([image, image, image])) == 3 and len(threads) == 1
     threads.clear()  # the system gives an ended thread's number to a new one
-    assert len(classifier(pictures)) == 5 and len(threads) == 3
+    assert len(classifier(images)) == 5 and len(threads) == 3
 
 
-def test_pixels_from_the_processor_serve_too(pair, pictures):
+def test_pixels_from_the_processor_serve_too(pair, images):
     classifier = ZeroShotClassifier(*pair, LABELS)
-    for ready, read in zip(classifier.predict(pair[1](pictures)), classifier(pictures), strict=True):
+    for ready, read in zip(classifier.predict(pair[1](images)), classifier(images), strict=True):
         assert np.allclose(ready.logits, read.logits, atol=1e-4)
 
 
-def test_a_picture_that_cannot_be_read_gives_its_error_in_its_place(pair, pictures, monkeypatch):
+def test_an_image_that_cannot_be_read_gives_its_error_in_its_place(pair, images, monkeypatch):
     monkeypatch.setattr("mlx_aimv2.zero_shot_classifier.TOKENS_AT_ONCE", 18)
     classifier = ZeroShotClassifier(*pair, LABELS)
-    results = list(classifier.each([pictures[0], "nowhere.png", "gone.png", *pictures[1:]]))
+    results = list(classifier.each([images[0], "nowhere.png", "gone.png", *images[1:]]))
     assert [isinstance(result, FileNotFoundError) for result in results] == [False, True, True, *[False] * 4]
     assert "nowhere.png" in str(results[1])
-    wanted = [prediction.logits for prediction in classifier(pictures)]
+    wanted = [prediction.logits for prediction in classifier(images)]
     assert np.allclose([results[i].logits for i in (0, 3, 4, 5, 6)], wanted, atol=1e-3)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
-        classifier([pictures[0], "nowhere.png"])
+        classifier([images[0], "nowhere.png"])
 
 
 # --- what cannot be
@@ -224,7 +224,7 @@ def test_a_picture_that_cannot_be_read_gives_its_error_in_its_place(pair, pictur
     ("labels", "message"),
     [
         ([], "no labels: give at least two"),
-        (["cat"], r"one label alone \(cat\) fits every picture with probability 1: give at least two"),
+        (["cat"], r"one label alone \(cat\) fits every image with probability 1: give at least two"),
         (["cat", "dog", "cat"], "labels given more than once: cat"),
         (["cat", 3], "label 1 is not a string but int: 3"),
         (["cat", None], "label 1 is not a string but NoneType: None"),
@@ -254,25 +254,25 @@ def test_templates_that_hold_no_label_are_refused(pair, templates, message):
         ZeroShotClassifier(*pair, LABELS, templates=templates)
 
 
-def test_numbers_beyond_half_precision_are_told_and_not_ranked(folder, pictures):
+def test_numbers_beyond_half_precision_are_told_and_not_ranked(folder, images):
     model, processor = load(folder, dtype="float16")
     classifier = ZeroShotClassifier(model, processor, LABELS)
-    for tower in (model.vision_model, model.text_model):
-        tower.norm.weight = tower.norm.weight * 60000
+    for encoder in (model.vision_model, model.text_model):
+        encoder.norm.weight = encoder.norm.weight * 60000
     with pytest.raises(ValueError, match=r"not finite in float16: load it with dtype float32"):
-        classifier(pictures)
+        classifier(images)
     with pytest.raises(ValueError, match=r"not finite in float16: load it with dtype float32"):
         ZeroShotClassifier(model, processor, LABELS)
 
 
-def test_a_vision_only_checkpoint_names_the_one_that_reads_words_before_any_picture():
+def test_a_vision_only_checkpoint_names_the_one_that_reads_words_before_any_image():
     model, processor = load(VISION_ONLY)
     for ask in (
         lambda: zero_shot(model, processor, "nowhere.png", LABELS),
         lambda: processor.tokenize(LABELS),
         lambda: model.encode_text(mx.array([[1]])),
     ):
-        with pytest.raises(ValueError, match=r"no text tower.*apple/aimv2-large-patch14-224-lit"):
+        with pytest.raises(ValueError, match=r"no text encoder.*apple/aimv2-large-patch14-224-lit"):
             ask()
 
 
@@ -308,43 +308,43 @@ def test_text_that_is_not_a_string_is_refused(pair, text):
 # --- the command line
 
 
-def test_the_command_prints_the_best_labels_of_each_picture(capsys, folder, pictures):
-    code, out, err = run(capsys, *pictures, "-m", folder, "--labels", "cat, dog,red fox,", "-k", 2)
-    found = zero_shot(*load(folder), pictures, LABELS)
+def test_the_command_prints_the_best_labels_of_each_image(capsys, folder, images):
+    code, out, err = run(capsys, *images, "-m", folder, "--labels", "cat, dog,red fox,", "-k", 2)
+    found = zero_shot(*load(folder), images, LABELS)
     lines = [
         line
-        for picture, prediction in zip(pictures, found, strict=True)
-        for line in [picture, *(f"{100 * p:7.2f} %  {label}" for label, p in prediction.top(2))]
+        for image, prediction in zip(images, found, strict=True)
+        for line in [image, *(f"{100 * p:7.2f} %  {label}" for label, p in prediction.top(2))]
     ]
     assert (code, out.splitlines(), err) == (0, lines, [])
 
 
-def test_json_is_one_object_a_line_with_every_label(capsys, folder, pictures):
+def test_json_is_one_object_a_line_with_every_label(capsys, folder, images):
     templates = ("--template", "a drawing of a {}", "--template", "a {} at the sea")
-    code, out, _ = run(capsys, *pictures, "-m", folder, "--labels", "cat,dog,red fox", *templates, "--json")
+    code, out, _ = run(capsys, *images, "-m", folder, "--labels", "cat,dog,red fox", *templates, "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    found = zero_shot(*load(folder), pictures, LABELS, templates=templates[1::2])
-    assert code == 0 and [row["path"] for row in rows] == pictures
+    found = zero_shot(*load(folder), images, LABELS, templates=templates[1::2])
+    assert code == 0 and [row["path"] for row in rows] == images
     for row, prediction in zip(rows, found, strict=True):
         assert [(entry["label"], entry["probability"]) for entry in row["labels"]] == prediction.top()
         logits = {entry["label"]: entry["logit"] for entry in row["labels"]}
         assert [logits[label] for label in LABELS] == prediction.logits.tolist()
 
 
-def test_a_file_of_labels_may_hold_commas_any_script_blank_lines_and_spaces(capsys, folder, pictures, tmp_path):
+def test_a_file_of_labels_may_hold_commas_any_script_blank_lines_and_spaces(capsys, folder, images, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_bytes("\ufefffox, red\r\n\r\n  猫  \n\nнаш пёс 🐶\u2028x\n\n".encode())
-    code, out, _ = run(capsys, pictures[0], "-m", folder, "--labels-file", file, "--labels", "cat", "--json")
+    code, out, _ = run(capsys, images[0], "-m", folder, "--labels-file", file, "--labels", "cat", "--json")
     found = {entry["label"] for entry in json.loads(out)["labels"]}
     assert code == 0 and found == {"cat", "fox, red", "猫", "наш пёс 🐶\u2028x"}
 
 
-def test_pictures_that_cannot_be_read_are_named_and_the_rest_is_done(capsys, folder, pictures, tmp_path):
-    (tmp_path / "text.jpg").write_text("no picture")
+def test_images_that_cannot_be_read_are_named_and_the_rest_is_done(capsys, folder, images, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
     bad = [tmp_path / "text.jpg", tmp_path / "nowhere.png", tmp_path]
-    code, out, err = run(capsys, pictures[0], *bad, pictures[1], "-m", folder, "--labels", "cat,dog", "--json")
+    code, out, err = run(capsys, images[0], *bad, images[1], "-m", folder, "--labels", "cat,dog", "--json")
     assert code == 1
-    assert [json.loads(line)["path"] for line in out.splitlines()] == pictures[:2]
+    assert [json.loads(line)["path"] for line in out.splitlines()] == images[:2]
     assert len(err) == 3
     for line, name in zip(err, bad, strict=True):
         assert line.startswith("mlx-aimv2: ") and str(name) in line
@@ -386,12 +386,12 @@ def test_a_folder_without_tokenizer_on_the_command_line(capsys, tmp_path):
     assert (code, len(err)) == (2, 1) and "tokenizer.json" in err[0]
 
 
-def test_vocab_and_merges_serve_as_well_as_tokenizer_json(folder, pictures, tmp_path):
+def test_vocab_and_merges_serve_as_well_as_tokenizer_json(folder, images, tmp_path):
     shutil.copytree(folder, tmp_path / "split", ignore=shutil.ignore_patterns(*TOKENIZER_FILES))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(GOLDEN / "tokenizer" / name, tmp_path / "split" / name)
-    wanted = zero_shot(*load(folder), pictures[0], LABELS)[0].logits
-    assert np.array_equal(zero_shot(*load(tmp_path / "split"), pictures[0], LABELS)[0].logits, wanted)
+    wanted = zero_shot(*load(folder), images[0], LABELS)[0].logits
+    assert np.array_equal(zero_shot(*load(tmp_path / "split"), images[0], LABELS)[0].logits, wanted)
 
 
 # --- after conversion
@@ -415,11 +415,11 @@ EIGHT_BITS = {"quantize": True, "q_bits": 8, "q_group_size": 32}
     ],
     ids=["float16", "8 bits", "8 bits kept", "to Apple's layout", "to transformers' layout"],
 )
-def test_a_converted_pair_classifies_as_its_source_does(pictures, tmp_path, how, loading, allowed):
+def test_a_converted_pair_classifies_as_its_source_does(images, tmp_path, how, loading, allowed):
     source = write(tmp_path / "source", model=small_lit(WIDE))
     converted = convert(source, tmp_path / "converted", verify=False, **how)
-    wanted = [prediction.logits for prediction in zero_shot(*load(source), pictures, LABELS)]
-    found = [prediction.logits for prediction in zero_shot(*load(converted, **loading), pictures, LABELS)]
+    wanted = [prediction.logits for prediction in zero_shot(*load(source), images, LABELS)]
+    found = [prediction.logits for prediction in zero_shot(*load(converted, **loading), images, LABELS)]
     assert np.ptp(wanted) > 5 and np.abs(np.subtract(found, wanted)).max() <= allowed
 
 

@@ -1,4 +1,4 @@
-"""Which layout is a checkpoint in, where in it does the tower lie, and what is wrong with its tensors?
+"""Which layout is a checkpoint in, where in it does the encoder lie, and what is wrong with its tensors?
 
 A layout is recognised by its tensor names, never by the name of a repository: the same repository has held two layouts
 at different revisions.
@@ -27,8 +27,8 @@ _NOT_AIMV2 = {
 def recognise(shapes: Shapes) -> Match:
     """Finds the layout that explains most of the tensors: `{their name: shape} -> Match`.
 
-    Raises ValueError with the known layouts and the first foreign names when none explains half of a tower, and with
-    the reason when the tower has parts that AIMv2 has not.
+    Raises ValueError with the known layouts and the first foreign names when none explains half of an encoder, and with
+    the reason when the encoder has parts that AIMv2 has not.
     """
     patterns = {split_number(name)[0] for name in shapes}
     candidates = [
@@ -112,7 +112,7 @@ def _because(parts: dict[str, str]) -> str:
 
 
 def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
-    """Where the tower may lie: what stands before the patch convolution's name, or before the first block's."""
+    """Where the encoder may lie: what stands before the patch convolution's name, or before the first block's."""
     anchors = [row.theirs[0] for row in rows if row.ours.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
     ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
     return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))

@@ -22,10 +22,10 @@ OURS = "mlx-aimv2"
 class Turn:
     """How the axes of one tensor differ between a layout and ours; the same four functions serve arrays and shapes."""
 
-    array_to_ours: Callable[[mx.array], mx.array] = lambda x: x
-    array_to_theirs: Callable[[mx.array], mx.array] = lambda x: x
-    shape_to_ours: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
-    shape_to_theirs: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
+    array_to_target: Callable[[mx.array], mx.array] = lambda x: x
+    array_to_source: Callable[[mx.array], mx.array] = lambda x: x
+    shape_to_target: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
+    shape_to_source: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
 
 
 AS_IS = Turn()
@@ -46,7 +46,7 @@ PATCH_CONV = "patch_embed.proj.weight"
 
 # fmt: off
 # ours                       Apple                                 transformers                           timm
-_PICTURES = (
+_IMAGES = (
     (PATCH_CONV,                "preprocessor.patchifier.proj.weight", "embeddings.patch_embed.weight",        PATCH_CONV),
     ("patch_embed.proj.bias",   "preprocessor.patchifier.proj.bias",   "embeddings.patch_embed.bias",          "patch_embed.proj.bias"),
     ("patch_embed.norm.weight", "preprocessor.patchifier.norm.weight", "embeddings.rms_norm.weight",           "patch_embed.norm.weight"),
@@ -103,7 +103,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """One public form of AIMv2: the rows of a vision tower and, where it has been released so, of the pair (LiT)."""
+    """One public form of AIMv2: the rows of a vision encoder and, where it has been released so, of the pair (LiT)."""
 
     name: str
     vision: tuple[Row, ...]
@@ -129,7 +129,7 @@ def _trunk(column: int) -> tuple[Row, ...]:
 
 def _vision(column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
     head = () if column == _TIMM else _rows(_HEAD, column, {})
-    return (*_rows(_PICTURES, column, turns), *_trunk(column), *head)
+    return (*_rows(_IMAGES, column, turns), *_trunk(column), *head)
 
 
 def _lit(column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
@@ -170,7 +170,7 @@ LAYOUTS = {layout.name: layout for layout in _ALL}
 
 @dataclass(frozen=True)
 class Match:
-    """A recognised checkpoint: its layout, which part of it, and the prefix under which the tower lies.
+    """A recognised checkpoint: its layout, which part of it, and the prefix under which the encoder lies.
 
     `left` are tensors outside the prefix: the rest of a vision-language model, which is none of our business.
     """
@@ -190,7 +190,7 @@ class Match:
         row = self._by_name[pattern]
         return Row(ours, tuple(self.prefix + name.replace("{i}", number) for name in row.theirs), row.turn)
 
-    def our_shapes(self, found: Shapes) -> dict[str, tuple[int, ...]]:
+    def target_shapes(self, found: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes under our names, where every part of the tensor is there: `{their name: shape} -> {our name: shape}`."""
         ours_of = {self.prefix + name: row.ours for row in self.rows for name in row.theirs}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -202,22 +202,22 @@ class Match:
             parts = [found[name] for name in row.theirs if name in found]
             if len(parts) == len(row.theirs) and all(len(part) == len(parts[0]) for part in parts):
                 joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 and parts[0] else parts[0]
-                shapes[row.ours] = row.turn.shape_to_ours(joined)
+                shapes[row.ours] = row.turn.shape_to_target(joined)
         return shapes
 
-    def their_shapes(self, ours: Shapes) -> dict[str, tuple[int, ...]]:
+    def source_shapes(self, ours: Shapes) -> dict[str, tuple[int, ...]]:
         """What this layout must hold for a model of ours: `{our name: shape} -> {their name: shape}`, exactly."""
         if self.layout.name == OURS:  # also for the scales and biases of quantized layers, which no row lists
             return {self.prefix + name: shape for name, shape in ours.items()}
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in ours.items():
             row = self.row(name)
-            theirs = row.turn.shape_to_theirs(shape)
+            theirs = row.turn.shape_to_source(shape)
             parts = len(row.theirs)
             shapes |= dict.fromkeys(row.theirs, (theirs[0] // parts, *theirs[1:]) if parts > 1 else theirs)
         return shapes
 
-    def to_ours(self, tensors: dict[str, mx.array], wanted: Iterable[str]) -> dict[str, mx.array]:
+    def to_target(self, tensors: dict[str, mx.array], wanted: Iterable[str]) -> dict[str, mx.array]:
         """Translates lazily: `{their name: array} -> {our name: array}` for the names wanted.
 
         Takes the tensors out of `tensors` as it goes, so that each can be freed once it is used.
@@ -228,14 +228,14 @@ class Match:
         for name in wanted:
             row = self.row(name)
             parts = [tensors.pop(part) for part in row.theirs]
-            arrays[name] = row.turn.array_to_ours(mx.concatenate(parts) if len(parts) > 1 else parts[0])
+            arrays[name] = row.turn.array_to_target(mx.concatenate(parts) if len(parts) > 1 else parts[0])
         return arrays
 
-    def to_theirs(self, arrays: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
+    def to_source(self, arrays: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
         """Translates back, one tensor at a time: `(our name, array), … -> (their name, array), …`."""
         for name, array in arrays:
             row = self.row(name)
-            turned = row.turn.array_to_theirs(array)
+            turned = row.turn.array_to_source(array)
             parts = mx.split(turned, len(row.theirs)) if len(row.theirs) > 1 else [turned]
             yield from zip(row.theirs, parts, strict=True)
 
@@ -245,7 +245,7 @@ def layout_for(name: str, *, pair: bool) -> Match:
     layout = LAYOUTS[name]
     rows = layout.pair if pair else layout.vision
     if not rows:
-        raise ValueError(f"the {name} layout has no text tower; choose another")
+        raise ValueError(f"the {name} layout has no text encoder; choose another")
     return Match(layout, rows, "", ())
 
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
 from mlx_aimv2.checkpoint.json_file import read as read_json
+from mlx_aimv2.config import RELEASED
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,7 +27,7 @@ WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """How a file of weights ends; all but the first are PyTorch's pickles."""
 
-COMPANIONS = (
+AUXILIARY_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
@@ -42,28 +43,8 @@ COMPANIONS = (
 )
 """Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
 
-HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *COMPANIONS)
+HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
 """What is fetched from the Hub before the weights, whose files it names."""
-
-PINNED = {
-    "apple/aimv2-large-patch14-224": "ac764a25c832c7dc5e11871daa588e98e3cdbfb7",
-    "apple/aimv2-huge-patch14-224": "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1",
-    "apple/aimv2-1B-patch14-224": "4d24a422f71e87d327d476bc405030fe6593d8b1",
-    "apple/aimv2-3B-patch14-224": "df1cbc288096c9742ec8bd6709ff82757972338c",
-    "apple/aimv2-large-patch14-336": "639423ae9f07319d24a7fc431b61908110d08d3a",
-    "apple/aimv2-huge-patch14-336": "21528bd53a2438a84162e79f1f9a46453b88004c",
-    "apple/aimv2-1B-patch14-336": "5a15f23f6757776fdd487283353a018677621939",
-    "apple/aimv2-3B-patch14-336": "d1adb39ee92dfd7ecf3114b1ee3aa7e9027ce98f",
-    "apple/aimv2-large-patch14-448": "cefb13f21003bdadba65bfbee956c82b976cd23d",
-    "apple/aimv2-huge-patch14-448": "44e6440a24a8ea966ad0deadf5399a22d852bcc0",
-    "apple/aimv2-1B-patch14-448": "7f292735d3a07a911559c0fabb3ad3e9d141713f",
-    "apple/aimv2-3B-patch14-448": "70810b618e4456b724bacc8ef4d2d038060ceda6",
-    "apple/aimv2-large-patch14-224-distilled": "d6d09b071e8ba31735c5e05ccd4b2a393020ce90",
-    "apple/aimv2-large-patch14-336-distilled": "8fe1704e5cc1c80cefc99c194afcefe21dff1faa",
-    "apple/aimv2-large-patch14-native": "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629",
-    "apple/aimv2-large-patch14-224-lit": "c2cd59a786c4c06f39d199c50d08cc2eab9f8605",
-}
-"""The commit that a released checkpoint is read at unless a revision is given: Apple's own release."""
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 """dtypes of dense weights."""
@@ -147,21 +128,22 @@ def find(
         return path, None, None
     name = str(path_or_hf_repo)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        near = difflib.get_close_matches(f"apple/{name}", PINNED, n=1)
+        near = difflib.get_close_matches(f"apple/{name}", [f"apple/{known}" for known in RELEASED], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name{hint}")
-    folder = _download(name, revision or PINNED.get(name))
+    pinned = RELEASED.get(name.removeprefix("apple/")) if name.startswith("apple/") else None
+    folder = _download(name, revision or (pinned.commit if pinned else None))
     return folder, name, folder.name
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    """Fetches a checkpoint and only what of it is needed: never the same weights twice, of a larger model the tower."""
+    """Fetches a checkpoint, never the same weights twice, and of a larger model only the encoder."""
     from mlx_aimv2.checkpoint import hub
 
     folder = hub.download(repo, revision=revision, patterns=HUB_FILES)
     commit = folder.name  # from here on, so that a branch that moves meanwhile is not taken half
     if (index := _index(folder)) is not None:
-        return hub.download(repo, revision=commit, patterns=(CONFIG_FILE, *_shards_of_tower(index)))
+        return hub.download(repo, revision=commit, patterns=(CONFIG_FILE, *_shards_of_encoder(index)))
     for name in WEIGHT_FILES:
         hub.download(repo, revision=commit, patterns=(CONFIG_FILE, name))
         if (folder / name).is_file():
@@ -174,7 +156,7 @@ def _weight_files(path: Path) -> tuple[Path, list[Path]]:
     if path.is_file():
         return path.parent, [path]
     if (index := _index(path)) is not None:
-        needed = _shards_of_tower(index)
+        needed = _shards_of_encoder(index)
         if missing := [name for name in needed if not (path / name).is_file()]:
             raise FileNotFoundError(f"{path}: {index.name} names shards that are not there: {', '.join(missing)}")
         return path, [path / name for name in needed]
@@ -190,8 +172,8 @@ def _index(folder: Path) -> Path | None:
     return next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
 
 
-def _shards_of_tower(index: Path) -> list[str]:
-    """The shards that hold the tower, for it may be a small part of a large model; all where no tower is recognised."""
+def _shards_of_encoder(index: Path) -> list[str]:
+    """The shards that hold the encoder, which may be a small part of a large model; all if no encoder is recognised."""
     weight_map = _weight_map(index)
     try:
         prefix = recognise(dict.fromkeys(weight_map, ())).prefix

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import device
+from mlx_aimv2.config import released
 
 if TYPE_CHECKING:
     from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)"
     )
-    parser.add_argument("--batch", nargs="+", type=_count, default=[1, 4], metavar="B", help="pictures at once (1 4)")
-    parser.add_argument("--side", type=_count, metavar="PIXELS", help="side of the pictures of a native model (224)")
+    parser.add_argument("--batch", nargs="+", type=_count, default=[1, 4], metavar="B", help="images at once (1 4)")
+    parser.add_argument("--side", type=_count, metavar="PIXELS", help="side of the images of a native model (224)")
     parser.add_argument("--runs", type=_count, default=7, metavar="N", help="runs of each measurement (%(default)s)")
     parser.add_argument(
         "--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense"
@@ -62,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as one dictionary for JSON."""
-    from mlx_aimv2 import __version__, bench
+    from mlx_aimv2 import __version__
 
     if arguments.random:
-        bench.released_config(arguments.random)
+        released(arguments.random)
         if arguments.keep_quantized:
             raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
     on = device.machine()
@@ -140,7 +141,7 @@ def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[
         for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
             model = _model(arguments, dtype, keep_quantized=weights == "packed")
             for batch in arguments.batch:
-                _tell(f"{dtype} {weights}, {batch} pictures")
+                _tell(f"{dtype} {weights}, {batch} images")
                 pixels = bench.random_pixels(model.vision.config, batch=batch, side=arguments.side)
                 yield bench.measure_speed(model, pixels, runs=arguments.runs, weights=weights)
 
@@ -150,7 +151,7 @@ def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -
     from mlx_aimv2.loading import DTYPES as KNOWN
 
     if arguments.random:
-        return bench.random_model(bench.released_config(arguments.random), KNOWN[dtype])
+        return bench.random_model(released(arguments.random).vision, KNOWN[dtype])
     model, _, config = load(
         arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
     )

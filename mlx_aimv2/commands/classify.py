@@ -1,4 +1,4 @@
-"""What does `mlx-aimv2 classify` do: which of the given words fit each picture?"""
+"""What does `mlx-aimv2 classify` do: which of the given words fit each image?"""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import json
 import sys
 from pathlib import Path
 
+from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.device import AUTO
 from mlx_aimv2.find_images import shown
 from mlx_aimv2.loading import DTYPES, load
-from mlx_aimv2.model import LIT_CHECKPOINT
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 
-HELP = "say which of your words fit each picture"
+HELP = "say which of your words fit each image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument(
         "-m",
         "--model",
         default=LIT_CHECKPOINT,
         metavar="X",
-        help="checkpoint with a text tower: Hub name, folder or weight file (default: %(default)s)",
+        help="checkpoint with a text encoder: Hub name, folder or weight file (default: %(default)s)",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     parser.add_argument("--labels", metavar="A,B,…", help="the words, separated by commas")
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
     parser.add_argument("--dtype", choices=[*DTYPES, AUTO], help="dtype to compute in (default: the checkpoint's)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line for each picture")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the best labels of each picture; returns 1 when some could not be read."""
+    """Prints the best labels of each image; returns 1 when some could not be read."""
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     labels = check_labels(_labels(arguments.labels, arguments.labels_file))  # before the model, which takes longer
@@ -49,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     failures = 0
-    for picture, result in zip(arguments.pictures, classifier.each(arguments.pictures), strict=True):
+    for image, result in zip(arguments.images, classifier.each(arguments.images), strict=True):
         if isinstance(result, Prediction):
             spell = _as_json if arguments.json else _as_text
-            print(spell(picture, result, arguments.top), flush=True)
+            print(spell(image, result, arguments.top), flush=True)
         else:
             failures += 1
             print(f"mlx-aimv2: {' '.join(str(result).split())}", file=sys.stderr)
@@ -75,13 +75,13 @@ def _labels(listed: str | None, file: str | None) -> list[str]:
     return [label.strip() for label in labels if label.strip()]
 
 
-def _as_text(picture: str, prediction: Prediction, count: int | None) -> str:
+def _as_text(image: str, prediction: Prediction, count: int | None) -> str:
     best = prediction.top(count or 5)
-    return "\n".join([shown(picture), *(f"{100 * probability:7.2f} %  {label}" for label, probability in best)])
+    return "\n".join([shown(image), *(f"{100 * probability:7.2f} %  {label}" for label, probability in best)])
 
 
-def _as_json(picture: str, prediction: Prediction, count: int | None) -> str:
+def _as_json(image: str, prediction: Prediction, count: int | None) -> str:
     logits = dict(zip(prediction.labels, prediction.logits.tolist(), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
-    return json.dumps({"path": shown(picture), "labels": labels}, ensure_ascii=False)
+    return json.dumps({"path": shown(image), "labels": labels}, ensure_ascii=False)

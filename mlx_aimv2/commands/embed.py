@@ -1,4 +1,4 @@
-"""What does `mlx-aimv2 embed` do: bring an index up to date with the pictures that are there now?"""
+"""What does `mlx-aimv2 embed` do: bring an index up to date with the images that are there now?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2.find_images import SUFFIXES, Listing, list_pictures, read_list, shown
+from mlx_aimv2.find_images import SUFFIXES, Listing, list_images, read_list, shown
 from mlx_aimv2.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_aimv2.embed.update import Update
     from mlx_aimv2.index.writer import IndexWriter
 
-HELP = "embed folders of pictures into an index, for search"
+HELP = "embed folders of images into an index, for search"
 
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 POOLS = ("mean", "head", "tokens", "map")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="folder, picture or pattern; - reads names from stdin, one a line or separated by NUL",
+        help="folder, image or pattern; - reads names from stdin, one a line or separated by NUL",
     )
     parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pool",
         choices=POOLS,
-        help="what is stored of a picture: mean or head one vector, tokens or map all of them "
+        help="what is stored of an image: mean or head one vector, tokens or map all of them "
         "(default: head where the checkpoint has one, else mean)",
     )
     parser.add_argument(
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--norm", action="store_true", help="with --layer: apply the final norm to it")
     parser.add_argument(
-        "--max-patches", type=int, metavar="N", help="native checkpoints: scale larger pictures down (default: 4096)"
+        "--max-patches", type=int, metavar="N", help="native checkpoints: scale larger images down (default: 4096)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
     parser.add_argument(
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Embeds what is new or changed and forgets what is gone; returns 1 when some pictures failed."""
+    """Embeds what is new or changed and forgets what is gone; returns 1 when some images failed."""
     from mlx_aimv2.embed.distributed import RankLostError, Ranks
 
     for flag in ("threads", "max_patches"):
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments, ranks, chief)
     except RankLostError as error:
         count = len(chief.index) if chief.index is not None else 0
-        kept = f"; {shown(arguments.output)} keeps {count:,} pictures" if count else "; nothing is stored yet"
+        kept = f"; {shown(arguments.output)} keeps {count:,} images" if count else "; nothing is stored yet"
         say(f"mlx-aimv2: rank {ranks.rank}: {error}{kept if ranks.rank == 0 else ''}; run it again to go on")
         return 1
     finally:
@@ -104,8 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
-    from mlx_aimv2.embed.distributed import RankLostError, Result, my_sheets
-    from mlx_aimv2.embed.pipeline import embed_sheets
+    from mlx_aimv2.embed.distributed import RankLostError, Result, my_chunks
+    from mlx_aimv2.embed.pipeline import embed_chunks
     from mlx_aimv2.embed.pooling import Pooling
     from mlx_aimv2.embed.prefetch import MAX_PATCHES
     from mlx_aimv2.embed.provenance import describe, load_with_origin
@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
     started = time.monotonic()
     job = ranks.first(chief.prepare)
     settings, plan = Settings(**job["settings"]), Plan(**job["plan"])
-    with Progress(plan.pictures if ranks.rank == 0 else 0, "pictures") as progress, progress.warnings_as_lines():
+    with Progress(plan.images if ranks.rank == 0 else 0, "images") as progress, progress.warnings_as_lines():
         loaded = load_with_origin(settings.model, revision=settings.revision, dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
@@ -124,15 +124,15 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
             raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
         update = Update(plan, chief.index, lambda: chief.create(description, pooling.axes))
         mine = Result()
-        results = embed_sheets(
-            my_sheets(plan.sheets, ranks),
+        results = embed_chunks(
+            my_chunks(plan.chunks, ranks),
             loaded.model,
             loaded.processor,
             pooling=pooling,
             max_patches=max_patches,
             threads=arguments.threads,
             on_failure=lambda path, reason: mine.failures.append((path, reason)),
-            on_remark=lambda path, remark: mine.remarks.append((path, remark)),
+            on_note=lambda path, note: mine.notes.append((path, note)),
             known=plan.known,
         )
         try:
@@ -142,7 +142,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
                     if ranks.rank == 0:
                         chief.take(result, update, progress)
                 mine.failures.clear()
-                mine.remarks.clear()
+                mine.notes.clear()
             ranks.first(lambda: chief.finish(update, mine, progress))
         except RankLostError:
             update.commit()
@@ -230,30 +230,30 @@ class _Chief:
                 raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
             else:
                 paths += read_list(sys.stdin.buffer.read())
-        listing = list_pictures(paths)
+        listing = list_images(paths)
         for path in listing.empty:
             kept = f"; what {shown(self.output)} holds of it stays" if self.index is not None else ""
-            say(f"mlx-aimv2: no pictures in {shown(path)}{kept}")
+            say(f"mlx-aimv2: no images in {shown(path)}{kept}")
         self.report([(path, "does not exist") for path in listing.missing], say)
         self.report(listing.problems, say)
         if not listing.files and not listing.problems:
-            raise FileNotFoundError(f"no pictures found: looked for names that end in {' '.join(SUFFIXES)}")
+            raise FileNotFoundError(f"no images found: looked for names that end in {' '.join(SUFFIXES)}")
         return listing
 
     def agree(self, description: dict[str, Any]) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
         from mlx_aimv2.embed.provenance import differences
 
-        refused, remarks = differences(self.index.provenance, description) if self.index is not None else ([], [])
+        refused, notes = differences(self.index.provenance, description) if self.index is not None else ([], [])
         if refused:
             raise ValueError(
                 f"{self.output} was made otherwise, so new embeddings could not be compared with it: "
                 f"{'; '.join(refused)}. Use the same settings or another -o"
             )
-        if remarks:
+        if notes:
             say(
-                f"mlx-aimv2: note: the new pictures are made a little otherwise than those in {shown(self.output)} "
-                f"({'; '.join(remarks)}): leave -m and --dtype out to keep to one"
+                f"mlx-aimv2: note: the new images are made a little otherwise than those in {shown(self.output)} "
+                f"({'; '.join(notes)}): leave -m and --dtype out to keep to one"
             )
         return str(description["weights"]["digest"])
 
@@ -279,8 +279,8 @@ class _Chief:
         self.report(result.failures, progress.say)
         for path, _ in result.failures:
             update.fail(path)
-        for path, remark in result.remarks:
-            warnings.warn(f"{shown(path)} {remark}", stacklevel=1)
+        for path, note in result.notes:
+            warnings.warn(f"{shown(path)} {note}", stacklevel=1)
         update.take(result.embeddings)
         progress.advance(len(result.embeddings) + len(result.failures))
 
@@ -299,7 +299,7 @@ class _Chief:
         """Prints the result; returns the exit code."""
         total = len(self.index) if self.index is not None else 0
         counts = {
-            "pictures": total,
+            "images": total,
             "embedded": update.embedded,
             "recognised": update.copied,
             "unchanged": update.plan.unchanged,
@@ -309,8 +309,8 @@ class _Chief:
         if self.arguments.json:
             print(json.dumps({"index": str(self.output), **counts, "seconds": round(seconds, 3)}))
         elif self.index is not None:
-            parts = [f"{count:,} {name}" for name, count in counts.items() if name != "pictures" and count]
-            print(f"{shown(self.output)}: {total:,} pictures ({', '.join(parts) or 'nothing to do'})")
+            parts = [f"{count:,} {name}" for name, count in counts.items() if name != "images" and count]
+            print(f"{shown(self.output)}: {total:,} images ({', '.join(parts) or 'nothing to do'})")
         if self.index is None:
-            say(f"mlx-aimv2: no picture could be embedded; {shown(self.output)} was not made")
+            say(f"mlx-aimv2: no image could be embedded; {shown(self.output)} was not made")
         return 1 if self.failures else 0

@@ -52,9 +52,9 @@ def about_index(path: Path) -> Facts:
         folders = {os.path.dirname(name) for name in index.paths()}  # noqa: PTH120 - a Path each would take longer
         return {
             "index": str(path),
-            "pictures": len(index),
+            "images": len(index),
             "folders": len(folders),
-            "holds": f"{AXES[index.axes]} for each picture, width {index.width}, {index.dtype}",
+            "holds": f"{AXES[index.axes]} for each image, width {index.width}, {index.dtype}",
             "bytes": path.stat().st_size,
             **made,
             "weights": weights.get("digest") if isinstance(weights := made.get("weights"), dict) else None,
@@ -79,8 +79,8 @@ def about_checkpoint(name: str, revision: str | None) -> Facts:
         "checkpoint": origin.repo or str(origin.folder),
         "commit": origin.commit,
         "layout": source.match.layout.name,
-        "towers": "vision and text" if text is not None else "vision",
-        "pictures": f"{size}x{size} pixels, {vision.num_patches} tokens" if size else "any size (native)",
+        "encoders": "vision and text" if text is not None else "vision",
+        "images": f"{size}x{size} pixels, {vision.num_patches} tokens" if size else "any size (native)",
         "width": vision.hidden_size,
         "blocks": vision.num_hidden_layers,
         "heads": vision.num_attention_heads,

@@ -1,4 +1,4 @@
-"""`mlx-aimv2 map`: what does the model see in each part of a picture, drawn beside the picture?"""
+"""`mlx-aimv2 map`: what does the model see in each part of an image, drawn beside the image?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_aimv2 import plot
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
-from mlx_aimv2.find_images import list_pictures, shown
+from mlx_aimv2.find_images import list_images, shown
 from mlx_aimv2.loading import load
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
 
-HELP = "draw the dense features of pictures: one colour per patch, or how alike every patch is to one of them"
+HELP = "draw the dense features of images: one colour per patch, or how alike every patch is to one of them"
 
 ENDING = ".png"
 
@@ -34,18 +34,18 @@ SOFTWARE = "mlx-aimv2 map"
 """Stands in every map, so that a map may replace an earlier one and nothing else."""
 
 HEIGHT = 672
-"""Of the picture that is written, in pixels, or a little less: a patch is a whole number of pixels."""
+"""Of the image that is written, in pixels, or a little less: a patch is a whole number of pixels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders or patterns")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, folders or patterns")
     parser.add_argument("-m", "--model", required=True, metavar="X", help="Hub name, folder or weight file")
     parser.add_argument(
         "-o",
         "--output",
         metavar="OUT",
-        help=f"where to write: a file ending in {ENDING} for one picture, else a folder (default: this folder)",
+        help=f"where to write: a file ending in {ENDING} for one image, else a folder (default: this folder)",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -62,16 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=MAX_PATCHES,
         metavar="N",
-        help="native checkpoints: scale larger pictures down (default: %(default)s)",
+        help="native checkpoints: scale larger images down (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="one line of JSON per picture instead of the path")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per image instead of the path")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draws every picture's map; 1 where some could not be drawn, each named on stderr."""
-    found = list_pictures(arguments.pictures)
+    """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
+    found = list_images(arguments.images)
     failed = [f"{shown(name)} does not exist" for name in found.missing]
-    failed += [f"{shown(name)} holds no picture" for name in found.empty]
+    failed += [f"{shown(name)} holds no image" for name in found.empty]
     failed += [f"{shown(name)} {reason}" for name, reason in found.problems]
     if found.files:
         targets = list(_targets(found.files, arguments.output, "pca" if arguments.patch is None else "patch"))
@@ -85,10 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
                 failed.append(str(error))
                 continue
             finally:
-                mx.clear_cache()  # each size of a native picture would keep buffers of its own
+                mx.clear_cache()  # each size of a native image would keep buffers of its own
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target, pnginfo=_mark())
-            record = {"picture": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
+            record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
             print(json.dumps(record) if arguments.json else shown(str(target)), flush=True)
     for line in failed:
         print(f"mlx-aimv2: {' '.join(line.split())}", file=sys.stderr)
@@ -98,29 +98,29 @@ def run(arguments: argparse.Namespace) -> int:
 def draw(
     model: Aimv2VisionModel,
     processor: Aimv2Processor,
-    picture: str,
+    image: str,
     *,
     patch: tuple[int, int] | None,
     max_patches: int | None = None,
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture as the model saw it beside its map, and the grid: `picture -> (image, (rows, columns))`."""
-    pixels = processor(picture, max_patches=max_patches)
+    """The image as the model saw it beside its map, and the grid: `image -> (image, (rows, columns))`."""
+    pixels = processor(image, max_patches=max_patches)
     rows, columns = grid = model.grid(pixels)
     if patch is not None and (patch[0] >= rows or patch[1] >= columns):
         raise ValueError(
-            f"{shown(picture)} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
+            f"{shown(image)} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
             f"is {rows - 1},{columns - 1}"
         )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
     if not np.isfinite(tokens).all():
-        raise ValueError(f"{shown(picture)} gets features that are not finite; is the checkpoint damaged?")
+        raise ValueError(f"{shown(image)} gets features that are not finite; is the checkpoint damaged?")
     side, cell = model.config.patch_size, max(1, HEIGHT // rows)
-    image = _seen(pixels, processor).crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
-    image = plot.to_height(image, rows * cell)
+    seen = _seen(pixels, processor).crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
+    seen = plot.to_height(seen, rows * cell)
     if patch is None:
-        both = [image, plot.pca_map(tokens, grid, cell=cell)]
+        both = [seen, plot.pca_map(tokens, grid, cell=cell)]
     else:
-        both = [plot.framed(image, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
+        both = [plot.framed(seen, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
     return plot.side_by_side(both, height=rows * cell), grid
 
 
@@ -131,11 +131,11 @@ def _seen(pixels: mx.array, processor: Aimv2Processor) -> Image.Image:
 
 
 def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
-    """Where each picture's map goes; two pictures of one name in different folders get numbers."""
+    """Where each image's map goes; two images of one name in different folders get numbers."""
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
-            raise ValueError(f"--output {output} is one file for {len(files)} pictures: give a folder")
-        yield _not_the_picture(Path(os.path.expanduser(output)), files)  # noqa: PTH111
+            raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
+        yield _not_the_image(Path(os.path.expanduser(output)), files)  # noqa: PTH111
         return
     folder = Path(os.path.expanduser(output or "."))  # noqa: PTH111
     if folder.exists() and not folder.is_dir():
@@ -148,12 +148,12 @@ def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
             number += 1
             name = f"{stem}-{number}"
         taken.add(name)
-        yield _not_the_picture(folder / f"{name}-{kind}{ENDING}", files)
+        yield _not_the_image(folder / f"{name}-{kind}{ENDING}", files)
 
 
-def _not_the_picture(target: Path, files: list[str]) -> Path:
+def _not_the_image(target: Path, files: list[str]) -> Path:
     if str(target.absolute()) in files:
-        raise ValueError(f"{target} is one of the pictures themselves: give another --output")
+        raise ValueError(f"{target} is one of the images themselves: give another --output")
     if target.exists() and not _is_ours(target):
         raise FileExistsError(f"{target} is there already and no earlier map: give another --output")
     return target

@@ -1,4 +1,4 @@
-"""What does `mlx-aimv2 search` do: which pictures of an index are most like a picture, or fit words best?"""
+"""What does `mlx-aimv2 search` do: which images of an index are most like an image, or fit words best?"""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 
 PAGES = (".html", ".htm")
 
-HELP = "find the pictures of an index that are most like a picture, or fit words best"
+HELP = "find the images of an index that are most like an image, or fit words best"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     parser.add_argument("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
-    parser.add_argument("query", metavar="QUERY", help="a picture or, where the index was made with LiT, words")
-    parser.add_argument(
-        "-k", "--top", type=int, default=12, metavar="N", help="pictures to find (default: %(default)s)"
-    )
+    parser.add_argument("query", metavar="QUERY", help="an image or, where the index was made with LiT, words")
+    parser.add_argument("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
     parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -39,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the nearest pictures, best first."""
+    """Prints the nearest images, best first."""
     from mlx_aimv2.index.reader import Index
 
     if arguments.top < 1:
@@ -47,39 +45,39 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None:
         arguments.html = Path(os.path.expanduser(arguments.html))  # noqa: PTH111 - ~nobody stays as it is
     with Index.open(arguments.index) as index:
-        picture = _as_picture(arguments.query)
+        image = _as_image(arguments.query)
         if arguments.html is not None:
-            _check_page(arguments.html, index, picture)
-        query = _query(index, arguments, picture)
+            _check_page(arguments.html, index, image)
+        query = _query(index, arguments, image)
         started = time.perf_counter()
         matches = index.search(query, arguments.top, once=True)
         seconds = time.perf_counter() - started
         if arguments.html is not None or arguments.open:
-            _show(index, matches, arguments, picture)
+            _show(index, matches, arguments, image)
         if arguments.json:
             found = [{"path": match.path, "score": match.score} for match in matches]
-            print(json.dumps({"query": arguments.query, "pictures": len(index), "seconds": seconds, "matches": found}))
+            print(json.dumps({"query": arguments.query, "images": len(index), "seconds": seconds, "matches": found}))
         else:
             for match in matches:
                 print(f"{match.score:7.4f}  {shown(match.path)}")
     return 0
 
 
-def _as_picture(query: str) -> str | None:
+def _as_image(query: str) -> str | None:
     """The query as an absolute path, None if it is words."""
     path = Path(os.path.expanduser(query))  # noqa: PTH111
     if path.is_file():
         return os.path.normpath(path.absolute())
     if path.is_dir():
-        raise IsADirectoryError(f"{query} is a folder: give one picture or words")
+        raise IsADirectoryError(f"{query} is a folder: give one image or words")
     if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
-        raise FileNotFoundError(f"{query} does not exist: give a picture or words")
+        raise FileNotFoundError(f"{query} does not exist: give an image or words")
     if not query.strip():
-        raise ValueError("the query is empty: give a picture or words")
+        raise ValueError("the query is empty: give an image or words")
     return None
 
 
-def _check_page(page: Path, index: Index, picture: str | None) -> None:
+def _check_page(page: Path, index: Index, image: str | None) -> None:
     """Refuses to write the page where that would do harm or fail."""
     folder = page.absolute().parent
     if page.suffix.lower() not in PAGES:
@@ -88,36 +86,36 @@ def _check_page(page: Path, index: Index, picture: str | None) -> None:
         raise FileNotFoundError(f"{page.parent} does not exist: make that folder first")
     if page.is_dir():
         raise IsADirectoryError(f"--html {page} is a folder: name a file")
-    if page.exists() and any(page.samefile(file) for file in (index.path, picture) if file is not None):
-        raise ValueError(f"--html {page} would replace the index or the picture that it shows: choose another name")
+    if page.exists() and any(page.samefile(file) for file in (index.path, image) if file is not None):
+        raise ValueError(f"--html {page} would replace the index or the image that it shows: choose another name")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to: choose another --html")
 
 
-def _query(index: Index, arguments: argparse.Namespace, picture: str | None) -> np.ndarray[Any, Any]:
-    """The query's vector: from the index where the picture is in it as it is now, else from the model."""
-    stamp = index.stamp(picture) if picture is not None else None
-    if picture is not None and stamp is not None and arguments.model is None and index.axes == 1:
-        about = Path(picture).stat()
+def _query(index: Index, arguments: argparse.Namespace, image: str | None) -> np.ndarray[Any, Any]:
+    """The query's vector: from the index where the image is in it as it is now, else from the model."""
+    stamp = index.stamp(image) if image is not None else None
+    if image is not None and stamp is not None and arguments.model is None and index.axes == 1:
+        about = Path(image).stat()
         if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
-            return index.vector(picture)
-    return _from_model(index, arguments, picture)
+            return index.vector(image)
+    return _from_model(index, arguments, image)
 
 
-def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None) -> np.ndarray[Any, Any]:
+def _from_model(index: Index, arguments: argparse.Namespace, image: str | None) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    from mlx_aimv2.embed.pipeline import embed_sheets
+    from mlx_aimv2.embed.pipeline import embed_chunks
     from mlx_aimv2.embed.pooling import Pooling
     from mlx_aimv2.embed.prefetch import MAX_PATCHES
     from mlx_aimv2.embed.provenance import describe, differences, load_with_origin, made_by
 
     index.check_search()
     made = made_by(index)
-    if picture is None and made["pool"] != "head":
+    if image is None and made["pool"] != "head":
         raise ValueError(
-            f"{arguments.query} is no picture, and {index.path} holds {made['pool']} embeddings of pictures, which "
-            "words cannot be compared with: give a picture, or embed with apple/aimv2-large-patch14-224-lit"
+            f"{arguments.query} is no image, and {index.path} holds {made['pool']} embeddings of images, which "
+            "words cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"
         )
     own = arguments.model is None
     name = made["checkpoint"] if own else arguments.model
@@ -128,28 +126,28 @@ def _from_model(index: Index, arguments: argparse.Namespace, picture: str | None
         raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
     pooling = Pooling.of(loaded.model, made["pool"], layer=made["layer"], norm=made["norm"])
     max_patches = made["max_patches"] or MAX_PATCHES
-    refused, remarks = differences(made, describe(loaded, pooling, max_patches=max_patches))
+    refused, notes = differences(made, describe(loaded, pooling, max_patches=max_patches))
     if refused:
         raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
-    for remark in remarks:
-        print(f"mlx-aimv2: note: the same weights a little otherwise: {remark}", file=sys.stderr)
-    if picture is None:
+    for note in notes:
+        print(f"mlx-aimv2: note: the same weights a little otherwise: {note}", file=sys.stderr)
+    if image is None:
         ids = loaded.processor.tokenize([arguments.query])
         return np.array(loaded.model.encode_text(ids)[0].tolist())
-    (sheet,) = embed_sheets([[picture]], loaded.model, loaded.processor, pooling=pooling, max_patches=max_patches)
-    return sheet[0].vector
+    (chunk,) = embed_chunks([[image]], loaded.model, loaded.processor, pooling=pooling, max_patches=max_patches)
+    return chunk[0].vector
 
 
-def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, picture: str | None) -> None:
+def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, image: str | None) -> None:
     from mlx_aimv2.index.export import appearing
     from mlx_aimv2.index.html import result_page
 
     made = index.provenance
     name = str(made.get("checkpoint") or "")
     name = name if made.get("commit") else Path(name).name
-    about = " · ".join(filter(None, (f"{len(matches)} nearest of {len(index):,} pictures", name, str(index.path))))
-    words = None if picture is not None else arguments.query
-    text = result_page(matches, words=words, picture=picture, about=about)
+    about = " · ".join(filter(None, (f"{len(matches)} nearest of {len(index):,} images", name, str(index.path))))
+    words = None if image is not None else arguments.query
+    text = result_page(matches, words=words, image=image, about=about)
     target: Path | None = arguments.html
     if target is None:
         handle, name = tempfile.mkstemp(prefix="mlx-aimv2-", suffix=".html")

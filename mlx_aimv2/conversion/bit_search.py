@@ -1,6 +1,6 @@
 """How few bits can each layer have so that the features stay within a target?
 
-The target is the mean cosine of the tokens with those of the float32 source, on calibration pictures. The method:
+The target is the mean cosine of the tokens with those of the float32 source, on calibration images. The method:
 
 1. What one layer at so many bits costs is measured where it counts, at the output: only this layer is quantized, the
    rest runs in float32, and the loss is 1 - mean token cosine. Bits from 8 downwards, until the layer alone would use
@@ -17,9 +17,9 @@ widths, to reach a size; here all of MLX's widths are used, the output's error i
 quality is what is asked for.
 
 Cost: the source is held in float32. A layer of block i is measured through the blocks from i on, so `depth` blocks of
-five layers cost about `5 * widths * depth / 2` runs of the whole model over the pictures: 240 at 24 blocks, 4 widths,
+five layers cost about `5 * widths * depth / 2` runs of the whole model over the images: 240 at 24 blocks, 4 widths,
 and some forty for the choices as a whole.
-The same source, pictures and device give the same bits.
+The same source, images and device give the same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.conversion.blockwise import embed_text, observe, text_ids, token_cosines
+from mlx_aimv2.conversion.blockwise import embed_text, run_blockwise, text_ids, token_cosines
 from mlx_aimv2.layers import Block
 from mlx_aimv2.loading import AnyModel, load
 from mlx_aimv2.model import Aimv2Model, run_blocks
@@ -63,7 +63,7 @@ Stored = Callable[[mx.array, int], mx.array]
 
 def choose_bits(
     path_or_hf_repo: str | os.PathLike[str],
-    pictures: Sequence[str | os.PathLike[str]],
+    images: Sequence[str | os.PathLike[str]],
     *,
     target: float,
     settings: Mapping[str, Any],
@@ -71,13 +71,13 @@ def choose_bits(
     revision: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Bits:
-    """The bits of each layer for a mean token cosine of at least `target`: `checkpoint, pictures -> Bits`.
+    """The bits of each layer for a mean token cosine of at least `target`: `checkpoint, images -> Bits`.
 
-    `settings` are group size and mode of all layers, `dtype` that of the scales and of what stays dense. LiT's towers
-    are searched one after the other, the text tower on `observing.TEXTS`. Raises ValueError if `dtype` alone misses the
-    target.
+    `settings` are group size and mode of all layers, `dtype` that of the scales and of what stays dense. LiT's encoders
+    are searched one after the other, the text encoder on `blockwise.TEXTS`. Raises ValueError if `dtype` alone misses
+    the target.
     """
-    rounding = _loss_of_dtype(path_or_hf_repo, pictures, dtype=dtype, revision=revision)
+    rounding = _loss_of_dtype(path_or_hf_repo, images, dtype=dtype, revision=revision)
     model, processor = load(path_or_hf_repo, revision=revision, dtype=mx.float32)
 
     def stored(weight: mx.array, width: int) -> mx.array:
@@ -85,14 +85,14 @@ def choose_bits(
         return unpack(pack(weight, own, dtype), own)
 
     chosen: Bits = {}
-    for tower in _towers(model, [processor(os.fspath(picture)) for picture in pictures], processor):
-        lost = rounding.get(tower.prefix, 0.0)
+    for encoder in _encoders(model, [processor(os.fspath(image)) for image in images], processor):
+        lost = rounding.get(encoder.prefix, 0.0)
         if 1 - target <= lost:
             raise ValueError(
                 f"the target {target} cannot be reached: {_spelled(dtype)} alone, without fewer bits, gives a mean "
                 f"token cosine of {1 - lost:.7f}; ask for less or for --dtype float32"
             )
-        chosen |= _search(tower, (1 - target - lost) * SAFETY, stored, 8 * dtype.size, log)
+        chosen |= _search(encoder, (1 - target - lost) * SAFETY, stored, 8 * dtype.size, log)
     return chosen
 
 
@@ -112,15 +112,15 @@ def as_predicate(bits: Bits) -> Predicate:
     return settings
 
 
-class _Tower:
-    """A tower as steps, the embedding and the blocks, each of which may hold layers to quantize."""
+class _Encoder:
+    """An encoder as steps, the embedding and the blocks, each of which may hold layers to quantize."""
 
     def __init__(
-        self, prefix: str, tower: nn.Module, inputs: list[mx.array], steps: Sequence[Callable[[mx.array], mx.array]]
+        self, prefix: str, encoder: nn.Module, inputs: list[mx.array], steps: Sequence[Callable[[mx.array], mx.array]]
     ) -> None:
-        self.prefix, self.norm, self.inputs, self.steps = prefix, tower.norm, inputs, steps
+        self.prefix, self.norm, self.inputs, self.steps = prefix, encoder.norm, inputs, steps
         self.layers: list[dict[str, nn.Module]] = [{} for _ in steps]
-        for path, layer in layers(tower).items():
+        for path, layer in layers(encoder).items():
             if not set(path.split(".")) & set(STAY_DENSE):
                 step = int(path.split(".")[1]) + 1 if path.startswith("blocks.") else 0
                 self.layers[step][prefix + path] = layer
@@ -161,44 +161,44 @@ class _Tower:
         return units
 
 
-def _towers(model: AnyModel, pixels: list[mx.array], processor: Aimv2Processor) -> Iterator[_Tower]:
+def _encoders(model: AnyModel, pixels: list[mx.array], processor: Aimv2Processor) -> Iterator[_Encoder]:
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
-    yield _Tower(prefix, vision, pixels, [vision.embed, *(partial(_run, block) for block in vision.blocks)])
+    yield _Encoder(prefix, vision, pixels, [vision.embed, *(partial(_run, block) for block in vision.blocks)])
     if isinstance(model, Aimv2Model):
         text, ids = model.text_model, text_ids(model, processor)
         blocks = [partial(_run, block, causal=True) for block in text.blocks]
-        yield _Tower("text_model.", text, ids, [partial(embed_text, model), *blocks])
+        yield _Encoder("text_model.", text, ids, [partial(embed_text, model), *blocks])
 
 
 def _run(block: Block, x: mx.array, *, causal: bool = False) -> mx.array:
     return next(run_blocks([block], x, causal=causal))
 
 
-def _search(tower: _Tower, allowed: float, stored: Stored, dense_bits: int, log: Callable[[str], None]) -> Bits:
+def _search(encoder: _Encoder, allowed: float, stored: Stored, dense_bits: int, log: Callable[[str], None]) -> Bits:
     losses: Losses = {}
-    states = tower.inputs
-    for number, found in enumerate(tower.layers):
+    states = encoder.inputs
+    for number, found in enumerate(encoder.layers):
         for path in found:
             losses[path] = {None: 0.0}
             for width in WIDTHS:
-                losses[path][width] = tower.loss(states, number, {path: width}, stored)
+                losses[path][width] = encoder.loss(states, number, {path: width}, stored)
                 if losses[path][width] > allowed:
                     break
-        states = tower.advance(states, number, {}, stored)
-        log(f"[INFO] Measured {tower.prefix}{'embedding' if number == 0 else f'blocks.{number - 1}'} at the output")
+        states = encoder.advance(states, number, {}, stored)
+        log(f"[INFO] Measured {encoder.prefix}{'embedding' if number == 0 else f'blocks.{number - 1}'} at the output")
 
     def size(bits: Bits) -> int:
-        return sum((width or dense_bits) * tower.sizes[path] for path, width in bits.items())
+        return sum((width or dense_bits) * encoder.sizes[path] for path, width in bits.items())
 
     def whole(bits: Bits) -> float:
-        return tower.loss(tower.inputs, 0, bits, stored)
+        return encoder.loss(encoder.inputs, 0, bits, stored)
 
     # Losses do not quite add up: the first runs find the ratio, the others look around it.
     tried: list[Bits] = []
     fitting: list[tuple[int, float, Bits]] = [(size(dict.fromkeys(losses)), 0.0, dict.fromkeys(losses))]
     ratio = 1.0
     for spread in (*[1.0] * CORRECTIONS, *np.geomspace(0.8, 1.25, LOOKS)):
-        bits = knapsack(losses, tower.sizes, allowed * ratio * spread, dense_bits=dense_bits)
+        bits = knapsack(losses, encoder.sizes, allowed * ratio * spread, dense_bits=dense_bits)
         if bits in tried:
             continue
         tried.append(bits)
@@ -208,7 +208,7 @@ def _search(tower: _Tower, allowed: float, stored: Stored, dense_bits: int, log:
         if spread == 1.0 and loss > 0:
             ratio *= min(4.0, max(0.25, allowed / loss))
     fitting.sort(key=lambda found: found[:2])
-    lowered = [_lowered(bits, loss, allowed, losses, tower.sizes, whole) for _, loss, bits in fitting[:FINALISTS]]
+    lowered = [_lowered(bits, loss, allowed, losses, encoder.sizes, whole) for _, loss, bits in fitting[:FINALISTS]]
     best, best_loss = min(lowered, key=lambda found: (size(found[0]), found[1]))
     log(f"[INFO] Chose {_histogram(best)}: mean token cosine {1 - best_loss:.6f}")
     return best
@@ -267,12 +267,12 @@ def knapsack(losses: Losses, sizes: Mapping[str, int], allowance: float, *, dens
 
 
 def _loss_of_dtype(
-    path: str | os.PathLike[str], pictures: Sequence[str | os.PathLike[str]], *, dtype: mx.Dtype, revision: str | None
+    path: str | os.PathLike[str], images: Sequence[str | os.PathLike[str]], *, dtype: mx.Dtype, revision: str | None
 ) -> dict[str, float]:
-    """What computing in `dtype` costs with all weights dense: tower's prefix -> 1 - mean token cosine."""
+    """What computing in `dtype` costs with all weights dense: encoder's prefix -> 1 - mean token cosine."""
     if dtype == mx.float32:
         return {}
-    exact, rounded = (observe(path, pictures, revision=revision, dtype=kind) for kind in (mx.float32, dtype))
+    exact, rounded = (run_blockwise(path, images, revision=revision, dtype=kind) for kind in (mx.float32, dtype))
     vision = 1 - float(token_cosines(exact.tokens, rounded.tokens).mean())
     text = 1 - float(token_cosines(exact.text_tokens, rounded.text_tokens).mean()) if exact.text_tokens else 0.0
     return {"": vision, "vision_model.": vision, "text_model.": text}

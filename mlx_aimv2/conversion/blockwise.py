@@ -1,6 +1,6 @@
-"""What does a model make of a few pictures, without ever being in memory as a whole?
+"""What does a model make of a few images, without ever being in memory as a whole?
 
-A checkpoint is loaded lazily and walked through block by block: all pictures pass a block, then its weights are freed.
+A checkpoint is loaded lazily and walked through block by block: all images pass a block, then its weights are freed.
 So a 3B model in float32 is observed in the memory of one block, and two models never meet.
 """
 
@@ -17,13 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.find_images import list_pictures
+from mlx_aimv2.find_images import list_images
 from mlx_aimv2.loading import AnyModel, build, load, parameter_shapes, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, run_blocks, unit_length
 from mlx_aimv2.processor import Aimv2Processor
 
-MOST_PICTURES = 32
-"""Of a folder with more pictures this many are taken, evenly spread over their sorted names."""
+MOST_IMAGES = 32
+"""Of a folder with more images this many are taken, evenly spread over their sorted names."""
 
 TEXTS = (
     "a photo of a cat",
@@ -32,16 +32,16 @@ TEXTS = (
     "a rocket on its launch pad at night",
     "an empty street",
 )
-"""What the text tower reads where there is one."""
+"""What the text encoder reads where there is one."""
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
-class Observation:
+class BlockwiseRun:
     """What one model gave.
 
-    `tokens` one (N, D) for each picture, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
+    `tokens` one (N, D) for each image, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
     gives them; `text_vectors` (T, E), `text_tokens` T arrays (L, D) and `logits` (B, T) for LiT alone. `peaks` the
     largest absolute value that occurred in each block, on its way from layer to layer and at its end. `stored_bytes` of
     all tensors on disk.
@@ -64,16 +64,16 @@ class Observation:
         return 8 * self.stored_bytes / self.parameters
 
 
-def observe(
+def run_blockwise(
     path_or_hf_repo: str | os.PathLike[str],
-    pictures: Sequence[str | os.PathLike[str]],
+    images: Sequence[str | os.PathLike[str]],
     *,
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
     inside: bool = False,
     name: str | None = None,
-) -> Observation:
-    """Shows a checkpoint some pictures: `path or Hub name, B pictures -> Observation`.
+) -> BlockwiseRun:
+    """Shows a checkpoint some images: `path or Hub name, B images -> BlockwiseRun`.
 
     With `inside` the peaks count what passes between the layers of a block as well as what leaves it. `name` is what
     the model is called in reports, else the repository's or the folder's name.
@@ -86,7 +86,7 @@ def observe(
     model, processor = load(path_or_hf_repo, revision=revision, dtype=dtype, lazy=True)
     peaks: dict[str, float] = {}
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
-    states = [vision.embed(processor(os.fspath(picture))) for picture in pictures]
+    states = [vision.embed(processor(os.fspath(image))) for image in images]
     states = walk(vision, states, peaks, inside=inside, prefix=prefix)
     vectors = mx.concatenate([_image_vector(model, state) for state in states])
     tokens = [_numbers(state[0]) for state in states]
@@ -101,7 +101,7 @@ def observe(
         words = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
         logits = _numbers(model.logits(unit_length(vectors), unit_length(words)))
         text_vectors, text_tokens = _numbers(words), [_numbers(state[0]) for state in texts]
-    return Observation(
+    return BlockwiseRun(
         name,
         str(model.dtype).rpartition(".")[2],
         parameters,
@@ -116,20 +116,20 @@ def observe(
 
 
 def walk(
-    tower: Aimv2VisionModel | Aimv2TextModel,
+    encoder: Aimv2VisionModel | Aimv2TextModel,
     states: list[mx.array],
     peaks: dict[str, float],
     *,
     inside: bool = False,
     prefix: str = "",
 ) -> list[mx.array]:
-    """Takes embedded inputs through a tower and its final norm, freeing each block: `[(1, N, D), …] -> [(1, N, D), …]`.
+    """Runs embedded inputs through an encoder and its final norm, freeing each block: `[(1, N, D), …] -> the same`.
 
-    The tower is used up. `peaks` gets the largest absolute value of each block.
+    The encoder is used up. `peaks` gets the largest absolute value of each block.
     """
-    causal = isinstance(tower, Aimv2TextModel)
+    causal = isinstance(encoder, Aimv2TextModel)
     mx.eval(states)
-    for i, block in enumerate(tower.blocks):
+    for i, block in enumerate(encoder.blocks):
         seen: list[mx.array] = []
         if inside:
             _watch(block, seen)
@@ -139,25 +139,25 @@ def walk(
             highest = max(highest, _largest([*seen, mx.abs(states[k]).max()]))
             seen.clear()
         peaks[f"{prefix}blocks.{i}"] = highest
-        tower.blocks[i] = nn.Identity()
+        encoder.blocks[i] = nn.Identity()
         del block
         mx.clear_cache()
-    return [tower.norm(state) for state in states]
+    return [encoder.norm(state) for state in states]
 
 
-def choose_pictures(folder: str | os.PathLike[str] | None) -> list[Path]:
-    """The pictures to look at: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
+def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
+    """The images to look at: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
     if folder is None:
         from mlx_aimv2 import bundled
 
         return bundled.photographs()
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: wanted a folder of pictures, there is none")
-    files = [Path(file) for file in list_pictures([folder]).files]
+        raise FileNotFoundError(f"{folder}: wanted a folder of images, there is none")
+    files = [Path(file) for file in list_images([folder]).files]
     if not files:
-        raise FileNotFoundError(f"{folder}: no pictures in this folder")
-    if len(files) > MOST_PICTURES:
-        files = [files[i * len(files) // MOST_PICTURES] for i in range(MOST_PICTURES)]
+        raise FileNotFoundError(f"{folder}: no images in this folder")
+    if len(files) > MOST_IMAGES:
+        files = [files[i * len(files) // MOST_IMAGES] for i in range(MOST_IMAGES)]
     return files
 
 
@@ -176,9 +176,9 @@ def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
 
 
 def embed_text(model: Aimv2Model, ids: mx.array) -> mx.array:
-    """The input of the text tower's first block: `(1, L) -> (1, L, D)`."""
-    tower = model.text_model
-    embedded: mx.array = tower.token_embed(ids) + tower.pos_embed[: ids.shape[1]]
+    """The input of the text encoder's first block: `(1, L) -> (1, L, D)`."""
+    encoder = model.text_model
+    embedded: mx.array = encoder.token_embed(ids) + encoder.pos_embed[: ids.shape[1]]
     return embedded
 
 
@@ -192,7 +192,7 @@ def cosines(a: Floats, b: Floats) -> Floats:
 
 
 def token_cosines(a: Sequence[Floats], b: Sequence[Floats]) -> Floats:
-    """Cosines of all tokens of several pictures or texts, one after another."""
+    """Cosines of all tokens of several images or texts, one after another."""
     return np.concatenate([cosines(ours, theirs) for ours, theirs in zip(a, b, strict=True)])
 
 

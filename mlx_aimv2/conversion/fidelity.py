@@ -1,6 +1,6 @@
 """How far apart are two models, in numbers: tokens, pooled vectors, range of activations, size?
 
-The reference runs in float32, the other model in its own dtype, on the same pictures.
+The reference runs in float32, the other model in its own dtype, on the same images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.conversion.blockwise import Floats, Observation, choose_pictures, cosines, observe, token_cosines
+from mlx_aimv2.conversion.blockwise import BlockwiseRun, Floats, choose_images, cosines, run_blockwise, token_cosines
 from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
 
 FILE = REPORT
@@ -27,29 +27,29 @@ def compare(
     reference: str | os.PathLike[str],
     other: str | os.PathLike[str],
     *,
-    pictures: Sequence[str | os.PathLike[str]] | None = None,
+    images: Sequence[str | os.PathLike[str]] | None = None,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Compares a model with its reference on pictures: `two paths or Hub names -> the content of fidelity.json`.
+    """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
-    `pictures` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
+    `images` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
     whole. Raises ValueError where the two give features of different shapes.
     """
-    pictures = list(pictures) if pictures is not None else list(choose_pictures(None))
-    ours = observe(reference, pictures, revision=revision, dtype="float32", inside=True)
-    theirs = observe(other, pictures)
-    return report(ours, theirs, pictures)
+    images = list(images) if images is not None else list(choose_images(None))
+    ours = run_blockwise(reference, images, revision=revision, dtype="float32", inside=True)
+    theirs = run_blockwise(other, images)
+    return report(ours, theirs, images)
 
 
-def report(reference: Observation, other: Observation, pictures: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """Two observations of the same pictures as the content of fidelity.json."""
+def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Two observations of the same images as the content of fidelity.json."""
     check_finite(reference)
     _check_comparable(reference, other)
     tokens = token_cosines(reference.tokens, other.tokens)
     found: dict[str, Any] = {
         "reference": _about(reference),
         "model": _about(other),
-        "pictures": [_text(Path(picture).name) for picture in pictures],
+        "images": [_text(Path(image).name) for image in images],
         "tokens": len(tokens),
         "token_cosine": _spread(tokens),
         "image_cosine": _spread(cosines(reference.vectors, other.vectors)),
@@ -66,7 +66,7 @@ def report(reference: Observation, other: Observation, pictures: Sequence[str | 
     return found
 
 
-def check_finite(seen: Observation) -> None:
+def check_finite(seen: BlockwiseRun) -> None:
     """Raises ValueError, with the first block where it happens, if a model gives NaN or infinity in float32."""
     for block, peak in seen.peaks.items():
         if not np.isfinite(peak):
@@ -97,7 +97,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("size", f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight"),
         ("size of the reference", f"{_megabytes(found['reference']['bytes'])}"),
-        ("measured on", f"{_counted(len(found['pictures']), 'picture')}, {found['tokens']} tokens, against float32"),
+        ("measured on", f"{_counted(len(found['images']), 'image')}, {found['tokens']} tokens, against float32"),
     ]
     return table
 
@@ -110,20 +110,20 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join([*(f"{what:<{width}}  {value}" for what, value in lines), *found["warnings"]])
 
 
-def _check_comparable(reference: Observation, other: Observation) -> None:
+def _check_comparable(reference: BlockwiseRun, other: BlockwiseRun) -> None:
     for a, b in zip(reference.tokens, other.tokens, strict=True):
         if a.shape != b.shape:
             raise ValueError(
-                f"{reference.name} makes {a.shape[0]} tokens of width {a.shape[1]} of a picture, {other.name} makes "
+                f"{reference.name} makes {a.shape[0]} tokens of width {a.shape[1]} of an image, {other.name} makes "
                 f"{b.shape[0]} of width {b.shape[1]}; models are compared token by token, so both must be equal"
             )
     if reference.vectors.shape != other.vectors.shape or (reference.text_vectors is None) != (
         other.text_vectors is None
     ):
-        raise ValueError(f"one of {reference.name} and {other.name} has a text tower; compare the like with the like")
+        raise ValueError(f"one of {reference.name} and {other.name} has a text encoder; compare the like with the like")
 
 
-def _warnings(reference: Observation, other: Observation) -> list[str]:
+def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
     warnings = []
     if not all(np.isfinite(array).all() for array in (*other.tokens, other.vectors)):
         remedy = "its weights are damaged" if other.dtype == "float32" else "use bfloat16 or float32"
@@ -138,7 +138,7 @@ def _warnings(reference: Observation, other: Observation) -> list[str]:
     return warnings
 
 
-def _about(seen: Observation) -> dict[str, Any]:
+def _about(seen: BlockwiseRun) -> dict[str, Any]:
     return {
         "name": seen.name,
         "dtype": seen.dtype,

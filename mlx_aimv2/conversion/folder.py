@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.checkpoint.read import COMPANIONS, CONFIG_FILE, INDEX_FILE
+from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.conversion import safetensors_file
 
 SHARD_BYTES = 5 << 30
@@ -114,10 +114,10 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, folder: Path) -> list[str]:
+def copy_auxiliary_files(source: Path, folder: Path) -> list[str]:
     """Copies what belongs to a checkpoint beside its weights (preprocessing, tokenizer, licence); returns the names."""
     copied = []
-    for pattern in COMPANIONS:
+    for pattern in AUXILIARY_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)

@@ -20,7 +20,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 """What a card says of the terms; carried from the source's card as they stand."""
 
 TASKS = {False: "image-feature-extraction", True: "zero-shot-image-classification"}
-"""The Hub's name for what a model does, by whether it has a text tower."""
+"""The Hub's name for what a model does, by whether it has a text encoder."""
 
 _HERE = "path/to/this/folder"
 

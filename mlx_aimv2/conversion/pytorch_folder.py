@@ -22,16 +22,16 @@ METADATA = {"format": "pt"}
 
 
 def save(source: Source, weights: Iterator[tuple[str, mx.array]], place: Path, *, layout: str, dtype: mx.Dtype) -> None:
-    """Writes a PyTorch-style folder into `place`: weights under `layout`'s names, its config.json, the companions.
+    """Writes a PyTorch-style folder into `place`: weights under `layout`'s names, its config.json, the auxiliary files.
 
     `weights` gives `(our name, array)` one after another, dense and in `dtype` already; memory holds one shard.
     """
     match = layout_for(layout, pair=isinstance(source.config, Aimv2Config))
-    folder.save_weights(place, match.to_theirs(weights), metadata=METADATA)
+    folder.save_weights(place, match.to_source(weights), metadata=METADATA)
     if (place / "model.safetensors").is_file():
         (place / INDEX_FILE).unlink()  # PyTorch's readers expect it only beside shards
     folder.save_config(place, config_for(source.config, layout) | {"torch_dtype": str(dtype).rpartition(".")[2]})
-    folder.copy_companions(source.origin.folder, place)
+    folder.copy_auxiliary_files(source.origin.folder, place)
 
 
 def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Turns folders of pictures into vectors."""
+"""Turns folders of images into vectors."""
 
 from mlx_aimv2.embed.pipeline import embed
 

@@ -1,7 +1,7 @@
-"""How do several Macs share one list of pictures, and how does everything come together on the first of them?
+"""How do several Macs share one list of images, and how does everything come together on the first of them?
 
 MLX's own engine starts the processes (`mlx.launch`) and carries the bytes. Rank 0 plans and writes; in each round every
-rank embeds one sheet and hands it over. A rank that dies breaks the connection, which ends the others.
+rank embeds one chunk and hands it over. A rank that dies breaks the connection, which ends the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 @dataclass
 class Result:
-    """What one rank made of its sheet: embeddings, and what failed or deserves a remark as pairs (path, words)."""
+    """What one rank made of its chunk: embeddings, and what failed or deserves a note as pairs (path, words)."""
 
     embeddings: list[Embedding] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
-    remarks: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 class RankLostError(OSError):
@@ -100,10 +100,10 @@ class Ranks:
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
-def my_sheets(sheets: Sequence[list[str]], ranks: Ranks) -> list[list[str]]:
-    """The sheets of this rank, an empty one where the last round has none left for it."""
-    mine = list(sheets[ranks.rank :: ranks.size])
-    rounds = -(-len(sheets) // ranks.size)
+def my_chunks(chunks: Sequence[list[str]], ranks: Ranks) -> list[list[str]]:
+    """The chunks of this rank, an empty one where the last round has none left for it."""
+    mine = list(chunks[ranks.rank :: ranks.size])
+    rounds = -(-len(chunks) // ranks.size)
     return mine + [[]] * (rounds - len(mine))
 
 
@@ -122,7 +122,7 @@ def _packed(result: Result) -> bytes:
     head = {
         "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex(), one.vector.shape) for one in embeddings],
         "failures": result.failures,
-        "remarks": result.remarks,
+        "notes": result.notes,
     }
     text = json.dumps(head).encode()
     vectors = (one.vector.astype("<f4").tobytes() for one in embeddings)
@@ -139,5 +139,5 @@ def _unpacked(data: bytes) -> Result:
         vector = numbers[done : done + count].reshape(shape)
         embeddings.append(Embedding(path, size, mtime_ns, bytes.fromhex(sha256), vector))
         done += count
-    pairs = ([(path, words) for path, words in head[kind]] for kind in ("failures", "remarks"))
+    pairs = ([(path, words) for path, words in head[kind]] for kind in ("failures", "notes"))
     return Result(embeddings, *pairs)

@@ -1,8 +1,8 @@
-"""How do many pictures become embeddings as fast as they can be decoded or encoded, whichever takes longer?
+"""How do many images become embeddings as fast as they can be decoded or encoded, whichever takes longer?
 
-Threads read and decode ahead; one thread owns the model. Pictures of one patch grid go through the model together,
-about 4096 tokens at a time, and none is padded. Files are taken in sheets of 32 consecutive names, and a batch never
-crosses a sheet: which pictures meet in a batch depends on the list alone, not on where an earlier run was interrupted
+Threads read and decode ahead; one thread owns the model. Images of one patch grid go through the model together,
+about 4096 tokens at a time, and none is padded. Files are taken in chunks of 32 consecutive names, and a batch never
+crosses a chunk: which images meet in a batch depends on the list alone, not on where an earlier run was interrupted
 or on how many Macs share the work, so the numbers come out the same to the last bit.
 """
 
@@ -19,18 +19,18 @@ import numpy as np
 
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import MAX_PATCHES, Decoded, Decoder, Known
-from mlx_aimv2.find_images import list_pictures, shown
+from mlx_aimv2.find_images import list_images, shown
 from mlx_aimv2.index.reader import Embedding
 
 if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
 
-SHEET = 32
-"""Consecutive names whose pictures may share a batch."""
+CHUNK = 32
+"""Consecutive names whose images may share a batch."""
 
 BATCH_TOKENS = 4096
-"""Tokens of one batch: 16, 8 or 4 pictures at 224, 336 or 448."""
+"""Tokens of one batch: 16, 8 or 4 images at 224, 336 or 448."""
 
 IN_FLIGHT = 2
 """Batches that the device has been given and not finished: it computes one while the next is put together."""
@@ -39,7 +39,7 @@ OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
 
 Batch: TypeAlias = tuple[mx.array, list[int]]
-"""Features of a batch, and the places of its pictures in their sheet."""
+"""Features of a batch, and the places of its images in their chunk."""
 
 
 def embed(
@@ -54,34 +54,34 @@ def embed(
     threads: int | None = None,
     on_failure: OnFailure | None = None,
 ) -> Iterator[Embedding]:
-    """Embeds files, folders and patterns one picture after another: `paths -> Embedding …`, sorted by name.
+    """Embeds files, folders and patterns one image after another: `paths -> Embedding …`, sorted by name.
 
-    `pool`, `layer` and `norm` are explained in `pooling.py`. For native checkpoints, pictures of more than
-    `max_patches` are scaled down in their shape, and below 112 patches a warning is given. A picture that cannot be
+    `pool`, `layer` and `norm` are explained in `pooling.py`. For native checkpoints, images of more than
+    `max_patches` are scaled down in their shape, and below 112 patches a warning is given. An image that cannot be
     read raises ValueError, or is passed to `on_failure(path, reason)` and left out. `threads` decode, by default one
     for each core.
     """
     fail = on_failure or _raise
     pooling = Pooling.of(model, pool, layer=layer, norm=norm)
-    listing = list_pictures(paths)
+    listing = list_images(paths)
     for missing in listing.missing:
         fail(missing, "does not exist")
     for path, reason in listing.problems:
         fail(path, reason)
-    sheets = sheets_of(listing.files)
-    for sheet in embed_sheets(
-        sheets, model, processor, pooling=pooling, max_patches=max_patches, threads=threads, on_failure=fail
+    chunks = split_into_chunks(listing.files)
+    for chunk in embed_chunks(
+        chunks, model, processor, pooling=pooling, max_patches=max_patches, threads=threads, on_failure=fail
     ):
-        yield from sheet
+        yield from chunk
 
 
-def sheets_of(files: Sequence[str]) -> list[list[str]]:
-    """Cuts a sorted list of names into sheets."""
-    return [list(files[start : start + SHEET]) for start in range(0, len(files), SHEET)]
+def split_into_chunks(files: Sequence[str]) -> list[list[str]]:
+    """Cuts a sorted list of names into chunks."""
+    return [list(files[start : start + CHUNK]) for start in range(0, len(files), CHUNK)]
 
 
-def embed_sheets(
-    sheets: Sequence[Sequence[str]],
+def embed_chunks(
+    chunks: Sequence[Sequence[str]],
     model: Aimv2VisionModel | Aimv2Model,
     processor: Aimv2Processor,
     *,
@@ -89,15 +89,15 @@ def embed_sheets(
     max_patches: int = MAX_PATCHES,
     threads: int | None = None,
     on_failure: OnFailure | None = None,
-    on_remark: OnFailure | None = None,
+    on_note: OnFailure | None = None,
     known: Known | None = None,
 ) -> Iterator[list[Embedding]]:
-    """Embeddings of each sheet's pictures, sheet after sheet; those that failed are left out.
+    """Embeddings of each chunk's images, chunk after chunk; those that failed are left out.
 
-    Files that are `known` are hashed and not decoded: their Embedding has a vector of no numbers. `on_remark` gets what
-    is unusual about a picture that is embedded all the same; without it that is a warning.
+    Files that are `known` are hashed and not decoded: their Embedding has a vector of no numbers. `on_note` gets what
+    is unusual about an image that is embedded all the same; without it that is a warning.
     """
-    fail, remark = on_failure or _raise, on_remark or _warn
+    fail, note = on_failure or _raise, on_note or _warn
     config = model.vision.config
     if max_patches < 1:
         raise ValueError(f"max_patches is a number of patches, at least 1; got {max_patches}")
@@ -106,15 +106,15 @@ def embed_sheets(
     is_widest = model.dtype == mx.float32
     advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
     threads = threads or os.cpu_count() or 1
-    # Enough to feed the threads and the next two batches; a native picture may take ten megabytes.
-    ahead = 2 * threads + min(SHEET, 2 * max(1, BATCH_TOKENS // (config.num_patches or BATCH_TOKENS // 8)))
-    names = [name for sheet in sheets for name in sheet]
+    # Enough to feed the threads and the next two batches; a native image may take ten megabytes.
+    ahead = 2 * threads + min(CHUNK, 2 * max(1, BATCH_TOKENS // (config.num_patches or BATCH_TOKENS // 8)))
+    names = [name for chunk in chunks for name in chunk]
     with ThreadPoolExecutor(threads, "decode") as pool:
         try:
             decoded = decoder.ahead(names, pool, ahead)
             before: tuple[list[Decoded], list[Batch]] | None = None
-            for sheet in sheets:
-                now = _submitted((_told(next(decoded), fail, remark) for _ in sheet), model, pooling)
+            for chunk in chunks:
+                now = _submitted((_told(next(decoded), fail, note) for _ in chunk), model, pooling)
                 if before is not None:  # read now that the device has more to do
                     yield _finished(*before, fail, advice)
                 before = now
@@ -126,66 +126,66 @@ def embed_sheets(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _told(picture: Decoded, fail: OnFailure, remark: OnFailure) -> Decoded:
-    if picture.failure is not None:
-        fail(picture.path, picture.failure)
-    if picture.remark is not None:
-        remark(picture.path, picture.remark)
-    return picture
+def _told(image: Decoded, fail: OnFailure, note: OnFailure) -> Decoded:
+    if image.failure is not None:
+        fail(image.path, image.failure)
+    if image.note is not None:
+        note(image.path, image.note)
+    return image
 
 
 def _submitted(
     coming: Iterable[Decoded], model: Aimv2VisionModel | Aimv2Model, pooling: Pooling
 ) -> tuple[list[Decoded], list[Batch]]:
-    """Gives a sheet's pictures to the device, those of one size together, a batch as soon as it is full."""
+    """Gives a chunk's images to the device, those of one size together, a batch as soon as it is full."""
     patch = model.vision.config.patch_size
-    pictures: list[Decoded] = []
+    images: list[Decoded] = []
     batches: list[Batch] = []
     groups: dict[tuple[int, ...], list[int]] = {}
 
     def submit(places: list[int]) -> None:
-        features = pooling(model, mx.array(_stacked(pictures, places)))
+        features = pooling(model, mx.array(_stacked(images, places)))
         if len(batches) >= IN_FLIGHT:
             mx.eval(batches[-IN_FLIGHT][0])
         mx.async_eval(features)  # type: ignore[no-untyped-call]
         batches.append((features, places))
 
-    for place, picture in enumerate(coming):
-        pictures.append(picture)
-        if picture.pixels is None:
+    for place, image in enumerate(coming):
+        images.append(image)
+        if image.pixels is None:
             continue
-        group = groups.setdefault(picture.pixels.shape, [])
+        group = groups.setdefault(image.pixels.shape, [])
         group.append(place)
-        tokens = (picture.pixels.shape[0] // patch) * (picture.pixels.shape[1] // patch)
+        tokens = (image.pixels.shape[0] // patch) * (image.pixels.shape[1] // patch)
         if (len(group) + 1) * tokens > BATCH_TOKENS:
-            submit(groups.pop(picture.pixels.shape))
+            submit(groups.pop(image.pixels.shape))
     for group in groups.values():
         submit(group)
-    return pictures, batches
+    return images, batches
 
 
-def _stacked(pictures: list[Decoded], places: list[int]) -> np.ndarray[Any, Any]:
+def _stacked(images: list[Decoded], places: list[int]) -> np.ndarray[Any, Any]:
     """The pixels at these places as one array (B, H, W, 3), taken out so that they are freed."""
-    arrays = [pictures[place].pixels for place in places]
+    arrays = [images[place].pixels for place in places]
     for place in places:
-        pictures[place].pixels = None
+        images[place].pixels = None
     return np.stack([array for array in arrays if array is not None])
 
 
-def _finished(pictures: list[Decoded], batches: list[Batch], fail: OnFailure, advice: str) -> list[Embedding]:
-    """Reads a sheet's features from the device; pictures whose features are not finite fail."""
+def _finished(images: list[Decoded], batches: list[Batch], fail: OnFailure, advice: str) -> list[Embedding]:
+    """Reads a chunk's features from the device; images whose features are not finite fail."""
     vectors: dict[int, np.ndarray[Any, Any]] = {}
     for features, places in batches:
         vectors |= zip(places, np.array(features), strict=True)
     done = []
-    for place, picture in enumerate(pictures):
-        if picture.failure is not None:
+    for place, image in enumerate(images):
+        if image.failure is not None:
             continue
         vector = vectors.get(place, np.empty(0, np.float32))
         if np.isfinite(vector).all():
-            done.append(Embedding(picture.path, picture.size, picture.mtime_ns, picture.sha256, vector))
+            done.append(Embedding(image.path, image.size, image.mtime_ns, image.sha256, vector))
         else:
-            fail(picture.path, f"gave numbers that are not finite: {advice}")
+            fail(image.path, f"gave numbers that are not finite: {advice}")
     return done
 
 
@@ -193,5 +193,5 @@ def _raise(path: str, reason: str) -> None:
     raise ValueError(f"{shown(path)} {reason}")
 
 
-def _warn(path: str, remark: str) -> None:
-    warnings.warn(f"{shown(path)} {remark}", stacklevel=4)
+def _warn(path: str, note: str) -> None:
+    warnings.warn(f"{shown(path)} {note}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""Which numbers of one pass through the encoder become a picture's embedding?
+"""Which numbers of one pass through the encoder become an image's embedding?
 
 pixels (B, H, W, 3) -> (B, D) for `mean` and `head`, (B, N, D) for `tokens`, (B, h, w, D) for `map`
 
@@ -23,10 +23,10 @@ POOLS = {
     "tokens": "every token, (N, D)",
     "map": "every token at its place, (rows, columns, D)",
 }
-"""Name of a pooling -> what it gives for one picture."""
+"""Name of a pooling -> what it gives for one image."""
 
 AXES = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
-"""Name of a pooling -> axes of the result for one picture."""
+"""Name of a pooling -> axes of the result for one image."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Pooling:
 
     @property
     def axes(self) -> int:
-        """1 for one vector a picture, 2 for tokens, 3 for a map."""
+        """1 for one vector an image, 2 for tokens, 3 for a map."""
         return AXES[self.pool]
 
     def width(self, model: Aimv2VisionModel | Aimv2Model) -> int:

@@ -1,4 +1,4 @@
-"""How do picture files become pixels ahead of the model, whatever is in them?
+"""How do image files become pixels ahead of the model, whatever is in them?
 
 path -> bytes, SHA-256 -> RGB -> pixels (H, W, 3); nothing in a file raises: what is wrong with it is told in words.
 """
@@ -28,7 +28,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 MIN_PATCHES = 112
 MAX_PATCHES = 4096
-"""Native checkpoints were trained on pictures of 112 to 4096 patches."""
+"""Native checkpoints were trained on images of 112 to 4096 patches."""
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -40,7 +40,7 @@ Known: TypeAlias = Callable[[str, bytes], bool]
 class Decoded:
     """A file read and hashed, with its pixels (H, W, 3), with None where its content is known, or with a failure.
 
-    `failure` and `remark` continue a sentence that starts with the path.
+    `failure` and `note` continue a sentence that starts with the path.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Decoded:
     sha256: bytes = b""
     pixels: Array | None = None
     failure: str | None = None
-    remark: str | None = None
+    note: str | None = None
 
 
 class Decoder:
@@ -99,10 +99,10 @@ class Decoder:
         pixels = self.processor.pixels(image, max_patches=self.max_patches)
         patch = self.processor.patch_size
         rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-        # Without the remainder, which the model drops, all pictures of one grid have one size.
+        # Without the remainder, which the model drops, all images of one grid have one size.
         found.pixels = np.ascontiguousarray(pixels[: rows * patch, : columns * patch])
         if rows * columns < MIN_PATCHES:
-            found.remark = f"has {rows}x{columns} patches; the checkpoint was trained on {MIN_PATCHES} and more"
+            found.note = f"has {rows}x{columns} patches; the checkpoint was trained on {MIN_PATCHES} and more"
 
 
 def _read(path: str) -> tuple[os.stat_result, bytes]:
@@ -112,9 +112,9 @@ def _read(path: str) -> tuple[os.stat_result, bytes]:
     with os.fdopen(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
-            raise OSError("is not a file that holds a picture")
+            raise OSError("is not a file that holds an image")
         if about.st_size > MAX_FILE_BYTES:
-            raise OSError(f"has {about.st_size} bytes, more than a picture of {MAX_FILE_BYTES} bytes")
+            raise OSError(f"has {about.st_size} bytes, more than an image of {MAX_FILE_BYTES} bytes")
         return about, file.read()
 
 

@@ -127,7 +127,7 @@ def made_by(index: Index) -> Description:
 
 
 def fingerprint(model: AnyModel) -> dict[str, Any]:
-    """Samples of the weights: `sample` from the vision tower's dense tensors, `digest` of numbers from all of them."""
+    """Samples of the weights: `sample` from the vision encoder's dense tensors, `digest` from all tensors."""
     parameters: Any = sorted(tree_flatten(model.parameters()))
     dense: Any = sorted(tree_flatten(model.vision.parameters()))
     sample = _samples([array for path, array in dense if any(part in path for part in KEPT_DENSE)])
@@ -138,15 +138,15 @@ def fingerprint(model: AnyModel) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What keeps `other` from being compared with `stored`, and what only deserves a remark: two lists of sentences."""
+    """What keeps `other` from being compared with `stored`, and what only deserves a note: two lists of sentences."""
     refused = [_differ(name, stored, other) for name in MUST_AGREE if stored.get(name) != other.get(name)]
-    remarks = [_differ(name, stored, other) for name in SHOULD_AGREE if stored.get(name) != other.get(name)]
+    notes = [_differ(name, stored, other) for name in SHOULD_AGREE if stored.get(name) != other.get(name)]
     weights, others = stored.get("weights", {}), other.get("weights", {})
     if not _same_sample(weights.get("sample", []), others.get("sample", [])):
         refused.insert(0, f"the weights: {_name(stored)} there, {_name(other)} here")
-    elif weights.get("digest") != others.get("digest") and not remarks:
+    elif weights.get("digest") != others.get("digest") and not notes:
         refused.insert(0, f"the weights, though not in the norms: {_name(stored)} there, {_name(other)} here")
-    return refused, remarks
+    return refused, notes
 
 
 def _differ(name: str, stored: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""How is an index brought up to date with the pictures that are there now, even if the work breaks off?
+"""How is an index brought up to date with the images that are there now, even if the work breaks off?
 
-Plan: what is new or changed, what is gone. Update: sheets of embeddings go into the index whole, a few times a second.
+Plan: what is new or changed, what is gone. Update: chunks of embeddings go into the index whole, a few times a second.
 A file whose content the index has under its own or under a vanished name keeps its vector and is not decoded.
 """
 
@@ -12,26 +12,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_aimv2.embed.pipeline import sheets_of
+from mlx_aimv2.embed.pipeline import split_into_chunks
 from mlx_aimv2.find_images import Listing, is_gone, is_under
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
-COMMIT_PICTURES = 1024
-"""Work is put on disk when it is this old or this much, at the end of a sheet."""
+COMMIT_IMAGES = 1024
+"""Work is put on disk when it is this old or this much, at the end of a chunk."""
 
 
 @dataclass
 class Plan:
     """What there is to do, in types that JSON holds.
 
-    `sheets` of the whole list, each without the pictures that are up to date, empty ones left out; `changed` the
+    `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the
     digests (hexadecimal) that the index has for names that must be read again; `gone` the names that nothing has any
     more, by digest.
     """
 
-    sheets: list[list[str]] = field(default_factory=list)
+    chunks: list[list[str]] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     gone: dict[str, list[str]] = field(default_factory=dict)
     unchanged: int = 0
@@ -42,17 +42,17 @@ class Plan:
         return self.changed.get(path) == digest or digest in self.gone
 
     @property
-    def pictures(self) -> int:
-        """How many pictures must be read."""
-        return sum(len(sheet) for sheet in self.sheets)
+    def images(self) -> int:
+        """How many images must be read."""
+        return sum(len(chunk) for chunk in self.chunks)
 
 
 def make_plan(listing: Listing, index: Index | None) -> Plan:
     """Compares the files with the index by size and time of change."""
     plan = Plan()
-    for sheet in sheets_of(listing.files):  # cut before anything is left out: a batch is the same in every run
-        if todo := [path for path in sheet if not _is_current(path, index, plan)]:
-            plan.sheets.append(todo)
+    for chunk in split_into_chunks(listing.files):  # cut before anything is left out: a batch is the same in every run
+        if todo := [path for path in chunk if not _is_current(path, index, plan)]:
+            plan.chunks.append(todo)
     if index is not None:
         present = set(listing.files)
         named = {os.path.normpath(Path(path).absolute()) for path in listing.missing}
@@ -90,9 +90,9 @@ class Update:
         self._stale: list[str] = []
         self._committed = time.monotonic()
 
-    def take(self, sheet: Sequence[Embedding]) -> None:
-        """Takes the embeddings of one sheet."""
-        for item in sheet:
+    def take(self, chunk: Sequence[Embedding]) -> None:
+        """Takes the embeddings of one chunk."""
+        for item in chunk:
             if item.vector.size:
                 self._pending.append(item)
                 self.embedded += 1
@@ -100,11 +100,11 @@ class Update:
                 self._pending.append(Copy(item.path, item.size, item.mtime_ns, self._source(item)))
                 self.copied += 1
         age = time.monotonic() - self._committed
-        if age > COMMIT_SECONDS or len(self._pending) >= COMMIT_PICTURES:
+        if age > COMMIT_SECONDS or len(self._pending) >= COMMIT_IMAGES:
             self.commit()
 
     def fail(self, path: str) -> None:
-        """A picture that is in the index and can no longer be read as it is now does not stay there."""
+        """An image that is in the index and can no longer be read as it is now does not stay there."""
         if path in self.plan.changed:
             self._stale.append(path)
 
@@ -120,7 +120,7 @@ class Update:
         self._committed = time.monotonic()
 
     def finish(self) -> None:
-        """The last commit, after which the pictures that are gone are gone from the index too."""
+        """The last commit, after which the images that are gone are gone from the index too."""
         self.commit()
         if self.index is not None and self.plan.gone:
             self.dropped += self.index.remove(path for paths in self.plan.gone.values() for path in paths)

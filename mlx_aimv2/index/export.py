@@ -1,9 +1,9 @@
 """In which files do other tools take an index's embeddings?
 
-`vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector a picture; for tokens and maps all
-tokens of all pictures one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each picture has.
-npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each picture.
-Files are written beside their target and take its name when they are complete; memory holds one picture at a time.
+`vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
+tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
+npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each image.
+Files are written beside their target and take its name when they are complete; memory holds one image at a time.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ MARKS = {
 
 
 def _contents(index: Index) -> tuple[list[str], Array]:
-    """All paths, and how many tokens each picture has, `(P, axes - 1)`."""
+    """All paths, and how many tokens each image has, `(P, axes - 1)`."""
     paths = list(index.paths())
     if index.axes == 1:
         return paths, np.empty((len(paths), 0), np.int64)

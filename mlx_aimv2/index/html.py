@@ -71,7 +71,7 @@ li a:hover .name {{ color: var(--accent); }}
 </style>
 </head>
 <body>
-<header>{picture}<div><h1>{title}</h1><p>{subtitle}</p></div></header>
+<header>{image}<div><h1>{title}</h1><p>{subtitle}</p></div></header>
 <main><ol>
 {cards}
 </ol></main>
@@ -80,31 +80,31 @@ li a:hover .name {{ color: var(--accent); }}
 """
 
 CARD = """<li><a href="{address}" title="{path}">
-<div class="frame">{picture}</div>
+<div class="frame">{image}</div>
 <div class="caption"><span class="rank">{rank}</span><span class="name">{name}</span>
 <span class="score">{score:.3f}</span></div>
 <div class="bar"><i style="width:{share:.1f}%"></i></div></a></li>"""
 
 
-def result_page(matches: Sequence[Match], *, words: str | None = None, picture: str | None = None, about: str) -> str:
-    """The page for a search by words or by a picture's path, as HTML; `about` is the line below the title."""
+def result_page(matches: Sequence[Match], *, words: str | None = None, image: str | None = None, about: str) -> str:
+    """The page for a search by words or by an image's path, as HTML; `about` is the line below the title."""
     with ThreadPoolExecutor() as pool:
         thumbnails = list(pool.map(thumbnail, [match.path for match in matches]))
-    head = thumbnail(picture) if picture is not None else None
-    title = f"“{words}”" if words is not None else f"Pictures like {shown(Path(picture or '').name)}"
+    head = thumbnail(image) if image is not None else None
+    title = f"“{words}”" if words is not None else f"Images like {shown(Path(image or '').name)}"
     cards = (
         _card(rank, match, data) for rank, (match, data) in enumerate(zip(matches, thumbnails, strict=True), start=1)
     )
     return PAGE.format(
         title=html.escape(title),
         subtitle=html.escape(about),
-        picture=_image(head) if head is not None else "",
+        image=_image(head) if head is not None else "",
         cards="\n".join(cards),
     )
 
 
 def thumbnail(path: str) -> bytes | None:
-    """A picture as a small JPEG; None where it cannot be read any more."""
+    """An image as a small JPEG; None where it cannot be read any more."""
     from PIL import Image
 
     try:
@@ -122,7 +122,7 @@ def _card(rank: int, match: Match, data: bytes | None) -> str:
         address=html.escape(f"file://{quote(os.fsencode(match.path))}"),
         path=html.escape(shown(match.path)),
         name=html.escape(shown(Path(match.path).name)),
-        picture=_image(data) if data is not None else "cannot be read any more",
+        image=_image(data) if data is not None else "cannot be read any more",
         rank=rank,
         score=match.score,
         share=100 * max(0.0, min(1.0, match.score)),

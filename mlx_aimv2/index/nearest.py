@@ -36,7 +36,7 @@ SLACK = 2.0**-9
 
 
 class Vectors:
-    """Unit vectors with the ids of their pictures, in memory."""
+    """Unit vectors with the ids of their images, in memory."""
 
     def __init__(self, identities: Array, rows: Array | list[mx.array]) -> None:
         """`identities` (P,) and one array (P, D) of float32, or on a GPU several of float16."""

@@ -1,8 +1,8 @@
-"""How are the embeddings of many pictures kept in one file, and which pictures are nearest to a vector?
+"""How are the embeddings of many images kept in one file, and which images are nearest to a vector?
 
-The file is SQLite's. `pictures` has a row for each picture; `blocks` holds their vectors, up to 1024 in a row, because
-reading a million rows one by one takes longer than the search. `blocks.pictures` lists the ids (int64) of the vectors
-in `blocks.vectors` in the same order. A vector is stored at unit length, its own length beside it in `pictures`; tokens
+The file is SQLite's. `images` has a row for each image; `blocks` holds their vectors, up to 1024 in a row, because
+reading a million rows one by one takes longer than the search. `blocks.images` lists the ids (int64) of the vectors
+in `blocks.vectors` in the same order. A vector is stored at unit length, its own length beside it in `images`; tokens
 and maps are stored as they are. What writes into it is in `indexing.py`.
 
 It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
@@ -39,12 +39,12 @@ BUSY_SECONDS = 60.0
 BLOCKS_HELD = 16
 
 AXES = {1: "one vector", 2: "tokens", 3: "a map"}
-"""What an index holds for each picture, by the number of axes: (D,), (N, D) or (h, w, D)."""
+"""What an index holds for each image, by the number of axes: (D,), (N, D) or (h, w, D)."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A picture: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D)."""
+    """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D)."""
 
     path: str
     size: int
@@ -55,7 +55,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Stamp:
-    """How a picture's file was when it was read."""
+    """How an image's file was when it was read."""
 
     size: int
     mtime_ns: int
@@ -64,14 +64,14 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Match:
-    """A picture found and the cosine between its vector and the query, from -1 to 1."""
+    """An image found and the cosine between its vector and the query, from -1 to 1."""
 
     path: str
     score: float
 
 
 class Index:
-    """The embeddings of many pictures: `with Index.open("photos.db") as index: index.search(vector, 12)`.
+    """The embeddings of many images: `with Index.open("photos.db") as index: index.search(vector, 12)`.
 
     One thread at a time.
     """
@@ -89,7 +89,7 @@ class Index:
             self.dtype: str = about["dtype"]
             """In which precision they are stored: float16 or float32."""
             self.axes = int(about["axes"])
-            """1 for one vector a picture (D,), 2 for tokens (N, D), 3 for maps (h, w, D)."""
+            """1 for one vector an image (D,), 2 for tokens (N, D), 3 for maps (h, w, D)."""
             self.width = int(about["width"])
             """D, the length of one vector."""
         except (LookupError, TypeError, ValueError, RecursionError) as error:
@@ -104,11 +104,11 @@ class Index:
         """Opens an index. Raises FileNotFoundError or ValueError for what is not there or is something else."""
         path = Path(path)
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, not an index of pictures")
+            raise IsADirectoryError(f"{path} is a folder, not an index of images")
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed PICTURES -m MODEL -o {path}")
+            raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         if not path.stat().st_size:
-            raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed PICTURES -m MODEL -o {path}")
+            raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
         db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
         try:
@@ -138,34 +138,34 @@ class Index:
         self._db.close()
 
     def __len__(self) -> int:
-        return int(self._all("SELECT count(*) FROM pictures")[0][0])
+        return int(self._all("SELECT count(*) FROM images")[0][0])
 
     def paths(self) -> Iterator[str]:
         """All paths, sorted by their bytes."""
-        for (path,) in self._all("SELECT path FROM pictures ORDER BY path"):
+        for (path,) in self._all("SELECT path FROM images ORDER BY path"):
             yield self._name(path)
 
     def stamp(self, path: str) -> Stamp | None:
-        """How a picture's file was when it was read; None for a picture that is not in here."""
-        rows = self._all("SELECT size, mtime_ns, sha256 FROM pictures WHERE path = ?", os.fsencode(path))
+        """How an image's file was when it was read; None for an image that is not in here."""
+        rows = self._all("SELECT size, mtime_ns, sha256 FROM images WHERE path = ?", os.fsencode(path))
         if rows and [type(value) for value in rows[0]] != [int, int, bytes]:
             raise damaged(self.path, f"what it says of {path!r}")
         return Stamp(*rows[0]) if rows else None
 
     def vector(self, path: str) -> Array:
-        """A picture's embedding as the model gave it, in float32. Raises KeyError for a picture that is not in here."""
+        """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
         return self._restored(*self._place(path))
 
     def embeddings(self) -> Iterator[Embedding]:
-        """All pictures with their embeddings, sorted by the paths' bytes."""
+        """All images with their embeddings, sorted by the paths' bytes."""
         columns = "path, size, mtime_ns, sha256, id, length, rows, columns, block"
         with plain_errors(self.path):
-            cursor = self._db.execute(f"SELECT {columns} FROM pictures ORDER BY path")
+            cursor = self._db.execute(f"SELECT {columns} FROM images ORDER BY path")
             for path, size, mtime_ns, sha256, *place in cursor:
                 yield Embedding(self._name(path), size, mtime_ns, sha256, self._restored(*place))
 
     def search(self, vector: Array | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
-        """The k pictures whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
+        """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
         vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index. With
@@ -177,19 +177,19 @@ class Index:
         if not np.isfinite(query).all() or not query.any():
             raise ValueError("a query must be finite and not all zero")
         if k < 1:
-            raise ValueError(f"k is how many pictures to find, at least 1; got {k}")
+            raise ValueError(f"k is how many images to find, at least 1; got {k}")
         query = query / np.linalg.norm(query)
         identities, scores = self._nearest_on_disk(query, k) if once else self.read_vectors().nearest(query, k)
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
-            for (path,) in self._all("SELECT path FROM pictures WHERE id = ?", identity):
+            for (path,) in self._all("SELECT path FROM images WHERE id = ?", identity):
                 found.append((-score, path))
         return [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
 
     def check_search(self) -> None:
         """Raises ValueError if this index holds tokens or maps, which search cannot compare."""
         if self.axes != 1:
-            held = f"{AXES[self.axes]} for each picture"
+            held = f"{AXES[self.axes]} for each image"
             raise ValueError(f"{self.path} holds {held}; search needs one vector: embed with --pool mean")
 
     def read_vectors(self) -> Vectors:
@@ -209,13 +209,13 @@ class Index:
 
     @contextlib.contextmanager
     def _all_blocks(self) -> Iterator[tuple[Iterator[tuple[bytes, bytes]], int]]:
-        """All blocks and the number of pictures, both of the same moment."""
+        """All blocks and the number of images, both of the same moment."""
         self.check_search()
         with plain_errors(self.path):
             self._db.execute("BEGIN")
             try:
-                count = self._db.execute("SELECT count(*) FROM pictures").fetchone()[0]
-                yield self._whole(self._db.execute("SELECT pictures, vectors FROM blocks ORDER BY id"), count), count
+                count = self._db.execute("SELECT count(*) FROM images").fetchone()[0]
+                yield self._whole(self._db.execute("SELECT images, vectors FROM blocks ORDER BY id"), count), count
             except FloatingPointError as error:
                 raise damaged(self.path, str(error)) from None
             finally:
@@ -223,26 +223,26 @@ class Index:
                     self._db.execute("COMMIT")
 
     def _whole(self, blocks: Iterable[tuple[bytes, bytes]], count: int) -> Iterator[tuple[bytes, bytes]]:
-        """The same blocks, provided that there are ids and vectors for `count` pictures."""
+        """The same blocks, provided that there are ids and vectors for `count` images."""
         found, size = 0, self.width * np.dtype(self.dtype).itemsize
         for members, vectors in blocks:
             is_whole = isinstance(members, bytes) and isinstance(vectors, bytes) and len(members) % 8 == 0
             if not is_whole or len(vectors) != len(members) // 8 * size or found + len(members) // 8 > count:
-                raise damaged(self.path, "a block of vectors that does not fit its pictures")
+                raise damaged(self.path, "a block of vectors that does not fit its images")
             found += len(members) // 8
             yield members, vectors
         if found != count:
-            raise damaged(self.path, f"vectors of {found:,} pictures where there are {count:,}")
+            raise damaged(self.path, f"vectors of {found:,} images where there are {count:,}")
 
     def _name(self, path: object) -> str:
         if not isinstance(path, bytes):
-            raise damaged(self.path, f"{path!r} as the name of a picture")
+            raise damaged(self.path, f"{path!r} as the name of an image")
         return os.fsdecode(path)
 
     def _place(self, path: str) -> tuple[int, float | None, int | None, int | None, int]:
-        """(id, length, rows, columns, block) of a picture."""
+        """(id, length, rows, columns, block) of an image."""
         name = os.fsencode(path)
-        found = self._all("SELECT id, length, rows, columns, block FROM pictures WHERE path = ?", name)
+        found = self._all("SELECT id, length, rows, columns, block FROM images WHERE path = ?", name)
         if not found:
             raise KeyError(path)
         place: tuple[int, float | None, int | None, int | None, int] = found[0]
@@ -258,13 +258,13 @@ class Index:
                 raise FloatingPointError
             return vector if length is None else vector * np.float32(length)
         except (ArithmeticError, LookupError, TypeError, ValueError):
-            raise damaged(self.path, "a picture whose vector is missing or broken") from None
+            raise damaged(self.path, "an image whose vector is missing or broken") from None
 
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
         members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
         if identity not in members:  # ids are never used again, so one that is there has the same vector still
-            ((raw, vectors),) = self._all("SELECT pictures, vectors FROM blocks WHERE id = ?", block)
+            ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
             members = np.frombuffer(raw, "<i8")
             while len(self._blocks) >= BLOCKS_HELD:
                 self._blocks.pop(next(iter(self._blocks)))

@@ -1,4 +1,4 @@
-"""How do embeddings get into an index file, and out of it again when their pictures are gone?
+"""How do embeddings get into an index file, and out of it again when their images are gone?
 
 Each call is one transaction: all of it is on disk when it returns, or nothing.
 """
@@ -36,7 +36,7 @@ BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE pictures (
+CREATE TABLE images (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
     size INTEGER NOT NULL,      -- of the file, in bytes
@@ -47,20 +47,20 @@ CREATE TABLE pictures (
     columns INTEGER,            -- of a map; NULL otherwise
     block INTEGER NOT NULL
 );
-CREATE TABLE blocks (id INTEGER PRIMARY KEY, pictures BLOB NOT NULL, vectors BLOB NOT NULL);
+CREATE TABLE blocks (id INTEGER PRIMARY KEY, images BLOB NOT NULL, vectors BLOB NOT NULL);
 """
 
 INSERT = (
-    "INSERT INTO pictures (path, size, mtime_ns, sha256, length, rows, columns, block) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO images (path, size, mtime_ns, sha256, length, rows, columns, block) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 Row = tuple[tuple[Any, ...], bytes]
-"""The first seven columns of a picture's row, and its vector's bytes."""
+"""The first seven columns of an image's row, and its vector's bytes."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A file with the content of a picture that is in the index: it gets the same vector, bit for bit."""
+    """A file with the content of an image that is in the index: it gets the same vector, bit for bit."""
 
     path: str
     size: int
@@ -77,7 +77,7 @@ class IndexWriter(Index):
     ) -> IndexWriter:
         """Makes an empty index in a file that does not exist or is empty.
 
-        `axes` is 1 for one vector of `width` numbers a picture, 2 for tokens, 3 for maps; `dtype` float16 or float32.
+        `axes` is 1 for one vector of `width` numbers an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
         if dtype not in DTYPES:
@@ -98,19 +98,19 @@ class IndexWriter(Index):
             db.close()
             raise
 
-    def add(self, pictures: Iterable[Embedding | Copy]) -> None:
-        """Stores pictures, replacing those of the same path.
+    def add(self, images: Iterable[Embedding | Copy]) -> None:
+        """Stores images, replacing those of the same path.
 
         Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype, KeyError for
-        a copy of a picture that is not in here.
+        a copy of an image that is not in here.
         """
-        rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in pictures]
+        rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in images]
         with self._transaction():
             self._remove([columns[0] for columns, _ in rows])
             self._append(rows)
 
     def remove(self, paths: Iterable[str]) -> int:
-        """Forgets pictures; returns how many of them were in here."""
+        """Forgets images; returns how many of them were in here."""
         with self._transaction():
             return self._remove([os.fsencode(path) for path in paths])
 
@@ -132,13 +132,13 @@ class IndexWriter(Index):
 
     def _copied(self, copy: Copy) -> Row:
         identity, *shape, block = self._place(copy.source)
-        ((sha256,),) = self._all("SELECT sha256 FROM pictures WHERE id = ?", identity)
+        ((sha256,),) = self._all("SELECT sha256 FROM images WHERE id = ?", identity)
         stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
         return (*stamp, *shape), self._stored(identity, block)
 
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1
-        last = self._db.execute("SELECT id, pictures, vectors FROM blocks ORDER BY id DESC LIMIT 1").fetchone()
+        last = self._db.execute("SELECT id, images, vectors FROM blocks ORDER BY id DESC LIMIT 1").fetchone()
         block, members, vectors = last or (0, b"", b"")
         done = 0
         while done < len(rows):
@@ -155,21 +155,21 @@ class IndexWriter(Index):
     def _remove(self, paths: Sequence[bytes]) -> int:
         gone: dict[int, list[int]] = {}
         for path in paths:
-            found = self._db.execute("SELECT id, block FROM pictures WHERE path = ?", (path,)).fetchone()
+            found = self._db.execute("SELECT id, block FROM images WHERE path = ?", (path,)).fetchone()
             if found is not None:
                 gone.setdefault(found[1], []).append(found[0])
-                self._db.execute("DELETE FROM pictures WHERE id = ?", found[:1])
+                self._db.execute("DELETE FROM images WHERE id = ?", found[:1])
         for block, ids in gone.items():
-            stored = self._db.execute("SELECT pictures, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
+            stored = self._db.execute("SELECT images, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
             raw, vectors = stored or (b"", b"")
             if not raw or len(raw) % 8 or len(vectors) % (len(raw) // 8):
-                raise damaged(self.path, "a block of vectors that does not fit its pictures")
+                raise damaged(self.path, "a block of vectors that does not fit its images")
             members = np.frombuffer(raw, "<i8")
             kept = ~np.isin(members, ids)
             if kept.any():
                 left = np.frombuffer(vectors, np.uint8).reshape(len(members), -1)[kept]
                 values = (members[kept].tobytes(), left.tobytes(), block)
-                self._db.execute("UPDATE blocks SET pictures = ?, vectors = ? WHERE id = ?", values)
+                self._db.execute("UPDATE blocks SET images = ?, vectors = ? WHERE id = ?", values)
             else:
                 self._db.execute("DELETE FROM blocks WHERE id = ?", (block,))
         return sum(len(ids) for ids in gone.values())

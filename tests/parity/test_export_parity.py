@@ -66,7 +66,7 @@ def test_the_pair_gives_the_same_logits(tmp_path):
     folder, theirs, _ = export(kind, tmp_path / kind, "float32")
     with np.load(REFERENCE / kind / "expected.npz") as expected:
         ids = expected["input_ids"]
-    with torch.no_grad():  # only with eager attention and a mask is transformers' text tower causal, as Apple's is
+    with torch.no_grad():  # only with eager attention and a mask is transformers' text encoder causal, as Apple's is
         wanted = theirs(
             pixel_values=torch.from_numpy(pixels(kind)),
             input_ids=torch.from_numpy(ids).long(),
@@ -81,6 +81,6 @@ def test_what_transformers_saves_again_is_read_back_bit_for_bit(exported, tmp_pa
     theirs.save_pretrained(tmp_path / "again")
     shutil.copy(folder / "preprocessor_config.json", tmp_path / "again")
     first, second = load(folder)[0], load(tmp_path / "again")[0]
-    picture = mx.array(pixels(kind).transpose(0, 2, 3, 1))
-    assert mx.array_equal(first.encode_image(picture), second.encode_image(picture))
+    image = mx.array(pixels(kind).transpose(0, 2, 3, 1))
+    assert mx.array_equal(first.encode_image(image), second.encode_image(image))
     assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [CLASSES[kind]]

@@ -62,7 +62,7 @@ def ours(kind: str, folder: Path, inputs: dict, dtype: str) -> dict[str, np.ndar
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_we_are_as_near_to_float64_as_torch_in_the_same_dtype(case, dtype):
     kind, folder, inputs = case
-    # Eager attention is the one whose text tower is causal; elsewhere both of theirs count and we meet the better one.
+    # Eager attention is the one whose text encoder is causal; elsewhere both count and the better one is met.
     attentions = ["eager"] if kind == "lit" else ["eager", "sdpa"]
     exact = theirs(kind, folder, inputs, torch.float64, "eager")
     found = ours(kind, folder, inputs, dtype)

@@ -39,7 +39,7 @@ def draw(name: str, shape: tuple[int, ...], dice: np.random.Generator) -> np.nda
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory):
+def encoders(tmp_path_factory):
     """transformers' model, and the folder that the command line made of the same weights in Apple's layout."""
     place = tmp_path_factory.mktemp("large")
     source = place / "apple"
@@ -60,8 +60,8 @@ def towers(tmp_path_factory):
     shutil.rmtree(place)
 
 
-def test_a_photograph_gives_the_same_features_in_every_layer(towers):
-    theirs, folder = towers
+def test_a_photograph_gives_the_same_features_in_every_layer(encoders):
+    theirs, folder = encoders
     ours, processor = load(folder)
     photograph = bundled.photographs()[1]
     pixels = processor([photograph])

@@ -1,6 +1,6 @@
-"""Are our logits of words and pictures those of transformers' LiT, small and at full size, in both layouts?
+"""Are our logits of words and images those of transformers' LiT, small and at full size, in both layouts?
 
-transformers' text tower is causal, as Apple's is, only in eager attention and with a mask.
+transformers' text encoder is causal, as Apple's is, only in eager attention and with a mask.
 """
 
 import json

@@ -23,15 +23,15 @@ def photograph(name: str) -> Image.Image:
     return Image.fromarray(getattr(data, name)())
 
 
-def theirs(picture: Image.Image, settings: dict) -> np.ndarray:
-    pixels = CLIPImageProcessorPil(**settings)(picture, return_tensors="np")["pixel_values"]
+def theirs(image: Image.Image, settings: dict) -> np.ndarray:
+    pixels = CLIPImageProcessorPil(**settings)(image, return_tensors="np")["pixel_values"]
     return np.asarray(pixels[0]).transpose(1, 2, 0)
 
 
-def difference(picture: Image.Image, settings: dict, folder) -> float:
+def difference(image: Image.Image, settings: dict, folder) -> float:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    ours = Aimv2Processor.from_folder(folder).pixels(picture)
-    wanted = theirs(picture, settings)
+    ours = Aimv2Processor.from_folder(folder).pixels(image)
+    wanted = theirs(image, settings)
     assert ours.shape == wanted.shape
     return float(np.abs(ours - wanted).max())
 
@@ -40,7 +40,7 @@ def difference(picture: Image.Image, settings: dict, folder) -> float:
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 def test_photographs_landscape_portrait_larger_and_smaller(tmp_path, name, size):
     whole = photograph(name)
-    for picture in (
+    for image in (
         whole,
         whole.transpose(Image.Transpose.ROTATE_90),
         whole.resize((whole.width * 3 + 1, whole.height * 3 + 2)),
@@ -49,15 +49,15 @@ def test_photographs_landscape_portrait_larger_and_smaller(tmp_path, name, size)
         whole.crop((0, 40, whole.width, 71)),  # a ribbon
         whole.crop((40, 0, 59, whole.height)),
     ):
-        assert difference(picture, to_clip(published(size)), tmp_path) <= 1e-6, picture.size
+        assert difference(image, to_clip(published(size)), tmp_path) <= 1e-6, image.size
 
 
 def test_every_size_around_the_target_rounds_alike(tmp_path):
     whole = photograph("coffee")
     for width in range(215, 236):
         for height in (223, 224, 225, 337, 449):
-            picture = whole.crop((0, 0, width, height)) if height < 400 else whole.resize((width, height))
-            assert difference(picture, to_clip(published(224)), tmp_path) <= 1e-6, picture.size
+            image = whole.crop((0, 0, width, height)) if height < 400 else whole.resize((width, height))
+            assert difference(image, to_clip(published(224)), tmp_path) <= 1e-6, image.size
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_every_setting(tmp_path, change):
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA", "HSV"])
 def test_every_colour_mode(tmp_path, mode):
-    picture = photograph("cat").convert(mode)
+    image = photograph("cat").convert(mode)
     if "A" in mode:
-        picture.putalpha(photograph("cat").convert("L"))
-    assert difference(picture, to_clip(published(224)), tmp_path) <= 1e-6
+        image.putalpha(photograph("cat").convert("L"))
+    assert difference(image, to_clip(published(224)), tmp_path) <= 1e-6
 
 
 def test_a_palette_with_transparency(tmp_path):
-    picture = photograph("cat").quantize(37)
+    image = photograph("cat").quantize(37)
     for transparency in (5, bytes(range(0, 255, 7))):
-        picture.info["transparency"] = transparency
-        assert difference(picture, to_clip(published(224)), tmp_path) <= 1e-6
+        image.info["transparency"] = transparency
+        assert difference(image, to_clip(published(224)), tmp_path) <= 1e-6
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -121,9 +121,9 @@ def test_what_we_save_transformers_reads(tmp_path, size):
     ours = Aimv2Processor(published(size))
     ours.save_to(tmp_path)
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
-    picture = photograph("rocket")
-    wanted = np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    assert np.abs(ours.pixels(picture) - wanted).max() <= 1e-6
+    image = photograph("rocket")
+    wanted = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    assert np.abs(ours.pixels(image) - wanted).max() <= 1e-6
 
 
 def test_what_transformers_saves_we_read(tmp_path):

@@ -41,13 +41,13 @@ def write(folder: Path, tensors: Mapping[str, mx.array], config: object) -> Path
 
 
 def write_lit(folder: Path) -> Path:
-    """A random pair of towers in Apple's layout."""
+    """A random LiT model in Apple's layout."""
     return write_pair(folder, LIT)
 
 
 def write_pair(folder: Path, config: Aimv2Config) -> Path:
     """A random pair of these sizes in Apple's layout, with its preprocessing."""
-    tensors = layout_for("apple", pair=True).to_theirs(random_weights(config).items())
+    tensors = layout_for("apple", pair=True).to_source(random_weights(config).items())
     write(folder, dict(tensors), config_for(config, "apple") | {"torch_dtype": "float32"})
     size = config.vision_config.image_size
     preprocessing = json.loads((FIXED / "preprocessor_config.json").read_text())
