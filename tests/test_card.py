@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 from PIL import Image
-from tests.small_models import FIXED, pair_with_words
 
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.conversion.fidelity import compare, rows
 from mlx_aimv2.conversion.pytorch_folder import config_for
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
+from tests.small_models import FIXED, pair_with_words
 
 APPLES_CARD = """---
 library_name: transformers

@@ -6,13 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from safetensors import safe_open
-from tests.small_models import FIXED, NATIVE, write_lit
 
 from mlx_aimv2 import load
 from mlx_aimv2.checkpoint.read import read
 from mlx_aimv2.conversion.folder import save_weights
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
+from tests.small_models import FIXED, NATIVE, write_lit
 
 LAYOUTS = ("apple", "transformers")
 

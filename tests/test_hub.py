@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.small_models import FIXED
 
 from mlx_aimv2.checkpoint.hub import download
 from mlx_aimv2.config import RELEASED
 from tests.loopback import TOKEN, Hub, serve
+from tests.small_models import FIXED
 
 NAME = "apple/aimv2-large-patch14-224"
 PIN = RELEASED[NAME.removeprefix("apple/")].commit

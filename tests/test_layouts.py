@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
-from tests.small_models import FIXED, LIT, random_weights, write
 
 from mlx_aimv2 import load
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, layout_for
@@ -18,6 +17,7 @@ from mlx_aimv2.checkpoint.read import read
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.conversion.pytorch_folder import config_for
 from mlx_aimv2.loading import DTYPES
+from tests.small_models import FIXED, LIT, random_weights, write
 
 VISION = Aimv2VisionConfig(256, 13, 2, 2, image_size=15, patch_size=5)  # two heads of 128: timm does not say how many
 WEIGHTS = random_weights(VISION)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from tests.small_models import LIT, random_weights
 
 from mlx_aimv2.checkpoint.config_json import read_config
 from mlx_aimv2.checkpoint.detect import differences, recognise
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, OURS, layout_for
 from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
+from tests.small_models import LIT, random_weights
 
 MANIFESTS = Path(__file__).parent / "golden" / "manifests"
 

@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from small_models import NATIVE
 from PIL import Image
+from small_models import NATIVE
 
 from mlx_aimv2 import bundled, cli, plane, plot
 

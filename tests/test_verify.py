@@ -13,7 +13,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from PIL import Image
-from tests.small_models import FIXED, NATIVE, pair_with_words
 
 from convert import verify
 from convert.checkpoints import FILE, choose, read
@@ -21,6 +20,7 @@ from mlx_aimv2 import load, x86
 from mlx_aimv2.config import RELEASED
 from mlx_aimv2.loading import read_source
 from tests.loopback import Hub, serve
+from tests.small_models import FIXED, NATIVE, pair_with_words
 from tests.test_names import PARAMETERS
 
 ROOT = Path(__file__).parents[1]

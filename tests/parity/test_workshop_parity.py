@@ -7,12 +7,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.small_models import FIXED
-
 from convert import check, make_golden
 from mlx_aimv2 import load
 from mlx_aimv2.convert import convert
 from tests.loopback import serve
+from tests.small_models import FIXED
 from tests.test_verify import row, run, write_list
 
 
