@@ -4,12 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 # MLX's Linux wheel multiplies matrices with the reference BLAS; where OpenBLAS is installed it is some fifty times
-# faster. With one thread on few x86 cores, for which the package has a stream each (mlx_aimv2/cores.py).
+# faster. With one thread on few x86 cores, for which the package has a stream each (mlx_aimv2/x86.py).
 OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
-.PHONY: help demo test parity check verify train format clean
+.PHONY: help demo test test-all parity check verify train format clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -17,6 +17,9 @@ demo: $(VENV)/installed  ## convert the embedded checkpoint, embed images, draw 
 	$(RUN) -m examples.demo
 
 test: $(VENV)/tested  ## the quick tests: no network, no torch
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(VENV)/tested  ## the quick tests and those of more than two seconds
 	$(RUN) -m pytest
 
 parity: $(VENV)/parity  ## the same numbers as transformers on torch, live

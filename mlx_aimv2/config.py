@@ -9,6 +9,9 @@ from typing import Any
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor by its name."""
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""Names of the dtypes that weights may have."""
+
 MAX_SIZE = 1 << 24
 """No size of a network comes near this; a config.json that says more is damaged."""
 
@@ -149,6 +152,11 @@ class Aimv2Config:
 
 
 AnyConfig = Aimv2VisionConfig | Aimv2Config
+
+
+def dtype_name(dtype: object) -> str:
+    """The name of an mlx dtype as config.json and flags have it: `mlx.core.float16 -> float16`."""
+    return str(dtype).rpartition(".")[2]
 
 
 def section_of(raw: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint import hub
-from mlx_aimv2.checkpoint.json_file import read as read_json
 from mlx_aimv2.checkpoint.layouts import PATCH_CONV
 from mlx_aimv2.checkpoint.read import CONFIG_FILE
 from mlx_aimv2.conversion import fidelity, folder, model_card
@@ -24,6 +23,8 @@ from mlx_aimv2.conversion.blockwise import choose_images, count_parameters, run_
 from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
+from mlx_aimv2.safe_read import expand_user, read_json
+from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 HELP = "convert a checkpoint to an MLX folder"
 DEFAULT_PATH = "mlx_model"
@@ -81,8 +82,8 @@ def convert(
         export_layout=export_layout,
     )
     settings = resolve(q_mode, q_group_size, q_bits)
-    wanted, target = parse_dtype(dtype), Path(os.path.expanduser(mlx_path))  # noqa: PTH111 - ~nobody stays as it is
-    folder.check_target(target)
+    wanted, target = parse_dtype(dtype), expand_user(mlx_path)
+    check_target(target)
     if upload_repo is not None:
         hub.check_upload(upload_repo)
 
@@ -104,13 +105,13 @@ def convert(
         )
         section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
 
-    with folder.appearing(target) as place:
+    with atomic_folder(target) as place:
         _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         proof = None
         if original is not None and verify:
             log("[INFO] Comparing with the source in float32")
             proof = fidelity.report(original, run_blockwise(place, images, name=target.name), images)
-            folder.write_json(place / fidelity.FILE, proof)
+            write_json(place / fidelity.FILE, proof)
             log(fidelity.table(proof))
             if q_target is not None and proof["token_cosine"]["mean"] < q_target:
                 log(f"[WARNING] The folder misses the target {q_target:g}; ask for a little more")

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlx_aimv2.safe_read import expand_user
+
 SUFFIXES = (
     ".avif",
     ".bmp",
@@ -122,7 +124,7 @@ class _Walk:
         self.visited: set[tuple[int, int]] = set()
 
     def argument(self, given: str) -> None:
-        path = os.path.normpath(Path(os.path.expanduser(given)).absolute())  # noqa: PTH111 - ~nobody stays as it is
+        path = os.path.normpath(expand_user(given).absolute())
         try:
             kind = os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself over 100,000 names
         except OSError as error:
@@ -140,7 +142,7 @@ class _Walk:
             self.file(path, kind)
 
     def pattern(self, given: str) -> None:
-        names = sorted(glob.glob(str(Path(os.path.expanduser(given))), recursive=True))  # noqa: PTH111, PTH207 - absolute patterns too
+        names = sorted(glob.glob(str(expand_user(given)), recursive=True))  # noqa: PTH207 - absolute patterns too
         if not names:
             self.found.missing.append(given)
         for name in names:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2.checkpoint import json_file
+from mlx_aimv2.safe_read import read_json
 
 if TYPE_CHECKING:
     from mlx_aimv2.config import Aimv2VisionConfig
@@ -186,7 +186,7 @@ def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
-    return json_file.read(file) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
 def _pixels(value: object, name: str, file: Path) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_aimv2.checkpoint import json_file
+from mlx_aimv2.safe_read import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,7 +143,7 @@ def _mark_names(folder: Path) -> dict[str, str]:
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.exists():
             continue
-        told = json_file.read(file)
+        told = read_json(file)
         for role in names:
             name = told.get(role)
             name = name.get("content") if isinstance(name, dict) else name

@@ -16,10 +16,11 @@ from mlx_aimv2.cli import main
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.provenance import made_by
-from mlx_aimv2.index.export import appearing, export, target
+from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.progress import Progress, say
+from mlx_aimv2.safe_write import atomic_file
 
 WIDTH = 7
 MADE = {
@@ -234,7 +235,7 @@ def test_features_that_are_not_finite_in_float32_are_the_weights_fault(tmp_path,
 
 def test_a_page_that_breaks_off_leaves_the_old_one(photos):
     Path("page.html").write_text("old")
-    with pytest.raises(KeyError), appearing(Path("page.html")) as file:
+    with pytest.raises(KeyError), atomic_file(Path("page.html")) as file:
         file.write(b"half")
         raise KeyError
     assert Path("page.html").read_text() == "old"

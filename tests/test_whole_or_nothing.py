@@ -14,8 +14,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2 import bundled, load
-from mlx_aimv2.conversion import folder
 from mlx_aimv2.convert import convert
+from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
 
 DIGITS = bundled.digits_checkpoint()
 
@@ -77,14 +77,14 @@ def test_killed_at_twenty_random_moments_no_folder_stands_that_does_not_load(tmp
         model, _ = load(path)
         assert model.encode_image(mx.zeros((1, 56, 56, 3))).shape == (1, 128), f"{path.name}, seed {seed}"
     hidden = [path.name for path in tmp_path.iterdir() if path not in whole]
-    assert all(name.endswith(folder.UNFINISHED) for name in hidden), hidden
+    assert all(name.endswith(UNFINISHED) for name in hidden), hidden
 
 
 def test_the_next_run_clears_what_a_killed_one_left(tmp_path):
-    abandoned = tmp_path / f".mlx.abcd{folder.UNFINISHED}"
+    abandoned = tmp_path / f".mlx.abcd{UNFINISHED}"
     abandoned.mkdir()
     (abandoned / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / f".mlx2.abcd{folder.UNFINISHED}"
+    other = tmp_path / f".mlx2.abcd{UNFINISHED}"
     other.mkdir()
     convert(DIGITS, tmp_path / "mlx", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "mlx"]
@@ -94,16 +94,16 @@ def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from mlx_aimv2.conversion import folder
-with folder.appearing(Path({str(tmp_path / "mlx")!r})):
+from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
+with atomic_folder(Path({str(tmp_path / "mlx")!r})):
     print("writing", flush=True)
     sys.stdin.read()
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
         assert other.stdout.readline() == "writing\n"
-        with folder.appearing(tmp_path / "mlx") as ours:
-            assert len(list(tmp_path.glob(f".mlx.*{folder.UNFINISHED}"))) == 2
+        with atomic_folder(tmp_path / "mlx") as ours:
+            assert len(list(tmp_path.glob(f".mlx.*{UNFINISHED}"))) == 2
             (ours / "mine").touch()
         _, errors = other.communicate("")
     assert "FileExistsError" in errors  # the second to finish finds the name taken
@@ -214,14 +214,14 @@ def test_a_source_cut_short_meanwhile_is_one_line_that_names_a_tensor(source, tm
 
 
 def test_an_error_in_a_block_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), folder.appearing(tmp_path / "mlx") as place:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "mlx") as place:
         (place / "half").touch()
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(FileExistsError), folder.appearing(tmp_path / "mlx"):
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "mlx"):
         (tmp_path / "mlx").mkdir()
         (tmp_path / "mlx" / "theirs").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "theirs"]

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
-from mlx_aimv2.checkpoint.json_file import read as read_json
 from mlx_aimv2.config import RELEASED
+from mlx_aimv2.safe_read import expand_user, read_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -119,7 +119,7 @@ def find(
 
     A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit.
     """
-    path = Path(os.path.expanduser(path_or_hf_repo))  # noqa: PTH111 - ~nobody stays as it is
+    path = expand_user(path_or_hf_repo)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         raise ValueError(f"{path}: not a weight file; wanted {', '.join(WEIGHT_SUFFIXES)}, or a checkpoint's folder")
     if path.exists():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2.find_images import SUFFIXES, Listing, list_images, read_list, shown
 from mlx_aimv2.progress import Progress, say
+from mlx_aimv2.safe_read import expand_user
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.distributed import Ranks, Result
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     for flag in ("threads", "max_patches"):
         if (value := getattr(arguments, flag)) is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    arguments.output = Path(os.path.expanduser(arguments.output))  # noqa: PTH111 - ~nobody stays as it is
+    arguments.output = expand_user(arguments.output)
     ranks = Ranks()
     chief = _Chief(arguments, ranks)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.find_images import shown
+from mlx_aimv2.safe_read import expand_user
 
 HELP = "say what an index or a checkpoint holds"
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one fact a line."""
-    path = Path(os.path.expanduser(arguments.target))  # noqa: PTH111
+    path = expand_user(arguments.target)
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} is an empty file")
     facts = about_index(path) if _is_database(path) else about_checkpoint(arguments.target, arguments.revision)

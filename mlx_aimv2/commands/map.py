@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from mlx_aimv2 import plot
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
 from mlx_aimv2.find_images import list_images, shown
 from mlx_aimv2.loading import load
+from mlx_aimv2.safe_read import expand_user
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,9 +135,9 @@ def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
-        yield _not_the_image(Path(os.path.expanduser(output)), files)  # noqa: PTH111
+        yield _not_the_image(expand_user(output), files)
         return
-    folder = Path(os.path.expanduser(output or "."))  # noqa: PTH111
+    folder = expand_user(output or ".")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
     taken: set[str] = set()

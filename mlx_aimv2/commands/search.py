@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2.find_images import has_suffix, shown
+from mlx_aimv2.safe_read import expand_user
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     if arguments.html is not None:
-        arguments.html = Path(os.path.expanduser(arguments.html))  # noqa: PTH111 - ~nobody stays as it is
+        arguments.html = expand_user(arguments.html)
     with Index.open(arguments.index) as index:
         image = _as_image(arguments.query)
         if arguments.html is not None:
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _as_image(query: str) -> str | None:
     """The query as an absolute path, None if it is words."""
-    path = Path(os.path.expanduser(query))  # noqa: PTH111
+    path = expand_user(query)
     if path.is_file():
         return os.path.normpath(path.absolute())
     if path.is_dir():
@@ -139,8 +140,8 @@ def _from_model(index: Index, arguments: argparse.Namespace, image: str | None) 
 
 
 def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, image: str | None) -> None:
-    from mlx_aimv2.index.export import appearing
     from mlx_aimv2.index.html import result_page
+    from mlx_aimv2.safe_write import atomic_file
 
     made = index.provenance
     name = str(made.get("checkpoint") or "")
@@ -153,7 +154,7 @@ def _show(index: Index, matches: list[Match], arguments: argparse.Namespace, ima
         handle, name = tempfile.mkstemp(prefix="mlx-aimv2-", suffix=".html")
         os.close(handle)
         target = Path(name)
-    with appearing(target) as file:
+    with atomic_file(target) as file:
         file.write(text.encode("utf-8"))
     if arguments.html is None:
         print(f"mlx-aimv2: the page is {target}", file=sys.stderr)

@@ -1,20 +1,9 @@
-"""What is an MLX folder: the files of a converted checkpoint, written whole or not at all?
-
-`config.json`, `model.safetensors` (or numbered shards), `model.safetensors.index.json`, and whatever the source carried
-beside its weights. Everything is written into a hidden folder beside the target, which is renamed when it is complete.
-A process that is killed leaves its hidden folder behind; the next one that writes to the same target removes it.
-"""
+"""The files of an MLX folder: weights in one file or in numbered shards, their index, config.json, auxiliary files."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import glob
-import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +11,12 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.conversion import safetensors_file
+from mlx_aimv2.safe_write import write_json
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""
 
 METADATA = {"format": "mlx"}
-
-UNFINISHED = ".unfinished"
-"""How the name of a hidden folder ends while it is being written."""
-
-
-def check_target(path: Path) -> None:
-    """Raises FileExistsError if something stands at the target, OSError if nothing can be written there."""
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"Cannot save to the path {path} as it already exists. Remove it or choose another.")
-    parent = path.absolute().parent
-    existing = next(place for place in (parent, *parent.parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"Cannot save to the path {path}: {existing} cannot be written to. Choose another place.")
-
-
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name `path` only if the block ends well, and vanishes otherwise."""
-    check_target(path)
-    parent = path.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(parent, path.name)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=parent))
-    lock = _locked(beside)
-    try:
-        yield beside
-        beside.chmod(0o777 & ~_umask())  # mkdtemp's folders are private, a result is as public as its neighbours
-        for file in beside.iterdir():
-            _flush_to_disk(file)
-        check_target(path)
-        beside.rename(path)
-    except OSError as error:
-        if error.strerror is None:
-            raise
-        elsewhere = error.filename is not None and not str(error.filename).startswith(str(beside))
-        what = error.filename if elsewhere else f"Cannot save to the path {path}"
-        raise type(error)(f"{what}: {error.strerror}.") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 def save_weights(
@@ -109,11 +58,6 @@ def save_config(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON as the ecosystem does: four spaces, a newline at the end."""
-    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def copy_auxiliary_files(source: Path, folder: Path) -> list[str]:
     """Copies what belongs to a checkpoint beside its weights (preprocessing, tokenizer, licence); returns the names."""
     copied = []
@@ -123,37 +67,3 @@ def copy_auxiliary_files(source: Path, folder: Path) -> list[str]:
                 shutil.copyfile(file, folder / file.name)
                 copied.append(file.name)
     return copied
-
-
-def _remove_abandoned(parent: Path, name: str) -> None:
-    """Removes the hidden folders of processes that were killed: the lock of a folder ends with the process."""
-    for folder in parent.glob(f".{glob.escape(name)}.*{UNFINISHED}"):
-        lock = _locked(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock, which ends with the process; None if another process holds it."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by another process, or a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush_to_disk(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

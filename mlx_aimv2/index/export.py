@@ -8,18 +8,16 @@ Files are written beside their target and take its name when they are complete; 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
 from mlx_aimv2.index.reader import Index
+from mlx_aimv2.safe_write import atomic_file
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -28,7 +26,7 @@ def export(index: Index, path: Path, *, kind: str) -> None:
     """Writes a whole index to a file: kind `npz`, `safetensors` or `jsonl`; a file of that name is replaced."""
     if kind not in WRITERS:
         raise ValueError(f"an export is {', '.join(WRITERS)}, not {kind}")
-    with appearing(path) as file:
+    with atomic_file(path) as file:
         WRITERS[kind](index, file)
 
 
@@ -46,22 +44,6 @@ def target(output: Path, kind: str) -> Path:
         if head and head[start:] != mark:
             raise FileExistsError(f"the export would replace {path}, which is none of mlx-aimv2: choose another -o")
     return path
-
-
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write beside `path`, which takes its name when the block ends well and is deleted when it does not."""
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(beside).chmod(0o666 & ~_umask())
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
 
 
 def _npz(index: Index, file: BinaryIO) -> None:
@@ -128,9 +110,3 @@ def _contents(index: Index) -> tuple[list[str], Array]:
 
 def _rows(index: Index, shapes: Array) -> int:
     return int(shapes.prod(axis=1).sum())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
