@@ -49,7 +49,7 @@ def card_of(source: Path, target: Path, *, repo: str | None = None, proof=None, 
         read.origin.repo, read.origin.commit = repo, "c" * 40
     target.mkdir(exist_ok=True)
     config = read.config.to_dict() | {"torch_dtype": "float16"} | (config or {})
-    model_card.write(target, source=read, config=config, fidelity=proof, hub_name=hub_name)
+    model_card.write(target, source=read, config=config, report=proof, hub_name=hub_name)
     return target / "README.md"
 
 

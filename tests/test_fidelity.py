@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2.conversion import fidelity
-from mlx_aimv2.conversion.blockwise import MOST_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
+from mlx_aimv2.conversion.blockwise import BlockwiseRun, cosines, run_blockwise, text_ids
+from mlx_aimv2.conversion.fidelity import MOST_IMAGES, choose_images
 from mlx_aimv2.convert import convert
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_aimv2.checkpoint.config_json import read_config
 from mlx_aimv2.checkpoint.detect import differences, recognise
-from mlx_aimv2.checkpoint.layouts import LAYOUTS, OURS, layout_for
+from mlx_aimv2.checkpoint.layouts import LAYOUTS, MLX, layout_for
 from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
 from tests.small_models import LIT, random_weights
@@ -77,7 +77,7 @@ def test_the_inventories_are_all_there():
 def test_an_inventory_translates_exactly_and_has_its_golden_count(layout, name):
     theirs = INVENTORIES[layout, name]
     match = recognise(theirs)
-    assert (match.layout.name, match.prefix, match.left) == (layout, "", ())
+    assert (match.layout.name, match.prefix) == (layout, "")
     ours = match.target_shapes(theirs)
     model = parameter_shapes(build(read_config({}, ours)))
     assert ours == model
@@ -122,7 +122,6 @@ LANGUAGE = {"llm.model.layers.0.self_attn.q_proj.bias": (8,), "llm.model.norm.we
 def test_the_further_forms_in_the_wild_are_recognised_with_the_rest_left_out(shapes, layout, prefix):
     match = recognise(shapes | LANGUAGE if prefix else shapes)
     assert (match.layout.name, match.prefix) == (layout, prefix)
-    assert match.left == (tuple(sorted(LANGUAGE)) if prefix else ())
     model = parameter_shapes(build(read_config({}, match.target_shapes(shapes))))
     assert match.source_shapes(model) == shapes
     assert not differences(match.source_shapes(model), shapes | LANGUAGE if prefix else shapes, match)
@@ -199,11 +198,11 @@ def test_a_layout_without_a_text_encoder_cannot_hold_a_pair(layout):
 def test_every_layout_has_rows_for_every_part_exactly_once():
     for layout in LAYOUTS.values():
         for rows in filter(None, (layout.vision, layout.pair)):
-            theirs = [name for row in rows for name in row.theirs]
+            theirs = [name for row in rows for name in row.sources]
             assert len(set(theirs)) == len(theirs), layout.name
-            ours = [row.ours for row in rows]
+            ours = [row.target for row in rows]
             assert len(set(ours)) == len(ours), layout.name
-    assert {row.ours for row in LAYOUTS[OURS].pair} == {row.ours for row in LAYOUTS["apple"].pair}
+    assert {row.target for row in LAYOUTS[MLX].pair} == {row.target for row in LAYOUTS["apple"].pair}
 
 
 BLOCK_BIAS = {f"trunk.blocks.{i}.attn.qkv.bias": (3072,) for i in range(24)}

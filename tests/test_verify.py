@@ -100,7 +100,7 @@ def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     assert "float16: largest activation" in report
     assert "images a second, float32" in report
     assert "### native" not in report
-    assert report.count("| words | seen | a photo of a cat: ") == 1
+    assert report.count("| zero-shot | measured | a photo of a cat: ") == 1
     for fact in ("chip", "memory", "system", "python", "mlx", "mlx-aimv2"):
         assert f"| {fact} | " in report
     if mx.default_device().type == mx.DeviceType.cpu:

@@ -207,7 +207,7 @@ def test_a_source_cut_short_meanwhile_is_one_line_that_names_a_tensor(source, tm
         if "Using dtype" in line:
             os.truncate(source / "model.safetensors", 1 << 20)
 
-    with pytest.raises(OSError, match=r"can no longer be read at .*: was it cut or changed meanwhile") as caught:
+    with pytest.raises(OSError, match=r"can no longer be read at .*: was it truncated or changed meanwhile") as caught:
         convert(source, tmp_path / "mlx", verify=False, log=cut)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
