@@ -1,4 +1,4 @@
-"""Does the converter do what its flags say, and refuse in one line what they cannot mean?"""
+"""The converter does what its flags say, and refuses in one line what they cannot mean."""
 
 import inspect
 import json
@@ -42,8 +42,8 @@ def nothing_is_read(monkeypatch):
 
 
 def test_the_keywords_and_defaults_are_mlx_lms():
-    ours = {name: parameter.default for name, parameter in inspect.signature(convert).parameters.items()}
-    assert {name: ours[name] for name in MLX_LM} == MLX_LM
+    own = {name: parameter.default for name, parameter in inspect.signature(convert).parameters.items()}
+    assert {name: own[name] for name in MLX_LM} == MLX_LM
 
 
 def test_each_flag_is_a_keyword():
@@ -96,7 +96,7 @@ def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_i
         convert(DIGITS, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["proof", "target"])
+@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["fidelity report", "target"])
 def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
     images = tmp_path / "images"
     images.mkdir()

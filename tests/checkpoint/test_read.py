@@ -1,4 +1,4 @@
-"""Does a checkpoint load from every form it has in the wild, and say in one line why when it cannot?"""
+"""A checkpoint loads from every form it is published in, or says in one line why it cannot."""
 
 import builtins
 import json
@@ -51,8 +51,8 @@ def test_every_layout_loads_as_the_same_encoder(layout, tmp_path):
 def test_every_layout_of_the_pair_loads_as_the_same_pair(layout, tmp_path):
     weights = random_weights(LIT)
     tensors = dict(layout_for(layout, pair=True).to_source(weights.items()))
-    spelling = "apple" if layout.startswith("apple") else "transformers"
-    model, _ = load(write(tmp_path / "a", tensors, config_for(LIT, spelling)))
+    format_name = "apple" if layout.startswith("apple") else "transformers"
+    model, _ = load(write(tmp_path / "a", tensors, config_for(LIT, format_name)))
     found = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(found[name], weights[name]) for name in weights)
     assert model.config == LIT

@@ -1,4 +1,4 @@
-"""Do checkpoints come from the Hub at the right commit, without a file too many, and folders go back to it?
+"""Checkpoints come from the Hub at the right commit, without a file too many, and folders are uploaded to it.
 
 Each case runs in a process of its own, because huggingface_hub reads its environment when it is imported.
 """
@@ -33,7 +33,7 @@ def hub():
 
 @pytest.fixture
 def released(tmp_path, hub) -> Hub:
-    """A repository as Apple's: its own layout at the pinned commit, another model on main, files that are not ours."""
+    """A repository as Apple's: its own layout at the pinned commit, another model on main, files that are not needed."""
     folder = Path(shutil.copytree(FIXED, tmp_path / "released"))
     (folder / "expected.npz").unlink()
     for decoy in DECOYS:

@@ -1,4 +1,4 @@
-"""Does a model go back to PyTorch's layouts without losing a bit?"""
+"""A model goes back to PyTorch's layouts without losing a bit."""
 
 import json
 from pathlib import Path
