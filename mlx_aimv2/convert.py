@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.config import DTYPES, dtype_name
-from mlx_aimv2.conversion import fidelity, folder, model_card
+from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
 from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
@@ -134,24 +134,23 @@ def _write(
         source.weights = dequantized(source.weights, source.quantization)
     weights = _one_by_one(source)
     if export_layout is not None:
-        from mlx_aimv2.conversion import pytorch_folder
-
-        weights = ((name, array.astype(dtype)) for name, array in weights)
-        config = pytorch_folder.save(source, weights, place, layout=export_layout, dtype=dtype)
+        dense = ((name, array.astype(dtype)) for name, array in weights)
+        weights = pytorch_folder.weights_for(dense, source.config, export_layout)
+        folder.save_weights(place, weights, metadata=pytorch_folder.METADATA, index_one_file=False)
+        config = pytorch_folder.config_for(source.config, export_layout)
     else:
-        config = source.config.to_dict() | {"torch_dtype": dtype_name(dtype)}
-        count = source.parameters
+        config = source.config.to_dict()
         if section is not None:
             log("[INFO] Quantizing")
             config |= {"quantization": section, "quantization_config": section}
+        count = source.parameters
         weights = packed(weights, layers(build(source.config)) if section else (), section or {}, dtype=dtype)
         size = folder.save_weights(place, weights, total_parameters=count)
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
-        folder.save_config(place, config)
-        folder.copy_auxiliary_files(source.origin.folder, place)
-    if not source.origin.folder.is_dir():  # its open files could still be read, the rest could not
-        raise FileNotFoundError(f"{source.origin.folder} vanished while it was read; nothing was written")
+    config |= {"torch_dtype": dtype_name(dtype)}
+    folder.save_config(place, config)
+    folder.copy_auxiliary_files(source.origin.folder, place)
     if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
         source.processor().save_to(place)
     return config

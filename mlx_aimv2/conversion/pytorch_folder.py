@@ -1,41 +1,24 @@
-"""Writes a PyTorch folder in transformers' or Apple's layout.
-
-Dense weights under that layout's names and axes, config.json in its format, and the source's auxiliary files.
-"""
+"""Translates a model back to PyTorch: the names and axes of transformers' or Apple's layout, and its config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint.layouts import layout_for
-from mlx_aimv2.checkpoint.read import INDEX_FILE
-from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig, dtype_name
-from mlx_aimv2.conversion import folder
-from mlx_aimv2.loading import Source
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
 
 METADATA = {"format": "pt"}
 """What PyTorch's readers ask of a safetensors header."""
 
 
-def save(
-    source: Source, weights: Iterator[tuple[str, mx.array]], place: Path, *, layout: str, dtype: mx.Dtype
-) -> dict[str, Any]:
-    """Writes a PyTorch-style folder into `place`: weights under `layout`'s names, its config.json, the auxiliary files.
-
-    `weights` gives `(target name, array)` one after another, dense and in `dtype`. Returns the content of config.json.
-    """
-    match = layout_for(layout, pair=isinstance(source.config, Aimv2Config))
-    folder.save_weights(place, match.to_source(weights), metadata=METADATA)
-    if (place / "model.safetensors").is_file():
-        (place / INDEX_FILE).unlink()  # PyTorch's readers expect it only beside shards
-    config = config_for(source.config, layout) | {"torch_dtype": dtype_name(dtype)}
-    folder.save_config(place, config)
-    folder.copy_auxiliary_files(source.origin.folder, place)
-    return config
+def weights_for(
+    weights: Iterable[tuple[str, mx.array]], config: AnyConfig, layout: str
+) -> Iterator[tuple[str, mx.array]]:
+    """Weights under a layout's names and axes, one at a time: `(target name, array), … -> (source name, array), …`."""
+    return layout_for(layout, pair=isinstance(config, Aimv2Config)).to_source(weights)
 
 
 def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:

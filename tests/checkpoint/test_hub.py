@@ -33,7 +33,7 @@ def hub():
 
 @pytest.fixture
 def released(tmp_path, hub) -> Hub:
-    """A repository as Apple's: its own layout at the pinned commit, another model on main, files that are not needed."""
+    """A repository as Apple's: its own layout at the pinned commit, another model on main, and files nobody needs."""
     folder = Path(shutil.copytree(FIXED, tmp_path / "released"))
     (folder / "expected.npz").unlink()
     for decoy in DECOYS:

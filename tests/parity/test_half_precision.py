@@ -74,7 +74,5 @@ def test_we_are_as_near_to_float64_as_torch_in_the_same_dtype(case, dtype):
             for attention in attentions
         ]
         ratio = error / min(torchs)
-        print(
-            f"{kind} {dtype} {name}: actual {error:.3g}, torch {', '.join(f'{e:.3g}' for e in torchs)}, {ratio:.2f} x"
-        )
+        print(f"{kind} {dtype} {name}: {error:.3g}, torch {', '.join(f'{e:.3g}' for e in torchs)}, {ratio:.2f} x")
         assert error <= MOST * min(torchs), f"{name}: {error:.3g} against {min(torchs):.3g}"

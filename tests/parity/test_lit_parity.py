@@ -37,7 +37,7 @@ SMALL = {
 }  # fmt: skip
 FULL = {"vision_config": {}, "text_config": {}, "projection_dim": 768}
 
-# transformers' name -> Apple's, written here once more so that the package's own table is not both sides of the comparison.
+# transformers' name -> Apple's, written independently of the package's table, which is under test.
 TO_APPLE = {
     "vision_model.": "image_encoder.",
     "text_model.": "text_encoder.",

@@ -57,10 +57,8 @@ def test_image_features_are_the_same(exported):
     pairs = [(output.last_hidden_state, wanted.last_hidden_state)]
     if kind == "lit":
         pairs.append((output.pooler_output, wanted.pooler_output))
-    for actual, expected_tensor in pairs:
-        assert np.linalg.norm(np.array(actual) - expected_tensor.numpy()) <= 1e-5 * np.linalg.norm(
-            expected_tensor.numpy()
-        )
+    for actual, expected in pairs:
+        assert np.linalg.norm(np.array(actual) - expected.numpy()) <= 1e-5 * np.linalg.norm(expected.numpy())
 
 
 def test_the_pair_gives_the_same_logits(tmp_path):

@@ -29,7 +29,7 @@ SIZES = {
 }
 """hidden, intermediate, blocks, heads, pixels; None is a native model, which sees 58 x 44 pixels."""
 
-# transformers' name -> Apple's, written here once more so that the package's own table is not both sides of the comparison.
+# transformers' name -> Apple's, written independently of the package's table, which is under test.
 TO_APPLE = {
     "embeddings.patch_embed.": "preprocessor.patchifier.proj.",
     "embeddings.rms_norm.": "preprocessor.patchifier.norm.",
