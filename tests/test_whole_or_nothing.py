@@ -19,8 +19,8 @@ from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
 
 DIGITS = bundled.digits_checkpoint()
 
-# Forked before MLX has started its threads. One run in four has a fidelity report; the first of each kind is not killed and
-# says how long it takes, the others are killed at random moments of that time.
+# Forked before MLX has started its threads. One run in four has a fidelity report; the first of each kind is not killed
+# and says how long it takes, the others are killed at random moments of that time.
 KILLER = """
 import os, random, signal, sys, time
 from mlx_aimv2.convert import convert

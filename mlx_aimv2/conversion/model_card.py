@@ -168,7 +168,7 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
 def _licence(place: Path, source: Source) -> str:
     name = _source_card(source).get("license_name") or _source_card(source).get("license")
     files = sorted(file.name for file in place.iterdir() if file.name.upper().startswith(("LICEN", "NOTICE")))
-    terms = f"The weights keep the licence of their source: {name}." if name else "The source's card names no licence."
+    terms = f"The weights keep the terms of their source: {name}." if name else "The source's card names no licence."
     return f"## Licence\n\n{terms}" + (f" See {', '.join(files)}." if files else "")
 
 
