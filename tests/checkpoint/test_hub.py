@@ -69,7 +69,7 @@ from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.loading import read_source
 def work():
     source = read_source(argv[1], revision=argv[2] if len(argv) > 2 else None)
-    print(source.origin.repo, source.origin.commit, source.config.rms_norm_eps, source.match.layout.name)
+    print(source.origin.repo, source.origin.commit, source.config.rms_norm_eps, source.layout)
     return 0
 sys.exit(one_line_errors(work))
 """
