@@ -1,8 +1,8 @@
-"""What do fewer bits cost: fidelity, size and accuracy of the embedded encoder at every width?
+"""Measures what fewer bits cost: fidelity, size and accuracy of the embedded encoder in every format.
 
 `python -m benchmarks.quantization`: converts the encoder that ships, float16, in each mode; the mean and the least
-token cosine against its float32 source on the four bundled photographs, bits per weight, and the share of held-out
-digits that their five nearest training digits name rightly.
+token cosine against its float32 source on the four bundled photographs, bits per weight, and the accuracy of a
+5-nearest-neighbour vote on held-out digits.
 """
 
 import json

@@ -13,8 +13,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_aimv2 import bench, device
-from mlx_aimv2.config import WIDTHS, released
-from mlx_aimv2.loading import DTYPES
+from mlx_aimv2.config import DTYPES, WIDTHS, released
 
 SIDES = (224, 448, 672, 896)
 """Pixels along a native model's image: 256, 1024, 2304 and 4096 tokens."""
@@ -39,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
     print(f"{device.summary()}; mlx {device.mlx_build()}; {arguments.dtype},")
     print(f"{arguments.blocks} blocks, medians of {arguments.runs} runs")
@@ -51,7 +50,7 @@ def main() -> None:
             config = replace(released(size).vision, num_hidden_layers=arguments.blocks)
             if held[0] != config:
                 held = (None, None)  # the old weights go before the new ones come
-                held = (config, bench.random_model(config, DTYPES[arguments.dtype]))
+                held = (config, bench.random_model(config, getattr(mx, arguments.dtype)))
             pixels = bench.random_pixels(config, batch=batch, side=side)
             speed = bench.measure_speed(held[1], pixels, runs=arguments.runs)
             cells = [name, f"{speed.seconds * 1e3:.1f}", f"{speed.seconds * 1e3 / batch:.1f}"]

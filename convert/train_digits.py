@@ -1,8 +1,8 @@
-"""How was the checkpoint that ships with the package trained, and how is it made again?
+"""Trains the checkpoint that ships with the package.
 
 scan -> small random turn, shift and zoom -> processor -> model -> mean token -> nearest class direction
 
-    python -m convert.train_digits                  trains and says how good the features are
+    python -m convert.train_digits                  trains and prints the accuracy of the features
     python -m convert.train_digits --write          also replaces the checkpoint in the package
     python -m convert.train_digits --write-scans    only replaces the scans, from scikit-learn's copy
 """
@@ -137,7 +137,7 @@ def start_small(model: Aimv2VisionModel) -> None:
 
 
 def varied(scan: bundled.Bytes, chance: np.random.Generator) -> Image.Image:
-    """The scan at the model's size, a little turned, shifted and zoomed; what comes in at the edge is paper."""
+    """The scan at the model's size, a little turned, shifted and zoomed; what enters at the edges is white."""
     size = CONFIG.image_size or 0
     image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
     turn, zoom = math.radians(chance.uniform(-TURN, TURN)), 1 + chance.uniform(-ZOOM, ZOOM)

@@ -41,8 +41,8 @@ MAX_IMBALANCE = 1.1
 """How much longer the longest shard of whole images may be than the mean before images are split instead."""
 
 CACHE_LIMIT, MLX_CACHE_LIMIT = 1 << 28, 1 << 25
-"""Bytes of freed memory that MLX keeps for reuse: ours, and its default, with which a pass over four images of
-224 pixels takes 40,000 pages anew from the system, and 5 to 10 % longer."""
+"""Bytes of freed memory that MLX keeps for reuse: here, and by default, with which a pass over four images of
+224 pixels takes 40,000 pages from the system again, and 5 to 10 % longer."""
 
 IMAGES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which shards are cut."""

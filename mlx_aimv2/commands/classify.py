@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from mlx_aimv2.config import LIT_CHECKPOINT
+from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
 from mlx_aimv2.device import AUTO
 from mlx_aimv2.find_images import shown
-from mlx_aimv2.loading import DTYPES, load
+from mlx_aimv2.loading import load
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 
 HELP = "say which of your words fit each image"

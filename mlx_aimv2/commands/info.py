@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -64,22 +63,24 @@ def about_index(path: Path) -> Facts:
 
 def about_checkpoint(name: str, revision: str | None) -> Facts:
     """What a checkpoint holds, from its config.json and the headers of its weight files."""
-    from mlx_aimv2.config import Aimv2Config
-    from mlx_aimv2.loading import DTYPES, build, parameter_shapes, read_source
+    import mlx.core as mx
+
+    from mlx_aimv2.config import Aimv2Config, dtype_name
+    from mlx_aimv2.loading import read_source
 
     source = read_source(name, revision=revision)
     config, origin = source.config, source.origin
     vision = config.vision_config if isinstance(config, Aimv2Config) else config
     text = config.text_config if isinstance(config, Aimv2Config) else None
-    names = {value: name for name, value in DTYPES.items()}
-    dtypes = sorted({names[array.dtype] for array in source.weights.values() if array.dtype in names})
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(build(config)).values())
+    floats = (array.dtype for array in source.weights.values() if mx.issubdtype(array.dtype, mx.floating))
+    dtypes = sorted(set(map(dtype_name, floats)))
+    parameters = source.parameters
     held = sum(array.nbytes for array in source.weights.values())
     size = vision.image_size
     return {
         "checkpoint": origin.repo or str(origin.folder),
         "commit": origin.commit,
-        "layout": source.match.layout.name,
+        "layout": source.layout,
         "encoders": "vision and text" if text is not None else "vision",
         "images": f"{size}x{size} pixels, {vision.num_patches} tokens" if size else "any size (native)",
         "width": vision.hidden_size,

@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.checkpoint import read as checkpoint
+from mlx_aimv2.config import dtype_name
 from mlx_aimv2.index.reader import damaged
-from mlx_aimv2.loading import DTYPES, AnyModel, load
+from mlx_aimv2.loading import AnyModel, load
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.pooling import Pooling
@@ -75,7 +76,7 @@ def load_with_origin(name: str, *, revision: str | None = None, dtype: str | Non
     origin = {
         "checkpoint": repo or str(path.absolute()),
         "commit": commit,
-        "dtype": next(known for known, value in DTYPES.items() if value == model.dtype),
+        "dtype": dtype_name(model.dtype),
         "quantization": _bits(config.get("quantization")),
     }
     return Loaded(model, processor, origin)

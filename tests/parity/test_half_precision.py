@@ -1,4 +1,4 @@
-"""In half precision, how far from exact are we, beside transformers on torch with the same weights?
+"""In half precision the error is about that of transformers on torch with the same weights.
 
 Exact is transformers in float64, but for its norms, which it always takes in float32. Both sides round the same float32
 checkpoint to the same dtype. The error is the Euclidean norm of the difference over that of the exact features.
@@ -19,7 +19,7 @@ REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 KINDS = ("fixed", "native", "outlier", "lit")
 
 MOST = 1.2
-"""How many times the error of torch ours may be."""
+"""How many times the error of torch actual may be."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -33,7 +33,7 @@ def case(request, tmp_path_factory) -> tuple[str, Path, dict[str, np.ndarray]]:
 
 
 @torch.no_grad()
-def theirs(kind: str, folder: Path, inputs: dict, dtype: torch.dtype, attention: str) -> dict[str, np.ndarray]:
+def reference(kind: str, folder: Path, inputs: dict, dtype: torch.dtype, attention: str) -> dict[str, np.ndarray]:
     kind_of_model = transformers.Aimv2Model if kind == "lit" else transformers.Aimv2VisionModel
     model = kind_of_model.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval().to(dtype)
     pixels = torch.from_numpy(inputs["pixel_values"]).to(dtype)
@@ -50,7 +50,7 @@ def theirs(kind: str, folder: Path, inputs: dict, dtype: torch.dtype, attention:
     return {name: tensor.double().numpy() for name, tensor in found.items()}
 
 
-def ours(kind: str, folder: Path, inputs: dict, dtype: str) -> dict[str, np.ndarray]:
+def actual(kind: str, folder: Path, inputs: dict, dtype: str) -> dict[str, np.ndarray]:
     model, _ = load(folder, dtype=dtype)
     pixels = mx.array(inputs["pixel_values"].transpose(0, 2, 3, 1))
     found = {"tokens": model.vision(pixels).last_hidden_state}
@@ -64,15 +64,15 @@ def test_we_are_as_near_to_float64_as_torch_in_the_same_dtype(case, dtype):
     kind, folder, inputs = case
     # Eager attention is the one whose text encoder is causal; elsewhere both count and the better one is met.
     attentions = ["eager"] if kind == "lit" else ["eager", "sdpa"]
-    exact = theirs(kind, folder, inputs, torch.float64, "eager")
-    found = ours(kind, folder, inputs, dtype)
+    exact = reference(kind, folder, inputs, torch.float64, "eager")
+    found = actual(kind, folder, inputs, dtype)
     for name in exact:
         size = np.linalg.norm(exact[name])
         error = np.linalg.norm(found[name] - exact[name]) / size
         torchs = [
-            np.linalg.norm(theirs(kind, folder, inputs, getattr(torch, dtype), attention)[name] - exact[name]) / size
+            np.linalg.norm(reference(kind, folder, inputs, getattr(torch, dtype), attention)[name] - exact[name]) / size
             for attention in attentions
         ]
         ratio = error / min(torchs)
-        print(f"{kind} {dtype} {name}: ours {error:.3g}, torch {', '.join(f'{e:.3g}' for e in torchs)}, {ratio:.2f} x")
+        print(f"{kind} {dtype} {name}: {error:.3g}, torch {', '.join(f'{e:.3g}' for e in torchs)}, {ratio:.2f} x")
         assert error <= MOST * min(torchs), f"{name}: {error:.3g} against {min(torchs):.3g}"

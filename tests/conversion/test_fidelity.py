@@ -1,4 +1,4 @@
-"""Do the figures of a comparison say how far two models are apart, and is it measured block by block?"""
+"""A fidelity report measures how far two models are apart, block by block."""
 
 import json
 import shutil
@@ -12,15 +12,16 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2.conversion import fidelity
-from mlx_aimv2.conversion.blockwise import MOST_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
+from mlx_aimv2.conversion.blockwise import BlockwiseRun, cosines, run_blockwise, text_ids
+from mlx_aimv2.conversion.fidelity import MOST_IMAGES, choose_images
 from mlx_aimv2.convert import convert
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 DIGITS = bundled.digits_checkpoint()
 IMAGES = bundled.photographs()[:2]
 
 
-def observation(tokens, *, dtype="float32", peaks=None, **more):
+def blockwise_run(tokens, *, dtype="float32", peaks=None, **more):
     tokens = [np.array(rows, float) for rows in tokens]
     return BlockwiseRun(
         "m", dtype, 10, 40, tokens, np.stack([t.mean(0) for t in tokens]), peaks or {"blocks.0": 1.0}, **more
@@ -97,7 +98,7 @@ def test_a_row_that_is_not_finite_has_cosine_0():
 
 
 def test_the_report_holds_mean_and_least_over_all_tokens_of_all_images():
-    one, other = observation([[[1, 0], [0, 1]], [[1, 1]]]), observation([[[1, 0], [1, 1]], [[1, 1]]])
+    one, other = blockwise_run([[[1, 0], [0, 1]], [[1, 1]]]), blockwise_run([[[1, 0], [1, 1]], [[1, 1]]])
     found = fidelity.report(one, other, ["a/b.jpg", "c.jpg"])
     assert found["token_cosine"] == pytest.approx({"mean": (2 + 0.5**0.5) / 3, "min": 0.5**0.5})
     assert found["image_cosine"]["mean"] == pytest.approx((1 + 3 / 10**0.5) / 2)
@@ -106,8 +107,8 @@ def test_the_report_holds_mean_and_least_over_all_tokens_of_all_images():
 
 def test_a_pairs_report_has_texts_and_logits_too():
     words, logits = np.eye(2), np.array([[3.0, 5.0]])
-    one = observation([[[1, 0]]], text_vectors=words, logits=logits)
-    other = observation([[[1, 0]]], text_vectors=words + np.tri(2, k=-1), logits=logits + np.array([0.25, -0.5]))
+    one = blockwise_run([[[1, 0]]], text_vectors=words, logits=logits)
+    other = blockwise_run([[[1, 0]]], text_vectors=words + np.tri(2, k=-1), logits=logits + np.array([0.25, -0.5]))
     found = fidelity.report(one, other, ["a.jpg"])
     assert found["text_cosine"]["min"] == pytest.approx(0.5**0.5)
     assert found["largest_logit_difference"] == 0.5
@@ -115,8 +116,8 @@ def test_a_pairs_report_has_texts_and_logits_too():
 
 @pytest.mark.parametrize(("peak", "warned"), [(32751.0, False), (32753.0, True), (70000.0, True)])
 def test_a_block_that_leaves_float16_less_than_a_factor_of_2_is_named(peak, warned):
-    one = observation([[[1, 0]]], peaks={"blocks.0": 3.0, "blocks.1": peak})
-    found = fidelity.report(one, observation([[[1, 0]]], dtype="float16"), ["a.jpg"])
+    one = blockwise_run([[[1, 0]]], peaks={"blocks.0": 3.0, "blocks.1": peak})
+    found = fidelity.report(one, blockwise_run([[[1, 0]]], dtype="float16"), ["a.jpg"])
     assert found["largest_activation"] == {"block": "blocks.1", "value": peak}
     assert found["limit"] == 65504.0
     assert [line.split(":")[0] for line in found["warnings"]] == ["blocks.1"] * warned

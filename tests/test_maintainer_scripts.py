@@ -1,4 +1,4 @@
-"""Does the verification of published checkpoints pass the right ones, fail the wrong ones, say what it could not do?
+"""`convert.verify` passes right checkpoints, fails wrong ones, and lists what it could not check.
 
 The published checkpoints are small random ones here, and the Hub is on the loopback interface.
 """
@@ -19,9 +19,9 @@ from convert.checkpoints import FILE, choose, read
 from mlx_aimv2 import load, x86
 from mlx_aimv2.config import RELEASED
 from mlx_aimv2.loading import read_source
+from tests.checkpoint.test_layouts import PARAMETERS
 from tests.loopback import Hub, serve
 from tests.small_models import FIXED, NATIVE, pair_with_words
-from tests.test_names import PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "b" * 40
@@ -100,7 +100,7 @@ def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     assert "float16: largest activation" in report
     assert "images a second, float32" in report
     assert "### native" not in report
-    assert report.count("| words | seen | a photo of a cat: ") == 1
+    assert report.count("| zero-shot | measured | a photo of a cat: ") == 1
     for fact in ("chip", "memory", "system", "python", "mlx", "mlx-aimv2"):
         assert f"| {fact} | " in report
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -167,7 +167,9 @@ def test_attention_that_is_not_fused_is_found_out(monkeypatch):
     assert [finding.verdict for finding in findings] == [verify.PASS] * 3
     assert findings[0].detail == "3 calls in 3 blocks"
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: True)
-    assert {finding.verdict for finding in verify._fused(model, pixels)} == {verify.FAIL}, "no call, no proof"
+    assert {finding.verdict for finding in verify._fused(model, pixels)} == {verify.FAIL}, (
+        "no call, so nothing is shown"
+    )
 
 
 # The list of checkpoints

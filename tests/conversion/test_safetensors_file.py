@@ -1,4 +1,4 @@
-"""Does the writer's file hold the same tensors as MLX's own, whatever their shape, order and dtype?"""
+"""The writer's file holds the same tensors as MLX's own, whatever their shape, order and dtype."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Do checkpoints come from the Hub at the right commit, without a file too many, and folders go back to it?
+"""Checkpoints come from the Hub at the right commit, without a file too many, and folders are uploaded to it.
 
 Each case runs in a process of its own, because huggingface_hub reads its environment when it is imported.
 """
@@ -33,7 +33,7 @@ def hub():
 
 @pytest.fixture
 def released(tmp_path, hub) -> Hub:
-    """A repository as Apple's: its own layout at the pinned commit, another model on main, files that are not ours."""
+    """A repository as Apple's: its own layout at the pinned commit, another model on main, and files nobody needs."""
     folder = Path(shutil.copytree(FIXED, tmp_path / "released"))
     (folder / "expected.npz").unlink()
     for decoy in DECOYS:
@@ -69,7 +69,7 @@ from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.loading import read_source
 def work():
     source = read_source(argv[1], revision=argv[2] if len(argv) > 2 else None)
-    print(source.origin.repo, source.origin.commit, source.config.rms_norm_eps, source.match.layout.name)
+    print(source.origin.repo, source.origin.commit, source.config.rms_norm_eps, source.layout)
     return 0
 sys.exit(one_line_errors(work))
 """

@@ -1,4 +1,4 @@
-"""Are pickled weights read as torch wrote them, and nothing but weights?"""
+"""Pickled weights are read as torch wrote them, and nothing but weights."""
 
 import json
 import pickle

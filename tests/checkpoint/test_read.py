@@ -1,4 +1,4 @@
-"""Does a checkpoint load from every form it has in the wild, and say in one line why when it cannot?"""
+"""A checkpoint loads from every form it is published in, or says in one line why it cannot."""
 
 import builtins
 import json
@@ -14,9 +14,8 @@ from safetensors.numpy import load_file, save_file
 from mlx_aimv2 import load
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, layout_for
 from mlx_aimv2.checkpoint.read import read
-from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.config import DTYPES, Aimv2VisionConfig
 from mlx_aimv2.conversion.pytorch_folder import config_for
-from mlx_aimv2.loading import DTYPES
 from tests.small_models import FIXED, LIT, random_weights, write
 
 VISION = Aimv2VisionConfig(256, 13, 2, 2, image_size=15, patch_size=5)  # two heads of 128: timm does not say how many
@@ -52,8 +51,8 @@ def test_every_layout_loads_as_the_same_encoder(layout, tmp_path):
 def test_every_layout_of_the_pair_loads_as_the_same_pair(layout, tmp_path):
     weights = random_weights(LIT)
     tensors = dict(layout_for(layout, pair=True).to_source(weights.items()))
-    spelling = "apple" if layout.startswith("apple") else "transformers"
-    model, _ = load(write(tmp_path / "a", tensors, config_for(LIT, spelling)))
+    format_name = "apple" if layout.startswith("apple") else "transformers"
+    model, _ = load(write(tmp_path / "a", tensors, config_for(LIT, format_name)))
     found = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(found[name], weights[name]) for name in weights)
     assert model.config == LIT
@@ -95,10 +94,10 @@ def test_the_encoder_is_taken_out_of_a_larger_model(layout, prefix, config, tmp_
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float32_float16_and_bfloat16_are_kept(dtype, tmp_path):
-    tensors = {name: array.astype(DTYPES[dtype]) for name, array in in_layout("apple").items()}
+    tensors = {name: array.astype(getattr(mx, dtype)) for name, array in in_layout("apple").items()}
     model, _ = load(write(tmp_path / "a", tensors, APPLE))
-    assert model.dtype == DTYPES[dtype]
-    assert mx.array_equal(model.norm.weight, WEIGHTS["norm.weight"].astype(DTYPES[dtype]))
+    assert model.dtype == getattr(mx, dtype)
+    assert mx.array_equal(model.norm.weight, WEIGHTS["norm.weight"].astype(getattr(mx, dtype)))
 
 
 def shard(folder: Path, count: int, index: str = "model.safetensors.index.json") -> list[Path]:

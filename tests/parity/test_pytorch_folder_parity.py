@@ -1,4 +1,4 @@
-"""Does transformers load what is exported, without a key too many or too few, and give the same features?"""
+"""transformers loads what is exported, without a key too many or too few, and gives the same features."""
 
 import json
 import shutil
@@ -19,10 +19,10 @@ CLASSES = {"lit": "Aimv2Model", "fixed": "Aimv2VisionModel", "native": "Aimv2Vis
 
 def export(kind: str, folder: Path, dtype: str) -> tuple[Path, torch.nn.Module, dict]:
     convert(REFERENCE / kind, folder, export_layout="transformers", dtype=dtype, verify=False)
-    theirs, report = getattr(transformers, CLASSES[kind]).from_pretrained(
+    reference, report = getattr(transformers, CLASSES[kind]).from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )
-    return folder, theirs.eval(), report
+    return folder, reference.eval(), report
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -38,9 +38,9 @@ def pixels(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_no_key_is_missing_unexpected_or_misshaped_in_any_dtype(kind, dtype, tmp_path):
-    _, theirs, report = export(kind, tmp_path / "exported", dtype)
+    _, reference, report = export(kind, tmp_path / "exported", dtype)
     assert {key: list(names) for key, names in report.items() if names} == {}
-    assert {str(parameter.dtype) for parameter in theirs.parameters()} == {f"torch.{dtype}"}
+    assert {str(parameter.dtype) for parameter in reference.parameters()} == {f"torch.{dtype}"}
 
 
 def test_the_automatic_class_is_the_right_one(exported):
@@ -49,36 +49,36 @@ def test_the_automatic_class_is_the_right_one(exported):
 
 
 def test_image_features_are_the_same(exported):
-    kind, folder, theirs, _ = exported
-    vision = theirs.vision_model if kind == "lit" else theirs
+    kind, folder, reference, _ = exported
+    vision = reference.vision_model if kind == "lit" else reference
     with torch.no_grad():
         wanted = vision(torch.from_numpy(pixels(kind)))
     output = load(folder)[0].vision(mx.array(pixels(kind).transpose(0, 2, 3, 1)))
     pairs = [(output.last_hidden_state, wanted.last_hidden_state)]
     if kind == "lit":
         pairs.append((output.pooler_output, wanted.pooler_output))
-    for ours, theirs_ in pairs:
-        assert np.linalg.norm(np.array(ours) - theirs_.numpy()) <= 1e-5 * np.linalg.norm(theirs_.numpy())
+    for actual, expected in pairs:
+        assert np.linalg.norm(np.array(actual) - expected.numpy()) <= 1e-5 * np.linalg.norm(expected.numpy())
 
 
 def test_the_pair_gives_the_same_logits(tmp_path):
     kind = "lit"
-    folder, theirs, _ = export(kind, tmp_path / kind, "float32")
+    folder, reference, _ = export(kind, tmp_path / kind, "float32")
     with np.load(REFERENCE / kind / "expected.npz") as expected:
         ids = expected["input_ids"]
     with torch.no_grad():  # only with eager attention and a mask is transformers' text encoder causal, as Apple's is
-        wanted = theirs(
+        wanted = reference(
             pixel_values=torch.from_numpy(pixels(kind)),
             input_ids=torch.from_numpy(ids).long(),
             attention_mask=torch.ones(ids.shape, dtype=torch.long),
         ).logits_per_image.numpy()
-    ours = load(folder)[0](mx.array(pixels(kind).transpose(0, 2, 3, 1)), mx.array(ids.astype(np.int32)))
-    assert np.abs(np.array(ours.logits_per_image) - wanted).max() <= 2e-5 * np.abs(wanted).max()
+    actual = load(folder)[0](mx.array(pixels(kind).transpose(0, 2, 3, 1)), mx.array(ids.astype(np.int32)))
+    assert np.abs(np.array(actual.logits_per_image) - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
 def test_what_transformers_saves_again_is_read_back_bit_for_bit(exported, tmp_path):
-    kind, folder, theirs, _ = exported
-    theirs.save_pretrained(tmp_path / "again")
+    kind, folder, reference, _ = exported
+    reference.save_pretrained(tmp_path / "again")
     shutil.copy(folder / "preprocessor_config.json", tmp_path / "again")
     first, second = load(folder)[0], load(tmp_path / "again")[0]
     image = mx.array(pixels(kind).transpose(0, 2, 3, 1))

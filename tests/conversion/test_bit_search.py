@@ -1,4 +1,4 @@
-"""Does a target choose the fewest bits that were found to reach it, and the same ones each time?"""
+"""A target chooses the fewest bits that were found to reach it, and the same ones each time."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import resolve
 
 DIGITS = bundled.digits_checkpoint()
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 IMAGES = bundled.photographs()
 
 

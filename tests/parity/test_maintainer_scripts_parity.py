@@ -1,4 +1,4 @@
-"""Do the workshop's golden values agree with our models, and does its check against PyTorch tell right from wrong?"""
+"""The golden values agree with this package's models, and the check against PyTorch tells right from wrong."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from mlx_aimv2 import load
 from mlx_aimv2.convert import convert
 from tests.loopback import serve
 from tests.small_models import FIXED
-from tests.test_verify import row, run, write_list
+from tests.test_maintainer_scripts import row, run, write_list
 
 
 @pytest.fixture(scope="module", params=make_golden.SIZES)
@@ -26,18 +26,18 @@ def test_every_hidden_state_is_as_near_to_float64_as_theirs(golden):
     place, values = golden
     output = load(place)[0].vision(mx.array(values["pixel_values"].transpose(0, 2, 3, 1)), output_hidden_states=True)
     found = {"last_hidden_state": np.array(output.last_hidden_state), "hidden_states": np.stack(output.hidden_states)}
-    for name, ours in found.items():
+    for name, actual in found.items():
         exact = values[f"{name}_float64"]
-        assert np.linalg.norm(ours - exact) <= 2 * np.linalg.norm(values[name] - exact), name
+        assert np.linalg.norm(actual - exact) <= 2 * np.linalg.norm(values[name] - exact), name
 
 
 def test_the_pairs_logits_are_theirs(golden):
     place, values = golden
     if "input_ids" in values:
         ids = mx.array(values["input_ids"].astype(np.int32))
-        ours = load(place)[0](mx.array(values["pixel_values"].transpose(0, 2, 3, 1)), ids).logits_per_image
+        actual = load(place)[0](mx.array(values["pixel_values"].transpose(0, 2, 3, 1)), ids).logits_per_image
         exact = values["logits_per_image_float64"]
-        assert np.abs(np.array(ours) - exact).max() <= 1e-5 * np.abs(exact).max()
+        assert np.abs(np.array(actual) - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 @pytest.fixture

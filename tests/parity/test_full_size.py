@@ -1,4 +1,4 @@
-"""Is a whole aimv2-large-patch14-224, converted by the command line, the same network as transformers' on torch?
+"""A whole aimv2-large-patch14-224, converted by the command line, gives the features of transformers on torch.
 
 Random weights of the released size: 309 million parameters, 1.24 GB in Apple's layout, and one real photograph.
 """
@@ -20,7 +20,7 @@ from safetensors.numpy import save_file  # noqa: E402
 from convert.make_golden import to_transformers  # noqa: E402
 from mlx_aimv2 import bundled, load  # noqa: E402
 from mlx_aimv2.preprocessing import published, to_clip  # noqa: E402
-from tests.test_names import INVENTORIES  # noqa: E402
+from tests.checkpoint.test_layouts import INVENTORIES  # noqa: E402
 
 NAME = "aimv2-large-patch14-224"
 CONFIG = {
@@ -53,21 +53,21 @@ def encoders(tmp_path_factory):
     command = [sys.executable, "-m", "mlx_aimv2.convert", "--hf-path", source, "--mlx-path", place / "mlx"]
     subprocess.run([*command, "--no-verify"], check=True, cwd=Path(__file__).parents[2])
     shutil.rmtree(source)
-    theirs = transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(use_head=False))
+    reference = transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(use_head=False))
     state = {name: torch.from_numpy(array) for name, array in to_transformers(weights).items()}
-    theirs.load_state_dict(state, strict=True, assign=True)
-    yield theirs.eval(), place / "mlx"
+    reference.load_state_dict(state, strict=True, assign=True)
+    yield reference.eval(), place / "mlx"
     shutil.rmtree(place)
 
 
 def test_a_photograph_gives_the_same_features_in_every_layer(encoders):
-    theirs, folder = encoders
-    ours, processor = load(folder)
+    reference, folder = encoders
+    model, processor = load(folder)
     photograph = bundled.photographs()[1]
     pixels = processor([photograph])
     with torch.no_grad():
-        wanted = theirs(torch.tensor(np.array(pixels).transpose(0, 3, 1, 2)), output_hidden_states=True)
-    found = ours(pixels, output_hidden_states=True)
+        wanted = reference(torch.tensor(np.array(pixels).transpose(0, 3, 1, 2)), output_hidden_states=True)
+    found = model(pixels, output_hidden_states=True)
     assert found.last_hidden_state.shape == (1, 256, 1024)
     pairs = {"last hidden state": (found.last_hidden_state, wanted.last_hidden_state)}
     pairs |= {f"state {i}": pair for i, pair in enumerate(zip(found.hidden_states, wanted.hidden_states, strict=True))}
@@ -77,9 +77,9 @@ def test_a_photograph_gives_the_same_features_in_every_layer(encoders):
     )
     assert max(errors.values()) <= ALLOWED
     mean = wanted.last_hidden_state.mean(dim=1)
-    assert relative(ours.encode_image(pixels), mean) <= ALLOWED
+    assert relative(model.encode_image(pixels), mean) <= ALLOWED
 
 
-def relative(ours: mx.array, theirs: "torch.Tensor") -> float:
-    wanted = theirs.numpy().astype(np.float64)
-    return float(np.linalg.norm(np.array(ours) - wanted) / np.linalg.norm(wanted))
+def relative(found: mx.array, reference: "torch.Tensor") -> float:
+    wanted = reference.numpy().astype(np.float64)
+    return float(np.linalg.norm(np.array(found) - wanted) / np.linalg.norm(wanted))

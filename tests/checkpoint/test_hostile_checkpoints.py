@@ -1,4 +1,4 @@
-"""Does a damaged or malicious checkpoint end in one line that names what is wrong?"""
+"""A damaged or malicious checkpoint ends in one line that names what is wrong."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from mlx_aimv2 import cli, load
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
 
 @pytest.fixture

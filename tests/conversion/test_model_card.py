@@ -1,4 +1,4 @@
-"""Does the model card say where the weights come from, under which terms, how good they are, and how to use them?"""
+"""The model card gives the origin of the weights, their licence, their fidelity, and how to use them."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ library_name: transformers
 license: apple-amlr
 license_name: apple-ascl
 license_link: LICENSE
-model-index: [{name: theirs, results: []}]
+model-index: [{name: another, results: []}]
 ---
 # Introduction
 """
@@ -43,13 +43,13 @@ def images(tmp_path) -> list[Path]:
     return paths
 
 
-def card_of(source: Path, target: Path, *, repo: str | None = None, proof=None, hub_name=None, config=None) -> Path:
+def card_of(source: Path, target: Path, *, repo: str | None = None, report=None, hub_name=None, config=None) -> Path:
     read = read_source(source)
     if repo:
         read.origin.repo, read.origin.commit = repo, "c" * 40
     target.mkdir(exist_ok=True)
     config = read.config.to_dict() | {"torch_dtype": "float16"} | (config or {})
-    model_card.write(target, source=read, config=config, fidelity=proof, hub_name=hub_name)
+    model_card.write(target, source=read, config=config, report=report, hub_name=hub_name)
     return target / "README.md"
 
 
@@ -99,16 +99,16 @@ def test_a_conversion_of_a_conversion_keeps_the_first_base(apples, tmp_path):
 
 def test_the_fidelity_table_is_in_it(apples, images, tmp_path):
     target = convert(apples, tmp_path / "mlx", dtype="float16", verify=False)
-    proof = compare(apples, target, images=images)
-    text = card_of(apples, tmp_path / "out", proof=proof).read_text()
-    for what, value in rows(proof):
+    report = compare(apples, target, images=images)
+    text = card_of(apples, tmp_path / "out", report=report).read_text()
+    for what, value in rows(report):
         assert f"| {what} | {value} |" in text
     assert "Not measured" in card_of(apples, tmp_path / "none").read_text()
 
 
 def test_warnings_of_the_comparison_are_in_it(apples, images, tmp_path):
-    proof = compare(apples, apples, images=images) | {"warnings": ["block 3 leaves float16"]}
-    assert "- block 3 leaves float16" in card_of(apples, tmp_path / "out", proof=proof).read_text()
+    report = compare(apples, apples, images=images) | {"warnings": ["block 3 leaves float16"]}
+    assert "- block 3 leaves float16" in card_of(apples, tmp_path / "out", report=report).read_text()
 
 
 def snippet(text: str) -> str:
