@@ -32,7 +32,7 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert not result.stdout
 
 
-def test_a_remark_is_one_line_without_the_place_in_the_code(capsys):
+def test_a_note_is_one_line_without_the_place_in_the_code(capsys):
     def work() -> int:
         warnings.warn("images are prepared as for Apple's checkpoints", stacklevel=1)
         return 0
@@ -40,7 +40,7 @@ def test_a_remark_is_one_line_without_the_place_in_the_code(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.one_line_errors(work) == 0
-    assert capsys.readouterr().err == "mlx-aimv2: images are prepared as for Apple's checkpoints\n"
+    assert capsys.readouterr().err == "mlx-aimv2: note: images are prepared as for Apple's checkpoints\n"
 
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly():

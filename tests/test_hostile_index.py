@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_aimv2.progress import Progress, say
 
 from mlx_aimv2.bundled import digits_checkpoint, photographs
 from mlx_aimv2.cli import main
@@ -19,7 +20,6 @@ from mlx_aimv2.embed.provenance import made_by
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
-from mlx_aimv2.progress import Progress, say
 from mlx_aimv2.safe_write import atomic_file
 
 WIDTH = 7

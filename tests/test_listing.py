@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.find_images import is_gone, list_images, read_list, shown
+from mlx_aimv2.find_images import is_gone, list_images, read_list
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How do embeddings get into an index file, and out of it again when their images are gone?
+"""Writes embeddings into an index file, and removes them when their images are gone.
 
 Each call is one transaction: all of it is on disk when it returns, or nothing.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from mlx_aimv2.index.reader import (
     APPLICATION_ID,
     AXES,
-    DTYPES,
+    STORED,
     VERSION,
     Embedding,
     Index,
@@ -80,8 +80,8 @@ class IndexWriter(Index):
         `axes` is 1 for one vector of `width` numbers an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
-        if dtype not in DTYPES:
-            raise ValueError(f"vectors are stored as {' or '.join(DTYPES)}, not {dtype}")
+        if dtype not in STORED:
+            raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         if axes not in AXES:
             raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
         if path.exists() and (path.is_dir() or path.stat().st_size):
@@ -142,10 +142,10 @@ class IndexWriter(Index):
         block, members, vectors = last or (0, b"", b"")
         done = 0
         while done < len(rows):
-            room = capacity - len(members) // 8
-            if room <= 0:
-                block, members, vectors, room = block + 1, b"", b"", capacity
-            part = rows[done : done + room]
+            free = capacity - len(members) // 8
+            if free <= 0:
+                block, members, vectors, free = block + 1, b"", b"", capacity
+            part = rows[done : done + free]
             ids = [self._db.execute(INSERT, (*columns, block)).lastrowid for columns, _ in part]
             members += np.array(ids, "<i8").tobytes()
             vectors += b"".join(raw for _, raw in part)
