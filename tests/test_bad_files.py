@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.cli import main
-from mlx_aimv2.cli import escape
+from mlx_aimv2.cli import escape, main
 from mlx_aimv2.index.reader import Index
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"

@@ -10,10 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_aimv2.progress import Progress, say
 
+from mlx_aimv2 import cli
 from mlx_aimv2.bundled import digits_checkpoint, photographs
-from mlx_aimv2.cli import main
+from mlx_aimv2.cli import main, progress, say
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.provenance import made_by
@@ -179,7 +179,7 @@ def test_a_page_replaces_neither_index_nor_image(photos, page, words, capsys):
         ("y.npz", "is the name of its export"),
         ("y.NPZ", "is the name of its export"),
         ("folder.db", "which is a folder"),
-        ("foreign.db", "none of mlx-aimv2"),
+        ("foreign.db", "mlx-aimv2 did not write"),
     ],
 )
 def test_an_export_replaces_neither_its_index_nor_a_strangers_file(photos, output, words, capsys):
@@ -210,17 +210,14 @@ class Full(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch):
-    with Progress(3, "images", stream=Full()) as progress:
-        progress.say("a note")
-        monkeypatch.setattr("mlx_aimv2.progress.IN_LOG", -1.0)
-        progress.advance(3)
-    for stream in (Full(), None):
-        monkeypatch.setattr(sys, "stderr", stream)
-        say("a note")
-        with Progress(3, "images") as progress:
-            progress.say("a note")
-            progress.advance(3)
+@pytest.mark.parametrize("stream", [Full(), None], ids=["full", "closed"])
+def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(cli, "SECONDS_IN_LOG", -1.0)
+    say("a line")
+    with progress("images") as advance:
+        say("a line")
+        advance(3, 3)
     monkeypatch.undo()
 
 

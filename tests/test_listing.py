@@ -141,14 +141,6 @@ def test_a_list_is_cut_at_nul_or_at_lines():
     assert read_list(b"") == []
 
 
-def test_a_shown_name_has_no_control_characters():
-    name = os.fsdecode(b"a\nb\x1b[2J\xff.jpg")
-    assert shown(name) == r"a\x0ab\x1b[2J\xff.jpg"
-    assert shown("\u202egpj.exe") == r"\u202egpj.exe"
-    assert shown("Größe 大.jpg") == "Größe 大.jpg"
-    shown(name).encode()
-
-
 def test_only_what_has_no_file_any_more_is_gone(tree, monkeypatch):
     (tree / "dangling.jpg").symlink_to("nowhere.jpg")
     gone = [tree / "none.jpg", tree / "a" / "1.jpg" / "x.jpg", tree / "dangling.jpg", tree / "a"]
