@@ -18,7 +18,7 @@ from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _
 from mlx_aimv2.embed.pipeline import CHUNK
 from mlx_aimv2.index.reader import Embedding, Index
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
 IMAGES = 3 * CHUNK + 7

@@ -10,7 +10,7 @@ from mlx_aimv2.convert import convert
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.provenance import describe, differences, load_with_origin
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
 
 def described(
