@@ -1,4 +1,4 @@
-"""Does the package ship what it says: free photographs, digits, and an encoder that tells the digits apart?"""
+"""The package ships what it says: free photographs, digits, and an encoder that classifies the digits."""
 
 import hashlib
 import importlib.util

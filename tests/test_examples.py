@@ -1,4 +1,4 @@
-"""Does every example run on the embedded checkpoint and end in an image or a number, in under sixty lines?"""
+"""Every example runs on the embedded checkpoint and ends in an image or a number, in under sixty lines."""
 
 import importlib.util
 import re

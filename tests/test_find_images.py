@@ -1,4 +1,4 @@
-"""Does listing find the images that a user means, and say what cannot be one?"""
+"""Listing finds the images that a user means, and says what cannot be one."""
 
 import os
 import socket
@@ -64,7 +64,7 @@ def test_what_does_not_exist_is_missing(tree):
     assert list_images([str(tree / "nowhere"), str(tree / "a" / "1.jpg" / "deeper")]).missing == [str(tree / "nowhere")]
 
 
-def test_a_folder_without_images_is_told_apart(tree):
+def test_a_folder_without_images_is_listed_apart(tree):
     (tree / "e").mkdir()
     listing = list_images([tree / "e", tree / "d"])
     assert listing.empty == [str(tree / "e")]

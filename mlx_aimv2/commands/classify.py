@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mlx_aimv2.cli import say, show
 from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
-from mlx_aimv2.device import AUTO
 from mlx_aimv2.loading import load
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sentence with {{}} for the label; may be given several times (default: {TEMPLATES[0]!r})",
     )
     parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
-    parser.add_argument("--dtype", choices=[*DTYPES, AUTO], help="dtype to compute in (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
 
 

@@ -1,8 +1,8 @@
 """Describes which model and settings made embeddings, and says whether two descriptions can be compared.
 
-A description is a plain dictionary that JSON holds. Weights are told apart by samples: a few numbers of every tensor
+A description is a plain dictionary that JSON holds. Weights are distinguished by samples: a few values of every tensor
 that no recipe packs into bits (norms, patch embedding, positions), which any dtype changes by less than 2^-8, and a
-digest of numbers from all tensors, which is the same only for the same weights in the same dtype and bits.
+digest of values from all tensors, which is the same only for the same weights in the same dtype and bits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
 """Fields that must be equal, besides the weights, for two embeddings to be comparable."""
 
 SHOULD_AGREE = ("dtype", "quantization")
-"""Fields that change the numbers a little."""
+"""Fields that change the values a little."""
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "checkpoint": str,
@@ -169,7 +169,7 @@ def _name(description: Mapping[str, Any]) -> str:
 
 
 def _samples(arrays: Sequence[mx.array]) -> NDArray[np.float32]:
-    """A few numbers from each array, one after another, in float32."""
+    """A few values from each array, one after another, in float32."""
     taken = []
     for array in arrays:
         places = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.int32))

@@ -175,7 +175,7 @@ class Index:
         """
         query = np.asarray(vector, np.float64)
         if query.shape != (self.width,):
-            raise ValueError(f"a query here is one vector of {self.width} numbers, got shape {tuple(query.shape)}")
+            raise ValueError(f"a query here is one vector of {self.width} values, got shape {tuple(query.shape)}")
         if not np.isfinite(query).all() or not query.any():
             raise ValueError("a query must be finite and not all zero")
         if k < 1:

@@ -31,7 +31,7 @@ BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
 
 SCHEMA = f"""
-PRAGMA page_size = 32768;  -- a float16 vector of 1024 numbers fills half of SQLite's usual page
+PRAGMA page_size = 32768;  -- a float16 vector of 1024 values fills half of SQLite's usual page
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
@@ -77,7 +77,7 @@ class IndexWriter(Index):
     ) -> IndexWriter:
         """Makes an empty index in a file that does not exist or is empty.
 
-        `axes` is 1 for one vector of `width` numbers an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
+        `axes` is 1 for one vector of `width` values an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
         if dtype not in STORED:
@@ -101,7 +101,7 @@ class IndexWriter(Index):
     def add(self, images: Iterable[Embedding | Copy]) -> None:
         """Stores images, replacing those of the same path.
 
-        Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype, KeyError for
+        Raises ValueError for a vector of another shape than the index's and for values beyond its dtype, KeyError for
         a copy of an image that is not in here.
         """
         rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in images]
@@ -126,7 +126,7 @@ class IndexWriter(Index):
         with np.errstate(over="ignore"):
             stored = vector.astype(self.dtype)
         if not np.isfinite(stored).all():
-            raise ValueError(f"{embedding.path}: numbers beyond {self.dtype}; store float32")
+            raise ValueError(f"{embedding.path}: values beyond {self.dtype}; store float32")
         stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
         return (*stamp, length, rows, columns), stored.tobytes()
 

@@ -63,7 +63,7 @@ def test_all_failed_is_no_success_and_makes_no_file(tmp_path, embed_command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "model", "words"),
+    ("arguments", "model", "message"),
     [
         (["in"], None, "say with which model"),
         (["in", "--threads", "0"], "fixed", "--threads must be at least 1"),
@@ -72,15 +72,15 @@ def test_all_failed_is_no_success_and_makes_no_file(tmp_path, embed_command):
         (["in", "--layer", "9"], "fixed", "layer 9"),
     ],
 )
-def test_wrong_use_is_one_line(folder, embed_command, arguments, model, words):
+def test_wrong_use_is_one_line(folder, embed_command, arguments, model, message):
     code, out, err = embed_command(*arguments, model=model)
     assert (code, out) == (2, "")
-    assert words in err
+    assert message in err
     assert err.count("\n") == 1
     assert not Path("photos.db").exists()
 
 
-def test_an_output_that_cannot_be_is_told_before_the_model_is_read(folder, embed_command, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_is_reported_before_the_model_is_read(folder, embed_command, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_aimv2.embed.provenance.load_with_origin", None)
     assert main(["embed", "in", "-m", "x", "-o", "nowhere/photos.db"]) == 2
     (tmp_path / "photos.db").write_text("my own notes")
@@ -111,7 +111,7 @@ def test_a_device_that_gives_up_ends_in_one_line_and_keeps_what_was_done(tmp_pat
 def test_other_settings_are_refused_by_name(folder, embed_command):
     embed_command("in")
     before = contents()
-    for arguments, model, words in (
+    for arguments, model, message in (
         (["--pool", "tokens"], "fixed", "pool: mean there, tokens here"),
         (["--layer", "-2"], "fixed", "layer: none there, -2 here"),
         (["--store", "float32"], "fixed", "stores float16"),
@@ -119,11 +119,11 @@ def test_other_settings_are_refused_by_name(folder, embed_command):
     ):
         code, _, err = embed_command("in", *arguments, model=model)
         assert code == 2
-        assert words in err
+        assert message in err
     assert contents() == before
 
 
-def test_the_same_weights_in_another_dtype_are_a_remark(folder, embed_command):
+def test_the_same_weights_in_another_dtype_are_a_note(folder, embed_command):
     embed_command("in")
     image(folder / "9.png", (60, 60))
     code, _, err = embed_command("in", "--dtype", "bfloat16")
@@ -143,7 +143,7 @@ def test_an_index_remembers_its_settings(folder, embed_command):
         assert (index.provenance["pool"], index.provenance["layer"]) == ("tokens", -2)
 
 
-def test_remarks_about_images_are_counted_after_ten(tmp_path, embed_command):
+def test_notes_about_images_are_counted_after_ten(tmp_path, embed_command):
     for number in range(13):
         image(tmp_path / "in" / f"{number:02d}.png", (28, 28), number)
     code, _, err = embed_command("in", model="native")

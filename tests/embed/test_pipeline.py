@@ -85,7 +85,7 @@ def test_images_of_one_grid_share_a_batch_and_none_is_padded(tmp_path, native):
     assert sorted(noted.shapes) == [(1, 700, 980, 3), (1, 700, 980, 3), (2, 140, 168, 3), (3, 168, 140, 3)]
 
 
-def test_a_batch_never_crosses_a_sheet(tmp_path, fixed):
+def test_a_batch_never_crosses_a_chunk(tmp_path, fixed):
     files = [str(image(tmp_path / f"{n:03d}.png", (42, 42), n)) for n in range(CHUNK + 3)]
     noted = Noted()
     chunks = list(embed_chunks(split_into_chunks(files), *fixed, pooling=noted))
@@ -93,7 +93,7 @@ def test_a_batch_never_crosses_a_sheet(tmp_path, fixed):
     assert [shape[0] for shape in noted.shapes] == [CHUNK, 3]
 
 
-def test_empty_sheets_stay_in_their_places(tmp_path, fixed):
+def test_empty_chunks_stay_in_their_places(tmp_path, fixed):
     file = str(image(tmp_path / "a.png", (42, 42)))
     chunks = list(embed_chunks([[], [file], []], *fixed, pooling=Pooling.of(fixed[0])))
     assert [len(chunk) for chunk in chunks] == [0, 1, 0]

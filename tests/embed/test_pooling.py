@@ -7,7 +7,7 @@ from mlx_aimv2.embed.pipeline import embed
 from tests.image_files import image
 
 
-def test_lit_gives_what_words_are_compared_with(folder, lit):
+def test_lit_gives_what_texts_are_compared_with(folder, lit):
     model, processor = lit
     one = next(iter(embed([folder / "3.png"], model, processor)))
     wanted = np.array(model.encode_image(processor([one.path]))[0])
@@ -39,12 +39,12 @@ def test_a_layer_is_transformers_hidden_state_as_it_is(folder, fixed, layer):
 
 def test_the_last_layer_with_the_norm_is_the_default(folder, fixed):
     (plain,) = embed([folder / "0.png"], *fixed)
-    (spelled,) = embed([folder / "0.png"], *fixed, pool="mean", layer=-1, norm=True)
-    np.testing.assert_array_equal(plain.vector, spelled.vector)
+    (explicit,) = embed([folder / "0.png"], *fixed, pool="mean", layer=-1, norm=True)
+    np.testing.assert_array_equal(plain.vector, explicit.vector)
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("settings", "message"),
     [
         ({"pool": "cls"}, "mean, head, tokens, map"),
         ({"pool": "head"}, "no pooling head"),
@@ -54,9 +54,9 @@ def test_the_last_layer_with_the_norm_is_the_default(folder, fixed):
         ({"max_patches": 0}, "at least 1"),
     ],
 )
-def test_wishes_that_the_model_cannot_meet_are_refused(folder, fixed, wish, words):
-    with pytest.raises(ValueError, match=words):
-        list(embed([folder], *fixed, **wish))
+def test_settings_that_the_model_does_not_support_are_refused(folder, fixed, settings, message):
+    with pytest.raises(ValueError, match=message):
+        list(embed([folder], *fixed, **settings))
 
 
 def test_the_head_reads_the_last_layer_only(folder, lit):

@@ -19,7 +19,7 @@ def test_large_images_are_scaled_down_in_their_shape(tmp_path, native, size):
     assert columns == int(columns)
 
 
-def test_a_ribbon_that_cannot_be_scaled_down_is_told(tmp_path, native):
+def test_a_ribbon_that_cannot_be_scaled_down_is_reported(tmp_path, native):
     decoded = Decoder(native[1], max_patches=300)(str(image(tmp_path / "a.png", (14 * 2000, 15))))
     assert decoded.failure == "has 15x28000 pixels: scaled to 300 patches it is narrower than one patch"
 

@@ -24,7 +24,7 @@ def counts(out: str) -> dict[str, int]:
     return {name: count for name, count in json.loads(out).items() if isinstance(count, int) and count}
 
 
-def test_sheets_are_cut_before_anything_is_left_out(tmp_path):
+def test_chunks_are_cut_before_anything_is_left_out(tmp_path):
     files = [str(tmp_path / f"{n:03d}.png") for n in range(2 * CHUNK + 5)]
     for file in files:
         Path(file).touch()

@@ -33,7 +33,7 @@ DAMAGE = {
     "axes": "UPDATE about SET value = '7' WHERE name = 'axes'",
     "dtype": "UPDATE about SET value = 'int7' WHERE name = 'dtype'",
     "width": "UPDATE about SET value = '9' WHERE name = 'width'",
-    "width in words": "UPDATE about SET value = 'x' WHERE name = 'width'",
+    "width as text": "UPDATE about SET value = 'x' WHERE name = 'width'",
     "no JSON": "UPDATE about SET value = 'x' WHERE name = 'provenance'",
     "a list": "UPDATE about SET value = '[1]' WHERE name = 'provenance'",
     "nested": f"UPDATE about SET value = '{'[' * 100_000}' WHERE name = 'provenance'",
@@ -122,7 +122,7 @@ def test_a_cut_index_is_to_be_restored(photos):
         index.search(np.ones(WIDTH))
 
 
-@pytest.mark.parametrize("verb", [["info", "empty.db"], ["search", "empty.db", "words"]])
+@pytest.mark.parametrize("verb", [["info", "empty.db"], ["search", "empty.db", "a text"]])
 def test_an_empty_file_is_called_empty(photos, verb, capsys):
     Path("empty.db").touch()
     assert main(verb) == 2

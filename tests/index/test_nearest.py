@@ -75,17 +75,17 @@ def test_an_empty_index_finds_nothing(index):
 
 
 @pytest.mark.parametrize(
-    ("vector", "k", "words"),
+    ("vector", "k", "message"),
     [
-        (np.ones(WIDTH + 1), 1, "7 numbers"),
+        (np.ones(WIDTH + 1), 1, "7 values"),
         (np.ones((1, WIDTH)), 1, "shape"),
         (np.zeros(WIDTH), 1, "all zero"),
         (np.full(WIDTH, np.nan), 1, "finite"),
         (np.ones(WIDTH), 0, "at least 1"),
     ],
 )
-def test_a_query_that_cannot_be_compared_is_refused(index, vector, k, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_query_that_cannot_be_compared_is_refused(index, vector, k, message):
+    with pytest.raises(ValueError, match=message):
         index.search(vector, k)
 
 

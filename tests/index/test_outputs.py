@@ -65,7 +65,7 @@ def test_an_index_that_says_nothing_of_its_model_is_not_embedded_into(photos, ca
     assert "photos.db does not say which model made it" in capsys.readouterr().err
 
 
-def test_the_default_layer_is_spelled_out(photos, capsys):
+def test_the_default_layer_is_described(photos, capsys):
     assert main(["info", "photos.db"]) == 0
     assert "last, after the final norm" in (out := capsys.readouterr().out)
     assert "\nnorm" not in out
@@ -74,7 +74,7 @@ def test_the_default_layer_is_spelled_out(photos, capsys):
 
 
 @pytest.mark.parametrize(
-    ("page", "words"),
+    ("page", "message"),
     [
         ("photos.db", "ends in .html"),
         ("page.png", "ends in .html"),
@@ -84,21 +84,21 @@ def test_the_default_layer_is_spelled_out(photos, capsys):
         ("nowhere/page.html", "make that folder first"),
     ],
 )
-def test_a_page_replaces_neither_index_nor_image(photos, page, words, capsys):
+def test_a_page_replaces_neither_index_nor_image(photos, page, message, capsys):
     Path("folder.html").mkdir()
     Path("link.html").symlink_to("photos.db")
     Path("a.jpg").write_bytes(b"an image")
     Path("image.html").symlink_to("a.jpg")
     before = photos.read_bytes()
     assert main(["search", "photos.db", "a.jpg", "--html", page]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert photos.read_bytes() == before
     assert Path("a.jpg").read_bytes() == b"an image"
     assert not Path("page.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("output", "words"),
+    ("output", "message"),
     [
         ("y.npz", "is the name of its export"),
         ("y.NPZ", "is the name of its export"),
@@ -106,11 +106,11 @@ def test_a_page_replaces_neither_index_nor_image(photos, page, words, capsys):
         ("foreign.db", "mlx-aimv2 did not write"),
     ],
 )
-def test_an_export_replaces_neither_its_index_nor_a_strangers_file(photos, output, words, capsys):
+def test_an_export_replaces_neither_its_index_nor_a_strangers_file(photos, output, message, capsys):
     Path("folder.npz").mkdir()
     np.savez("foreign.npz", weights=np.ones(3))
     assert main(["embed", ".", "-m", "nowhere", "-o", output, "--export", "npz"]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path(output).exists()
 
 
@@ -121,7 +121,7 @@ def test_an_export_replaces_an_earlier_one(photos, kind):
     assert target(photos, kind) == Path(f"photos.{kind}")
 
 
-def test_who_comes_second_with_a_new_index_is_told(photos):
+def test_who_comes_second_with_a_new_index_gets_an_error(photos):
     shutil.copy(photos, "other.db")
     with pytest.raises(FileExistsError, match="already exists"):
         IndexWriter.create("other.db", provenance={}, width=WIDTH, dtype="float16")
@@ -165,7 +165,7 @@ def test_an_output_below_the_home_folder_is_found(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.html", "x.db"]
 
 
-def test_who_makes_an_index_at_the_same_time_is_told_to_run_again(photos, monkeypatch, capsys):
+def test_who_makes_an_index_at_the_same_time_is_asked_to_run_again(photos, monkeypatch, capsys):
     describe = provenance.describe
 
     def slow(*arguments, **named):

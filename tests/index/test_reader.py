@@ -79,7 +79,7 @@ def test_a_match_is_a_path_and_a_score():
     assert Match("/a", 0.5).path == "/a"
 
 
-def test_what_is_not_an_index_is_refused_in_words(tmp_path):
+def test_what_is_not_an_index_is_refused_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="mlx-aimv2 embed"):
         Index.open(tmp_path / "none.db")
     with pytest.raises(IsADirectoryError, match="folder"):
@@ -114,7 +114,7 @@ def test_an_index_is_one_file(index, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.db"]
 
 
-def test_a_damaged_file_is_an_error_in_words(index):
+def test_a_damaged_file_is_an_error_in_one_line(index):
     index.add(some(2000))
     index.close()
     with index.path.open("r+b") as file:

@@ -90,7 +90,7 @@ def test_after_a_failure_halfway_the_next_addition_works(index):
 def test_numbers_beyond_float16_are_refused_by_name(tmp_path):
     with (
         IndexWriter.create(tmp_path / "t.db", provenance={}, width=2, axes=2, dtype="float16") as index,
-        pytest.raises(ValueError, match=r"/big\.jpg: numbers beyond float16"),
+        pytest.raises(ValueError, match=r"/big\.jpg: values beyond float16"),
     ):
         index.add([entry("/big.jpg", [[1.0, 70000.0]])])
 
