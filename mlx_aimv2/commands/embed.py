@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer",
         type=int,
         metavar="N",
-        help="take this hidden state, counted as transformers does, unchanged (default: the last, after the final norm)",
+        help="take this hidden state, counted as in transformers, as it is (default: the last, after the final norm)",
     )
     parser.add_argument("--norm", action="store_true", help="with --layer: apply the final norm to it")
     parser.add_argument(
