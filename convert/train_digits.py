@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
 
+from examples.digits import digits_accuracy
 from mlx_aimv2 import bundled, preprocessing
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import Aimv2VisionConfig
@@ -79,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         write_checkpoint(model, Path(place))
         again, processor = load(place)  # what is measured is what was written
-        print(f"5 nearest neighbours, held-out digits: {bundled.digits_accuracy(again, processor):.2%}")
+        print(f"5 nearest neighbours, held-out digits: {digits_accuracy(again, processor):.2%}")
         if arguments.write:
             for file in Path(place).iterdir():
                 shutil.copyfile(file, bundled.digits_checkpoint() / file.name)

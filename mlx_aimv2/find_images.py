@@ -1,4 +1,4 @@
-"""Which files are the images that a user means by folders, files, patterns and lists?
+"""Finds the image files that a user means by folders, files, patterns and lists.
 
 PATH … -> Listing: absolute names in one fixed order, and what cannot be an image with the reason.
 """
@@ -83,11 +83,6 @@ def read_list(data: bytes) -> list[str]:
     return [os.fsdecode(name) for name in data.split(separator) if name]
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A name as text that any terminal and any log can hold: what is not printable is escaped, as in `a\\x0ab.jpg`."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in os.fspath(path))
-
-
 def is_gone(path: str) -> bool:
     """Whether no file has this name any more; one that merely cannot be looked at is not gone."""
     try:
@@ -104,13 +99,6 @@ def is_under(path: str, roots: Iterable[str]) -> bool:
 def has_suffix(name: str) -> bool:
     """Whether a name ends as images' names do."""
     return name.lower().endswith(SUFFIXES)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape keeps it
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class _Walk:

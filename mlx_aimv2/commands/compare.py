@@ -1,10 +1,11 @@
-"""Runs `mlx-aimv2 compare`: how far a model is from its reference on the same images."""
+"""`mlx-aimv2 compare`: prints how far apart two models are on the same images."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from mlx_aimv2.cli import show
 from mlx_aimv2.conversion import fidelity
 
 HELP = "measure how far a model is from its reference, on images"
@@ -29,5 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the table."""
     images = fidelity.choose_images(arguments.images)
     found = fidelity.compare(arguments.reference, arguments.other, images=images, revision=arguments.revision)
-    print(json.dumps(found, indent=4) if arguments.json else fidelity.table(found))
+    if arguments.json:
+        print(json.dumps(found, indent=4))
+    else:
+        for line in fidelity.table(found).split("\n"):
+            show(line)
     return 0

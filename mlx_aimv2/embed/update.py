@@ -1,4 +1,4 @@
-"""How is an index brought up to date with the images that are there now, even if the work breaks off?
+"""Plans what is to be embedded, and puts embeddings into the index so that an interrupted run loses little.
 
 Plan: what is new or changed, what is gone. Update: chunks of embeddings go into the index whole, a few times a second.
 A file whose content the index has under its own or under a vanished name keeps its vector and is not decoded.

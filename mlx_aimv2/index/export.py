@@ -1,4 +1,4 @@
-"""In which files do other tools take an index's embeddings?
+"""Writes an index's embeddings to files that other tools read.
 
 `vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
 tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
@@ -12,14 +12,13 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.safe_write import atomic_file
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def export(index: Index, path: Path, *, kind: str) -> None:
@@ -38,11 +37,11 @@ def target(output: Path, kind: str) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"the export would be {path}, which is a folder: choose another -o")
     if path.exists():
-        start, mark = MARKS[kind]
+        start, signature = SIGNATURES[kind]
         with path.open("rb") as file:
-            head = file.read(start + len(mark))
-        if head and head[start:] != mark:
-            raise FileExistsError(f"the export would replace {path}, which is none of mlx-aimv2: choose another -o")
+            head = file.read(start + len(signature))
+        if head and head[start:] != signature:
+            raise FileExistsError(f"the export would replace {path}, which mlx-aimv2 did not write: choose another -o")
     return path
 
 
@@ -92,7 +91,7 @@ def _jsonl(index: Index, file: BinaryIO) -> None:
 WRITERS: dict[str, Callable[[Index, BinaryIO], None]] = {"npz": _npz, "safetensors": _safetensors, "jsonl": _jsonl}
 
 
-MARKS = {
+SIGNATURES = {
     "npz": (30, b"vectors.npy"),
     "safetensors": (8, b'{"__metadata__": {"paths": '),
     "jsonl": (0, b'{"path": '),
@@ -100,7 +99,7 @@ MARKS = {
 """Kind -> by which bytes, and where, a file is known as an export."""
 
 
-def _contents(index: Index) -> tuple[list[str], Array]:
+def _contents(index: Index) -> tuple[list[str], NDArray[Any]]:
     """All paths, and how many tokens each image has, `(P, axes - 1)`."""
     paths = list(index.paths())
     if index.axes == 1:
@@ -108,5 +107,5 @@ def _contents(index: Index) -> tuple[list[str], Array]:
     return paths, np.array([index.vector(path).shape[:-1] for path in paths], np.int64).reshape(len(paths), -1)
 
 
-def _rows(index: Index, shapes: Array) -> int:
+def _rows(index: Index, shapes: NDArray[Any]) -> int:
     return int(shapes.prod(axis=1).sum())

@@ -1,4 +1,4 @@
-"""How do embeddings get into an index file, and out of it again when their images are gone?
+"""Writes embeddings into an index file, and removes them when their images are gone.
 
 Each call is one transaction: all of it is on disk when it returns, or nothing.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from mlx_aimv2.index.reader import (
     APPLICATION_ID,
     AXES,
-    DTYPES,
+    STORED,
     VERSION,
     Embedding,
     Index,
@@ -31,7 +31,7 @@ BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
 
 SCHEMA = f"""
-PRAGMA page_size = 32768;  -- a float16 vector of 1024 numbers fills half of SQLite's usual page
+PRAGMA page_size = 32768;  -- a float16 vector of 1024 values fills half of SQLite's usual page
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
@@ -77,11 +77,11 @@ class IndexWriter(Index):
     ) -> IndexWriter:
         """Makes an empty index in a file that does not exist or is empty.
 
-        `axes` is 1 for one vector of `width` numbers an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
+        `axes` is 1 for one vector of `width` values an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
-        if dtype not in DTYPES:
-            raise ValueError(f"vectors are stored as {' or '.join(DTYPES)}, not {dtype}")
+        if dtype not in STORED:
+            raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         if axes not in AXES:
             raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
         if path.exists() and (path.is_dir() or path.stat().st_size):
@@ -101,7 +101,7 @@ class IndexWriter(Index):
     def add(self, images: Iterable[Embedding | Copy]) -> None:
         """Stores images, replacing those of the same path.
 
-        Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype, KeyError for
+        Raises ValueError for a vector of another shape than the index's and for values beyond its dtype, KeyError for
         a copy of an image that is not in here.
         """
         rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in images]
@@ -126,7 +126,7 @@ class IndexWriter(Index):
         with np.errstate(over="ignore"):
             stored = vector.astype(self.dtype)
         if not np.isfinite(stored).all():
-            raise ValueError(f"{embedding.path}: numbers beyond {self.dtype}; store float32")
+            raise ValueError(f"{embedding.path}: values beyond {self.dtype}; store float32")
         stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
         return (*stamp, length, rows, columns), stored.tobytes()
 
@@ -142,10 +142,10 @@ class IndexWriter(Index):
         block, members, vectors = last or (0, b"", b"")
         done = 0
         while done < len(rows):
-            room = capacity - len(members) // 8
-            if room <= 0:
-                block, members, vectors, room = block + 1, b"", b"", capacity
-            part = rows[done : done + room]
+            free = capacity - len(members) // 8
+            if free <= 0:
+                block, members, vectors, free = block + 1, b"", b"", capacity
+            part = rows[done : done + free]
             ids = [self._db.execute(INSERT, (*columns, block)).lastrowid for columns, _ in part]
             members += np.array(ids, "<i8").tobytes()
             vectors += b"".join(raw for _, raw in part)

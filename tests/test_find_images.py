@@ -1,4 +1,4 @@
-"""Does listing find the images that a user means, and say what cannot be one?"""
+"""Listing finds the images that a user means, and says what cannot be one."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.find_images import is_gone, list_images, read_list, shown
+from mlx_aimv2.find_images import is_gone, list_images, read_list
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_what_does_not_exist_is_missing(tree):
     assert list_images([str(tree / "nowhere"), str(tree / "a" / "1.jpg" / "deeper")]).missing == [str(tree / "nowhere")]
 
 
-def test_a_folder_without_images_is_told_apart(tree):
+def test_a_folder_without_images_is_listed_apart(tree):
     (tree / "e").mkdir()
     listing = list_images([tree / "e", tree / "d"])
     assert listing.empty == [str(tree / "e")]
@@ -139,14 +139,6 @@ def test_a_list_is_cut_at_nul_or_at_lines():
     assert read_list(b"a.jpg\nb c.jpg\n\n") == ["a.jpg", "b c.jpg"]
     assert read_list(b"a\nb.jpg\0c\xff.jpg\0") == ["a\nb.jpg", os.fsdecode(b"c\xff.jpg")]
     assert read_list(b"") == []
-
-
-def test_a_shown_name_has_no_control_characters():
-    name = os.fsdecode(b"a\nb\x1b[2J\xff.jpg")
-    assert shown(name) == r"a\x0ab\x1b[2J\xff.jpg"
-    assert shown("\u202egpj.exe") == r"\u202egpj.exe"
-    assert shown("Größe 大.jpg") == "Größe 大.jpg"
-    shown(name).encode()
 
 
 def test_only_what_has_no_file_any_more_is_gone(tree, monkeypatch):

@@ -1,4 +1,4 @@
-"""Do two processes on the loopback interface make the same index as one, and what happens when one of them dies?"""
+"""Two processes on the loopback interface make the same index as one, and keep what was done when one dies."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _
 from mlx_aimv2.embed.pipeline import CHUNK
 from mlx_aimv2.index.reader import Embedding, Index
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
 IMAGES = 3 * CHUNK + 7
@@ -122,7 +122,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
 
 
 @needs_launch
-def test_a_mistake_is_told_once(folder):
+def test_a_mistake_is_reported_once(folder):
     _, err = launch("-m", "mlx_aimv2", "embed", "nowhere", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
     assert err.splitlines()[0] == "mlx-aimv2: nowhere does not exist"
     assert "no images found" in err.splitlines()[1]
@@ -160,7 +160,7 @@ def test_being_ended_by_the_launcher_is_a_rank_lost(monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
-def test_every_sheet_belongs_to_one_rank_and_all_have_as_many_rounds(size, count):
+def test_every_chunk_belongs_to_one_rank_and_all_have_as_many_rounds(size, count):
     class Some(Ranks):
         def __init__(self, rank: int) -> None:
             self._rank = rank

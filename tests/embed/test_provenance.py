@@ -1,4 +1,4 @@
-"""Does a description tell apart what cannot be compared, and let pass what can?"""
+"""A description distinguishes what cannot be compared, and accepts what can."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from mlx_aimv2.convert import convert
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.provenance import describe, differences, load_with_origin
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
 
 def described(
@@ -40,19 +40,19 @@ def test_it_says_where_everything_came_from(fixed):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_another_dtype_is_a_remark(fixed, dtype):
+def test_another_dtype_is_a_note(fixed, dtype):
     assert differences(fixed, described(dtype=dtype)) == ([], [f"dtype: float32 there, {dtype} here"])
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(8, "affine"), (4, "affine"), (2, "affine"), (4, "mxfp4")])
-def test_other_bits_are_a_remark(fixed, tmp_path, bits, mode):
+def test_other_bits_are_a_note(fixed, tmp_path, bits, mode):
     convert(REFERENCE / "fixed", tmp_path / "q", quantize=True, q_bits=bits, q_mode=mode, q_group_size=32, verify=False)
     refused, notes = differences(fixed, described(tmp_path / "q"))
     assert not refused
     assert notes == [f"quantization: none there, bits={bits} group_size=32 mode={mode} here"]
 
 
-def test_another_recipe_is_a_remark(tmp_path):
+def test_another_recipe_is_a_note(tmp_path):
     for name in ("mixed_3_4", "mixed_3_6"):
         convert(
             REFERENCE / "fixed", tmp_path / name, quantize=True, quant_predicate=name, q_group_size=32, verify=False
@@ -94,14 +94,14 @@ def test_weights_trained_a_little_further_are_refused(fixed):
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("settings", "message"),
     [
         ({"pool": "tokens"}, "pool: mean there, tokens here"),
         ({"layer": -2}, "layer: none there, -2 here"),
     ],
 )
-def test_other_pooling_is_refused(fixed, wish, words):
-    assert differences(fixed, described(**wish))[0] == [words]
+def test_other_pooling_is_refused(fixed, settings, message):
+    assert differences(fixed, described(**settings))[0] == [message]
 
 
 def test_the_norm_of_a_layer_matters():
