@@ -81,7 +81,7 @@ def _as_text(image: str, prediction: Prediction, count: int | None) -> str:
 
 
 def _as_json(image: str, prediction: Prediction, count: int | None) -> str:
-    logits = dict(zip(prediction.labels, prediction.logits.tolist(), strict=True))
+    logits = dict(zip(prediction.labels, map(float, prediction.logits), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
     return json.dumps({"path": shown(image), "labels": labels}, ensure_ascii=False)
