@@ -69,7 +69,8 @@ def _conditional(features: Array, neighbours: float) -> Array:
     squares /= max(squares.max(), 1e-30)
     np.fill_diagonal(squares, np.inf)
     nearest = squares.min(axis=1, keepdims=True)  # taken off before the exponential: at least one term is then 1
-    low, high = np.full((len(squares), 1), -20.0), np.full((len(squares), 1), 40.0)  # of the logarithm of 1 / width
+    low: Array = np.full((len(squares), 1), -20.0)  # of the logarithm of 1 / width
+    high: Array = np.full((len(squares), 1), 40.0)
     for _ in range(50):
         middle = (low + high) / 2
         weights = np.exp(-(squares - nearest) * np.exp(middle))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +38,7 @@ class PatchEmbed(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
+def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray[Any, Any]:
     """Positions of a native model's grid: `rows, columns, D -> (rows * columns, D)` float32.
 
     The first half of each vector codes the column, the second half the row, each as all sines and then all cosines

@@ -79,7 +79,7 @@ def _print_text(image: str, prediction: Prediction, count: int | None) -> None:
 
 
 def _print_json(image: str, prediction: Prediction, count: int | None) -> None:
-    logits = dict(zip(prediction.labels, prediction.logits.tolist(), strict=True))
+    logits = dict(zip(prediction.labels, map(float, prediction.logits), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
     print(json.dumps({"path": image, "labels": labels}), flush=True)

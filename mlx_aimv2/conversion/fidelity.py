@@ -6,6 +6,7 @@ The reference runs in float32, the other model in its own dtype, on the same ima
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -186,12 +187,12 @@ def _about(run: BlockwiseRun) -> dict[str, Any]:
 
 
 def _spread(values: Floats) -> dict[str, float]:
-    return {"mean": float(values.mean()), "min": float(values.min())}
+    return {"mean": float(values.mean()), "min": float(np.min(values))}
 
 
 def _finite(value: float) -> float:
     """The value, or the largest float where it is not finite: JSON has no infinity."""
-    return float(np.nan_to_num(float(value), nan=np.finfo(np.float64).max))
+    return float(np.nan_to_num(float(value), nan=sys.float_info.max))
 
 
 def _text(name: str) -> str:

@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -47,7 +47,7 @@ def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, st
         with path.open("wb") as file:
             file.write(_header(order, tensors, metadata))
             for array in _computed(order, tensors):
-                file.write(memoryview(array))  # type: ignore[arg-type]
+                file.write(memoryview(cast("Any", array)))
     finally:
         _settle()
         mx.set_cache_limit(limit)

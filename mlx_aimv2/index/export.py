@@ -46,11 +46,12 @@ def target(output: Path, kind: str) -> Path:
 
 
 def _npz(index: Index, file: BinaryIO) -> None:
+    npy: Any = np.lib.format  # some versions of NumPy declare no types for it
     paths, shapes = _contents(index)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("vectors.npy", "w", force_zip64=True) as member:
             header = {"descr": "<f4", "fortran_order": False, "shape": (_rows(index, shapes), index.width)}
-            np.lib.format.write_array_header_1_0(member, header)
+            npy.write_array_header_1_0(member, header)
             for entry in index.embeddings():
                 member.write(entry.vector.astype("<f4").tobytes())
         arrays = {"paths": np.array(paths), "provenance": np.array(json.dumps(index.provenance))}
@@ -58,7 +59,7 @@ def _npz(index: Index, file: BinaryIO) -> None:
             arrays["shapes"] = shapes
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                npy.write_array(member, array, allow_pickle=False)
 
 
 def _safetensors(index: Index, file: BinaryIO) -> None:

@@ -71,7 +71,8 @@ class Vectors:
 
     @classmethod
     def _read_gpu(cls, blocks: Iterable[tuple[bytes, bytes]], count: int, width: int, dtype: str) -> Vectors:
-        identities, rows = [np.empty(0, np.int64)], []
+        identities: list[NDArray[Any]] = [np.empty(0, np.int64)]
+        rows: list[mx.array] = []
         parts: list[NDArray[Any]] = []
         held = 0
         for members, raw in blocks:
@@ -196,7 +197,8 @@ def _cut(places: NDArray[Any], size: int) -> Iterable[NDArray[Any]]:
 def _check_finite(part: NDArray[Any]) -> None:
     """Raises FloatingPointError for Inf and NaN: no vector that was stored has them."""
     if part.dtype == np.float16:  # all larger bit patterns are Inf and NaN; whole numbers compare faster than halves
-        is_finite = part.view(np.int16).max(initial=0) < 0x7C00 and part.view(np.uint16).max(initial=0) < 0xFC00
+        largest = (np.max(part.view(np.int16), initial=0), np.max(part.view(np.uint16), initial=0))
+        is_finite = bool(largest[0] < 0x7C00 and largest[1] < 0xFC00)
     else:
         is_finite = bool(np.isfinite(part).all())
     if not is_finite:
