@@ -21,6 +21,7 @@ from mlx_aimv2.checkpoint.config_json import disagreements, read_config
 from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.threads import mark_lazy
 
 AnyModel = Aimv2VisionModel | Aimv2Model
 
@@ -80,6 +81,7 @@ def load(
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
+    device.check_process()
     wanted = None if dtype == device.AUTO else parse_dtype(dtype)
     source = read_source(path_or_hf_repo, revision=revision)
     if dtype == device.AUTO:
@@ -91,6 +93,8 @@ def load(
     elif source.quantization is not None:
         source.weights = quantize.dequantized(source.weights, source.quantization)
     fill(model, source.weights, dtype=wanted, lazy=lazy)
+    if lazy:
+        mark_lazy(model)
     if return_config:
         return model, processor, source.origin.config
     return model, processor

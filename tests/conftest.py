@@ -24,3 +24,20 @@ def three_cores(monkeypatch):
     monkeypatch.undo()
     if hasattr(x86._of_thread, "streams"):
         del x86._of_thread.streams
+
+
+@pytest.fixture
+def golden_lit():
+    """The small LiT model of the golden values, and its ids."""
+    from pathlib import Path
+
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_aimv2 import load
+
+    folder = Path(__file__).parent / "golden" / "reference" / "lit"
+    with np.load(folder / "expected.npz") as expected:
+        ids = mx.array(expected["input_ids"])
+    mx.eval(ids)
+    return load(folder)[0], ids
