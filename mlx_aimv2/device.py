@@ -56,6 +56,30 @@ class Machine:
         )
 
 
+_fork = {"mlx_in_use": False, "is_child": False}
+
+
+def _before_fork() -> None:
+    _fork["mlx_in_use"] = mx.get_peak_memory() > 0
+
+
+def _in_child() -> None:
+    _fork["is_child"] = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
+def check_process() -> None:
+    """Raises RuntimeError in a process that was forked after MLX had been used: MLX would wait there for ever."""
+    if _fork["is_child"] and _fork["mlx_in_use"]:
+        raise RuntimeError(
+            "this process was forked after MLX had been used, and MLX hangs in it: start it with "
+            'multiprocessing.get_context("spawn")'
+        )
+
+
 def machine() -> Machine:
     """The machine that MLX computes on by default."""
     device = mx.default_device()

@@ -23,6 +23,7 @@ from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig
 from mlx_aimv2.empty_layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.threads import mark_lazy
 
 AnyModel = Aimv2VisionModel | Aimv2Model
 
@@ -94,6 +95,7 @@ def load(
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
+    device.check_process()
     wanted = parse_dtype(dtype) if dtype is not None and dtype != device.AUTO else None
     source = read_source(path_or_hf_repo, revision=revision)
     if dtype == device.AUTO:
@@ -105,6 +107,8 @@ def load(
     elif source.quantization is not None:
         source.weights = quantize.dequantized(source.weights, source.quantization)
     fill(model, source.weights, dtype=wanted, lazy=lazy)
+    if lazy:
+        mark_lazy(model)
     if return_config:
         return model, processor, source.origin.config
     return model, processor

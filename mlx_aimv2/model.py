@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.empty_layers import Embedding, Linear
+from mlx_aimv2.threads import any_thread
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Aimv2VisionModel(nn.Module):
         dtype: mx.Dtype = self.patch_embed.proj.weight.dtype
         return dtype
 
+    @any_thread
     def __call__(self, pixels: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
         """Features of images, `(B, H, W, 3) -> EncoderOutput`.
 
@@ -129,6 +131,7 @@ class Aimv2VisionModel(nn.Module):
             )
         return rows, columns
 
+    @any_thread
     def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
         """One vector per image, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length."""
         tokens = self(pixels).last_hidden_state
@@ -151,6 +154,7 @@ class Aimv2TextModel(nn.Module):
         self.blocks = _blocks(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @any_thread
     def __call__(self, ids: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
         """Features of texts, `(B, L) -> EncoderOutput`; `pooler_output` is the token at each row's first EOS.
 
@@ -217,6 +221,7 @@ class Aimv2Model(nn.Module):
         """The dtype of the weights and so of the features."""
         return self.vision_model.dtype
 
+    @any_thread
     def __call__(self, pixels: mx.array, ids: mx.array) -> Aimv2Output:
         """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`."""
         vision, text = self.vision_model(pixels), self.text_model(ids)
@@ -235,10 +240,12 @@ class Aimv2Model(nn.Module):
         scale = mx.exp(mx.clip(self.logit_scale.astype(mx.float32), 0.0, limit))
         return scale * (image_embeds.astype(mx.float32) @ text_embeds.astype(mx.float32).T)
 
+    @any_thread
     def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
         """One vector per image in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length."""
         return self._features(self.visual_projection(_pooled(self.vision_model(pixels))), normalize)
 
+    @any_thread
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
         """One vector per text in the shared space: `(T, L) -> (T, E)`; `normalize` for unit length."""
         return self._features(self.text_projection(_pooled(self.text_model(ids))), normalize)

@@ -102,3 +102,20 @@ def photo_index(tmp_path, monkeypatch):
     noise(tmp_path / "in" / "<img src=x onerror=alert(1)>.jpg", 9)
     assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db"]) == 0
     return tmp_path
+
+
+@pytest.fixture
+def golden_lit():
+    """The small LiT model of the golden values, and its ids."""
+    from pathlib import Path
+
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_aimv2 import load
+
+    folder = Path(__file__).parent / "golden" / "reference" / "lit"
+    with np.load(folder / "expected.npz") as expected:
+        ids = mx.array(expected["input_ids"])
+    mx.eval(ids)
+    return load(folder)[0], ids
