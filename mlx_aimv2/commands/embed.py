@@ -17,6 +17,18 @@ HELP = "embed folders of images into an index, for search"
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
 
+SHOWN = 8
+"""Kinds of files that were passed over, named in the summary."""
+
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
+
+ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
+    ".jxl": "JPEG XL, export it as JPEG",
+    ".mpo": "--include '*.mpo' takes its first image",
+    ".apng": "--include '*.apng' takes its first frame",
+}
+"""Suffix -> what to do about it."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
@@ -55,6 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXPORTS,
         help="then write everything beside the index for other tools, replacing an earlier export",
     )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="pass over files and folders that match, as in .gitignore: *.png, Trash/, 2019/**/raw; may be repeated",
+    )
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="take what matches although it is excluded, hidden or has another suffix; may be repeated",
+    )
+    parser.add_argument("--prune", action="store_true", help="forget images of these paths whose files are not there")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -79,6 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
                 threads=arguments.threads,
                 store=arguments.store,
                 export_kind=arguments.export,
+                exclude=arguments.exclude,
+                include=arguments.include,
+                prune=arguments.prune,
                 report=say,
                 on_progress=on_progress,
             )
@@ -88,12 +118,31 @@ def run(arguments: argparse.Namespace) -> int:
     if summary is None:
         return 0  # mlx.launch would end rank 0 if another one failed before it
     counts = asdict(summary)
-    is_made = counts.pop("is_made")
+    is_made, passed_over = counts.pop("is_made"), counts.pop("passed_over")
+    if passed_over:
+        say(f"passed over: {_counted(passed_over)}")
     if arguments.json:
-        print(json.dumps({"index": str(output), **counts, "seconds": round(time.monotonic() - started, 3)}))
+        print(
+            json.dumps(
+                {
+                    "index": str(output),
+                    **counts,
+                    "passed_over": passed_over,
+                    "seconds": round(time.monotonic() - started, 3),
+                }
+            )
+        )
     elif is_made:
         parts = [f"{count:,} {name}" for name, count in counts.items() if name != "images" and count]
         show(f"{output}: {summary.images:,} images ({', '.join(parts) or 'nothing to do'})")
     if not is_made:
         say(f"no image could be embedded; {output} was not made")
     return 1 if summary.failed else 0
+
+
+def _counted(passed_over: dict[str, int]) -> str:
+    """`12 .mov, 3 .dng (raw: export them as JPEG), 2 @eaDir`, the most frequent first."""
+    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {name}{f' ({ADVICE[name]})' if name in ADVICE else ''}" for name, count in most[:SHOWN]]
+    more = sum(count for _, count in most[SHOWN:])
+    return ", ".join([*parts, *([f"{more:,} others"] if more else [])])

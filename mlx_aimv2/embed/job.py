@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
 from mlx_aimv2.embed.embedder import Embedder, Settings
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.embed.update import Plan, Update, make_plan
-from mlx_aimv2.find_images import SUFFIXES, Listing, list_images, read_list
+from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.writer import IndexWriter
 
@@ -27,14 +27,23 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Summary:
-    """What an update did, in images; `is_made` is False where there is no index, as nothing could be embedded."""
+    """What an update did, in images.
+
+    `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
+    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts, by
+    suffix or by the pattern or name that excluded them, files and folders that were not looked at. `is_made` is False
+    where there is no index, as nothing could be embedded.
+    """
 
     images: int
     embedded: int
     recognised: int
+    moved: int
     unchanged: int
-    dropped: int
+    kept: int
+    gone: int
     failed: int
+    passed_over: dict[str, int]
     is_made: bool
 
 
@@ -52,10 +61,17 @@ def update_index(
     threads: int | None = None,
     store: str | None = None,
     export_kind: str | None = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    prune: bool = False,
     report: Report | None = None,
     on_progress: OnProgress | None = None,
 ) -> Summary | None:
-    """Embeds what is new or changed and forgets what is gone: `files, folders, patterns -> Summary`.
+    """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
+
+    A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. Images whose
+    files may come back, on a drive that is not plugged in, stay in the index unless `prune` is set. `exclude` and
+    `include` are glob patterns (`exclude.Rules`).
 
     `-` among the paths reads names from stdin. Without a model, and where other settings are left out, an index that
     exists keeps its own. `store` is the dtype of the vectors in a new index, float16 or float32; `export_kind` writes
@@ -71,7 +87,9 @@ def update_index(
     ranks = Ranks()
     given = {"model": model, "revision": revision, "dtype": dtype, "pool": pool, "layer": layer}
     given |= {"norm": norm, "max_patches": max_patches}
-    job = _Job(output, ranks, store, export_kind, report or warnings.warn, on_progress or (lambda done, total: None))
+    listing = {"exclude": tuple(exclude), "include": tuple(include)}
+    report, on_progress = report or warnings.warn, on_progress or (lambda done, total: None)
+    job = _Job(output, ranks, store, export_kind, listing, prune, report, on_progress)
     try:
         return _run(job, ranks, paths, given, threads)
     except RankLostError as error:
@@ -130,18 +148,28 @@ class _Job:
     ranks: Ranks
     store: str | None
     export_kind: str | None
+    rules: dict[str, tuple[str, ...]]
+    prune: bool
     report: Report
     on_progress: OnProgress
     index: IndexWriter | None = None
     failed: int = 0
     done: int = 0
     export_to: Path | None = None
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def prepare(self, paths: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
         """The settings and the plan, for all ranks."""
         self._check_output()
         settings = self._settings(given)
-        plan = make_plan(self._list(paths), self.index)
+        listing = self._list(paths)
+        plan = make_plan(listing, self.index, prune=self.prune)
+        if plan.kept:
+            self.report(
+                f"{len(plan.kept):,} images of {self.output} are not there, the first {plan.kept[0]}: they are kept, "
+                "since a drive may be unplugged or iCloud may have moved them; --prune forgets them"
+            )
+        self.passed_over = {**listing.suffixes, **listing.excluded}
         return {"settings": asdict(settings), "plan": asdict(plan)}
 
     def _check_output(self) -> None:
@@ -182,15 +210,21 @@ class _Job:
                 raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
             else:
                 names += read_list(sys.stdin.buffer.read())
-        listing = list_images(names)
+        listing = list_images(names, **self.rules)
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
-        self._fail([(path, "does not exist") for path in listing.missing])
+        missing = [path for path in listing.missing if not (self.prune and self._holds(path))]
+        self._fail([(path, "does not exist") for path in missing])
         self._fail(listing.problems)
-        if not listing.files and not listing.problems:
+        if not listing.files and not listing.problems and not self.prune:
             raise FileNotFoundError(f"no images found: looked for names that end in {' '.join(SUFFIXES)}")
         return listing
+
+    def _holds(self, given: str) -> bool:
+        """Whether the index has anything at a path or below it."""
+        path = os.path.normpath(Path(given).absolute())
+        return self.index is not None and any(known == path or is_under(known, [path]) for known in self.index.paths())
 
     def agree(self, description: dict[str, Any]) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
@@ -243,9 +277,12 @@ class _Job:
             images=len(self.index) if self.index is not None else 0,
             embedded=update.embedded,
             recognised=update.copied,
+            moved=update.moved,
             unchanged=update.plan.unchanged,
-            dropped=update.dropped,
+            kept=update.kept,
+            gone=update.gone,
             failed=self.failed,
+            passed_over=self.passed_over,
             is_made=self.index is not None,
         )
 

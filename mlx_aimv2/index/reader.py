@@ -154,6 +154,13 @@ class Index:
             raise damaged(self.path, f"what it says of {path!r}")
         return Stamp(*rows[0]) if rows else None
 
+    def stamps(self) -> Iterator[tuple[str, Stamp]]:
+        """Every image's path and how its file was when it was read."""
+        for path, *values in self._all("SELECT path, size, mtime_ns, sha256 FROM images"):
+            if [type(value) for value in values] != [int, int, bytes]:
+                raise damaged(self.path, f"what it says of {path!r}")
+            yield self._name(path), Stamp(*values)
+
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
         return self._restored(*self._place(path))

@@ -68,6 +68,16 @@ class Copy:
     source: str
 
 
+@dataclass(frozen=True)
+class Move:
+    """A file with the content of an image whose file is gone: the image's entry gets the file's name."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    source: str
+
+
 class IndexWriter(Index):
     """An index that can be changed."""
 
@@ -98,14 +108,19 @@ class IndexWriter(Index):
             db.close()
             raise
 
-    def add(self, images: Iterable[Embedding | Copy]) -> None:
+    def add(self, images: Iterable[Embedding | Copy | Move]) -> None:
         """Stores images, replacing those of the same path.
 
         Raises ValueError for a vector of another shape than the index's and for values beyond its dtype, KeyError for
-        a copy of an image that is not in here.
+        a copy or a move of an image that is not in here.
         """
-        rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in images]
+        images = list(images)
+        new = [self._row(item) for item in images if isinstance(item, Embedding)]
         with self._transaction():
+            for item in images:
+                if isinstance(item, Move):
+                    self._move(item)
+            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
             self._remove([columns[0] for columns, _ in rows])
             self._append(rows)
 
@@ -135,6 +150,13 @@ class IndexWriter(Index):
         ((sha256,),) = self._all("SELECT sha256 FROM images WHERE id = ?", identity)
         stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
         return (*stamp, *shape), self._stored(identity, block)
+
+    def _move(self, move: Move) -> None:
+        if move.source != move.path:
+            self._place(move.source)  # raises KeyError before the target's entry is removed
+            self._remove([os.fsencode(move.path)])
+        values = (os.fsencode(move.path), move.size, move.mtime_ns, os.fsencode(move.source))
+        self._db.execute("UPDATE images SET path = ?, size = ?, mtime_ns = ? WHERE path = ?", values)
 
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1
