@@ -166,8 +166,9 @@ class _Job:
         plan = make_plan(listing, self.index, prune=self.prune)
         if plan.kept:
             self.report(
-                f"{len(plan.kept):,} images of {self.output} are not there, the first {plan.kept[0]}: they are kept, "
-                "since a drive may be unplugged or iCloud may have moved them; --prune forgets them"
+                f"{len(plan.kept):,} of the images in {self.output} {'has' if len(plan.kept) == 1 else 'have'} no file "
+                f"now, such as {plan.kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune "
+                "forgets what is not there"
             )
         self.passed_over = {**listing.suffixes, **listing.excluded}
         return {"settings": asdict(settings), "plan": asdict(plan)}
