@@ -228,7 +228,7 @@ def test_empty_sheets_stay_in_their_places(tmp_path, fixed):
 @pytest.mark.parametrize("size", [(14 * 40, 14 * 30), (14 * 90 + 9, 14 * 17 + 3), (14 * 33, 14 * 33)])
 def test_large_images_are_scaled_down_in_their_shape(tmp_path, native, size):
     decoded = Decoder(native[1], max_patches=300)(str(image(tmp_path / "a.png", size)))
-    rows, columns = decoded.pixels.shape[0] / 14, decoded.pixels.shape[1] / 14
+    rows, columns = decoded.levels.shape[0] / 14, decoded.levels.shape[1] / 14
     assert 300 * 0.75 < rows * columns <= 300
     assert columns / rows == pytest.approx(size[0] / size[1], rel=0.2)
     assert rows == int(rows)
@@ -243,25 +243,25 @@ def test_a_ribbon_that_cannot_be_scaled_down_is_told(tmp_path, native):
 def test_images_within_the_limit_keep_every_pixel(tmp_path, native):
     file = image(tmp_path / "a.png", (14 * 12, 14 * 11))
     decoded = Decoder(native[1], max_patches=132)(str(file))
-    np.testing.assert_array_equal(decoded.pixels, native[1].pixels(file))
+    np.testing.assert_array_equal(decoded.levels, np.array(Image.open(file)))
 
 
 def test_an_image_right_at_the_limit_is_not_scaled(tmp_path, native):
     file = image(tmp_path / "a.png", (14 * 12 + 9, 14 * 11 + 5))
     decoded = Decoder(native[1], max_patches=132)(str(file))
-    np.testing.assert_array_equal(decoded.pixels, native[1].pixels(file)[: 14 * 11, : 14 * 12])
+    np.testing.assert_array_equal(decoded.levels, np.array(Image.open(file))[: 14 * 11, : 14 * 12])
 
 
 def test_a_pipe_that_came_after_the_listing_does_not_stop_the_run(tmp_path, fixed):
     os.mkfifo(tmp_path / "a.jpg")
-    assert Decoder(fixed[1])(str(tmp_path / "a.jpg")).failure == "is not a file that holds an image"
+    assert Decoder(fixed[1])(str(tmp_path / "a.jpg")).failure == "is a named pipe, not an image"
 
 
 def test_whatever_a_decoder_raises_is_that_images_failure(tmp_path, fixed, monkeypatch):
-    def broken(stream):
+    def broken(data, **_):
         raise RuntimeError("decoder\nexploded")
 
-    monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", broken)
+    monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", broken)
     assert Decoder(fixed[1])(str(image(tmp_path / "a.jpg", (9, 9)))).failure == "decoder exploded"
 
 
@@ -330,7 +330,7 @@ def test_moved_and_touched_files_are_known_by_their_content(folder, cli, monkeyp
     (folder / "1.png").rename(folder / "moved.png")
     shutil.copy(folder / "moved.png", folder / "twice.png")
     os.utime(folder / "5.png", ns=(1, 1))
-    monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", None)  # nothing is decoded
+    monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", None)  # nothing is decoded
     _, out, _ = cli("in", "--json")
     assert counts(out) == {"images": 8, "recognised": 3, "unchanged": 5, "dropped": 1}
     after = contents()

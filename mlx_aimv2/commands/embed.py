@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.find_images import SUFFIXES, Listing, list_images, read_list, shown
 from mlx_aimv2.progress import Progress, say
 
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXPORTS,
         help="then write everything beside the index for other tools, replacing an earlier export",
     )
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -112,13 +114,14 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
     from mlx_aimv2.embed.update import Plan, Update
 
     started = time.monotonic()
+    policy = policy_of(arguments)
     job = ranks.first(chief.prepare)
     settings, plan = Settings(**job["settings"]), Plan(**job["plan"])
     with Progress(plan.images if ranks.rank == 0 else 0, "images") as progress, progress.warnings_as_lines():
         loaded = load_with_origin(settings.model, revision=settings.revision, dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
-        description = describe(loaded, pooling, max_patches=max_patches)
+        description = describe(loaded, pooling, max_patches=max_patches, decode=policy.decode)
         theirs = ranks.first(lambda: chief.agree(description))
         if theirs != description["weights"]["digest"]:
             raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
@@ -131,6 +134,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks, chief: _Chief) -> int:
             pooling=pooling,
             max_patches=max_patches,
             threads=arguments.threads,
+            policy=policy,
             on_failure=lambda path, reason: mine.failures.append((path, reason)),
             on_note=lambda path, note: mine.notes.append((path, note)),
             known=plan.known,

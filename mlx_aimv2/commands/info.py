@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(os.path.expanduser(arguments.target))  # noqa: PTH111
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} is an empty file")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
+        raise ValueError(f"{shown(path)} is neither a file nor a folder: give an index, a checkpoint or a Hub name")
     facts = about_index(path) if _is_database(path) else about_checkpoint(arguments.target, arguments.revision)
     if arguments.json:
         print(json.dumps(facts))

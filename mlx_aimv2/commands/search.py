@@ -12,6 +12,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.find_images import has_suffix, shown
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
     parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write (or replace) a page with thumbnails")
     parser.add_argument("--open", action="store_true", help="show that page in the browser")
@@ -134,7 +136,14 @@ def _from_model(index: Index, arguments: argparse.Namespace, image: str | None) 
     if image is None:
         ids = loaded.processor.tokenize([arguments.query])
         return np.array(loaded.model.encode_text(ids)[0].tolist())
-    (chunk,) = embed_chunks([[image]], loaded.model, loaded.processor, pooling=pooling, max_patches=max_patches)
+    (chunk,) = embed_chunks(
+        [[image]],
+        loaded.model,
+        loaded.processor,
+        pooling=pooling,
+        max_patches=max_patches,
+        policy=policy_of(arguments),
+    )
     return chunk[0].vector
 
 

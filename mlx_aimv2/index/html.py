@@ -16,13 +16,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlx_aimv2.find_images import shown
-from mlx_aimv2.images import to_rgb
+from mlx_aimv2.images import Policy, open_image
 from mlx_aimv2.index.reader import Match
 
 THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""
 
 QUALITY = 82
+
+FAST = Policy(decode="fast", truncated="accept")
+"""For a thumbnail, what is there of an image is enough."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -108,7 +111,7 @@ def thumbnail(path: str) -> bytes | None:
     from PIL import Image
 
     try:
-        image = to_rgb(path)
+        image, _ = open_image(path, policy=FAST).rgb((THUMBNAIL, THUMBNAIL))
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=QUALITY)
