@@ -62,7 +62,7 @@ def test_moved_and_touched_files_are_known_by_their_content(folder, embed_comman
     (folder / "1.png").rename(folder / "moved.png")
     shutil.copy(folder / "moved.png", folder / "twice.png")
     os.utime(folder / "5.png", ns=(1, 1))
-    monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", None)  # nothing is decoded
+    monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", None)  # nothing is decoded
     _, out, _ = embed_command("in", "--json")
     assert counts(out) == {"images": 8, "recognised": 2, "moved": 1, "unchanged": 5}
     after = contents()
