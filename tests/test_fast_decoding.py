@@ -14,7 +14,7 @@ from PIL import Image
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed import embed
-from mlx_aimv2.embed.prefetch import Decoder, Room
+from mlx_aimv2.embed.prefetch import Decoder, Budget
 from mlx_aimv2.images import Policy, open_image, to_rgb
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.preprocessing import Preprocessing, published
@@ -174,11 +174,11 @@ def test_embed_of_the_library_takes_the_same_settings(tmp_path):
 
 
 def test_room_is_given_to_as_many_as_fit_and_to_a_large_one_alone():
-    room, inside, most = Room(10), [], []
+    budget, inside, most = Budget(10), [], []
     lock = threading.Lock()
 
     def work(size: int) -> None:
-        with room.take(size):
+        with budget.take(size):
             with lock:
                 inside.append(size)
                 most.append(list(inside))
@@ -192,14 +192,14 @@ def test_room_is_given_to_as_many_as_fit_and_to_a_large_one_alone():
     for thread in threads:
         thread.join()
     assert all(sum(sizes) <= 10 or len(sizes) == 1 for sizes in most)
-    assert len(most) == 32 and room.taken == 0
+    assert len(most) == 32 and budget.taken == 0
 
 
 def test_what_is_decoded_at_one_time_is_bounded(tmp_path, monkeypatch):
     for number in range(8):
         (tmp_path / f"{number}.jpg").write_bytes(photograph(900 + number, 700))
     decoder = Decoder(Aimv2Processor(published(42)))
-    decoder.decoding = Room(3_000_000)  # one image decoded exactly
+    decoder.decoding = Budget(3_000_000)  # one image decoded exactly
     inside, most, lock = [], [], threading.Lock()
     levels = decoder.processor.levels
 
