@@ -1,4 +1,4 @@
-"""What does decoding a phone's photographs fast gain, and what does it cost in quality?
+"""Measures what fast decoding of a phone's photographs gains, and what it costs in quality.
 
 python -m benchmarks.photographs make FOLDER [--images 300] [--megapixels 12]
 python -m benchmarks.photographs speed FOLDER [--before CHECKOUT] [--rounds 3] [--model FOLDER] [--threads N]

@@ -180,7 +180,7 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
 
 
 def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The same in CLIPImageProcessor's spelling, for preprocessor_config.json."""
+    """The same in CLIPImageProcessor's format, for preprocessor_config.json."""
     size, crop = preprocessing.resize, preprocessing.crop
     return {
         "crop_size": {"height": crop[0], "width": crop[1]} if crop else CLIP_DEFAULTS["crop_size"],

@@ -42,7 +42,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
             content = file.read(max_bytes + 1)
     finally:
         os.close(descriptor)
-    if len(content) > max_bytes:  # it has grown, or its size was not told
+    if len(content) > max_bytes:  # it has grown, or its size was not reported
         raise ValueError(f"{path} has more than the {max_bytes:,} bytes that are read of such a file")
     return content
 

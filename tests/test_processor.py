@@ -1,4 +1,4 @@
-"""Does every image become the pixels that the checkpoint's files ask for, and every bad one a clear line?"""
+"""Every image becomes the pixels that the checkpoint's files ask for, and every bad one a clear line."""
 
 import io
 import json
@@ -146,8 +146,8 @@ def test_pixels_may_be_made_in_many_threads(tmp_path):
         Image.fromarray(noise(61, 97, 3, seed=number)).save(files[-1])
     wanted = [FIXED.pixels(file) for file in files]
     with ThreadPoolExecutor(7) as pool:
-        for ours, alone in zip(pool.map(FIXED.pixels, files), wanted, strict=True):
-            assert (ours == alone).all()
+        for found, alone in zip(pool.map(FIXED.pixels, files), wanted, strict=True):
+            assert (found == alone).all()
 
 
 def test_an_empty_list_is_refused():

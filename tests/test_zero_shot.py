@@ -1,4 +1,4 @@
-"""Do labels, templates and images become the right probabilities, once and in batches, in Python and in the shell?"""
+"""Labels, templates and images become the right probabilities, once and in batches, in Python and in the shell."""
 
 import importlib
 import json

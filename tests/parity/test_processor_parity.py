@@ -1,4 +1,4 @@
-"""Are our pixels those of transformers' Pillow-based CLIP image processor, on real photographs?"""
+"""Pixels equal those of transformers' Pillow-based CLIP image processor, on real photographs."""
 
 import json
 
@@ -157,6 +157,6 @@ def test_a_file_with_nulls_and_squares_means_what_it_means_to_transformers(tmp_p
     image = photograph("rocket")
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
     wanted = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    ours = Aimv2Processor.from_folder(tmp_path).pixels(image)
-    assert ours.shape == wanted.shape
-    assert np.abs(ours - wanted).max() <= (1e-6 if settings["do_rescale"] else 1e-4)
+    found = Aimv2Processor.from_folder(tmp_path).pixels(image)
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= (1e-6 if settings["do_rescale"] else 1e-4)
