@@ -168,7 +168,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def discard_unfinished() -> None:
     """Removes what this process has not finished writing, before it ends without running to its end."""
     for folder in list(_mine):
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(TRIES):  # another thread may still be writing into it
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
 
 
 def write_json(path: Path, content: Any) -> None:

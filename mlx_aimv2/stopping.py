@@ -61,33 +61,38 @@ def stoppable(say: Say, *, patience: float = PATIENCE) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    taken = {number: handler for number, handler in before.items() if handler in (signal.SIG_DFL, _default_interrupt())}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     ear, mouth = socket.socketpair()
     mouth.setblocking(False)
-    watcher = threading.Thread(target=_watch, args=(ear, say, patience), name="signals", daemon=True)
-    for number in taken:
-        signal.signal(number, _stop)
+    for number, handler in handlers.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)
     heard_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(ear, say, patience), name="signals", daemon=True)
     watcher.start()
+    stopped = False
     try:
         yield
+    except Stopped:
+        stopped = True
+        raise
     finally:
         signal.set_wakeup_fd(heard_before)
-        for number, handler in taken.items():
-            signal.signal(number, handler)
-        mouth.close()  # which ends the watcher
-        watcher.join()
-        ear.close()
-
-
-def _default_interrupt() -> object:
-    return signal.default_int_handler
+        for number, handler in handlers.items():
+            if _is_ours(number):
+                signal.signal(number, handler)
+        # Python waits for its threads before it ends, and one may be inside a slow decoder: the watcher does not wait.
+        if not (stopped and _others_alive()):
+            mouth.close()
+            watcher.join()
+            ear.close()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """The first signal raises; the second is the watcher's alone, since the first one's clean-up may be under way."""
-    signal.signal(number, _leave_it_to_the_watcher)
+    """The first signal raises; the second is the watcher's alone, since the clean-up may be under way."""
+    for each in SIGNALS:
+        if _is_ours(each):
+            signal.signal(each, _leave_it_to_the_watcher)
     raise Stopped(number)
 
 
@@ -95,29 +100,38 @@ def _leave_it_to_the_watcher(number: int, frame: FrameType | None) -> None:
     pass
 
 
+def _is_ours(number: int) -> bool:
+    return signal.getsignal(number) in (_stop, _leave_it_to_the_watcher)
+
+
+def _others_alive() -> bool:
+    return any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+
+
 def _watch(ear: socket.socket, say: Say, patience: float) -> None:
     """Hears each signal as it comes, whatever the main thread is doing, and sees to it that the process ends."""
     number = _heard(ear, None)
-    if number is None:
+    if not number:
         return
     deadline = time.monotonic() + patience
     told = ""
     while True:
         waiting = _unfinished_business[-1] if _unfinished_business else ""
-        if waiting and waiting != told:
-            say(f"stopping: waiting for {waiting}; once more to stop at once")
-            told = waiting
         left = deadline - time.monotonic()
         if left <= 0 and not waiting:
             break
-        again = _heard(ear, max(left, 0.05))
+        if left <= 0 and waiting != told:
+            say(f"stopping: waiting for {waiting}; once more to stop at once")
+            told = waiting
+        again = _heard(ear, left if left > 0 else 0.05)
         if again == 0:
             return  # the main thread came to its end
         if again is not None:
             number = again
             break
     discard_unfinished()
-    say(str(Stopped(number)))
+    if _is_ours(number):  # else the main thread has said so
+        say(str(Stopped(number)))
     os._exit(128 + number)
 
 
@@ -125,14 +139,15 @@ def _heard(ear: socket.socket, seconds: float | None) -> int | None:
     """The number of the next of our signals; 0 when `stoppable` has ended; None when nothing came in time."""
     until = None if seconds is None else time.monotonic() + seconds
     while True:
-        if until is not None and (left := until - time.monotonic()) <= 0:
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0:
             return None
-        ear.settimeout(None if until is None else left)
+        ear.settimeout(left)
         try:
             data = ear.recv(1)
-        except TimeoutError:
+        except socket.timeout:  # noqa: UP041 - in Python 3.10 it is not yet TimeoutError
             return None
         if not data:
             return 0
-        if signal.getsignal(data[0]) in (_stop, _leave_it_to_the_watcher):
+        if _is_ours(data[0]):
             return data[0]
