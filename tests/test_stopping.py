@@ -19,12 +19,7 @@ WORK = {
         "from concurrent.futures import ThreadPoolExecutor\n"
         "with ThreadPoolExecutor(1) as pool: pool.submit(time.sleep, 60).result()"
     ),
-    "MLX": (
-        "import mlx.core as mx\n"
-        "a = mx.ones((3001, 3001))\n"
-        "for _ in range(50): a = a @ a\n"
-        "mx.eval(a)"
-    ),
+    "MLX": ("import mlx.core as mx\na = mx.ones((3001, 3001))\nfor _ in range(50): a = a @ a\nmx.eval(a)"),
 }
 
 PROGRAM = """
