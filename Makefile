@@ -1,42 +1,42 @@
-# Each target makes .venv itself, with python3's own venv and pip; nothing is installed outside it.
+# Each target makes .venv itself, with Python's venv and pip. Nothing is installed outside it.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-# MLX's Linux wheel multiplies matrices with the reference BLAS; where OpenBLAS is installed it is some fifty times
-# faster. With one thread on few x86 cores, for which the package has a stream each (mlx_aimv2/x86.py).
+# MLX's Linux wheel multiplies matrices with the reference BLAS; OpenBLAS, where it is installed, is some fifty times
+# faster. On up to eight x86 cores it runs in one thread, because the package uses the cores itself (mlx_aimv2/x86.py).
 OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
 .PHONY: help demo test test-all parity check verify train format clean
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
-demo: $(VENV)/installed  ## convert the embedded checkpoint, embed images, draw one
+demo: $(VENV)/installed  ## convert the embedded checkpoint offline, embed images, draw the result
 	$(RUN) -m examples.demo
 
 test: $(VENV)/tested  ## the quick tests: no network, no torch
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(VENV)/tested  ## the quick tests and those of more than two seconds
+test-all: $(VENV)/tested  ## the quick and the slow tests
 	$(RUN) -m pytest
 
-parity: $(VENV)/parity  ## the same numbers as transformers on torch, live
+parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
 	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity
 
-verify: $(VENV)/tested  ## on a Mac with a network: Apple's weights against the published values (CHECKPOINTS="name …" for more)
+verify: $(VENV)/tested  ## with a network: Apple's weights against published values (CHECKPOINTS="name …" for more)
 	$(RUN) -m convert.verify $(CHECKPOINTS)
 
 train: $(VENV)/train  ## train the embedded checkpoint again
 	$(RUN) -m convert.train_digits
 
-check: $(VENV)/tested  ## style and types
+check: $(VENV)/tested  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/tested  ## put the code into the house's format
+format: $(VENV)/tested  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -60,6 +60,6 @@ $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/parity: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,parity]'
-	@# Only its vocabulary file is wanted, not the torchvision that it asks for.
+	@# Without dependencies: only its vocabulary file is used, and it would bring torchvision.
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps open_clip_torch
 	@touch $@ $(VENV)/tested $(VENV)/installed

@@ -1,7 +1,7 @@
-"""Who can encode the same images with the same weights, to be measured beside us?
+"""The packages that `side_by_side` compares: each encodes the same images with the same weights.
 
 Each function takes a checkpoint's folder in transformers' layout, pixels (B, 3, H, W), the dtype, and the kind of
-device (cpu, metal or cuda). It gives a function that computes the features (B, N, D) there, and waits for them.
+device (cpu, metal or cuda). It returns a function that computes the features (B, N, D) and waits for them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 TORCH_DEVICES = {"cpu": "cpu", "metal": "mps", "cuda": "cuda"}
-"""Kind of device -> what torch calls it."""
+"""Kind of device -> its name in torch."""
 
 Encode: TypeAlias = Callable[[], Any]
 
@@ -108,7 +108,7 @@ def _on_torch(
     device = TORCH_DEVICES[kind]
     if not {"cpu": lambda: True, "mps": torch.backends.mps.is_available, "cuda": torch.cuda.is_available}[device]():
         raise SystemExit(
-            f"MLX computes on {kind}, torch {torch.__version__} has no {device} here: install one that has"
+            f"MLX computes on {kind}, but torch {torch.__version__} has no {device} here: install a torch build with it"
         )
     wait = {"cpu": lambda: None, "mps": torch.mps.synchronize, "cuda": torch.cuda.synchronize}[device]
     model = model.to(device, getattr(torch, dtype)).eval()

@@ -1,4 +1,4 @@
-"""How much memory and time does it take to convert a checkpoint of the size of AIMv2-3B?
+"""Measures the memory and time of converting a checkpoint of the size of AIMv2-3B.
 
 `python -m benchmarks.convert_memory FOLDER [--size large|huge|1B|3B] [--keep]`: writes a checkpoint of random numbers
 in Apple's layout (3B: 10.9 GB in float32) into FOLDER, converts it in fresh processes, and compares each with reading

@@ -1,12 +1,12 @@
-"""What does embedding a folder cost beside decoding and encoding alone, and how does that grow with its images?
+"""Measures embedding a folder beside decoding and encoding alone, and how the cost grows with the images.
 
 python -m benchmarks.folder [--images 100 1000 10000] [--side 320] [--model FOLDER] [--threads N] [--rounds 3]
 
-Makes a folder of JPEG images, adds to it until it has each of these numbers and, in a new process for each round,
-measures three things in turns: the files decoded by the same threads with nothing else to do; the model alone on
-batches that are ready, as large as `embed` makes them; and `embed` into an index, from the list of files to the last
-commit. Memory is what the process holds after 1,000 images and at the end (on a Mac: the most that it held until
-then). The table is Markdown, medians over the rounds.
+Makes a folder of JPEG images and adds images until it has each of these numbers. Three things are measured, each in a
+new process and alternating over the rounds: decoding the files with the same threads; the model on prepared batches, as
+large as those of `embed`; and `embed` into an index, from the list of files to the last commit. Memory is the resident
+memory of the process after 1,000 images and at the end (on a Mac: its maximum until then). The table is Markdown, with
+medians over the rounds.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ KINDS = ("decode", "model", "embed")
 
 
 HEAD = (
-    "| images | decode, s | model, s | embed, s | ms per image | beside the larger of both "
-    "| processor time beside the sum of both | MB after 1,000 | MB at the end |\n" + "|---" * 9 + "|"
+    "| images | decode, s | model, s | embed, s | ms per image | embed over the larger of both "
+    "| processor time over the sum of both | MB after 1,000 | MB at the end |\n" + "|---" * 9 + "|"
 )
 
 
 def make(folder: Path, numbers: range, side: int) -> None:
-    """Adds images of soft random colours to a folder, a third of them upright, a third lying."""
+    """Adds images of smooth random colours to a folder: a third square, a third landscape, a third portrait."""
     random = np.random.default_rng(numbers.start)
     sizes = ((side, side), (side, side * 3 // 4), (side * 3 // 4, side))
     for number in numbers:
@@ -58,7 +58,7 @@ def make(folder: Path, numbers: range, side: int) -> None:
 
 
 def resident() -> float:
-    """Memory that the process holds now, in MB; its peak where the system does not tell."""
+    """Resident memory of the process in MB; its peak where the system reports only that."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     except FileNotFoundError:
@@ -66,7 +66,7 @@ def resident() -> float:
 
 
 def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[str, float]:
-    """Seconds of one kind of work over the whole folder, and memory on the way."""
+    """Seconds of one kind of work over the whole folder, and memory in between."""
     model, processor = load(model_folder)
     pooling = Pooling.of(model)
     files = list_images([folder]).files
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def _row(folder: Path, arguments: argparse.Namespace) -> None:
-    """Measures one folder and prints its line of the table."""
+    """Measures one folder and prints its row of the table."""
     rounds = [{kind: _in_process(kind, folder, arguments) for kind in KINDS} for _ in range(arguments.rounds)]
     count = len(list_images([folder]).files)
     seconds = {kind: statistics.median(one[kind]["seconds"] for one in rounds) for kind in KINDS}
@@ -175,7 +175,7 @@ def _in_process(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[
     command += ["--model", arguments.model, "--threads", str(arguments.threads)]
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
-        sys.exit(finished.returncode)  # the child has said why
+        sys.exit(finished.returncode)  # the process has printed why
     result: dict[str, float] = json.loads(finished.stdout)
     return result
 

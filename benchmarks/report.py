@@ -1,10 +1,9 @@
-"""What do the speed benchmarks say about this machine, as one page?
+"""Writes the speed benchmarks of this machine as one page.
 
 `python -m benchmarks.report [SIZE …] [--dtype …] [--batch B …] [--beside NAME …] [--rounds N] [--runs N]`: for each
-size, how near it comes to the machine's bare matrix products, which is what `mlx-aimv2 bench` measures, and how fast it
-is beside others, as `side_by_side` says. Without arguments it takes what suits the kind of machine: on a GPU large at
-224 and 448 and 3B at 448 pixels in both half precisions, on a CPU large in float32. The page is Markdown, for
-`results/NAME.md`.
+size its fraction of matmul peak, as `mlx-aimv2 bench` measures it, and its time beside other packages, as
+`side_by_side` measures it. The defaults depend on the machine: on a GPU large at 224 and 448 and 3B at 448 pixels, in
+float16 and bfloat16; on a CPU large in float32. The page is Markdown, for `results/NAME.md`.
 """
 
 import argparse
@@ -21,25 +20,25 @@ SIZES = ("large-patch14-224", "large-patch14-448", "3B-patch14-448")
 SIZES_ON_CPU = SIZES[:2]
 
 HEAD = (
-    "| model | dtype | images | tokens each | ms | images a second | peak above the weights, MB | GFLOP/s "
-    "| of the bare products |\n" + "|---" * 9 + "|"
+    "| model | dtype | images | tokens each | ms | images a second | peak memory above the weights, MB | GFLOP/s "
+    "| fraction of matmul peak |\n" + "|---" * 9 + "|"
 )
 
 
 def bench(size: str, dtypes: list[str], batches: list[int], *, runs: int) -> dict[str, Any]:
-    """What `mlx-aimv2 bench` says of a size, in a process that multiplies as the side by side does."""
+    """The JSON of `mlx-aimv2 bench` for a size, in a process with the same BLAS as in `side_by_side`."""
     command = [sys.executable, "-m", "mlx_aimv2", "bench", "--random", size, "--json", "--runs", str(runs)]
     command += ["--dtype", *dtypes, "--batch", *map(str, batches)]
-    environment = side_by_side.environment(side_by_side.OURS)
+    environment = side_by_side.environment(side_by_side.PACKAGE)
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
-        sys.exit(finished.returncode)  # bench has said why
+        sys.exit(finished.returncode)  # bench has printed why
     found: dict[str, Any] = json.loads(finished.stdout)
     return found
 
 
 def row(size: str, speed: dict[str, Any]) -> str:
-    """A line of the table of forward passes."""
+    """One row of the table of forward passes."""
     cells = [size, speed["dtype"], str(speed["batch"]), str(speed["tokens"]), f"{speed['seconds'] * 1e3:.1f}"]
     cells += [f"{speed['images_per_second']:.2f}", f"{speed['peak_bytes'] / 1e6:.0f}"]
     cells += [f"{speed['flops_per_second'] / 1e9:.0f}", f"{speed['fraction_of_bare']:.2f}"]
@@ -48,7 +47,7 @@ def row(size: str, speed: dict[str, Any]) -> str:
 
 def main() -> None:
     on = device.machine()
-    parser = argparse.ArgumentParser(description="the speed benchmarks of this machine, as one page")
+    parser = argparse.ArgumentParser(description="the speed benchmarks of this machine as one page")
     sizes, batches = (SIZES_ON_CPU, [1, 4]) if on.kind == "cpu" else (SIZES, [1, 16])
     side_by_side.add_arguments(parser, list(sizes), list(DEFAULT_DTYPES[on.kind]), batches)
     arguments = parser.parse_args()
@@ -56,10 +55,11 @@ def main() -> None:
     for number, size in enumerate(arguments.sizes):
         found = bench(size, arguments.dtype, arguments.batch, runs=arguments.runs)
         if number == 0:
-            note = f" Remark: {found['note']}." if found["note"] else ""
-            print(f"Pass and bare products in turn, medians of {arguments.runs} runs.{note}\n\n{HEAD}")
+            note = f" Note: {found['note']}." if found["note"] else ""
+            how = "A forward pass alternates with its matrix products alone"
+            print(f"{how}; medians of {arguments.runs} runs.{note}\n\n{HEAD}")
         print(*(row(size, speed) for speed in found["speed"]), sep="\n", flush=True)
-    print(f"\nSide by side, {arguments.rounds} rounds, a process of {arguments.runs} runs or more for each in turn.\n")
+    print(f"\nSide by side: {arguments.rounds} rounds of alternating processes of {arguments.runs} runs or more.\n")
     side_by_side.print_table(arguments)
 
 

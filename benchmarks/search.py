@@ -1,9 +1,9 @@
-"""How long does a search over a million images take, against the bare matrix product over the same memory?
+"""Measures a search over a million images beside the matrix product alone over the same memory.
 
 python -m benchmarks.search [--images 1000000] [--width 768] [--file PATH]
 
-Makes an index of random float16 vectors, opens it in a fresh process, and compares `Index.search` with the product
-`vectors @ query` alone: over the same memory, in turns, the median of each.
+Makes an index of random float16 vectors, opens it in a fresh process, and alternates `Index.search` with the product
+`vectors @ query` over the same memory. Prints the median of each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AT_ONCE = 8192
 
 
 def make(file: Path, images: int, width: int) -> None:
-    """Fills an index with random vectors through the same calls as `mlx-aimv2 embed`."""
+    """Fills an index with random vectors by the same calls as `mlx-aimv2 embed`."""
     random = np.random.default_rng(0)
     with IndexWriter.create(file, provenance={}, width=width, dtype="float16") as index:
         for start in range(0, images, AT_ONCE):
@@ -46,7 +46,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def measure(file: Path) -> None:
-    """Prints opening time, search time and the bare product's time."""
+    """Prints the time of opening, of a search and of the matrix product."""
     with Index.open(file) as index:
         query = np.random.default_rng(1).standard_normal(index.width).astype(np.float32)
         start = time.perf_counter()
@@ -60,31 +60,31 @@ def measure(file: Path) -> None:
     if isinstance(rows, np.ndarray):
         where = f"NumPy {np.__version__}, {rows.dtype}, {rows.nbytes / 1e9:.2f} GB"
 
-        def bare() -> object:
+        def multiply() -> object:
             return rows @ query
     else:
         where = f"MLX {mx.__version__} on {mx.default_device()}, {rows[0].dtype}"
         wanted = mx.array(query).astype(rows[0].dtype)
 
-        def bare() -> object:
+        def multiply() -> object:
             return mx.eval([part @ wanted for part in rows])
 
     searches, products = [], []
     for _ in range(ROUNDS):
-        products.append(milliseconds(bare))
+        products.append(milliseconds(multiply))
         searches.append(milliseconds(lambda: index.search(query, 12)))
     search, product = statistics.median(searches), statistics.median(products)
     print(f"{len(vectors)} x {index.width} {index.dtype} vectors, {file.stat().st_size / 1e9:.2f} GB on disk")
     print(f"{platform.machine()}, Python {platform.python_version()}; in memory: {where}")
     print(f"one search from the file    {single:8.2f} s")
     print(f"open and read all vectors   {opened:8.2f} s")
-    print(f"bare product                {product:8.1f} ms (fastest {min(products):.1f})")
+    print(f"matrix product alone        {product:8.1f} ms (fastest {min(products):.1f})")
     print(f"search for 12               {search:8.1f} ms (fastest {min(searches):.1f})")
-    print(f"search / bare product       {search / product:8.2f}")
+    print(f"search / matrix product     {search / product:8.2f}")
 
 
 def main() -> None:
-    """Makes the file where it is missing, then measures in a new process."""
+    """Makes the file if it is missing, then measures in a new process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)

@@ -1,12 +1,12 @@
-"""Are we as fast as others on this machine, with the same weights and the same pixels?
+"""Measures mlx_aimv2 beside other packages on this machine, with the same weights and the same pixels.
 
 `python -m benchmarks.side_by_side [SIZE …] [--beside transformers apple timm] [--batch B …] [--dtype …] [--rounds N]
-[--runs N] [--cpu]`, with the extra `parity` installed for transformers; how the others are installed is in README.md
-here. Each contender runs in a process of its own, in turn, `rounds` times: what disturbs one disturbs the other. The
-ratio is ours over theirs in each round, its median over the rounds; below 1 we are faster. The features are compared.
-torch runs where MLX does: on a Mac on MPS, beside an NVIDIA GPU on CUDA, elsewhere and with --cpu on the CPU; there MLX
-multiplies with OpenBLAS where it is installed, ours in one thread on few cores, as README.md says. The table is
-Markdown.
+[--runs N] [--cpu]`, with the extra `parity` installed for transformers; benchmarks/README.md says how to install the
+others. The contenders run in alternating processes, `rounds` times, so that other load on the machine affects all of
+them. The ratio is the time of mlx_aimv2 over the time of the other, as the median over the rounds; below 1 mlx_aimv2
+is faster. The features are compared too. torch runs where MLX does: on MPS on a Mac, on CUDA with an NVIDIA GPU,
+otherwise and with --cpu on the CPU. There MLX uses OpenBLAS if it is installed; for mlx_aimv2 it has one thread on up
+to eight x86 cores. The table is Markdown.
 """
 
 import argparse
@@ -36,30 +36,30 @@ from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.preprocessing import published
 
-OURS = "mlx_aimv2"
-OTHERS = tuple(name for name in CONTENDERS if name != OURS)
+PACKAGE = "mlx_aimv2"
+OTHERS = tuple(name for name in CONTENDERS if name != PACKAGE)
 DTYPES = ("float32", "float16", "bfloat16")
-ON_MLX = (OURS, "apple")
+ON_MLX = (PACKAGE, "apple")
 DISTRIBUTIONS = {"transformers": ("torch", "transformers"), "timm": ("torch", "timm"), "apple": ("aim-v2",)}
 HEAD = (
-    "| model | dtype | images | beside | ours, ms | theirs, ms | ratio | in the rounds "
-    "| our least | their least | ratio | difference |\n" + "|---" * 12 + "|"
+    "| model | dtype | images | compared with | mlx_aimv2, ms | other, ms | ratio | range over rounds "
+    "| fastest, ms | other's fastest, ms | ratio of the fastest | difference |\n" + "|---" * 12 + "|"
 )
-LEAST_SECONDS = 1.0
-"""Of warming up, and of measuring, in each process: a GPU's first runs are slower, and a run may take milliseconds."""
+MIN_SECONDS = 1.0
+"""Warm-up and measuring each take at least this long: a GPU's first runs are slow, and a run may take milliseconds."""
 
 OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")
 
 
 class Failed(Exception):
-    """A contender could not encode; the message is the last that it said."""
+    """A contender could not encode; the message is the last line that it printed."""
 
 
 def write_checkpoint(folder: Path, size: str) -> None:
-    """Random weights of a released size as transformers lays them out."""
+    """Writes random weights of a released size in transformers' layout."""
     config = released(size).vision
-    ours = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
-    folders.save_weights(folder, layout_for("transformers", pair=False).to_source(ours), metadata={"format": "pt"})
+    weights = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
+    folders.save_weights(folder, layout_for("transformers", pair=False).to_source(weights), metadata={"format": "pt"})
     folders.save_config(folder, pytorch_folder.config_for(config, "transformers") | {"torch_dtype": "float32"})
     Aimv2Processor(published(config.image_size)).save_to(folder)
     mx.clear_cache()
@@ -72,7 +72,7 @@ def _random(name: str, shape: tuple[int, ...]) -> mx.array:
 
 
 def pixels(folder: Path, batch: int) -> np.ndarray:
-    """The same images for all, `(B, 3, H, W)`."""
+    """The same random images for all contenders, `(B, 3, H, W)`."""
     side = json.loads((folder / "config.json").read_text())["image_size"]
     return np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
 
@@ -80,12 +80,12 @@ def pixels(folder: Path, batch: int) -> np.ndarray:
 def measure(
     contender: str, folder: Path, batch: int, dtype: str, runs: int, kind: str
 ) -> tuple[list[float], np.ndarray]:
-    """Seconds of each run once it is warm, and the features."""
+    """Seconds of each run after warming up, and the features."""
     encode = CONTENDERS[contender](folder, pixels(folder, batch), dtype, kind)
 
-    def repeated(least: int) -> tuple[list[float], Any]:
+    def repeated(minimum: int) -> tuple[list[float], Any]:
         seconds: list[float] = []
-        while len(seconds) < least or sum(seconds) < LEAST_SECONDS:
+        while len(seconds) < minimum or sum(seconds) < MIN_SECONDS:
             began = time.perf_counter()
             features = encode()
             seconds.append(time.perf_counter() - began)
@@ -97,7 +97,7 @@ def measure(
 
 
 def environment(contender: str) -> dict[str, str]:
-    """This process's, with the BLAS and the number of its threads that suit the contender, whatever suits us here."""
+    """This process's environment, with the BLAS and the number of BLAS threads that suit the contender."""
     variables = dict(os.environ)
     for name in ("LD_PRELOAD", "OPENBLAS_NUM_THREADS"):
         variables.pop(name, None)
@@ -105,7 +105,7 @@ def environment(contender: str) -> dict[str, str]:
         variables["MLX_ENABLE_TF32"] = "0"  # torch, too, multiplies float32 in full
         if OPENBLAS.exists():
             variables["LD_PRELOAD"] = str(OPENBLAS)
-    if contender == OURS and device.prefers_one_blas_thread():
+    if contender == PACKAGE and device.prefers_one_blas_thread():
         variables["OPENBLAS_NUM_THREADS"] = "1"
     return variables
 
@@ -138,9 +138,9 @@ def print_table(arguments: argparse.Namespace) -> None:
 def compare(
     folder: Path, dtype: str, batch: int, beside: list[str], rounds: int, runs: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """The names that we stand beside, each with what the table says of it. One that fails does not stop the others."""
+    """The name of each other contender with its cells of the table. One that fails does not stop the others."""
     kind = device.machine().kind
-    times: dict[str, list[list[float]]] = {name: [] for name in (OURS, *beside)}
+    times: dict[str, list[list[float]]] = {name: [] for name in (PACKAGE, *beside)}
     failures: dict[str, str] = {}
     for _ in range(rounds):
         for name, so_far in times.items():
@@ -152,25 +152,25 @@ def compare(
         last = {name: f"{min(so_far[-1]):.4f} s" for name, so_far in times.items() if name not in failures}
         print(batch, dtype, last, file=sys.stderr)
     for name in beside:
-        if failure := failures.get(OURS) or failures.get(name):
+        if failure := failures.get(PACKAGE) or failures.get(name):
             yield name, [failure.replace("|", "/"), *[""] * 7]
             continue
-        ours, theirs = (np.load(folder / f"{who}.npy") for who in (OURS, name))
-        far = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        yield name, [*_cells(times[OURS], times[name]), f"{far:.1e}"]
+        features, others = (np.load(folder / f"{contender}.npy") for contender in (PACKAGE, name))
+        difference = np.linalg.norm(features - others) / np.linalg.norm(others)
+        yield name, [*_cells(times[PACKAGE], times[name]), f"{difference:.1e}"]
 
 
-def _cells(ours: list[list[float]], theirs: list[list[float]]) -> list[str]:
-    """The seconds of both in every run of every round, as medians, ratios of the rounds, and least times."""
-    medians = [[statistics.median(seconds) for seconds in rounds] for rounds in (ours, theirs)]
-    ratios = [mine / other for mine, other in zip(*medians, strict=True)]
-    least = [min(map(min, rounds)) for rounds in (ours, theirs)]
+def _cells(package: list[list[float]], other: list[list[float]]) -> list[str]:
+    """Medians, ratios of the rounds and fastest runs, from the seconds of every run of every round."""
+    medians = [[statistics.median(seconds) for seconds in rounds] for rounds in (package, other)]
+    ratios = [numerator / denominator for numerator, denominator in zip(*medians, strict=True)]
+    fastest = [min(map(min, rounds)) for rounds in (package, other)]
     return [
         *(f"{statistics.median(of_rounds) * 1e3:.1f}" for of_rounds in medians),
         f"{statistics.median(ratios):.2f}",
         f"{min(ratios):.2f} to {max(ratios):.2f}",
-        *(f"{seconds * 1e3:.1f}" for seconds in least),
-        f"{least[0] / least[1]:.2f}",
+        *(f"{seconds * 1e3:.1f}" for seconds in fastest),
+        f"{fastest[0] / fastest[1]:.2f}",
     ]
 
 
@@ -190,7 +190,9 @@ def fixed_size(name: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if config.is_native:
-        raise argparse.ArgumentTypeError(f"images of one size are wanted, {name} takes any; give large-patch14-224")
+        raise argparse.ArgumentTypeError(
+            f"{name} takes images of any size; give one of a fixed size, as large-patch14-224"
+        )
     return name
 
 
@@ -202,7 +204,7 @@ def _version(distribution: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, sizes: list[str], dtypes: list[str], batches: list[int]) -> None:
-    """What to compare, with these defaults; `report` has the same flags."""
+    """Adds the flags that say what to compare, with these defaults; `report` has the same."""
     parser.add_argument(
         "sizes", nargs="*", type=fixed_size, default=sizes, metavar="SIZE", help=f"released sizes ({' '.join(sizes)})"
     )
@@ -215,24 +217,24 @@ def add_arguments(parser: argparse.ArgumentParser, sizes: list[str], dtypes: lis
         metavar="B",
         help=f"images at once ({' '.join(map(str, batches))})",
     )
-    parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS, help="whom (transformers)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="processes for each of them, in turn (5)")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs in a process, and a second of them (5)")
+    parser.add_argument("--beside", nargs="+", default=["transformers"], choices=OTHERS, help="others (transformers)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="alternating processes of each (5)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs in a process, for at least a second (5)")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="mlx_aimv2 and others, side by side")
+    parser = argparse.ArgumentParser(description="mlx_aimv2 beside other packages")
     add_arguments(parser, ["large-patch14-224"], ["float32"], [1, 4])
-    parser.add_argument("--cpu", action="store_true", help="all of them on the CPU")
+    parser.add_argument("--cpu", action="store_true", help="run all contenders on the CPU")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=TORCH_DEVICES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
-        who, folder = arguments.contender, arguments.folder
+        contender, folder = arguments.contender, arguments.folder
         batch, dtype = arguments.batch[0], arguments.dtype[0]
-        seconds, features = measure(who, folder, batch, dtype, arguments.runs, arguments.kind)
-        np.save(folder / f"{who}.npy", features)
+        seconds, features = measure(contender, folder, batch, dtype, arguments.runs, arguments.kind)
+        np.save(folder / f"{contender}.npy", features)
         print(json.dumps(seconds))
         return
     if arguments.cpu:

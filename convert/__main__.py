@@ -1,4 +1,4 @@
-"""How are all checkpoints converted, in every precision that is published?
+"""Converts all released checkpoints, in every precision that is published.
 
     python -m convert                                    every row, every variant, into mlx_models/
     python -m convert aimv2-large-patch14-224 --variants fp16 8bit
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", type=Path, default=FILE, metavar="TOML", help="the list (default: checkpoints.toml)")
     parser.add_argument("--out", type=Path, default=Path("mlx_models"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["bf16", "fp16", "8bit", "4bit"])
-    parser.add_argument("--calibration", metavar="DIR", help="images for the proof (default: four bundled ones)")
+    parser.add_argument("--calibration", metavar="DIR", help="images for the fidelity report (default: four bundled)")
     parser.add_argument("--upload", metavar="OWNER", help="upload each folder to OWNER/NAME-VARIANT")
     arguments = parser.parse_args(argv)
     return one_line_errors(lambda: run(arguments))

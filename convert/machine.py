@@ -1,4 +1,4 @@
-"""Which machine is this, and how long does something take on it?"""
+"""Describes this machine and times computations on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def section() -> str:
 
 
 def facts() -> dict[str, str]:
-    """What a figure has to be read with: chip, memory, systems and versions. No name of a person or a machine."""
+    """What a measurement depends on: chip, memory, systems and versions. No name of a person or a machine."""
     return {
         "chip": chip(),
         "memory": _memory(),
@@ -35,7 +35,7 @@ def facts() -> dict[str, str]:
 
 
 def chip() -> str:
-    """The processor's own name."""
+    """The name of the processor."""
     if platform.system() == "Darwin":
         return _ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""How are golden values made: small random checkpoints in Apple's layout with what transformers on torch makes of them?
+"""Makes golden values: small random checkpoints in Apple's layout with the outputs of transformers on torch.
 
     python -m convert.make_golden DIR
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mlx_aimv2.checkpoint.layouts import layout_for
@@ -61,7 +62,7 @@ def make(place: Path, kind: str, *, seed: int) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     weights = {name: mx.array(_draw(rng, name, shape)) for name, shape in parameter_shapes(build(config)).items()}
-    apple = dict(layout_for("apple", pair=isinstance(config, Aimv2Config)).to_theirs(weights.items()))
+    apple = dict(layout_for("apple", pair=isinstance(config, Aimv2Config)).to_source(weights.items()))
     mx.save_safetensors(str(place / "model.safetensors"), apple, metadata={"format": "pt"})
     _write_json(place / "config.json", config_for(config, "apple") | {"torch_dtype": "float32"})
     _write_json(place / "preprocessor_config.json", to_clip(published(vision.image_size)))
@@ -76,7 +77,7 @@ def make(place: Path, kind: str, *, seed: int) -> Path:
     return place
 
 
-def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
     if name == "logit_scale":
         return np.array(4.7, np.float32)  # above the limit of ln 100, as the trained one
     values = rng.standard_normal(shape)
@@ -90,51 +91,51 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
 
 
 def _outputs(
-    config: AnyConfig, apple: dict[str, np.ndarray[Any, Any]], pixels: np.ndarray[Any, Any], dtype: str
-) -> dict[str, np.ndarray[Any, Any]]:
-    """What transformers makes of the weights."""
+    config: AnyConfig, apple: dict[str, NDArray[Any]], pixels: NDArray[Any], dtype: str
+) -> dict[str, NDArray[Any]]:
+    """The outputs of transformers for these weights."""
     try:
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f"{error.name} is needed here: pip install 'mlx-aimv2[parity]'") from None
-    is_pair = isinstance(config, Aimv2Config)
-    spelled = config_for(config, "transformers")
-    kind = ("Aimv2Config", "Aimv2Model") if is_pair else ("Aimv2VisionConfig", "Aimv2VisionModel")
-    settings = {key: value for key, value in spelled.items() if key not in ("architectures", "model_type")}
-    theirs_config = getattr(transformers, kind[0])(**settings, attn_implementation="eager")
-    model = getattr(transformers, kind[1])(theirs_config)
+    is_lit = isinstance(config, Aimv2Config)
+    fields = config_for(config, "transformers")
+    kind = ("Aimv2Config", "Aimv2Model") if is_lit else ("Aimv2VisionConfig", "Aimv2VisionModel")
+    settings = {key: value for key, value in fields.items() if key not in ("architectures", "model_type")}
+    transformers_config = getattr(transformers, kind[0])(**settings, attn_implementation="eager")
+    model = getattr(transformers, kind[1])(transformers_config)
     state = {name: torch.from_numpy(array) for name, array in to_transformers(apple).items()}
     model.load_state_dict(state, strict=True)
     model = model.to(getattr(torch, dtype)).eval()
-    pictures = torch.from_numpy(pixels).to(getattr(torch, dtype))
+    images = torch.from_numpy(pixels).to(getattr(torch, dtype))
     with torch.no_grad():
-        vision = getattr(model, "vision_model", model)(pictures, output_hidden_states=True)
+        vision = getattr(model, "vision_model", model)(images, output_hidden_states=True)
         found = {
             "last_hidden_state": vision.last_hidden_state,
             "hidden_states": torch.stack(vision.hidden_states),
         }
-        if is_pair:
-            # Eager attention and a mask: only so is transformers' text tower causal, as Apple's is.
-            both = model(pixel_values=pictures, input_ids=torch.from_numpy(IDS), attention_mask=torch.ones(IDS.shape))
+        if is_lit:
+            # Eager attention and a mask: only so is transformers' text encoder causal, as Apple's is.
+            both = model(pixel_values=images, input_ids=torch.from_numpy(IDS), attention_mask=torch.ones(IDS.shape))
             found |= {"logits_per_image": both.logits_per_image, "image_pooled": vision.pooler_output}
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
-def to_transformers(apple: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Apple's tensors under transformers' names, spelled here anew, so that our own tables are not the judge."""
-    theirs: dict[str, np.ndarray[Any, Any]] = {}
+def to_transformers(apple: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Apple's tensors under transformers' names, independently of the package's own tables, which are under test."""
+    renamed: dict[str, NDArray[Any]] = {}
     for name, array in apple.items():
         for old, new in _RENAMED:
             name = name.replace(old, new)
         if "attn.qkv" in name:
             stem = name.replace("attn.qkv.weight", "attention.")
-            theirs |= {f"{stem}{x}_proj.weight": part for x, part in zip("qkv", np.split(array, 3), strict=True)}
+            renamed |= {f"{stem}{x}_proj.weight": part for x, part in zip("qkv", np.split(array, 3), strict=True)}
         elif name.endswith("position_embedding.weight") and array.ndim == 3:
-            theirs[name] = array[0]
+            renamed[name] = array[0]
         else:
-            theirs[name] = array
-    return theirs
+            renamed[name] = array
+    return renamed
 
 
 _RENAMED = (

@@ -1,8 +1,8 @@
-"""How was the checkpoint that ships with the package trained, and how is it made again?
+"""Trains the checkpoint that ships with the package.
 
 scan -> small random turn, shift and zoom -> processor -> model -> mean token -> nearest class direction
 
-    python -m convert.train_digits                  trains and says how good the features are
+    python -m convert.train_digits                  trains and prints the accuracy of the features
     python -m convert.train_digits --write          also replaces the checkpoint in the package
     python -m convert.train_digits --write-scans    only replaces the scans, from scikit-learn's copy
 """
@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from safetensors.numpy import save_file
 
+from examples.digits import digits_accuracy
 from mlx_aimv2 import bundled, preprocessing
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import Aimv2VisionConfig
@@ -79,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         write_checkpoint(model, Path(place))
         again, processor = load(place)  # what is measured is what was written
-        print(f"5 nearest neighbours, held-out digits: {bundled.digits_accuracy(again, processor):.2%}")
+        print(f"5 nearest neighbours, held-out digits: {digits_accuracy(again, processor):.2%}")
         if arguments.write:
             for file in Path(place).iterdir():
                 shutil.copyfile(file, bundled.digits_checkpoint() / file.name)
@@ -137,7 +138,7 @@ def start_small(model: Aimv2VisionModel) -> None:
 
 
 def varied(scan: bundled.Bytes, chance: np.random.Generator) -> Image.Image:
-    """The scan at the model's size, a little turned, shifted and zoomed; what comes in at the edge is paper."""
+    """The scan at the model's size, a little turned, shifted and zoomed; what enters at the edges is white."""
     size = CONFIG.image_size or 0
     image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
     turn, zoom = math.radians(chance.uniform(-TURN, TURN)), 1 + chance.uniform(-ZOOM, ZOOM)

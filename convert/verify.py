@@ -1,11 +1,11 @@
-"""Do Apple's published weights give the published numbers on this machine? One report to paste into an issue.
+"""Verifies that Apple's published weights give the published numbers on this machine: a report to paste into an issue.
 
     python -m convert.verify                                             the first checkpoint of the list
     python -m convert.verify aimv2-large-patch14-native aimv2-1B-patch14-448
 
 For each: download at the pinned commit, count, compare with published values and with transformers (where torch is
-installed), convert, prove that attention is fused on the GPU, look at float16's range, measure the speed. What cannot
-be done here is said in the report rather than left out. The exit code is 1 when something came out wrong.
+installed), convert, check that attention is fused on the GPU, measure float16's range and the speed. What cannot be
+done here is listed in the report. The exit code is 1 when something came out wrong.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from mlx_aimv2.processor import Aimv2Processor
 ALLOWED = 1e-3
 """Difference to published values that passes; the test-suite they come from allows the same."""
 
-PASS, FAIL, NOT_DONE, SEEN = "pass", "**FAIL**", "not done", "seen"
+PASS, FAIL, NOT_DONE, MEASURED = "pass", "**FAIL**", "not done", "measured"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, how it came out, and the numbers."""
+    """One line of the report: what was checked, the verdict, and the numbers."""
 
     what: str
     verdict: str
@@ -56,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the steps look at: a row, the image, and a folder for whatever they write."""
+    """What the steps check: a row and the image, with a folder for whatever they write."""
 
     row: Row
     image: Path
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_image(reference: ReferenceImage, given: Path | None, place: Path) -> tuple[Path, str]:
-    """A file to look at and a note, empty if it is the image the values were published for.
+    """An image file and a note, empty if it is the image the values were published for.
 
     Raises FileNotFoundError for a `given` file that is not there; without network a bundled photograph serves the steps
     that need no particular one.
@@ -130,7 +130,7 @@ def verify(subject: Subject, note: str = "") -> list[Finding]:
         return [Finding("download and read", FAIL, _line(error))]
     steps: dict[str, Callable[[], list[Finding]]] = {
         "published values": lambda: [_published(subject, features, note)],
-        "words": lambda: _words(model, processor, pixels),
+        "zero-shot": lambda: _zero_shot(model, processor, pixels),
         "conversion": lambda: [_conversion(subject, features, pixels)],
         "transformers on torch": lambda: [_transformers(subject)],
         "fused attention": lambda: _fused(model, pixels),
@@ -155,7 +155,7 @@ def section(row: Row, findings: list[Finding]) -> str:
 def _read(subject: Subject) -> Finding:
     source = read_source(subject.row.repo, revision=subject.row.commit)
     count = sum(array.size for array in source.weights.values())
-    detail = f"{source.match.layout.name} layout, {count:,} parameters"
+    detail = f"{source.layout} layout, {count:,} parameters"
     if source.origin.commit:
         detail += f", commit {source.origin.commit[:12]}"
     if count != subject.row.parameters:
@@ -177,13 +177,15 @@ def _published(subject: Subject, features: mx.array, note: str) -> Finding:
     return Finding(what, PASS if error <= ALLOWED else FAIL, f"largest difference {error:.1e}, allowed {ALLOWED:.0e}")
 
 
-def _words(model: AnyModel, processor: Aimv2Processor, pixels: mx.array) -> list[Finding]:
+def _zero_shot(model: AnyModel, processor: Aimv2Processor, pixels: mx.array) -> list[Finding]:
     if not isinstance(model, Aimv2Model):
         return []
     texts = ["a photo of a cat", "a photo of a dog"]
     logits = np.array(model(pixels, processor.tokenize(texts)).logits_per_image)[0]
     return [
-        Finding("words", SEEN, ", ".join(f"{text}: {logit:.4f}" for text, logit in zip(texts, logits, strict=True)))
+        Finding(
+            "zero-shot", MEASURED, ", ".join(f"{text}: {logit:.4f}" for text, logit in zip(texts, logits, strict=True))
+        )
     ]
 
 
@@ -251,8 +253,8 @@ def _halves(subject: Subject) -> list[Finding]:
     folder = convert(subject.row.repo, subject.place / "half", revision=subject.row.commit, dtype="float16")
     found = json.loads((folder / fidelity.FILE).read_text(encoding="utf-8"))
     shutil.rmtree(folder)
-    findings = [Finding(f"float16: {what}", SEEN, value) for what, value in fidelity.rows(found)]
-    return [*findings, *(Finding("float16: warning", SEEN, warning) for warning in found["warnings"])]
+    findings = [Finding(f"float16: {what}", MEASURED, value) for what, value in fidelity.rows(found)]
+    return [*findings, *(Finding("float16: warning", MEASURED, warning) for warning in found["warnings"])]
 
 
 def _speed(model: AnyModel, pixels: mx.array, repeats: int) -> list[Finding]:
@@ -265,7 +267,7 @@ def _speed(model: AnyModel, pixels: mx.array, repeats: int) -> list[Finding]:
             many = mx.concatenate([pixels] * batch)
             seconds = machine.median_seconds(partial(_features, cast, many), repeats)
             rates.append(f"{batch / seconds:.2f} ({batch} at once)")
-        findings.append(Finding(f"images a second, {dtype}", SEEN, ", ".join(rates)))
+        findings.append(Finding(f"images a second, {dtype}", MEASURED, ", ".join(rates)))
     return findings
 
 

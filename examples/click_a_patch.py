@@ -1,4 +1,4 @@
-"""Click a patch of a photograph and see what is like it: a page for any browser, complete in one file.
+"""Writes a page for any browser, complete in one file: click a patch of a photograph and see what is like it.
 
 python -m examples.click_a_patch [IMAGE] [--model MODEL] [--output page.html]
 """

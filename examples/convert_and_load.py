@@ -1,4 +1,4 @@
-"""Does a converted checkpoint give the features of the original?
+"""Converts a checkpoint and compares its features with those of the original.
 
 python -m examples.convert_and_load [MODEL] [--dtype float16] [--output mlx_model] [--image IMAGE]
 """

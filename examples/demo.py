@@ -1,4 +1,4 @@
-"""What can the package do, offline and in a minute: convert, load, embed, show?
+"""Shows what the package does, offline and in a minute: convert, load, embed, draw.
 
 python -m examples.demo        (or: make demo)
 
@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plane, plot
+from examples import digits, tsne
+from examples.contact_sheet import below, contact_sheet, titled
+from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plot
 
 ROOT = Path(__file__).parent.parent
 TILE = 56
@@ -40,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(folder)
     scans = bundled.digits()
     start = time.perf_counter()
-    bank = bundled.encode(model, processor, scans.train_images)
-    queries = bundled.encode(model, processor, scans.test_images)
+    bank = digits.encode(model, processor, scans.train_images)
+    queries = digits.encode(model, processor, scans.test_images)
     print(f"{len(bank)} + {len(queries)} images in {time.perf_counter() - start:.1f} s, {bank.shape[1]} numbers each")
 
     say("Nearest neighbours: held-out digits among those of training")
@@ -50,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     for i in examples:
         cosines = "  ".join(f"{scans.train_labels[j]} ({queries[i] @ bank[j]:.3f})" for j in nearest[i])
         print(f"a held-out {scans.test_labels[i]}:  {cosines}")
-    found = bundled.vote(bank, scans.train_labels, queries)
+    found = digits.vote(bank, scans.train_labels, queries)
     wrong = np.flatnonzero(found != scans.test_labels)
     accuracy = f"{len(queries) - len(wrong)} of {len(queries)} held-out digits ({1 - len(wrong) / len(queries):.1%})"
-    print(f"the vote of the 5 nearest is right for {accuracy}")
+    print(f"a 5-nearest-neighbour vote classifies {accuracy} correctly")
     if len(wrong) > 0.05 * len(queries):
         raise SystemExit("at least 95 % were expected: something is wrong with this installation")
 
@@ -97,13 +99,13 @@ def convert(target: Path) -> Path:
 
 
 def draw_neighbours(scans: bundled.Digits, chosen: list[int], nearest: np.ndarray) -> Image.Image:
-    """A row for each chosen held-out digit: itself, then its nearest ones, framed green where the class is the same."""
+    """A row for each chosen held-out digit: itself, then its nearest ones, framed in green if correct."""
     rows, frames = [], []
     for i in chosen:
         same = [scans.train_labels[j] == scans.test_labels[i] for j in nearest[i]]
         rows.append([image(scans.test_images[i]), *(image(scans.train_images[j]) for j in nearest[i])])
         frames.append([plot.INK, *(RIGHT if right else WRONG for right in same)])
-    return plot.contact_sheet(rows, frames=frames, side=62, gap=12)
+    return contact_sheet(rows, frames=frames, side=62, gap=12)
 
 
 def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -> Image.Image:
@@ -111,7 +113,7 @@ def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -
     images = [image(scans.test_images[i]) for i in wrong]
     captions = [f"{scans.test_labels[i]} as {found[i]}" for i in wrong]
     rows = range(0, max(len(wrong), 1), 6)
-    return plot.contact_sheet(
+    return contact_sheet(
         [images[start : start + 6] for start in rows],
         captions=[captions[start : start + 6] for start in rows],
         side=62,
@@ -122,8 +124,8 @@ def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -
 def draw_plane(scans: bundled.Digits, queries: np.ndarray) -> Image.Image:
     """All held-out digits where their features lie, one colour per class."""
     images = [image(scan).resize((24, 24), Image.Resampling.BICUBIC) for scan in scans.test_images]
-    colours = [plot.CLASSES[label] for label in scans.test_labels]
-    return plot.scatter(plane.neighbour_plane(queries), images, colours, size=(1000, 1000))
+    colours = [tsne.CLASSES[label] for label in scans.test_labels]
+    return tsne.scatter(tsne.neighbour_plane(queries), images, colours, size=(1000, 1000))
 
 
 def tile_maps(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> list[Image.Image]:
@@ -156,24 +158,24 @@ def compose(
     accuracy: str,
 ) -> Image.Image:
     """The page: neighbours and mistakes at the left, the plane at the right, photographs below."""
-    neighbours = plot.titled(
+    neighbours = titled(
         neighbours,
         "Nearest neighbours",
         subtitle=f"a held-out digit, then the 5 most alike of {len(scans.train_images):,}",
     )
-    mistakes = plot.titled(mistakes, "All mistakes", subtitle=f"right by vote: {accuracy}")
-    whole_plane = plot.titled(
+    mistakes = titled(mistakes, "All mistakes", subtitle=f"classified correctly: {accuracy}")
+    whole_plane = titled(
         whole_plane,
         f"{len(scans.test_images)} digits that training never saw, where their features lie",
         subtitle="drawn by t-SNE, which sees no labels; a colour is a class",
     )
-    upper = plot.beside([plot.below([neighbours, mistakes]), whole_plane])
-    photographs = plot.titled(
-        plot.below([plot.beside(maps[:2]), plot.beside(maps[2:])]),
+    upper = plot.beside([below([neighbours, mistakes]), whole_plane])
+    photographs = titled(
+        below([plot.beside(maps[:2]), plot.beside(maps[2:])]),
         "Features of photographs, patch by patch",
         subtitle=f"patch embedding and first block, in tiles of {TILE} pixels, by an encoder that has seen only digits",
     )
-    return ImageOps.expand(plot.below([upper, photographs]), 28, plot.PAPER)
+    return ImageOps.expand(below([upper, photographs]), 28, plot.PAPER)
 
 
 def image(scan: np.ndarray) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What does the model return for a photograph: one vector per patch, one per image, and a map of the patches?
+"""Shows what the model returns for a photograph: a vector per patch, one per image, and a map of the patches.
 
 python -m examples.features [IMAGE] [--model MODEL] [--output map.png]
 """

@@ -1,4 +1,4 @@
-"""Which of several images is most like this one?
+"""Ranks several images by how much they are like the first one.
 
 python -m examples.most_similar [QUERY IMAGE ...] [--model MODEL] [--output ranking.png]
 
@@ -10,10 +10,11 @@ import argparse
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2 import bundled, load, plot
+from examples.contact_sheet import contact_sheet
+from mlx_aimv2 import bundled, load
 from mlx_aimv2.images import to_rgb
 
-parser = argparse.ArgumentParser(description="Rank images by likeness to the first one.")
+parser = argparse.ArgumentParser(description="Rank images by their similarity to the first one.")
 parser.add_argument("images", nargs="*", help="the query, then the images to rank")
 parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="most_similar.png", help="the ranking drawn (default: %(default)s)")
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     row = [to_rgb(images[i]) for i in (0, *(best + 1))]
     captions = ["query", *(f"{cosines[i]:.3f}" for i in best)]
-    plot.contact_sheet([row], captions=[captions], side=128).save(args.output)
+    contact_sheet([row], captions=[captions], side=128).save(args.output)
     print(f"most like {names[0]}: {names[best[0] + 1]}; drawn in {args.output}")
 
 

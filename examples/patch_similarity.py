@@ -1,4 +1,4 @@
-"""Which parts of a photograph are like this one? A heat map over the image.
+"""Draws which parts of a photograph are like one of them, as a heat map over the image.
 
 python -m examples.patch_similarity [IMAGE] [--patch ROW,COL] [--model MODEL] [--output map.png]
 """

@@ -1,8 +1,8 @@
-"""Which of these words fits an image, without any training?
+"""Classifies images by labels in words, without any training.
 
 python -m examples.zero_shot [IMAGE ...] [--labels cat,dog,fox] [--model MODEL]
 
-The embedded model reads no words: this needs Apple's LiT checkpoint (1.7 GB), which is fetched on first use.
+The embedded model has no text encoder: this needs Apple's LiT checkpoint (1.7 GB), which is fetched on first use.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from mlx_aimv2.config import LIT_CHECKPOINT
 # Several sentences are averaged into one vector per label, as in CLIP's zero-shot set-up.
 TEMPLATES = ["a photo of a {}", "a close-up photo of a {}", "a photo of the {}", "an image of one {}"]
 
-parser = argparse.ArgumentParser(description="Classify images by words.")
+parser = argparse.ArgumentParser(description="Classify images by labels.")
 parser.add_argument("images", nargs="*", default=bundled.photographs(), help="default: the bundled photographs")
 parser.add_argument(
     "--labels", default="astronaut,cat,cup of coffee,rocket,dog,lighthouse", help="default: %(default)s"

@@ -1,4 +1,4 @@
-"""What does `mlx-aimv2 VERB` do: which verbs are there, and how does a user's mistake end in one line?"""
+"""Runs `mlx-aimv2 VERB`, and writes every error, note and result as one line, escaped here and nowhere else."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import io
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_aimv2 import __version__
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 VERBS = {
     "convert": "mlx_aimv2.convert",
@@ -25,13 +30,22 @@ VERBS = {
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 
+SECONDS_IN_LOG = 10.0
+"""Between two lines on progress where stderr is no terminal."""
+
+NOTES = 10
+"""Notes written in full during a long run; the others are counted."""
+
+_bar: tqdm[Any] | None = None
+"""The progress bar on the terminal, above which lines are written."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser whose complaints are one line like all others."""
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments and where help is, and exits with 2."""
-        _say(f"{message}; see {self.prog} --help")
+        say(f"{message}; see {self.prog} --help")
         self.exit(2)
 
 
@@ -66,7 +80,8 @@ def one_line_errors(work: Callable[[], int]) -> int:
     try:
         _usable_streams()
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: _say(message)
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _note
             code = work()
             sys.stdout.flush()
             return code
@@ -74,22 +89,134 @@ def one_line_errors(work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
         return 0
     except (ValueError, OSError) as error:
-        _say(error)
+        say(error)
         return 2
-    except KeyboardInterrupt:
-        _say("stopped")
+    except KeyboardInterrupt as stop:
+        say("; ".join(["stopped", *map(str, stop.args)]))
         return 130
 
 
+def say(message: object) -> None:
+    """Writes a message as one line on stderr, above a progress bar; a full disk or a closed stream stops nothing."""
+    if _bar is not None:
+        _bar.clear()
+    _attempt(f"mlx-aimv2: {escape(str(message).strip())}\n")
+    if _bar is not None:
+        _bar.refresh()
+
+
+def show(line: str) -> None:
+    """Writes one line of a result on stdout."""
+    print(escape(line), flush=True)
+
+
+def escape(text: str) -> str:
+    """Text as one line that any terminal and log can hold: what is not printable is escaped, as in `a\\x0ab.jpg`."""
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a long run is: gives a function `(done, total)` to call, which returns at once.
+
+    On a terminal it draws a bar, in a log it writes a line every ten seconds. Within it the first ten notes are
+    written, the others counted.
+    """
+    global _bar
+    count = 0
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        nonlocal count
+        count += 1
+        if count <= NOTES:
+            _note(message)
+
+    stream: Any = _Patient()
+    advance = _on_terminal(unit, stream) if stream.isatty() else _in_log(unit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
+        try:
+            yield advance
+        finally:
+            if _bar is not None:
+                _bar.close()
+                _bar = None
+            if count > NOTES:
+                say(f"note: {count - NOTES:,} more notes like these")
+
+
+def _on_terminal(unit: str, stream: Any) -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    def advance(done: int, total: int) -> None:
+        global _bar
+        if _bar is None:
+            _bar = tqdm(total=total, unit=f" {unit}", file=stream, leave=False, dynamic_ncols=True)
+        _bar.update(done - _bar.n)
+
+    return advance
+
+
+def _in_log(unit: str) -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    started = last = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= SECONDS_IN_LOG:
+            last = now
+            say(tqdm.format_meter(done, total, now - started, ncols=0, unit=f" {unit}").strip())
+
+    return advance
+
+
+class _Patient:
+    """Stderr for tqdm, whose writes may fail without an error."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        _attempt(text)
+
+    def flush(self) -> None:
+        _attempt("")
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.stream.encoding
+
+
+def _attempt(text: str) -> None:
+    if sys.stderr is not None:  # as it is where the caller closed it
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> None:
+    say(f"note: {message}")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape keeps it
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
 def _usable_streams() -> None:
-    """Opens streams that the caller closed, and lets names of files that are not text pass through them."""
+    """Opens streams that the caller closed, and lets text pass that the terminal's encoding cannot hold."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-        sys.stdout.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
-
-
-def _say(message: object) -> None:
-    print(f"mlx-aimv2: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,6 +1,6 @@
-"""How does a checkpoint become a folder: names, dtype, bits, layout, and the proof that nothing was lost?
+"""Converts a checkpoint to a folder: names, dtype, bits, layout, and a report on its fidelity to the source.
 
-checkpoint -> names -> dtype -> bits -> folder -> proof; arrays stay lazy until they are written, one at a time.
+checkpoint -> names -> dtype -> bits -> folder -> fidelity; arrays stay lazy until they are written, one at a time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint import hub
-from mlx_aimv2.checkpoint.layouts import PATCH_CONV
-from mlx_aimv2.checkpoint.read import CONFIG_FILE
-from mlx_aimv2.conversion import fidelity, folder, model_card
+from mlx_aimv2.config import DTYPES, dtype_name
+from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
 from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
-from mlx_aimv2.conversion.blockwise import choose_images, count_parameters, run_blockwise
-from mlx_aimv2.loading import DTYPES, Source, build, parse_dtype, read_source
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
-from mlx_aimv2.safe_read import expand_user, read_json
+from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 HELP = "convert a checkpoint to an MLX folder"
@@ -82,23 +79,21 @@ def convert(
         export_layout=export_layout,
     )
     settings = resolve(q_mode, q_group_size, q_bits)
-    wanted, target = parse_dtype(dtype), expand_user(mlx_path)
+    wanted, target = parse_dtype(dtype) if dtype is not None else None, expand_user(mlx_path)
     check_target(target)
     if upload_repo is not None:
         hub.check_upload(upload_repo)
 
-    images = choose_images(calibration) if verify or q_target is not None else []
+    images = fidelity.choose_images(calibration) if verify or q_target is not None else []
 
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
     _check_bits(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
-    wanted = wanted or _own_dtype(source)
-    log(f"[INFO] Using dtype: {_name_of(wanted)}")
+    wanted = wanted or source.dtype
+    log(f"[INFO] Using dtype: {dtype_name(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
-    original = run_blockwise(hf_path, images, revision=revision, dtype=mx.float32, inside=True) if images else None
-    if original is not None:
-        fidelity.check_finite(original)
+    reference = fidelity.run_reference(hf_path, images, revision=revision) if images else None
     if q_target is not None:
         bits = choose_bits(
             hf_path, images, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
@@ -106,17 +101,16 @@ def convert(
         section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
 
     with atomic_folder(target) as place:
-        _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
-        proof = None
-        if original is not None and verify:
+        config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
+        report = None
+        if reference is not None and verify:
             log("[INFO] Comparing with the source in float32")
-            proof = fidelity.report(original, run_blockwise(place, images, name=target.name), images)
-            write_json(place / fidelity.FILE, proof)
-            log(fidelity.table(proof))
-            if q_target is not None and proof["token_cosine"]["mean"] < q_target:
+            report = fidelity.compare_with(reference, place, images, name=target.name)
+            write_json(place / fidelity.FILE, report)
+            log(fidelity.table(report))
+            if q_target is not None and report["token_cosine"]["mean"] < q_target:
                 log(f"[WARNING] The folder misses the target {q_target:g}; ask for a little more")
-        config = read_json(place / CONFIG_FILE)
-        model_card.write(place, source=source, config=config, fidelity=proof, hub_name=upload_repo)
+        model_card.write(place, source=source, config=config, report=report, hub_name=upload_repo)
     if upload_repo is not None:
         try:
             log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
@@ -133,33 +127,33 @@ def _write(
     section: Mapping[str, Any] | None,
     export_layout: str | None,
     log: Callable[[str], None],
-) -> None:
-    """Writes weights, config.json and what belongs beside them; the source's tensors are used up."""
+) -> dict[str, Any]:
+    """Writes the weights, using up the source's, config.json and the auxiliary files: `-> config.json`."""
     if source.quantization is not None:
         log("[INFO] Dequantizing")
         source.weights = dequantized(source.weights, source.quantization)
     weights = _one_by_one(source)
     if export_layout is not None:
-        from mlx_aimv2.conversion import pytorch_folder
-
-        weights = ((name, array.astype(dtype)) for name, array in weights)
-        pytorch_folder.save(source, weights, place, layout=export_layout, dtype=dtype)
+        dense = ((name, array.astype(dtype)) for name, array in weights)
+        weights = pytorch_folder.weights_for(dense, source.config, export_layout)
+        folder.save_weights(place, weights, metadata=pytorch_folder.METADATA, index_one_file=False)
+        config = pytorch_folder.config_for(source.config, export_layout)
     else:
-        config = source.config.to_dict() | {"torch_dtype": _name_of(dtype)}
-        count = count_parameters(source.config)
+        config = source.config.to_dict()
         if section is not None:
             log("[INFO] Quantizing")
             config |= {"quantization": section, "quantization_config": section}
+        count = source.parameters
         weights = packed(weights, layers(build(source.config)) if section else (), section or {}, dtype=dtype)
         size = folder.save_weights(place, weights, total_parameters=count)
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
-        folder.save_config(place, config)
-        folder.copy_auxiliary_files(source.origin.folder, place)
-    if not (source.origin.folder / CONFIG_FILE).is_file():  # what was open could still be read, the rest could not
-        raise FileNotFoundError(f"{source.origin.folder} vanished while it was read; nothing was written")
+    config |= {"torch_dtype": dtype_name(dtype)}
+    folder.save_config(place, config)
+    folder.copy_auxiliary_files(source.origin.folder, place)
     if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
-        Aimv2Processor.from_folder(source.origin.folder, config=source.config).save_to(place)
+        source.processor().save_to(place)
+    return config
 
 
 def _check_flags(
@@ -171,7 +165,7 @@ def _check_flags(
     verify: bool,
     export_layout: str | None,
 ) -> None:
-    """Refuses what contradicts itself or would be ignored in silence, before anything is read."""
+    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
     given = [flag for flag, value in settings.items() if value is not None]
     recipe = settings["--quant-predicate"]
     if isinstance(recipe, str) and recipe not in RECIPES:
@@ -189,9 +183,9 @@ def _check_flags(
     if isinstance(recipe, str) and settings["--q-mode"] is not None:
         raise ValueError(f"recipes have affine bits only; leave --q-mode {settings['--q-mode']} out")
     if isinstance(recipe, str) and settings["--q-bits"] is not None:
-        raise ValueError(f"--quant-predicate {recipe} says the bits; leave --q-bits out")
+        raise ValueError(f"--quant-predicate {recipe} sets the bits; leave --q-bits out")
     if calibration is not None and not verify and q_target is None:
-        raise ValueError("--calibration is for --q-target and for the proof; without both leave it out")
+        raise ValueError("--calibration is for --q-target and for the fidelity report; without both leave it out")
 
 
 def _check_bits(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
@@ -207,15 +201,6 @@ def _one_by_one(source: Source) -> Iterator[tuple[str, mx.array]]:
     """Each tensor in turn, taken out of the source so that it can be freed."""
     for name in sorted(source.weights):
         yield name, source.weights.pop(name)
-
-
-def _own_dtype(source: Source) -> mx.Dtype:
-    """What a checkpoint is taken to be in when nothing is said: the patch embedding, which is never quantized."""
-    return next(array.dtype for name, array in source.weights.items() if name.endswith(PATCH_CONV))
-
-
-def _name_of(dtype: mx.Dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,12 +221,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
     add("--q-bits", type=int, metavar="N", help="bits per weight (default: the mode's, 4 for affine)")
     add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
-    add("--q-mode", choices=list(MODES), default="affine", help="how numbers are stored (default: %(default)s)")
+    add("--q-mode", choices=list(MODES), default="affine", help="the number format (default: %(default)s)")
     add("--quant-predicate", choices=list(RECIPES), help="a recipe: more bits for the layers that matter most")
     add("--q-target", type=float, metavar="COSINE", help="choose each layer's bits to reach this mean token cosine")
-    add("--calibration", metavar="DIR", help="images for --q-target and the proof (default: four bundled ones)")
+    add(
+        "--calibration",
+        metavar="DIR",
+        help="images for --q-target and the fidelity report (default: four bundled)",
+    )
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
-    add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: the checkpoint's)")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
     add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     add("--export-layout", choices=EXPORT_LAYOUTS, help="write a PyTorch folder in this layout instead")
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")

@@ -1,9 +1,9 @@
 """Describes the machine: its chip, MLX's backend, its cores and BLAS, the dtype that suits it, and advice.
 
 `auto` is float32 on a CPU, whose half-precision products are slow in MLX. On a GPU it is float16, which has eight times
-the digits of bfloat16, if the checkpoint's fidelity report shows room in float16's range, and bfloat16 if it shows
-none. Without a report it is bfloat16, except on M1 and M2, which compute it slowly: there it is float16. Which of the
-two is faster on a later chip is for `mlx-aimv2 bench` to measure.
+the digits of bfloat16, if the checkpoint's fidelity report leaves headroom in float16's range, else bfloat16. Without a
+report it is bfloat16, except on M1 and M2, which compute it slowly: there it is float16. Which of the two is faster on
+a later chip is for `mlx-aimv2 bench` to measure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ REPORT = "fidelity.json"
 
 FLOAT16_LARGEST = 65504.0
 HEADROOM = 2.0
-"""How many times a report's largest activation, seen on a few images, must fit into float16."""
+"""How many times a report's largest activation, measured on a few images, must fit into float16."""
 
 FIRST_WITH_BFLOAT16 = 15
 """Metal's family of GPUs that first computes bfloat16 natively: applegpu_g13 is M1, g14 M2, g15 M3, g16 M4, g17 M5."""
@@ -42,7 +42,7 @@ MAX_STREAMS = 8
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes: `kind` cpu, metal or cuda; `chip` by its name; `family`, Metal's number of the GPU, else None."""
+    """What MLX computes on: `kind` cpu, metal or cuda; `chip` its name; `family` Metal's number of a GPU, or None."""
 
     kind: str
     chip: str
@@ -53,6 +53,30 @@ class Machine:
         """Whether bfloat16 is computed natively; an unknown Metal chip is newer than this list."""
         return self.kind == "cuda" or (
             self.kind == "metal" and (self.family or FIRST_WITH_BFLOAT16) >= FIRST_WITH_BFLOAT16
+        )
+
+
+_fork = {"mlx_in_use": False, "is_child": False}
+
+
+def _before_fork() -> None:
+    _fork["mlx_in_use"] = mx.get_peak_memory() > 0
+
+
+def _in_child() -> None:
+    _fork["is_child"] = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
+def check_process() -> None:
+    """Raises RuntimeError in a process that was forked after MLX had been used: MLX would wait there for ever."""
+    if _fork["is_child"] and _fork["mlx_in_use"]:
+        raise RuntimeError(
+            "this process was forked after MLX had been used, and MLX hangs in it: start it with "
+            'multiprocessing.get_context("spawn")'
         )
 
 
@@ -81,7 +105,7 @@ def suited_dtype(checkpoint: Path, *, on: Machine | None = None) -> str:
 
 
 def largest_activation(checkpoint: Path) -> float | None:
-    """What the folder's fidelity report measured inside the network, None without a report that says so."""
+    """The largest activation in the folder's fidelity report, None without one."""
     try:
         value = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))["largest_activation"]["value"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -117,7 +141,7 @@ def openblas() -> ctypes.CDLL | None:
     if platform.system() != "Linux":
         return None
     linked = str(Path(mx.__file__).parent / "lib" / "libmlx.so")
-    for path in (None, linked):  # None: what every library of this process can see
+    for path in (None, linked):  # None: what is loaded into this process already
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(path)
             library.openblas_get_num_threads.restype = ctypes.c_int
@@ -126,7 +150,7 @@ def openblas() -> ctypes.CDLL | None:
 
 
 def summary() -> str:
-    """The machine in a few words: `AMD EPYC (cpu), 2 cores`."""
+    """The machine in one line: `AMD EPYC (cpu), 2 cores`."""
     on = machine()
     return f"{on.chip} ({on.kind}), {cpu_count()} cores"
 
@@ -138,7 +162,7 @@ def mlx_build() -> str:
 
 
 def advice(on: Machine) -> str | None:
-    """What keeps this machine from its speed, with what to do about it; None where nothing is known to."""
+    """What slows this machine down and how to mend it; None where nothing is known."""
     if on.kind == "metal" and (on.family or 0) >= FIRST_WITH_MATRIX_UNITS:
         # MLX has wheels for macOS 14, 15 and 26; only the last holds the kernels for these units, which need 26.2.
         if (built_for := _wheel_macos()) is not None and built_for < 26:

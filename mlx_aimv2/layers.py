@@ -1,12 +1,15 @@
-"""The parts of the network: patch embedding, positions, attention, feed-forward, block, pooling head."""
+"""The layers of the network: patch embedding, positions, attention, feed-forward, block, pooling head."""
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from mlx_aimv2.empty_layers import Linear, PatchConv
 
 POSITION_BASE = 10000.0
 
@@ -19,15 +22,23 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, num_channels: int, hidden_size: int, patch_size: int, eps: float) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(num_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchConv(num_channels, hidden_size, patch_size)
         self.norm = nn.RMSNorm(hidden_size, eps)
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        return self.norm(self.proj(pixels).flatten(1, 2))
+        weight = self.proj.weight  # (D, p, p, C)
+        dims, p, _, channels = weight.shape
+        batch, rows, columns = pixels.shape[0], pixels.shape[1] // p, pixels.shape[2] // p
+        x = pixels[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, channels)
+        # A patch's pixels must be neighbours in memory, in the order of the kernel: row, column, channel.
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)
+        # One matrix product, not self.proj(pixels): the convolution rounds half precision before it adds the bias,
+        # which doubled the error of float16 features on the CPU.
+        return self.norm(mx.addmm(self.proj.bias, x, weight.reshape(dims, -1).T))
 
 
 @lru_cache(maxsize=64)
-def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray:
+def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray[Any, Any]:
     """Positions of a native model's grid: `rows, columns, D -> (rows * columns, D)` float32.
 
     The first half of each vector codes the column, the second half the row, each as all sines and then all cosines
@@ -47,8 +58,8 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.proj = Linear(hidden_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
         x = attention(*self.heads(x), causal=causal)  # (B, H, N, D/H)
@@ -66,9 +77,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, intermediate_size, bias=False)
+        self.up = Linear(hidden_size, intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down(swiglu(self.gate(x), self.up(x)))
@@ -96,9 +107,9 @@ class AttentionPoolingHead(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.cls_token = mx.zeros((1, 1, hidden_size))
-        self.k = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.k = Linear(hidden_size, hidden_size, bias=False)
+        self.v = Linear(hidden_size, hidden_size, bias=False)
+        self.linear = Linear(hidden_size, hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         query = mx.broadcast_to(self.cls_token, (x.shape[0], 1, x.shape[2]))

@@ -1,10 +1,11 @@
-"""How does any checkpoint become a model and its processor: foreign or MLX, on disk or on the Hub?
+"""Loads any checkpoint as a model and its processor: foreign or MLX, on disk or on the Hub.
 
-checkpoint.read -> detect.recognise -> sizes -> strict comparison -> our names -> dtype -> model.
+checkpoint.read -> detect.recognise -> sizes -> strict comparison -> target names -> dtype -> model.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,30 +16,44 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import device, quantize
-from mlx_aimv2.checkpoint import detect, layouts
+from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.checkpoint.config_json import disagreements, read_config
-from mlx_aimv2.config import Aimv2Config, AnyConfig
+from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig
+from mlx_aimv2.empty_layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.threads import mark_lazy
 
 AnyModel = Aimv2VisionModel | Aimv2Model
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @dataclass
 class Source:
-    """A checkpoint understood: its sizes, its layout, and its tensors under our names, still lazy.
+    """A checkpoint that was checked: its sizes, the name of its layout, and its tensors under target names, still lazy.
 
     `quantization` is the `quantization` section of an MLX folder's config.json, None when the weights are dense.
     """
 
     origin: checkpoint.Checkpoint
     config: AnyConfig
-    match: layouts.Match
+    layout: str
     weights: dict[str, mx.array]
     quantization: Mapping[str, Any] | None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the checkpoint: that of the patch embedding, which is never quantized."""
+        return _dtype(self.weights)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, however they are packed."""
+        return sum(math.prod(shape) for shape in parameter_shapes(build(self.config)).values())
+
+    def processor(self) -> Aimv2Processor:
+        """The processor that the checkpoint's files describe."""
+        return Aimv2Processor.from_folder(self.origin.folder, config=self.config)
 
 
 @overload
@@ -80,17 +95,20 @@ def load(
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
-    wanted = None if dtype == device.AUTO else parse_dtype(dtype)
+    device.check_process()
+    wanted = parse_dtype(dtype) if dtype is not None and dtype != device.AUTO else None
     source = read_source(path_or_hf_repo, revision=revision)
     if dtype == device.AUTO:
-        wanted = DTYPES[device.suited_dtype(source.origin.folder)]
+        wanted = parse_dtype(device.suited_dtype(source.origin.folder))
     model = build(source.config)
-    processor = Aimv2Processor.from_folder(source.origin.folder, config=source.config)
+    processor = source.processor()
     if source.quantization is not None and keep_quantized:
         quantize.apply_structure(model, source.quantization, source.weights)
     elif source.quantization is not None:
         source.weights = quantize.dequantized(source.weights, source.quantization)
     fill(model, source.weights, dtype=wanted, lazy=lazy)
+    if lazy:
+        mark_lazy(model)
     if return_config:
         return model, processor, source.origin.config
     return model, processor
@@ -104,7 +122,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     """
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
     match = _naming(origin, lambda: detect.recognise(origin.shapes))
-    quantization = origin.config.get("quantization") if match.layout.name == layouts.OURS else None
+    quantization = origin.config.get("quantization") if match.is_target else None
     shapes = match.target_shapes(origin.shapes)
     config = _naming(origin, lambda: read_config(origin.config, shapes))
     if sizes := disagreements(config, shapes):  # before a model of sizes that nobody checked is built
@@ -114,18 +132,19 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
         _naming(origin, lambda: quantize.check_section(quantization, quantize.layers(model)))
         _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
     wanted = parameter_shapes(model)
-    their_wanted = match.source_shapes(wanted)
-    if lines := detect.differences(their_wanted, origin.shapes, match):
+    wanted_source = match.source_shapes(wanted)
+    if lines := detect.differences(wanted_source, origin.shapes, match):
         raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
     packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
-    _naming(origin, lambda: origin.check_dtypes(their_wanted, packed))
+    _naming(origin, lambda: origin.check_dtypes(wanted_source, packed))
     weights = match.to_target(origin.tensors, wanted)
-    return Source(origin, config, match, weights, quantization)
+    return Source(origin, config, match.layout.name, weights, quantization)
 
 
 def build(config: AnyConfig) -> AnyModel:
-    """The model of these sizes with lazy random weights: nothing is computed until the weights are used."""
-    return Aimv2Model(config) if isinstance(config, Aimv2Config) else Aimv2VisionModel(config)
+    """The model of these sizes, its weights lazy zeros until a checkpoint's take their place."""
+    with empty():
+        return Aimv2Model(config) if isinstance(config, Aimv2Config) else Aimv2VisionModel(config)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -140,8 +159,7 @@ def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | No
     One tensor of another dtype would promote everything after it; dtype None takes that of the patch embedding. Tensor
     by tensor, because casting all at once needs the memory twice.
     """
-    reference = next(array for name, array in weights.items() if name.endswith(layouts.PATCH_CONV))
-    dtype = dtype or reference.dtype
+    dtype = dtype or _dtype(weights)
     for name in list(weights):
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
@@ -152,17 +170,21 @@ def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | No
     model.eval()
 
 
-def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
-    """A dtype or its name as an mlx dtype; None stays None. Raises ValueError with the names there are."""
-    if dtype is None or dtype in DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
+def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    """A dtype or its name as an mlx dtype. Raises ValueError with the names there are."""
+    known: dict[object, mx.Dtype] = {name: getattr(mx, name) for name in DTYPES}
+    known |= {value: value for value in known.values()}
+    if dtype in known:
+        return known[dtype]
     raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
 
 
+def _dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
+    return next(array.dtype for name, array in weights.items() if name.endswith("patch_embed.proj.weight"))
+
+
 def _naming(origin: checkpoint.Checkpoint, step: Any) -> Any:
-    """Runs one step and puts the checkpoint's name before what it complains of."""
+    """Runs one step and puts the checkpoint's name before its error."""
     try:
         return step()
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""What is AIMv2: the vision encoder, the text encoder of LiT, the pair of them, and what they return?
+"""The models: the vision encoder, LiT's text encoder, the LiT model of both, and what they return.
 
-Read from top to bottom like the paper (arXiv 2411.14402): patches, blocks, final norm, pooling, pairing.
+Read from top to bottom like the paper (arXiv 2411.14402): patches, blocks, final norm, pooling, shared space.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import mlx.nn as nn
 
 from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.empty_layers import Embedding, Linear
+from mlx_aimv2.threads import any_thread
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class EncoderOutput:
 
 @dataclass(frozen=True)
 class Aimv2Output:
-    """What the pair of encoders returns for B images and T texts.
+    """What the LiT model returns for B images and T texts.
 
     `logits_per_image` (B, T) and `logits_per_text` (T, B) in float32; `image_embeds` (B, E) and `text_embeds` (T, E) of
     unit length in float32; the outputs of both encoders.
@@ -82,6 +84,7 @@ class Aimv2VisionModel(nn.Module):
         dtype: mx.Dtype = self.patch_embed.proj.weight.dtype
         return dtype
 
+    @any_thread
     def __call__(self, pixels: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
         """Features of images, `(B, H, W, 3) -> EncoderOutput`.
 
@@ -128,6 +131,7 @@ class Aimv2VisionModel(nn.Module):
             )
         return rows, columns
 
+    @any_thread
     def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
         """One vector per image, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length."""
         tokens = self(pixels).last_hidden_state
@@ -136,7 +140,7 @@ class Aimv2VisionModel(nn.Module):
 
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
         """Always raises ValueError: this checkpoint has no text encoder, and the message names the one that has."""
-        raise ValueError(f"this checkpoint has no text encoder; the one that reads words is {LIT_CHECKPOINT}")
+        raise ValueError(f"this checkpoint has no text encoder; the one that has is {LIT_CHECKPOINT}")
 
 
 class Aimv2TextModel(nn.Module):
@@ -145,28 +149,34 @@ class Aimv2TextModel(nn.Module):
     def __init__(self, config: Aimv2TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embed = Embedding(config.vocab_size, config.hidden_size)
         self.pos_embed = mx.zeros((config.max_position_embeddings, config.hidden_size))
         self.blocks = _blocks(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @any_thread
     def __call__(self, ids: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
-        """Features of texts, `(B, L) -> EncoderOutput`; `pooler_output` is the token at each row's first end of text.
+        """Features of texts, `(B, L) -> EncoderOutput`; `pooler_output` is the token at each row's first EOS.
 
-        Raises ValueError for ids beyond the vocabulary, rows longer than the context and rows without an end of text.
+        Raises ValueError for ids beyond the vocabulary, rows longer than the context and rows without EOS.
         """
-        ends = self._first_ends(ids)
-        embedded = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]  # (B, L, D)
+        eos = self._eos_positions(ids)
+        embedded = self.embed(ids)
         states = [embedded]
-        for x in run_blocks(self.blocks, embedded, causal=True):  # so what follows the end changes nothing before
+        for x in run_blocks(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)
-        pooled = x[mx.arange(ids.shape[0]), ends]
+        pooled = x[mx.arange(ids.shape[0]), eos]
         return EncoderOutput(x, pooled, tuple(states) if output_hidden_states else None)
 
-    def _first_ends(self, ids: mx.array) -> mx.array:
-        """Position of each row's first end of text, `(B, L) -> (B,)`, after checking the ids."""
+    def embed(self, ids: mx.array) -> mx.array:
+        """Tokens with their positions, the input of the first block: `(B, L) -> (B, L, D)`."""
+        embedded: mx.array = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]
+        return embedded
+
+    def _eos_positions(self, ids: mx.array) -> mx.array:
+        """Position of each row's first EOS, `(B, L) -> (B,)`, after checking the ids."""
         config = self.config
         if not isinstance(ids, mx.array):
             raise ValueError(f"ids must be an mlx array, as processor.tokenize gives it, got {type(ids).__name__}")
@@ -183,10 +193,10 @@ class Aimv2TextModel(nn.Module):
             raise ValueError(
                 f"token id {wrong} is outside the vocabulary of {config.vocab_size}; is the tokenizer its own?"
             )
-        is_end = ids == config.eos_token_id
-        if not is_end.any(axis=1).all().item():
-            raise ValueError(f"a row of ids has no end of text (id {config.eos_token_id}); processor.tokenize adds it")
-        return mx.argmax(is_end, axis=1)
+        is_eos = ids == config.eos_token_id
+        if not is_eos.any(axis=1).all().item():
+            raise ValueError(f"a row of ids has no EOS (id {config.eos_token_id}); processor.tokenize adds it")
+        return mx.argmax(is_eos, axis=1)
 
 
 class Aimv2Model(nn.Module):
@@ -197,13 +207,13 @@ class Aimv2Model(nn.Module):
         self.config = config
         self.vision_model = Aimv2VisionModel(config.vision_config)
         self.text_model = Aimv2TextModel(config.text_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = mx.array(math.log(1 / 0.07))
 
     @property
     def vision(self) -> Aimv2VisionModel:
-        """The vision encoder of the pair."""
+        """The vision encoder."""
         return self.vision_model
 
     @property
@@ -211,6 +221,7 @@ class Aimv2Model(nn.Module):
         """The dtype of the weights and so of the features."""
         return self.vision_model.dtype
 
+    @any_thread
     def __call__(self, pixels: mx.array, ids: mx.array) -> Aimv2Output:
         """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`."""
         vision, text = self.vision_model(pixels), self.text_model(ids)
@@ -229,10 +240,12 @@ class Aimv2Model(nn.Module):
         scale = mx.exp(mx.clip(self.logit_scale.astype(mx.float32), 0.0, limit))
         return scale * (image_embeds.astype(mx.float32) @ text_embeds.astype(mx.float32).T)
 
+    @any_thread
     def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
         """One vector per image in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length."""
         return self._features(self.visual_projection(_pooled(self.vision_model(pixels))), normalize)
 
+    @any_thread
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
         """One vector per text in the shared space: `(T, L) -> (T, E)`; `normalize` for unit length."""
         return self._features(self.text_projection(_pooled(self.text_model(ids))), normalize)
@@ -255,5 +268,5 @@ def _blocks(config: Aimv2VisionConfig | Aimv2TextConfig) -> list[layers.Block]:
 
 def _pooled(output: EncoderOutput) -> mx.array:
     if output.pooler_output is None:
-        raise ValueError("this vision encoder has no pooling head, so it cannot be paired with texts")
+        raise ValueError("this vision encoder has no pooling head, so its images cannot be compared with texts")
     return output.pooler_output

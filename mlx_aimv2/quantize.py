@@ -1,4 +1,4 @@
-"""Which layer gets how many bits, and how is a quantized layer made, recognised and undone?
+"""Decides which layer gets how many bits; packs, recognises and unpacks quantized layers.
 
 The attention and feed-forward layers of the blocks and LiT's token embedding are quantized. The patch embedding (rows
 of 588 divide into no group), norms, positions, the pooling head, LiT's two projections and `logit_scale` stay dense:
@@ -14,8 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_aimv2 import x86
+from mlx_aimv2.empty_layers import quantized
 
 Quantization = Mapping[str, Any]
 """The `quantization` section of config.json: group_size, bits, mode, and per layer path an own object or false."""
@@ -30,7 +32,7 @@ STAY_DENSE = ("head", "visual_projection", "text_projection")
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to store numbers: the default group size and bits first, then all that MLX has."""
+    """A number format: group sizes and bits that MLX has, the default first."""
 
     group_sizes: tuple[int, ...]
     bits: tuple[int, ...]
@@ -142,15 +144,15 @@ def packed_dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
 def apply_structure(model: nn.Module, quantization: Quantization, stored: Container[str]) -> None:
     """Turns layers into quantized ones, in place; their weights come later.
 
-    `stored` are the names of the tensors that there are: under the shared settings a layer is quantized if its
-    `.scales` is among them; a layer with an entry of its own is as that says.
+    `stored` are the names of the stored tensors: under the shared settings a layer is quantized if its
+    `.scales` is among them; a layer with its own entry follows that.
     """
-
-    def settings(path: str, layer: nn.Module) -> dict[str, Any] | bool:
-        known = hasattr(layer, "to_quantized") and (path in quantization or f"{path}.scales" in stored)
-        return (settings_at(path, quantization) or False) if known else False
-
-    nn.quantize(model, class_predicate=settings)
+    replaced: dict[str, nn.Module] = {}
+    for path, layer in layers(model).items():
+        if (path in quantization or f"{path}.scales" in stored) and (settings := settings_at(path, quantization)):
+            replaced[path] = quantized(layer, settings)
+    modules: Any = tree_unflatten(list(replaced.items()))
+    model.update_modules(modules)
 
 
 def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def packed(
 
 
 def _streams() -> Iterator[mx.Stream]:
-    """Streams in turn: a CPU computes each on one core, so that two layers are packed at once; a GPU needs one."""
+    """Streams in turn: a CPU uses one core for each, so two layers are packed at once; a GPU needs one."""
     device = mx.default_device()
     if device.type != mx.DeviceType.cpu:
         return itertools.repeat(mx.default_stream(device))

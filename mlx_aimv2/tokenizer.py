@@ -1,11 +1,12 @@
-"""Which numbers does the text encoder read for these words? CLIP's byte pairs, from the checkpoint's own files."""
+"""Tokenizes texts for the text encoder: CLIP's byte-pair encoding, from the checkpoint's own files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_aimv2.safe_read import read_json
 
@@ -20,15 +21,15 @@ CONTEXT = 77
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 
-# CLIP's words: the two marks, English contractions, runs of letters, single digits, runs of anything else.
+# CLIP's words: the two special tokens, English contractions, runs of letters, single digits, runs of anything else.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """Texts -> (B, L) int32: BOS, the text's tokens, EOS; filled with EOS to the longest; at most `context`."""
+    """Texts -> (B, L) int32: BOS, the text's tokens, EOS; padded with EOS to the longest; at most `context`."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: int, eos: int, context: int = CONTEXT) -> None:
-        # The file may ask for its own cutting and filling; ours keeps EOS as the last token.
+        # The file may configure truncation and padding; __call__ does both so that EOS is the last token.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -40,27 +41,27 @@ class Tokenizer:
     def from_folder(cls, folder: Path, *, config: Aimv2TextConfig | None = None) -> Tokenizer:
         """tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the sizes to agree with."""
         backend, file = _read(folder)
-        names = _mark_names(folder)
-        marks: dict[str, int] = {}
+        names = _special_tokens(folder)
+        special: dict[str, int] = {}
         for role, name in names.items():
-            number = backend.token_to_id(name)
-            if number is None:
+            token_id = backend.token_to_id(name)
+            if token_id is None:
                 raise ValueError(f"{file} has no token {name!r}, which must be its {role}")
-            marks[role] = number
+            special[role] = token_id
         if config is None:
-            return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"])
+            return cls(backend, bos=special["bos_token"], eos=special["eos_token"])
         size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         if size > config.vocab_size:
             raise ValueError(f"{file} has {size} tokens, but the text encoder's embedding has {config.vocab_size} rows")
-        if marks["eos_token"] != config.eos_token_id:
+        if special["eos_token"] != config.eos_token_id:
             raise ValueError(
-                f"{file} gives {names['eos_token']!r} the id {marks['eos_token']}, "
+                f"{file} gives {names['eos_token']!r} the id {special['eos_token']}, "
                 f"but config.json's eos_token_id is {config.eos_token_id}"
             )
         context = config.max_position_embeddings
-        return cls(backend, bos=marks["bos_token"], eos=marks["eos_token"], context=context)
+        return cls(backend, bos=special["bos_token"], eos=special["eos_token"], context=context)
 
-    def __call__(self, texts: str | Sequence[str]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    def __call__(self, texts: str | Sequence[str]) -> NDArray[np.int32]:
         """One text or several -> ids (B, L) int32."""
         batch = list(texts) if isinstance(texts, (list, tuple)) else [texts]
         if not batch:
@@ -76,8 +77,8 @@ class Tokenizer:
         for encoding in self._backend.encode_batch(batch, add_special_tokens=False):
             rows.append([self.bos, *encoding.ids[: self.context - 2], self.eos])
         ids = np.full((len(rows), max(map(len, rows))), self.eos, np.int32)
-        for row, numbers in zip(ids, rows, strict=True):
-            row[: len(numbers)] = numbers
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = tokens
         return ids
 
 
@@ -106,7 +107,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
     if lost:  # a file that ends too early would otherwise cut words into letters in silence
-        raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are made by no line of it")
+        raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are not made by any of its lines")
     return backend, vocab
 
 
@@ -133,19 +134,19 @@ def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.To
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in (BOS, EOS)])
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (BOS, EOS)])
     return backend
 
 
-def _mark_names(folder: Path) -> dict[str, str]:
-    """How this checkpoint calls its first and last token, where a file says so."""
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """This checkpoint's beginning-of-text and end-of-text tokens: CLIP's, unless a file names others."""
     names = {"bos_token": BOS, "eos_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.exists():
             continue
-        told = read_json(file)
+        fields = read_json(file)
         for role in names:
-            name = told.get(role)
+            name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
                 names[role] = name

@@ -14,6 +14,7 @@ A GPU and an ARM CPU never come here.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,8 +42,8 @@ MAX_IMBALANCE = 1.1
 """How much longer the longest shard of whole images may be than the mean before images are split instead."""
 
 CACHE_LIMIT, MLX_CACHE_LIMIT = 1 << 28, 1 << 25
-"""Bytes of freed memory that MLX keeps for reuse: ours, and its default, with which a pass over four images of
-224 pixels takes 40,000 pages anew from the system, and 5 to 10 % longer."""
+"""Bytes of freed memory that MLX keeps for reuse: here, and by default, with which a pass over four images of
+224 pixels takes 40,000 pages from the system again, and 5 to 10 % longer."""
 
 IMAGES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which shards are cut."""
@@ -223,16 +224,24 @@ def one_by_one(work: Callable[..., mx.array], chunks: Iterable[tuple[Any, ...]])
     return results
 
 
+MAX_THREADS = 16
+"""Threads that get streams of their own. MLX never ends a stream's system thread, so a thousand short threads of a
+program would leave a thousand more of these; the later ones compute on one core each."""
+
 _of_thread = threading.local()
+_thread_numbers = itertools.count()
 
 
 def streams() -> list[mx.Stream]:
     """A CPU stream for each core, up to MAX_STREAMS: the default one, and others.
 
-    A stream belongs to the thread that made it and lives as long as the process, so each thread has its own.
+    A stream belongs to the thread that made it and lives as long as the process, so each thread has its own; threads
+    after the main one and MAX_THREADS others have only the default one.
     """
     if not hasattr(_of_thread, "streams"):
-        _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(min(cpu_count(), MAX_STREAMS) - 1)]
+        is_early = threading.current_thread() is threading.main_thread() or next(_thread_numbers) < MAX_THREADS
+        count = min(cpu_count(), MAX_STREAMS) - 1 if is_early else 0
+        _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(count)]
     return [mx.default_stream(mx.cpu), *_of_thread.streams]
 
 

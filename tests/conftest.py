@@ -1,6 +1,7 @@
 """What every test starts from: exact float32 arithmetic and no network; and a CPU of three cores for those that ask."""
 
 import os
+from pathlib import Path
 
 # Before the first import of mlx: TensorFloat32 would cost five digits on GPUs that have it.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -24,3 +25,97 @@ def three_cores(monkeypatch):
     monkeypatch.undo()
     if hasattr(x86._of_thread, "streams"):
         del x86._of_thread.streams
+
+
+REFERENCE = Path(__file__).parent / "golden" / "reference"
+
+
+@pytest.fixture(scope="session")
+def fixed():
+    from mlx_aimv2 import load
+
+    return load(REFERENCE / "fixed")
+
+
+@pytest.fixture(scope="session")
+def native():
+    from mlx_aimv2 import load
+
+    return load(REFERENCE / "native")
+
+
+@pytest.fixture(scope="session")
+def lit():
+    from mlx_aimv2 import load
+
+    return load(REFERENCE / "lit")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images of several sizes."""
+    from tests.image_files import image
+
+    for number in range(7):
+        image(tmp_path / "in" / f"{number}.png", (50 + 3 * number, 71 - 4 * number), number)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def embed_command(tmp_path, monkeypatch, capsys):
+    """Runs `mlx-aimv2 embed` beside the folder: arguments -> (exit code, stdout, stderr)."""
+    from mlx_aimv2.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, model: str | None = "fixed") -> tuple[int, str, str]:
+        chosen = [] if model is None else ["-m", str(REFERENCE / model)]
+        code = main(["embed", *arguments, "-o", "photos.db", *chosen])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def search(capsys):
+    """Runs `mlx-aimv2 search photos.db …`: arguments -> (exit code, stdout, stderr)."""
+
+    from mlx_aimv2.cli import main
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["search", "photos.db", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def photo_index(tmp_path, monkeypatch):
+    """An index of five images, one of them with a hostile name."""
+    from mlx_aimv2.cli import main
+    from tests.image_files import noise
+
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        noise(tmp_path / "in" / f"{number}.png", number)
+    noise(tmp_path / "in" / "<img src=x onerror=alert(1)>.jpg", 9)
+    assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db"]) == 0
+    return tmp_path
+
+
+@pytest.fixture
+def golden_lit():
+    """The small LiT model of the golden values, and its ids."""
+    from pathlib import Path
+
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_aimv2 import load
+
+    folder = Path(__file__).parent / "golden" / "reference" / "lit"
+    with np.load(folder / "expected.npz") as expected:
+        ids = mx.array(expected["input_ids"])
+    mx.eval(ids)
+    return load(folder)[0], ids

@@ -68,8 +68,8 @@ def colour_lit() -> Aimv2Model:
     weights["visual_projection.weight"][:, :3] = np.eye(3)
     weights["text_model.token_embed.weight"][:, 3] = 1
     for axis, word in enumerate(COLOURS):
-        for piece in tokenizer.encode(word, add_special_tokens=False).ids:
-            weights["text_model.token_embed.weight"][piece, axis] = 5
+        for token in tokenizer.encode(word, add_special_tokens=False).ids:
+            weights["text_model.token_embed.weight"][token, axis] = 5
     weights["text_model.blocks.0.attn.qkv.weight"][-36:] = np.eye(36)
     weights["text_model.blocks.0.attn.proj.weight"] += np.eye(36)
     weights["text_projection.weight"][:, :3] = contrast

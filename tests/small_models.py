@@ -1,4 +1,4 @@
-"""Which small checkpoints do several tests start from: the reference folders, and a random pair in Apple's layout?"""
+"""Small checkpoints that several tests start from: the reference folders, and a random LiT model in Apple's layout."""
 
 import json
 import shutil

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.cli import main
-from mlx_aimv2.find_images import shown
+from mlx_aimv2.cli import escape, main
 from mlx_aimv2.index.reader import Index
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
@@ -158,7 +157,7 @@ def test_every_bad_file_gets_its_reason_and_every_good_one_its_embedding(folder,
     assert code == 1
     root = Path("in").absolute()
     for name, reason in folder.items():
-        start = f"mlx-aimv2: {shown(root / os.fsdecode(name))} "
+        start = f"mlx-aimv2: {escape(str(root / os.fsdecode(name)))} "
         mine = [line.removeprefix(start) for line in lines if line.startswith(start)]
         assert len(mine) == 1, name
         assert reason in mine[0], (name, mine)

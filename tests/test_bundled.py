@@ -1,4 +1,4 @@
-"""Does the package ship what it says: free photographs, digits, and an encoder that tells the digits apart?"""
+"""The package ships what it says: free photographs, digits, and an encoder that classifies the digits."""
 
 import hashlib
 import importlib.util
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from examples import digits
 from mlx_aimv2 import Aimv2VisionModel, bundled, load
 from mlx_aimv2.checkpoint.detect import recognise
 from mlx_aimv2.checkpoint.read import read
@@ -143,24 +144,24 @@ def some(scans: bundled.Digits, train: int, test: int) -> bundled.Digits:
 def test_its_five_nearest_neighbours_know_the_held_out_digits(scans, monkeypatch):
     few = some(scans, 6, 4)
     monkeypatch.setattr(bundled, "digits", lambda: few)
-    assert bundled.digits_accuracy(*load(bundled.digits_checkpoint())) >= 0.97
+    assert digits.digits_accuracy(*load(bundled.digits_checkpoint())) >= 0.97
 
 
 def test_the_accuracy_is_earned_by_the_weights(scans, monkeypatch):
     few = some(scans, 12, 12)
     monkeypatch.setattr(bundled, "digits", lambda: few)
     model, processor = load(bundled.digits_checkpoint())
-    trained = bundled.digits_accuracy(model, processor)
+    trained = digits.digits_accuracy(model, processor)
     mx.random.seed(3)
-    assert bundled.digits_accuracy(Aimv2VisionModel(model.config), processor) < trained - 0.1
+    assert digits.digits_accuracy(Aimv2VisionModel(model.config), processor) < trained - 0.1
 
 
 def test_features_come_in_order_and_of_unit_length_from_every_batch(monkeypatch):
     model, processor = load(bundled.digits_checkpoint())
     images = bundled.digits().test_images[:7]
-    whole = bundled.encode(model, processor, images)
-    monkeypatch.setattr(bundled, "BATCH", 3)
-    np.testing.assert_allclose(bundled.encode(model, processor, images), whole, atol=1e-5)
+    whole = digits.encode(model, processor, images)
+    monkeypatch.setattr(digits, "BATCH", 3)
+    np.testing.assert_allclose(digits.encode(model, processor, images), whole, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
 
 
@@ -178,4 +179,4 @@ BANK = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8], [0, 1], [-1, 0]], np.float32)
 )
 def test_most_votes_win_and_the_nearest_breaks_a_tie(labels, neighbours, winner):
     query = np.array([[1, 0.1]], np.float32)
-    assert bundled.vote(BANK, np.array(labels, np.uint8), query, neighbours=neighbours).tolist() == [winner]
+    assert digits.vote(BANK, np.array(labels, np.uint8), query, neighbours=neighbours).tolist() == [winner]

@@ -1,10 +1,11 @@
-"""Does the command line end a user's mistake in one line, and is what it claims about itself true?"""
+"""The command line ends a user's mistake in one line, escapes what it writes and shows progress."""
 
 import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert not result.stdout
 
 
-def test_a_remark_is_one_line_without_the_place_in_the_code(capsys):
+def test_a_note_is_one_line_without_the_place_in_the_code(capsys):
     def work() -> int:
         warnings.warn("images are prepared as for Apple's checkpoints", stacklevel=1)
         return 0
@@ -40,7 +41,7 @@ def test_a_remark_is_one_line_without_the_place_in_the_code(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.one_line_errors(work) == 0
-    assert capsys.readouterr().err == "mlx-aimv2: images are prepared as for Apple's checkpoints\n"
+    assert capsys.readouterr().err == "mlx-aimv2: note: images are prepared as for Apple's checkpoints\n"
 
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
@@ -117,3 +118,57 @@ def test_only_the_verb_that_is_asked_for_is_imported():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
     assert "mlx_aimv2.commands.compare" in loaded
     assert "mlx_aimv2.commands.search" not in loaded
+
+
+def test_a_line_has_no_control_characters():
+    name = os.fsdecode(b"a\nb\x1b[2J\xff.jpg")
+    assert cli.escape(name) == r"a\x0ab\x1b[2J\xff.jpg"
+    assert cli.escape("\u202egpj.exe\x9b") == r"\u202egpj.exe\x9b"
+    assert cli.escape("Größe 大.jpg") == "Größe 大.jpg"
+    cli.escape(name).encode()
+
+
+def test_an_error_with_a_newline_in_a_name_is_one_line(capsys):
+    def work() -> int:
+        raise ValueError("a\n\x1b[31mb.jpg is not an image")
+
+    assert cli.one_line_errors(work) == 2
+    assert capsys.readouterr().err == "mlx-aimv2: a\\x0a\\x1b[31mb.jpg is not an image\n"
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    with cli.progress("images") as advance:
+        for done in range(20, 520, 20):
+            now[0] += 1
+            advance(done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "mlx-aimv2: 20% 200/1000 [00:10<00:40, 20.00 images/s]",
+        "mlx-aimv2: 40% 400/1000 [00:20<00:30, 20.00 images/s]",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with cli.progress("images") as advance:
+        advance(1, 4)
+        cli.say("a line")
+        time.sleep(0.15)
+        advance(2, 4)
+    err = capsys.readouterr().err
+    assert "1/4" in err and "2/4" in err
+    assert "images" in err
+    assert "\rmlx-aimv2: a line\n" in err
+    assert err.rstrip(" ").endswith("\r")
+    assert cli._bar is None
+
+
+def test_the_first_ten_notes_are_written_and_the_others_counted(capsys):
+    with cli.progress("images"):
+        for number in range(13):
+            warnings.warn(f"note {number}", stacklevel=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:10] == [f"mlx-aimv2: note: note {number}" for number in range(10)]
+    assert lines[10:] == ["mlx-aimv2: note: 3 more notes like these"]

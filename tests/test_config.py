@@ -1,4 +1,4 @@
-"""Are the sizes of a model read rightly from every spelling of config.json?"""
+"""The sizes of a model are read from every format of config.json."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Does the converter do what its flags say, and refuse in one line what they cannot mean?"""
+"""The converter does what its flags say, and refuses in one line what they cannot mean."""
 
 import inspect
 import json
@@ -42,8 +42,8 @@ def nothing_is_read(monkeypatch):
 
 
 def test_the_keywords_and_defaults_are_mlx_lms():
-    ours = {name: parameter.default for name, parameter in inspect.signature(convert).parameters.items()}
-    assert {name: ours[name] for name in MLX_LM} == MLX_LM
+    own = {name: parameter.default for name, parameter in inspect.signature(convert).parameters.items()}
+    assert {name: own[name] for name in MLX_LM} == MLX_LM
 
 
 def test_each_flag_is_a_keyword():
@@ -68,7 +68,7 @@ def test_each_flag_is_a_keyword():
         ({"dequantize": True, "q_group_size": 32}, "--q-group-size would change nothing"),
         ({"quant_predicate": "mixed_3_6"}, "--quant-predicate would change nothing"),
         ({"quantize": True, "quant_predicate": "mixed_5_6"}, "must be mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6, got"),
-        ({"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 4}, "says the bits; leave --q-bits out"),
+        ({"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 4}, "sets the bits; leave --q-bits out"),
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "nvfp4"}, "leave --q-mode nvfp4 out"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "q_bits must be 4 with q_mode mxfp4"),
@@ -78,7 +78,7 @@ def test_each_flag_is_a_keyword():
         ({"q_target": 0.999, "dequantize": True}, "not both"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
-        ({"calibration": "images", "verify": False}, "--calibration is for --q-target and for the proof"),
+        ({"calibration": "images", "verify": False}, "--calibration is for --q-target and for the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
         ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
     ],
@@ -96,7 +96,7 @@ def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_i
         convert(DIGITS, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["proof", "target"])
+@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["fidelity report", "target"])
 def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
     images = tmp_path / "images"
     images.mkdir()

@@ -1,4 +1,4 @@
-"""Which dtype does `auto` mean on which machine, and is a model in that dtype throughout?"""
+"""`auto` chooses the dtype that suits the machine, and a model has that dtype throughout."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ REFERENCE = Path(__file__).parent / "golden" / "reference"
 CPU, CUDA, NEXT = Machine("cpu", "a CPU"), Machine("cuda", "a GPU"), Machine("metal", "a later chip")
 M1, M2, M3, M5 = (Machine("metal", f"M{family - 12}", family) for family in (13, 14, 15, 17))
 
-ROOM, NO_ROOM = 32751.0, 32753.0
+FITS, TOO_LARGE = 32751.0, 32753.0
 
 
 def with_report(folder: Path, largest: object) -> Path:
@@ -34,7 +34,7 @@ def copy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("machine", "unknown", "room", "no_room"),
+    ("machine", "unknown", "with_headroom", "without_headroom"),
     [
         (CPU, "float32", "float32", "float32"),
         (M1, "float16", "float16", "bfloat16"),
@@ -46,10 +46,10 @@ def copy(tmp_path):
     ],
     ids=lambda value: getattr(value, "chip", value),
 )
-def test_auto_is_what_suits_the_machine_and_the_report(tmp_path, machine, unknown, room, no_room):
+def test_auto_is_what_suits_the_machine_and_the_report(tmp_path, machine, unknown, with_headroom, without_headroom):
     assert device.suited_dtype(tmp_path, on=machine) == unknown
-    assert device.suited_dtype(with_report(tmp_path, ROOM), on=machine) == room
-    assert device.suited_dtype(with_report(tmp_path, NO_ROOM), on=machine) == no_room
+    assert device.suited_dtype(with_report(tmp_path, FITS), on=machine) == with_headroom
+    assert device.suited_dtype(with_report(tmp_path, TOO_LARGE), on=machine) == without_headroom
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_load_takes_auto(monkeypatch, copy):
     assert load(copy, dtype="auto")[0].dtype == (mx.float32 if device.machine().kind == "cpu" else mx.bfloat16)
     monkeypatch.setattr(device, "machine", lambda: M1)
     assert load(copy, dtype="auto")[0].dtype == mx.float16
-    assert load(with_report(copy, NO_ROOM), dtype="auto")[0].dtype == mx.bfloat16
+    assert load(with_report(copy, TOO_LARGE), dtype="auto")[0].dtype == mx.bfloat16
 
 
 def test_a_half_checkpoint_computes_in_float32_on_a_cpu_with_auto(monkeypatch, tmp_path):

@@ -1,7 +1,9 @@
-"""Does `load` give the model that the checkpoint holds, in one dtype, or one clear line?"""
+"""`load` gives the model that the checkpoint holds, in one dtype, or one clear line."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
-from mlx_aimv2 import Aimv2VisionModel, load
+from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, load
 from mlx_aimv2.convert import convert
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
@@ -120,3 +122,37 @@ def test_a_revision_of_a_folder_is_refused():
 def test_offline_a_hub_name_says_what_to_do():
     with pytest.raises(ConnectionError, match=r"apple/aimv2-large-patch14-336 at revision 639423a.*HF_HUB_OFFLINE"):
         load("apple/aimv2-large-patch14-336")
+
+
+def test_loading_draws_no_random_numbers_so_a_thread_that_loads_may_end_with_the_process():
+    # The state of MLX's random numbers belongs to its thread; freed while the process exits, it aborts the process.
+    program = """
+import sys
+import threading
+import mlx.core as mx
+from mlx_aimv2 import load
+
+def forbidden(*arguments, **settings):
+    raise AssertionError("random numbers drawn")
+
+mx.random.uniform = mx.random.normal = forbidden
+thread = threading.Thread(target=load, args=[sys.argv[1]])
+thread.start()
+thread.join()
+"""
+    result = subprocess.run([sys.executable, "-c", program, str(FIXED)], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_loading_leaves_the_random_state_of_the_user_as_it_was():
+    mx.random.seed(7)
+    wanted = mx.random.uniform().item()
+    mx.random.seed(7)
+    load(FIXED)
+    assert mx.random.uniform().item() == wanted
+
+
+def test_a_model_that_is_not_loaded_starts_with_random_weights():
+    model = Aimv2VisionModel(Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5))
+    for weight in (model.patch_embed.proj.weight, model.blocks[1].mlp.gate.weight):
+        assert weight.std().item() > 0.01

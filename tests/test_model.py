@@ -1,4 +1,4 @@
-"""Does the vision model do what its docstrings say, on sizes that are all different primes or near them?"""
+"""The vision model does what its docstrings say, on sizes that are different primes or near them."""
 
 import mlx.core as mx
 import numpy as np

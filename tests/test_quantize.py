@@ -1,4 +1,4 @@
-"""Does each layer get the bits that were asked for, and does it come back as it was stored?"""
+"""Each layer gets the bits that were asked for, and is read back as it was stored."""
 
 import json
 from pathlib import Path

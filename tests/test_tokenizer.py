@@ -1,4 +1,4 @@
-"""Do texts become the ids that transformers' CLIP tokenizer gives, and bad texts and files a clear line?"""
+"""Texts become the ids that transformers' CLIP tokenizer gives; a bad text or file gives one clear line."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def test_ids_are_those_of_transformers(tokenizer, row):
     assert tokenizer(row["text"]).tolist() == [row["ids"]]
 
 
-def test_a_batch_is_filled_with_the_end_mark_to_its_longest_text(tokenizer):
+def test_a_batch_is_filled_with_eos_to_its_longest_text(tokenizer):
     ids = tokenizer([row["text"] for row in IDS])
     longest = max(len(row["ids"]) for row in IDS)
     assert ids.shape == (len(IDS), longest) and ids.dtype == np.int32
@@ -53,7 +53,7 @@ def test_a_batch_is_filled_with_the_end_mark_to_its_longest_text(tokenizer):
         assert got == row["ids"] + [EOS] * (longest - len(row["ids"]))
 
 
-def test_a_text_beyond_the_context_keeps_the_end_mark_last(tokenizer):
+def test_a_text_beyond_the_context_keeps_eos_last(tokenizer):
     ids = tokenizer("dog " * 2500)
     assert ids.shape == (1, 77) and ids[0, 0] == BOS and ids[0, -1] == EOS and EOS not in ids[0, :-1]
     words = tokenizer("dog " * 75)  # fills the context to the last place
@@ -81,7 +81,7 @@ def test_the_processor_gives_an_mlx_array(tmp_path):
     assert isinstance(ids, mx.array) and ids.dtype == mx.int32 and ids.shape == (2, 7)
 
 
-def test_marks_with_other_names_are_those_of_tokenizer_config(tmp_path):
+def test_special_tokens_with_other_names_are_those_of_tokenizer_config(tmp_path):
     copied(tmp_path, "vocab.json", "merges.txt", "tokenizer.json")
     content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(content.replace("<|endoftext|>", "</s>"), encoding="utf-8")
@@ -123,10 +123,10 @@ def test_a_vision_only_processor_names_the_checkpoint_that_has_text():
 
 
 def test_a_pair_without_tokenizer_files_prepares_images_and_names_what_is_missing_for_text(tmp_path):
-    ours = processor(tmp_path)
-    assert ours(np.zeros((50, 47, 3), np.uint8)).shape == (1, 42, 42, 3)
+    own_processor = processor(tmp_path)
+    assert own_processor(np.zeros((50, 47, 3), np.uint8)).shape == (1, 42, 42, 3)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json \(nor vocab\.json and merges\.txt\)"):
-        ours.tokenize("a cat")
+        own_processor.tokenize("a cat")
 
 
 @pytest.mark.parametrize(("there", "missing"), [("vocab.json", r"merges\.txt"), ("merges.txt", r"vocab\.json")])
@@ -165,6 +165,6 @@ def test_a_vocabulary_larger_than_the_embedding_names_both_sizes():
         Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=776, eos_token_id=775))
 
 
-def test_an_end_mark_other_than_the_text_towers_names_both_ids():
+def test_an_eos_other_than_the_text_encoders_names_both_ids():
     with pytest.raises(ValueError, match=r"the id 777, but config\.json's eos_token_id is 776"):
         Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=778, eos_token_id=776))

@@ -1,4 +1,4 @@
-"""Does a conversion that is killed, starved or robbed of its source leave either a whole folder or nothing?"""
+"""A conversion that is killed, or loses its disk or its source, leaves either a whole folder or nothing."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
 
 DIGITS = bundled.digits_checkpoint()
 
-# Forked before MLX has started its threads. One run in four takes the proof along; the first of each kind is let be and
-# says how long it takes, the others are killed at random moments of that time.
+# Forked before MLX has started its threads. One run in four has a fidelity report; the first of each kind is not killed
+# and says how long it takes, the others are killed at random moments of that time.
 KILLER = """
 import os, random, signal, sys, time
 from mlx_aimv2.convert import convert
@@ -102,9 +102,9 @@ with atomic_folder(Path({str(tmp_path / "mlx")!r})):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
         assert other.stdout.readline() == "writing\n"
-        with atomic_folder(tmp_path / "mlx") as ours:
+        with atomic_folder(tmp_path / "mlx") as beside:
             assert len(list(tmp_path.glob(f".mlx.*{UNFINISHED}"))) == 2
-            (ours / "mine").touch()
+            (beside / "mine").touch()
         _, errors = other.communicate("")
     assert "FileExistsError" in errors  # the second to finish finds the name taken
     assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "mine"]
@@ -207,7 +207,7 @@ def test_a_source_cut_short_meanwhile_is_one_line_that_names_a_tensor(source, tm
         if "Using dtype" in line:
             os.truncate(source / "model.safetensors", 1 << 20)
 
-    with pytest.raises(OSError, match=r"can no longer be read at .*: was it cut or changed meanwhile") as caught:
+    with pytest.raises(OSError, match=r"can no longer be read at .*: was it truncated or changed meanwhile") as caught:
         convert(source, tmp_path / "mlx", verify=False, log=cut)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -223,8 +223,8 @@ def test_an_error_in_a_block_leaves_nothing(tmp_path):
 def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError), atomic_folder(tmp_path / "mlx"):
         (tmp_path / "mlx").mkdir()
-        (tmp_path / "mlx" / "theirs").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "theirs"]
+        (tmp_path / "mlx" / "other").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "other"]
 
 
 def test_the_parent_folders_of_the_target_are_made(tmp_path):

@@ -426,7 +426,7 @@ def test_a_converted_pair_classifies_as_its_source_does(images, tmp_path, how, l
 # --- the examples
 
 
-@pytest.mark.parametrize(("example", "flags"), [("zero_shot", []), ("search_by_words", ["a cup of coffee"])])
+@pytest.mark.parametrize(("example", "flags"), [("zero_shot", []), ("search_by_text", ["a cup of coffee"])])
 def test_the_examples_run_on_the_bundled_photographs(capsys, folder, example, flags):
     importlib.import_module(f"examples.{example}").main([*flags, "--model", str(folder)])
     lines = capsys.readouterr().out.splitlines()

@@ -41,8 +41,8 @@ _TIMM_ARGUMENTS = {
 def read_config(raw: Mapping[str, Any], shapes: Shapes) -> AnyConfig:
     """Sizes as config.json says them, with what it leaves out taken from the tensors.
 
-    `config.json, {our name: shape} -> config`. Whether there is a text encoder, a pooling head or a position table is
-    read from the tensors, because no spelling of config.json says it reliably. Raises ValueError for a network that
+    `config.json, {target name: shape} -> config`. Whether there is a text encoder, a pooling head or a position table
+    is read from the tensors, because no format of config.json says it reliably. Raises ValueError for a network that
     AIMv2 is not (biases in the blocks, another activation) and for a size that cannot be known.
     """
     if any(name.startswith("text_model.") for name in shapes):
@@ -109,10 +109,10 @@ def _timm_section(raw: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict
 
 
 def vision_config(raw: Mapping[str, Any], shapes: Shapes) -> Aimv2VisionConfig:
-    """The vision encoder's sizes: `config.json or its section, {our name: shape} -> Aimv2VisionConfig`."""
+    """The vision encoder's sizes: `config.json or its section, {target name: shape} -> Aimv2VisionConfig`."""
     section = _vision_section(raw)
     sizes = vision_sizes(shapes)
-    if "is_native" not in section:  # Apple's spelling: native has neither a size nor a position table
+    if "is_native" not in section:  # Apple's format: native has neither a size nor a position table
         section["is_native"] = section.get("image_size") is None and "pos_embed" not in shapes
     if section["is_native"]:
         if "pos_embed" in shapes:
@@ -124,13 +124,13 @@ def vision_config(raw: Mapping[str, Any], shapes: Shapes) -> Aimv2VisionConfig:
 
 
 def text_config(raw: Mapping[str, Any], shapes: Shapes) -> Aimv2TextConfig:
-    """The text encoder's sizes: `config.json or its section, {our name: shape} -> Aimv2TextConfig`."""
+    """The text encoder's sizes: `config.json or its section, {target name: shape} -> Aimv2TextConfig`."""
     section = section_of(raw, "text_config")
     return _complete(Aimv2TextConfig, read_fields(Aimv2TextConfig, section), text_sizes(shapes))
 
 
 def lit_config(raw: Mapping[str, Any], shapes: Shapes) -> Aimv2Config:
-    """The sizes of both encoders and of the space that they share: `config.json, {our name: shape} -> Aimv2Config`."""
+    """The sizes of both encoders and of their shared space: `config.json, {target name: shape} -> Aimv2Config`."""
     said = read_fields(Aimv2Config, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
     if (projection := _shape(shapes, "visual_projection.weight", axes=2)) is not None:
         said.setdefault("projection_dim", projection[0])

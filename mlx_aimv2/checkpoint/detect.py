@@ -1,4 +1,4 @@
-"""Which layout is a checkpoint in, where in it does the encoder lie, and what is wrong with its tensors?
+"""Detects the layout of a checkpoint and the prefix of its encoder, and lists what is wrong with its tensors.
 
 A layout is recognised by its tensor names, never by the name of a repository: the same repository has held two layouts
 at different revisions.
@@ -25,31 +25,31 @@ _NOT_AIMV2 = {
 
 
 def recognise(shapes: Shapes) -> Match:
-    """Finds the layout that explains most of the tensors: `{their name: shape} -> Match`.
+    """Finds the layout that has most of the tensors: `{source name: shape} -> Match`.
 
-    Raises ValueError with the known layouts and the first foreign names when none explains half of an encoder, and with
-    the reason when the encoder has parts that AIMv2 has not.
+    Raises ValueError with the known layouts and the first foreign names when none has half of an encoder, and with the
+    reason when the encoder has parts that AIMv2 has not.
     """
     patterns = {split_number(name)[0] for name in shapes}
     candidates = [
-        (len(patterns & {prefix + name for row in rows for name in row.theirs}), layout, rows, prefix)
+        (len(patterns & {prefix + name for row in rows for name in row.sources}), layout, rows, prefix)
         for layout in LAYOUTS.values()
         for rows in (layout.vision, layout.pair)
         for prefix in _prefixes(patterns, rows)
         if _conv_fits(layout, rows, prefix, shapes)
     ]
-    explained, layout, rows, prefix = max(candidates, key=lambda found: found[0], default=(0, None, (), ""))
-    if layout is None or 2 * explained < sum(len(row.theirs) for row in rows if "head." not in row.ours):
+    matched, layout, rows, prefix = max(candidates, key=lambda found: found[0], default=(0, None, (), ""))
+    if layout is None or 2 * matched < sum(len(row.sources) for row in rows if "head." not in row.target):
         first = ", ".join(sorted(shapes)[:5]) or "none at all"
         raise ValueError(
             f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}"
             f"{_because(_foreign_parts(shapes))}"
         )
-    known = {prefix + name for row in rows for name in row.theirs}
+    known = {prefix + name for row in rows for name in row.sources}
     inside = [name for name in shapes if name.startswith(prefix)]
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
         raise ValueError(f"the names are those of the {layout.name} layout{_because(parts)}")
-    return Match(layout, rows, prefix, tuple(sorted(set(shapes) - set(inside))))
+    return Match(layout, rows, prefix)
 
 
 def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
@@ -112,8 +112,8 @@ def _because(parts: dict[str, str]) -> str:
 
 
 def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
-    """Where the encoder may lie: what stands before the patch convolution's name, or before the first block's."""
-    anchors = [row.theirs[0] for row in rows if row.ours.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
+    """Possible prefixes of the encoder: what precedes the names of the patch convolution and of the first block."""
+    anchors = [row.sources[0] for row in rows if row.target.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
     ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
     return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
 
@@ -121,7 +121,7 @@ def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
 def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shapes) -> bool:
     """Tells apart layouts of equal names by the order of the convolution's axes: a kernel is square, channels are 3."""
     for row in rows:
-        shape = shapes.get(prefix + row.theirs[0]) if row.ours.endswith(PATCH_CONV) else None
+        shape = shapes.get(prefix + row.sources[0]) if row.target.endswith(PATCH_CONV) else None
         if shape is not None and len(shape) == 4 and shape[1] != shape[3]:
-            return (shape[2] == shape[3]) == (row.turn is OIHW)
+            return (shape[2] == shape[3]) == (row.axes is OIHW)
     return layout.name != "apple-mlx"

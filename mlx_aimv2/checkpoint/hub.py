@@ -1,4 +1,4 @@
-"""How do files come from and go to the Hugging Face Hub, and what does a failure say?
+"""Downloads files from the Hugging Face Hub and uploads folders to it; a failure is one line.
 
 `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` work as everywhere.
 """
@@ -61,12 +61,12 @@ def upload(folder: Path, repo: str) -> str:
 
 @contextlib.contextmanager
 def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
-    """Turns what the Hub and the network raise into the few errors that our callers know, each in one line."""
+    """Turns what the Hub and the network raise into a few built-in errors, each in one line."""
     from huggingface_hub import errors
 
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR)  # its warnings tell of every retry
+    log.setLevel(logging.ERROR)  # it warns of every retry
     try:
         yield
     except errors.GatedRepoError:
@@ -104,7 +104,7 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
 
 def _has_address(endpoint: str) -> bool:
     """Whether the Hub's name can be looked up, which fails at once on a machine without a network."""
-    if urllib.request.getproxies():  # then the proxy looks the name up
+    if urllib.request.getproxies():  # then the proxy resolves the name
         return True
     try:
         socket.getaddrinfo(urlsplit(endpoint).hostname, None)

@@ -1,6 +1,7 @@
-"""How are the same weights named elsewhere: their tensor names and ours, both ways?
+"""Translates tensor names and axes between the layouts that AIMv2 is published in, both ways.
 
-One table per part of the network, one column per layout; everything below the tables only reads them.
+One table per part of the network, one column per layout; everything below the tables only reads them. The target is
+this package's own layout, the source any other.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import mlx.core as mx
 
 from mlx_aimv2.config import Shapes
 
-OURS = "mlx-aimv2"
+MLX = "mlx-aimv2"
+"""The target: the layout of this package's models and folders."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """How the axes of one tensor differ between a layout and ours; the same four functions serve arrays and shapes."""
+class AxisOrder:
+    """How the axes of one tensor differ between source and target, as functions of arrays and of shapes."""
 
     array_to_target: Callable[[mx.array], mx.array] = lambda x: x
     array_to_source: Callable[[mx.array], mx.array] = lambda x: x
@@ -28,16 +30,21 @@ class Turn:
     shape_to_source: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
 
 
-AS_IS = Turn()
+AS_IS = AxisOrder()
 # PyTorch's convolution is (out, channels, height, width), MLX's has the channels last.
-OIHW = Turn(
+OIHW = AxisOrder(
     lambda x: x.transpose(0, 2, 3, 1),
     lambda x: x.transpose(0, 3, 1, 2),
     lambda s: (s[0], s[2], s[3], s[1]) if len(s) == 4 else s,
     lambda s: (s[0], s[3], s[1], s[2]),
 )
 # A position table with an axis for the batch.
-BATCHED = Turn(lambda x: x[0], lambda x: x[None], lambda s: s[1:] if len(s) == 3 else s, lambda s: (1, *s))
+BATCHED = AxisOrder(
+    lambda x: x[0],
+    lambda x: x[None],
+    lambda s: s[1:] if len(s) == 3 else s,
+    lambda s: (1, *s),
+)
 
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
 """Where a tensor's name has the number of its block, in every layout."""
@@ -45,7 +52,7 @@ _BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
 PATCH_CONV = "patch_embed.proj.weight"
 
 # fmt: off
-# ours                       Apple                                 transformers                           timm
+# target                     Apple                                 transformers                           timm
 _IMAGES = (
     (PATCH_CONV,                "preprocessor.patchifier.proj.weight", "embeddings.patch_embed.weight",        PATCH_CONV),
     ("patch_embed.proj.bias",   "preprocessor.patchifier.proj.bias",   "embeddings.patch_embed.bias",          "patch_embed.proj.bias"),
@@ -85,7 +92,7 @@ _PAIR = (
 _PAIR_AT = (("vision_model.", "text_model."), ("image_encoder.", "text_encoder."), ("vision_model.", "text_model."))
 # fmt: on
 
-_OURS, _APPLE, _TRANSFORMERS, _TIMM = range(4)
+_TARGET, _APPLE, _TRANSFORMERS, _TIMM = range(4)
 
 # Drafts of the transformers class kept Apple's names inside the blocks.
 _DRAFT_NAMES = {"out_proj": "proj_out", "gate_proj": "fc1", "up_proj": "fc3", "down_proj": "fc2"}
@@ -94,49 +101,50 @@ _OVIS2_NAMES = {"embeddings.patch_embed.": "embeddings.patch_embedding."}
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of ours and the tensors of theirs that hold it; several are joined along the first axis."""
+    """A tensor of the target and the source tensors that hold it; several are joined along the first axis."""
 
-    ours: str
-    theirs: tuple[str, ...]
-    turn: Turn = AS_IS
+    target: str
+    sources: tuple[str, ...]
+    axes: AxisOrder = AS_IS
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One public form of AIMv2: the rows of a vision encoder and, where it has been released so, of the pair (LiT)."""
+    """One public form of AIMv2: the rows of a vision encoder and, where it was released in this form, of LiT."""
 
     name: str
     vision: tuple[Row, ...]
     pair: tuple[Row, ...] = ()
 
 
-def _rows(table: Iterable[tuple[Any, ...]], column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
+def _rows(table: Iterable[tuple[Any, ...]], column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
     def row(cells: tuple[Any, ...]) -> Row:
-        theirs = cells[column] if isinstance(cells[column], tuple) else (cells[column],)
-        return Row(cells[0], theirs, turns.get(cells[0], AS_IS))
+        sources = cells[column] if isinstance(cells[column], tuple) else (cells[column],)
+        return Row(cells[0], sources, axes.get(cells[0], AS_IS))
 
     return tuple(row(cells) for cells in table)
 
 
-def _under(ours: str, theirs: str, rows: Iterable[Row]) -> tuple[Row, ...]:
-    return tuple(Row(ours + row.ours, tuple(theirs + name for name in row.theirs), row.turn) for row in rows)
+def _under(target: str, source: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows with a prefix before their names, one for the target and one for the source."""
+    return tuple(Row(target + row.target, tuple(source + name for name in row.sources), row.axes) for row in rows)
 
 
 def _trunk(column: int) -> tuple[Row, ...]:
-    blocks = _under(_BLOCK_AT[_OURS], _BLOCK_AT[column], _rows(_BLOCK, column, {}))
+    blocks = _under(_BLOCK_AT[_TARGET], _BLOCK_AT[column], _rows(_BLOCK, column, {}))
     return (*blocks, *_rows(_NORM, column, {}))
 
 
-def _vision(column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
+def _vision(column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
     head = () if column == _TIMM else _rows(_HEAD, column, {})
-    return (*_rows(_IMAGES, column, turns), *_trunk(column), *head)
+    return (*_rows(_IMAGES, column, axes), *_trunk(column), *head)
 
 
-def _lit(column: int, turns: Mapping[str, Turn]) -> tuple[Row, ...]:
-    (our_vision, our_text), (vision, text) = _PAIR_AT[_OURS], _PAIR_AT[column]
+def _lit(column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
+    (target_vision, target_text), (vision, text) = _PAIR_AT[_TARGET], _PAIR_AT[column]
     return (
-        *_under(our_vision, vision, _vision(column, turns)),
-        *_under(our_text, text, (*_rows(_TEXTS, column, {}), *_trunk(column))),
+        *_under(target_vision, vision, _vision(column, axes)),
+        *_under(target_text, text, (*_rows(_TEXTS, column, {}), *_trunk(column))),
         *_rows(_PAIR, column, {}),
     )
 
@@ -147,97 +155,100 @@ def _renamed(rows: Iterable[Row], replace: Mapping[str, str]) -> tuple[Row, ...]
             name = name.replace(old, new)
         return name
 
-    return tuple(Row(row.ours, tuple(map(rename, row.theirs)), row.turn) for row in rows)
+    return tuple(Row(row.target, tuple(map(rename, row.sources)), row.axes) for row in rows)
 
 
 _PYTORCH = {PATCH_CONV: OIHW, "pos_embed": BATCHED}
-_MLX = {"pos_embed": BATCHED}
+_APPLE_MLX = {"pos_embed": BATCHED}
 _HF = {PATCH_CONV: OIHW}
 _HF_VISION, _HF_LIT = _vision(_TRANSFORMERS, _HF), _lit(_TRANSFORMERS, _HF)
 
 _ALL = (
     Layout("apple", _vision(_APPLE, _PYTORCH), _lit(_APPLE, _PYTORCH)),
-    Layout("apple-mlx", _vision(_APPLE, _MLX), _lit(_APPLE, _MLX)),
+    Layout("apple-mlx", _vision(_APPLE, _APPLE_MLX), _lit(_APPLE, _APPLE_MLX)),
     Layout("transformers", _HF_VISION, _HF_LIT),
     Layout("transformers-draft", _renamed(_HF_VISION, _DRAFT_NAMES), _renamed(_HF_LIT, _DRAFT_NAMES)),
     Layout("ovis2", _renamed(_HF_VISION, _OVIS2_NAMES)),
     Layout("timm", _vision(_TIMM, _PYTORCH)),
-    Layout(OURS, _vision(_OURS, {}), _lit(_OURS, {})),
+    Layout(MLX, _vision(_TARGET, {}), _lit(_TARGET, {})),
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}
-"""Every layout that is read, by name; `mlx-aimv2` is our own."""
+"""Every layout that is read, by name."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A recognised checkpoint: its layout, which part of it, and the prefix under which the encoder lies.
+    """A recognised checkpoint: its layout, its rows, and the prefix before the encoder's tensor names.
 
-    `left` are tensors outside the prefix: the rest of a vision-language model, which is none of our business.
+    Tensors without the prefix are the rest of a vision-language model and are not read.
     """
 
     layout: Layout
     rows: tuple[Row, ...]
     prefix: str
-    left: tuple[str, ...]
+
+    @property
+    def is_target(self) -> bool:
+        """Whether the names are the target's already."""
+        return self.layout.name == MLX
 
     @cached_property
     def _by_name(self) -> Mapping[str, Row]:
-        return {row.ours: row for row in self.rows}
+        return {row.target: row for row in self.rows}
 
-    def row(self, ours: str) -> Row:
-        """The row of one tensor, `our name -> Row` with the number of its block and the prefix filled in."""
-        pattern, number = split_number(ours)
+    def row(self, target: str) -> Row:
+        """The row of one tensor, `target name -> Row` with the number of its block and the prefix filled in."""
+        pattern, number = split_number(target)
         row = self._by_name[pattern]
-        return Row(ours, tuple(self.prefix + name.replace("{i}", number) for name in row.theirs), row.turn)
+        return Row(target, tuple(self.prefix + name.replace("{i}", number) for name in row.sources), row.axes)
 
     def target_shapes(self, found: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes under our names, where every part of the tensor is there: `{their name: shape} -> {our name: shape}`."""
-        ours_of = {self.prefix + name: row.ours for row in self.rows for name in row.theirs}
+        """Shapes under target names, of tensors that are there whole: `{source name: shape} -> {target name: shape}`."""
+        target_of = {self.prefix + name: row.target for row in self.rows for name in row.sources}
         shapes: dict[str, tuple[int, ...]] = {}
-        for theirs in found:
-            pattern, number = split_number(theirs)
-            if pattern not in ours_of:
+        for source in found:
+            pattern, number = split_number(source)
+            if pattern not in target_of:
                 continue
-            row = self.row(ours_of[pattern].replace("{i}", number))
-            parts = [found[name] for name in row.theirs if name in found]
-            if len(parts) == len(row.theirs) and all(len(part) == len(parts[0]) for part in parts):
+            row = self.row(target_of[pattern].replace("{i}", number))
+            parts = [found[name] for name in row.sources if name in found]
+            if len(parts) == len(row.sources) and all(len(part) == len(parts[0]) for part in parts):
                 joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 and parts[0] else parts[0]
-                shapes[row.ours] = row.turn.shape_to_target(joined)
+                shapes[row.target] = row.axes.shape_to_target(joined)
         return shapes
 
-    def source_shapes(self, ours: Shapes) -> dict[str, tuple[int, ...]]:
-        """What this layout must hold for a model of ours: `{our name: shape} -> {their name: shape}`, exactly."""
-        if self.layout.name == OURS:  # also for the scales and biases of quantized layers, which no row lists
-            return {self.prefix + name: shape for name, shape in ours.items()}
+    def source_shapes(self, target: Shapes) -> dict[str, tuple[int, ...]]:
+        """What a source in this layout must hold, exactly: `{target name: shape} -> {source name: shape}`."""
+        if self.is_target:  # also for the scales and biases of quantized layers, which no row lists
+            return {self.prefix + name: shape for name, shape in target.items()}
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in ours.items():
+        for name, shape in target.items():
             row = self.row(name)
-            theirs = row.turn.shape_to_source(shape)
-            parts = len(row.theirs)
-            shapes |= dict.fromkeys(row.theirs, (theirs[0] // parts, *theirs[1:]) if parts > 1 else theirs)
+            whole, count = row.axes.shape_to_source(shape), len(row.sources)
+            shapes |= dict.fromkeys(row.sources, (whole[0] // count, *whole[1:]) if count > 1 else whole)
         return shapes
 
     def to_target(self, tensors: dict[str, mx.array], wanted: Iterable[str]) -> dict[str, mx.array]:
-        """Translates lazily: `{their name: array} -> {our name: array}` for the names wanted.
+        """Translates lazily: `{source name: array} -> {target name: array}` for the names wanted.
 
         Takes the tensors out of `tensors` as it goes, so that each can be freed once it is used.
         """
-        if self.layout.name == OURS:
+        if self.is_target:
             return {name: tensors.pop(self.prefix + name) for name in wanted}
         arrays: dict[str, mx.array] = {}
         for name in wanted:
             row = self.row(name)
-            parts = [tensors.pop(part) for part in row.theirs]
-            arrays[name] = row.turn.array_to_target(mx.concatenate(parts) if len(parts) > 1 else parts[0])
+            parts = [tensors.pop(part) for part in row.sources]
+            arrays[name] = row.axes.array_to_target(mx.concatenate(parts) if len(parts) > 1 else parts[0])
         return arrays
 
     def to_source(self, arrays: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
-        """Translates back, one tensor at a time: `(our name, array), … -> (their name, array), …`."""
+        """Translates back, one tensor at a time: `(target name, array), … -> (source name, array), …`."""
         for name, array in arrays:
             row = self.row(name)
-            turned = row.turn.array_to_source(array)
-            parts = mx.split(turned, len(row.theirs)) if len(row.theirs) > 1 else [turned]
-            yield from zip(row.theirs, parts, strict=True)
+            whole = row.axes.array_to_source(array)
+            parts = mx.split(whole, len(row.sources)) if len(row.sources) > 1 else [whole]
+            yield from zip(row.sources, parts, strict=True)
 
 
 def layout_for(name: str, *, pair: bool) -> Match:
@@ -246,7 +257,7 @@ def layout_for(name: str, *, pair: bool) -> Match:
     rows = layout.pair if pair else layout.vision
     if not rows:
         raise ValueError(f"the {name} layout has no text encoder; choose another")
-    return Match(layout, rows, "", ())
+    return Match(layout, rows, "")
 
 
 def split_number(name: str) -> tuple[str, str]:

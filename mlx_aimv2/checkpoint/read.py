@@ -1,4 +1,4 @@
-"""Where is a checkpoint and what does it hold: found on disk or on the Hub at a pinned commit, read lazily?"""
+"""Finds a checkpoint on disk or on the Hub at a pinned commit, and reads its tensors lazily."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
-from mlx_aimv2.config import RELEASED
+from mlx_aimv2.config import DTYPES, RELEASED, dtype_name
 from mlx_aimv2.safe_read import expand_user, read_json
 
 CONFIG_FILE = "config.json"
@@ -46,15 +46,12 @@ AUXILIARY_FILES = (
 HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
 """What is fetched from the Hub before the weights, whose files it names."""
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-"""dtypes of dense weights."""
-
 
 @dataclass
 class Checkpoint:
     """What was read: the tensors (lazy, under their own names), config.json, and where all of it came from.
 
-    `repo` and `commit` are None for a checkpoint that was on disk. `metadata` is the safetensors header's.
+    `repo` and `commit` are None for a checkpoint that was on disk.
     """
 
     folder: Path
@@ -62,7 +59,6 @@ class Checkpoint:
     tensors: dict[str, mx.array]
     repo: str | None = None
     commit: str | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """The name by which its user knows it: the repository with the commit, or the folder."""
@@ -77,11 +73,11 @@ class Checkpoint:
         """Raises ValueError that names each of the tensors of a wrong dtype: `packed` has those that are no floats."""
         dtypes = {name: self.tensors[name].dtype for name in names}
         if wrong := [name for name in packed if dtypes[name] != packed[name]]:
-            each = [f"{name} is {_name(dtypes[name])} (wanted {_name(packed[name])})" for name in wrong]
+            each = [f"{name} is {dtype_name(dtypes[name])} (wanted {dtype_name(packed[name])})" for name in wrong]
             raise ValueError(f"quantized weights are packed integers, got {', '.join(each)}")
-        dense = {name: dtype for name, dtype in dtypes.items() if name not in packed}
-        if other := [f"{name} is {_name(dtype)}" for name, dtype in dense.items() if dtype not in FLOATS]:
-            raise ValueError(f"weights must be {', '.join(map(_name, FLOATS))}, got {', '.join(other)}")
+        dense = {name: dtype_name(dtype) for name, dtype in dtypes.items() if name not in packed}
+        if other := [f"{name} is {dtype}" for name, dtype in dense.items() if dtype not in DTYPES]:
+            raise ValueError(f"weights must be {', '.join(DTYPES)}, got {', '.join(other)}")
 
 
 def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
@@ -100,16 +96,14 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
     config = read_json(folder / CONFIG_FILE)
     tensors: dict[str, mx.array] = {}
-    metadata: dict[str, str] = {}
     for file in files:
-        more, note = _read_weights(file)
+        more = _read_weights(file)
         if twice := sorted(set(more) & set(tensors)):
             raise ValueError(f"{file}: holds tensors that another shard holds too: {', '.join(twice)}")
         tensors |= more
-        metadata |= note
     if not path.is_file():
         _check_index(folder, files, tensors)
-    return Checkpoint(folder, config, tensors, repo, commit, metadata)
+    return Checkpoint(folder, config, tensors, repo, commit)
 
 
 def find(
@@ -199,32 +193,28 @@ def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array
         raise ValueError(f"{index}: lists tensors that no shard holds: {listed(absent)}")
 
 
-def _read_weights(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+def _read_weights(file: Path) -> dict[str, mx.array]:
     if file.suffix in WEIGHT_SUFFIXES[1:]:
         from mlx_aimv2.checkpoint import torch_pickle
 
-        return torch_pickle.read(file), {}
+        return torch_pickle.read(file)
     try:
         str(file).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{file}: the path is not UTF-8, which MLX cannot open: rename it") from None
-    metadata = _check_safetensors(file)
+    _check_safetensors(file)
     try:
-        return dict(mx.load(str(file))), metadata  # type: ignore[arg-type]
+        return dict(mx.load(str(file)))  # type: ignore[arg-type]
     except RuntimeError as error:  # a dtype that MLX has not
-        raise ValueError(f"{file}: MLX cannot read it ({error}); weights must be float32, float16, bfloat16") from None
+        raise ValueError(f"{file}: MLX cannot read it ({error}); weights must be {', '.join(DTYPES)}") from None
 
 
-def _check_safetensors(file: Path) -> dict[str, str]:
-    """Checks header and size before MLX sees the file, which would fail later and less clearly: `file -> metadata`."""
+def _check_safetensors(file: Path) -> None:
+    """Checks header and size before MLX reads the file, which would fail later and less clearly."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(file), framework="numpy") as tensors:
-            return tensors.metadata() or {}
+        with safe_open(str(file), framework="numpy"):
+            pass
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""How are PyTorch's pickled weights (.bin, .pt) read safely, when torch happens to be installed?"""
+"""Reads PyTorch's pickled weights (.bin, .pt) safely, where torch is installed."""
 
 from __future__ import annotations
 

@@ -148,10 +148,10 @@ def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[
 
 def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
     from mlx_aimv2 import bench, load
-    from mlx_aimv2.loading import DTYPES as KNOWN
+    from mlx_aimv2.loading import parse_dtype
 
     if arguments.random:
-        return bench.random_model(released(arguments.random).vision, KNOWN[dtype])
+        return bench.random_model(released(arguments.random).vision, parse_dtype(dtype))
     model, _, config = load(
         arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
     )

@@ -1,19 +1,17 @@
-"""What does `mlx-aimv2 classify` do: which of the given words fit each image?"""
+"""`mlx-aimv2 classify`: prints which of the given labels fit each image."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from mlx_aimv2.config import LIT_CHECKPOINT
-from mlx_aimv2.device import AUTO
-from mlx_aimv2.find_images import shown
-from mlx_aimv2.loading import DTYPES, load
+from mlx_aimv2.cli import say, show
+from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
+from mlx_aimv2.loading import load
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 
-HELP = "say which of your words fit each image"
+HELP = "say which of your labels fit each image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint with a text encoder: Hub name, folder or weight file (default: %(default)s)",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument("--labels", metavar="A,B,…", help="the words, separated by commas")
-    parser.add_argument("--labels-file", metavar="FILE", help="the words, one a line; here they may hold commas")
+    parser.add_argument("--labels", metavar="A,B,…", help="the labels, separated by commas")
+    parser.add_argument("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
     parser.add_argument(
         "--template",
         action="append",
@@ -36,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sentence with {{}} for the label; may be given several times (default: {TEMPLATES[0]!r})",
     )
     parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
-    parser.add_argument("--dtype", choices=[*DTYPES, AUTO], help="dtype to compute in (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
 
 
@@ -51,11 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     failures = 0
     for image, result in zip(arguments.images, classifier.each(arguments.images), strict=True):
         if isinstance(result, Prediction):
-            spell = _as_json if arguments.json else _as_text
-            print(spell(image, result, arguments.top), flush=True)
+            (_print_json if arguments.json else _print_text)(image, result, arguments.top)
         else:
             failures += 1
-            print(f"mlx-aimv2: {' '.join(str(result).split())}", file=sys.stderr)
+            say(result)
     return 1 if failures else 0
 
 
@@ -75,13 +72,14 @@ def _labels(listed: str | None, file: str | None) -> list[str]:
     return [label.strip() for label in labels if label.strip()]
 
 
-def _as_text(image: str, prediction: Prediction, count: int | None) -> str:
-    best = prediction.top(count or 5)
-    return "\n".join([shown(image), *(f"{100 * probability:7.2f} %  {label}" for label, probability in best)])
+def _print_text(image: str, prediction: Prediction, count: int | None) -> None:
+    show(image)
+    for label, probability in prediction.top(count or 5):
+        show(f"{100 * probability:7.2f} %  {label}")
 
 
-def _as_json(image: str, prediction: Prediction, count: int | None) -> str:
-    logits = dict(zip(prediction.labels, prediction.logits.tolist(), strict=True))
+def _print_json(image: str, prediction: Prediction, count: int | None) -> None:
+    logits = dict(zip(prediction.labels, map(float, prediction.logits), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
-    return json.dumps({"path": shown(image), "labels": labels}, ensure_ascii=False)
+    print(json.dumps({"path": image, "labels": labels}), flush=True)

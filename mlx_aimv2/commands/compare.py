@@ -1,12 +1,12 @@
-"""What does `mlx-aimv2 compare` do: how far apart are two models on the same images?"""
+"""`mlx-aimv2 compare`: prints how far apart two models are on the same images."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
+from mlx_aimv2.cli import show
 from mlx_aimv2.conversion import fidelity
-from mlx_aimv2.conversion.blockwise import MOST_IMAGES, choose_images
 
 HELP = "measure how far a model is from its reference, on images"
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         metavar="DIR",
-        help=f"folder of images, of which {MOST_IMAGES} are taken (default: four bundled photographs)",
+        help=f"folder of images, of which {fidelity.MOST_IMAGES} are taken (default: four bundled photographs)",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of A (default: Apple's release, pinned)")
     parser.add_argument(
@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table."""
-    images = choose_images(arguments.images)
+    images = fidelity.choose_images(arguments.images)
     found = fidelity.compare(arguments.reference, arguments.other, images=images, revision=arguments.revision)
-    print(json.dumps(found, indent=4) if arguments.json else fidelity.table(found))
+    if arguments.json:
+        print(json.dumps(found, indent=4))
+    else:
+        for line in fidelity.table(found).split("\n"):
+            show(line)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import plot
+from mlx_aimv2.cli import say, show
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
-from mlx_aimv2.find_images import list_images, shown
+from mlx_aimv2.find_images import list_images
 from mlx_aimv2.loading import load
 from mlx_aimv2.safe_read import expand_user
 
@@ -70,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
     found = list_images(arguments.images)
-    failed = [f"{shown(name)} does not exist" for name in found.missing]
-    failed += [f"{shown(name)} holds no image" for name in found.empty]
-    failed += [f"{shown(name)} {reason}" for name, reason in found.problems]
+    failed = [f"{name} does not exist" for name in found.missing]
+    failed += [f"{name} holds no image" for name in found.empty]
+    failed += [f"{name} {reason}" for name, reason in found.problems]
     if found.files:
         targets = list(_targets(found.files, arguments.output, "pca" if arguments.patch is None else "patch"))
         model, processor = load(arguments.model)
@@ -89,9 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target, pnginfo=_mark())
             record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
-            print(json.dumps(record) if arguments.json else shown(str(target)), flush=True)
+            if arguments.json:
+                print(json.dumps(record), flush=True)
+            else:
+                show(str(target))
     for line in failed:
-        print(f"mlx-aimv2: {' '.join(line.split())}", file=sys.stderr)
+        say(line)
     return 1 if failed else 0
 
 
@@ -108,12 +111,12 @@ def draw(
     rows, columns = grid = model.grid(pixels)
     if patch is not None and (patch[0] >= rows or patch[1] >= columns):
         raise ValueError(
-            f"{shown(image)} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
+            f"{image} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
             f"is {rows - 1},{columns - 1}"
         )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
     if not np.isfinite(tokens).all():
-        raise ValueError(f"{shown(image)} gets features that are not finite; is the checkpoint damaged?")
+        raise ValueError(f"{image} gets features that are not finite; is the checkpoint damaged?")
     side, cell = model.config.patch_size, max(1, HEIGHT // rows)
     seen = _seen(pixels, processor).crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
     seen = plot.to_height(seen, rows * cell)

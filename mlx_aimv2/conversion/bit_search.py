@@ -1,4 +1,4 @@
-"""How few bits can each layer have so that the features stay within a target?
+"""Searches the fewest bits of each layer with which the features stay within a target.
 
 The target is the mean cosine of the tokens with those of the float32 source, on calibration images. The method:
 
@@ -24,32 +24,34 @@ The same source, images and device give the same bits.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
-from mlx_aimv2.conversion.blockwise import embed_text, run_blockwise, text_ids, token_cosines
-from mlx_aimv2.layers import Block
-from mlx_aimv2.loading import AnyModel, load
-from mlx_aimv2.model import Aimv2Model, run_blocks
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.config import dtype_name
+from mlx_aimv2.conversion.blockwise import run_blockwise, text_ids, token_cosines
+from mlx_aimv2.loading import load
+from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, run_blocks
 from mlx_aimv2.quantize import MODES, STAY_DENSE, Predicate, layers, pack, unpack
 
 WIDTHS = sorted(MODES["affine"].bits, reverse=True)
 BINS = 1 << 14
 """Into how many steps the allowance is divided in the knapsack."""
 
-CORRECTIONS, LOOKS, FINALISTS = 6, 16, 4
-"""Runs of the whole to correct the allowance; runs to look around it; choices that go into the last step."""
+CORRECTIONS, NEIGHBOURS, FINALISTS = 6, 16, 4
+"""Runs to correct the allowance; allowances tried around it; choices that go into the last step."""
 
 SAFETY = 0.99
 """Of the allowed loss this share is used: the folder is computed in its own dtype, whose rounding varies a little."""
+
+AnyEncoder = Aimv2VisionModel | Aimv2TextModel
 
 Bits = dict[str, int | None]
 """Path of a layer -> its bits; None stays dense."""
@@ -85,11 +87,16 @@ def choose_bits(
         return unpack(pack(weight, own, dtype), own)
 
     chosen: Bits = {}
-    for encoder in _encoders(model, [processor(os.fspath(image)) for image in images], processor):
+    is_lit = isinstance(model, Aimv2Model)
+    pixels = [processor(os.fspath(image)) for image in images]
+    encoders: list[tuple[str, AnyEncoder, list[mx.array]]] = [("vision_model." * is_lit, model.vision, pixels)]
+    if isinstance(model, Aimv2Model):
+        encoders.append(("text_model.", model.text_model, text_ids(model, processor)))
+    for encoder in itertools.starmap(_Encoder, encoders):
         lost = rounding.get(encoder.prefix, 0.0)
         if 1 - target <= lost:
             raise ValueError(
-                f"the target {target} cannot be reached: {_spelled(dtype)} alone, without fewer bits, gives a mean "
+                f"the target {target} cannot be reached: {dtype_name(dtype)} alone, without fewer bits, gives a mean "
                 f"token cosine of {1 - lost:.7f}; ask for less or for --dtype float32"
             )
         chosen |= _search(encoder, (1 - target - lost) * SAFETY, stored, 8 * dtype.size, log)
@@ -113,13 +120,11 @@ def as_predicate(bits: Bits) -> Predicate:
 
 
 class _Encoder:
-    """An encoder as steps, the embedding and the blocks, each of which may hold layers to quantize."""
+    """An encoder as steps, the embedding (0) and the blocks, each of which may hold layers to quantize."""
 
-    def __init__(
-        self, prefix: str, encoder: nn.Module, inputs: list[mx.array], steps: Sequence[Callable[[mx.array], mx.array]]
-    ) -> None:
-        self.prefix, self.norm, self.inputs, self.steps = prefix, encoder.norm, inputs, steps
-        self.layers: list[dict[str, nn.Module]] = [{} for _ in steps]
+    def __init__(self, prefix: str, encoder: AnyEncoder, inputs: list[mx.array]) -> None:
+        self.prefix, self.encoder, self.inputs = prefix, encoder, inputs
+        self.layers: list[dict[str, nn.Module]] = [{} for _ in range(1 + len(encoder.blocks))]
         for path, layer in layers(encoder).items():
             if not set(path.split(".")) & set(STAY_DENSE):
                 step = int(path.split(".")[1]) + 1 if path.startswith("blocks.") else 0
@@ -143,35 +148,28 @@ class _Encoder:
             weights[path] = layer.weight
             width = bits.get(path)
             layer.weight = layer.weight if width is None else stored(layer.weight, width)
-        states = [self.steps[number](state) for state in states]
+        states = [self._step(number, state) for state in states]
         mx.eval(states)
         for path, layer in self.layers[number].items():
             layer.weight = weights[path]
         return states
 
+    def _step(self, number: int, state: mx.array) -> mx.array:
+        if number == 0:
+            return self.encoder.embed(state)
+        causal = isinstance(self.encoder, Aimv2TextModel)
+        return next(run_blocks([self.encoder.blocks[number - 1]], state, causal=causal))
+
     def _tokens(
         self, states: list[mx.array], start: int, bits: Mapping[str, int | None], stored: Stored
     ) -> list[mx.array]:
         """Tokens of unit length after the final norm."""
-        for number in range(start, len(self.steps)):
+        for number in range(start, len(self.layers)):
             states = self.advance(states, number, bits, stored)
-        tokens = [self.norm(state) for state in states]
+        tokens = [self.encoder.norm(state) for state in states]
         units = [x / mx.linalg.norm(x, axis=-1, keepdims=True) for x in tokens]
         mx.eval(units)
         return units
-
-
-def _encoders(model: AnyModel, pixels: list[mx.array], processor: Aimv2Processor) -> Iterator[_Encoder]:
-    vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
-    yield _Encoder(prefix, vision, pixels, [vision.embed, *(partial(_run, block) for block in vision.blocks)])
-    if isinstance(model, Aimv2Model):
-        text, ids = model.text_model, text_ids(model, processor)
-        blocks = [partial(_run, block, causal=True) for block in text.blocks]
-        yield _Encoder("text_model.", text, ids, [partial(embed_text, model), *blocks])
-
-
-def _run(block: Block, x: mx.array, *, causal: bool = False) -> mx.array:
-    return next(run_blocks([block], x, causal=causal))
 
 
 def _search(encoder: _Encoder, allowed: float, stored: Stored, dense_bits: int, log: Callable[[str], None]) -> Bits:
@@ -193,11 +191,11 @@ def _search(encoder: _Encoder, allowed: float, stored: Stored, dense_bits: int, 
     def whole(bits: Bits) -> float:
         return encoder.loss(encoder.inputs, 0, bits, stored)
 
-    # Losses do not quite add up: the first runs find the ratio, the others look around it.
+    # Losses do not quite add up: the first runs find the ratio, the others try values around it.
     tried: list[Bits] = []
     fitting: list[tuple[int, float, Bits]] = [(size(dict.fromkeys(losses)), 0.0, dict.fromkeys(losses))]
     ratio = 1.0
-    for spread in (*[1.0] * CORRECTIONS, *np.geomspace(0.8, 1.25, LOOKS)):
+    for spread in (*[1.0] * CORRECTIONS, *np.geomspace(0.8, 1.25, NEIGHBOURS)):
         bits = knapsack(losses, encoder.sizes, allowed * ratio * spread, dense_bits=dense_bits)
         if bits in tried:
             continue
@@ -249,7 +247,7 @@ def knapsack(losses: Losses, sizes: Mapping[str, int], allowance: float, *, dens
     Exact but for the rounding of each loss up to a `BINS`th of the allowance.
     """
     smallest = np.zeros(BINS + 1)  # of the layers so far, within so many steps of the allowance
-    picks: list[tuple[list[int | None], np.ndarray[Any, Any]]] = []
+    picks: list[tuple[list[int | None], NDArray[np.intp]]] = []
     for path, options in losses.items():
         widths = list(options)
         rows = np.full((len(widths), BINS + 1), np.inf)
@@ -282,7 +280,3 @@ def _histogram(bits: Bits) -> str:
     counts = Counter(bits.values())
     named = sorted(counts.items(), key=lambda item: -(item[0] or 99))
     return ", ".join(f"{count} layers {'dense' if width is None else f'at {width} bits'}" for width, count in named)
-
-
-def _spelled(dtype: mx.Dtype) -> str:
-    return str(dtype).rpartition(".")[2]

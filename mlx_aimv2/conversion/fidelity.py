@@ -1,4 +1,4 @@
-"""How far apart are two models, in numbers: tokens, pooled vectors, range of activations, size?
+"""Reports the fidelity of a model to its reference: cosines of the features, range of activations, size.
 
 The reference runs in float32, the other model in its own dtype, on the same images.
 """
@@ -6,6 +6,7 @@ The reference runs in float32, the other model in its own dtype, on the same ima
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.conversion.blockwise import BlockwiseRun, Floats, choose_images, cosines, run_blockwise, token_cosines
+from mlx_aimv2.conversion.blockwise import BlockwiseRun, Floats, cosines, run_blockwise, token_cosines
 from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
+from mlx_aimv2.find_images import list_images
 
 FILE = REPORT
 
 LIMITS = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": FLOAT16_LARGEST}
 """The largest number of each dtype."""
+
+MOST_IMAGES = 32
+"""Of a folder with more images this many are taken, evenly spread over their sorted names."""
 
 
 def compare(
@@ -36,14 +41,39 @@ def compare(
     whole. Raises ValueError where the two give features of different shapes.
     """
     images = list(images) if images is not None else list(choose_images(None))
-    ours = run_blockwise(reference, images, revision=revision, dtype="float32", inside=True)
-    theirs = run_blockwise(other, images)
-    return report(ours, theirs, images)
+    return compare_with(run_reference(reference, images, revision=revision), other, images)
+
+
+def compare_with(
+    reference: BlockwiseRun,
+    other: str | os.PathLike[str],
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Runs a model and compares it with its reference: `-> the content of fidelity.json`; `name` is the model's."""
+    return report(reference, run_blockwise(other, images, name=name), images)
+
+
+def run_reference(
+    path_or_hf_repo: str | os.PathLike[str],
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    revision: str | None = None,
+) -> BlockwiseRun:
+    """Runs the reference in float32. Raises ValueError, with the first block where it happens, for NaN or infinity."""
+    run = run_blockwise(path_or_hf_repo, images, revision=revision, dtype="float32", inside=True)
+    for block, peak in run.peaks.items():
+        if not np.isfinite(peak):
+            raise ValueError(
+                f"{run.name}: {block} gives numbers that are not finite even in float32: "
+                "its weights are damaged (NaN, infinite or huge); fetch them again"
+            )
+    return run
 
 
 def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """Two observations of the same images as the content of fidelity.json."""
-    check_finite(reference)
+    """Two runs on the same images as the content of fidelity.json."""
     _check_comparable(reference, other)
     tokens = token_cosines(reference.tokens, other.tokens)
     found: dict[str, Any] = {
@@ -66,14 +96,20 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
     return found
 
 
-def check_finite(seen: BlockwiseRun) -> None:
-    """Raises ValueError, with the first block where it happens, if a model gives NaN or infinity in float32."""
-    for block, peak in seen.peaks.items():
-        if not np.isfinite(peak):
-            raise ValueError(
-                f"{seen.name}: {block} gives numbers that are not finite even in float32: "
-                "its weights are damaged (NaN, infinite or huge); fetch them again"
-            )
+def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
+    """The images to compare on: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
+    if folder is None:
+        from mlx_aimv2 import bundled
+
+        return bundled.photographs()
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: wanted a folder of images, there is none")
+    files = [Path(file) for file in list_images([folder]).files]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no images in this folder")
+    if len(files) > MOST_IMAGES:
+        files = [files[i * len(files) // MOST_IMAGES] for i in range(MOST_IMAGES)]
+    return files
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -120,7 +156,9 @@ def _check_comparable(reference: BlockwiseRun, other: BlockwiseRun) -> None:
     if reference.vectors.shape != other.vectors.shape or (reference.text_vectors is None) != (
         other.text_vectors is None
     ):
-        raise ValueError(f"one of {reference.name} and {other.name} has a text encoder; compare the like with the like")
+        raise ValueError(
+            f"one of {reference.name} and {other.name} has a text encoder; compare two vision models or two LiT models"
+        )
 
 
 def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
@@ -138,23 +176,23 @@ def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
     return warnings
 
 
-def _about(seen: BlockwiseRun) -> dict[str, Any]:
+def _about(run: BlockwiseRun) -> dict[str, Any]:
     return {
-        "name": seen.name,
-        "dtype": seen.dtype,
-        "parameters": seen.parameters,
-        "bytes": seen.stored_bytes,
-        "bits_per_weight": round(seen.bits_per_weight, 4),
+        "name": run.name,
+        "dtype": run.dtype,
+        "parameters": run.parameters,
+        "bytes": run.stored_bytes,
+        "bits_per_weight": round(run.bits_per_weight, 4),
     }
 
 
 def _spread(values: Floats) -> dict[str, float]:
-    return {"mean": float(values.mean()), "min": float(values.min())}
+    return {"mean": float(values.mean()), "min": float(np.min(values))}
 
 
 def _finite(value: float) -> float:
-    """JSON has no infinity: the largest number there is stands for it."""
-    return float(np.nan_to_num(float(value), nan=np.finfo(np.float64).max))
+    """The value, or the largest float where it is not finite: JSON has no infinity."""
+    return float(np.nan_to_num(float(value), nan=sys.float_info.max))
 
 
 def _text(name: str) -> str:

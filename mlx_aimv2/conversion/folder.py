@@ -26,11 +26,12 @@ def save_weights(
     metadata: dict[str, str] = METADATA,
     shard_bytes: int = SHARD_BYTES,
     total_parameters: int | None = None,
+    index_one_file: bool = True,
 ) -> int:
     """Writes lazy tensors as one file or as numbered shards, with the index; returns the bytes of all tensors.
 
     One tensor after another is computed, written and freed. `total_parameters` is for the index where packed tensors
-    hold more numbers than they have elements.
+    hold more numbers than they have elements. PyTorch's readers want no index beside one file (`index_one_file`).
     """
     shards: list[dict[str, mx.array]] = [{}]
     held = total_size = elements = 0
@@ -48,6 +49,8 @@ def save_weights(
         file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         safetensors_file.write(folder / file, shard, metadata=metadata)
+    if count == 1 and not index_one_file:
+        return total_size
     about = {"total_size": total_size, "total_parameters": total_parameters or elements}
     write_json(folder / INDEX_FILE, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
     return total_size
@@ -58,12 +61,14 @@ def save_config(folder: Path, config: dict[str, Any]) -> None:
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
 
 
-def copy_auxiliary_files(source: Path, folder: Path) -> list[str]:
-    """Copies what belongs to a checkpoint beside its weights (preprocessing, tokenizer, licence); returns the names."""
-    copied = []
+def copy_auxiliary_files(source: Path, folder: Path) -> None:
+    """Copies what belongs to a checkpoint beside its weights (preprocessing, tokenizer, licence).
+
+    Raises FileNotFoundError for a source that is gone.
+    """
     for pattern in AUXILIARY_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-                copied.append(file.name)
-    return copied
+    if not (source / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
+        raise FileNotFoundError(f"{source} vanished while it was read; nothing was written")

@@ -1,6 +1,6 @@
-"""What does the model card of a converted folder say: origin, licence, fidelity, and how to use it?
+"""Writes the model card of a converted folder: origin, licence, fidelity, and how to use it.
 
-The Hub reads the YAML at its head, people read the rest.
+The Hub reads the YAML at its head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_aimv2.loading import Source
 FILE = "README.md"
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
-"""What a card says of the terms; carried from the source's card as they stand."""
+"""Fields of a card that are copied from the source's card unchanged."""
 
 TASKS = {False: "image-feature-extraction", True: "zero-shot-image-classification"}
 """The Hub's name for what a model does, by whether it has a text encoder."""
@@ -34,7 +34,7 @@ vector = model.encode_image(pixels, normalize=True)  # (1, {width})
 print(tokens.shape, vector.shape)
 """
 
-_MLX_PAIR = """\
+_MLX_LIT = """\
 import mlx.core as mx
 from mlx_aimv2 import load
 
@@ -63,12 +63,12 @@ def write(
     *,
     source: Source,
     config: Mapping[str, Any],
-    fidelity: Mapping[str, Any] | None,
+    report: Mapping[str, Any] | None,
     hub_name: str | None,
 ) -> None:
     """Writes README.md into a converted folder, replacing what was there.
 
-    `config` is what config.json of the folder holds, `fidelity` what fidelity.json holds, None where nothing was
+    `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
     compared, `hub_name` the repository it will be uploaded to, None for a folder that stays.
     """
     from huggingface_hub import ModelCardData
@@ -84,7 +84,7 @@ def write(
         f"# {title}",
         _introduction(source, config, layout),
         f"## Use\n\nWith {package} installed:\n\n```python\n{snippet}```",
-        _fidelity(fidelity),
+        _fidelity(report),
         _licence(place, source),
     ]
     (place / FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -92,19 +92,19 @@ def write(
 
 def front_matter(place: Path, *, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML at the head of the card, as a dictionary."""
-    is_pair = isinstance(source.config, Aimv2Config)
+    is_lit = isinstance(source.config, Aimv2Config)
     is_mlx = _layout(config) is None
-    theirs = _source_card(source)
+    card = _source_card(source)
     head: dict[str, Any] = {
         "library_name": "mlx" if is_mlx else "transformers",
-        "pipeline_tag": TASKS[is_pair],
+        "pipeline_tag": TASKS[is_lit],
         "tags": ["mlx", "aimv2", "vision"] if is_mlx else ["aimv2", "vision"],
     }
-    if base := source.origin.repo or theirs.get("base_model"):
+    if base := source.origin.repo or card.get("base_model"):
         head["base_model"] = base
         if "quantization" in config:
             head["base_model_relation"] = "quantized"
-    head |= {key: theirs[key] for key in LICENCE_KEYS if key in theirs}
+    head |= {key: card[key] for key in LICENCE_KEYS if key in card}
     link = head.get("license_link")
     if source.origin.repo and isinstance(link, str) and "://" not in link and not (place / link).is_file():
         head["license_link"] = f"{_address(source.origin.repo)}/blob/{source.origin.commit}/{link}"
@@ -112,7 +112,7 @@ def front_matter(place: Path, *, source: Source, config: Mapping[str, Any]) -> d
 
 
 def _source_card(source: Source) -> dict[str, Any]:
-    """The YAML at the head of the source's card; empty where there is none that can be read."""
+    """The YAML at the head of the source's card; empty where there is none or it cannot be read."""
     from huggingface_hub import metadata_load
 
     card = source.origin.folder / FILE
@@ -120,7 +120,7 @@ def _source_card(source: Source) -> dict[str, Any]:
         return {}
     try:
         return metadata_load(card) or {}
-    except Exception:  # a card that is not valid YAML, in whatever way: it says nothing then
+    except Exception:  # a card that is not valid YAML is treated as absent
         return {}
 
 
@@ -129,15 +129,15 @@ def _introduction(source: Source, config: Mapping[str, Any], layout: str | None)
     name = _origin_name(source)
     link = f"[{name}]({_address(name)})" if origin.repo else name
     at = f" (commit `{origin.commit}`)" if origin.commit else ""
-    became = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
-    return f"{link}{at}, converted to {became} by mlx-aimv2 {__version__}: {_precision(config)}."
+    target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
+    return f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}."
 
 
 def _precision(config: Mapping[str, Any]) -> str:
     if packed := config.get("quantization"):
         own = sum(isinstance(value, Mapping) for value in packed.values())
         return f"quantized, {packed.get('mode', 'affine')}" + (
-            f", {own} layers with bits of their own" if own else f", {packed.get('bits')} bits"
+            f", {own} layers with their own bits" if own else f", {packed.get('bits')} bits"
         )
     return f"dense, {config.get('torch_dtype', 'float32')}"
 
@@ -145,7 +145,7 @@ def _precision(config: Mapping[str, Any]) -> str:
 def _snippet(source: Source, layout: str | None) -> str:
     if layout is not None:
         return _PYTORCH[layout]
-    return _MLX_PAIR if isinstance(source.config, Aimv2Config) else _MLX_VISION
+    return _MLX_LIT if isinstance(source.config, Aimv2Config) else _MLX_VISION
 
 
 def _sizes(source: Source) -> dict[str, Any]:
@@ -155,12 +155,12 @@ def _sizes(source: Source) -> dict[str, Any]:
     return {"tokens": tokens, "width": vision.hidden_size}
 
 
-def _fidelity(found: Mapping[str, Any] | None) -> str:
-    title = "## How near is it to the original?"
-    if found is None:
+def _fidelity(report: Mapping[str, Any] | None) -> str:
+    title = "## Fidelity"
+    if report is None:
         return f"{title}\n\nNot measured: the conversion ran with `--no-verify`."
-    lines = [f"| {what} | {value} |" for what, value in rows(found)]
-    warnings = [f"- {warning}" for warning in found["warnings"]]
+    lines = [f"| {what} | {value} |" for what, value in rows(report)]
+    warnings = [f"- {warning}" for warning in report["warnings"]]
     table = "\n".join(["| measured against the source in float32 | |", "|---|---|", *lines])
     return "\n\n".join([title, table, *(["\n".join(warnings)] if warnings else [])])
 
@@ -168,8 +168,8 @@ def _fidelity(found: Mapping[str, Any] | None) -> str:
 def _licence(place: Path, source: Source) -> str:
     name = _source_card(source).get("license_name") or _source_card(source).get("license")
     files = sorted(file.name for file in place.iterdir() if file.name.upper().startswith(("LICEN", "NOTICE")))
-    said = f"The weights keep the terms of their source: {name}." if name else "The source's card names no licence."
-    return f"## Licence\n\n{said}" + (f" See {', '.join(files)}." if files else "")
+    terms = f"The weights keep the terms of their source: {name}." if name else "The source's card names no licence."
+    return f"## Licence\n\n{terms}" + (f" See {', '.join(files)}." if files else "")
 
 
 def _layout(config: Mapping[str, Any]) -> str | None:

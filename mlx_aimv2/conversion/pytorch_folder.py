@@ -1,44 +1,31 @@
-"""How does a model go back to PyTorch: a folder in transformers' or Apple's layout?
-
-Dense weights under that layout's names and axes, its spelling of config.json, and the source's other files.
-"""
+"""Translates a model back to PyTorch: the names and axes of transformers' or Apple's layout, and its config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint.layouts import layout_for
-from mlx_aimv2.checkpoint.read import INDEX_FILE
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
-from mlx_aimv2.conversion import folder
-from mlx_aimv2.loading import Source
 
 METADATA = {"format": "pt"}
 """What PyTorch's readers ask of a safetensors header."""
 
 
-def save(source: Source, weights: Iterator[tuple[str, mx.array]], place: Path, *, layout: str, dtype: mx.Dtype) -> None:
-    """Writes a PyTorch-style folder into `place`: weights under `layout`'s names, its config.json, the auxiliary files.
-
-    `weights` gives `(our name, array)` one after another, dense and in `dtype` already; memory holds one shard.
-    """
-    match = layout_for(layout, pair=isinstance(source.config, Aimv2Config))
-    folder.save_weights(place, match.to_source(weights), metadata=METADATA)
-    if (place / "model.safetensors").is_file():
-        (place / INDEX_FILE).unlink()  # PyTorch's readers expect it only beside shards
-    folder.save_config(place, config_for(source.config, layout) | {"torch_dtype": str(dtype).rpartition(".")[2]})
-    folder.copy_auxiliary_files(source.origin.folder, place)
+def weights_for(
+    weights: Iterable[tuple[str, mx.array]], config: AnyConfig, layout: str
+) -> Iterator[tuple[str, mx.array]]:
+    """Weights under a layout's names and axes, one at a time: `(target name, array), … -> (source name, array), …`."""
+    return layout_for(layout, pair=isinstance(config, Aimv2Config)).to_source(weights)
 
 
 def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:
-    """The content of config.json in a layout's spelling. Raises ValueError for a layout that is not exported."""
-    if layout not in _SPELLINGS:
-        raise ValueError(f"the layouts to export are {' and '.join(_SPELLINGS)}, got {layout}")
-    return _SPELLINGS[layout](config)
+    """The content of config.json in a layout's format. Raises ValueError for a layout that is not exported."""
+    if layout not in _FORMATS:
+        raise ValueError(f"the layouts to export are {' and '.join(_FORMATS)}, got {layout}")
+    return _FORMATS[layout](config)
 
 
 def _transformers(config: AnyConfig) -> dict[str, Any]:
@@ -60,18 +47,18 @@ def _apple(config: AnyConfig) -> dict[str, Any]:
 
 
 def _apple_vision(config: Aimv2VisionConfig) -> dict[str, Any]:
-    values = {key: getattr(config, key) for key in (*_TOWER, "num_channels", "patch_size", "image_size")}
-    # Apple says native by leaving image_size out.
+    values = {key: getattr(config, key) for key in (*_ENCODER_SIZES, "num_channels", "patch_size", "image_size")}
+    # A native model has no image_size in Apple's format.
     return _APPLE_FIXED | {key: value for key, value in values.items() if value is not None}
 
 
 def _apple_text(config: Aimv2TextConfig) -> dict[str, Any]:
-    values = {key: getattr(config, key) for key in (*_TOWER, "vocab_size", "eos_token_id")}
+    values = {key: getattr(config, key) for key in (*_ENCODER_SIZES, "vocab_size", "eos_token_id")}
     return _APPLE_FIXED | values | {"max_context_length": config.max_position_embeddings}
 
 
-_TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+_ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 
 _APPLE_FIXED = {"attention_dropout": 0.0, "projection_dropout": 0.0, "qkv_bias": False, "use_bias": False}
 
-_SPELLINGS: dict[str, Callable[[AnyConfig], dict[str, Any]]] = {"transformers": _transformers, "apple": _apple}
+_FORMATS: dict[str, Callable[[AnyConfig], dict[str, Any]]] = {"transformers": _transformers, "apple": _apple}

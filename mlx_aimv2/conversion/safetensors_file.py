@@ -1,4 +1,4 @@
-"""How does a file of weights get to disk without being in memory: one tensor after another?
+"""Writes a safetensors file one tensor after another, so that its weights are never in memory together.
 
 MLX's own writer takes a whole file's tensors at once, so a shard of 5 GB needs 5 GB. The shapes and dtypes of lazy
 arrays are known before they are computed, so the header can be written first and each tensor computed, written and
@@ -12,7 +12,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -23,16 +23,16 @@ CODES = {
     mx.uint32: "U32",
     mx.uint8: "U8",
 }
-"""How safetensors spells the dtypes that a checkpoint may hold."""
+"""safetensors' names of the dtypes that a checkpoint may hold."""
 
 ALIGNMENT = 8
 
 AHEAD = 4
-"""How many tensors are computed while one is written: of a quantized layer three belong together."""
+"""How many tensors are computed while one is written: a quantized layer has three."""
 
 CACHE_BYTES = 1 << 30
 """Freed buffers that MLX may keep meanwhile. A 3B model uses some 0.5 GB of it; with less every tensor's memory is
-asked of the system anew, which took as long as casting it. On Metal, where there is no limit, they would pile up."""
+requested from the system again, which took as long as casting it. Metal sets no limit, so they would pile up."""
 
 
 def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> None:
@@ -41,20 +41,20 @@ def write(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, st
     Raises OSError when the disk takes no more, or when the file behind a lazy array can no longer be read.
     """
     # A tensor of odd length puts what follows at odd addresses, so those come last, the wider numbers first.
-    order = sorted(tensors, key=lambda name: (_evenness(tensors[name]), name))
+    order = sorted(tensors, key=lambda name: (_padding_order(tensors[name]), name))
     limit = mx.set_cache_limit(CACHE_BYTES)
     try:
         with path.open("wb") as file:
             file.write(_header(order, tensors, metadata))
             for array in _computed(order, tensors):
-                file.write(memoryview(array))  # type: ignore[arg-type]
+                file.write(memoryview(cast("Any", array)))
     finally:
         _settle()
         mx.set_cache_limit(limit)
         mx.clear_cache()
 
 
-def _evenness(array: mx.array) -> int:
+def _padding_order(array: mx.array) -> int:
     """0 for a whole number of eight bytes; of the others those of wider numbers come first."""
     return 0 if array.nbytes % ALIGNMENT == 0 else ALIGNMENT - array.dtype.size
 
@@ -87,12 +87,12 @@ def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.arr
     except RuntimeError as error:
         _settle()
         raise OSError(
-            f"the source can no longer be read at {name}: was it cut or changed meanwhile? ({error})"
+            f"the source can no longer be read at {name}: was it truncated or changed meanwhile? ({error})"
         ) from None
 
 
 def _settle() -> None:
-    """Waits for what is under way. Reads that fail after the first one would else be told by some later call of MLX."""
+    """Waits for what is under way. Reads that fail after the first would else raise in some later call of MLX."""
     for _ in range(AHEAD + 1):
         try:
             mx.synchronize()

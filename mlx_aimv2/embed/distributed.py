@@ -1,4 +1,4 @@
-"""How do several Macs share one list of images, and how does everything come together on the first of them?
+"""Shares one list of images among several Macs and gathers the embeddings on the first of them.
 
 MLX's own engine starts the processes (`mlx.launch`) and carries the bytes. Rank 0 plans and writes; in each round every
 rank embeds one chunk and hands it over. A rank that dies breaks the connection, which ends the others.
@@ -25,14 +25,14 @@ LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 @dataclass
 class Result:
-    """What one rank made of its chunk: embeddings, and what failed or deserves a note as pairs (path, words)."""
+    """What one rank made of its chunk: embeddings, and what failed or deserves a note as pairs (path, reason)."""
 
     embeddings: list[Embedding] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-class RankLostError(OSError):
+class RankLostError(ConnectionError):
     """Another process of the group is gone."""
 
 
@@ -61,7 +61,7 @@ class Ranks:
     def first(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work and every rank gets the result, which must fit JSON.
 
-        Where the work raises, rank 0 raises and the others end without a word.
+        Where the work raises, rank 0 raises and the others end silently.
         """
         if self._group is None:
             return work()
@@ -113,7 +113,7 @@ def _lost(number: int, frame: FrameType | None) -> None:
 
 
 def _ignore_the_launcher() -> None:
-    """Told once that it is over, this process puts what it has on disk; told again, it would break that off."""
+    """After a first SIGTERM this process writes what it has; a second one would interrupt that."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -132,12 +132,12 @@ def _packed(result: Result) -> bytes:
 def _unpacked(data: bytes) -> Result:
     start = 8 + int.from_bytes(data[:8], "little")
     head = json.loads(data[8:start])
-    numbers = np.frombuffer(data[start:], "<f4")
+    values = np.frombuffer(data[start:], "<f4")
     embeddings, done = [], 0
     for path, size, mtime_ns, sha256, shape in head["embeddings"]:
         count = int(np.prod(shape))
-        vector = numbers[done : done + count].reshape(shape)
+        vector = values[done : done + count].reshape(shape)
         embeddings.append(Embedding(path, size, mtime_ns, bytes.fromhex(sha256), vector))
         done += count
-    pairs = ([(path, words) for path, words in head[kind]] for kind in ("failures", "notes"))
+    pairs = ([(path, reason) for path, reason in head[kind]] for kind in ("failures", "notes"))
     return Result(embeddings, *pairs)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import MAX_PATCHES, Decoded, Decoder, Known
-from mlx_aimv2.find_images import list_images, shown
+from mlx_aimv2.find_images import list_images
 from mlx_aimv2.index.reader import Embedding
 
 if TYPE_CHECKING:
@@ -190,8 +190,8 @@ def _finished(images: list[Decoded], batches: list[Batch], fail: OnFailure, advi
 
 
 def _raise(path: str, reason: str) -> None:
-    raise ValueError(f"{shown(path)} {reason}")
+    raise ValueError(f"{path} {reason}")
 
 
 def _warn(path: str, note: str) -> None:
-    warnings.warn(f"{shown(path)} {note}", stacklevel=4)
+    warnings.warn(f"{path} {note}", stacklevel=4)

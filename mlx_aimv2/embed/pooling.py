@@ -1,4 +1,4 @@
-"""Which numbers of one pass through the encoder become an image's embedding?
+"""Pools the tokens of one pass through the encoder into an image's embedding.
 
 pixels (B, H, W, 3) -> (B, D) for `mean` and `head`, (B, N, D) for `tokens`, (B, h, w, D) for `map`
 
@@ -10,16 +10,13 @@ is: no norm, unless `norm` asks for the model's final one. So `layer=-1, norm=Tr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
-
-if TYPE_CHECKING:
-    from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
+from mlx import nn
 
 POOLS = {
     "mean": "the mean over the tokens, (D,)",
-    "head": "the checkpoint's own attention head, projected to where words are in LiT, (E,)",
+    "head": "the checkpoint's own attention head, in LiT projected to the space it shares with text, (E,)",
     "tokens": "every token, (N, D)",
     "map": "every token at its place, (rows, columns, D)",
 }
@@ -31,7 +28,7 @@ AXES = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
 
 @dataclass(frozen=True)
 class Pooling:
-    """How tokens become an embedding; `of` makes one that the model can do."""
+    """How tokens become an embedding; `of` makes one that the model supports."""
 
     pool: str
     layer: int | None = None
@@ -40,13 +37,13 @@ class Pooling:
     @classmethod
     def of(
         cls,
-        model: Aimv2VisionModel | Aimv2Model,
+        model: nn.Module,
         pool: str | None = None,
         *,
         layer: int | None = None,
         norm: bool = False,
     ) -> Pooling:
-        """Checks a wish against the model; without `pool` its head where it has one, else the mean."""
+        """Checks the settings against the model; without `pool` its head where it has one, else the mean."""
         config = model.vision.config
         if pool is None:
             pool = "head" if config.use_head and layer is None else "mean"
@@ -68,12 +65,12 @@ class Pooling:
         """1 for one vector an image, 2 for tokens, 3 for a map."""
         return AXES[self.pool]
 
-    def width(self, model: Aimv2VisionModel | Aimv2Model) -> int:
+    def width(self, model: nn.Module) -> int:
         """D or E, the length of each vector."""
         hidden = model.vision.config.hidden_size
         return int(getattr(model.config, "projection_dim", hidden)) if self.pool == "head" else hidden
 
-    def __call__(self, model: Aimv2VisionModel | Aimv2Model, pixels: mx.array) -> mx.array:
+    def __call__(self, model: nn.Module, pixels: mx.array) -> mx.array:
         """Embeddings of a batch in float32, lazily: `(B, H, W, 3) -> (B, …)` as the pooling says."""
         vision = model.vision
         if self.pool == "head":
@@ -86,11 +83,11 @@ class Pooling:
         return tokens
 
     @staticmethod
-    def _pooled(model: Aimv2VisionModel | Aimv2Model, pixels: mx.array) -> mx.array:
+    def _pooled(model: nn.Module, pixels: mx.array) -> mx.array:
         pooled = None if hasattr(model.config, "projection_dim") else model.vision(pixels).pooler_output
         return model.encode_image(pixels) if pooled is None else pooled
 
-    def _tokens(self, vision: Aimv2VisionModel, pixels: mx.array) -> mx.array:
+    def _tokens(self, vision: nn.Module, pixels: mx.array) -> mx.array:
         if self.layer is None:
             return vision(pixels).last_hidden_state
         # Lazy: the blocks after the layer are never computed.

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.find_images import shown
 from mlx_aimv2.images import name_of, to_rgb
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class Decoder:
             return Decoded(path, failure=_reason(error))
         found = Decoded(path, about.st_size, about.st_mtime_ns, hashlib.sha256(data).digest())
         if self.known is None or not self.known(path, found.sha256):
-            called = [shown(path)]
+            called = [path]
             try:
                 self._decode(found, data, called)
             except Exception as error:  # decoders raise whatever they meet, and one file must not end the run

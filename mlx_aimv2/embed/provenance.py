@@ -1,8 +1,8 @@
-"""Which model and settings made these embeddings, and may embeddings made by others be compared with them?
+"""Describes which model and settings made embeddings, and says whether two descriptions can be compared.
 
-A description is a plain dictionary that JSON holds. Weights are told apart by samples: a few numbers of every tensor
+A description is a plain dictionary that JSON holds. Weights are distinguished by samples: a few values of every tensor
 that no recipe packs into bits (norms, patch embedding, positions), which any dtype changes by less than 2^-8, and a
-digest of numbers from all tensors, which is the same only for the same weights in the same dtype and bits.
+digest of values from all tensors, which is the same only for the same weights in the same dtype and bits.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.checkpoint import read as checkpoint
-from mlx_aimv2.index.reader import damaged
-from mlx_aimv2.loading import DTYPES, AnyModel, load
+from mlx_aimv2.config import dtype_name
+from mlx_aimv2.index.reader import Index, damaged
+from mlx_aimv2.loading import AnyModel, load
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.pooling import Pooling
-    from mlx_aimv2.index.reader import Index
-    from mlx_aimv2.processor import Aimv2Processor
 
 Description = dict[str, Any]
 
 MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
-"""Fields without whose agreement two embeddings have nothing to do with each other, besides the weights."""
+"""Fields that must be equal, besides the weights, for two embeddings to be comparable."""
 
 SHOULD_AGREE = ("dtype", "quantization")
-"""Fields that change the numbers a little."""
+"""Fields that change the values a little."""
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "checkpoint": str,
@@ -47,7 +47,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "max_patches": (int, NoneType),
     "weights": dict,
 }
-"""Fields of a description that are acted on, and their types."""
+"""Fields of a description that are used again, and their types."""
 
 KEPT_DENSE = ("norm", "patch_embed", "pos_embed")
 """Parts of a parameter's path: these are never quantized."""
@@ -64,7 +64,7 @@ class Loaded:
     """A model with its processor, and where they came from."""
 
     model: AnyModel
-    processor: Aimv2Processor
+    processor: Any
     origin: Description
 
 
@@ -75,7 +75,7 @@ def load_with_origin(name: str, *, revision: str | None = None, dtype: str | Non
     origin = {
         "checkpoint": repo or str(path.absolute()),
         "commit": commit,
-        "dtype": next(known for known, value in DTYPES.items() if value == model.dtype),
+        "dtype": dtype_name(model.dtype),
         "quantization": _bits(config.get("quantization")),
     }
     return Loaded(model, processor, origin)
@@ -168,8 +168,8 @@ def _name(description: Mapping[str, Any]) -> str:
     return f"{description.get('checkpoint')}{f' at {commit[:12]}' if commit else ''}"
 
 
-def _samples(arrays: Sequence[mx.array]) -> np.ndarray[Any, Any]:
-    """A few numbers from each array, one after another, in float32."""
+def _samples(arrays: Sequence[mx.array]) -> NDArray[np.float32]:
+    """A few values from each array, one after another, in float32."""
     taken = []
     for array in arrays:
         places = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.int32))

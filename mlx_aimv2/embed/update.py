@@ -1,21 +1,22 @@
-"""How is an index brought up to date with the images that are there now, even if the work breaks off?
+"""Plans what is to be embedded, and puts embeddings into the index so that an interrupted run loses little.
 
 Plan: what is new or changed, what is gone. Update: chunks of embeddings go into the index whole, a few times a second.
-A file whose content the index has under its own or under a vanished name keeps its vector and is not decoded.
+A file whose content the index has under its own or under a vanished name keeps its vector and is not decoded: where the
+old name is gone, wherever it was, the entry moves to the new one.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_aimv2.embed.pipeline import split_into_chunks
-from mlx_aimv2.find_images import Listing, is_gone, is_under
-from mlx_aimv2.index.reader import Embedding, Index
-from mlx_aimv2.index.writer import Copy, IndexWriter
+from mlx_aimv2.find_images import Listing, identity, is_gone, is_under
+from mlx_aimv2.index.reader import Embedding, Index, Stamp
+from mlx_aimv2.index.writer import Copy, IndexWriter, Move
 
 COMMIT_SECONDS = 0.5
 COMMIT_IMAGES = 1024
@@ -26,20 +27,23 @@ COMMIT_IMAGES = 1024
 class Plan:
     """What there is to do, in types that JSON holds.
 
-    `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the
-    digests (hexadecimal) that the index has for names that must be read again; `gone` the names that nothing has any
-    more, by digest.
+    `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the digests
+    (hexadecimal) that the index has for names that must be read again; `vanished` the names in the index that no file
+    has any more, by digest, for every digest that a file to be read may have; `gone` the names to forget; `kept` those
+    whose files are not there and may come back.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
-    gone: dict[str, list[str]] = field(default_factory=dict)
+    vanished: dict[str, list[str]] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     unchanged: int = 0
 
     def known(self, path: str, sha256: bytes) -> bool:
-        """Whether the index has the embedding of this content."""
+        """Whether the index has the embedding of this content under this name or under a vanished one."""
         digest = sha256.hex()
-        return self.changed.get(path) == digest or digest in self.gone
+        return self.changed.get(path) == digest or digest in self.vanished
 
     @property
     def images(self) -> int:
@@ -47,35 +51,86 @@ class Plan:
         return sum(len(chunk) for chunk in self.chunks)
 
 
-def make_plan(listing: Listing, index: Index | None) -> Plan:
-    """Compares the files with the index by size and time of change."""
+def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
+    """Compares the files with the index by size and time of change; with `prune` all that is not there is forgotten.
+
+    A file that the index has under another spelling of its name (a link, another letter case) keeps that name.
+    """
     plan = Plan()
-    for chunk in split_into_chunks(listing.files):  # cut before anything is left out: a batch is the same in every run
-        if todo := [path for path in chunk if not _is_current(path, index, plan)]:
+    stamps = dict(index.stamps()) if index is not None else {}
+    files = _by_known_names(listing.files, stamps)
+    sizes: set[int] = set()
+    for chunk in split_into_chunks(files):  # cut before anything is left out: a batch is the same in every run
+        if todo := [path for path in chunk if not _is_current(path, stamps.get(path), plan, sizes)]:
             plan.chunks.append(todo)
-    if index is not None:
-        present = set(listing.files)
-        named = {os.path.normpath(Path(path).absolute()) for path in listing.missing}
-        for path in index.paths():
-            asked_for = is_under(path, listing.roots) or (path in named and Path(path).parent.is_dir())
-            if path not in present and asked_for and is_gone(path) and (stamp := index.stamp(path)) is not None:
-                plan.gone.setdefault(stamp.sha256.hex(), []).append(path)
+    present = set(files)
+    missing = [path for path in stamps if path not in present and is_gone(path)]
+    for path in missing:
+        if stamps[path].size in sizes:
+            plan.vanished.setdefault(stamps[path].sha256.hex(), []).append(path)
+    _forget(missing, listing, plan, prune=prune)
     return plan
 
 
-def _is_current(path: str, index: Index | None, plan: Plan) -> bool:
-    stamp = index.stamp(path) if index is not None else None
-    if stamp is None:
-        return False
+def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
+    """The same files, those that the index has under another name by that name."""
+    new = [path for path in files if path not in stamps]
+    if not new or not stamps:
+        return files
+    present = set(files)
+    known = {found: path for path in stamps if path not in present and (found := _identity(path)) is not None}
+    same = {path: known[found] for path in new if (found := _identity(path)) in known}
+    return sorted({same.get(path, path) for path in files}, key=os.fsencode) if same else files
+
+
+def _identity(path: str) -> tuple[int, int] | str | None:
+    try:
+        return identity(path, os.stat(path))  # noqa: PTH116 - as below
+    except OSError:
+        return None
+
+
+def _is_current(path: str, stamp: Stamp | None, plan: Plan, sizes: set[int]) -> bool:
     try:
         about = os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
     except OSError:
         return False  # decoding will say why
-    if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
+    if stamp is not None and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
         plan.unchanged += 1
         return True
-    plan.changed[path] = stamp.sha256.hex()
+    if stamp is not None:
+        plan.changed[path] = stamp.sha256.hex()
+    sizes.add(about.st_size)
     return False
+
+
+def _forget(missing: list[str], listing: Listing, plan: Plan, *, prune: bool) -> None:
+    """Divides the names whose files are not there, among what was asked for, into those to forget and those to keep.
+
+    A file is taken for deleted if the folder that it was in is there and holds anything else. An empty folder may be
+    the mount point of a drive that is not plugged in, and a missing one may come back with its drive.
+    """
+    asked = [os.path.normpath(Path(path).absolute()) for path in listing.missing]
+    folders = [*listing.roots, *listing.empty, *asked]
+    holds_something: dict[str, bool] = {}
+    for path in missing:
+        if not is_under(path, folders) and path not in asked:
+            continue
+        folder = os.path.dirname(path)  # noqa: PTH120 - a Path would cost more
+        if folder not in holds_something:
+            holds_something[folder] = _holds_something(folder)
+        if prune or (holds_something[folder] and path not in listing.evicted):
+            plan.gone.append(path)
+        else:
+            plan.kept.append(path)
+
+
+def _holds_something(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(not entry.name.startswith(".") for entry in entries)
+    except OSError:
+        return False
 
 
 class Update:
@@ -85,9 +140,10 @@ class Update:
         self.plan = plan
         self.index = index
         self.create = create
-        self.embedded = self.copied = self.dropped = 0
-        self._pending: list[Embedding | Copy] = []
+        self.embedded = self.copied = self.moved = self.gone = 0
+        self._pending: list[Embedding | Copy | Move] = []
         self._stale: list[str] = []
+        self._moved: dict[str, str] = {}
         self._committed = time.monotonic()
 
     def take(self, chunk: Sequence[Embedding]) -> None:
@@ -97,8 +153,7 @@ class Update:
                 self._pending.append(item)
                 self.embedded += 1
             else:
-                self._pending.append(Copy(item.path, item.size, item.mtime_ns, self._source(item)))
-                self.copied += 1
+                self._pending.append(self._known(item))
         age = time.monotonic() - self._committed
         if age > COMMIT_SECONDS or len(self._pending) >= COMMIT_IMAGES:
             self.commit()
@@ -115,7 +170,7 @@ class Update:
         if self.index is not None and self._pending:
             self.index.add(self._pending)
         if self.index is not None and self._stale:
-            self.dropped += self.index.remove(self._stale)
+            self.gone += self.index.remove(self._stale)
         self._pending, self._stale = [], []
         self._committed = time.monotonic()
 
@@ -123,8 +178,23 @@ class Update:
         """The last commit, after which the images that are gone are gone from the index too."""
         self.commit()
         if self.index is not None and self.plan.gone:
-            self.dropped += self.index.remove(path for paths in self.plan.gone.values() for path in paths)
+            self.gone += self.index.remove(path for path in self.plan.gone if path not in self._moved)
 
-    def _source(self, item: Embedding) -> str:
+    @property
+    def kept(self) -> int:
+        """Images in the index whose files are not there and may come back."""
+        return sum(path not in self._moved for path in self.plan.kept)
+
+    def _known(self, item: Embedding) -> Copy | Move:
+        """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
         digest = item.sha256.hex()
-        return item.path if self.plan.changed.get(item.path) == digest else self.plan.gone[digest][0]
+        if self.plan.changed.get(item.path) == digest:
+            self.copied += 1
+            return Copy(item.path, item.size, item.mtime_ns, item.path)
+        names = self.plan.vanished[digest]
+        if (old := next((name for name in names if name not in self._moved), None)) is not None:
+            self._moved[old] = item.path
+            self.moved += 1
+            return Move(item.path, item.size, item.mtime_ns, old)
+        self.copied += 1
+        return Copy(item.path, item.size, item.mtime_ns, self._moved[names[0]])

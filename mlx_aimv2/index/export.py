@@ -1,4 +1,4 @@
-"""In which files do other tools take an index's embeddings?
+"""Writes an index's embeddings to files that other tools read.
 
 `vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
 tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
@@ -12,14 +12,13 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.safe_write import atomic_file
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 
 def export(index: Index, path: Path, *, kind: str) -> None:
@@ -38,20 +37,21 @@ def target(output: Path, kind: str) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"the export would be {path}, which is a folder: choose another -o")
     if path.exists():
-        start, mark = MARKS[kind]
+        start, signature = SIGNATURES[kind]
         with path.open("rb") as file:
-            head = file.read(start + len(mark))
-        if head and head[start:] != mark:
-            raise FileExistsError(f"the export would replace {path}, which is none of mlx-aimv2: choose another -o")
+            head = file.read(start + len(signature))
+        if head and head[start:] != signature:
+            raise FileExistsError(f"the export would replace {path}, which mlx-aimv2 did not write: choose another -o")
     return path
 
 
 def _npz(index: Index, file: BinaryIO) -> None:
+    npy: Any = np.lib.format  # some versions of NumPy declare no types for it
     paths, shapes = _contents(index)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("vectors.npy", "w", force_zip64=True) as member:
             header = {"descr": "<f4", "fortran_order": False, "shape": (_rows(index, shapes), index.width)}
-            np.lib.format.write_array_header_1_0(member, header)
+            npy.write_array_header_1_0(member, header)
             for entry in index.embeddings():
                 member.write(entry.vector.astype("<f4").tobytes())
         arrays = {"paths": np.array(paths), "provenance": np.array(json.dumps(index.provenance))}
@@ -59,7 +59,7 @@ def _npz(index: Index, file: BinaryIO) -> None:
             arrays["shapes"] = shapes
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                npy.write_array(member, array, allow_pickle=False)
 
 
 def _safetensors(index: Index, file: BinaryIO) -> None:
@@ -92,7 +92,7 @@ def _jsonl(index: Index, file: BinaryIO) -> None:
 WRITERS: dict[str, Callable[[Index, BinaryIO], None]] = {"npz": _npz, "safetensors": _safetensors, "jsonl": _jsonl}
 
 
-MARKS = {
+SIGNATURES = {
     "npz": (30, b"vectors.npy"),
     "safetensors": (8, b'{"__metadata__": {"paths": '),
     "jsonl": (0, b'{"path": '),
@@ -100,7 +100,7 @@ MARKS = {
 """Kind -> by which bytes, and where, a file is known as an export."""
 
 
-def _contents(index: Index) -> tuple[list[str], Array]:
+def _contents(index: Index) -> tuple[list[str], NDArray[Any]]:
     """All paths, and how many tokens each image has, `(P, axes - 1)`."""
     paths = list(index.paths())
     if index.axes == 1:
@@ -108,5 +108,5 @@ def _contents(index: Index) -> tuple[list[str], Array]:
     return paths, np.array([index.vector(path).shape[:-1] for path in paths], np.int64).reshape(len(paths), -1)
 
 
-def _rows(index: Index, shapes: Array) -> int:
+def _rows(index: Index, shapes: NDArray[Any]) -> int:
     return int(shapes.prod(axis=1).sum())

@@ -1,4 +1,4 @@
-"""How does a search look on one page that needs nothing but a browser?
+"""Writes the result of a search as one page that needs nothing but a browser.
 
 The page holds its thumbnails and its style and no script, and tells the browser to run none: whatever a file is called,
 its name is text.
@@ -10,94 +10,76 @@ import base64
 import html
 import io
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import Template
 from urllib.parse import quote
 
-from mlx_aimv2.find_images import shown
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.index.reader import Match
+from mlx_aimv2.index.reader import Index, Match
+from mlx_aimv2.safe_read import expand_user
+from mlx_aimv2.safe_write import atomic_file
 
 THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""
 
 QUALITY = 82
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="referrer" content="no-referrer">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-:root {{
-  color-scheme: light dark;
-  --page: #f5f5f7; --card: #ffffff; --text: #1d1d1f; --quiet: #6e6e73; --line: #e3e3e8; --accent: #0066cc;
-}}
-@media (prefers-color-scheme: dark) {{
-  :root {{
-    --page: #111113; --card: #1c1c1f; --text: #f5f5f7; --quiet: #98989f; --line: #2e2e33; --accent: #4aa3ff;
-  }}
-}}
-* {{ box-sizing: border-box; }}
-body {{
-  margin: 0 auto; max-width: 1440px; padding: 2rem clamp(1rem, 3vw, 3rem) 3rem; background: var(--page);
-  color: var(--text); font: 15px/1.45 -apple-system, BlinkMacSystemFont, "Segoe UI", Roboto, sans-serif;
-}}
-header {{ display: flex; gap: 1.5rem; align-items: center; margin-bottom: 2rem; }}
-header img {{ width: 132px; height: 132px; object-fit: cover; border-radius: 14px; border: 1px solid var(--line); }}
-h1 {{ margin: 0 0 .3rem; font-size: clamp(1.3rem, 2.6vw, 2rem); line-height: 1.2; letter-spacing: -.01em;
-  overflow-wrap: anywhere; }}
-header p {{ margin: 0; color: var(--quiet); overflow-wrap: anywhere; }}
-ol {{ list-style: none; margin: 0; padding: 0; display: grid; gap: 1.1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(46%, 260px), 1fr)); }}
-li {{ background: var(--card); border: 1px solid var(--line); border-radius: 14px; overflow: hidden; }}
-li a {{ display: block; color: inherit; text-decoration: none; }}
-li a:focus-visible {{ outline: 3px solid var(--accent); outline-offset: -3px; border-radius: 14px; }}
-li a:hover .name {{ color: var(--accent); }}
-.frame {{ display: flex; align-items: center; justify-content: center; aspect-ratio: 4 / 3; overflow: hidden;
-  background: var(--line); color: var(--quiet); font-size: 13px; padding: 0; text-align: center; }}
-.frame img {{ width: 100%; height: 100%; object-fit: cover; display: block; }}
-.caption {{ display: flex; gap: .6rem; align-items: baseline; padding: .65rem .8rem .5rem; }}
-.rank {{ color: var(--quiet); font-variant-numeric: tabular-nums; }}
-.name {{ flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
-.score {{ font-weight: 600; font-variant-numeric: tabular-nums; }}
-.bar {{ height: 3px; margin: 0 .8rem .75rem; border-radius: 2px; background: var(--line); }}
-.bar i {{ display: block; height: 100%; border-radius: 2px; background: var(--accent); }}
-</style>
-</head>
-<body>
-<header>{image}<div><h1>{title}</h1><p>{subtitle}</p></div></header>
-<main><ol>
-{cards}
-</ol></main>
-</body>
-</html>
-"""
+PAGE = Path(__file__).parent / "search_page.html"
+CARD = Path(__file__).parent / "search_card.html"
 
-CARD = """<li><a href="{address}" title="{path}">
-<div class="frame">{image}</div>
-<div class="caption"><span class="rank">{rank}</span><span class="name">{name}</span>
-<span class="score">{score:.3f}</span></div>
-<div class="bar"><i style="width:{share:.1f}%"></i></div></a></li>"""
+ENDINGS = (".html", ".htm")
 
 
-def result_page(matches: Sequence[Match], *, words: str | None = None, image: str | None = None, about: str) -> str:
-    """The page for a search by words or by an image's path, as HTML; `about` is the line below the title."""
+def check_page(page: Path, index: Path, image: str | None) -> Path:
+    """The page's path with `~` expanded. Raises ValueError or OSError where writing it would do harm or fail."""
+    page = expand_user(page)
+    folder = page.absolute().parent
+    if page.suffix.lower() not in ENDINGS:
+        raise ValueError(f"--html {page} would be a page: give it a name that ends in {' or '.join(ENDINGS)}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{page.parent} does not exist: make that folder first")
+    if page.is_dir():
+        raise IsADirectoryError(f"--html {page} is a folder: name a file")
+    if page.exists() and any(page.samefile(file) for file in (index, image) if file is not None):
+        raise ValueError(f"--html {page} would replace the index or the image that it shows: choose another name")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to: choose another --html")
+    return page
+
+
+def write_page(
+    page: Path | None, index: Index, matches: Sequence[Match], *, text: str | None = None, image: str | None = None
+) -> Path:
+    """Writes the page for a search by text or by an image's path, without a name into a temporary file; `-> path`."""
+    made = index.provenance
+    name = str(made.get("checkpoint") or "")
+    name = name if made.get("commit") else Path(name).name
+    about = " · ".join(filter(None, (f"{len(matches)} nearest of {len(index):,} images", name, str(index.path))))
+    content = result_page(matches, text=text, image=image, about=about)
+    if page is None:
+        handle, temporary = tempfile.mkstemp(prefix="mlx-aimv2-", suffix=".html")
+        os.close(handle)
+        page = Path(temporary)
+    with atomic_file(page) as file:
+        file.write(content.encode("utf-8"))
+    return page
+
+
+def result_page(matches: Sequence[Match], *, text: str | None = None, image: str | None = None, about: str) -> str:
+    """The page for a search by text or by an image's path, as HTML; `about` is the line below the title."""
     with ThreadPoolExecutor() as pool:
         thumbnails = list(pool.map(thumbnail, [match.path for match in matches]))
     head = thumbnail(image) if image is not None else None
-    title = f"“{words}”" if words is not None else f"Images like {shown(Path(image or '').name)}"
-    cards = (
-        _card(rank, match, data) for rank, (match, data) in enumerate(zip(matches, thumbnails, strict=True), start=1)
-    )
-    return PAGE.format(
-        title=html.escape(title),
-        subtitle=html.escape(about),
+    card = Template(CARD.read_text(encoding="utf-8").rstrip())
+    cards = [
+        _card(card, rank, match, data) for rank, (match, data) in enumerate(zip(matches, thumbnails, strict=True), 1)
+    ]
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=_text(f"“{text}”" if text is not None else f"Images like {Path(image or '').name}"),
+        subtitle=_text(about),
         image=_image(head) if head is not None else "",
         cards="\n".join(cards),
     )
@@ -117,16 +99,21 @@ def thumbnail(path: str) -> bytes | None:
     return stream.getvalue()
 
 
-def _card(rank: int, match: Match, data: bytes | None) -> str:
-    return CARD.format(
+def _card(template: Template, rank: int, match: Match, data: bytes | None) -> str:
+    return template.substitute(
         address=html.escape(f"file://{quote(os.fsencode(match.path))}"),
-        path=html.escape(shown(match.path)),
-        name=html.escape(shown(Path(match.path).name)),
+        path=_text(match.path),
+        name=_text(Path(match.path).name),
         image=_image(data) if data is not None else "cannot be read any more",
         rank=rank,
-        score=match.score,
-        share=100 * max(0.0, min(1.0, match.score)),
+        score=f"{match.score:.3f}",
+        share=f"{100 * max(0.0, min(1.0, match.score)):.1f}",
     )
+
+
+def _text(text: str) -> str:
+    """Any text as HTML that is valid and reads in its order: what is not printable is escaped."""
+    return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 def _image(data: bytes) -> str:

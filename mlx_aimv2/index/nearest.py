@@ -1,4 +1,4 @@
-"""Which of a million vectors in memory are nearest to one, exactly and about as fast as memory can be read?
+"""Finds the vectors nearest to one among a million, exactly and about as fast as memory can be read.
 
 A GPU keeps float16 and multiplies it there; its rounded scores only choose the finalists. A CPU multiplies float32 with
 NumPy's BLAS, so there the vectors are widened once while they are read. Either way the scores returned are computed
@@ -14,10 +14,9 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
-Array: TypeAlias = np.ndarray[Any, Any]
-
-Candidates: TypeAlias = tuple[Array, Array, Array]
+Candidates: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Ids, rows in float32 and scores."""
 
 TILE = 1024
@@ -38,7 +37,7 @@ SLACK = 2.0**-9
 class Vectors:
     """Unit vectors with the ids of their images, in memory."""
 
-    def __init__(self, identities: Array, rows: Array | list[mx.array]) -> None:
+    def __init__(self, identities: NDArray[Any], rows: NDArray[Any] | list[mx.array]) -> None:
         """`identities` (P,) and one array (P, D) of float32, or on a GPU several of float16."""
         self.identities = identities
         self.rows = rows
@@ -72,8 +71,9 @@ class Vectors:
 
     @classmethod
     def _read_gpu(cls, blocks: Iterable[tuple[bytes, bytes]], count: int, width: int, dtype: str) -> Vectors:
-        identities, rows = [np.empty(0, np.int64)], []
-        parts: list[Array] = []
+        identities: list[NDArray[Any]] = [np.empty(0, np.int64)]
+        rows: list[mx.array] = []
+        parts: list[NDArray[Any]] = []
         held = 0
         for members, raw in blocks:
             identities.append(np.frombuffer(members, "<i8"))
@@ -91,7 +91,7 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.identities)
 
-    def scores(self, query: Array) -> Array:
+    def scores(self, query: NDArray[Any]) -> NDArray[Any]:
         """Cosines with a unit vector (D,), each within SLACK / 2 of the truth, `-> (P,)` float32."""
         if isinstance(self.rows, np.ndarray):
             return self.rows @ query.astype(np.float32)
@@ -100,7 +100,7 @@ class Vectors:
         wanted = mx.array(query.astype(np.float32)).astype(self.rows[0].dtype)
         return np.array(mx.concatenate([rows @ wanted for rows in self.rows]).astype(mx.float32))
 
-    def nearest(self, query: Array, k: int) -> tuple[Array, Array]:
+    def nearest(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Ids and exact cosines of the k nearest to a unit vector (D,), and of all that equal the last of them."""
         places = _finalists(self.scores(query), k)
         exact = np.concatenate([np.empty(0), *(self._exact(part, query) for part in _cut(places, TILE))])
@@ -109,13 +109,13 @@ class Vectors:
             places, exact = places[kept], exact[kept]
         return self.identities[places], exact
 
-    def _exact(self, places: Array, query: Array) -> Array:
+    def _exact(self, places: NDArray[Any], query: NDArray[Any]) -> NDArray[Any]:
         rows = self._taken(places).astype(np.float64)
         lengths = np.sqrt((rows * rows).sum(axis=1))
         # Row by row in one fixed order, unlike a BLAS product: equal vectors get equal scores.
         return (rows * query).sum(axis=1) / np.where(lengths == 0, 1.0, lengths)
 
-    def _taken(self, places: Array) -> Array:
+    def _taken(self, places: NDArray[Any]) -> NDArray[Any]:
         """The rows at ascending places."""
         if isinstance(self.rows, np.ndarray):
             return self.rows[places]
@@ -128,8 +128,8 @@ class Vectors:
 
 
 def nearest_in(
-    blocks: Iterable[tuple[bytes, bytes]], query: Array, k: int, *, width: int, dtype: str
-) -> tuple[Array, Array]:
+    blocks: Iterable[tuple[bytes, bytes]], query: NDArray[Any], k: int, *, width: int, dtype: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """What `Vectors.nearest` finds, from blocks that are read once and not kept: for a single search."""
     best = _Best(query, k, width, dtype)
     pending: deque[Future[Candidates]] = deque()
@@ -146,7 +146,7 @@ def nearest_in(
 class _Best:
     """The rows seen so far that can be among the k nearest."""
 
-    def __init__(self, query: Array, k: int, width: int, dtype: str) -> None:
+    def __init__(self, query: NDArray[Any], k: int, width: int, dtype: str) -> None:
         self.query, self.k, self.width, self.dtype = query.astype(np.float32), k, width, dtype
         self.identities, self.rows, self.scores = (
             np.empty(0, "<i8"),
@@ -177,11 +177,11 @@ class _Best:
     def _held(self) -> Candidates:
         return self.identities, self.rows, self.scores
 
-    def _keep(self, identities: Array, rows: Array, scores: Array) -> None:
+    def _keep(self, identities: NDArray[Any], rows: NDArray[Any], scores: NDArray[Any]) -> None:
         self.identities, self.rows, self.scores = identities, rows, scores
 
 
-def _finalists(scores: Array, k: int) -> Array:
+def _finalists(scores: NDArray[Any], k: int) -> NDArray[Any]:
     """Places that can be among the k best: the k-th best of the tiles' maxima is below at least k scores."""
     if len(scores) <= k:
         return np.arange(len(scores))
@@ -190,21 +190,22 @@ def _finalists(scores: Array, k: int) -> Array:
     return np.flatnonzero(scores >= np.partition(best, -k)[-k] - np.float32(SLACK))
 
 
-def _cut(places: Array, size: int) -> Iterable[Array]:
+def _cut(places: NDArray[Any], size: int) -> Iterable[NDArray[Any]]:
     return (places[start : start + size] for start in range(0, len(places), size))
 
 
-def _check_finite(part: Array) -> None:
+def _check_finite(part: NDArray[Any]) -> None:
     """Raises FloatingPointError for Inf and NaN: no vector that was stored has them."""
     if part.dtype == np.float16:  # all larger bit patterns are Inf and NaN; whole numbers compare faster than halves
-        is_finite = part.view(np.int16).max(initial=0) < 0x7C00 and part.view(np.uint16).max(initial=0) < 0xFC00
+        largest = (np.max(part.view(np.int16), initial=0), np.max(part.view(np.uint16), initial=0))
+        is_finite = bool(largest[0] < 0x7C00 and largest[1] < 0xFC00)
     else:
         is_finite = bool(np.isfinite(part).all())
     if not is_finite:
         raise FloatingPointError("vectors that are not finite")
 
 
-def _widen(raw: Array, out: Array) -> None:
+def _widen(raw: NDArray[Any], out: NDArray[Any]) -> None:
     """float16 -> float32 by moving bits, which is several times faster than NumPy's own cast."""
     for start in range(0, len(raw), WIDENED):
         part, wide = raw[start : start + WIDENED], out[start : start + WIDENED]

@@ -1,9 +1,9 @@
-"""How are the embeddings of many images kept in one file, and which images are nearest to a vector?
+"""Reads an index, one file with the embeddings of many images, and finds the images nearest to a vector.
 
 The file is SQLite's. `images` has a row for each image; `blocks` holds their vectors, up to 1024 in a row, because
 reading a million rows one by one takes longer than the search. `blocks.images` lists the ids (int64) of the vectors
 in `blocks.vectors` in the same order. A vector is stored at unit length, its own length beside it in `images`; tokens
-and maps are stored as they are. What writes into it is in `indexing.py`.
+and maps are stored as they are. `writer.py` writes it.
 
 It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
 and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
@@ -19,22 +19,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.nearest import Vectors
 
-Array: TypeAlias = np.ndarray[Any, Any]
 AnyIndex = TypeVar("AnyIndex", bound="Index")
 
 APPLICATION_ID = 0x41494D32
-"""In the file's header, "AIM2": by it a file is recognised as ours."""
+"""In the file's header, "AIM2": an index is recognised by it."""
 
 VERSION = 1
-DTYPES = ("float16", "float32")
+STORED = ("float16", "float32")
+"""Names of the dtypes that vectors may have in the file."""
+
 BUSY_SECONDS = 60.0
 BLOCKS_HELD = 16
 
@@ -50,7 +52,7 @@ class Embedding:
     size: int
     mtime_ns: int
     sha256: bytes
-    vector: Array
+    vector: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Index:
         self.path = path
         self._db = connection
         self._vectors: Vectors | None = None
-        self._blocks: dict[int, tuple[Array, bytes]] = {}
+        self._blocks: dict[int, tuple[NDArray[Any], bytes]] = {}
         about = dict(self._all("SELECT name, value FROM about"))
         try:
             self.provenance: dict[str, Any] = json.loads(about["provenance"])
@@ -96,7 +98,7 @@ class Index:
             raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
         if not isinstance(self.provenance, dict):
             raise damaged(path, "it does not say how it was made")
-        if self.dtype not in DTYPES or self.axes not in AXES or self.width < 1:
+        if self.dtype not in STORED or self.axes not in AXES or self.width < 1:
             raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")
 
     @classmethod
@@ -152,7 +154,14 @@ class Index:
             raise damaged(self.path, f"what it says of {path!r}")
         return Stamp(*rows[0]) if rows else None
 
-    def vector(self, path: str) -> Array:
+    def stamps(self) -> Iterator[tuple[str, Stamp]]:
+        """Every image's path and how its file was when it was read."""
+        for path, *values in self._all("SELECT path, size, mtime_ns, sha256 FROM images"):
+            if [type(value) for value in values] != [int, int, bytes]:
+                raise damaged(self.path, f"what it says of {path!r}")
+            yield self._name(path), Stamp(*values)
+
+    def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
         return self._restored(*self._place(path))
 
@@ -164,7 +173,7 @@ class Index:
             for path, size, mtime_ns, sha256, *place in cursor:
                 yield Embedding(self._name(path), size, mtime_ns, sha256, self._restored(*place))
 
-    def search(self, vector: Array | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
+    def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
@@ -173,7 +182,7 @@ class Index:
         """
         query = np.asarray(vector, np.float64)
         if query.shape != (self.width,):
-            raise ValueError(f"a query here is one vector of {self.width} numbers, got shape {tuple(query.shape)}")
+            raise ValueError(f"a query here is one vector of {self.width} values, got shape {tuple(query.shape)}")
         if not np.isfinite(query).all() or not query.any():
             raise ValueError("a query must be finite and not all zero")
         if k < 1:
@@ -201,7 +210,7 @@ class Index:
                 self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
         return self._vectors
 
-    def _nearest_on_disk(self, query: Array, k: int) -> tuple[Array, Array]:
+    def _nearest_on_disk(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
         from mlx_aimv2.index.nearest import nearest_in
 
         with self._all_blocks() as (blocks, _):
@@ -250,7 +259,7 @@ class Index:
 
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
-    ) -> Array:
+    ) -> NDArray[Any]:
         try:
             vector = np.frombuffer(self._stored(identity, block), self.dtype).astype(np.float32)
             vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
@@ -293,7 +302,7 @@ def plain_errors(path: Path) -> Iterator[None]:
         text = str(error)
         if "not a database" in text:
             raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
-        if any(words in text for words in ("malformed", "no such table", "no such column")):
+        if any(phrase in text for phrase in ("malformed", "no such table", "no such column")):
             raise damaged(path, text) from None
         if "already exists" in text:
             raise FileExistsError(f"{path} already exists: open it, or choose another name") from None

@@ -1,4 +1,4 @@
-"""How do embeddings get into an index file, and out of it again when their images are gone?
+"""Writes embeddings into an index file, and removes them when their images are gone.
 
 Each call is one transaction: all of it is on disk when it returns, or nothing.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from mlx_aimv2.index.reader import (
     APPLICATION_ID,
     AXES,
-    DTYPES,
+    STORED,
     VERSION,
     Embedding,
     Index,
@@ -31,7 +31,7 @@ BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
 
 SCHEMA = f"""
-PRAGMA page_size = 32768;  -- a float16 vector of 1024 numbers fills half of SQLite's usual page
+PRAGMA page_size = 32768;  -- a float16 vector of 1024 values fills half of SQLite's usual page
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
@@ -68,6 +68,16 @@ class Copy:
     source: str
 
 
+@dataclass(frozen=True)
+class Move:
+    """A file with the content of an image whose file is gone: the image's entry gets the file's name."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    source: str
+
+
 class IndexWriter(Index):
     """An index that can be changed."""
 
@@ -77,11 +87,11 @@ class IndexWriter(Index):
     ) -> IndexWriter:
         """Makes an empty index in a file that does not exist or is empty.
 
-        `axes` is 1 for one vector of `width` numbers an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
+        `axes` is 1 for one vector of `width` values an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
-        if dtype not in DTYPES:
-            raise ValueError(f"vectors are stored as {' or '.join(DTYPES)}, not {dtype}")
+        if dtype not in STORED:
+            raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         if axes not in AXES:
             raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
         if path.exists() and (path.is_dir() or path.stat().st_size):
@@ -98,14 +108,19 @@ class IndexWriter(Index):
             db.close()
             raise
 
-    def add(self, images: Iterable[Embedding | Copy]) -> None:
+    def add(self, images: Iterable[Embedding | Copy | Move]) -> None:
         """Stores images, replacing those of the same path.
 
-        Raises ValueError for a vector of another shape than the index's and for numbers beyond its dtype, KeyError for
-        a copy of an image that is not in here.
+        Raises ValueError for a vector of another shape than the index's and for values beyond its dtype, KeyError for
+        a copy or a move of an image that is not in here.
         """
-        rows = [self._copied(item) if isinstance(item, Copy) else self._row(item) for item in images]
+        images = list(images)
+        new = [self._row(item) for item in images if isinstance(item, Embedding)]
         with self._transaction():
+            for item in images:
+                if isinstance(item, Move):
+                    self._move(item)
+            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
             self._remove([columns[0] for columns, _ in rows])
             self._append(rows)
 
@@ -126,7 +141,7 @@ class IndexWriter(Index):
         with np.errstate(over="ignore"):
             stored = vector.astype(self.dtype)
         if not np.isfinite(stored).all():
-            raise ValueError(f"{embedding.path}: numbers beyond {self.dtype}; store float32")
+            raise ValueError(f"{embedding.path}: values beyond {self.dtype}; store float32")
         stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
         return (*stamp, length, rows, columns), stored.tobytes()
 
@@ -136,16 +151,23 @@ class IndexWriter(Index):
         stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
         return (*stamp, *shape), self._stored(identity, block)
 
+    def _move(self, move: Move) -> None:
+        if move.source != move.path:
+            self._place(move.source)  # raises KeyError before the target's entry is removed
+            self._remove([os.fsencode(move.path)])
+        values = (os.fsencode(move.path), move.size, move.mtime_ns, os.fsencode(move.source))
+        self._db.execute("UPDATE images SET path = ?, size = ?, mtime_ns = ? WHERE path = ?", values)
+
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1
         last = self._db.execute("SELECT id, images, vectors FROM blocks ORDER BY id DESC LIMIT 1").fetchone()
         block, members, vectors = last or (0, b"", b"")
         done = 0
         while done < len(rows):
-            room = capacity - len(members) // 8
-            if room <= 0:
-                block, members, vectors, room = block + 1, b"", b"", capacity
-            part = rows[done : done + room]
+            free = capacity - len(members) // 8
+            if free <= 0:
+                block, members, vectors, free = block + 1, b"", b"", capacity
+            part = rows[done : done + free]
             ids = [self._db.execute(INSERT, (*columns, block)).lastrowid for columns, _ in part]
             members += np.array(ids, "<i8").tobytes()
             vectors += b"".join(raw for _, raw in part)

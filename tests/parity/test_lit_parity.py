@@ -37,7 +37,7 @@ SMALL = {
 }  # fmt: skip
 FULL = {"vision_config": {}, "text_config": {}, "projection_dim": 768}
 
-# transformers' name -> Apple's, spelled here once more so that our own table is not both sides of the comparison.
+# transformers' name -> Apple's, written independently of the package's table, which is under test.
 TO_APPLE = {
     "vision_model.": "image_encoder.",
     "text_model.": "text_encoder.",
@@ -84,8 +84,8 @@ def apples(weights: dict) -> dict:
     """transformers' tensors under Apple's names, in Apple's shapes."""
     named = {}
     for name, tensor in weights.items():
-        for theirs, apple in TO_APPLE.items():
-            name = name.replace(theirs, apple)
+        for reference, apple in TO_APPLE.items():
+            name = name.replace(reference, apple)
         named[name] = tensor[None] if name.endswith("pos_embed") else tensor
     for name in [name for name in named if name.endswith("attention.q_proj.weight")]:
         parts = [named.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
@@ -115,9 +115,9 @@ def rows(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(int)
 
 
-def far(ours: mx.array, theirs: "torch.Tensor") -> float:
-    wanted = theirs.detach().numpy()
-    return float(np.abs(np.array(ours) - wanted).max() / np.abs(wanted).max())
+def far(found: mx.array, reference: "torch.Tensor") -> float:
+    wanted = reference.detach().numpy()
+    return float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
 
 
 @pytest.fixture(scope="module")
@@ -128,22 +128,24 @@ def small():
 @pytest.mark.parametrize("masked", ["all", "texts"])
 @pytest.mark.parametrize("layout", ["apple", "transformers"])
 def test_a_small_random_pair(small, layout, masked, tmp_path):
-    ours, _ = load(write(small, tmp_path, layout))
+    model, _ = load(write(small, tmp_path, layout))
     ids, mask = rows(7, 3, 23, 2, 11)
     pixels = np.random.default_rng(4).normal(size=(4, 3, 42, 42)).astype(np.float32)
     with torch.no_grad():
-        theirs = small(
+        reference = small(
             pixel_values=torch.tensor(pixels),
             input_ids=torch.tensor(ids),
             attention_mask=torch.tensor(mask if masked == "texts" else np.ones_like(mask)),
         )
-    got = ours(mx.array(pixels.transpose(0, 2, 3, 1)), mx.array(ids))
+    got = model(mx.array(pixels.transpose(0, 2, 3, 1)), mx.array(ids))
     assert got.logits_per_image.shape == (4, 5)
-    pooled = [(pair.vision_model_output.pooler_output, pair.text_model_output.pooler_output) for pair in (got, theirs)]
+    pooled = [
+        (pair.vision_model_output.pooler_output, pair.text_model_output.pooler_output) for pair in (got, reference)
+    ]
     for mine, wanted in zip(*pooled, strict=True):
         assert far(mine, wanted) <= 1e-5
     for name in ("image_embeds", "text_embeds", "logits_per_image", "logits_per_text"):
-        assert far(getattr(got, name), getattr(theirs, name)) <= 1e-5, name
+        assert far(getattr(got, name), getattr(reference, name)) <= 1e-5, name
 
 
 def test_the_default_attention_of_transformers_is_another_function(small, tmp_path):
@@ -164,18 +166,18 @@ TEMPLATES = ["a photo of a {}", "a blurry photo of the {}.", "itap of my {}."]
 def full(clip, tmp_path_factory) -> Iterator[tuple["transformers.Aimv2Model", Path]]:  # noqa: F811
     """A random pair of the released size and its MLX folder, converted from Apple's layout, with CLIP's vocabulary."""
     place = tmp_path_factory.mktemp("full")
-    theirs = random_pair(FULL, spread=1.0)
-    source = write(theirs, place / "apple", "apple")
+    reference = random_pair(FULL, spread=1.0)
+    source = write(reference, place / "apple", "apple")
     for file in clip[0].iterdir():
         shutil.copy(file, source)
     convert(source, place / "mlx", verify=False)
     shutil.rmtree(source)
-    yield theirs, place / "mlx"
+    yield reference, place / "mlx"
     shutil.rmtree(place)  # 1.7 GB
 
 
 def test_the_full_size_pair_classifies_photographs_as_transformers_does(full, clip, capsys, tmp_path):  # noqa: F811
-    theirs, folder = full
+    reference, folder = full
     photographs = [str(file) for file in bundled.photographs()]
     (tmp_path / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
     flags = [flag for template in TEMPLATES for flag in ("--template", template)]
@@ -189,7 +191,7 @@ def test_the_full_size_pair_classifies_photographs_as_transformers_does(full, cl
     _, processor = load(folder, lazy=True)
     pixels = torch.tensor(np.array(processor(photographs)).transpose(0, 3, 1, 2))
     with torch.no_grad():
-        pair = theirs(pixel_values=pixels, **tokens)
+        pair = reference(pixel_values=pixels, **tokens)
     means = pair.text_embeds.reshape(len(LABELS), len(TEMPLATES), -1).mean(dim=1)
     wanted = 100 * pair.image_embeds @ (means / means.norm(dim=1, keepdim=True)).T
     assert [answer["path"] for answer in answers] == photographs

@@ -23,17 +23,17 @@ def photograph(name: str) -> Image.Image:
     return Image.fromarray(getattr(data, name)())
 
 
-def theirs(image: Image.Image, settings: dict) -> np.ndarray:
+def reference(image: Image.Image, settings: dict) -> np.ndarray:
     pixels = CLIPImageProcessorPil(**settings)(image, return_tensors="np")["pixel_values"]
     return np.asarray(pixels[0]).transpose(1, 2, 0)
 
 
 def difference(image: Image.Image, settings: dict, folder) -> float:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    ours = Aimv2Processor.from_folder(folder).pixels(image)
-    wanted = theirs(image, settings)
-    assert ours.shape == wanted.shape
-    return float(np.abs(ours - wanted).max())
+    processed = Aimv2Processor.from_folder(folder).pixels(image)
+    wanted = reference(image, settings)
+    assert processed.shape == wanted.shape
+    return float(np.abs(processed - wanted).max())
 
 
 @pytest.mark.parametrize("size", [224, 336, 448, None])
@@ -106,24 +106,24 @@ def test_a_jpeg_of_a_turned_camera_is_what_load_image_gives(tmp_path, orientatio
     tag[0x0112] = orientation
     file = tmp_path / "phone.jpg"
     photograph("coffee").save(file, exif=tag)
-    ours = Aimv2Processor(published(224)).pixels(file)
-    assert np.abs(ours - theirs(load_image(str(file)), to_clip(published(224)))).max() <= 1e-6
+    processed = Aimv2Processor(published(224)).pixels(file)
+    assert np.abs(processed - reference(load_image(str(file)), to_clip(published(224)))).max() <= 1e-6
 
 
 def test_arrays_are_what_images_are(tmp_path):
     array = data.coffee()
-    ours = Aimv2Processor(published(224)).pixels(array)
-    assert np.abs(ours - theirs(array, to_clip(published(224)))).max() <= 1e-6
+    processed = Aimv2Processor(published(224)).pixels(array)
+    assert np.abs(processed - reference(array, to_clip(published(224)))).max() <= 1e-6
 
 
 @pytest.mark.parametrize("size", [336, None])
 def test_what_we_save_transformers_reads(tmp_path, size):
-    ours = Aimv2Processor(published(size))
-    ours.save_to(tmp_path)
+    processed = Aimv2Processor(published(size))
+    processed.save_to(tmp_path)
     processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
     image = photograph("rocket")
     wanted = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    assert np.abs(ours.pixels(image) - wanted).max() <= 1e-6
+    assert np.abs(processed.pixels(image) - wanted).max() <= 1e-6
 
 
 def test_what_transformers_saves_we_read(tmp_path):

@@ -29,7 +29,7 @@ SIZES = {
 }
 """hidden, intermediate, blocks, heads, pixels; None is a native model, which sees 58 x 44 pixels."""
 
-# transformers' name -> Apple's, spelled here once more so that our own table is not both sides of the comparison.
+# transformers' name -> Apple's, written independently of the package's table, which is under test.
 TO_APPLE = {
     "embeddings.patch_embed.": "preprocessor.patchifier.proj.",
     "embeddings.rms_norm.": "preprocessor.patchifier.norm.",
@@ -77,8 +77,8 @@ def write(model: transformers.Aimv2VisionModel, folder: Path, layout: str) -> Pa
         return folder
     named = {}
     for name, tensor in model.state_dict().items():
-        for theirs, apples in TO_APPLE.items():
-            name = name.replace(theirs, apples)
+        for reference, apples in TO_APPLE.items():
+            name = name.replace(reference, apples)
         name = name.replace("rms_norm.weight", "trunk.post_trunk_norm.weight") if name == "rms_norm.weight" else name
         named[name] = tensor[None] if name.endswith("pos_embed") else tensor
     for name in [name for name in named if name.endswith("attention.q_proj.weight")]:
@@ -110,17 +110,17 @@ def in_float64(model: transformers.Aimv2VisionModel, pixels: np.ndarray, monkeyp
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", [3, 5])
 def test_every_hidden_state_is_as_near_to_float64_as_torchs(tmp_path, monkeypatch, size, layout, seed):
-    theirs = random_model(size, seed)
+    reference = random_model(size, seed)
     side = SIZES[size][4]
     shape = (2, 3, side, side) if side else (2, 3, 58, 44)
     pixels = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    ours = load(write(theirs, tmp_path / layout, layout))[0](
+    actual = load(write(reference, tmp_path / layout, layout))[0](
         mx.array(pixels.transpose(0, 2, 3, 1)), output_hidden_states=True
     )
     with torch.no_grad():
-        single = theirs(torch.from_numpy(pixels), output_hidden_states=True)
-    exact = in_float64(theirs, pixels, monkeypatch)
-    found = [*ours.hidden_states, ours.last_hidden_state]
+        single = reference(torch.from_numpy(pixels), output_hidden_states=True)
+    exact = in_float64(reference, pixels, monkeypatch)
+    found = [*actual.hidden_states, actual.last_hidden_state]
     torchs = [*single.hidden_states, single.last_hidden_state]
     assert len(found) == len(torchs) == len(exact)
     for our, torch_, true in zip(found, torchs, exact, strict=True):

@@ -1,4 +1,4 @@
-"""Are our ids those of transformers' CLIP tokenizer, with the real vocabulary of 49,408 tokens?"""
+"""The ids are those of transformers' CLIP tokenizer, with the real vocabulary of 49,408 tokens."""
 
 import gzip
 import importlib.util
@@ -58,10 +58,10 @@ def clip(tmp_path_factory):
     (split / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (split / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    theirs = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    reference = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     joined = tmp_path_factory.mktemp("joined")
-    theirs.save_pretrained(joined)
-    return split, joined, theirs
+    reference.save_pretrained(joined)
+    return split, joined, reference
 
 
 def texts() -> list[str]:
@@ -80,20 +80,20 @@ def texts() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("spelling", ["vocab.json and merges.txt", "tokenizer.json"])
-def test_ids_of_the_real_vocabulary(clip, spelling):
-    split, joined, theirs = clip
-    ours = Tokenizer.from_folder(joined if spelling == "tokenizer.json" else split, config=Aimv2TextConfig())
-    assert (ours.bos, ours.eos, ours.context) == (49406, 49407, 77)
+@pytest.mark.parametrize("files", ["vocab.json and merges.txt", "tokenizer.json"])
+def test_ids_of_the_real_vocabulary(clip, files):
+    split, joined, reference = clip
+    tokenizer = Tokenizer.from_folder(joined if files == "tokenizer.json" else split, config=Aimv2TextConfig())
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.context) == (49406, 49407, 77)
     every = texts()
-    wanted = theirs(every, truncation=True, max_length=77, padding=True)["input_ids"]
-    got = ours(every).tolist()
+    wanted = reference(every, truncation=True, max_length=77, padding=True)["input_ids"]
+    got = tokenizer(every).tolist()
     assert [text for text, mine, other in zip(every, got, wanted, strict=True) if mine != other] == []
 
 
 def test_known_ids_of_openais_clip(clip):
-    ours = Tokenizer.from_folder(clip[0], config=Aimv2TextConfig())
-    assert ours("a photo of a cat").tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407]]
+    tokenizer = Tokenizer.from_folder(clip[0], config=Aimv2TextConfig())
+    assert tokenizer("a photo of a cat").tolist() == [[49406, 320, 1125, 539, 320, 2368, 49407]]
 
 
 def test_open_clips_own_tokenizer_agrees_on_plain_text(clip):
@@ -105,17 +105,17 @@ def test_open_clips_own_tokenizer_agrees_on_plain_text(clip):
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    theirs = module.SimpleTokenizer(bpe_path=str(bundled(MERGES)))
-    ours = Tokenizer.from_folder(clip[0], config=Aimv2TextConfig())
+    reference = module.SimpleTokenizer(bpe_path=str(bundled(MERGES)))
+    tokenizer = Tokenizer.from_folder(clip[0], config=Aimv2TextConfig())
     dice = random.Random(11)
     plain = [ENGLISH.format(*dice.choices(["cat", "3 dogs", "x-ray", "O'Brien"], k=4)) for _ in range(50)]
     for text in plain:
-        assert ours(text)[0].tolist() == [49406, *theirs.encode(text), 49407], text
+        assert tokenizer(text)[0].tolist() == [49406, *reference.encode(text), 49407], text
 
 
 def test_the_golden_ids_are_still_transformers_own():
-    theirs = transformers.CLIPTokenizer.from_pretrained(GOLDEN)
+    reference = transformers.CLIPTokenizer.from_pretrained(GOLDEN)
     golden = json.loads((GOLDEN / "ids.json").read_text(encoding="utf-8"))
     assert [row["text"] for row in golden] == HARD
     for row in golden:
-        assert theirs(row["text"], truncation=True, max_length=77)["input_ids"] == row["ids"], row["text"]
+        assert reference(row["text"], truncation=True, max_length=77)["input_ids"] == row["ids"], row["text"]

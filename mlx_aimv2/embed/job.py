@@ -1,0 +1,292 @@
+"""Brings an index up to date with the images that are there now: list, compare, embed, write, export."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
+from mlx_aimv2.embed.embedder import Embedder, Settings
+from mlx_aimv2.embed.provenance import differences, made_by
+from mlx_aimv2.embed.update import Plan, Update, make_plan
+from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
+from mlx_aimv2.index.export import export, target
+from mlx_aimv2.index.writer import IndexWriter
+
+Report = Callable[[str], None]
+"""Takes a sentence about an image that failed or a folder without images."""
+
+OnProgress = Callable[[int, int], None]
+"""Takes how many images are done and how many there are to do."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an update did, in images.
+
+    `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
+    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts, by
+    suffix or by the pattern or name that excluded them, files and folders that were not looked at. `is_made` is False
+    where there is no index, as nothing could be embedded.
+    """
+
+    images: int
+    embedded: int
+    recognised: int
+    moved: int
+    unchanged: int
+    kept: int
+    gone: int
+    failed: int
+    passed_over: dict[str, int]
+    is_made: bool
+
+
+def update_index(
+    paths: Iterable[str],
+    output: Path,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    pool: str | None = None,
+    layer: int | None = None,
+    norm: bool = False,
+    max_patches: int | None = None,
+    threads: int | None = None,
+    store: str | None = None,
+    export_kind: str | None = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    prune: bool = False,
+    report: Report | None = None,
+    on_progress: OnProgress | None = None,
+) -> Summary | None:
+    """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
+
+    A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. Images whose
+    files may come back, on a drive that is not plugged in, stay in the index unless `prune` is set. `exclude` and
+    `include` are glob patterns (`exclude.Rules`).
+
+    `-` among the paths reads names from stdin. Without a model, and where other settings are left out, an index that
+    exists keeps its own. `store` is the dtype of the vectors in a new index, float16 or float32; `export_kind` writes
+    everything beside the index too (npz, safetensors or jsonl).
+
+    Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Images that fail go to `report`, notes
+    are warnings. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
+    was done until then is kept.
+    """
+    for name, count in (("--threads", threads), ("--max-patches", max_patches)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    ranks = Ranks()
+    given = {"model": model, "revision": revision, "dtype": dtype, "pool": pool, "layer": layer}
+    given |= {"norm": norm, "max_patches": max_patches}
+    listing = {"exclude": tuple(exclude), "include": tuple(include)}
+    report, on_progress = report or warnings.warn, on_progress or (lambda done, total: None)
+    job = _Job(output, ranks, store, export_kind, listing, prune, report, on_progress)
+    try:
+        return _run(job, ranks, paths, given, threads)
+    except RankLostError as error:
+        count = len(job.index) if job.index is not None else 0
+        kept = f"; {output} keeps {count:,} images" if count else "; nothing is stored yet"
+        raise RankLostError(
+            f"rank {ranks.rank}: {error}{kept if ranks.rank == 0 else ''}; run it again to go on"
+        ) from None
+    finally:
+        if job.index is not None:
+            job.index.close()
+
+
+def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: dict[str, Any], threads: int | None) -> Summary | None:
+    prepared = ranks.first(lambda: job.prepare(paths, given))
+    settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
+    embedder = Embedder.load(settings)
+    digest = ranks.first(lambda: job.agree(embedder.description))
+    if digest != embedder.description["weights"]["digest"]:
+        raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
+    update = Update(plan, job.index, lambda: job.create(embedder.description, embedder.pooling.axes))
+    mine = Result()
+    results = embedder(
+        my_chunks(plan.chunks, ranks),
+        threads=threads,
+        on_failure=lambda path, reason: mine.failures.append((path, reason)),
+        on_note=lambda path, note: mine.notes.append((path, note)),
+        known=plan.known,
+    )
+    try:
+        for embeddings in results:
+            mine.embeddings = embeddings
+            for result in ranks.gather(mine):
+                if ranks.rank == 0:
+                    job.take(result, update)
+            mine.failures.clear()
+            mine.notes.clear()
+        ranks.first(lambda: job.finish(update, mine))
+    except RankLostError:
+        update.commit()
+        raise
+    except RuntimeError as error:  # MLX's own: no memory on the device, most likely
+        update.commit()
+        raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
+    except KeyboardInterrupt:
+        update.commit()
+        raise KeyboardInterrupt("what was done is kept, run it again to go on") from None
+    return job.summary(update) if ranks.rank == 0 else None
+
+
+@dataclass
+class _Job:
+    """What rank 0 does alone: list, compare, write, report."""
+
+    output: Path
+    ranks: Ranks
+    store: str | None
+    export_kind: str | None
+    rules: dict[str, tuple[str, ...]]
+    prune: bool
+    report: Report
+    on_progress: OnProgress
+    index: IndexWriter | None = None
+    failed: int = 0
+    done: int = 0
+    export_to: Path | None = None
+    passed_over: dict[str, int] = field(default_factory=dict)
+
+    def prepare(self, paths: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
+        """The settings and the plan, for all ranks."""
+        self._check_output()
+        settings = self._settings(given)
+        listing = self._list(paths)
+        plan = make_plan(listing, self.index, prune=self.prune)
+        if plan.kept:
+            self.report(
+                f"{len(plan.kept):,} images of {self.output} are not there, the first {plan.kept[0]}: they are kept, "
+                "since a drive may be unplugged or iCloud may have moved them; --prune forgets them"
+            )
+        self.passed_over = {**listing.suffixes, **listing.excluded}
+        return {"settings": asdict(settings), "plan": asdict(plan)}
+
+    def _check_output(self) -> None:
+        folder = self.output.absolute().parent
+        if self.output.exists() and (self.output.is_dir() or self.output.stat().st_size):
+            self.index = IndexWriter.open(self.output)
+            if not os.access(self.output, os.W_OK):
+                raise PermissionError(f"{self.output} cannot be written to")
+        elif not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist: make that folder first, or choose another -o")
+        if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
+            raise PermissionError(f"{folder} cannot be written to: choose another -o")
+        if self.export_kind is not None:
+            self.export_to = target(self.output, self.export_kind)
+
+    def _settings(self, given: dict[str, Any]) -> Settings:
+        """The given settings and, where they say nothing, those of the index."""
+        if self.index is None:
+            if given["model"] is None:
+                raise ValueError(f"{self.output} does not exist yet: say with which model to make it, -m MODEL")
+            return Settings(**given)
+        stored = made_by(self.index)
+        if self.store is not None and self.store != self.index.dtype:
+            raise ValueError(f"{self.output} stores {self.index.dtype}: leave --store out, or choose another -o")
+        kept = {name: stored[name] for name in ("pool", "layer", "norm", "max_patches")}
+        if given["model"] is None:
+            kept |= {"model": stored["checkpoint"], "revision": stored["commit"], "dtype": stored["dtype"]}
+        return Settings(
+            **(kept | {name: value for name, value in given.items() if value is not None and value is not False})
+        )
+
+    def _list(self, paths: Iterable[str]) -> Listing:
+        names: list[str] = []
+        for path in paths:
+            if path != "-":
+                names.append(path)
+            elif self.ranks.size > 1:
+                raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
+            else:
+                names += read_list(sys.stdin.buffer.read())
+        listing = list_images(names, **self.rules)
+        for path in listing.empty:
+            kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
+            self.report(f"no images in {path}{kept}")
+        missing = [path for path in listing.missing if not (self.prune and self._holds(path))]
+        self._fail([(path, "does not exist") for path in missing])
+        self._fail(listing.problems)
+        if not listing.files and not listing.problems and not self.prune:
+            raise FileNotFoundError(f"no images found: looked for names that end in {' '.join(SUFFIXES)}")
+        return listing
+
+    def _holds(self, given: str) -> bool:
+        """Whether the index has anything at a path or below it."""
+        path = os.path.normpath(Path(given).absolute())
+        return self.index is not None and any(known == path or is_under(known, [path]) for known in self.index.paths())
+
+    def agree(self, description: dict[str, Any]) -> str:
+        """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
+        refused, notes = differences(self.index.provenance, description) if self.index is not None else ([], [])
+        if refused:
+            raise ValueError(
+                f"{self.output} was made with other settings, so new embeddings could not be compared with it: "
+                f"{'; '.join(refused)}. Use the same settings or another -o"
+            )
+        if notes:
+            warnings.warn(
+                f"the new images are embedded a little differently from those in {self.output} "
+                f"({'; '.join(notes)}): leave -m and --dtype out to keep its settings",
+                stacklevel=1,
+            )
+        return str(description["weights"]["digest"])
+
+    def create(self, description: dict[str, Any], axes: int) -> IndexWriter:
+        """Makes the index, when the first embeddings are there."""
+        dtype, width = self.store or "float16", description["width"]
+        try:
+            self.index = IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
+        except FileExistsError:
+            raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
+        return self.index
+
+    def take(self, result: Result, update: Update) -> None:
+        """Reports failures and notes, and passes the embeddings on."""
+        self._fail(result.failures)
+        for path, _ in result.failures:
+            update.fail(path)
+        for path, note in result.notes:
+            warnings.warn(f"{path} {note}", stacklevel=1)
+        update.take(result.embeddings)
+        self.done += len(result.embeddings) + len(result.failures)
+        self.on_progress(self.done, update.plan.images)
+
+    def finish(self, update: Update, last: Result) -> bool:
+        """Writes what is left, and the export."""
+        last.embeddings = []
+        self.take(last, update)
+        update.finish()
+        if self.export_to is not None and self.export_kind is not None and self.index is not None:
+            export(self.index, self.export_to, kind=self.export_kind)
+        return True
+
+    def summary(self, update: Update) -> Summary:
+        """What was done."""
+        return Summary(
+            images=len(self.index) if self.index is not None else 0,
+            embedded=update.embedded,
+            recognised=update.copied,
+            moved=update.moved,
+            unchanged=update.plan.unchanged,
+            kept=update.kept,
+            gone=update.gone,
+            failed=self.failed,
+            passed_over=self.passed_over,
+            is_made=self.index is not None,
+        )
+
+    def _fail(self, failures: list[tuple[str, str]]) -> None:
+        for path, reason in failures:
+            self.failed += 1
+            self.report(f"{path} {reason}")

@@ -1,0 +1,187 @@
+"""A damaged or malicious checkpoint ends in one line that names what is wrong."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlx_aimv2 import cli, load
+from mlx_aimv2.convert import convert
+from mlx_aimv2.loading import read_source
+
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
+
+
+@pytest.fixture
+def fixed(tmp_path):
+    return Path(shutil.copytree(REFERENCE / "fixed", tmp_path / "fixed"))
+
+
+@pytest.fixture
+def lit(tmp_path):
+    return Path(shutil.copytree(REFERENCE / "lit", tmp_path / "lit"))
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308, 1.5, 0, -1])
+def test_an_epsilon_that_makes_nonsense(fixed, value):
+    edit(fixed, rms_norm_eps=value)
+    assert "rms_norm_eps must be" in refusal(fixed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_size", 10**30),
+        ("intermediate_size", 10**30),
+        ("num_hidden_layers", 10**8),
+        ("num_hidden_layers", 10**6),
+        ("hidden_size", [1, [2]]),
+        ("patch_size", [[14]]),
+        ("num_attention_heads", 10**30),
+    ],
+)
+def test_sizes_that_cannot_be_are_named_before_a_model_is_built(fixed, key, value):
+    edit(fixed, **{key: value})
+    assert key in refusal(fixed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_logit_scale", float("nan")), ("max_logit_scale", -5.0), ("projection_dim", -1), ("projection_dim", 10**30)],
+)
+def test_numbers_of_the_pair(lit, key, value):
+    edit(lit, **{key: value})
+    assert key in refusal(lit)
+
+
+@pytest.mark.parametrize("eos", [-7, [[]], [], 10**12])
+def test_an_end_of_text_that_is_no_id(lit, eos):
+    config = json.loads((lit / "config.json").read_text())
+    edit(lit, text_config=config["text_config"] | {"eos_token_id": eos})
+    assert "eos_token_id" in refusal(lit)
+
+
+@pytest.mark.parametrize("arguments", [["num_heads"], "num_heads", 3])
+def test_timms_arguments_of_another_kind(fixed, arguments):
+    edit(fixed, pretrained_cfg={"input_size": [3, 42, 42]}, model_args=arguments)
+    assert "model_args must be an object" in refusal(fixed)
+
+
+@pytest.mark.parametrize(
+    "name", ["trunk.blocks.0.mlp.fc1.weight", "preprocessor.pos_embed", "trunk.blocks.0.attn.qkv.weight"]
+)
+def test_a_tensor_without_axes_is_named(fixed, name):
+    tensors = load_file(fixed / "model.safetensors")
+    tensors[name] = np.array(1, np.float32)
+    save_file(tensors, fixed / "model.safetensors")
+    assert name in refusal(fixed)
+
+
+@pytest.mark.parametrize("name", ["text_encoder.preprocessor.positional_embedding", "image_projector.weight"])
+def test_a_tensor_of_the_pair_without_axes_is_named(lit, name):
+    tensors = load_file(lit / "model.safetensors")
+    tensors[name] = np.array(1, np.float32)
+    save_file(tensors, lit / "model.safetensors")
+    assert name in refusal(lit)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", "[1]", '"x"', "{"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_json_that_is_none(fixed, file, text):
+    (fixed / file).write_text(text)
+    assert file in refusal(fixed)
+
+
+def test_a_byte_order_mark_is_harmless(fixed):
+    text = (fixed / "config.json").read_bytes()
+    (fixed / "config.json").write_bytes(b"\xef\xbb\xbf" + text)
+    load(fixed)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_place_of_config_json_is_not_waited_for(fixed):
+    (fixed / "config.json").unlink()
+    os.mkfifo(fixed / "config.json")
+    assert "config.json" in refusal(fixed)
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["x", [1], 5, {"group_size": 32, "bits": 4.0}, {"mode": []}, {"bits": 8, "blocks.0.attn.qkv": "x"}, {"bits": True}],
+)
+def test_a_quantization_section_of_another_kind(fixed, tmp_path, section):
+    convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    edit(tmp_path / "mlx", quantization=section)
+    assert "quantization" in refusal(tmp_path / "mlx")
+
+
+def test_the_home_of_nobody_is_no_traceback(capsys):
+    assert cli.main(["info", "~nosuchuser/x"]) == 2
+    assert capsys.readouterr().err.startswith("mlx-aimv2: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("blocks.0.attn.qkv.scales", np.uint32),
+        ("norm.weight", np.uint32),
+        ("blocks.0.attn.qkv.weight", np.float32),
+    ],
+)
+def test_a_tensor_of_a_quantized_folder_in_another_dtype_is_named(fixed, tmp_path, name, dtype):
+    packed = convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    tensors = load_file(packed / "model.safetensors")
+    tensors[name] = tensors[name].astype(dtype)
+    save_file(tensors, packed / "model.safetensors")
+    assert f"{name} is {np.dtype(dtype)}" in refusal(packed)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8"])
+def test_the_scales_of_the_other_modes_are_bytes(fixed, tmp_path, mode):
+    load(convert(fixed, tmp_path / "mlx", quantize=True, q_mode=mode, verify=False))
+
+
+def test_an_entry_for_a_layer_that_there_is_not_is_named(fixed, tmp_path):
+    packed = convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    edit(packed, quantization={"group_size": 32, "bits": 8, "blocks.99.attn.qkv": False})
+    assert "blocks.99.attn.qkv" in refusal(packed)
+
+
+def test_a_path_that_mlx_cannot_open_is_named_as_such(fixed, tmp_path):
+    target = tmp_path / os.fsdecode(b"src\xff")
+    try:
+        fixed.rename(target)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert "not UTF-8" in refusal(target)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("image_std", [1e-300] * 3), ("rescale_factor", 1e300), ("rescale_factor", 10**400), ("size", 100_000)],
+)
+def test_preprocessing_that_leaves_no_image(fixed, key, value):
+    file = fixed / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert f"preprocessor_config.json: {key} must be" in refusal(fixed)
+
+
+def test_a_size_with_a_part_of_a_patch_over_is_no_disagreement(fixed):
+    edit(fixed, image_size=43)
+    assert read_source(fixed).config.num_patches == 9

@@ -1,0 +1,288 @@
+"""Checkpoints come from the Hub at the right commit, without a file too many, and folders are uploaded to it.
+
+Each case runs in a process of its own, because huggingface_hub reads its environment when it is imported.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mlx_aimv2.checkpoint.hub import download
+from mlx_aimv2.config import RELEASED
+from tests.loopback import TOKEN, Hub, serve
+from tests.small_models import FIXED
+
+NAME = "apple/aimv2-large-patch14-224"
+PIN = RELEASED[NAME.removeprefix("apple/")].commit
+MAIN = "f" * 40
+DECOYS = ("mlx_model.safetensors", "flax_model.msgpack", "modeling_aimv2.py", "aimv2_overview_light.png")
+
+
+@pytest.fixture
+def hub():
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def released(tmp_path, hub) -> Hub:
+    """A repository as Apple's: its own layout at the pinned commit, another model on main, and files nobody needs."""
+    folder = Path(shutil.copytree(FIXED, tmp_path / "released"))
+    (folder / "expected.npz").unlink()
+    for decoy in DECOYS:
+        (folder / decoy).write_bytes(b"not to be fetched")
+    (folder / "LICENSE").write_text("terms")
+    (folder / "README.md").write_text("---\nlicense: apple-amlr\n---\n")
+    hub.publish(NAME, PIN, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    hub.publish(NAME, MAIN, folder)
+    return hub
+
+
+def run(hub: Hub, home: Path, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of Python against the loopback Hub."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; argv = sys.argv\n{code}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=inherited | hub.environment(home, **environment),
+        timeout=60,
+    )
+
+
+def requests_like(module: str, name: str) -> Exception:
+    """An error as an HTTP library raises it, which is no OSError."""
+    return type(name, (Exception,), {"__module__": module})("the peer\nwent away")
+
+
+READ = """
+from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.loading import read_source
+def work():
+    source = read_source(argv[1], revision=argv[2] if len(argv) > 2 else None)
+    print(source.origin.repo, source.origin.commit, source.config.rms_norm_eps, source.layout)
+    return 0
+sys.exit(one_line_errors(work))
+"""
+
+
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stdout
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("mlx-aimv2: ")
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def test_a_released_checkpoint_comes_at_its_pinned_commit_with_only_the_files_needed(released, tmp_path):
+    result = run(released, tmp_path / "home", READ, NAME)
+    assert result.stdout.split() == [NAME, PIN, "1e-05", "apple"], result.stderr
+    assert released.fetched() == [
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    asked = len(released.requests)
+    offline = run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1")
+    assert offline.stdout == result.stdout, offline.stderr
+    assert len(released.requests) == asked, "offline asks nothing"
+
+
+def test_a_revision_overrides_the_pinned_commit(released, tmp_path):
+    result = run(released, tmp_path / "home", READ, NAME, "main")
+    assert result.stdout.split() == [NAME, MAIN, "0.25", "apple"], result.stderr
+
+
+def test_a_repository_of_somebody_else_comes_from_main_and_may_hold_shards(hub, tmp_path):
+    from mlx_aimv2.conversion.folder import save_weights
+    from mlx_aimv2.convert import convert
+
+    defaults = save_weights.__kwdefaults__["shard_bytes"]
+    save_weights.__kwdefaults__["shard_bytes"] = 400_000
+    try:
+        folder = convert(FIXED, tmp_path / "mlx", verify=False)
+    finally:
+        save_weights.__kwdefaults__["shard_bytes"] = defaults
+    hub.publish("somebody/aimv2-mlx", MAIN, folder)
+    result = run(hub, tmp_path / "home", READ, "somebody/aimv2-mlx")
+    assert result.stdout.split() == ["somebody/aimv2-mlx", MAIN, "1e-05", "mlx-aimv2"], result.stderr
+    assert sum(name.startswith("model-") for name in hub.fetched()) > 1
+
+
+def test_of_a_larger_model_only_the_shards_with_the_encoder_are_fetched(hub, tmp_path):
+    prefix = "visual_tokenizer.backbone."
+    encoder = {prefix + name: array for name, array in load_file(FIXED / "model.safetensors").items()}
+    half = sorted(encoder)[: len(encoder) // 2]
+    language = {f"llm.model.layers.{i}.mlp.up_proj.weight": np.zeros((3, 5), np.float32) for i in range(4)}
+    first = {name: encoder[name] for name in half} | {"llm.model.norm.weight": np.ones(5, np.float32)}
+    shards = [first, {name: encoder[name] for name in encoder if name not in half}, language]
+    folder = tmp_path / "Ovis2"
+    folder.mkdir()
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-0000{i + 1}-of-00003.safetensors"
+        save_file(shard, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    backbone = json.loads((FIXED / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"visual_tokenizer_config": {"backbone_config": backbone}}))
+    hub.publish("AIDC-AI/Ovis2-1B", MAIN, folder)
+    for offline in ("0", "1"):
+        result = run(hub, tmp_path / "home", READ, "AIDC-AI/Ovis2-1B", HF_HUB_OFFLINE=offline)
+        assert result.stdout.split() == ["AIDC-AI/Ovis2-1B", MAIN, "1e-05", "apple"], result.stderr
+    assert [name for name in hub.fetched() if "0000" in name] == [
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+    ]
+
+
+def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_path):
+    whole = bytes(range(256)) * 90_000  # 23 MB, because huggingface_hub writes ten at a time
+    released.repositories[NAME][PIN]["vocab.json"] = whole
+    released.cuts["vocab.json"] = [15_000_000]
+    result = run(released, tmp_path / "home", READ, NAME)
+    if result.returncode:  # older releases of huggingface_hub leave the second half to the next run
+        assert "the download broke off; run it again" in refusal(result)
+        result = run(released, tmp_path / "home", READ, NAME)
+    assert result.stdout.split()[:2] == [NAME, PIN], result.stderr
+    assert len(released.ranges) == 1
+    assert 10_000_000 <= int(released.ranges[0].removeprefix("bytes=").rstrip("-")) <= 15_000_000
+    assert [file.read_bytes() == whole for file in (tmp_path / "home").rglob("vocab.json")] == [True]
+
+
+def test_a_hub_that_breaks_down_in_the_middle_leaves_one_line_and_the_next_run_goes_on(released, tmp_path):
+    released.down.add("model.safetensors")
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert f"{NAME} at revision {PIN}: the " in line  # "Hub answered with an error" or "download broke off"
+    offline = refusal(run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1"))
+    assert NAME in offline
+    assert "connect" in offline
+    released.down.clear()
+    released.requests.clear()
+    assert run(released, tmp_path / "home", READ, NAME).returncode == 0
+    assert released.fetched() == ["model.safetensors"], "files that came whole are kept"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "GatedRepo", "asks for a login; accept its terms there and set HF_TOKEN"),
+        (401, "", "the Hub"),
+        (404, "RepoNotFound", "neither a folder here nor a repository on the Hub"),
+        (404, "RevisionNotFound", f"the Hub has no such revision at revision {PIN}"),
+    ],
+    ids=["gated", "401", "404", "no such revision"],
+)
+def test_what_the_hub_refuses_is_one_line(released, tmp_path, status, code, message):
+    released.refuse[NAME] = status, code
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert message in line
+    assert NAME in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests_like("httpx", "ConnectError"),
+        requests_like("requests.exceptions", "ChunkedEncodingError"),
+        OSError(28, "No space left on device"),
+        ConnectionResetError("reset"),
+    ],
+    ids=["httpx", "requests", "disk full", "reset"],
+)
+def test_what_breaks_in_the_network_is_one_line(monkeypatch, error):
+    import huggingface_hub
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(ConnectionError, match=rf"{NAME}: the download broke off; run it again") as caught:
+        download(NAME, revision=None, patterns=["config.json"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_the_network(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        download(NAME, revision=None, patterns=["config.json"])
+
+
+def test_a_repository_without_safetensors_is_asked_for_its_pickled_weights_last(released, tmp_path):
+    files = released.repositories[NAME][PIN]
+    files["pytorch_model.bin"] = files.pop("model.safetensors")
+    del files["mlx_model.safetensors"]
+    line = refusal(run(released, tmp_path / "home", f"sys.modules['torch'] = None\n{READ}", NAME))
+    assert "pytorch_model.bin: a pickled file, which only torch reads safely" in line
+    assert "pytorch_model.bin" in released.fetched()
+
+
+def test_a_repository_without_weights_says_what_was_looked_for(released, tmp_path):
+    for name in ("model.safetensors", "mlx_model.safetensors"):
+        del released.repositories[NAME][PIN][name]
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert f"{NAME} at {PIN}: no weights; looked for model.safetensors.index.json" in line
+
+
+UPLOAD = """
+from pathlib import Path
+from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.checkpoint.hub import upload
+def work():
+    print(upload(Path(argv[1]), argv[2]))
+    return 0
+sys.exit(one_line_errors(work))
+"""
+
+
+CONVERT = "from mlx_aimv2.convert import main; sys.exit(main(argv[1:]))"
+
+
+def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
+    name, folder = "somebody/aimv2-mlx", tmp_path / "mlx"
+    flags = ("--hf-path", FIXED, "--mlx-path", folder, "--no-verify", "--upload-repo", name)
+    result = run(hub, tmp_path / "home", CONVERT, *flags, HF_TOKEN=TOKEN)
+    assert f"[INFO] Uploading to {hub.address}/{name}" in result.stderr
+    assert result.stdout.strip() == str(folder)
+    published = list(hub.repositories[name].values())[-1]
+    assert published == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert f'load("{name}")' in published["README.md"].decode()
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    result = run(hub, tmp_path / "home", UPLOAD, folder, name, HF_TOKEN=TOKEN)  # the repository exists already
+    assert result.stdout.strip() == f"{hub.address}/{name}", result.stderr
+    assert list(hub.repositories[name].values())[-1]["config.json"] == (folder / "config.json").read_bytes()
+    assert run(hub, tmp_path / "other", READ, name).stdout.split()[0] == name
+
+
+def test_without_a_token_that_may_write_the_upload_says_so(hub, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    line = refusal(run(hub, tmp_path / "home", UPLOAD, folder, "somebody/aimv2-mlx", HF_TOKEN="hf_wrong"))
+    assert "HF_TOKEN" in line
+    assert "somebody/aimv2-mlx" in line
+
+
+def test_without_a_network_the_answer_is_one_line_at_once(hub, tmp_path):
+    result = run(hub, tmp_path / "home", READ, NAME, HF_ENDPOINT="http://no-such-host.invalid")
+    line = refusal(result)
+    assert "the Hub cannot be reached" in line and NAME in line
+    assert len(result.stderr.strip().splitlines()) <= 1
+
+
+def test_without_a_network_the_cache_serves(released, tmp_path):
+    assert run(released, tmp_path / "home", READ, NAME).returncode == 0
+    result = run(released, tmp_path / "home", READ, NAME, HF_ENDPOINT="http://no-such-host.invalid")
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,135 @@
+"""A query finds the images it fits, and what cannot be compared is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_aimv2.cli import main
+from mlx_aimv2.convert import convert
+from mlx_aimv2.index.reader import Index
+from mlx_aimv2.index.writer import IndexWriter
+from tests.image_files import noise, plain
+from tests.small_lit import COLOURS, colour_lit, write
+
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
+
+
+@pytest.fixture
+def colours(tmp_path, monkeypatch):
+    """An index made with a LiT model that knows three colours by name."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "lit", model=colour_lit())
+    for axis, name in enumerate(COLOURS):
+        plain(tmp_path / "in" / f"{axis}.png", tuple(220 if i == axis else 20 for i in range(3)))
+        assert name
+    assert main(["embed", "in", "-m", "lit", "-o", "photos.db"]) == 0
+    return tmp_path
+
+
+def test_an_image_of_the_index_is_found_without_a_model(photo_index, search, monkeypatch):
+    monkeypatch.setattr("mlx_aimv2.embed.provenance.load_with_origin", None)
+    code, out, err = search("in/2.png", "-k", "3")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == f" 1.0000  {photo_index / 'in' / '2.png'}"
+    scores = [float(line.split()[0]) for line in lines]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_any_other_image_goes_through_the_model(photo_index, search):
+    shutil.copy("in/1.png", "query.png")
+    _, out, _ = search("query.png", "-k", "1", "--json")
+    found = json.loads(out)
+    assert found["query"] == "query.png"
+    assert found["images"] == 5
+    assert found["matches"] == [{"path": str(photo_index / "in" / "1.png"), "score": pytest.approx(1, abs=1e-5)}]
+
+
+def test_an_image_that_changed_since_is_embedded_as_it_is_now(photo_index, search):
+    shutil.copy("in/1.png", "in/0.png")
+    _, out, _ = search("in/0.png", "-k", "1", "--json")
+    assert json.loads(out)["matches"][0]["path"].endswith("1.png")
+
+
+@pytest.mark.parametrize("word", COLOURS)
+def test_a_text_finds_the_images_it_fits(colours, search, word):
+    code, out, _ = search(f"something {word}", "-k", "1", "--json")
+    assert code == 0
+    assert Path(json.loads(out)["matches"][0]["path"]).name == f"{COLOURS.index(word)}.png"
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("a cat", "a text cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"),
+        ("cat.jpg", "cat.jpg does not exist: give an image or a text"),
+        ("./cat", "does not exist"),
+        ("in", "is a folder"),
+        (" ", "empty"),
+        ("notes.txt", "is not an image"),
+    ],
+)
+def test_a_query_that_cannot_be_is_one_line(photo_index, search, query, message):
+    Path("notes.txt").write_text("no image")
+    code, out, err = search(query)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_other_weights_are_refused_by_name(photo_index, search):
+    noise(photo_index / "query.png", 30)
+    code, _, err = search("query.png", "-m", str(REFERENCE / "outlier"))
+    assert code == 2
+    assert "the weights" in err
+    assert str(REFERENCE / "outlier") in err
+    assert "width: 96 there, 128 here" in err
+
+
+def test_the_same_weights_at_other_bits_are_a_note(photo_index, search):
+    noise(photo_index / "query.png", 30)
+    _, dense, _ = search("query.png", "--json")
+    convert(REFERENCE / "fixed", "eight", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    code, out, err = search("query.png", "--json", "-m", "eight")
+    assert code == 0
+    assert "quantization: none there, bits=8 group_size=32 mode=affine here" in err
+    assert [one["path"] for one in json.loads(out)["matches"]] == [one["path"] for one in json.loads(dense)["matches"]]
+
+
+def test_a_model_that_moved_is_asked_for(tmp_path, monkeypatch, search):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(REFERENCE / "fixed", "model")
+    noise(tmp_path / "in" / "0.png", 0)
+    assert main(["embed", "in", "-m", "model", "-o", "photos.db"]) == 0
+    Path("model").rename("moved")
+    noise(tmp_path / "query.png", 1)
+    code, _, err = search("query.png")
+    assert code == 2
+    assert "-m says where it is now" in err
+    assert search("query.png", "-m", "moved")[0] == 0
+
+
+def test_an_index_from_python_without_a_description_is_refused(tmp_path, monkeypatch, search):
+    monkeypatch.chdir(tmp_path)
+    IndexWriter.create("photos.db", provenance={}, width=5, dtype="float16").close()
+    code, _, err = search(str(noise(tmp_path / "query.png", 1)))
+    assert code == 2
+    assert "does not say which model made it" in err
+
+
+def test_maps_cannot_be_searched(tmp_path, monkeypatch, search):
+    monkeypatch.chdir(tmp_path)
+    noise(tmp_path / "in" / "0.png", 0)
+    assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db", "--pool", "map"]) == 0
+    code, _, err = search("in/0.png")
+    assert code == 2
+    assert "holds a map for each image" in err
+
+
+def test_the_index_module_reads_what_the_command_wrote(photo_index):
+    with Index.open("photos.db") as index:
+        query = index.vector(str(photo_index / "in" / "3.png"))
+        assert [Path(match.path).name for match in index.search(query, 1)] == ["3.png"]

@@ -1,0 +1,129 @@
+"""The nearest vectors are found exactly, on every device and in every order."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_aimv2.index.nearest import TILE, Vectors
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.writer import BLOCK, IndexWriter
+
+WIDTH = 7
+
+
+def entry(path: str, vector: object, *, content: bytes = b"a") -> Embedding:
+    return Embedding(path, 5, 1_700_000_000_123_456_789, content.ljust(32), np.asarray(vector, np.float32))
+
+
+def some(count: int, *, seed: int = 0) -> list[Embedding]:
+    vectors = np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
+    return [entry(f"/images/{number:05d}.jpg", vector) for number, vector in enumerate(vectors)]
+
+
+def unit(embeddings: list[Embedding]) -> np.ndarray:
+    vectors = np.stack([one.vector for one in embeddings]).astype(np.float64)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def index(tmp_path):
+    with IndexWriter.create(tmp_path / "a.db", provenance={"pool": "mean"}, width=WIDTH, dtype="float16") as made:
+        yield made
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-6)])
+def test_search_agrees_with_all_cosines(tmp_path, dtype, tolerance):
+    added = some(1013)
+    query = np.random.default_rng(5).normal(size=WIDTH)
+    cosines = unit(added) @ (query / np.linalg.norm(query))
+    with IndexWriter.create(tmp_path / "a.db", provenance={}, width=WIDTH, dtype=dtype) as index:
+        index.add(added)
+        found = index.search(query, 17)
+    np.testing.assert_allclose([match.score for match in found], np.sort(cosines)[::-1][:17], atol=tolerance)
+    if dtype == "float32":  # float16 may swap neighbours
+        assert [match.path for match in found] == [added[i].path for i in np.argsort(-cosines)[:17]]
+
+
+def test_a_stored_image_finds_itself_with_a_cosine_of_one(index):
+    index.add(some(53))
+    best = index.search(index.vector("/images/00031.jpg"), 1)[0]
+    assert best.path == "/images/00031.jpg"
+    assert best.score == pytest.approx(1, abs=1e-7)
+
+
+def test_the_length_of_a_query_does_not_matter(index):
+    index.add(some(29))
+    query = np.arange(1.0, WIDTH + 1)
+    small, large = index.search(query * 1e-20, 5), index.search(query * 1e20, 5)
+    assert [match.path for match in small] == [match.path for match in large]
+
+
+def test_equal_vectors_come_in_the_order_of_their_names(index):
+    index.add([entry(f"/{name}", np.ones(WIDTH)) for name in "dbaec"])
+    assert [match.path for match in index.search(np.ones(WIDTH), 3)] == ["/a", "/b", "/c"]
+
+
+def test_asking_for_more_than_there_is_gives_all(index):
+    index.add(some(3))
+    assert len(index.search(np.ones(WIDTH), 100)) == 3
+
+
+def test_an_empty_index_finds_nothing(index):
+    assert index.search(np.ones(WIDTH)) == []
+
+
+@pytest.mark.parametrize(
+    ("vector", "k", "message"),
+    [
+        (np.ones(WIDTH + 1), 1, "7 values"),
+        (np.ones((1, WIDTH)), 1, "shape"),
+        (np.zeros(WIDTH), 1, "all zero"),
+        (np.full(WIDTH, np.nan), 1, "finite"),
+        (np.ones(WIDTH), 0, "at least 1"),
+    ],
+)
+def test_a_query_that_cannot_be_compared_is_refused(index, vector, k, message):
+    with pytest.raises(ValueError, match=message):
+        index.search(vector, k)
+
+
+def test_the_gpus_way_finds_the_same_as_the_cpus(monkeypatch, dtype="float16"):
+    monkeypatch.setattr("mlx_aimv2.index.nearest.ON_GPU", TILE)
+    random = np.random.default_rng(3)
+    count = 3 * TILE + 11
+    vectors = random.normal(size=(count, WIDTH))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
+    vectors[77] = vectors[2 * TILE + 5]
+    ids = random.permutation(count).astype(np.int64)
+    blocks = [(ids[s : s + 1000].tobytes(), vectors[s : s + 1000].tobytes()) for s in range(0, count, 1000)]
+    ways = [Vectors.read(iter(blocks), count, width=WIDTH, dtype=dtype, on_gpu=on) for on in (False, True)]
+    assert isinstance(ways[0].rows, np.ndarray)
+    assert isinstance(ways[1].rows[0], mx.array)
+    assert len(ways[1].rows) > 1
+    for query in (vectors[77].astype(np.float64), random.normal(size=WIDTH)):
+        query = query / np.linalg.norm(query)
+        (ids_a, scores_a), (ids_b, scores_b) = (way.nearest(query, 13) for way in ways)
+        np.testing.assert_array_equal(ids_a, ids_b)
+        np.testing.assert_array_equal(scores_a, scores_b)
+
+
+@pytest.mark.parametrize("k", [1, 13, 5000])
+def test_a_single_search_finds_the_same_without_keeping_anything(index, k):
+    index.add(some(4 * BLOCK + 3))
+    index.add([replace(one, path=f"/again{one.path}") for one in some(300)])  # equal scores
+    for query in (np.arange(1.0, WIDTH + 1), some(1)[0].vector):
+        once = index.search(query, k, once=True)
+        assert index._vectors is None
+        with Index.open(index.path) as other:
+            assert once == other.search(query, k)
+
+
+def test_widening_is_exact_for_every_float16():
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)][:63488].reshape(-1, 64)
+    ids = np.arange(len(finite), dtype=np.int64)
+    read = Vectors.read([(ids.tobytes(), finite.tobytes())], len(finite), width=64, dtype="float16", on_gpu=False)
+    np.testing.assert_array_equal(read.rows, finite.astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(read.rows), np.signbit(finite))

@@ -1,0 +1,111 @@
+"""What is added, replaced and removed is on disk whole, or nothing of it."""
+
+import numpy as np
+import pytest
+
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
+
+WIDTH = 7
+
+
+def entry(path: str, vector: object, *, content: bytes = b"a") -> Embedding:
+    return Embedding(path, 5, 1_700_000_000_123_456_789, content.ljust(32), np.asarray(vector, np.float32))
+
+
+def some(count: int, *, seed: int = 0) -> list[Embedding]:
+    vectors = np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
+    return [entry(f"/images/{number:05d}.jpg", vector) for number, vector in enumerate(vectors)]
+
+
+@pytest.fixture
+def index(tmp_path):
+    with IndexWriter.create(tmp_path / "a.db", provenance={"pool": "mean"}, width=WIDTH, dtype="float16") as made:
+        yield made
+
+
+def contents(index: Index) -> dict[str, bytes]:
+    return {one.path: one.vector.tobytes() for one in index.embeddings()}
+
+
+def test_adding_a_path_again_replaces_it(index):
+    index.add(some(3))
+    index.add([entry("/images/00001.jpg", np.arange(WIDTH), content=b"b")])
+    assert len(index) == 3
+    assert index.stamp("/images/00001.jpg").sha256 == b"b".ljust(32)
+    np.testing.assert_allclose(index.vector("/images/00001.jpg"), np.arange(WIDTH), rtol=1e-3)
+
+
+def test_removing_leaves_the_others_as_they_were(index):
+    index.add(some(BLOCK + 5))
+    before = contents(index)
+    gone = [f"/images/{number:05d}.jpg" for number in (0, 3, BLOCK - 1, BLOCK, BLOCK + 4)]
+    assert index.remove([*gone, "/never/there.jpg"]) == 5
+    assert contents(index) == {path: vector for path, vector in before.items() if path not in gone}
+    assert {match.path for match in index.search(np.ones(WIDTH), 2 * BLOCK)} == set(before) - set(gone)
+
+
+def test_a_block_whose_images_are_all_gone_is_gone_too(index):
+    index.add(some(BLOCK + 1))
+    index.remove([f"/images/{number:05d}.jpg" for number in range(BLOCK)])
+    assert index._all("SELECT count(*) FROM blocks") == [(1,)]
+    assert len(index.search(np.ones(WIDTH), 9)) == 1
+
+
+def test_small_additions_share_a_block(index):
+    for one in some(11):
+        index.add([one])
+    assert index._all("SELECT count(*) FROM blocks") == [(1,)]
+
+
+def test_a_copy_has_the_same_bits(index):
+    index.add(some(4))
+    index.add([Copy("/moved.jpg", 5, 6, "/images/00002.jpg"), Copy("/images/00003.jpg", 5, 9, "/images/00003.jpg")])
+    assert contents(index)["/moved.jpg"] == contents(index)["/images/00002.jpg"]
+    assert index.stamp("/moved.jpg").mtime_ns == 6
+    assert index.stamp("/images/00003.jpg").mtime_ns == 9
+    assert len(index) == 5
+
+
+def test_an_addition_that_fails_changes_nothing(index):
+    index.add(some(3))
+    before = contents(index)
+    with pytest.raises(KeyError):
+        index.add([entry("/new.jpg", np.ones(WIDTH)), Copy("/moved.jpg", 1, 1, "/nowhere.jpg")])
+    with pytest.raises(ValueError, match="shape"):
+        index.add([entry("/new.jpg", np.ones(WIDTH)), entry("/wide.jpg", np.ones(WIDTH + 1))])
+    assert contents(index) == before
+
+
+def test_after_a_failure_halfway_the_next_addition_works(index):
+    index.add(some(3))
+    before = contents(index)
+    with pytest.raises(OSError, match="UNIQUE"):
+        index.add([entry("/new.jpg", np.ones(WIDTH)), entry("/new.jpg", np.ones(WIDTH))])
+    assert contents(index) == before
+    index.add([entry("/new.jpg", np.ones(WIDTH))])
+    assert len(index) == 4
+
+
+def test_numbers_beyond_float16_are_refused_by_name(tmp_path):
+    with (
+        IndexWriter.create(tmp_path / "t.db", provenance={}, width=2, axes=2, dtype="float16") as index,
+        pytest.raises(ValueError, match=r"/big\.jpg: values beyond float16"),
+    ):
+        index.add([entry("/big.jpg", [[1.0, 70000.0]])])
+
+
+def test_a_full_disk_loses_only_what_did_not_fit(index):
+    index.add(some(5))
+    before = contents(index)
+    index._db.execute(f"PRAGMA max_page_count = {index._all('PRAGMA page_count')[0][0] + 1}")
+    with pytest.raises(OSError, match=r"a\.db: database or disk is full"):
+        index.add(some(20000, seed=2))
+    assert contents(index) == before
+
+
+def test_nothing_is_created_over_something(index, tmp_path):
+    with pytest.raises(FileExistsError, match=r"a\.db"):
+        IndexWriter.create(index.path, provenance={}, width=WIDTH, dtype="float16")
+    (tmp_path / "empty.db").touch()
+    IndexWriter.create(tmp_path / "empty.db", provenance={}, width=WIDTH, dtype="float16").close()
