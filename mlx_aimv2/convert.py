@@ -5,9 +5,15 @@ checkpoint -> names -> dtype -> bits -> folder -> fidelity; arrays stay lazy unt
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-C ends in one line from the start
+    from mlx_aimv2.cli import convert_main
+
+    sys.exit(convert_main())
+
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -205,12 +211,18 @@ def _one_by_one(source: Source) -> Iterator[tuple[str, mx.array]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of the converter; returns the exit code."""
-    from mlx_aimv2.cli import Parser, one_line_errors
+    from mlx_aimv2.cli import one_line_errors
+
+    return one_line_errors(lambda: run_command(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(argv: list[str]) -> int:
+    """The same, with errors as exceptions."""
+    from mlx_aimv2.cli import Parser
 
     parser = Parser(prog="mlx_aimv2.convert", description="Convert an AIMv2 checkpoint to MLX.")
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return one_line_errors(lambda: run(arguments))
+    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,11 +251,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
+    from mlx_aimv2.cli import log, show
+
     flags = {name: value for name, value in vars(arguments).items() if name != "verb"}
-    target = convert(**flags, log=lambda line: print(line, file=sys.stderr))
-    print(target)
+    show(str(convert(**flags, log=log)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -33,12 +33,16 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         """Takes the number of the signal."""
-        super().__init__(f"stopped ({signal.Signals(number).name})")
+        super().__init__("stopped" if number == signal.SIGINT else f"stopped ({signal.Signals(number).name})")
         self.exit_code = 128 + number
 
 
 _unfinished_business: list[str] = []
 """What must be brought to an end before the process may, innermost last."""
+
+
+_kept_open: list[socket.socket] = []
+"""What a watcher listens to that outlives `stoppable`."""
 
 
 @contextlib.contextmanager
@@ -82,7 +86,9 @@ def stoppable(say: Say, *, patience: float = PATIENCE) -> Iterator[None]:
             if _is_ours(number):
                 signal.signal(number, handler)
         # Python waits for its threads before it ends, and one may be inside a slow decoder: the watcher does not wait.
-        if not (stopped and _others_alive()):
+        if stopped and _others_alive():
+            _kept_open.append(mouth)
+        else:
             mouth.close()
             watcher.join()
             ear.close()

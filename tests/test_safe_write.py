@@ -198,7 +198,7 @@ def test_an_input_is_never_replaced_by_whatever_name(tmp_path, name):
     photo.write_bytes(OWN)
     (tmp_path / "link.jpg").symlink_to(photo)
     (tmp_path / "hard.jpg").hardlink_to(photo)
-    with pytest.raises(FileExistsError, match="photo.jpg, which is never replaced"):
+    with pytest.raises(FileExistsError, match=r"photo\.jpg, which is never replaced"):
         check(tmp_path / name, overwrite=True, inputs=[tmp_path / "gone.jpg", photo])
 
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli import say, show
+from mlx_aimv2.cli import say, show_progress
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.loading import load
@@ -89,10 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             image.save(target, pnginfo=_mark())
             record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
-            if arguments.json:
-                print(json.dumps(record), flush=True)
-            else:
-                show(str(target))
+            show_progress(json.dumps(record) if arguments.json else str(target))
     for line in failed:
         say(line)
     return 1 if failed else 0

@@ -8,7 +8,7 @@ import time
 import webbrowser
 from pathlib import Path
 
-from mlx_aimv2.cli import say, show
+from mlx_aimv2.cli import say, show, typed
 
 HELP = "find the images of an index that are most like an image, or fit a text best"
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         image = image_path(arguments.query)
         page = check_page(arguments.html, index.path, image) if arguments.html is not None else None
         query = query_vector(
-            index, image=image, text=arguments.query, model=arguments.model, revision=arguments.revision
+            index, image=image, text=typed(arguments.query), model=arguments.model, revision=arguments.revision
         )
         started = time.perf_counter()
         matches = index.search(query, arguments.top, once=True)

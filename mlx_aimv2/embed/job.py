@@ -17,6 +17,7 @@ from mlx_aimv2.embed.update import Plan, Update, make_plan
 from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.writer import IndexWriter
+from mlx_aimv2.stopping import finishing
 
 Report = Callable[[str], None]
 """Takes a sentence about an image that failed or a folder without images."""
@@ -134,9 +135,11 @@ def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: dict[str, Any], t
     except RuntimeError as error:  # MLX's own: no memory on the device, most likely
         update.commit()
         raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
-    except KeyboardInterrupt:
-        update.commit()
-        raise KeyboardInterrupt("what was done is kept, run it again to go on") from None
+    except KeyboardInterrupt as stop:
+        with finishing(f"{job.output} to be written"):
+            update.commit()
+        stop.args = (*(stop.args or ("stopped",)), "what was done is kept, run it again to go on")
+        raise
     return job.summary(update) if ranks.rank == 0 else None
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import kinds
-from tests.fuzz.worker import tried
 
 SECONDS = 10.0
 START_SECONDS = 120.0

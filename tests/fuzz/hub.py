@@ -103,7 +103,9 @@ def downloads_from_a_broken_hub(dice: random.Random, checkpoint: Path, place: Pa
         try:
             read.read(NAME)
         finally:
-            if outside := [path.name for path in place.rglob("*") if "escaped" in path.name and "blobs" not in str(path)]:
+            if outside := [
+                path.name for path in place.rglob("*") if "escaped" in path.name and "blobs" not in str(path)
+            ]:
                 raise AssertionError(f"written outside the cache: {outside}")
 
     return call

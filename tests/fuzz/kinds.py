@@ -185,7 +185,7 @@ def images(dice: random.Random, whole: Path, place: Path) -> Call:
     """A broken image in any format."""
     file = place / "image"
     file.write_bytes(broken_image(dice, whole / "images"))
-    return lambda: _processor(whole / dice.choice(("fixed", "native")))(str(file), **({"max_patches": 64}))
+    return lambda: _processor(whole / dice.choice(("fixed", "native")))(str(file), max_patches=64)
 
 
 def indexes(dice: random.Random, whole: Path, place: Path) -> Call:
