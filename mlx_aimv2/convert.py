@@ -51,6 +51,7 @@ def convert(
     calibration: str | os.PathLike[str] | None = None,
     verify: bool = True,
     export_layout: str | None = None,
+    overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Converts a checkpoint: `Hub name, folder or weight file -> MLX folder`, whose path is returned.
@@ -63,6 +64,8 @@ def convert(
     With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
     or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
     axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives progress lines.
+
+    With `overwrite` a folder that an earlier conversion wrote is replaced once the new one is whole.
 
     Raises FileExistsError when `mlx_path` exists, and ValueError, FileNotFoundError, OSError or ConnectionError, each
     with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
@@ -85,8 +88,9 @@ def convert(
         export_layout=export_layout,
     )
     settings = resolve(q_mode, q_group_size, q_bits)
+    inputs = [expand_user(path) for path in (hf_path, calibration) if path is not None]
     wanted, target = parse_dtype(dtype) if dtype is not None else None, expand_user(mlx_path)
-    check_target(target)
+    check_target(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs)
     if upload_repo is not None:
         hub.check_upload(upload_repo)
 
@@ -106,7 +110,7 @@ def convert(
         )
         section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
 
-    with atomic_folder(target) as place:
+    with atomic_folder(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         report = None
         if reference is not None and verify:
@@ -246,6 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     add("--export-layout", choices=EXPORT_LAYOUTS, help="write a PyTorch folder in this layout instead")
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
+    add("--overwrite", action="store_true", help="replace the folder if convert wrote it, once the new one is whole")
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
 

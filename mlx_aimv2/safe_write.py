@@ -81,7 +81,7 @@ def check_file(
     """
     folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
     if not folder.is_dir():
-        raise FileNotFoundError(f"{option} {path}: there is no folder {folder}; make it first")
+        raise FileNotFoundError(f"{option} {path}: {folder} does not exist; make that folder first")
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a folder: name a file")
     if path.exists():
@@ -90,13 +90,15 @@ def check_file(
             raise FileExistsError(f"{option} {path} is a pipe or a device: name a file")
         for one in inputs:
             if _is_same_file(one, about):
-                raise FileExistsError(f"{option} {path} is {os.fspath(one)}, which is never replaced: choose another")
+                raise FileExistsError(
+                    f"{option} {path} would replace {os.fspath(one)}, which never happens: choose another name"
+                )
         if about.st_size and not overwrite:
             with path.open("rb") as file:
                 known = is_own(file.read(head))
             if not known:
                 raise FileExistsError(
-                    f"{option} {path} is there already and was not written by mlx-aimv2: choose another, "
+                    f"{option} {path} is there already and mlx-aimv2 did not write it: choose another name, "
                     "or add --overwrite"
                 )
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -165,6 +167,41 @@ def temporary_folder(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def take_free_name(file: Path, path: Path) -> None:
+    """Gives a finished file a name that nothing has. Raises FileExistsError where another process was quicker."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
+        file.rename(path)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what killed processes left: the lock of a temporary ends with its process.
+
+    A folder that a killed process had moved away, to replace it, gets its name back.
+    """
+    parent, name = path.absolute().parent, glob.escape(path.name[:NAME_LENGTH])
+    for left in (*parent.glob(f".{name}.*{UNFINISHED}"), *parent.glob(f".{name}.*{PREVIOUS}")):
+        try:
+            lock = _lock(left)
+        except (BlockingIOError, OSError):
+            continue
+        if lock is None:  # without locks nobody knows whether it is still being written
+            continue
+        if left.name.endswith(PREVIOUS) and not path.exists():
+            with contextlib.suppress(OSError):
+                left.rename(path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+        os.close(lock)
+
+
 def discard_unfinished() -> None:
     """Removes what this process has not finished writing, before it ends without running to its end."""
     for folder in list(_mine):
@@ -190,7 +227,7 @@ def _claimed(path: Path) -> tuple[Path, int | None]:
     not to be had, or is that of a folder without a name, and another one is made.
     """
     parent, name = path.absolute().parent, path.name[:NAME_LENGTH]
-    _remove_abandoned(path)
+    remove_abandoned(path)
     for _ in range(TRIES):
         folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=UNFINISHED, dir=parent))
         _mine.add(folder)
@@ -225,29 +262,6 @@ def _take_name(folder: Path, path: Path, *, overwrite: bool) -> None:
         raise
     if previous is not None:
         shutil.rmtree(previous, ignore_errors=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes left: the lock of a temporary ends with its process.
-
-    A folder that a killed process had moved away, to replace it, gets its name back.
-    """
-    parent, name = path.absolute().parent, glob.escape(path.name[:NAME_LENGTH])
-    for left in (*parent.glob(f".{name}.*{UNFINISHED}"), *parent.glob(f".{name}.*{PREVIOUS}")):
-        try:
-            lock = _lock(left)
-        except (BlockingIOError, OSError):
-            continue
-        if lock is None:  # without locks nobody knows whether it is still being written
-            continue
-        if left.name.endswith(PREVIOUS) and not path.exists():
-            with contextlib.suppress(OSError):
-                left.rename(path)
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-        os.close(lock)
 
 
 def _lock(place: Path) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import device
-from mlx_aimv2.cli import log
+from mlx_aimv2.cli import count, log
 from mlx_aimv2.config import released
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)"
     )
-    parser.add_argument("--batch", nargs="+", type=_count, default=[1, 4], metavar="B", help="images at once (1 4)")
-    parser.add_argument("--side", type=_count, metavar="PIXELS", help="side of the images of a native model (224)")
-    parser.add_argument("--runs", type=_count, default=7, metavar="N", help="runs of each measurement (%(default)s)")
+    parser.add_argument("--batch", nargs="+", type=count, default=[1, 4], metavar="B", help="images at once (1 4)")
+    parser.add_argument("--side", type=count, metavar="PIXELS", help="side of the images of a native model (224)")
+    parser.add_argument("--runs", type=count, default=7, metavar="N", help="runs of each measurement (%(default)s)")
     parser.add_argument(
         "--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense"
     )
@@ -178,10 +178,3 @@ def _row(speed: dict[str, Any]) -> tuple[str, ...]:
 
 def _tell(step: str) -> None:
     log(f"measuring: {step}")
-
-
-def _count(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 up is wanted, got {text}")
-    return number
