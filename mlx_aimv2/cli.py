@@ -158,14 +158,6 @@ def show_progress(line: str) -> None:
         _leave_stdout()
 
 
-def count(text: str) -> int:
-    """The type of an argument that counts something: a whole number from 1 up."""
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 up is wanted, got {text:.40}")
-    return number
-
-
 def typed(text: str) -> str:
     """An argument that is text and not a path: the bytes that were typed as UTF-8, whatever the locale says."""
     with suppress(UnicodeError):

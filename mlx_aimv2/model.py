@@ -117,6 +117,11 @@ class Aimv2VisionModel(nn.Module):
                 f"pixels must be (images, height, width, {config.num_channels}), got {tuple(pixels.shape)}; "
                 "the processor gives them so"
             )
+        if not mx.issubdtype(pixels.dtype, mx.floating):
+            raise ValueError(
+                f"pixels must be scaled and normalised numbers, got {str(pixels.dtype).rpartition('.')[2]}: "
+                "give the images to the processor first"
+            )
         height, width = pixels.shape[1:3]
         if config.image_size is not None and (height, width) != (config.image_size, config.image_size):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What must happen to an image before this checkpoint sees it? Read from the checkpoint's own files.
+"""Reads from a checkpoint's own files what must happen to an image before the model sees it.
 
 preprocessor_config.json  }
 processor_config.json     } -> Preprocessing -> processor.py
@@ -25,13 +25,17 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Pillow's filters by their numbers, which preprocessor_config.json stores; timm stores the names.
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
+CLIP_SIDE = 224
+
+STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+
 # What CLIPImageProcessor assumes for a field its file leaves out.
 CLIP_DEFAULTS: dict[str, Any] = {
     "do_resize": True,
-    "size": {"shortest_edge": 224},
+    "size": {"shortest_edge": CLIP_SIDE},
     "resample": RESAMPLE["bicubic"],
     "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
+    "crop_size": {"height": CLIP_SIDE, "width": CLIP_SIDE},
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
@@ -123,15 +127,24 @@ def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
     for step in UNSUPPORTED_STEPS:
         if fields.get(step):
             raise ValueError(f"{file}: {step} is set, which is no step of CLIPImageProcessor's; set it to false")
-    # A field that is null means the default, as in transformers.
-    fields = CLIP_DEFAULTS | {name: value for name, value in fields.items() if value is not None}
-    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+    # As in transformers, a step that is null is not taken; any other field that is null means the default.
+    fields = CLIP_DEFAULTS | {
+        name: value if value is not None else False
+        for name, value in fields.items()
+        if value is not None or name in STEPS
+    }
+    size = fields["size"]
+    if fields.get("use_square_size"):  # KOSMOS-2's, which transformers takes to mean CLIP's own size as a square
+        size = {"height": CLIP_SIDE, "width": CLIP_SIDE}
+    elif fields.get("default_to_square") and isinstance(size, int) and not isinstance(size, bool):
+        size = {"height": size, "width": size}
+    for step in STEPS:
         if not isinstance(fields[step], bool):
             raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r}")
     scale = _number(fields["rescale_factor"], "rescale_factor", file, above_zero=True) if fields["do_rescale"] else None
     crop = _size(fields["crop_size"], "crop_size", file) if fields["do_center_crop"] else None
     return Preprocessing(
-        resize=_size(fields["size"], "size", file) if fields["do_resize"] else None,
+        resize=_size(size, "size", file) if fields["do_resize"] else None,
         crop=(crop, crop) if isinstance(crop, int) else crop,
         resample=_resample(fields["resample"], "resample", file),
         rescale_factor=scale,
@@ -198,6 +211,8 @@ def _pixels(value: object, name: str, file: Path) -> int:
 
 
 def _size(value: object, name: str, file: Path) -> int | tuple[int, int]:
+    if isinstance(value, list) and len(value) == 2:
+        return _pixels(value[0], f"{name}[0]", file), _pixels(value[1], f"{name}[1]", file)
     if not isinstance(value, dict):
         return _pixels(value, name, file)
     given = {key for key, number in value.items() if number is not None}

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.config import LIT_CHECKPOINT
-from mlx_aimv2.images import ImageInput
+from mlx_aimv2.images import POLICY, ImageInput, Policy
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.processor import Aimv2Processor, Pixels
+from mlx_aimv2.processor import Aimv2Processor, Pixels, are_apart, as_list
 
 TEMPLATES = ("a photo of a {}",)
 """Sentences that a label is put into unless others are given."""
@@ -80,30 +80,30 @@ class ZeroShotClassifier:
         self.text_embeds = self._read()
         """One vector per label, (T, E) float32 of unit length."""
 
-    def __call__(self, images: ImageInput | Sequence[ImageInput]) -> list[Prediction]:
+    def __call__(self, images: ImageInput | Iterable[ImageInput], *, policy: Policy = POLICY) -> list[Prediction]:
         """One image or several -> a prediction for each. Raises what the first unreadable image raises."""
-        many = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
         predictions = []
-        for result in self.each(list(cast("Sequence[ImageInput]", images)) if many else [cast("ImageInput", images)]):
+        for result in self.each(as_list(images), policy=policy):
             if isinstance(result, Exception):
                 raise result
             predictions.append(result)
         return predictions
 
-    def each(self, images: Sequence[ImageInput]) -> Iterator[Prediction | OSError | ValueError]:
+    def each(
+        self, images: Sequence[ImageInput], *, policy: Policy = POLICY
+    ) -> Iterator[Prediction | OSError | ValueError]:
         """Predictions in the images' order; an image that cannot be read gives its error instead of one.
 
-        Images are decoded in other threads while the model works on those before them.
+        `policy` says what is accepted, and whether a JPEG is decoded exactly or fast. Images are
+        decoded in other threads while the model works on those before them.
         """
         tokens = self._model.vision.config.num_patches
         size = TOKENS_AT_ONCE // tokens or 1 if tokens else 1
-        # An open PIL image or file may occur twice, and is not for two threads.
-        files = all(isinstance(image, (str, os.PathLike, bytes)) for image in images)
-        with ThreadPoolExecutor(min(size, os.cpu_count() or 1) if files else 1) as pool:
-            ahead = self._submit(pool, images[:size])
+        with ThreadPoolExecutor(min(size, os.cpu_count() or 1) if are_apart(images) else 1) as pool:
+            ahead = self._submit(pool, images[:size], policy)
             for start in range(0, len(images), size):
                 decoded = [future.result() for future in ahead]
-                ahead = self._submit(pool, images[start + size : start + 2 * size])
+                ahead = self._submit(pool, images[start + size : start + 2 * size], policy)
                 arrays = [array for array in decoded if isinstance(array, np.ndarray)]
                 predictions = iter(self.predict(mx.array(np.stack(arrays))) if arrays else ())
                 for array in decoded:
@@ -116,8 +116,8 @@ class ZeroShotClassifier:
         pairs = zip(np.array(logits), np.array(mx.softmax(logits, axis=-1)), strict=True)
         return [Prediction(self.labels, *pair) for pair in pairs]
 
-    def _submit(self, pool: ThreadPoolExecutor, images: Sequence[ImageInput]) -> list[Future[Any]]:
-        return [pool.submit(_pixels_or_error, self._processor, image) for image in images]
+    def _submit(self, pool: ThreadPoolExecutor, images: Sequence[ImageInput], policy: Policy) -> list[Future[Any]]:
+        return [pool.submit(_pixels_or_error, self._processor, image, policy) for image in images]
 
     def _read(self) -> mx.array:
         """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
@@ -135,7 +135,7 @@ class ZeroShotClassifier:
 def zero_shot(
     model: Aimv2Model | Aimv2VisionModel,
     processor: Aimv2Processor,
-    images: ImageInput | Sequence[ImageInput],
+    images: ImageInput | Iterable[ImageInput],
     labels: Sequence[str],
     *,
     templates: str | Sequence[str] = TEMPLATES,
@@ -213,8 +213,8 @@ def _check_finite(numbers: mx.array, model: Aimv2Model) -> None:
         raise ValueError(f"the model gave numbers that are not finite in {name}: load it with dtype float32")
 
 
-def _pixels_or_error(processor: Aimv2Processor, image: ImageInput) -> Pixels | OSError | ValueError:
+def _pixels_or_error(processor: Aimv2Processor, image: ImageInput, policy: Policy) -> Pixels | OSError | ValueError:
     try:
-        return processor.pixels(image)
+        return processor.pixels(image, policy=policy)
     except (OSError, ValueError) as error:
         return error

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
+from examples import digits
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2 import convert as converter
 from mlx_aimv2.convert import convert
@@ -218,8 +219,8 @@ def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
     found = []
     for path in (DIGITS, folder):
         model, processor = load(path, dtype="float32")
-        bank, queries = (bundled.encode(model, processor, images) for images in (known, unknown))
-        found.append(bundled.vote(bank, scans.train_labels[:80], queries))
+        bank, queries = (digits.encode(model, processor, images) for images in (known, unknown))
+        found.append(digits.vote(bank, scans.train_labels[:80], queries))
     assert (found[0] == found[1]).mean() >= 0.97  # all of them: benchmarks/quantization.py
 
 

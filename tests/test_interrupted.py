@@ -31,11 +31,11 @@ from mlx_aimv2.embed import prefetch
 from mlx_aimv2.embed import update
 import mlx_aimv2.embed.pipeline, mlx_aimv2.embed.provenance, mlx_aimv2.index.writer
 update.COMMIT_SECONDS = 0
-read = prefetch._read
+read = prefetch.read_image_file
 def slowly(path):
     time.sleep(0.003)
     return read(path)
-prefetch._read = slowly
+prefetch.read_image_file = slowly
 print("ready", flush=True)
 sys.exit(cli.main(sys.argv[1:]))
 """

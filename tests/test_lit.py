@@ -195,7 +195,7 @@ def test_more_ids_than_the_context_are_refused_with_both_numbers():
 
 
 def test_a_row_without_end_of_text_is_refused():
-    with pytest.raises(ValueError, match=r"no end of text \(id 777\)"):
+    with pytest.raises(ValueError, match=r"no EOS \(id 777\)"):
         small_lit().encode_text(mx.array([[776, 5, EOS], [776, 5, 6]]))
 
 

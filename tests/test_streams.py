@@ -134,7 +134,7 @@ from mlx_aimv2.embed import prefetch
 def slowly(*_, **__):
     print("decoding", flush=True)
     time.sleep(60)
-prefetch._read = slowly
+prefetch.open_image = slowly
 sys.exit(cli.main(["embed", {PHOTOGRAPH!r}, "-m", {str(FIXED)!r}, "-o", "photos.db"]))
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bundled, load, x86
+from mlx_aimv2.index import Embedding, Index
+from mlx_aimv2.index.writer import IndexWriter
 
 CHECKPOINT = bundled.digits_checkpoint()
 TASKS = Path("/proc/self/task")
@@ -176,3 +178,34 @@ def test_threads_that_run_together_do_not_disturb_each_other(model):
         for number, found in enumerate(pool.map(work, range(8))):
             for a, b in zip(found, wanted[number::8], strict=True):
                 assert np.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """An index of 300 images with a vector of 13 numbers each, and these vectors."""
+    vectors = np.random.default_rng(0).normal(size=(300, 13)).astype(np.float32)
+    with IndexWriter.create(tmp_path / "photos.db", provenance={}, width=13, dtype="float32") as writer:
+        writer.add(Embedding(f"/{i:03d}.jpg", 1, 2, bytes(32), vector) for i, vector in enumerate(vectors))
+    with Index.open(tmp_path / "photos.db") as index:
+        yield index, vectors
+
+
+def test_an_index_opened_at_start_up_is_searched_in_handlers(index):
+    index, vectors = index
+    assert in_thread(lambda: index.search(vectors[7], 1))[0].path == "/007.jpg"
+    assert in_thread(lambda: index.search(vectors[8], 1, once=True))[0].path == "/008.jpg"
+
+
+def test_eight_threads_use_one_index_at_once(index):
+    index, vectors = index
+
+    def work(number):
+        found = []
+        for i in range(number, len(vectors), 8):
+            found.append(index.search(vectors[i], 1, once=i % 5 == 0)[0].path == f"/{i:03d}.jpg")
+            found.append(np.allclose(index.vector(f"/{i:03d}.jpg"), vectors[i], atol=1e-5))
+        found.append(len(list(index.embeddings())) == len(index) == 300)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(all(found) for found in pool.map(work, range(8)))

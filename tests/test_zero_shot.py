@@ -185,10 +185,10 @@ def test_open_images_are_decoded_by_one_thread_and_files_by_several(pair, images
     model, processor = pair
     threads, pixels = set(), processor.pixels
 
-    def slowly(image: object) -> np.ndarray:
+    def slowly(image: object, **keywords: object) -> np.ndarray:
         threads.add(threading.get_ident())
         time.sleep(0.01)
-        return pixels(image)
+        return pixels(image, **keywords)
 
     monkeypatch.setattr(processor, "pixels", slowly)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)

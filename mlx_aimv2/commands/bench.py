@@ -1,21 +1,26 @@
-"""What does `mlx-aimv2 bench` do: say how fast a model is on this machine, beside what the machine could do?"""
+"""`mlx-aimv2 bench`: times a model beside what the machine could do, or the way from a folder of images to vectors."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import device
-from mlx_aimv2.cli import count, log
+from mlx_aimv2.cli import log
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.config import released
+from mlx_aimv2.find_images import list_images
 
 if TYPE_CHECKING:
     from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
 
-HELP = "time a model on this machine, beside the machine's own matrix products"
+HELP = "time a model on this machine, beside the machine's own matrix products, or embedding a folder of images"
+
+MOST_AT_ONCE, LARGEST_SIDE, MOST_RUNS = 4096, 3584, 100_000
+"""What may be asked for: more fits no machine's memory or no day."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -42,17 +47,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)"
     )
-    parser.add_argument("--batch", nargs="+", type=count, default=[1, 4], metavar="B", help="images at once (1 4)")
-    parser.add_argument("--side", type=count, metavar="PIXELS", help="side of the images of a native model (224)")
-    parser.add_argument("--runs", type=count, default=7, metavar="N", help="runs of each measurement (%(default)s)")
+    parser.add_argument(
+        "--batch", nargs="+", type=_up_to(MOST_AT_ONCE), default=[1, 4], metavar="B", help="images at once (1 4)"
+    )
+    parser.add_argument(
+        "--side", type=_up_to(LARGEST_SIDE), metavar="PIXELS", help="side of the images of a native model (224)"
+    )
+    parser.add_argument(
+        "--runs", type=_up_to(MOST_RUNS), default=7, metavar="N", help="runs of each measurement (%(default)s)"
+    )
     parser.add_argument(
         "--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense"
     )
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="time embedding the images of a folder instead: reading, hashing, decoding, resizing and the model, "
+        "each alone and all together",
+    )
+    parser.add_argument("--threads", type=_up_to(1024), metavar="N", help="with --images: threads that decode")
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
+    if arguments.images is not None:
+        found = measure_images(arguments)
+        print(json.dumps(found) if arguments.json else images_table(found))
+        return 0
     found = measure(arguments)
     if arguments.json:
         print(json.dumps(found))
@@ -93,6 +116,54 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for speed in _speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind])
     ]
     return found
+
+
+def measure_images(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What embedding a folder takes, step by step, as one dictionary for JSON."""
+    from mlx_aimv2 import load
+    from mlx_aimv2.bench_images import measure_folder
+    from mlx_aimv2.preprocessing import published
+    from mlx_aimv2.processor import Aimv2Processor
+
+    policy = policy_of(arguments)
+    files = list_images([arguments.images]).files
+    if not files:
+        raise FileNotFoundError(f"no images in {arguments.images}: --images takes a folder that holds some")
+    on = device.machine()
+    dtype = (arguments.dtype or DEFAULT_DTYPES[on.kind])[0]
+    if arguments.random:
+        model = _model(arguments, dtype, keep_quantized=False)
+        processor = Aimv2Processor(published(model.vision.config.image_size))
+    else:
+        model, processor = load(arguments.model, revision=arguments.revision, dtype=dtype)
+    _tell(f"{arguments.images}, {dtype}")
+    speed = measure_folder(files, model, processor, policy=policy, threads=arguments.threads)
+    return asdict(speed) | {
+        "bound_by": speed.bound_by,
+        "advice": speed.advice(cores=device.cpu_count(), on_cpu=on.kind == "cpu"),
+        "chip": on.chip,
+        "device": on.kind,
+        "cores": device.cpu_count(),
+        "dtype": dtype,
+        "model_name": arguments.model or f"random {arguments.random}",
+    }
+
+
+def images_table(found: dict[str, Any]) -> str:
+    """The steps' times, as lines for the terminal."""
+    count = found["images"]
+    size = f"{found['bytes'] / count / 1e6:.1f} MB and {found['megapixels'] / count:.1f} megapixels each"
+    lines = [
+        f"{count} images, {size}; {found['model_name']} in {found['dtype']}; --decode {found['decode']}",
+        f"{found['chip']}, {found['device']}, {found['cores']} cores; {found['threads']} threads decode",
+        "",
+        "step       ms per image  images/s",
+    ]
+    for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
+        seconds = found[step] / count
+        lines.append(f"{step:<9}  {seconds * 1e3:12.2f}  {1 / max(seconds, 1e-9):8.1f}")
+    note = "Each step alone on one thread, the model alone on its device, and together as embed runs them."
+    return "\n".join([*lines, "", found["advice"], note])
 
 
 def table(found: dict[str, Any], *, runs: int) -> str:
@@ -178,3 +249,13 @@ def _row(speed: dict[str, Any]) -> tuple[str, ...]:
 
 def _tell(step: str) -> None:
     log(f"measuring: {step}")
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        number = int(text) if text.isdigit() and len(text) < 10 else 0
+        if not 1 <= number <= most:
+            raise argparse.ArgumentTypeError(f"a whole number from 1 to {most} is wanted, got {text:.20}")
+        return number
+
+    return count

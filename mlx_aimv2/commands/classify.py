@@ -6,6 +6,7 @@ import argparse
 import json
 
 from mlx_aimv2.cli import say, show, typed
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
 from mlx_aimv2.loading import load
 from mlx_aimv2.safe_read import expand_user, read_text
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
     parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
 
 
@@ -45,12 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the best labels of each image; returns 1 when some could not be read."""
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
+    policy = policy_of(arguments)
     labels = check_labels(_labels(arguments.labels, arguments.labels_file))  # before the model, which takes longer
     templates = check_templates([typed(one) for one in arguments.template or TEMPLATES])
     model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     failures = 0
-    for image, result in zip(arguments.images, classifier.each(arguments.images), strict=True):
+    for image, result in zip(arguments.images, classifier.each(arguments.images, policy=policy), strict=True):
         if isinstance(result, Prediction):
             (_print_json if arguments.json else _print_text)(image, result, arguments.top)
         else:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlx_aimv2.cli import progress, say, show
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.config import DTYPES
 from mlx_aimv2.safe_read import expand_user
 
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take what matches although it is excluded, hidden or has another suffix; may be repeated",
     )
     parser.add_argument("--prune", action="store_true", help="forget images of these paths whose files are not there")
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -111,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
                 include=arguments.include,
                 prune=arguments.prune,
                 overwrite=arguments.overwrite,
+                policy=policy_of(arguments),
                 report=say,
                 on_progress=on_progress,
             )

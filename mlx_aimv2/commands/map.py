@@ -13,9 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli import count, say, show_progress
+from mlx_aimv2.cli import say, show_progress
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
+from mlx_aimv2.embed.pipeline import FAST
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
 from mlx_aimv2.find_images import list_images
+from mlx_aimv2.images import Policy
 from mlx_aimv2.loading import load
 from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_file, check_file
@@ -60,17 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-patches",
-        type=count,
+        type=int,
         default=MAX_PATCHES,
         metavar="N",
         help="native checkpoints: scale larger images down (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON per image instead of the path")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
+    if arguments.max_patches < 1:
+        raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
+    policy = policy_of(arguments)
     found = list_images(arguments.images)
     failed = [f"{name} does not exist" for name in found.missing]
     failed += [f"{name} holds no image" for name in found.empty]
@@ -82,7 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
         for file, target in zip(found.files, targets, strict=True):
             try:
                 image, grid = draw(
-                    model.vision, processor, file, patch=arguments.patch, max_patches=arguments.max_patches
+                    model.vision,
+                    processor,
+                    file,
+                    patch=arguments.patch,
+                    max_patches=arguments.max_patches,
+                    policy=policy,
                 )
             except (ValueError, OSError) as error:
                 failed.append(str(error))
@@ -106,9 +118,10 @@ def draw(
     *,
     patch: tuple[int, int] | None,
     max_patches: int | None = None,
+    policy: Policy = FAST,
 ) -> tuple[Image.Image, tuple[int, int]]:
     """The image as the model saw it beside its map, and the grid: `image -> (image, (rows, columns))`."""
-    pixels = processor(image, max_patches=max_patches)
+    pixels = mx.array(processor.pixels(image, max_patches=max_patches, policy=policy)[None])
     rows, columns = grid = model.grid(pixels)
     if patch is not None and (patch[0] >= rows or patch[1] >= columns):
         raise ValueError(

@@ -9,6 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from mlx_aimv2.cli import say, show, typed
+from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 
 HELP = "find the images of an index that are most like an image, or fit a text best"
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
     parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
     parser.add_argument("--overwrite", action="store_true", help="let --html replace any other file, but no image")
@@ -42,7 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
             else None
         )
         query = query_vector(
-            index, image=image, text=typed(arguments.query), model=arguments.model, revision=arguments.revision
+            index,
+            image=image,
+            text=typed(arguments.query),
+            model=arguments.model,
+            revision=arguments.revision,
+            policy=policy_of(arguments),
         )
         started = time.perf_counter()
         matches = index.search(query, arguments.top, once=True)

@@ -35,12 +35,13 @@ class Embedder:
     description: dict[str, Any]
 
     @classmethod
-    def load(cls, settings: Settings) -> Embedder:
-        """Loads the checkpoint. Raises ValueError for settings that it cannot meet."""
+    def load(cls, settings: Settings, *, decode: str = "fast") -> Embedder:
+        """Loads the checkpoint and records `decode`. Raises ValueError for settings that it cannot meet."""
         loaded = provenance.load_with_origin(settings.model, revision=settings.revision, dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
-        return cls(loaded, pooling, max_patches, provenance.describe(loaded, pooling, max_patches=max_patches))
+        description = provenance.describe(loaded, pooling, max_patches=max_patches, decode=decode)
+        return cls(loaded, pooling, max_patches, description)
 
     def __call__(self, chunks: Sequence[Sequence[str]], **options: Any) -> Iterator[list[Any]]:
         """Embeddings of each chunk's images; `options` are those of `embed_chunks`."""

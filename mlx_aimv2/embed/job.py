@@ -12,9 +12,11 @@ from typing import Any
 
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
 from mlx_aimv2.embed.embedder import Embedder, Settings
+from mlx_aimv2.embed.pipeline import FAST
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.embed.update import Plan, Update, make_plan
 from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
+from mlx_aimv2.images import Policy
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import is_empty
 from mlx_aimv2.index.writer import IndexWriter
@@ -67,6 +69,7 @@ def update_index(
     include: Sequence[str] = (),
     prune: bool = False,
     overwrite: bool = False,
+    policy: Policy = FAST,
     report: Report | None = None,
     on_progress: OnProgress | None = None,
 ) -> Summary | None:
@@ -79,6 +82,7 @@ def update_index(
     `-` among the paths reads names from stdin. Without a model, and where other settings are left out, an index that
     exists keeps its own. `store` is the dtype of the vectors in a new index, float16 or float32; `export_kind` writes
     everything beside the index too (npz, safetensors or jsonl), where `overwrite` lets it replace what is no export.
+    `policy` says how images are read.
 
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Images that fail go to `report`, notes
     are warnings. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
@@ -94,7 +98,7 @@ def update_index(
     report, on_progress = report or warnings.warn, on_progress or (lambda done, total: None)
     job = _Job(output, ranks, store, export_kind, listing, prune, overwrite, report, on_progress)
     try:
-        return _run(job, ranks, paths, given, threads)
+        return _run(job, ranks, paths, given, threads, policy)
     except RankLostError as error:
         count = len(job.index) if job.index is not None else 0
         kept = f"; {output} keeps {count:,} images" if count else "; nothing is stored yet"
@@ -106,10 +110,12 @@ def update_index(
             job.index.close()
 
 
-def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: dict[str, Any], threads: int | None) -> Summary | None:
+def _run(
+    job: _Job, ranks: Ranks, paths: Iterable[str], given: dict[str, Any], threads: int | None, policy: Policy
+) -> Summary | None:
     prepared = ranks.first(lambda: job.prepare(paths, given))
     settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-    embedder = Embedder.load(settings)
+    embedder = Embedder.load(settings, decode=policy.decode)
     digest = ranks.first(lambda: job.agree(embedder.description))
     if digest != embedder.description["weights"]["digest"]:
         raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
@@ -118,6 +124,7 @@ def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: dict[str, Any], t
     results = embedder(
         my_chunks(plan.chunks, ranks),
         threads=threads,
+        policy=policy,
         on_failure=lambda path, reason: mine.failures.append((path, reason)),
         on_note=lambda path, note: mine.notes.append((path, note)),
         known=plan.known,
@@ -174,8 +181,9 @@ class _Job:
         plan = make_plan(listing, self.index, prune=self.prune)
         if plan.kept:
             self.report(
-                f"{len(plan.kept):,} images of {self.output} are not there, the first {plan.kept[0]}: they are kept, "
-                "since a drive may be unplugged or iCloud may have moved them; --prune forgets them"
+                f"{len(plan.kept):,} of the images in {self.output} {'has' if len(plan.kept) == 1 else 'have'} no file "
+                f"now, such as {plan.kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune "
+                "forgets what is not there"
             )
         self.passed_over = {**listing.suffixes, **listing.excluded}
         return {"settings": asdict(settings), "plan": asdict(plan)}

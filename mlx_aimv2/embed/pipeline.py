@@ -1,4 +1,4 @@
-"""How do many images become embeddings as fast as they can be decoded or encoded, whichever takes longer?
+"""Embeds many images as fast as they can be decoded or encoded, whichever takes longer.
 
 Threads read and decode ahead; one thread owns the model. Images of one patch grid go through the model together,
 about 4096 tokens at a time, and none is padded. Files are taken in chunks of 32 consecutive names, and a batch never
@@ -20,6 +20,7 @@ import numpy as np
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import MAX_PATCHES, Decoded, Decoder, Known
 from mlx_aimv2.find_images import list_images
+from mlx_aimv2.images import Policy
 from mlx_aimv2.index.reader import Embedding
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ BATCH_TOKENS = 4096
 
 IN_FLIGHT = 2
 """Batches that the device has been given and not finished: it computes one while the next is put together."""
+
+FAST = Policy(decode="fast")
 
 OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
@@ -52,6 +55,9 @@ def embed(
     norm: bool = False,
     max_patches: int = MAX_PATCHES,
     threads: int | None = None,
+    decode: str = "fast",
+    max_pixels: int | None = None,
+    truncated: str | None = None,
     on_failure: OnFailure | None = None,
 ) -> Iterator[Embedding]:
     """Embeds files, folders and patterns one image after another: `paths -> Embedding …`, sorted by name.
@@ -59,8 +65,9 @@ def embed(
     `pool`, `layer` and `norm` are explained in `pooling.py`. For native checkpoints, images of more than
     `max_patches` are scaled down in their shape, and below 112 patches a warning is given. An image that cannot be
     read raises ValueError, or is passed to `on_failure(path, reason)` and left out. `threads` decode, by default one
-    for each core.
+    for each core; `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
     """
+    policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
     fail = on_failure or _raise
     pooling = Pooling.of(model, pool, layer=layer, norm=norm)
     listing = list_images(paths)
@@ -70,7 +77,14 @@ def embed(
         fail(path, reason)
     chunks = split_into_chunks(listing.files)
     for chunk in embed_chunks(
-        chunks, model, processor, pooling=pooling, max_patches=max_patches, threads=threads, on_failure=fail
+        chunks,
+        model,
+        processor,
+        pooling=pooling,
+        max_patches=max_patches,
+        threads=threads,
+        policy=policy,
+        on_failure=fail,
     ):
         yield from chunk
 
@@ -88,6 +102,7 @@ def embed_chunks(
     pooling: Pooling,
     max_patches: int = MAX_PATCHES,
     threads: int | None = None,
+    policy: Policy = FAST,
     on_failure: OnFailure | None = None,
     on_note: OnFailure | None = None,
     known: Known | None = None,
@@ -102,7 +117,7 @@ def embed_chunks(
     if max_patches < 1:
         raise ValueError(f"max_patches is a number of patches, at least 1; got {max_patches}")
     is_native = config.num_patches is None
-    decoder = Decoder(processor, max_patches=max_patches if is_native else None, known=known)
+    decoder = Decoder(processor, max_patches=max_patches if is_native else None, known=known, policy=policy)
     is_widest = model.dtype == mx.float32
     advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
     threads = threads or os.cpu_count() or 1
@@ -115,7 +130,7 @@ def embed_chunks(
         decoded = decoder.ahead(names, pool, ahead)
         before: tuple[list[Decoded], list[Batch]] | None = None
         for chunk in chunks:
-            now = _submitted((_told(next(decoded), fail, note) for _ in chunk), model, pooling)
+            now = _submitted((_told(next(decoded), fail, note) for _ in chunk), model, processor, pooling)
             if before is not None:  # read now that the device has more to do
                 yield _finished(*before, fail, advice)
             before = now
@@ -139,7 +154,7 @@ def _told(image: Decoded, fail: OnFailure, note: OnFailure) -> Decoded:
 
 
 def _submitted(
-    coming: Iterable[Decoded], model: Aimv2VisionModel | Aimv2Model, pooling: Pooling
+    coming: Iterable[Decoded], model: Aimv2VisionModel | Aimv2Model, processor: Aimv2Processor, pooling: Pooling
 ) -> tuple[list[Decoded], list[Batch]]:
     """Gives a chunk's images to the device, those of one size together, a batch as soon as it is full."""
     patch = model.vision.config.patch_size
@@ -148,7 +163,8 @@ def _submitted(
     groups: dict[tuple[int, ...], list[int]] = {}
 
     def submit(places: list[int]) -> None:
-        features = pooling(model, mx.array(_stacked(images, places)))
+        # One byte a level goes to the device, a quarter of what the pixels made of it there would take.
+        features = pooling(model, processor.normalised(mx.array(_stacked(images, places))))
         if len(batches) >= IN_FLIGHT:
             mx.eval(batches[-IN_FLIGHT][0])
         mx.async_eval(features)  # type: ignore[no-untyped-call]
@@ -156,23 +172,23 @@ def _submitted(
 
     for place, image in enumerate(coming):
         images.append(image)
-        if image.pixels is None:
+        if image.levels is None:
             continue
-        group = groups.setdefault(image.pixels.shape, [])
+        group = groups.setdefault(image.levels.shape, [])
         group.append(place)
-        tokens = (image.pixels.shape[0] // patch) * (image.pixels.shape[1] // patch)
+        tokens = (image.levels.shape[0] // patch) * (image.levels.shape[1] // patch)
         if (len(group) + 1) * tokens > BATCH_TOKENS:
-            submit(groups.pop(image.pixels.shape))
+            submit(groups.pop(image.levels.shape))
     for group in groups.values():
         submit(group)
     return images, batches
 
 
 def _stacked(images: list[Decoded], places: list[int]) -> np.ndarray[Any, Any]:
-    """The pixels at these places as one array (B, H, W, 3), taken out so that they are freed."""
-    arrays = [images[place].pixels for place in places]
+    """The levels at these places as one array (B, H, W, 3), taken out so that they are freed."""
+    arrays = [images[place].levels for place in places]
     for place in places:
-        images[place].pixels = None
+        images[place].levels = None
     return np.stack([array for array in arrays if array is not None])
 
 

@@ -1,35 +1,38 @@
-"""How do image files become pixels ahead of the model, whatever is in them?
+"""Reads and decodes image files ahead of the model, whatever is in them.
 
-path -> bytes, SHA-256 -> RGB -> pixels (H, W, 3); nothing in a file raises: what is wrong with it is told in words.
+path -> bytes, SHA-256 -> levels (H, W, 3) uint8; nothing in a file raises: what is wrong with it is told in words.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import os
-import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.images import name_of, to_rgb
+from mlx_aimv2.image_array import Levels
+from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.images import POLICY, Policy, open_image
 
 if TYPE_CHECKING:
     from mlx_aimv2.processor import Aimv2Processor
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 MIN_PATCHES = 112
 MAX_PATCHES = 4096
 """Native checkpoints were trained on images of 112 to 4096 patches."""
 
-MAX_FILE_BYTES = 1 << 30
+FILE_BYTES = 64 << 20
+"""Content of files that wait to be decoded, all threads together; a single file may have more."""
+
+DECODING_BYTES = 160 << 20
+"""What is decoded at one time, all threads together; a single image may take more."""
 
 Known: TypeAlias = Callable[[str, bytes], bool]
 """Whether the embedding of this file, by its path and the SHA-256 digest of its content, needs no pixels."""
@@ -37,7 +40,7 @@ Known: TypeAlias = Callable[[str, bytes], bool]
 
 @dataclass
 class Decoded:
-    """A file read and hashed, with its pixels (H, W, 3), with None where its content is known, or with a failure.
+    """A file read and hashed, with its levels (H, W, 3), with None where its content is known, or with a failure.
 
     `failure` and `note` continue a sentence that starts with the path.
     """
@@ -46,36 +49,63 @@ class Decoded:
     size: int = 0
     mtime_ns: int = 0
     sha256: bytes = b""
-    pixels: Array | None = None
+    levels: Levels | None = None
     failure: str | None = None
     note: str | None = None
 
 
+class Budget:
+    """So many bytes, which threads take and give back; one that wants more than all of it waits until it is alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken = 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        """Waits until so many bytes are free."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + wanted <= self.size)
+            self.taken += wanted
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= wanted
+                self.changed.notify_all()
+
+
 class Decoder:
-    """Turns files into pixels for one checkpoint; any thread may call it."""
+    """Turns files into levels for one checkpoint; any thread may call it."""
 
     def __init__(
-        self, processor: Aimv2Processor, *, max_patches: int | None = None, known: Known | None = None
+        self,
+        processor: Aimv2Processor,
+        *,
+        max_patches: int | None = None,
+        known: Known | None = None,
+        policy: Policy = POLICY,
     ) -> None:
-        """`max_patches` is for native checkpoints, None for others; what is `known` gets no pixels."""
+        """`max_patches` is for native checkpoints, None for others; what is `known` gets no levels."""
         self.processor = processor
         self.max_patches = max_patches
         self.known = known
+        self.policy = policy
+        # A thread takes the bytes of its file first and those for decoding it second, and never the other way round.
+        self.files, self.decoding = Budget(FILE_BYTES), Budget(DECODING_BYTES)
 
     def __call__(self, path: str) -> Decoded:
         """One file, `path -> Decoded`."""
         try:
-            about, data = _read(path)
+            with self.files.take(_size_of(path)):
+                about, data = read_image_file(path)
+                found = Decoded(path, about.st_size, about.st_mtime_ns, hashlib.sha256(data).digest())
+                if self.known is None or not self.known(path, found.sha256):
+                    self._decode(found, data)
+                return found
         except OSError as error:
             return Decoded(path, failure=_reason(error))
-        found = Decoded(path, about.st_size, about.st_mtime_ns, hashlib.sha256(data).digest())
-        if self.known is None or not self.known(path, found.sha256):
-            called = [path]
-            try:
-                self._decode(found, data, called)
-            except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
-                found.failure = _without_names(str(error) or type(error).__name__, called)
-        return found
 
     def ahead(self, paths: Sequence[str], pool: ThreadPoolExecutor, count: int) -> Iterator[Decoded]:
         """Files in their order, of which `count` are decoded ahead of the one that is asked for."""
@@ -87,34 +117,32 @@ class Decoder:
         while coming:
             yield coming.popleft().result()
 
-    def _decode(self, found: Decoded, data: bytes, called: list[str]) -> None:
-        stream: Any = io.BytesIO(data)
-        stream.name = called[0]  # what errors call it
-        image = to_rgb(stream)
-        called.append(name_of(image))
-        if self.max_patches is None:
-            found.pixels = self.processor.pixels(image)
+    def _decode(self, found: Decoded, data: bytes) -> None:
+        name = found.path
+        try:
+            opened = open_image(data, policy=self.policy, name=name)
+            with self.decoding.take(self.processor.decoding_bytes(opened, max_patches=self.max_patches)):
+                levels = self.processor.levels(opened, max_patches=self.max_patches)
+        except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
+            found.failure = " ".join((str(error) or type(error).__name__).split()).removeprefix(f"{name} ")
             return
-        pixels = self.processor.pixels(image, max_patches=self.max_patches)
-        patch = self.processor.patch_size
-        rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
-        # Without the remainder, which the model drops, all images of one grid have one size.
-        found.pixels = np.ascontiguousarray(pixels[: rows * patch, : columns * patch])
-        if rows * columns < MIN_PATCHES:
-            found.note = f"has {rows}x{columns} patches; the checkpoint was trained on {MIN_PATCHES} and more"
+        notes = opened.notes
+        if self.max_patches is not None:
+            patch = self.processor.patch_size
+            rows, columns = levels.shape[0] // patch, levels.shape[1] // patch
+            # Without the remainder, which the model drops, all images of one grid have one size.
+            levels = np.ascontiguousarray(levels[: rows * patch, : columns * patch])
+            if rows * columns < MIN_PATCHES:
+                notes.append(f"has {rows}x{columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
+        found.levels = levels
+        found.note = "; ".join(notes) or None
 
 
-def _read(path: str) -> tuple[os.stat_result, bytes]:
-    """Content of a regular file and how the file was before it was read, so that a change during it shows later."""
-    # O_NONBLOCK: opening a named pipe would wait for somebody to write into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError("is not a file that holds an image")
-        if about.st_size > MAX_FILE_BYTES:
-            raise OSError(f"has {about.st_size} bytes, more than an image of {MAX_FILE_BYTES} bytes")
-        return about, file.read()
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - once for each of many files
+    except (OSError, ValueError):
+        return 0
 
 
 def _reason(error: OSError) -> str:
@@ -122,13 +150,6 @@ def _reason(error: OSError) -> str:
         return "was deleted before it could be read"
     if isinstance(error, PermissionError):
         return "may not be read: permission denied"
-    if error.errno == errno.EISDIR:
+    if isinstance(error, IsADirectoryError):
         return "is a folder"
     return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
-
-
-def _without_names(reason: str, called: list[str]) -> str:
-    reason = " ".join(reason.split())
-    for name in called:
-        reason = reason.removeprefix(f"{name} ")
-    return reason

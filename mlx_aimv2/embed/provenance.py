@@ -92,8 +92,11 @@ def _bits(section: Mapping[str, Any] | None) -> Description | None:
     return shared
 
 
-def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int) -> Description:
-    """Everything that decides what an embedding is: `-> dictionary for JSON`."""
+def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int, decode: str = "fast") -> Description:
+    """Everything that decides what an embedding is: `-> dictionary for JSON`.
+
+    How JPEGs are decoded (`decode`) is recorded and never compared: it changes features less than float16 does.
+    """
     model, processor = loaded.model, loaded.processor
     is_native = model.vision.config.num_patches is None
     return {
@@ -104,6 +107,7 @@ def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int) -> Descripti
         "width": pooling.width(model),
         "preprocessing": json.loads(json.dumps(asdict(processor.preprocessing))),
         "max_patches": max_patches if is_native else None,
+        "decode": decode,
         "weights": fingerprint(model),
         "versions": {
             "mlx-aimv2": __version__,

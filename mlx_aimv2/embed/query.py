@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.embed.embedder import Embedder, Settings
+from mlx_aimv2.embed.pipeline import FAST
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.find_images import has_suffix
+from mlx_aimv2.images import Policy
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.safe_read import expand_user
 
@@ -32,7 +34,13 @@ def image_path(query: str) -> str | None:
 
 
 def query_vector(
-    index: Index, *, image: str | None = None, text: str = "", model: str | None = None, revision: str | None = None
+    index: Index,
+    *,
+    image: str | None = None,
+    text: str = "",
+    model: str | None = None,
+    revision: str | None = None,
+    policy: Policy = FAST,
 ) -> NDArray[Any]:
     """The vector of an image (an absolute path) or else of a text, `-> (D,)`.
 
@@ -55,7 +63,7 @@ def query_vector(
     if image is None:
         loaded = embedder.loaded
         return np.array(loaded.model.encode_text(loaded.processor.tokenize([text]))[0].tolist())
-    (chunk,) = embedder([[image]])
+    (chunk,) = embedder([[image]], policy=policy)
     vector: NDArray[Any] = chunk[0].vector
     return vector
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
-from mlx_aimv2.images import to_rgb
+from mlx_aimv2.images import Policy, open_image
 from mlx_aimv2.index.reader import Index, Match
 from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_file, check_file
@@ -26,6 +26,9 @@ THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""
 
 QUALITY = 82
+
+FAST = Policy(decode="fast", truncated="accept")
+"""For a thumbnail, what is there of an image is enough."""
 
 PAGE = Path(__file__).parent / "search_page.html"
 CARD = Path(__file__).parent / "search_card.html"
@@ -94,7 +97,7 @@ def thumbnail(path: str) -> bytes | None:
     from PIL import Image
 
     try:
-        image = to_rgb(path)
+        image, _ = open_image(path, policy=FAST).rgb((THUMBNAIL, THUMBNAIL))
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=QUALITY)

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +80,14 @@ class Match:
 class Index:
     """The embeddings of many images: `with Index.open("photos.db") as index: index.search(vector, 12)`.
 
-    One thread at a time.
+    Any thread may use it, and several at once: they take turns at the file and search side by side in memory.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         """Use `open`."""
         self.path = path
         self._db = connection
+        self._lock = threading.RLock()
         self._vectors: Vectors | None = None
         self._blocks: dict[int, tuple[NDArray[Any], bytes]] = {}
         about = dict(self._all("SELECT name, value FROM about"))
@@ -137,8 +139,9 @@ class Index:
 
     def close(self) -> None:
         """Closes the file; whatever was added is on disk already."""
-        self._vectors = None
-        self._db.close()
+        with self._lock:
+            self._vectors = None
+            self._db.close()
 
     def __len__(self) -> int:
         return int(self._all("SELECT count(*) FROM images")[0][0])
@@ -165,9 +168,10 @@ class Index:
     def embeddings(self) -> Iterator[Embedding]:
         """All images with their embeddings, sorted by the paths' bytes."""
         columns = "path, size, mtime_ns, sha256, id, length, rows, columns, block"
-        with plain_errors(self.path):
+        with self._lock, plain_errors(self.path):
             cursor = self._db.execute(f"SELECT {columns} FROM images ORDER BY path")
-            for path, size, mtime_ns, sha256, *place in cursor:
+        while rows := self._next_rows(cursor):
+            for path, size, mtime_ns, sha256, *place in rows:
                 stamp = self._stamp(path, (size, mtime_ns, sha256))
                 vector = self._restored(*place)
                 yield Embedding(self._name(path), stamp.size, stamp.mtime_ns, stamp.sha256, vector)
@@ -205,10 +209,11 @@ class Index:
         """Brings all vectors into memory, if they are not there yet, ready for searches."""
         from mlx_aimv2.index.nearest import Vectors  # whoever does not search needs no MLX
 
-        if self._vectors is None:
-            with self._all_blocks() as (blocks, count):
-                self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
-        return self._vectors
+        with self._lock:
+            if self._vectors is None:
+                with self._all_blocks() as (blocks, count):
+                    self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
+            return self._vectors
 
     def _nearest_on_disk(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
         from mlx_aimv2.index.nearest import nearest_in
@@ -220,7 +225,7 @@ class Index:
     def _all_blocks(self) -> Iterator[tuple[Iterator[tuple[bytes, bytes]], int]]:
         """All blocks and the number of images, both of the same moment."""
         self.check_search()
-        with plain_errors(self.path):
+        with self._lock, plain_errors(self.path):
             self._db.execute("BEGIN")
             try:
                 count = self._db.execute("SELECT count(*) FROM images").fetchone()[0]
@@ -265,7 +270,8 @@ class Index:
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
     ) -> NDArray[Any]:
-        raw = self._stored(identity, block)
+        with self._lock:
+            raw = self._stored(identity, block)
         try:
             vector = np.frombuffer(raw, self.dtype).astype(np.float32)
             vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
@@ -293,8 +299,12 @@ class Index:
         place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
         return vectors[place * size : (place + 1) * size]
 
+    def _next_rows(self, cursor: sqlite3.Cursor) -> list[Any]:
+        with self._lock, plain_errors(self.path):
+            return cursor.fetchmany(256)
+
     def _all(self, query: str, *values: Any) -> list[Any]:
-        with plain_errors(self.path):
+        with self._lock, plain_errors(self.path):
             return self._db.execute(query, values).fetchall()
 
 
@@ -302,7 +312,13 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
     """SQLite's connection to a file: mode `ro`, `rw` or, to make it, `rwc`; transactions are begun by hand."""
     name = quote(os.fsencode(path.absolute()))
     with plain_errors(path):
-        db = sqlite3.connect(f"file:{name}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS)
+        db = sqlite3.connect(
+            f"file:{name}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            timeout=BUSY_SECONDS,
+            check_same_thread=False,  # `Index` has a lock
+        )
         db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from a stranger's file
         return db
 

@@ -190,7 +190,7 @@ class IndexWriter(Index):
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with plain_errors(self.path):
+        with self._lock, plain_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield

@@ -48,7 +48,7 @@ def test_a_second_run_touches_only_what_changed(folder, embed_command):
     (folder / "4.png").unlink()
     code, out, _ = embed_command("in", "--json", model=None)
     assert code == 0
-    found = {"images": 7, "embedded": 2, "unchanged": 5, "dropped": 1}
+    found = {"images": 7, "embedded": 2, "unchanged": 5, "gone": 1}
     assert counts(out) == found
     after = contents()
     assert set(after) == set(before) - {"4.png"} | {"9.png"}
@@ -62,9 +62,9 @@ def test_moved_and_touched_files_are_known_by_their_content(folder, embed_comman
     (folder / "1.png").rename(folder / "moved.png")
     shutil.copy(folder / "moved.png", folder / "twice.png")
     os.utime(folder / "5.png", ns=(1, 1))
-    monkeypatch.setattr("mlx_aimv2.embed.prefetch.to_rgb", None)  # nothing is decoded
+    monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", None)  # nothing is decoded
     _, out, _ = embed_command("in", "--json")
-    assert counts(out) == {"images": 8, "recognised": 3, "unchanged": 5, "dropped": 1}
+    assert counts(out) == {"images": 8, "recognised": 2, "moved": 1, "unchanged": 5}
     after = contents()
     assert after["moved.png"] == after["twice.png"] == before["1.png"]
     assert after["5.png"] == before["5.png"]
@@ -90,7 +90,7 @@ def test_images_of_other_folders_stay(folder, embed_command, tmp_path):
     embed_command("in", "other")
     shutil.rmtree(tmp_path / "other")
     _, out, _ = embed_command("in", "--json")
-    assert counts(out) == {"images": 8, "unchanged": 7}
+    assert counts(out) == {"images": 8, "unchanged": 7}, "what was not asked for is not looked at"
     (folder / "0.png").unlink()
     code, _, err = embed_command("other", "in")
     assert code == 1
@@ -108,7 +108,7 @@ def test_a_folder_that_is_empty_now_loses_nothing(folder, embed_command, tmp_pat
     assert "a.png" in contents()
 
 
-def test_a_file_given_by_name_that_is_gone_is_dropped(folder, embed_command):
+def test_a_file_given_by_name_that_is_gone_is_forgotten(folder, embed_command):
     embed_command("in/0.png", "in/1.png")
     (folder / "0.png").unlink()
     code, _, err = embed_command("in/0.png", "in/1.png")

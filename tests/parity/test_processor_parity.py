@@ -130,3 +130,33 @@ def test_what_transformers_saves_we_read(tmp_path):
     CLIPImageProcessorPil(size=336, crop_size=336, resample=2).save_pretrained(tmp_path)
     steps = Aimv2Processor.from_folder(tmp_path).preprocessing
     assert (steps.resize, steps.crop, steps.resample) == (336, (336, 336), 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_resize": None},
+        {"do_center_crop": None},
+        {"do_rescale": None},
+        {"do_normalize": None},
+        {"do_convert_rgb": None},
+        {"size": 70, "crop_size": 56, "default_to_square": True},
+        {"size": 70, "crop_size": 56, "default_to_square": False},
+        {"size": 70, "crop_size": 56, "default_to_square": None},
+        {"size": {"shortest_edge": 70}, "crop_size": 56, "default_to_square": True},
+        {"size": 70, "use_square_size": True},
+        {"size": 70, "crop_size": 56, "use_square_size": False},
+        {"size": {"shortest_edge": 70}, "use_square_size": True},
+        {"size": [90, 71], "crop_size": [56, 42]},
+    ],
+    ids=str,
+)
+def test_a_file_with_nulls_and_squares_means_what_it_means_to_transformers(tmp_path, change):
+    settings = to_clip(published(224)) | change
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    image = photograph("rocket")
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    wanted = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    ours = Aimv2Processor.from_folder(tmp_path).pixels(image)
+    assert ours.shape == wanted.shape
+    assert np.abs(ours - wanted).max() <= (1e-6 if settings["do_rescale"] else 1e-4)

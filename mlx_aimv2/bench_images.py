@@ -1,0 +1,161 @@
+"""Measures where the time goes when images of a folder are embedded: reading, hashing, decoding, resizing, the model.
+
+Each step alone, one image after another on one thread, then all together as `embed` runs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_chunks, split_into_chunks
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.prefetch import MAX_PATCHES
+from mlx_aimv2.image_array import Levels
+from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.images import OpenImage, Policy, open_image
+
+if TYPE_CHECKING:
+    from mlx_aimv2.loading import AnyModel
+    from mlx_aimv2.processor import Aimv2Processor
+
+MOST_IMAGES = 64
+"""Of a larger folder so many are taken, evenly spread over their sorted names."""
+
+
+@dataclass(frozen=True)
+class FolderSpeed:
+    """Seconds for all `images`: each step alone on one thread, the model alone, and all together on `threads`.
+
+    `bound_by` is what the run waits for: decoding (which stands for all steps on threads), or the model.
+    """
+
+    images: int
+    bytes: int
+    megapixels: float
+    threads: int
+    decode: str
+    reading: float
+    hashing: float
+    decoding: float
+    resizing: float
+    model: float
+    together: float
+
+    @property
+    def preparing(self) -> float:
+        """Seconds of all steps before the model, shared by the threads."""
+        return (self.reading + self.hashing + self.decoding + self.resizing) / self.threads
+
+    @property
+    def bound_by(self) -> str:
+        """The slower of both sides."""
+        return "decoding" if self.preparing > self.model else "the model"
+
+    def advice(self, *, cores: int, on_cpu: bool) -> str:
+        """What would make the run faster on this machine, as flags."""
+        if self.bound_by == "the model":
+            own = "a smaller checkpoint" if on_cpu else "--dtype float16, or a smaller checkpoint"
+            return f"the model sets the pace: {own}; faster decoding gains nothing"
+        if self.decode == "exact":
+            return "decoding sets the pace: --decode fast"
+        if self.threads < cores:
+            return f"decoding sets the pace: --threads {cores}"
+        if self.reading > self.decoding + self.resizing:
+            return f"reading sets the pace: --threads {2 * self.threads}, or images on a faster disk"
+        return "decoding sets the pace on all cores: smaller copies of the images would be read faster"
+
+
+def measure_folder(
+    files: Sequence[str],
+    model: AnyModel,
+    processor: Aimv2Processor,
+    *,
+    policy: Policy,
+    threads: int | None = None,
+    max_patches: int = MAX_PATCHES,
+) -> FolderSpeed:
+    """Times up to 64 of these image files; those that cannot be read raise ValueError."""
+    if not files:
+        raise ValueError("no images to time: give a folder that holds some")
+    step = max(1, len(files) / MOST_IMAGES)
+    chosen = [files[int(number * step)] for number in range(min(len(files), MOST_IMAGES))]
+    limit = max_patches if model.vision.config.num_patches is None else None
+    steps = dict.fromkeys(("reading", "hashing", "decoding", "resizing"), 0.0)
+    size, pixels, prepared = 0, 0, []
+    for file in chosen:
+        began = time.perf_counter()
+        try:
+            data = read_image_file(file)[1]
+        except OSError as error:
+            raise ValueError(f"{file} {error.strerror or error}") from None
+        steps["reading"] += time.perf_counter() - began
+        began = time.perf_counter()
+        hashlib.sha256(data)
+        steps["hashing"] += time.perf_counter() - began
+        began = time.perf_counter()
+        opened = open_image(data, policy=policy, name=str(file))
+        spent = [time.perf_counter() - began]
+        _timed(opened, spent)
+        began = time.perf_counter()
+        prepared.append(processor.levels(opened, max_patches=limit))
+        steps["resizing"] += time.perf_counter() - began - sum(spent[1:])
+        steps["decoding"] += sum(spent)
+        size, pixels = size + len(data), pixels + opened.size[0] * opened.size[1]
+    pooling = Pooling.of(model)
+    threads = threads or os.cpu_count() or 1
+    model_seconds = _model_seconds(prepared, model, processor, pooling)
+    del prepared
+    began = time.perf_counter()
+    for _ in embed_chunks(
+        split_into_chunks(chosen),
+        model,
+        processor,
+        pooling=pooling,
+        max_patches=max_patches,
+        threads=threads,
+        policy=policy,
+    ):
+        pass
+    together = time.perf_counter() - began
+    return FolderSpeed(
+        len(chosen), size, pixels / 1e6, threads, policy.decode, **steps, model=model_seconds, together=together
+    )
+
+
+def _timed(opened: OpenImage, spent: list[float]) -> None:
+    """Makes an image note how long it takes to decode."""
+    decode = opened.rgb
+
+    def rgb(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return decode(*arguments)
+        finally:
+            spent.append(time.perf_counter() - began)
+
+    vars(opened)["rgb"] = rgb
+
+
+def _model_seconds(images: list[Levels], model: AnyModel, processor: Aimv2Processor, pooling: Pooling) -> float:
+    """The model on batches as `embed` makes them, which are ready in memory, after one that is not counted."""
+    patch = model.vision.config.patch_size
+    groups: dict[tuple[int, ...], list[Levels]] = {}
+    for levels in images:
+        groups.setdefault(levels.shape, []).append(levels)
+    batches = []
+    for (height, width, _), group in groups.items():
+        at_once = max(1, BATCH_TOKENS // ((height // patch) * (width // patch)))
+        batches += [mx.array(np.stack(group[start : start + at_once])) for start in range(0, len(group), at_once)]
+    mx.eval(batches, pooling(model, processor.normalised(batches[0])))
+    began = time.perf_counter()
+    for batch in batches:
+        mx.eval(pooling(model, processor.normalised(batch)))
+    return time.perf_counter() - began

@@ -1,0 +1,153 @@
+"""A file is one file, however its name is spelled; it keeps its vector when it moves; nothing is forgotten too soon."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_aimv2.index.reader import Index
+from tests.image_files import image
+
+
+@pytest.fixture
+def embed(folder, embed_command):
+    """Runs `embed` with --json: arguments -> (the counts that are not zero, stderr)."""
+
+    def run(*arguments: str, code: int = 0) -> tuple[dict[str, int], str]:
+        found, out, err = embed_command(*arguments, "--json")
+        assert found == code, err
+        return {name: count for name, count in json.loads(out).items() if isinstance(count, int) and count}, err
+
+    return run
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """From now on nothing can be decoded."""
+    return lambda: monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", None)
+
+
+def names() -> list[str]:
+    with Index.open("photos.db") as index:
+        return [str(Path(path).relative_to(Path.cwd())) for path in index.paths()]
+
+
+def test_a_folder_and_a_link_to_it_hold_the_same_files(folder, embed):
+    embed("in")
+    before = names()
+    Path("link").symlink_to("in")
+    found, _ = embed("link")
+    assert found == {"images": 7, "unchanged": 7}
+    assert names() == before
+
+
+def test_a_file_that_changed_is_embedded_under_the_name_that_the_index_has(folder, embed):
+    embed("in")
+    Path("link").symlink_to("in")
+    image(folder / "3.png", (61, 47), 99)
+    assert embed("link")[0] == {"images": 7, "embedded": 1, "unchanged": 6}
+    assert "in/3.png" in names()
+
+
+def test_hard_links_are_one_file(folder, embed):
+    os.link(folder / "0.png", folder / "again.png")
+    assert embed("in")[0] == {"images": 7, "embedded": 7}
+
+
+def test_a_folder_that_was_renamed_keeps_its_vectors_and_nothing_is_decoded(folder, embed, no_decoding):
+    image(folder / "sub" / "7.png", (53, 59), 7)
+    embed("in")
+    folder.rename("Photos 1")
+    no_decoding()
+    assert embed("Photos 1")[0] == {"images": 8, "moved": 8}
+    assert names() == sorted([*(f"Photos 1/{n}.png" for n in range(7)), "Photos 1/sub/7.png"])
+    assert embed("Photos 1")[0] == {"images": 8, "unchanged": 8}
+
+
+def test_two_copies_of_one_image_that_moved_are_both_kept(folder, embed, no_decoding):
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    embed("in")
+    folder.rename("elsewhere")
+    no_decoding()
+    assert embed("elsewhere")[0] == {"images": 8, "moved": 8}
+
+
+def test_a_drive_that_is_not_plugged_in_keeps_its_images(folder, embed):
+    drive = Path("drive")
+    image(drive / "a" / "1.png", (50, 61), 11)
+    (folder / "disk").symlink_to(drive.absolute() / "a")
+    assert embed("in")[0] == {"images": 8, "embedded": 8}
+    drive.rename("unplugged")
+    found, err = embed("in")
+    assert found == {"images": 8, "unchanged": 7, "kept": 1}
+    assert "1 of the images in photos.db has no file now" in err and "--prune forgets" in err
+    Path("unplugged").rename(drive)
+    assert embed("in")[0] == {"images": 8, "unchanged": 8}
+
+
+def test_an_empty_mount_point_keeps_its_images_until_they_are_pruned(folder, embed):
+    image(folder / "mnt" / "1.png", (50, 61), 11)
+    embed("in")
+    (folder / "mnt" / "1.png").unlink()
+    assert embed("in")[0] == {"images": 8, "unchanged": 7, "kept": 1}
+    assert embed("in", "--prune")[0] == {"images": 7, "unchanged": 7, "gone": 1}
+
+
+def test_an_image_that_icloud_evicted_is_kept(folder, embed):
+    embed("in")
+    (folder / "2.png").rename(folder / ".2.png.icloud")
+    found, err = embed("in")
+    assert found == {"images": 7, "unchanged": 6, "kept": 1}
+    assert "in/2.png" in err
+
+
+def test_a_deleted_image_is_forgotten_and_counted(folder, embed):
+    embed("in")
+    (folder / "2.png").unlink()
+    assert embed("in")[0] == {"images": 6, "unchanged": 6, "gone": 1}
+
+
+def test_a_folder_that_was_deleted_as_a_whole_is_emptied_by_prune(folder, embed):
+    image(Path("other") / "a.png", (50, 50))
+    embed("in", "other")
+    shutil.rmtree("other")
+    found, err = embed("in", "other", code=1)
+    assert (found["images"], found["kept"]) == (8, 1) and "other does not exist" in err
+    assert embed("other", "--prune")[0] == {"images": 7, "gone": 1}
+    assert all(name.startswith("in/") for name in names())
+
+
+def test_what_was_not_asked_for_is_never_pruned(folder, embed):
+    image(Path("other") / "a.png", (50, 50))
+    embed("in", "other")
+    shutil.rmtree("other")
+    assert embed("in", "--prune")[0] == {"images": 8, "unchanged": 7}
+
+
+def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_command):
+    for name in (
+        "@eaDir/0.png/SYNOPHOTO_THUMB.jpg",
+        "#recycle/x.png",
+        "raw/1.dng",
+        "raw/2.DNG",
+        "raw/3.jxl",
+        "note.txt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    code, out, err = embed_command("in", "--json")
+    assert code == 0
+    wanted = {".dng": 2, ".jxl": 1, ".txt": 1, "@eaDir": 1, "#recycle": 1}
+    assert json.loads(out)["passed_over"] == wanted
+    assert "2 .dng (raw, export it as JPEG)" in err
+
+
+def test_patterns_exclude_and_include(folder, embed):
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "0.png", folder / "sub" / "x.png")
+    (folder / "sub" / "first.mpo").write_bytes((folder / "1.png").read_bytes())
+    assert embed("in", "--exclude", "sub/")[0] == {"images": 7, "embedded": 7}
+    found, _ = embed("in", "--exclude", "*.png", "--include", "*.mpo", "--include", "sub/x.png")
+    assert found["embedded"] == 2

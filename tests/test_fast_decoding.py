@@ -1,0 +1,257 @@
+"""A JPEG decoded at the scale it is needed at gives the same image to a hair, in a fraction of time and memory."""
+
+import io
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2 import bundled, load
+from mlx_aimv2.cli import main
+from mlx_aimv2.embed import embed
+from mlx_aimv2.embed.prefetch import Decoder, Room
+from mlx_aimv2.images import Policy, open_image, to_rgb
+from mlx_aimv2.index.reader import Index
+from mlx_aimv2.preprocessing import Preprocessing, published
+from mlx_aimv2.processor import Aimv2Processor
+
+FAST = Policy(decode="fast")
+DIGITS = bundled.digits_checkpoint()
+
+
+def photograph(width: int, height: int, orientation: int = 1, **options: object) -> bytes:
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    stream = io.BytesIO()
+    image = Image.open(bundled.photographs()[0]).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(stream, "JPEG", exif=tag, quality=92, **options)
+    return stream.getvalue()
+
+
+def apart(processor: Aimv2Processor, data: bytes, max_patches: int | None = None) -> np.ndarray:
+    """Grey levels between exact and fast decoding."""
+    both = [
+        processor.levels(open_image(data, policy=Policy(decode=decode)), max_patches=max_patches)
+        for decode in ("exact", "fast")
+    ]
+    return np.abs(both[0].astype(int) - both[1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1013, 757), (757, 1013), (896, 672)])
+def test_fast_decoding_gives_the_same_image_to_a_level_or_two(size, orientation):
+    differences = apart(Aimv2Processor(published(56)), photograph(*size, orientation))
+    assert differences.mean() < 1.0
+    assert np.percentile(differences, 99) <= 8
+
+
+def test_the_rim_that_a_scale_adds_is_not_stretched_over_the_image():
+    """803 is 100.375 blocks of 8: the last column that libjpeg gives is part of none of the image's pixels."""
+    processor = Aimv2Processor(published(42))
+    ramp = np.tile(np.linspace(0, 255, 803), (807, 1)).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(ramp).convert("RGB").save(stream, "JPEG", quality=98)
+    assert apart(processor, stream.getvalue()).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "scale"),
+    [
+        ((1024, 768), 48, 8),  # 768 / 8 is twice 48
+        ((1024, 768), 49, 4),
+        ((1024, 768), 97, 2),
+        ((1024, 768), 193, 1),
+        ((768, 1024), 48, 8),
+    ],
+)
+def test_the_scale_is_the_smallest_that_keeps_twice_the_target(size, target, scale):
+    opened = open_image(photograph(*size), policy=FAST)
+    wanted = (target * size[0] // min(size), target * size[1] // min(size))
+    assert opened.scale(wanted) == scale
+    image, _ = opened.rgb(wanted)
+    assert image.size == (size[0] // scale, size[1] // scale)
+
+
+def test_exact_decoding_and_other_formats_are_never_scaled():
+    data = photograph(1024, 768)
+    assert open_image(data).scale((64, 48)) == 1
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(stream, "PNG")
+    assert open_image(stream.getvalue(), policy=FAST).scale((64, 48)) == 1
+    assert open_image(data, policy=FAST).rgb()[0].size == (1024, 768)  # a native checkpoint needs every pixel
+
+
+def test_the_processor_decodes_exactly_unless_it_is_asked(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(photograph(1024, 768))
+    processor = Aimv2Processor(published(42))
+    exact = processor(tmp_path / "a.jpg")
+    assert mx.array_equal(exact, processor(tmp_path / "a.jpg", decode="exact"))
+    assert mx.array_equal(exact, processor(to_rgb(tmp_path / "a.jpg")))
+    assert not mx.array_equal(exact, processor(tmp_path / "a.jpg", decode="fast"))
+
+
+def test_a_native_image_that_is_scaled_down_is_decoded_fast():
+    processor = Aimv2Processor(published(None))
+    data = photograph(1400, 1050)
+    opened = open_image(data, policy=FAST)
+    assert opened.scale((175, 131)) == 4
+    assert apart(processor, data, max_patches=117).mean() < 1.0
+
+
+def test_features_of_fast_decoding_are_those_of_exact():
+    model, processor = load(str(DIGITS))
+    cosines = []
+    for path in bundled.photographs():
+        image = Image.open(path)
+        stream = io.BytesIO()
+        image.resize((image.width * 3, image.height * 3), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+        levels = [
+            processor.levels(open_image(stream.getvalue(), policy=Policy(decode=decode)))
+            for decode in ("exact", "fast")
+        ]
+        one, other = np.array(model.encode_image(processor.normalised(mx.array(np.stack(levels))), normalize=True))
+        cosines.append(float(one @ other))
+    assert np.mean(cosines) >= 0.9999
+    assert min(cosines) >= 0.999
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        published(42),
+        Preprocessing(resize=42, crop=(42, 42), rescale_factor=None, image_mean=None, image_std=None),
+        Preprocessing(resize=42, crop=(42, 42), rescale_factor=1 / 127.5, image_mean=(1, 1, 1), image_std=(1, 1, 1)),
+        Preprocessing(resize=42, crop=(42, 42), image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6)),
+    ],
+)
+def test_levels_normalised_on_the_device_are_the_processors_pixels(steps):
+    processor = Aimv2Processor(steps)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (42, 42, 3), np.uint8))
+    pixels = np.array(processor.normalised(mx.array(processor.levels(open_image(image)))[None]))
+    assert np.abs(pixels[0] - processor.pixels(image)).max() <= 1e-6 * max(1.0, np.abs(pixels).max())
+
+
+def test_embed_decodes_fast_and_says_so_and_an_index_made_fast_is_asked_exactly(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for number in range(3):
+        image = Image.open(bundled.photographs()[number])
+        image.resize((900, 700)).save(f"in/{number}.jpg", quality=92)
+    model = ["-m", str(DIGITS)]
+    assert main(["embed", "in", *model, "-o", "fast.db"]) == 0
+    assert main(["embed", "in", *model, "-o", "exact.db", "--decode", "exact"]) == 0
+    vectors = []
+    for name in ("fast", "exact"):
+        with Index.open(Path(f"{name}.db")) as index:
+            assert index.provenance["decode"] == name
+            vectors.append(np.array([one.vector for one in index.embeddings()], np.float64))
+    assert not np.array_equal(*vectors)
+    capsys.readouterr()
+    Image.open("in/1.jpg").save("query.jpg", quality=100)
+    assert main(["search", "fast.db", "query.jpg", "--decode", "exact", "-k", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "1.jpg" in out and not err
+    assert main(["embed", "in", *model, "-o", "fast.db", "--decode", "exact"]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_embed_of_the_library_takes_the_same_settings(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(photograph(900, 700))
+    model, processor = load(str(DIGITS))
+    fast, exact = (next(embed([tmp_path], model, processor, decode=decode)).vector for decode in ("fast", "exact"))
+    assert np.array_equal(fast, next(embed([tmp_path], model, processor)).vector)
+    assert not np.array_equal(fast, exact)
+    with pytest.raises(ValueError, match="more than 1,000"):
+        list(embed([tmp_path], model, processor, max_pixels=1000))
+
+
+# Memory
+
+
+def test_room_is_given_to_as_many_as_fit_and_to_a_large_one_alone():
+    room, inside, most = Room(10), [], []
+    lock = threading.Lock()
+
+    def work(size: int) -> None:
+        with room.take(size):
+            with lock:
+                inside.append(size)
+                most.append(list(inside))
+            threading.Event().wait(0.002)
+            with lock:
+                inside.remove(size)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in [3, 4, 25, 5, 1, 9, 25, 2] * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(sum(sizes) <= 10 or len(sizes) == 1 for sizes in most)
+    assert len(most) == 32 and room.taken == 0
+
+
+def test_what_is_decoded_at_one_time_is_bounded(tmp_path, monkeypatch):
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(photograph(900 + number, 700))
+    decoder = Decoder(Aimv2Processor(published(42)))
+    decoder.decoding = Room(3_000_000)  # one image decoded exactly
+    inside, most, lock = [], [], threading.Lock()
+    levels = decoder.processor.levels
+
+    def counted(opened, **keywords):
+        with lock:
+            inside.append(1)
+            most.append(len(inside))
+        try:
+            return levels(opened, **keywords)
+        finally:
+            with lock:
+                inside.pop()
+
+    monkeypatch.setattr(decoder.processor, "levels", counted)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(decoder, [str(tmp_path / f"{number}.jpg") for number in range(8)]))
+    assert all(one.levels is not None for one in found)
+    assert max(most) == 1
+
+
+def test_what_decoding_takes_is_known_before():
+    data = photograph(1024, 768)
+    assert open_image(data).decoding_bytes((64, 48)) == 4 * 1024 * 768
+    assert open_image(data, policy=FAST).decoding_bytes((64, 48)) == 4 * 128 * 96
+    progressive = open_image(photograph(1024, 768, progressive=True), policy=FAST)
+    assert progressive.decoding_bytes((64, 48)) == 4 * 128 * 96 + 6 * 1024 * 768
+
+
+# bench --images
+
+
+def test_bench_times_each_step_of_a_folder_and_says_what_bounds_it(tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(photograph(700 + number, 500))
+    assert main(["bench", "-m", str(DIGITS), "--images", str(tmp_path), "--threads", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 3 and found["threads"] == 2 and found["decode"] == "fast"
+    for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
+        assert found[step] > 0
+    assert found["bound_by"] in ("decoding", "the model")
+    assert main(["bench", "-m", str(DIGITS), "--images", str(tmp_path), "--decode", "exact"]) == 0
+    out = capsys.readouterr().out
+    assert "ms per image" in out and "sets the pace" in out
+
+
+def test_bench_names_a_folder_without_images(tmp_path, capsys):
+    assert main(["bench", "-m", str(DIGITS), "--images", str(tmp_path)]) == 2
+    assert "--images takes a folder that holds some" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--batch", str(10**30)], ["--side", str(10**8)], ["--runs", "0"]])
+def test_bench_refuses_what_no_machine_can_do(flags, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--random", "large-patch14-native", *flags])
+    assert "a whole number from 1 to" in capsys.readouterr().err
