@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -36,6 +39,9 @@ SECONDS_IN_LOG = 10.0
 NOTES = 10
 """Notes written in full during a long run; the others are counted."""
 
+TRACEBACK = "MLX_AIMV2_TRACEBACK"
+"""The environment variable that shows where an error came from."""
+
 _bar: tqdm[Any] | None = None
 """The progress bar on the terminal, above which lines are written."""
 
@@ -50,8 +56,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: `arguments -> exit code` (0 done, 1 some inputs failed, 2 wrong use)."""
+    """The command line: `arguments -> exit code`.
+
+    0 done, 1 some inputs failed or a fault of this program, 2 wrong use; of a run that a signal has stopped, 128 and
+    the signal's number.
+    """
     return one_line_errors(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+
+
+def convert_main() -> int:
+    """The command `mlx_aimv2.convert`, whose module is imported where Ctrl-C ends in one line already."""
+    return one_line_errors(lambda: int(import_module("mlx_aimv2.convert").run_command(sys.argv[1:])))
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -72,28 +87,47 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Runs `work`; what a user can cause ends as one line on stderr and exit code 2 instead of a traceback.
+    """Runs `work`; whatever ends it becomes one line on stderr and an exit code, never a traceback.
 
-    Notes (`warnings.warn`) become one line each too. A reader that has seen enough, as `head` has,
-    ends the run quietly.
+    Notes (`warnings.warn`) become one line each too. A reader of stdout that has seen enough, as `head` has, ends the
+    run quietly; that of stderr may go without an effect. With MLX_AIMV2_TRACEBACK=1 the traceback comes first.
     """
     try:
         _usable_streams()
-        with warnings.catch_warnings():
+        with stoppable(say), warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _note
-            code = work()
-            sys.stdout.flush()
-            return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
-        return 0
+            try:
+                return work()
+            finally:
+                sys.stdout.flush()
     except (ValueError, OSError) as error:
-        say(error)
-        return 2
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _leave_stdout()
+            return 0
+        _trace()
+        say(_sentence(error))
+        code = 2
     except KeyboardInterrupt as stop:
-        say("; ".join(["stopped", *map(str, stop.args)]))
-        return 130
+        say("; ".join(map(str, stop.args)) or "stopped")
+        code = stop.exit_code if isinstance(stop, Stopped) else 130
+    except MemoryError as error:
+        _trace()
+        say(f"not enough memory{f' ({error})' if str(error) else ''}: smaller images, fewer at once or another model")
+        code = 1
+    except ImportError as error:
+        _trace()
+        say(f"{error}: a package is missing or broken; pip install --force-reinstall mlx-aimv2 fetches all of them")
+        code = 1
+    except Exception as error:
+        _trace()
+        say(f"a fault of mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 in front of the command shows where")
+        code = 1
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _leave_stdout()
+    return code
 
 
 def say(message: object) -> None:
@@ -105,9 +139,30 @@ def say(message: object) -> None:
         _bar.refresh()
 
 
+def log(text: str) -> None:
+    """Writes the lines of a log on stderr as they are, but escaped."""
+    for line in text.splitlines():
+        _attempt(f"{escape(line)}\n")
+
+
 def show(line: str) -> None:
     """Writes one line of a result on stdout."""
     print(escape(line), flush=True)
+
+
+def show_progress(line: str) -> None:
+    """Writes a line on stdout about a file that was written; the work goes on when nobody reads it any more."""
+    try:
+        show(line)
+    except BrokenPipeError:
+        _leave_stdout()
+
+
+def typed(text: str) -> str:
+    """An argument that is text and not a path: the bytes that were typed as UTF-8, whatever the locale says."""
+    with suppress(UnicodeError):
+        return os.fsencode(text).decode()
+    return text
 
 
 def escape(text: str) -> str:
@@ -196,10 +251,44 @@ class _Patient:
 
 
 def _attempt(text: str) -> None:
-    if sys.stderr is not None:  # as it is where the caller closed it
-        with suppress(OSError, ValueError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
+    if sys.stderr is None:  # as it is where the caller closed it
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):  # a full disk, or a reader that went away
+        with suppress(OSError, ValueError):  # what is still buffered must not fail again as the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def _sentence(error: Exception) -> str:
+    """The error as its own words say it; the system's errors without their number."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _trace() -> None:
+    """The traceback of the error that is being handled, if the user asked for it."""
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        log(traceback.format_exc())
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads: only then a broken pipe is no failure."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are always told
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _leave_stdout() -> None:
+    """What is still buffered for stdout has nowhere to go, and must not end the interpreter with an error."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
 
 
 def _note(message: Warning | str, *_: object, **__: object) -> None:

@@ -5,9 +5,15 @@ checkpoint -> names -> dtype -> bits -> folder -> fidelity; arrays stay lazy unt
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-C ends in one line from the start
+    from mlx_aimv2.cli import convert_main
+
+    sys.exit(convert_main())
+
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +51,7 @@ def convert(
     calibration: str | os.PathLike[str] | None = None,
     verify: bool = True,
     export_layout: str | None = None,
+    overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Converts a checkpoint: `Hub name, folder or weight file -> MLX folder`, whose path is returned.
@@ -57,6 +64,8 @@ def convert(
     With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
     or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
     axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives progress lines.
+
+    With `overwrite` a folder that an earlier conversion wrote is replaced once the new one is whole.
 
     Raises FileExistsError when `mlx_path` exists, and ValueError, FileNotFoundError, OSError or ConnectionError, each
     with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
@@ -79,8 +88,9 @@ def convert(
         export_layout=export_layout,
     )
     settings = resolve(q_mode, q_group_size, q_bits)
+    inputs = [expand_user(path) for path in (hf_path, calibration) if path is not None]
     wanted, target = parse_dtype(dtype) if dtype is not None else None, expand_user(mlx_path)
-    check_target(target)
+    check_target(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs)
     if upload_repo is not None:
         hub.check_upload(upload_repo)
 
@@ -100,7 +110,7 @@ def convert(
         )
         section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
 
-    with atomic_folder(target) as place:
+    with atomic_folder(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         report = None
         if reference is not None and verify:
@@ -205,12 +215,18 @@ def _one_by_one(source: Source) -> Iterator[tuple[str, mx.array]]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of the converter; returns the exit code."""
-    from mlx_aimv2.cli import Parser, one_line_errors
+    from mlx_aimv2.cli import one_line_errors
+
+    return one_line_errors(lambda: run_command(sys.argv[1:] if argv is None else argv))
+
+
+def run_command(argv: list[str]) -> int:
+    """The same, with errors as exceptions."""
+    from mlx_aimv2.cli import Parser
 
     parser = Parser(prog="mlx_aimv2.convert", description="Convert an AIMv2 checkpoint to MLX.")
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return one_line_errors(lambda: run(arguments))
+    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,16 +250,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     add("--export-layout", choices=EXPORT_LAYOUTS, help="write a PyTorch folder in this layout instead")
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
+    add("--overwrite", action="store_true", help="replace the folder if convert wrote it, once the new one is whole")
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
+    from mlx_aimv2.cli import log, show
+
     flags = {name: value for name, value in vars(arguments).items() if name != "verb"}
-    target = convert(**flags, log=lambda line: print(line, file=sys.stderr))
-    print(target)
+    show(str(convert(**flags, log=log)))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

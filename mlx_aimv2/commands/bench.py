@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import device
+from mlx_aimv2.cli import log
 from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.config import released
 from mlx_aimv2.find_images import list_images
@@ -248,7 +248,7 @@ def _row(speed: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _tell(step: str) -> None:
-    print(f"measuring: {step}", file=sys.stderr)
+    log(f"measuring: {step}")
 
 
 def _up_to(most: int) -> Callable[[str], int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from mlx_aimv2.cli import say, show
+from mlx_aimv2.cli import say, show, typed
 from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
 from mlx_aimv2.loading import load
+from mlx_aimv2.safe_read import expand_user, read_text
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
+
+MAX_LABEL_BYTES = 1 << 20
+"""Of a file of labels: ImageNet's 1,000 take 20 kB, and each label is one pass of the text encoder."""
 
 HELP = "say which of your labels fit each image"
 
@@ -46,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     policy = policy_of(arguments)
     labels = check_labels(_labels(arguments.labels, arguments.labels_file))  # before the model, which takes longer
-    templates = check_templates(arguments.template or TEMPLATES)
+    templates = check_templates([typed(one) for one in arguments.template or TEMPLATES])
     model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     failures = 0
@@ -62,16 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _labels(listed: str | None, file: str | None) -> list[str]:
     if listed is None and file is None:
         raise ValueError("no labels: give --labels cat,dog or --labels-file FILE")
-    labels = listed.split(",") if listed is not None else []
+    labels = typed(listed).split(",") if listed is not None else []
     if file is not None:
         try:
-            labels += Path(file).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{file} does not exist: --labels-file takes a text file with a label a line"
-            ) from None
+            labels += read_text(expand_user(file), max_bytes=MAX_LABEL_BYTES).split("\n")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: --labels-file takes a text file with a label a line") from None
     return [label.strip() for label in labels if label.strip()]
 
 

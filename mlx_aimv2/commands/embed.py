@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=EXPORTS,
         help="then write everything beside the index for other tools, replacing an earlier export",
     )
+    parser.add_argument("--overwrite", action="store_true", help="let --export replace any other file, but no image")
     parser.add_argument(
         "--exclude",
         action="append",
@@ -111,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
                 exclude=arguments.exclude,
                 include=arguments.include,
                 prune=arguments.prune,
+                overwrite=arguments.overwrite,
                 policy=policy_of(arguments),
                 report=say,
                 on_progress=on_progress,

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli import say, show
+from mlx_aimv2.cli import say, show_progress
 from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 from mlx_aimv2.embed.pipeline import FAST
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
@@ -21,6 +21,7 @@ from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import Policy
 from mlx_aimv2.loading import load
 from mlx_aimv2.safe_read import expand_user
+from mlx_aimv2.safe_write import atomic_file, check_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="native checkpoints: scale larger images down (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
     add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one line of JSON per image instead of the path")
 
@@ -81,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     failed += [f"{name} holds no image" for name in found.empty]
     failed += [f"{name} {reason}" for name, reason in found.problems]
     if found.files:
-        targets = list(_targets(found.files, arguments.output, "pca" if arguments.patch is None else "patch"))
+        kind = "pca" if arguments.patch is None else "patch"
+        targets = list(_targets(found.files, arguments.output, kind, overwrite=arguments.overwrite))
         model, processor = load(arguments.model)
         for file, target in zip(found.files, targets, strict=True):
             try:
@@ -99,12 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
             finally:
                 mx.clear_cache()  # each size of a native image would keep buffers of its own
             target.parent.mkdir(parents=True, exist_ok=True)
-            image.save(target, pnginfo=_mark())
+            with atomic_file(target) as stream:
+                image.save(stream, "PNG", pnginfo=_mark())
             record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
-            if arguments.json:
-                print(json.dumps(record), flush=True)
-            else:
-                show(str(target))
+            show_progress(json.dumps(record) if arguments.json else str(target))
     for line in failed:
         say(line)
     return 1 if failed else 0
@@ -146,12 +147,12 @@ def _seen(pixels: mx.array, processor: Aimv2Processor) -> Image.Image:
     return plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
 
 
-def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
+def _targets(files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
     """Where each image's map goes; two images of one name in different folders get numbers."""
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
-        yield _not_the_image(expand_user(output), files)
+        yield _checked(expand_user(output), files, overwrite=overwrite)
         return
     folder = expand_user(output or ".")
     if folder.exists() and not folder.is_dir():
@@ -164,14 +165,13 @@ def _targets(files: list[str], output: str | None, kind: str) -> Iterator[Path]:
             number += 1
             name = f"{stem}-{number}"
         taken.add(name)
-        yield _not_the_image(folder / f"{name}-{kind}{ENDING}", files)
+        yield _checked(folder / f"{name}-{kind}{ENDING}", files, overwrite=overwrite)
 
 
-def _not_the_image(target: Path, files: list[str]) -> Path:
-    if str(target.absolute()) in files:
-        raise ValueError(f"{target} is one of the images themselves: give another --output")
-    if target.exists() and not _is_ours(target):
-        raise FileExistsError(f"{target} is there already and no earlier map: give another --output")
+def _checked(target: Path, files: list[str], *, overwrite: bool) -> Path:
+    """The same path. Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
+    if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
+        check_file(target, option="--output", is_own=_is_own, overwrite=overwrite, inputs=files)
     return target
 
 
@@ -183,14 +183,8 @@ def _mark() -> PngInfo:
     return info
 
 
-def _is_ours(target: Path) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(target) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (OSError, ValueError):
-        return False
+def _is_own(head: bytes) -> bool:
+    return f"Software\0{SOFTWARE}".encode() in head
 
 
 def _patch(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import time
 import webbrowser
 from pathlib import Path
 
-from mlx_aimv2.cli import say, show
+from mlx_aimv2.cli import say, show, typed
 from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 
 HELP = "find the images of an index that are most like an image, or fit a text best"
@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     add_policy_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write (or replace) a page with thumbnails")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    parser.add_argument("--overwrite", action="store_true", help="let --html replace any other file, but no image")
     parser.add_argument("--open", action="store_true", help="show that page in the browser")
 
 
@@ -37,11 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     with Index.open(arguments.index) as index:
         image = image_path(arguments.query)
-        page = check_page(arguments.html, index.path, image) if arguments.html is not None else None
+        page = (
+            check_page(arguments.html, index, image, overwrite=arguments.overwrite)
+            if arguments.html is not None
+            else None
+        )
         query = query_vector(
             index,
             image=image,
-            text=arguments.query,
+            text=typed(arguments.query),
             model=arguments.model,
             revision=arguments.revision,
             policy=policy_of(arguments),

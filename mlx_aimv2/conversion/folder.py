@@ -11,10 +11,16 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.conversion import safetensors_file
+from mlx_aimv2.safe_read import read_bytes
 from mlx_aimv2.safe_write import write_json
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""
+
+CARD_FILE = "README.md"
+
+WRITTEN = (CONFIG_FILE, INDEX_FILE, "model*.safetensors", CARD_FILE, "fidelity.json", *AUXILIARY_FILES)
+"""Files that a converted folder may hold."""
 
 METADATA = {"format": "mlx"}
 
@@ -59,6 +65,17 @@ def save_weights(
 def save_config(folder: Path, config: dict[str, Any]) -> None:
     """Writes config.json with sorted keys."""
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a conversion wrote this folder: its card says so, and it holds nothing but files of a checkpoint."""
+    try:
+        card = read_bytes(folder / CARD_FILE)
+        names = [entry.name for entry in folder.iterdir() if not entry.is_dir() or entry.is_symlink()]
+        is_flat = len(names) == sum(1 for _ in folder.iterdir())
+    except (OSError, ValueError):
+        return False
+    return is_flat and b"by mlx-aimv2 " in card and all(any(map(Path(name).match, WRITTEN)) for name in names)
 
 
 def copy_auxiliary_files(source: Path, folder: Path) -> None:

@@ -18,7 +18,9 @@ from mlx_aimv2.embed.update import Plan, Update, make_plan
 from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
 from mlx_aimv2.images import Policy
 from mlx_aimv2.index.export import export, target
+from mlx_aimv2.index.reader import is_empty
 from mlx_aimv2.index.writer import IndexWriter
+from mlx_aimv2.stopping import finishing
 
 Report = Callable[[str], None]
 """Takes a sentence about an image that failed or a folder without images."""
@@ -66,6 +68,7 @@ def update_index(
     exclude: Sequence[str] = (),
     include: Sequence[str] = (),
     prune: bool = False,
+    overwrite: bool = False,
     policy: Policy = FAST,
     report: Report | None = None,
     on_progress: OnProgress | None = None,
@@ -78,7 +81,8 @@ def update_index(
 
     `-` among the paths reads names from stdin. Without a model, and where other settings are left out, an index that
     exists keeps its own. `store` is the dtype of the vectors in a new index, float16 or float32; `export_kind` writes
-    everything beside the index too (npz, safetensors or jsonl). `policy` says how images are read.
+    everything beside the index too (npz, safetensors or jsonl), where `overwrite` lets it replace what is no export.
+    `policy` says how images are read.
 
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Images that fail go to `report`, notes
     are warnings. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
@@ -92,7 +96,7 @@ def update_index(
     given |= {"norm": norm, "max_patches": max_patches}
     listing = {"exclude": tuple(exclude), "include": tuple(include)}
     report, on_progress = report or warnings.warn, on_progress or (lambda done, total: None)
-    job = _Job(output, ranks, store, export_kind, listing, prune, report, on_progress)
+    job = _Job(output, ranks, store, export_kind, listing, prune, overwrite, report, on_progress)
     try:
         return _run(job, ranks, paths, given, threads, policy)
     except RankLostError as error:
@@ -140,9 +144,11 @@ def _run(
     except RuntimeError as error:  # MLX's own: no memory on the device, most likely
         update.commit()
         raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
-    except KeyboardInterrupt:
-        update.commit()
-        raise KeyboardInterrupt("what was done is kept, run it again to go on") from None
+    except KeyboardInterrupt as stop:
+        with finishing(f"{job.output} to be written"):
+            update.commit()
+        stop.args = (*(stop.args or ("stopped",)), "what was done is kept, run it again to go on")
+        raise
     return job.summary(update) if ranks.rank == 0 else None
 
 
@@ -156,6 +162,7 @@ class _Job:
     export_kind: str | None
     rules: dict[str, tuple[str, ...]]
     prune: bool
+    overwrite: bool
     report: Report
     on_progress: OnProgress
     index: IndexWriter | None = None
@@ -169,6 +176,8 @@ class _Job:
         self._check_output()
         settings = self._settings(given)
         listing = self._list(paths)
+        if self.export_to is not None and self.export_kind is not None:  # once more, now that the images are known
+            target(self.output, self.export_kind, overwrite=self.overwrite, inputs=listing.files)
         plan = make_plan(listing, self.index, prune=self.prune)
         if plan.kept:
             self.report(
@@ -181,7 +190,7 @@ class _Job:
 
     def _check_output(self) -> None:
         folder = self.output.absolute().parent
-        if self.output.exists() and (self.output.is_dir() or self.output.stat().st_size):
+        if self.output.exists() and (self.output.is_dir() or not is_empty(self.output)):
             self.index = IndexWriter.open(self.output)
             if not os.access(self.output, os.W_OK):
                 raise PermissionError(f"{self.output} cannot be written to")
@@ -190,7 +199,8 @@ class _Job:
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
             raise PermissionError(f"{folder} cannot be written to: choose another -o")
         if self.export_kind is not None:
-            self.export_to = target(self.output, self.export_kind)
+            known = self.index.paths() if self.index is not None else ()
+            self.export_to = target(self.output, self.export_kind, overwrite=self.overwrite, inputs=known)
 
     def _settings(self, given: dict[str, Any]) -> Settings:
         """The given settings and, where they say nothing, those of the index."""

@@ -124,21 +124,25 @@ def embed_chunks(
     # Enough to feed the threads and the next two batches; a native image may take ten megabytes.
     ahead = 2 * threads + min(CHUNK, 2 * max(1, BATCH_TOKENS // (config.num_patches or BATCH_TOKENS // 8)))
     names = [name for chunk in chunks for name in chunk]
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        try:
-            decoded = decoder.ahead(names, pool, ahead)
-            before: tuple[list[Decoded], list[Batch]] | None = None
-            for chunk in chunks:
-                now = _submitted((_told(next(decoded), fail, note) for _ in chunk), model, processor, pooling)
-                if before is not None:  # read now that the device has more to do
-                    yield _finished(*before, fail, advice)
-                before = now
-                if is_native:
-                    mx.clear_cache()  # buffers of shapes that may not come again
-            if before is not None:
+    pool = ThreadPoolExecutor(threads, "decode")
+    wait = True
+    try:
+        decoded = decoder.ahead(names, pool, ahead)
+        before: tuple[list[Decoded], list[Batch]] | None = None
+        for chunk in chunks:
+            now = _submitted((_told(next(decoded), fail, note) for _ in chunk), model, processor, pooling)
+            if before is not None:  # read now that the device has more to do
                 yield _finished(*before, fail, advice)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            before = now
+            if is_native:
+                mx.clear_cache()  # buffers of shapes that may not come again
+        if before is not None:
+            yield _finished(*before, fail, advice)
+    except KeyboardInterrupt:
+        wait = False  # whoever stops the run does not wait for a slow decoder
+        raise
+    finally:
+        pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def _told(image: Decoded, fail: OnFailure, note: OnFailure) -> Decoded:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from mlx_aimv2 import __version__
 from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.config import dtype_name
-from mlx_aimv2.index.reader import Index, damaged
+from mlx_aimv2.index.reader import Index
+from mlx_aimv2.index.schema import damaged
 from mlx_aimv2.loading import AnyModel, load
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.index.reader import Index
-from mlx_aimv2.safe_write import atomic_file
+from mlx_aimv2.safe_write import atomic_file, check_file
 
 
 def export(index: Index, path: Path, *, kind: str) -> None:
@@ -29,19 +29,22 @@ def export(index: Index, path: Path, *, kind: str) -> None:
         WRITERS[kind](index, file)
 
 
-def target(output: Path, kind: str) -> Path:
-    """Where the export of the index at `output` goes. Raises ValueError or OSError where it would do harm."""
+def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable[str] = ()) -> Path:
+    """Where the export of the index at `output` goes. Raises ValueError or OSError where it would do harm.
+
+    Neither the index nor one of the `inputs` is replaced; another file that is no export only with `overwrite`.
+    """
     path = output.with_suffix(f".{kind}")
     if output.suffix.lower() == f".{kind}" or (path.exists() and output.exists() and path.samefile(output)):
         raise ValueError(f"-o {output} is the name of its export: give the index another one, {output.stem}.db")
-    if path.is_dir():
-        raise IsADirectoryError(f"the export would be {path}, which is a folder: choose another -o")
-    if path.exists():
-        start, signature = SIGNATURES[kind]
-        with path.open("rb") as file:
-            head = file.read(start + len(signature))
-        if head and head[start:] != signature:
-            raise FileExistsError(f"the export would replace {path}, which mlx-aimv2 did not write: choose another -o")
+    start, signature = SIGNATURES[kind]
+    check_file(
+        path,
+        option="the export",
+        is_own=lambda head: head[start:].startswith(signature),
+        overwrite=overwrite,
+        inputs=[output, *inputs],
+    )
     return path
 
 

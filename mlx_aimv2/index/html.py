@@ -20,7 +20,7 @@ from urllib.parse import quote
 from mlx_aimv2.images import Policy, open_image
 from mlx_aimv2.index.reader import Index, Match
 from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_file
+from mlx_aimv2.safe_write import atomic_file, check_file
 
 THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""
@@ -33,24 +33,28 @@ FAST = Policy(decode="fast", truncated="accept")
 PAGE = Path(__file__).parent / "search_page.html"
 CARD = Path(__file__).parent / "search_card.html"
 
+GENERATOR = b'<meta name="generator" content="mlx-aimv2 search">'
+"""Stands in every page, so that a page may replace an earlier one."""
+
 ENDINGS = (".html", ".htm")
 
 
-def check_page(page: Path, index: Path, image: str | None) -> Path:
-    """The page's path with `~` expanded. Raises ValueError or OSError where writing it would do harm or fail."""
+def check_page(page: Path, index: Index, image: str | None, *, overwrite: bool = False) -> Path:
+    """The page's path with `~` expanded. Raises ValueError or OSError where writing it would do harm or fail.
+
+    The index, its images and the one that is searched for are never replaced; another file that no earlier search
+    wrote only with `overwrite`.
+    """
     page = expand_user(page)
-    folder = page.absolute().parent
     if page.suffix.lower() not in ENDINGS:
         raise ValueError(f"--html {page} would be a page: give it a name that ends in {' or '.join(ENDINGS)}")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{page.parent} does not exist: make that folder first")
-    if page.is_dir():
-        raise IsADirectoryError(f"--html {page} is a folder: name a file")
-    if page.exists() and any(page.samefile(file) for file in (index, image) if file is not None):
-        raise ValueError(f"--html {page} would replace the index or the image that it shows: choose another name")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written to: choose another --html")
+    inputs = [index.path, *([image] if image is not None else []), *(index.paths() if page.exists() else ())]
+    check_file(page, option="--html", is_own=_is_own, overwrite=overwrite, inputs=inputs)
     return page
+
+
+def _is_own(head: bytes) -> bool:
+    return GENERATOR in head
 
 
 def write_page(

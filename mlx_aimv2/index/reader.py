@@ -26,17 +26,21 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.index.schema import check_schema, damaged, is_blank
+
 if TYPE_CHECKING:
     from mlx_aimv2.index.nearest import Vectors
 
 AnyIndex = TypeVar("AnyIndex", bound="Index")
 
-APPLICATION_ID = 0x41494D32
-"""In the file's header, "AIM2": an index is recognised by it."""
+SQLITE = b"SQLite format 3\0"
+"""How every database of SQLite starts."""
 
-VERSION = 1
 STORED = ("float16", "float32")
 """Names of the dtypes that vectors may have in the file."""
+
+WIDEST = 1 << 20
+"""More values than any embedding has: a width beyond it is damage, and would ask for all memory."""
 
 BUSY_SECONDS = 60.0
 BLOCKS_HELD = 16
@@ -100,7 +104,7 @@ class Index:
             raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
         if not isinstance(self.provenance, dict):
             raise damaged(path, "it does not say how it was made")
-        if self.dtype not in STORED or self.axes not in AXES or self.width < 1:
+        if self.dtype not in STORED or self.axes not in AXES or not 1 <= self.width <= WIDEST:
             raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")
 
     @classmethod
@@ -117,12 +121,9 @@ class Index:
         db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
         try:
             with plain_errors(path):
-                if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
-                    raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
-                if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
-                    raise ValueError(
-                        f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew"
-                    )
+                if is_blank(db):
+                    raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
+                check_schema(db, path)
                 return cls(path, db)
         except BaseException:
             db.close()
@@ -153,16 +154,12 @@ class Index:
     def stamp(self, path: str) -> Stamp | None:
         """How an image's file was when it was read; None for an image that is not in here."""
         rows = self._all("SELECT size, mtime_ns, sha256 FROM images WHERE path = ?", os.fsencode(path))
-        if rows and [type(value) for value in rows[0]] != [int, int, bytes]:
-            raise damaged(self.path, f"what it says of {path!r}")
-        return Stamp(*rows[0]) if rows else None
+        return self._stamp(path, rows[0]) if rows else None
 
     def stamps(self) -> Iterator[tuple[str, Stamp]]:
         """Every image's path and how its file was when it was read."""
         for path, *values in self._all("SELECT path, size, mtime_ns, sha256 FROM images"):
-            if [type(value) for value in values] != [int, int, bytes]:
-                raise damaged(self.path, f"what it says of {path!r}")
-            yield self._name(path), Stamp(*values)
+            yield self._name(path), self._stamp(path, values)
 
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
@@ -175,7 +172,9 @@ class Index:
             cursor = self._db.execute(f"SELECT {columns} FROM images ORDER BY path")
         while rows := self._next_rows(cursor):
             for path, size, mtime_ns, sha256, *place in rows:
-                yield Embedding(self._name(path), size, mtime_ns, sha256, self._restored(*place))
+                stamp = self._stamp(path, (size, mtime_ns, sha256))
+                vector = self._restored(*place)
+                yield Embedding(self._name(path), stamp.size, stamp.mtime_ns, stamp.sha256, vector)
 
     def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
@@ -196,6 +195,7 @@ class Index:
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
             for (path,) in self._all("SELECT path FROM images WHERE id = ?", identity):
+                self._name(path)
                 found.append((-score, path))
         return [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
 
@@ -248,9 +248,14 @@ class Index:
         if found != count:
             raise damaged(self.path, f"vectors of {found:,} images where there are {count:,}")
 
+    def _stamp(self, path: object, values: Sequence[Any]) -> Stamp:
+        if [type(value) for value in values] != [int, int, bytes]:
+            raise damaged(self.path, f"what it says of {path!r:.80}")
+        return Stamp(*values)
+
     def _name(self, path: object) -> str:
         if not isinstance(path, bytes):
-            raise damaged(self.path, f"{path!r} as the name of an image")
+            raise damaged(self.path, f"{path!r:.80} as the name of an image")
         return os.fsdecode(path)
 
     def _place(self, path: str) -> tuple[int, float | None, int | None, int | None, int]:
@@ -265,9 +270,9 @@ class Index:
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
     ) -> NDArray[Any]:
+        with self._lock:
+            raw = self._stored(identity, block)
         try:
-            with self._lock:
-                raw = self._stored(identity, block)
             vector = np.frombuffer(raw, self.dtype).astype(np.float32)
             vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
             if not np.isfinite(vector).all():
@@ -278,6 +283,12 @@ class Index:
 
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
+        try:
+            return self._read_stored(identity, block)
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            raise damaged(self.path, "an image whose vector is missing or broken") from None
+
+    def _read_stored(self, identity: int, block: int) -> bytes:
         members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
         if identity not in members:  # ids are never used again, so one that is there has the same vector still
             ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
@@ -301,13 +312,30 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
     """SQLite's connection to a file: mode `ro`, `rw` or, to make it, `rwc`; transactions are begun by hand."""
     name = quote(os.fsencode(path.absolute()))
     with plain_errors(path):
-        return sqlite3.connect(
+        db = sqlite3.connect(
             f"file:{name}?mode={mode}",
             uri=True,
             isolation_level=None,
             timeout=BUSY_SECONDS,
             check_same_thread=False,  # `Index` has a lock
         )
+        db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from a stranger's file
+        return db
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a file holds nothing, or no more than a database without tables, as one whose making broke off."""
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        if file.read(len(SQLITE)) != SQLITE:
+            return False
+    db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")  # which plays a journal back
+    try:
+        with plain_errors(path):
+            return is_blank(db)
+    finally:
+        db.close()
 
 
 @contextlib.contextmanager
@@ -324,8 +352,3 @@ def plain_errors(path: Path) -> Iterator[None]:
         if "already exists" in text:
             raise FileExistsError(f"{path} already exists: open it, or choose another name") from None
         raise OSError(f"{path}: {text}") from None
-
-
-def damaged(path: Path, what: str) -> ValueError:
-    """The error for an index that cannot be read as it should."""
-    return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed anew")

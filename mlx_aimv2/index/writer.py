@@ -15,40 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_aimv2.index.reader import (
-    APPLICATION_ID,
-    AXES,
-    STORED,
-    VERSION,
-    Embedding,
-    Index,
-    connect,
-    damaged,
-    plain_errors,
-)
+from mlx_aimv2.index.reader import AXES, STORED, Embedding, Index, connect, is_empty, plain_errors
+from mlx_aimv2.index.schema import SCRIPT, damaged
+from mlx_aimv2.safe_write import remove_abandoned, take_free_name, temporary_folder
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
-
-SCHEMA = f"""
-PRAGMA page_size = 32768;  -- a float16 vector of 1024 values fills half of SQLite's usual page
-BEGIN IMMEDIATE;
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {VERSION};
-CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE images (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
-    size INTEGER NOT NULL,      -- of the file, in bytes
-    mtime_ns INTEGER NOT NULL,
-    sha256 BLOB NOT NULL,       -- of the file's content
-    length REAL,                -- of the vector before it was scaled to unit length; NULL for tokens and maps
-    rows INTEGER,               -- tokens, or rows of a map; NULL for one vector
-    columns INTEGER,            -- of a map; NULL otherwise
-    block INTEGER NOT NULL
-);
-CREATE TABLE blocks (id INTEGER PRIMARY KEY, images BLOB NOT NULL, vectors BLOB NOT NULL);
-"""
 
 INSERT = (
     "INSERT INTO images (path, size, mtime_ns, sha256, length, rows, columns, block) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -85,7 +57,7 @@ class IndexWriter(Index):
     def create(
         cls, path: str | os.PathLike[str], *, provenance: Mapping[str, Any], width: int, axes: int = 1, dtype: str
     ) -> IndexWriter:
-        """Makes an empty index in a file that does not exist or is empty.
+        """Makes an empty index in a file that does not exist or is empty, whole or not at all.
 
         `axes` is 1 for one vector of `width` values an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
@@ -94,19 +66,30 @@ class IndexWriter(Index):
             raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         if axes not in AXES:
             raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
-        if path.exists() and (path.is_dir() or path.stat().st_size):
+        if path.is_dir() or not is_empty(path):
             raise FileExistsError(f"{path} already exists: open it, or choose another name")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
-        db = connect(path, "rwc")
-        try:
-            with plain_errors(path):
-                db.executescript(SCHEMA)
-                db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-                db.execute("COMMIT")
-                return cls(path, db)
-        except BaseException:
-            db.close()
-            raise
+        with temporary_folder(path) as beside:
+            db = connect(beside / "index", "rwc")
+            try:
+                with plain_errors(path):
+                    db.executescript(SCRIPT)
+                    db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+                    db.execute("COMMIT")
+            finally:
+                db.close()
+            if path.exists():
+                (beside / "index").replace(path)
+            else:
+                take_free_name(beside / "index", path)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> IndexWriter:
+        """Opens an index to change it; what a process that was killed while making it left beside it goes."""
+        index = super().open(path)
+        remove_abandoned(index.path)
+        return index
 
     def add(self, images: Iterable[Embedding | Copy | Move]) -> None:
         """Stores images, replacing those of the same path.
@@ -162,6 +145,7 @@ class IndexWriter(Index):
         capacity = BLOCK if self.axes == 1 else 1
         last = self._db.execute("SELECT id, images, vectors FROM blocks ORDER BY id DESC LIMIT 1").fetchone()
         block, members, vectors = last or (0, b"", b"")
+        self._check_block(members, vectors)
         done = 0
         while done < len(rows):
             free = capacity - len(members) // 8
@@ -182,10 +166,10 @@ class IndexWriter(Index):
                 gone.setdefault(found[1], []).append(found[0])
                 self._db.execute("DELETE FROM images WHERE id = ?", found[:1])
         for block, ids in gone.items():
+            stored: tuple[bytes, bytes] | None
             stored = self._db.execute("SELECT images, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
+            self._check_block(*(stored or (None, None)))
             raw, vectors = stored or (b"", b"")
-            if not raw or len(raw) % 8 or len(vectors) % (len(raw) // 8):
-                raise damaged(self.path, "a block of vectors that does not fit its images")
             members = np.frombuffer(raw, "<i8")
             kept = ~np.isin(members, ids)
             if kept.any():
@@ -195,6 +179,14 @@ class IndexWriter(Index):
             else:
                 self._db.execute("DELETE FROM blocks WHERE id = ?", (block,))
         return sum(len(ids) for ids in gone.values())
+
+    def _check_block(self, members: object, vectors: object) -> None:
+        if isinstance(members, bytes) and isinstance(vectors, bytes) and len(members) % 8 == 0:
+            count = len(members) // 8
+            size = self.width * np.dtype(self.dtype).itemsize
+            if len(vectors) == count * size or (self.axes > 1 and count == 1 and len(vectors) % size == 0):
+                return
+        raise damaged(self.path, "a block of vectors that does not fit its images")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -1,9 +1,11 @@
 """An output that would do harm is refused, and one that breaks off leaves the old one."""
 
+import contextlib
 import io
 import json
 import shutil
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.safe_write import atomic_file
 
+MODEL = str(digits_checkpoint())
 WIDTH = 7
 
 
@@ -79,8 +82,8 @@ def test_the_default_layer_is_described(photos, capsys):
         ("photos.db", "ends in .html"),
         ("page.png", "ends in .html"),
         ("folder.html", "is a folder"),
-        ("link.html", "would replace the index"),
-        ("image.html", "would replace the index or the image"),
+        ("link.html", "would replace photos.db"),
+        ("image.html", "would replace "),
         ("nowhere/page.html", "make that folder first"),
     ],
 )
@@ -102,7 +105,7 @@ def test_a_page_replaces_neither_index_nor_image(photos, page, message, capsys):
     [
         ("y.npz", "is the name of its export"),
         ("y.NPZ", "is the name of its export"),
-        ("folder.db", "which is a folder"),
+        ("folder.db", "is a folder: name a file"),
         ("foreign.db", "mlx-aimv2 did not write"),
     ],
 )
@@ -175,3 +178,88 @@ def test_who_makes_an_index_at_the_same_time_is_asked_to_run_again(photos, monke
     monkeypatch.setattr(provenance, "describe", slow)
     assert main(["embed", str(photographs()[0]), "-m", str(digits_checkpoint()), "-o", "new.db"]) == 2
     assert "another mlx-aimv2 embed made new.db meanwhile: run it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["search", "photos.db", "a.jpg", "--html"], ["map", "a.jpg", "-m", MODEL, "-o"]])
+def test_no_output_replaces_an_image_of_the_index_or_a_strangers_file(images_in_an_index, command, capsys):
+    ending = ".html" if command[0] == "search" else ".png"
+    target, stranger = Path(f"b{ending}"), Path(f"stranger{ending}")
+    stranger.write_bytes(b"somebody's")
+    command = [*command, str(stranger)]
+    assert main(command) == 2
+    assert "mlx-aimv2 did not write it: choose another name, or add --overwrite" in capsys.readouterr().err
+    assert stranger.read_bytes() == b"somebody's"
+    assert main([*command, "--overwrite"]) == 0  # the remedy that was named
+    assert stranger.read_bytes() != b"somebody's"
+    assert main(command) == 0  # and now it is an earlier result
+    target.hardlink_to("a.jpg")
+    before = Path("a.jpg").read_bytes()
+    assert main([*command[:-1], str(target), "--overwrite"]) == 2
+    assert "which never happens" in capsys.readouterr().err
+    assert Path("a.jpg").read_bytes() == before
+
+
+def test_a_page_never_replaces_an_image_that_is_not_among_the_results(images_in_an_index, capsys):
+    Path("page.html").symlink_to("b.jpg")
+    assert main(["search", "photos.db", "a.jpg", "-k", "1", "--html", "page.html", "--overwrite"]) == 2
+    assert "which never happens" in capsys.readouterr().err
+
+
+def test_an_export_replaces_a_strangers_file_only_when_told_to(images_in_an_index, capsys):
+    Path("photos.jsonl").write_text("somebody's")
+    command = ["embed", "a.jpg", "-o", "photos.db", "--export", "jsonl"]
+    assert main(command) == 2
+    assert "or add --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert main(command) == 0
+
+
+def test_a_conversion_replaces_its_own_folder_when_told_to_and_no_other(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["convert", "--hf-path", MODEL, "--mlx-path", "mlx", "--no-verify"]
+    assert main(command) == 0
+    assert main(command) == 2
+    first = Path("mlx").stat().st_ino
+    assert main([*command, "--overwrite"]) == 0
+    assert Path("mlx").stat().st_ino != first
+    Path("mlx/diary.txt").touch()
+    assert main([*command, "--overwrite"]) == 2
+    assert "only a folder written by convert is overwritten" in capsys.readouterr().err
+    assert main(["convert", "--hf-path", "mlx", "--mlx-path", "mlx", "--no-verify", "--overwrite"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlx"]
+
+
+def test_a_full_disk_leaves_neither_map_nor_page_nor_export(images_in_an_index, small_disk, capsys):
+    small = str(small_disk)
+    assert main(["map", "a.jpg", "-m", MODEL, "-o", f"{small}/map.png"]) == 2
+    assert "map.png: No space left on device." in capsys.readouterr().err
+    assert main(["search", "photos.db", "a.jpg", "--html", f"{small}/page.html"]) == 2
+    assert "page.html: No space left on device." in capsys.readouterr().err
+    assert main(["embed", "a.jpg", "-m", MODEL, "-o", f"{small}/photos.db"]) == 2
+    assert capsys.readouterr().err.startswith("mlx-aimv2: ")
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+@pytest.fixture
+def images_in_an_index(tmp_path, monkeypatch):
+    """Two images and their index, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, photograph in zip(("a.jpg", "b.jpg"), photographs(), strict=False):
+        shutil.copy(photograph, name)
+    assert main(["embed", "a.jpg", "b.jpg", "-m", MODEL, "-o", "photos.db"]) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A full disk of its own; needs the rights to mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root on Linux may mount a disk")
+    with (place / "filler").open("wb") as file, contextlib.suppress(OSError):
+        for _ in range(60):
+            file.write(bytes(1024))
+            file.flush()
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

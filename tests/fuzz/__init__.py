@@ -1,0 +1,1 @@
+"""Broken and hostile inputs by the thousand: `python -m tests.fuzz`. Each must end well or in one clear line."""

@@ -1,0 +1,222 @@
+"""What is written appears whole or not at all, replaces nothing of others, and leaves nothing of killed processes."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_aimv2 import safe_write
+from mlx_aimv2.safe_write import (
+    PREVIOUS,
+    UNFINISHED,
+    atomic_file,
+    atomic_folder,
+    check_file,
+    check_target,
+    discard_unfinished,
+    temporary_folder,
+)
+
+OWN = b"ours"
+
+
+def check(path: Path, **more: object) -> None:
+    check_file(path, option="--html", is_own=lambda head: head.startswith(OWN), **more)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_next_file_clears_what_a_killed_process_left(tmp_path, kind):
+    left = tmp_path / f".page.html.abcd{UNFINISHED}"
+    left.mkdir() if kind == "folder" else left.write_bytes(b"half")
+    other = tmp_path / f".page2.html.abcd{UNFINISHED}"
+    other.mkdir()
+    with atomic_file(tmp_path / "page.html") as file:
+        file.write(b"whole")
+    assert names(tmp_path) == [other.name, "page.html"]
+
+
+def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from mlx_aimv2.safe_write import atomic_file
+with atomic_file(Path({str(tmp_path / "page.html")!r})) as file:
+    file.write(b"theirs")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "writing\n"
+        with atomic_file(tmp_path / "page.html") as file:
+            file.write(b"mine")
+        assert len(list(tmp_path.glob(f".page.html.*{UNFINISHED}"))) == 1
+        other.communicate("")
+    assert other.returncode == 0
+    assert (tmp_path / "page.html").read_bytes() == b"theirs"  # the last to finish
+    assert names(tmp_path) == ["page.html"]
+
+
+def test_a_temporary_that_another_process_took_for_an_abandoned_one_is_made_anew(tmp_path, monkeypatch):
+    lock, robbed = safe_write._lock, []
+
+    def robbing(place):
+        if not robbed:
+            robbed.append(place)
+            place.rmdir()
+        return lock(place)
+
+    monkeypatch.setattr(safe_write, "_lock", robbing)
+    with temporary_folder(tmp_path / "mlx") as beside:
+        assert beside.is_dir() and beside != robbed[0]
+    assert names(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(safe_write.fcntl, "flock", no_locks)
+    with atomic_folder(tmp_path / "mlx") as place:
+        (place / "config.json").touch()
+    assert names(tmp_path) == ["mlx"]
+
+
+def test_the_folder_that_comes_second_says_who_was_quicker(tmp_path, monkeypatch):
+    def late(path, **_):
+        if checks:
+            (tmp_path / "mlx").mkdir()
+            (tmp_path / "mlx" / "theirs").touch()
+        checks.append(path)
+
+    checks: list[Path] = []
+    monkeypatch.setattr(safe_write, "check_target", late)
+    wanted = r"mlx as it already exists\. Another process made it meanwhile\.$"
+    with pytest.raises(FileExistsError, match=wanted), atomic_folder(tmp_path / "mlx"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "theirs"]
+
+
+def test_a_name_of_255_bytes_can_be_written(tmp_path):
+    with atomic_file(tmp_path / ("n" * 255)) as file:
+        file.write(b"whole")
+    assert names(tmp_path) == ["n" * 255]
+
+
+def test_results_are_as_public_as_their_neighbours(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "mlx") as place:
+            (place / "config.json").touch()
+        with atomic_file(tmp_path / "page.html"):
+            pass
+    finally:
+        os.umask(before)
+    modes = [oct((tmp_path / name).stat().st_mode & 0o777) for name in ("mlx", "mlx/config.json", "page.html")]
+    assert modes == ["0o750", "0o640", "0o640"]
+
+
+def test_what_is_not_finished_can_be_discarded_from_another_thread(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "mlx") as place:
+        (place / "half").touch()
+        discard_unfinished()
+        assert names(tmp_path) == []
+    assert names(tmp_path) == []
+
+
+def test_a_folder_of_ours_is_replaced_when_that_is_asked_for(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "old").touch()
+    with atomic_folder(tmp_path / "mlx", overwrite=True, is_own=lambda folder: True) as place:
+        (place / "new").touch()
+        assert names(tmp_path / "mlx") == ["old"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "new"]
+
+
+def test_the_old_folder_stays_when_the_new_one_does_not_come(tmp_path, monkeypatch):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "old").touch()
+    rename, calls = Path.rename, []
+
+    def failing(self, target):
+        calls.append(self)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    folder = atomic_folder(tmp_path / "mlx", overwrite=True, is_own=lambda folder: True)
+    with pytest.raises(OSError, match="Input/output error"), folder as place:
+        (place / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "old"]
+
+
+def test_a_folder_moved_away_by_a_killed_process_comes_back(tmp_path):
+    moved = tmp_path / f".mlx.abcd{PREVIOUS}"
+    moved.mkdir()
+    (moved / "old").touch()
+    with pytest.raises(KeyError), temporary_folder(tmp_path / "mlx"):
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "old"]
+
+
+@pytest.mark.parametrize("near", ["mlx", "mlx/inside", "."])
+def test_a_folder_that_is_read_is_not_overwritten(tmp_path, near):
+    (tmp_path / "mlx" / "inside").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="is read, and lies in it or around it"):
+        check_target(tmp_path / "mlx", overwrite=True, is_own=lambda folder: True, inputs=[tmp_path / near])
+
+
+def test_a_folder_of_others_is_not_overwritten(tmp_path):
+    with pytest.raises(FileExistsError, match="only a folder written by convert is overwritten"):
+        check_target(tmp_path, overwrite=True, is_own=lambda folder: False)
+
+
+def test_a_file_of_ours_and_an_empty_one_are_replaced(tmp_path):
+    for content in (OWN + b" and more", b""):
+        (tmp_path / "page").write_bytes(content)
+        check(tmp_path / "page")
+
+
+def test_a_file_of_others_is_refused_and_the_remedy_named_works(tmp_path):
+    (tmp_path / "page").write_bytes(b"theirs")
+    with pytest.raises(FileExistsError, match=r"mlx-aimv2 did not write it: choose another name, or add --overwrite$"):
+        check(tmp_path / "page")
+    check(tmp_path / "page", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "link.jpg", "hard.jpg"])
+def test_an_input_is_never_replaced_by_whatever_name(tmp_path, name):
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(OWN)
+    (tmp_path / "link.jpg").symlink_to(photo)
+    (tmp_path / "hard.jpg").hardlink_to(photo)
+    with pytest.raises(FileExistsError, match=r"would replace .*photo\.jpg, which never happens"):
+        check(tmp_path / name, overwrite=True, inputs=[tmp_path / "gone.jpg", photo])
+
+
+def test_devices_and_folders_are_no_targets(tmp_path):
+    with pytest.raises(FileExistsError, match="is a pipe or a device"):
+        check(Path(os.devnull), overwrite=True)
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+        check(tmp_path, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="make that folder first"):
+        check(tmp_path / "nowhere" / "page")
+
+
+def test_behind_a_link_the_file_that_it_leads_to_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "page"
+    link.symlink_to(tmp_path / "there" / "page")
+    with atomic_file(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "there" / "page").read_bytes() == b"new"
+    assert names(tmp_path / "there") == ["page"]

@@ -1,0 +1,149 @@
+"""Losing a stream stops no work, every error is one line, and nothing raw reaches the terminal."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mlx_aimv2
+from mlx_aimv2 import bundled, cli
+from tests.small_models import FIXED, pair_with_words
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
+PHOTOGRAPH = str(bundled.photographs()[0])
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = command.replace("mlx-aimv2", f"{sys.executable} -m mlx_aimv2")
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=folder, env=ENVIRONMENT | environment, timeout=120
+    )
+
+
+@pytest.mark.parametrize("lost", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | head -1"])
+def test_a_conversion_without_a_reader_of_stderr_is_done_all_the_same(tmp_path, lost):
+    command = f"set -o pipefail; mlx-aimv2 convert --hf-path {FIXED} --mlx-path mlx --no-verify"
+    assert shell(f"{command} {lost}", tmp_path).returncode == 0
+    assert (tmp_path / "mlx" / "model.safetensors").is_file()
+
+
+def test_without_a_reader_of_stderr_a_mistake_is_no_success(tmp_path):
+    command = "mlx-aimv2 convert --hf-path nowhere --mlx-path mlx"
+    for lost in ("2>/dev/full", "2>&-", "2> >(true)"):
+        assert shell(f"{command} {lost}", tmp_path).returncode == 2
+
+
+def test_a_full_disk_below_stdout_is_no_success(tmp_path):
+    result = shell(f"mlx-aimv2 info {FIXED} >/dev/full", tmp_path)
+    assert (result.returncode, result.stderr) == (2, "mlx-aimv2: No space left on device\n")
+
+
+def test_maps_are_drawn_although_nobody_reads_their_names(tmp_path):
+    many = tmp_path / "in"
+    many.mkdir()
+    for number in range(4):
+        shutil.copy(PHOTOGRAPH, many / f"{number}.jpg")
+    result = shell(f"set -o pipefail; mlx-aimv2 map in -m {FIXED} -o out | true", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_labels_are_json_under_an_ascii_locale(tmp_path):
+    lit = pair_with_words(tmp_path / "lit")
+    command = f"mlx-aimv2 classify {PHOTOGRAPH} -m {lit} --labels käse,hund --json"
+    result = shell(command, tmp_path, LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert result.returncode == 0, result.stderr
+    (labels,) = [{one["label"] for one in json.loads(line)["labels"]} for line in result.stdout.splitlines()]
+    assert "hund" in labels and len(labels) == 2
+
+
+ERRORS = {
+    "memory": (MemoryError("cannot allocate 5 GB"), "not enough memory (cannot allocate 5 GB)"),
+    "type": (TypeError("'int' object is not iterable"), "a fault of mlx-aimv2, TypeError: 'int' object"),
+    "import": (ModuleNotFoundError("No module named 'tokenizers'"), "No module named 'tokenizers': a package is miss"),
+    "MLX": (RuntimeError("[eval] Not implemented\non the CPU"), "RuntimeError: [eval] Not implemented\\x0aon the CPU"),
+    "recursion": (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth"),
+}
+
+
+@pytest.mark.parametrize(("error", "wanted"), ERRORS.values(), ids=ERRORS.keys())
+def test_what_nobody_thought_of_is_one_line_too(capsys, error, wanted, monkeypatch):
+    def work() -> int:
+        raise error
+
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    assert cli.one_line_errors(work) == 1
+    found = capsys.readouterr().err
+    assert wanted in found and found.startswith("mlx-aimv2: ") and found.count("\n") == 1
+
+
+def test_the_traceback_can_be_had(capsys, monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert cli.one_line_errors(lambda: 1 // 0) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and "lambda: 1 // 0" in "".join(lines)
+    assert lines[-1].startswith("mlx-aimv2: a fault of mlx-aimv2, ZeroDivisionError")
+
+
+def test_a_broken_pipe_of_something_else_is_no_success(capsys):
+    def work() -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert cli.one_line_errors(work) == 2
+    assert capsys.readouterr().err == "mlx-aimv2: Broken pipe\n"
+
+
+@pytest.mark.parametrize("program", ["-m mlx_aimv2 convert", "-m mlx_aimv2.convert"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, program):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
+    command = [sys.executable, *program.split(), "--model", str(FIXED)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes) as run:
+        assert run.stdout.readline() == "importing\n"
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+    assert (run.returncode, errors) == (130, "mlx-aimv2: stopped\n")
+
+
+def test_control_characters_of_headers_and_arguments_are_escaped(tmp_path):
+    escape = "\x1b]0;title\x07"
+    folder = Path(shutil.copytree(FIXED, tmp_path / "fixed"))
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": escape}
+    (folder / "config.json").write_text(json.dumps(config))
+    for arguments in (["info", str(folder)], ["info", f"/no{escape}where"], ["map", escape, "-m", escape]):
+        command = [sys.executable, "-m", "mlx_aimv2", *arguments]
+        result = subprocess.run(command, capture_output=True, env=ENVIRONMENT, cwd=tmp_path)
+        assert result.returncode in (1, 2)
+        assert b"\x1b" not in result.stdout + result.stderr and b"\x07" not in result.stdout + result.stderr
+        assert b"\\x1b]0;title\\x07" in result.stderr
+
+
+def test_one_ctrl_c_stops_a_slow_decoder_and_says_so(tmp_path):
+    code = f"""
+import sys, time
+from mlx_aimv2 import cli, images
+from mlx_aimv2.embed import prefetch
+def slowly(*_, **__):
+    print("decoding", flush=True)
+    time.sleep(60)
+prefetch.open_image = slowly
+sys.exit(cli.main(["embed", {PHOTOGRAPH!r}, "-m", {str(FIXED)!r}, "-o", "photos.db"]))
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path, **pipes) as run:
+        assert run.stdout.readline() == "decoding\n"
+        begun = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+    assert errors.splitlines()[-1] == "mlx-aimv2: stopped; what was done is kept, run it again to go on"
+    assert run.returncode == 130
+    assert time.monotonic() - begun < 3  # the goal is one second
+    assert not list(tmp_path.iterdir())
