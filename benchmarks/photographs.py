@@ -106,7 +106,7 @@ def speed(arguments: argparse.Namespace) -> None:
         print("  ".join(f"{name} {times[-1]:.1f} s" for name, times in seconds.items()), file=sys.stderr, flush=True)
     base = next(iter(seconds))
     print(
-        "| embed | s, median | s, fastest | processor s, fastest | times as fast, median | by the fastest | by processor |"
+        "| embed | s, median | s, fastest | processor s, fastest | times as fast, median | by fastest | by processor |"
     )
     print("|---" * 7 + "|")
     for name, times in seconds.items():
