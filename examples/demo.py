@@ -19,8 +19,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from examples import digits, tsne
-from examples.contact_sheet import below, contact_sheet, titled
+from examples.titled import titled
 from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plot
+from mlx_aimv2.learn import drawing
+from mlx_aimv2.learn.drawing import below, contact_sheet
 
 ROOT = Path(__file__).parent.parent
 TILE = 56
@@ -124,7 +126,7 @@ def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -
 def draw_plane(scans: bundled.Digits, queries: np.ndarray) -> Image.Image:
     """All held-out digits where their features lie, one colour per class."""
     images = [image(scan).resize((24, 24), Image.Resampling.BICUBIC) for scan in scans.test_images]
-    colours = [tsne.CLASSES[label] for label in scans.test_labels]
+    colours = [drawing.CLASSES[label] for label in scans.test_labels]
     return tsne.scatter(tsne.neighbour_plane(queries), images, colours, size=(1000, 1000))
 
 

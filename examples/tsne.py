@@ -17,19 +17,6 @@ from mlx_aimv2 import plot
 Array = NDArray[np.float64]
 Colour = tuple[int, int, int]
 
-CLASSES = (
-    (214, 69, 65),
-    (56, 120, 190),
-    (44, 150, 90),
-    (236, 150, 30),
-    (130, 85, 175),
-    (0, 155, 170),
-    (190, 90, 140),
-    (120, 130, 40),
-    (105, 85, 70),
-    (90, 105, 130),
-)
-"""Ten colours that can be distinguished on white."""
 
 STEPS, EXAGGERATED_STEPS, EXAGGERATION = 500, 120, 12.0
 

@@ -30,6 +30,10 @@ VERBS = {
     "compare": "mlx_aimv2.commands.compare",
     "info": "mlx_aimv2.commands.info",
     "bench": "mlx_aimv2.commands.bench",
+    "fit": "mlx_aimv2.commands.fit",
+    "predict": "mlx_aimv2.commands.predict",
+    "evaluate": "mlx_aimv2.commands.evaluate",
+    "fuse": "mlx_aimv2.commands.fuse",
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 

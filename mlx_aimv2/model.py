@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
@@ -85,13 +86,17 @@ class Aimv2VisionModel(nn.Module):
         return dtype
 
     @any_thread
-    def __call__(self, pixels: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
+    def __call__(
+        self, pixels: mx.array, *, patch_mask: mx.array | None = None, output_hidden_states: bool = False
+    ) -> EncoderOutput:
         """Features of images, `(B, H, W, 3) -> EncoderOutput`.
 
-        `pixels` are what the processor gives: normalised RGB, channels last. Raises ValueError for an image of another
-        size than a fixed checkpoint was trained on, and for one smaller than a patch.
+        `pixels` are what the processor gives: normalised RGB, channels last. `patch_mask` (B, N) of bool is true where
+        a patch is hidden, equally often in each image: hidden patches are dropped before the first block, the others
+        keep their positions and their order. Raises ValueError for an image of another size than a fixed checkpoint
+        was trained on, for one smaller than a patch, and for a mask of another shape or of unequal counts.
         """
-        embedded = self.embed(pixels)
+        embedded = self.embed(pixels, patch_mask=patch_mask)
         states = [embedded]
         for x in run_blocks(self.blocks, embedded):
             if output_hidden_states:
@@ -100,14 +105,20 @@ class Aimv2VisionModel(nn.Module):
         pooled = self.head(x) if self.config.use_head else None
         return EncoderOutput(x, pooled, tuple(states) if output_hidden_states else None)
 
-    def embed(self, pixels: mx.array) -> mx.array:
-        """Patches with their positions, the input of the first block: `(B, H, W, 3) -> (B, N, D)`."""
+    def embed(self, pixels: mx.array, *, patch_mask: mx.array | None = None) -> mx.array:
+        """Patches with their positions, the input of the first block: `(B, H, W, 3) -> (B, N, D)`.
+
+        With `patch_mask` (B, N) only the patches that it does not hide, in their order.
+        """
         rows, columns = self.grid(pixels)
+        visible = None if patch_mask is None else visible_patches(patch_mask, (pixels.shape[0], rows * columns))
         x = self.patch_embed(mx.array(pixels, self.dtype))  # NumPy's are welcome too
         if self.config.num_patches is not None:
-            return x + self.pos_embed
-        positions = mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size))
-        return x + positions.astype(x.dtype)
+            x = x + self.pos_embed
+        else:
+            positions = mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size))
+            x = x + positions.astype(x.dtype)
+        return x if visible is None else mx.take_along_axis(x, visible[..., None], axis=1)
 
     def grid(self, pixels: mx.array) -> tuple[int, int]:
         """Rows and columns of patches in `pixels`, after checking that this checkpoint takes images of that size."""
@@ -137,9 +148,14 @@ class Aimv2VisionModel(nn.Module):
         return rows, columns
 
     @any_thread
-    def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
-        """One vector per image, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length."""
-        tokens = self(pixels).last_hidden_state
+    def encode_image(
+        self, pixels: mx.array, *, patch_mask: mx.array | None = None, normalize: bool = False
+    ) -> mx.array:
+        """One vector per image, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length.
+
+        With `patch_mask` (B, N) the mean over the patches that it does not hide.
+        """
+        tokens = self(pixels, patch_mask=patch_mask).last_hidden_state
         mean = tokens.astype(mx.float32).mean(axis=1)  # float32: hundreds of halves would lose digits
         return (unit_length(mean) if normalize else mean).astype(tokens.dtype)
 
@@ -227,9 +243,12 @@ class Aimv2Model(nn.Module):
         return self.vision_model.dtype
 
     @any_thread
-    def __call__(self, pixels: mx.array, ids: mx.array) -> Aimv2Output:
-        """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`."""
-        vision, text = self.vision_model(pixels), self.text_model(ids)
+    def __call__(self, pixels: mx.array, ids: mx.array, *, patch_mask: mx.array | None = None) -> Aimv2Output:
+        """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`.
+
+        `patch_mask` (B, N) hides patches as in `Aimv2VisionModel`.
+        """
+        vision, text = self.vision_model(pixels, patch_mask=patch_mask), self.text_model(ids)
         image_embeds = unit_length(self.visual_projection(_pooled(vision)))
         text_embeds = unit_length(self.text_projection(_pooled(text)))
         logits = self.logits(image_embeds, text_embeds)
@@ -246,9 +265,15 @@ class Aimv2Model(nn.Module):
         return scale * (image_embeds.astype(mx.float32) @ text_embeds.astype(mx.float32).T)
 
     @any_thread
-    def encode_image(self, pixels: mx.array, *, normalize: bool = False) -> mx.array:
-        """One vector per image in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length."""
-        return self._features(self.visual_projection(_pooled(self.vision_model(pixels))), normalize)
+    def encode_image(
+        self, pixels: mx.array, *, patch_mask: mx.array | None = None, normalize: bool = False
+    ) -> mx.array:
+        """One vector per image in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length.
+
+        With `patch_mask` (B, N) from the patches that it does not hide.
+        """
+        vision = self.vision_model(pixels, patch_mask=patch_mask)
+        return self._features(self.visual_projection(_pooled(vision)), normalize)
 
     @any_thread
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
@@ -258,6 +283,32 @@ class Aimv2Model(nn.Module):
     @staticmethod
     def _features(projected: mx.array, normalize: bool) -> mx.array:
         return unit_length(projected).astype(projected.dtype) if normalize else projected
+
+
+def visible_patches(patch_mask: mx.array, shape: tuple[int, int]) -> mx.array:
+    """The places of the patches that are not hidden, in their order: `(B, N) bool -> (B, M)`.
+
+    `shape` is the (B, N) that the mask must have. Raises ValueError for another one, for numbers instead of bool, for
+    images with unequally many hidden patches and where nothing is left to see.
+    """
+    if not isinstance(patch_mask, (mx.array, np.ndarray)):
+        raise ValueError(f"patch_mask must be an array of bool (B, N), got {type(patch_mask).__name__}")
+    patch_mask = mx.array(patch_mask)
+    if patch_mask.dtype != mx.bool_ or tuple(patch_mask.shape) != shape:
+        raise ValueError(
+            f"patch_mask must be bool (images, patches) = {shape}, true where hidden; "
+            f"got {str(patch_mask.dtype).removeprefix('mlx.core.')} {tuple(patch_mask.shape)}"
+        )
+    hidden = np.array(patch_mask.sum(axis=1))
+    if hidden.min() != hidden.max():
+        raise ValueError(
+            f"patch_mask must hide equally many patches of each image, got {hidden.min()} to {hidden.max()}"
+        )
+    if hidden[0] == shape[1]:
+        raise ValueError(f"patch_mask hides all {shape[1]} patches: leave at least one of them visible")
+    # Visible ones first, each in its own order: sorting the places with the hidden ones moved behind all.
+    places = mx.where(patch_mask, shape[1], 0) + mx.arange(shape[1])
+    return mx.sort(places, axis=1)[:, : shape[1] - int(hidden[0])]
 
 
 def unit_length(x: mx.array) -> mx.array:

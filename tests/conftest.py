@@ -10,6 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    """Keeps what the tests cache apart from the user's own."""
+    os.environ["MLX_AIMV2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def three_cores(monkeypatch):
     """A function that makes MLX's device an x86 CPU of three cores, and takes what else to set in `x86`."""

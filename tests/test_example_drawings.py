@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from examples import tsne
-from examples.contact_sheet import below, contact_sheet
 from mlx_aimv2 import plot
+from mlx_aimv2.learn.drawing import below, contact_sheet
 
 ROWS, COLUMNS, WIDTH = 3, 5, 7
 

@@ -12,7 +12,9 @@ from examples import tsne
 from mlx_aimv2 import bundled
 
 FOLDER = Path(__file__).parent.parent / "examples"
-EXAMPLES = sorted(file for file in FOLDER.glob("*.py") if file.stem not in ("demo", "contact_sheet", "tsne"))
+EXAMPLES = sorted(
+    file for file in FOLDER.glob("*.py") if file.stem not in ("demo", "titled", "tsne", "make_scenes", "__init__")
+)
 
 
 def imported(file: Path):
@@ -81,6 +83,33 @@ def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
     out = run("convert_and_load", capsys, "--dtype", "float16")
     assert 0.999 < float(re.search(r"feature (\d\.\d+)", out)[1]) < 1.0000005
     assert "1.47 MB" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "score"), [("segmentation", "mIoU"), ("detection", "AP")])
+def test_a_head_for_masks_and_boxes_ends_in_overlays(name, score, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    flags = ["--scenes", "12", "--iters", "2", "--image-size", "56", "--output", tmp_path / "overlays.jpg"]
+    out = run(name, capsys, *flags)
+    assert re.search(rf"^{score} \d+\.\d+ % on 2 test images", out, re.MULTILINE)
+    with Image.open(tmp_path / "overlays.jpg") as image:
+        assert image.height == 2 * 300 + 8
+
+
+def test_a_probe_ends_in_its_score_and_a_confusion_matrix(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    out = run("probe", capsys, "--output", tmp_path / "head")
+    assert float(re.search(r"top1 ([\d.]+) % on \d+ test images", out)[1]) >= 90
+    with Image.open(tmp_path / "head" / "confusion.png") as image:
+        assert image.width > 300
+
+
+@pytest.mark.slow
+def test_lora_ends_in_a_score_and_a_fused_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    out = run("lora", capsys, "--output", tmp_path / "head", "--iters", 4)
+    assert float(re.search(r"top1 ([\d.]+) % on \d+ test images", out)[1]) >= 90
+    assert (tmp_path / "head-fused" / "model.safetensors").is_file()
 
 
 def test_the_demo_fails_where_features_are_wrong(tmp_path, capsys, monkeypatch):

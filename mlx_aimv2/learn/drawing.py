@@ -1,20 +1,34 @@
-"""Arranges images on one canvas: in rows with captions and frames, below each other, with a title.
-
-`demo.py` and `most_similar.py` draw with it.
-"""
+"""Draws what model cards and overlays are made of: images in rows with captions, columns, colours of classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mlx_aimv2 import plot
 
-Colour = tuple[int, int, int]
+if TYPE_CHECKING:
+    from PIL import Image
+
+Colour: TypeAlias = tuple[int, int, int]
 
 FAINT = (120, 124, 132)
+
+CLASSES = (
+    (214, 69, 65),
+    (56, 120, 190),
+    (44, 150, 90),
+    (236, 150, 30),
+    (130, 85, 175),
+    (0, 155, 170),
+    (190, 90, 140),
+    (120, 130, 40),
+    (105, 85, 70),
+    (90, 105, 130),
+)
+"""Ten colours that are easy to tell apart on white."""
 
 
 def contact_sheet(
@@ -29,6 +43,8 @@ def contact_sheet(
 
     `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
     """
+    from PIL import Image, ImageDraw, ImageOps
+
     text = max(11, side // 8) if captions else 0
     step = (side + gap, side + gap + (text + 6 if captions else 0))
     columns = max(len(row) for row in rows)
@@ -44,19 +60,7 @@ def contact_sheet(
                 edges = (place[0] - 3, place[1] - 3, place[0] + fitted.width + 2, place[1] + fitted.height + 2)
                 draw.rectangle(edges, outline=colour, width=3)
             if captions:
-                draw.text((left + side / 2, top + side + 5), captions[r][c], plot.INK, _font(text), anchor="mt")
-    return canvas
-
-
-def titled(image: Image.Image, title: str, *, subtitle: str = "", size: int = 22) -> Image.Image:
-    """A copy of an image with a line of text above it, and a fainter one below that."""
-    band = round(size * 1.7) + (round(size * 1.05) if subtitle else 0)
-    canvas = Image.new("RGB", (image.width, image.height + band), plot.PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((10, size * 0.4), title, plot.INK, _font(size))
-    if subtitle:
-        draw.text((10, size * 1.65), subtitle, FAINT, _font(round(size * 0.72)))
-    canvas.paste(image, (0, band))
+                draw.text((left + side / 2, top + side + 5), captions[r][c], plot.INK, font(text), anchor="mt")
     return canvas
 
 
@@ -67,5 +71,8 @@ def below(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
     return plot.pasted(images, [(0, int(top)) for top in places[:-1]], size)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> Any:
+    """Pillow's own font in `size` pixels."""
+    from PIL import ImageFont
+
     return ImageFont.load_default(size)

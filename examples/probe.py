@@ -1,0 +1,47 @@
+"""How good is a linear probe on my own labels?
+
+python -m examples.probe [DATA] [--model MODEL] [--output HEAD]
+
+DATA is a folder with a folder of images for each label. Without it: a few of the handwritten digits that ship with the
+package, for which the embedded model is made.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from mlx_aimv2 import bundled
+from mlx_aimv2.learn import fit, predict
+
+parser = argparse.ArgumentParser(description="Learn labels from the features of a frozen encoder.")
+parser.add_argument("data", nargs="?", help="folder with a folder of images for each label")
+parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--output", default="probe", help="folder for the head and its card (default: %(default)s)")
+
+
+def write_digits(folder: Path, *, per_class: int = 30) -> Path:
+    """A folder for each digit with so many scans."""
+    scans = bundled.digits()
+    for label in range(10):
+        place = folder / str(label)
+        place.mkdir(parents=True)
+        for number, scan in enumerate(scans.train_images[scans.train_labels == label][:per_class]):
+            Image.fromarray(scan).save(place / f"{number:03}.png")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(args.data) if args.data else write_digits(Path(temporary) / "digits")
+        fitted = fit(data, args.model, args.output, say=print)
+        image = next(data.rglob("*.png"), None)
+        for path, prediction in predict(args.output, [image] if image else []):
+            print(f"{Path(path).parent.name}/{Path(path).name}: class {prediction.best(1)[0]}")
+    print(f"{fitted.line}; drawn in {Path(args.output) / 'confusion.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Runs `mlx-aimv2 evaluate`: how good a head of yours is on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from mlx_aimv2.cli import show
+from mlx_aimv2.config import DTYPES
+
+HELP = "score a trained head on labelled images"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    parser.add_argument("head", metavar="HEAD", help="folder that fit has written")
+    parser.add_argument("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
+    parser.add_argument("-m", "--model", metavar="X", help="where the encoder is now (default: where it was)")
+    parser.add_argument("--card", metavar="FOLDER", help="write the model card's images for this data there")
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the scores and the table by class."""
+    from mlx_aimv2.learn import evaluate
+
+    found = evaluate(arguments.head, arguments.data, model=arguments.model, dtype=arguments.dtype, card=arguments.card)
+    if arguments.json:
+        print(json.dumps({"part": found.part, "images": found.images, **found.scores}))
+        return 0
+    widths = [max(len(row[column]) for row in found.table) for column in range(len(found.table[0]))]
+    for first, *rest in found.table:
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        show("  ".join([first.ljust(widths[0]), *cells]))
+    scores = ", ".join(f"{name} {100 * score:.2f} %" for name, score in found.scores.items())
+    show(f"{scores} on {found.images:,} images")
+    return 0

@@ -1,0 +1,26 @@
+"""Runs `mlx-aimv2 fuse`: makes one checkpoint of an encoder and its adapters."""
+
+from __future__ import annotations
+
+import argparse
+
+from mlx_aimv2.cli import show
+
+HELP = "make one checkpoint of an encoder and its adapters"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb, named as mlx-lm's."""
+    add = parser.add_argument
+    add("--adapter-path", required=True, metavar="HEAD", help="folder that fit has written, or adapters alone")
+    add("--save-path", default="fused_model", metavar="Y", help="folder to write (default: %(default)s)")
+    add("-m", "--model", metavar="X", help="the encoder (default: the one that the head folder names)")
+    add("--revision", metavar="R", help="branch, tag or commit of the encoder")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Fuses and prints where the result lies."""
+    from mlx_aimv2.learn import fuse
+
+    show(str(fuse(arguments.adapter_path, arguments.save_path, model=arguments.model, revision=arguments.revision)))
+    return 0

@@ -1,0 +1,49 @@
+"""Runs `mlx-aimv2 predict`: what a head of yours says of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mlx_aimv2.cli import say, show
+from mlx_aimv2.config import DTYPES
+
+HELP = "say what a trained head sees in images"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    parser.add_argument("head", metavar="HEAD", help="folder that fit has written")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or patterns")
+    parser.add_argument("-m", "--model", metavar="X", help="where the encoder is now (default: where it was)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="write predictions as files, too")
+    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a prediction for each image; returns 1 when some could not be read."""
+    from mlx_aimv2.learn import prediction
+    from mlx_aimv2.learn.head_folder import load_head
+
+    head = load_head(arguments.head, model=arguments.model, dtype=arguments.dtype)
+    failures: list[str] = []
+
+    def fail(path: str, reason: str) -> None:
+        failures.append(path)
+        say(reason)
+
+    done = []
+    for path, found in prediction.predict(head, arguments.images, on_failure=fail):
+        if arguments.json:
+            print(json.dumps({"path": path, **head.task.as_json(found, head.classes)}), flush=True)
+        else:
+            show(path)
+            for line in head.task.as_text(found, head.classes).split("\n"):
+                show(line)
+        if arguments.output is not None:
+            done.append((path, found))
+    if arguments.output is not None:
+        prediction.save(done, head, arguments.output)
+    return 1 if failures else 0

@@ -1,0 +1,161 @@
+"""Classification: a label for each image, from folders named after labels or from a list in a metadata file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_aimv2.images import to_rgb
+from mlx_aimv2.learn import augment, classify_card, label_files
+from mlx_aimv2.learn.data import Dataset, Sample
+from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
+from mlx_aimv2.learn.knn import KnnHead
+from mlx_aimv2.learn.probe import fit_linear
+from mlx_aimv2.learn.task import Defaults, Labelled
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_aimv2.learn.task import Arrays
+    from mlx_aimv2.processor import Aimv2Processor
+
+NAME = "classify"
+TYPES = ("linear", "attentive", "knn", "lora", "dora", "full")
+FROZEN = {"linear": "mean", "attentive": "tokens", "knn": "mean"}
+DEFAULTS = {
+    "linear": Defaults(),
+    "knn": Defaults(),
+    "attentive": Defaults((1e-3, 3e-3, 1e-2), epochs=30, batch_size=64, warm_up_epochs=2),
+    "lora": Defaults((3e-4,), epochs=10, batch_size=16),
+    "dora": Defaults((3e-4,), epochs=10, batch_size=16),
+    "full": Defaults((1e-4,), epochs=10, batch_size=16, layer_decay=0.75, drop_path=0.1),
+}
+DEFAULT_TYPE = "linear"
+METRIC = "top1"
+NEEDS_SIZE = False
+TAKES_MASK = True
+
+SHOWN = 5
+"""Labels that a prediction tells."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How probable each class is, (classes,), all together 1."""
+
+    probabilities: np.ndarray[Any, Any]
+
+    def best(self, count: int = SHOWN) -> list[int]:
+        """The most probable classes, best first."""
+        return [int(i) for i in np.argsort(-self.probabilities, kind="stable")[:count]]
+
+
+recognise = label_files.recognise
+
+
+def read(data: Path, *, classes: Sequence[str] | None = None) -> Dataset:
+    """DATA read and checked: a folder per label or a metadata file, with or without train, val and test."""
+    return label_files.read(data, classes=classes)
+
+
+def make_head(
+    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """The attentive probe, the neighbours' vote, or for the other types one linear layer on the mean token."""
+    if kind == "attentive":
+        return AttentiveHead(width, heads, classes)
+    if kind == "knn":
+        return KnnHead(width, classes, options["images"])
+    return MeanHead(width, classes)
+
+
+def example(
+    sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
+) -> Arrays:
+    """`pixels` (H, W, 3) and the class of a sample, its image changed at random by `chance`."""
+    image: Any = sample.path
+    if chance is not None:
+        image = augment.augmented(sample.path, chance, size=processor.preprocessing.final_size, flip=flip)
+    return {"pixels": processor.pixels(image), **targets(sample, processor)}
+
+
+def pixels(path: str, processor: Aimv2Processor) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
+    """An image's pixels (H, W, 3), and its own (height, width)."""
+    image = to_rgb(path)
+    return processor.pixels(image), (image.height, image.width)
+
+
+def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
+    """The number of the class, ()."""
+    return {"label": np.array(sample.target, np.int32)}
+
+
+def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
+    """Cross-entropy of each image, `(B, classes), (B,) -> (B,)`."""
+    return nn.losses.cross_entropy(outputs["logits"].astype(mx.float32), targets["label"])
+
+
+def solve(kind: str, train: Labelled, val: Labelled, classes: int, *, say: Callable[[str], None]) -> nn.Module | None:
+    """The linear probe by L-BFGS and the neighbours' vote, which no loop trains."""
+    (features, labels), held_out = (_with_labels(part) for part in (train, val))
+    if kind == "linear":
+        head, penalty = fit_linear((features, labels), held_out, classes, say=say)
+        say(f"penalty {penalty:g} is the best on val")
+        return head
+    return KnnHead.of(features, labels, classes) if kind == "knn" else None
+
+
+def _with_labels(part: Labelled) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    features, samples = part
+    return features, np.array([sample.target for sample in samples])
+
+
+def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Classification:
+    """The softmax of one image's logits."""
+    logits = outputs["logits"].astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    return Classification(weights / weights.sum())
+
+
+def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> dict[str, float]:
+    """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes."""
+    labels = np.array([sample.target for sample in samples])
+    ranked = np.array([prediction.best(5) for prediction in predictions])
+    right = ranked[:, 0] == labels
+    scores = {"top1": float(right.mean())}
+    if len(classes) > 5:
+        scores["top5"] = float((ranked == labels[:, None]).any(axis=1).mean())
+    scores["mean_class"] = float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+    return scores
+
+
+def as_json(prediction: Classification, classes: Sequence[str]) -> dict[str, Any]:
+    """`{"label": the most probable, "labels": [{"label", "probability"}, …]}`, best first."""
+    best = prediction.best(len(classes))
+    labels = [{"label": classes[i], "probability": float(prediction.probabilities[i])} for i in best]
+    return {"label": classes[best[0]], "labels": labels}
+
+
+def as_text(prediction: Classification, classes: Sequence[str]) -> str:
+    """A line for each of the most probable labels."""
+    return "\n".join(f"{100 * prediction.probabilities[i]:7.2f} %  {classes[i]}" for i in prediction.best())
+
+
+def save_prediction(prediction: Classification, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
+    """A label is nothing to see: no file."""
+    return []
+
+
+def save_all(predictions: Sequence[tuple[str, Classification]], classes: Sequence[str], folder: Path) -> None:
+    """`predictions.csv`: the best label and its probability for each image."""
+    classify_card.write_csv(predictions, classes, folder / "predictions.csv")
+
+
+card = classify_card.card
+table = classify_card.table

@@ -1,0 +1,224 @@
+"""Detection: boxes around objects with their class, from COCO JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_aimv2.images import to_rgb
+from mlx_aimv2.learn import average_precision, boxes, coco, fcos, overlay, placement
+from mlx_aimv2.learn.average_precision import Found, Truth
+from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.detect_head import DetectHead
+from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.task import Defaults
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_aimv2.learn.task import Arrays
+    from mlx_aimv2.processor import Aimv2Processor
+
+NAME = "detect"
+TYPES = ("decoder", "lora", "dora", "full")
+FROZEN = {"decoder": "tokens"}
+DEFAULTS = {
+    "decoder": Defaults((1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
+    "lora": Defaults((5e-4,), epochs=30, batch_size=8),
+    "dora": Defaults((5e-4,), epochs=30, batch_size=8),
+    "full": Defaults((5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
+}
+DEFAULT_TYPE = "decoder"
+METRIC = "AP"
+NEEDS_SIZE = True
+TAKES_MASK = False
+
+LEAST_SCORE = 0.05
+CANDIDATES = 1000
+MOST = 100
+"""What is kept of an image: boxes from this score on, so many before doubles are taken out, and so many after."""
+
+SURE = 0.3
+"""Score from which a box is drawn and told; the JSON file and the scores take all."""
+
+VISIBLE = 0.3
+"""Share of an object that a training image must show; with less nobody says what its place should answer."""
+
+SHOWN = 6
+"""Images on the model card."""
+
+
+@dataclass(frozen=True)
+class Detections(Found):
+    """Boxes (n, 4) as left, top, right, bottom in pixels, class numbers (n,), scores (n,), best first."""
+
+    size: tuple[int, int]
+    """(height, width) of the image."""
+
+
+recognise = coco.recognise
+read = coco.read
+
+
+def make_head(
+    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """The pyramid with FCOS's branches, for every type."""
+    return DetectHead(width, classes, patch_size)
+
+
+def solve(kind: str, train: Any, val: Any, classes: int, *, say: Callable[[str], None]) -> None:
+    """No head is found without the training loop."""
+
+
+def pixels(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
+    """The whole image's pixels (H, W, 3), and its own (height, width)."""
+    image = to_rgb(path)
+    return processor.pixels(image), (image.height, image.width)
+
+
+def example(
+    sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
+) -> Arrays:
+    """`pixels` (H, W, 3) and what each of the P positions should say: `label` (P,), `distances` (P, 4)."""
+    image = to_rgb(sample.path)
+    place = placement.placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
+    if chance is not None:
+        image = placement.recoloured(image, chance)
+    canvas = place.draw(image, fill=placement.GREY, resample=processor.preprocessing.resample)
+    return {"pixels": processor.pixels(canvas), **_targets(sample.target, place, processor.patch_size)}
+
+
+def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
+    """`label` and `distances` alone, of the image unchanged."""
+    image = to_rgb(sample.path)
+    place = placement.plain((image.height, image.width), canvas_size(processor))
+    return _targets(sample.target, place, processor.patch_size)
+
+
+def _targets(truth: Truth, place: placement.Placement, patch_size: int) -> Arrays:
+    height, width = place.canvas
+    whole = place.boxes(truth.boxes)
+    cut = whole.clip(0, np.array([width, height] * 2, np.float64))
+    there = boxes.areas(cut) > 0
+    hidden = boxes.areas(cut) < VISIBLE * boxes.areas(whole)
+    where = fcos.points((height // patch_size, width // patch_size), patch_size)
+    label, distances = fcos.assign(where, cut[there], truth.labels[there], (truth.crowd | hidden)[there])
+    return {"label": label, "distances": distances}
+
+
+def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
+    """FCOS's loss of each image, `-> (B,)`."""
+    return fcos.loss(outputs, targets["label"], targets["distances"])
+
+
+def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Detections:
+    """One image's outputs as boxes in its own pixels: best scores, doubles taken out, what is outside cut off."""
+    place = placement.plain(size, (int(outputs["canvas"][0]), int(outputs["canvas"][1])))
+    classes, centre = (outputs[name].astype(np.float64) for name in ("classes", "centre"))
+    scores = np.sqrt(_sigmoid(classes) * _sigmoid(centre)[:, None])  # (P, K)
+    position, label = np.nonzero(scores > LEAST_SCORE)
+    score = scores[position, label]
+    order = np.argsort(-score, kind="stable")[:CANDIDATES]
+    position, label, score = position[order], label[order], score[order]
+    where, sides = (outputs[name][position].astype(np.float64) for name in ("points", "distances"))
+    found = np.concatenate([where[:, :2] - sides[:, :2], where[:, :2] + sides[:, 2:]], axis=1)
+    found = place.back(found)
+    seen = boxes.areas(found) > 0
+    found, label, score = found[seen], label[seen], score[seen]
+    keep = boxes.suppress(found, score, label)[:MOST]
+    return Detections(found[keep], label[keep], score[keep], size)
+
+
+def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
+    result: NDArray[Any] = 0.5 * (1 + np.tanh(0.5 * x))
+    return result
+
+
+def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> dict[str, float]:
+    """COCO's six average precisions, each from 0 to 1; those of sizes that no object has are left out."""
+    found = average_precision.summary([sample.target for sample in samples], predictions, len(classes))
+    return {
+        name: 0.0 if np.isnan(value) else value
+        for name, value in found.items()
+        if name == METRIC or not np.isnan(value)
+    }
+
+
+def as_json(prediction: Detections, classes: Sequence[str]) -> dict[str, Any]:
+    """All boxes, best first: `{"height", "width", "objects": [{"label", "score", "box": [l, t, r, b]}, …]}`."""
+    objects = [
+        {"label": classes[label], "score": round(float(score), 5), "box": [round(float(n), 2) for n in box]}
+        for box, label, score in zip(prediction.boxes, prediction.labels, prediction.scores, strict=True)
+    ]
+    return {"height": prediction.size[0], "width": prediction.size[1], "objects": objects}
+
+
+def as_text(prediction: Detections, classes: Sequence[str]) -> str:
+    """A line for each box from `SURE` on: score in percent, class, left, top, right, bottom."""
+    sure = prediction.scores >= SURE
+    lines = [
+        f"{100 * score:7.2f} %  {classes[label]}  {' '.join(f'{n:.0f}' for n in box)}"
+        for box, label, score in zip(
+            prediction.boxes[sure], prediction.labels[sure], prediction.scores[sure], strict=True
+        )
+    ]
+    return "\n".join(lines) or f"no object with a score of {100 * SURE:.0f} % or more"
+
+
+def save_prediction(prediction: Detections, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
+    """`STEM-overlay.jpg`: the image with the boxes from `SURE` on."""
+    file = stem.with_name(f"{stem.name}-overlay.jpg")
+    _drawn(image, prediction, classes).save(file, quality=92)
+    return [file]
+
+
+def save_all(predictions: Sequence[tuple[str, Detections]], classes: Sequence[str], folder: Path) -> None:
+    """`predictions.coco.json`: all boxes of all images with their scores."""
+    results = coco.as_results([(path, found.size, found) for path, found in predictions], classes)
+    (folder / "predictions.coco.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+
+
+def card(
+    samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str], folder: Path
+) -> list[tuple[str, str]]:
+    """`overlays.jpg`: images with the truth above and the prediction below, the worst first."""
+    pairs = list(zip(samples, predictions, strict=True))
+    order = sorted(range(len(pairs)), key=lambda i: _precision(*pairs[i], len(classes)))[:SHOWN]
+    columns = []
+    for sample, prediction in (pairs[i] for i in order):
+        image, truth = to_rgb(sample.path), sample.target
+        labelled = overlay.with_boxes(image, truth.boxes, truth.labels, classes)
+        columns.append([labelled, _drawn(image, prediction, classes)])
+    overlay.grid(columns).save(folder / "overlays.jpg", quality=92)
+    return [("The images with the lowest precision: labelled above, predicted below", "overlays.jpg")]
+
+
+def _precision(sample: Sample, prediction: Detections, classes: int) -> float:
+    value = average_precision.summary([sample.target], [prediction], classes)["AP"]
+    return 1.0 if np.isnan(value) else value
+
+
+def _drawn(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
+    sure = found.scores >= SURE
+    return overlay.with_boxes(image, found.boxes[sure], found.labels[sure], classes, scores=found.scores[sure])
+
+
+def table(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> list[list[str]]:
+    """Of each class: objects, AP, AP50."""
+    truths = [sample.target for sample in samples]
+    precisions = average_precision.precisions(truths, predictions, len(classes))
+    objects = np.bincount(np.concatenate([truth.labels for truth in truths]), minlength=len(classes))
+    rows = []
+    for i, name in enumerate(classes):
+        scores = [precisions[i].mean(), precisions[i, 0]]
+        rows.append([name, f"{objects[i]:,}", *("-" if np.isnan(score) else f"{score:.3f}" for score in scores)])
+    return [["class", "objects", "AP", "AP50"], *rows]

@@ -1,0 +1,223 @@
+"""Labelled images to a head folder: read and check the data, train, score, write.
+
+DATA -> Dataset -> features or pixels -> head -> scores on the parts held out -> HEAD
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_aimv2 import __version__
+from mlx_aimv2.embed.distributed import Ranks
+from mlx_aimv2.embed.prefetch import MIN_PATCHES
+from mlx_aimv2.embed.provenance import load_with_origin
+from mlx_aimv2.learn import head_card, head_folder
+from mlx_aimv2.learn import options as asked
+from mlx_aimv2.learn.data import DataError, Dataset, listed, one_image
+from mlx_aimv2.learn.evaluation import decoded
+from mlx_aimv2.learn.fine_tune import fine_tune
+from mlx_aimv2.learn.frozen import train_on_features
+from mlx_aimv2.learn.image_size import at_size
+from mlx_aimv2.learn.learner import Learner, grid_of
+from mlx_aimv2.learn.options import Options
+from mlx_aimv2.learn.run import Run
+from mlx_aimv2.learn.state import StateFile
+from mlx_aimv2.learn.task import Task, find_task, guess_task
+from mlx_aimv2.safe_read import expand_user
+from mlx_aimv2.safe_write import atomic_folder, check_target
+
+TRAINING = ".training"
+"""How the folder beside HEAD is called in which the state of a run lies until it is complete."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished run: the head folder, its scores by part, how many images each part has, and one line that says so."""
+
+    folder: Path
+    scores: dict[str, dict[str, float]]
+    images: dict[str, int]
+    line: str
+
+
+def fit(
+    data: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    fine_tune_type: str | None = None,
+    labels: Sequence[str] | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, str], Callable[[int], None]] = lambda total, unit: lambda count: None,
+    **settings: Any,
+) -> Fitted:
+    """Trains a head, or an encoder with one, on labelled images: `DATA, MODEL, HEAD -> Fitted`.
+
+    `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
+    fields of `options.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
+    a line for each thing worth knowing; `progress(total, unit)` gives a function that counts. With `resume` a run that
+    was stopped goes on.
+
+    Raises DataError (a ValueError) with everything that is wrong with the data, ValueError for options that
+    contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
+    Nothing stands at HEAD unless the run was complete.
+    """
+    started = time.monotonic()
+    options = _options(settings)
+    target = expand_user(output)
+    source = expand_user(data)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
+    check_target(target)
+    found, kind = _task(source, task, fine_tune_type, say)
+    asked.check(options, found, kind)
+    training = target.with_name(f"{target.name}{TRAINING}")
+    _check_training(training, resume)
+    dataset = _dataset(found, source, labels, say)
+    ranks = Ranks()
+    loaded = load_with_origin(os.fspath(model), revision=revision, dtype=_dtype(kind, dtype))
+    vision, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.NEEDS_SIZE)
+    config = vision.config
+    rows, columns = grid_of(processor)
+    if config.num_patches is None and rows * columns < MIN_PATCHES:
+        say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
+    run = Run(
+        task=found,
+        kind=kind,
+        dataset=dataset,
+        encoder=vision,
+        processor=processor,
+        options=options,
+        defaults=asked.RECIPES[options.recipe] if options.recipe else found.DEFAULTS[kind],
+        state=None
+        if not found.DEFAULTS[kind].learning_rates
+        else StateFile(training, _identity(kind, dataset, options)),
+        ranks=ranks,
+        cache=Path(cache) if cache is not None else None,
+        say=say if ranks.rank == 0 else lambda line: None,
+        progress=progress if ranks.rank == 0 else lambda total, unit: lambda count: None,
+    )
+    encoder = head_folder.describe_encoder(loaded, processor)  # before the encoder is changed
+    mx.random.seed(options.seed)
+    trained = train_on_features(run) if kind in found.FROZEN else fine_tune(run)
+    if ranks.rank > 0:
+        return Fitted(target, {}, {}, "")
+    held_out = {part: samples for part, samples in dataset.splits.items() if part != "train" and samples}
+    predictions = {part: decoded(found, samples, trained.outputs(samples)) for part, samples in held_out.items()}
+    scores = {part: found.score(held_out[part], predictions[part], dataset.classes) for part in held_out}
+    final = "test" if "test" in scores else "val"
+    images = {part: len(samples) for part, samples in dataset.splits.items()}
+    line = result_line(found, scores[final], final, images)
+    info = {
+        "task": found.NAME,
+        "fine_tune_type": kind,
+        "classes": list(dataset.classes),
+        "options": trained.head_options,
+        "encoder": encoder,
+        "image_size": (processor.preprocessing.final_size or (0, 0))[0],
+        "images": images,
+        "metrics": scores,
+        "settings": {name: getattr(options, name) for name in options.given()} | trained.settings,
+        "history": trained.history,
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": {"mlx-aimv2": __version__},
+    }
+    with atomic_folder(target) as place:
+        learner = Learner(vision, trained.head)
+        head_folder.save(place, info, learner, adapters=trained.adapters)
+        head_card.write(place, info, found, held_out[final], predictions[final], part=final, name=target.name)
+    shutil.rmtree(training, ignore_errors=True)
+    return Fitted(target, scores, images, line)
+
+
+def result_line(task: Task, scores: dict[str, float], part: str, images: dict[str, int]) -> str:
+    """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
+    value, count = scores[task.METRIC], images[part]
+    text = f"{task.METRIC} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
+    if task.METRIC == "top1":
+        low, high = wilson(value, count)
+        text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    rest = ", ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items() if name != task.METRIC)
+    text += f", {rest}" if rest else ""
+    return text + (
+        "; chosen on the same images, so a little flattering: a test part would tell" if part == "val" else ""
+    )
+
+
+def wilson(share: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
+    """The interval in which the true share lies with 95 % confidence (Wilson 1927)."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _dtype(kind: str, dtype: str | None) -> str | None:
+    """The dtype to train in: the steps of a fine-tuning in full are too small for the digits of half precision."""
+    if kind != "full":
+        return dtype
+    if dtype not in (None, "float32"):
+        raise ValueError(f"--fine-tune-type full needs --dtype float32, got {dtype}; lora and dora do not")
+    return "float32"
+
+
+def _options(settings: dict[str, Any]) -> Options:
+    try:
+        return Options(**settings)
+    except TypeError as error:
+        raise TypeError(str(error).replace("Options.__init__()", "fit()")) from None
+
+
+def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str], None]) -> tuple[Task, str]:
+    if name is not None:
+        task = find_task(name)
+    else:
+        task, reason = guess_task(source)
+        say(f"task {task.NAME}: {source} has {reason}")
+    if kind is None:
+        say(f"fine-tune type {task.DEFAULT_TYPE}, the default of {task.NAME}; others: {listed(_others(task))}")
+    return task, kind or task.DEFAULT_TYPE
+
+
+def _others(task: Task) -> list[str]:
+    return [kind for kind in task.TYPES if kind != task.DEFAULT_TYPE]
+
+
+def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None]) -> Dataset:
+    dataset = task.read(source)
+    if labels is not None and (unknown := [name for name in dataset.classes if name not in labels]):
+        raise DataError([f"the label {name} is not in the list {listed(labels)}" for name in unknown])
+    counts = ", ".join(f"{len(samples):,} {part}" for part, samples in dataset.splits.items() if samples)
+    say(f"{one_image(len(dataset.classes), 'label')}: {listed(dataset.classes)}; {counts}")
+    for note in dataset.notes:
+        say(f"note: {note}")
+    return dataset
+
+
+def _check_training(training: Path, resume: bool) -> None:
+    there = (training / "state.safetensors").is_file()
+    if there and not resume:
+        raise FileExistsError(f"{training} holds a run that was stopped: go on with --resume, or remove that folder")
+    if resume and not there:
+        raise FileNotFoundError(f"nothing to resume: {training} holds no state; leave --resume out")
+
+
+def _identity(kind: str, dataset: Dataset, options: Options) -> dict[str, Any]:
+    """What must be the same when a run is resumed; the learning rate may be lowered."""
+    content = hashlib.sha256(b"".join(sample.sha256 for sample in dataset.splits["train"])).hexdigest()
+    kept = {name: value for name, value in asdict(options).items() if name not in ("learning_rate", "patience")}
+    return {"fine_tune_type": kind, "train_images": content[:16], **kept}

@@ -1,0 +1,161 @@
+"""Heads on a frozen encoder: its features are computed once, then heads are solved for or trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_aimv2.learn.batches import Batches
+from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.evaluation import decoded, outputs_of_head
+from mlx_aimv2.learn.features import Array, Features, compute_features
+from mlx_aimv2.learn.heads import AttentiveHead
+from mlx_aimv2.learn.learner import grid_of
+from mlx_aimv2.learn.optimizer import Group, groups_of
+from mlx_aimv2.learn.probe import SMALLEST_STD
+from mlx_aimv2.learn.run import Run, Trained
+
+STEP = 64
+"""Images whose tokens are in memory at a time."""
+
+
+class Candidates(nn.Module):
+    """Heads that are trained side by side, each with a learning rate and a weight decay of its own."""
+
+    def __init__(self, heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.heads = heads
+
+
+def train_on_features(run: Run) -> Trained:
+    """The head of this run on stored features."""
+    samples = [sample for part in run.dataset.splits.values() for sample in part]
+    advance = run.progress(len({sample.sha256 for sample in samples}), "images")
+    features = compute_features(
+        samples, run.encoder, run.processor, kind=run.task.FROZEN[run.kind], folder=run.cache, advance=advance
+    )
+    grid = grid_of(run.processor)
+    if not run.defaults.learning_rates:
+        train, val = run.dataset.splits["train"], run.dataset.splits["val"]
+        solved = run.task.solve(
+            run.kind, (features.of(train), train), (features.of(val), val), len(run.dataset.classes), say=run.say
+        )
+        if solved is not None:
+            own = {"images": len(train)} if run.kind == "knn" else {}
+            return Trained(solved, lambda part: outputs_of_head(solved, part, features, grid), own)
+    return _train_candidates(run, features, grid)
+
+
+def _probe_among(heads: list[nn.Module], run: Run, features: Features) -> nn.Module | None:
+    """Gives attentive probes the statistics of the tokens; returns one more that begins as the linear probe.
+
+    With that one among them, what `val` likes best is there no worse than the linear probe. A recipe of others is
+    followed as it is, without.
+    """
+    attentive = [head for head in heads if isinstance(head, AttentiveHead)]
+    if not attentive:
+        return None
+    train, val = run.dataset.splits["train"], run.dataset.splits["val"]
+    mean, std = (mx.array(array) for array in token_statistics(features, train))
+    for head in attentive:
+        head.start(mean, std, None)
+    if run.options.recipe is not None:
+        return None
+    means = [(mean_tokens(features, part), part) for part in (train, val)]
+    probe = run.task.solve("linear", means[0], means[1], len(run.dataset.classes), say=lambda line: None)
+    more = run.head()
+    more.start(mean, std, probe)
+    return more
+
+
+def token_statistics(features: Features, samples: Sequence[Sample]) -> tuple[Array, Array]:
+    """Mean and standard deviation of all tokens of the samples, (D,) each in float32, a few images at a time."""
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for tokens in _some_at_a_time(features, samples):
+        rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+        count, total, squares = count + len(rows), total + rows.sum(axis=0), squares + (rows**2).sum(axis=0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, SMALLEST_STD**2))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def mean_tokens(features: Features, samples: Sequence[Sample]) -> Array:
+    """The mean token of each sample, (n, D)."""
+    return np.concatenate([tokens.mean(axis=1) for tokens in _some_at_a_time(features, samples)])
+
+
+def _some_at_a_time(features: Features, samples: Sequence[Sample]) -> Iterator[Array]:
+    for start in range(0, len(samples), STEP):
+        yield features.of(samples[start : start + STEP])
+
+
+def _train_candidates(run: Run, features: Features, grid: tuple[int, int]) -> Trained:
+    options, defaults = run.options, run.defaults
+    rates = (options.learning_rate,) if options.learning_rate is not None else defaults.learning_rates
+    decays = (options.weight_decay,) if options.weight_decay is not None else defaults.weight_decays
+    settings = list(product(rates, decays))
+    heads = [run.head() for _ in settings]
+    for head in heads[1:]:
+        head.update(heads[0].parameters())  # all from the same start
+    if (probe := _probe_among(heads, run, features)) is not None:
+        heads.append(probe)
+        settings.append((min(rates), decays[0]))
+    model = Candidates(heads)
+    base_rate, base_decay = rates[0], decays[0]
+    groups = groups_of(
+        {
+            f"heads.{i}": Group(rate / base_rate, decay / base_decay if base_decay else 1.0, clip_with=f"{i}")
+            for i, (rate, decay) in enumerate(settings)
+        }
+    )
+
+    def make(sample: Sample, chance: np.random.Generator) -> dict[str, Any]:
+        row = np.asarray(features[sample.sha256], np.float32)
+        return {"tokens": row if row.ndim == 2 else row[None], **run.task.targets(sample, run.processor)}
+
+    def forward(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+        losses = [run.task.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
+        total: mx.array = sum(losses[1:], losses[0])
+        return total
+
+    def scores(candidates: Any) -> list[float]:
+        val = run.dataset.splits["val"] or run.dataset.splits["test"]
+        found = []
+        for head in candidates.heads:
+            predictions = decoded(run.task, val, outputs_of_head(head, val, features, grid))
+            found.append(run.task.score(val, predictions, run.dataset.classes)[run.task.METRIC])
+        return found
+
+    batches = Batches(
+        run.dataset.splits["train"],
+        make,
+        batch_size=run.batch_size(),
+        seed=options.seed,
+        rank=run.ranks.rank,
+        ranks=run.ranks.size,
+    )
+    progressed = run.train(
+        model,
+        forward,
+        batches,
+        evaluate=lambda candidates: max(scores(candidates)),
+        groups=groups,
+        learning_rate=base_rate,
+        weight_decay=base_decay,
+    )
+    best = int(np.argmax(scores(model)))
+    rate, decay = settings[best]
+    if len(settings) > 1:
+        run.say(f"learning rate {rate:g} and weight decay {decay:g} are the best on val")
+    head = model.heads[best]
+    return Trained(
+        head,
+        lambda part: outputs_of_head(head, part, features, grid),
+        settings={"learning_rate": rate, "weight_decay": decay, "step": progressed.best_step},
+        history=progressed.history,
+    )

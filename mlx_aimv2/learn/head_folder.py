@@ -1,0 +1,188 @@
+"""The folder that training leaves: head, classes, scores, the encoder that it needs, and a model card.
+
+`head.json` and `head.safetensors`; for lora and dora mlx-lm's adapter files; for full `encoder.safetensors` with the
+weights that changed; `README.md` with its images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_aimv2.embed.provenance import Loaded, differences, fingerprint, load_with_origin
+from mlx_aimv2.learn import lora
+from mlx_aimv2.learn.image_size import at_size
+from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.task import Task, find_task
+from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.safe_read import expand_user, read_text
+
+FORMAT = 1
+"""Version of what this file writes; a newer one is refused."""
+
+INFO_FILE = "head.json"
+HEAD_FILE = "head.safetensors"
+ENCODER_FILE = "encoder.safetensors"
+
+FIELDS: dict[str, type] = {
+    "task": str,
+    "fine_tune_type": str,
+    "classes": list,
+    "options": dict,
+    "encoder": dict,
+    "image_size": int,
+    "metrics": dict,
+}
+"""Fields of head.json that are acted on, and their types."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head folder loaded, with its encoder: ready to predict."""
+
+    task: Task
+    classes: tuple[str, ...]
+    learner: Learner
+    processor: Aimv2Processor
+    info: dict[str, Any]
+
+
+def save(folder: Path, info: Mapping[str, Any], learner: Learner, *, adapters: Mapping[str, Any] | None) -> None:
+    """Writes everything but the card into an existing folder."""
+    flat: Any = tree_flatten(learner.head.parameters())
+    _save_arrays(folder / HEAD_FILE, dict(flat))
+    if info["fine_tune_type"] in lora.KINDS:
+        tensors: Any = tree_flatten(learner.encoder.trainable_parameters())
+        _save_arrays(folder / lora.WEIGHTS_FILE, dict(tensors))
+        lora.save_config(folder, adapters or {})
+    elif info["fine_tune_type"] == "full":
+        changed: Any = tree_flatten(learner.encoder.trainable_parameters())
+        _save_arrays(folder / ENCODER_FILE, dict(changed))
+    text = json.dumps({"format_version": FORMAT, **info}, indent=4, ensure_ascii=False) + "\n"
+    (folder / INFO_FILE).write_text(text, encoding="utf-8")
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """head.json, checked. FileNotFoundError or ValueError with one line where it is not one of this version's."""
+    file = folder / INFO_FILE
+    try:
+        info = json.loads(read_text(file))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{folder} is no head folder (no {INFO_FILE} in it): make one with mlx-aimv2 fit DATA -m MODEL -o HEAD"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{file} is damaged: not JSON") from None
+    version = info.get("format_version") if isinstance(info, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise ValueError(
+            f"{folder} was written by a newer version of mlx-aimv2 (format {version}, this one reads {FORMAT}): "
+            "pip install -U mlx-aimv2"
+        )
+    if version != FORMAT:
+        raise ValueError(f"{file} is damaged: format_version is {version!r}")
+    for name, kind in FIELDS.items():
+        if not isinstance(info.get(name), kind):
+            raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
+        raise ValueError(f"{file} is damaged: classes are not a list of names")
+    return dict(info)
+
+
+def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None) -> Head:
+    """A head folder with the encoder that it needs, from where it was trained or from `model`: `folder -> Head`.
+
+    Raises ValueError where the encoder's weights or preprocessing are not those that the head was trained on.
+    """
+    folder = expand_user(folder)
+    info = read_info(folder)
+    task = find_task(info["task"])
+    wanted = info["encoder"]
+    name = model or str(wanted.get("checkpoint"))
+    try:
+        loaded = load_with_origin(
+            name, revision=None if model else wanted.get("commit"), dtype=dtype or wanted.get("dtype")
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
+    check_encoder(folder, wanted, loaded)
+    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.NEEDS_SIZE)
+    if info["fine_tune_type"] in lora.KINDS:
+        lora.load_adapters(vision, folder)
+        lora.remove_adapters(vision)
+    head = make_head(task, info, loaded)
+    _load_arrays(folder / HEAD_FILE, head)
+    if info["fine_tune_type"] == "full":
+        load_encoder(folder, vision)
+    learner = Learner(vision, head)
+    learner.eval()
+    return Head(task, tuple(info["classes"]), learner, processor, info)
+
+
+def load_encoder(folder: Path, vision: Aimv2VisionModel) -> None:
+    """Puts the weights that `full` has changed into an encoder."""
+    _load_arrays(folder / ENCODER_FILE, vision, partly=True)
+
+
+def make_head(task: Task, info: Mapping[str, Any], loaded: Loaded) -> nn.Module:
+    """The head that head.json describes, with weights of the start."""
+    config = loaded.model.vision.config
+    return task.make_head(
+        info["fine_tune_type"],
+        classes=len(info["classes"]),
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        patch_size=config.patch_size,
+        options=dict(info["options"]),
+    )
+
+
+def describe_encoder(loaded: Loaded, processor: Aimv2Processor) -> dict[str, Any]:
+    """What head.json keeps of an encoder, so that no other one is taken for it."""
+    preprocessing = json.loads(json.dumps(asdict(processor.preprocessing)))
+    return {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
+
+
+def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> None:
+    """Raises ValueError where `loaded` is not the encoder that a head was trained on."""
+    here = {**loaded.origin, "weights": fingerprint(loaded.model)}
+    there = {key: wanted.get(key) for key in here}
+    if not isinstance(there["weights"], dict):
+        raise ValueError(f"{folder / INFO_FILE} is damaged: it says nothing of the encoder's weights")
+    refused, _ = differences(there, here)
+    if refused:
+        raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
+
+
+def _save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
+    try:
+        mx.save_safetensors(str(file), arrays, metadata={"format": "mlx"})
+    except RuntimeError as error:  # a full disk
+        raise OSError(f"{file.name} cannot be written: {error}") from None
+
+
+def _load_arrays(file: Path, module: nn.Module, *, partly: bool = False) -> None:
+    """Puts a file's tensors into a module, all of them and, unless `partly`, no fewer than it has."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: the folder is not whole")
+    try:
+        arrays: Any = mx.load(str(file))
+    except RuntimeError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    flat: Any = tree_flatten(module.parameters())
+    shapes = {name: tuple(array.shape) for name, array in flat}
+    wrong = [name for name, array in arrays.items() if shapes.get(name) != tuple(array.shape)]
+    wrong += [] if partly else [name for name in shapes if name not in arrays]
+    if wrong:
+        raise ValueError(f"{file} is damaged: {wrong[0]} is missing or of another shape")
+    module.load_weights(list(arrays.items()), strict=False)
+    mx.eval(module.parameters())

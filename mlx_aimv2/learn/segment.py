@@ -1,0 +1,228 @@
+"""Segmentation: a class for every pixel, from masks as index or palette PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_aimv2.images import to_rgb
+from mlx_aimv2.learn import mask_files, mean_iou, overlay, placement
+from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.mean_iou import IGNORED
+from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.segment_head import DecoderSegmentHead, LinearSegmentHead
+from mlx_aimv2.learn.task import Defaults
+from mlx_aimv2.learn.upsample import linear_weights
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_aimv2.learn.task import Arrays
+    from mlx_aimv2.processor import Aimv2Processor
+
+NAME = "segment"
+TYPES = ("linear", "decoder", "lora", "dora", "full")
+FROZEN = {"linear": "tokens", "decoder": "tokens"}
+DEFAULTS = {
+    "linear": Defaults((1e-3, 3e-3), epochs=30, batch_size=16, warm_up_epochs=2),
+    "decoder": Defaults((1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
+    "lora": Defaults((5e-4,), epochs=30, batch_size=8),
+    "dora": Defaults((5e-4,), epochs=30, batch_size=8),
+    "full": Defaults((5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
+}
+DEFAULT_TYPE = "decoder"
+METRIC = "mIoU"
+NEEDS_SIZE = True
+TAKES_MASK = False
+
+BLOCK = 1 << 24
+"""Numbers that are interpolated at a time."""
+
+SHOWN = 6
+"""Images on the model card."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The class of every pixel, `labels` (H, W) uint8, and how sure it is, `confidence` (H, W) from 0 to 1."""
+
+    labels: NDArray[Any]
+    confidence: NDArray[Any]
+
+
+recognise = mask_files.recognise
+read = mask_files.read
+
+
+def make_head(
+    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """The linear head, or for all other types the decoder."""
+    if kind == "linear":
+        return LinearSegmentHead(width, classes, patch_size)
+    return DecoderSegmentHead(width, classes, patch_size)
+
+
+def solve(kind: str, train: Any, val: Any, classes: int, *, say: Callable[[str], None]) -> None:
+    """No head is found without the training loop."""
+
+
+def pixels(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
+    """The whole image's pixels (H, W, 3), and its own (height, width)."""
+    image = to_rgb(path)
+    return processor.pixels(image), (image.height, image.width)
+
+
+def example(
+    sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
+) -> Arrays:
+    """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
+    image = to_rgb(sample.path)
+    place = placement.placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
+    if chance is not None:
+        image = placement.recoloured(image, chance)
+    canvas = place.draw(image, fill=placement.GREY, resample=processor.preprocessing.resample)
+    return {"pixels": processor.pixels(canvas), "mask": _mask(sample, place)}
+
+
+def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
+    """`mask` alone, unchanged."""
+    mask = mask_files.read_mask(sample.target)
+    return {"mask": _mask(sample, placement.plain(mask.shape, canvas_size(processor)))}
+
+
+def _mask(sample: Sample, place: placement.Placement) -> NDArray[Any]:
+    from PIL import Image
+
+    mask = Image.fromarray(mask_files.read_mask(sample.target))
+    return np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))
+
+
+def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
+    """Cross-entropy and Dice loss of each image, over its labelled pixels: `(B, H, W, K), (B, H, W) -> (B,)`.
+
+    Cross-entropy alone takes long to leave the answer that all is background; Dice counts small classes as much as
+    large ones (arXiv 1606.04797; the sum is nnU-Net's, arXiv 1809.10486). Its mean is over the classes in the image.
+    """
+    mask = targets["mask"].astype(mx.int32)
+    known = (mask != IGNORED).astype(mx.float32)
+    logits = outputs["logits"].astype(mx.float32)
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    wanted = (mask[..., None] == mx.arange(logits.shape[-1])).astype(mx.float32)  # all zero where IGNORED
+    cross = -(wanted * logs).sum(axis=(1, 2, 3)) / mx.maximum(known.sum(axis=(1, 2)), 1)
+    likely = mx.exp(logs) * known[..., None]
+    shared, there = (likely * wanted).sum(axis=(1, 2)), wanted.sum(axis=(1, 2))  # (B, K)
+    dice = 2 * shared / mx.maximum(likely.sum(axis=(1, 2)) + there, 1)
+    present = (there > 0).astype(mx.float32)
+    return cross + ((1 - dice) * present).sum(axis=1) / mx.maximum(present.sum(axis=1), 1)
+
+
+def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Segmentation:
+    """One image's logits (h, w, K) at its own size, by linear interpolation of the probabilities."""
+    probabilities = mx.softmax(mx.array(outputs["logits"]).astype(mx.float32), axis=-1)
+    high, wide = probabilities.shape[:2]
+    labels, confidence = (np.empty(size, kind) for kind in (np.uint8, np.float32))
+    across = mx.array(linear_weights(wide, size[1]))
+    down = mx.array(linear_weights(high, size[0]))
+    # A few rows at a time: 150 classes of a photograph's 12 million pixels would be 7 GB.
+    narrow = across @ probabilities  # (h, W, K)
+    step = max(1, BLOCK // (size[1] * probabilities.shape[-1]))
+    for row in range(0, size[0], step):
+        part = mx.tensordot(down[row : row + step], narrow, axes=1)  # (step, W, K)
+        labels[row : row + step] = np.array(part.argmax(axis=-1))
+        confidence[row : row + step] = np.array(part.max(axis=-1))
+    return Segmentation(labels, confidence)
+
+
+def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> dict[str, float]:
+    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks."""
+    return mean_iou.summary(_maps(samples, predictions), len(classes))
+
+
+def as_json(prediction: Segmentation, classes: Sequence[str]) -> dict[str, Any]:
+    """The classes there are, the largest first, with their share of the pixels and their mean confidence."""
+    return {
+        "height": prediction.labels.shape[0],
+        "width": prediction.labels.shape[1],
+        "classes": _shares(prediction, classes),
+    }
+
+
+def as_text(prediction: Segmentation, classes: Sequence[str]) -> str:
+    """A line for each class there is, the largest first."""
+    return "\n".join(f"{100 * found['share']:7.2f} %  {found['label']}" for found in _shares(prediction, classes))
+
+
+def _shares(prediction: Segmentation, classes: Sequence[str]) -> list[dict[str, Any]]:
+    flat = prediction.labels.ravel()
+    pixels = np.bincount(flat, minlength=len(classes))
+    sure = np.bincount(flat, weights=prediction.confidence.ravel(), minlength=len(classes))
+    return [
+        {"label": classes[i], "share": float(pixels[i] / flat.size), "confidence": float(sure[i] / pixels[i])}
+        for i in np.argsort(-pixels, kind="stable")
+        if pixels[i]
+    ]
+
+
+def save_prediction(prediction: Segmentation, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
+    """`STEM-mask.png`, a palette PNG whose values are the classes, and `STEM-overlay.jpg`."""
+    mask, shown = (stem.with_name(f"{stem.name}-{end}") for end in ("mask.png", "overlay.jpg"))
+    overlay.palette_image(prediction.labels).save(mask)
+    overlay.with_mask(image, prediction.labels, classes).save(shown, quality=92)
+    return [mask, shown]
+
+
+def save_all(predictions: Sequence[tuple[str, Segmentation]], classes: Sequence[str], folder: Path) -> None:
+    """`classes.txt`: the class of each value of the masks, one a line."""
+    (folder / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+
+
+def card(
+    samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str], folder: Path
+) -> list[tuple[str, str]]:
+    """`overlays.jpg`: images with the truth above and the prediction below, the worst first."""
+    pairs = list(zip(samples, predictions, strict=True))
+    order = sorted(range(len(pairs)), key=lambda i: _accuracy(*pairs[i]))[:SHOWN]
+    columns = []
+    for sample, prediction in (pairs[i] for i in order):
+        image = to_rgb(sample.path)
+        columns.append(
+            [
+                overlay.with_mask(image, mask, classes)
+                for mask in (mask_files.read_mask(sample.target), prediction.labels)
+            ]
+        )
+    overlay.grid(columns).save(folder / "overlays.jpg", quality=92)
+    return [("The images with most wrong pixels: labelled above, predicted below", "overlays.jpg")]
+
+
+def _accuracy(sample: Sample, prediction: Segmentation) -> float:
+    counts = mean_iou.confusion(mask_files.read_mask(sample.target), prediction.labels, 256)
+    return float(np.diag(counts).sum() / max(counts.sum(), 1))
+
+
+def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> list[list[str]]:
+    """Of each class: images that have it, its share of the labelled pixels, IoU."""
+    counts = mean_iou.total_confusion(_maps(samples, predictions), len(classes))
+    images = np.zeros(len(classes), int)
+    for sample in samples:
+        present = np.unique(mask_files.read_mask(sample.target))
+        images[present[present != IGNORED]] += 1
+    ious = mean_iou.iou_by_class(counts)
+    shares = counts.sum(axis=1) / max(counts.sum(), 1)
+    rows = [
+        [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
+        for i, name in enumerate(classes)
+    ]
+    return [["class", "images", "pixels", "IoU"], *rows]
+
+
+def _maps(samples: Sequence[Sample], predictions: Sequence[Segmentation]) -> Any:
+    return ((mask_files.read_mask(s.target), p.labels) for s, p in zip(samples, predictions, strict=True))

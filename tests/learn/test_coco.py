@@ -1,0 +1,187 @@
+"""COCO JSON is read in its own and in Roboflow's layout, everything wrong is listed at once, results are written."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2.learn import coco
+from mlx_aimv2.learn.average_precision import Found
+from mlx_aimv2.learn.data import DataError
+
+
+def content(count=5, name="{}.png", first=0, **changes):
+    entries = {
+        "images": [
+            {"id": n, "file_name": name.format(n), "width": 31, "height": 23} for n in range(first, first + count)
+        ],
+        "annotations": [
+            {"id": 70 + n, "image_id": n, "category_id": 3 + n % 2, "bbox": [2, 3, 11, 13], "area": 99, "iscrowd": 0}
+            for n in range(first, first + count)
+        ],
+        "categories": [{"id": 4, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }
+    return {**entries, **changes}
+
+
+def write(file, data, images=None):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data))
+    for entry in data["images"]:
+        path = (images or file.parent) / entry["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        levels = np.random.default_rng(entry["id"]).integers(0, 255, (entry["height"], entry["width"], 3), np.uint8)
+        Image.fromarray(levels).save(path)
+
+
+def lines(data, **settings):
+    with pytest.raises(DataError) as caught:
+        coco.read(data, **settings)
+    return caught.value.lines
+
+
+def counts(dataset):
+    return {part: len(samples) for part, samples in dataset.splits.items()}
+
+
+def test_roboflows_folders_are_read(tmp_path):
+    for first, part in enumerate(("train", "valid", "test")):
+        write(tmp_path / part / "_annotations.coco.json", content(3, first=10 * first))
+    assert coco.recognise(tmp_path) == "_annotations.coco.json"
+    found = coco.read(tmp_path)
+    assert counts(found) == {"train": 3, "val": 3, "test": 3}
+    assert found.classes == ("cat", "dog")  # in the order of their ids
+
+
+def test_cocos_own_layout_is_read(tmp_path):
+    write(tmp_path / "annotations" / "instances_train2017.json", content(4), tmp_path / "train2017")
+    write(tmp_path / "annotations" / "instances_val2017.json", content(2, first=9), tmp_path / "images" / "val2017")
+    (tmp_path / "annotations" / "captions_train2017.json").write_text("{}")
+    assert counts(coco.read(tmp_path)) == {"train": 4, "val": 2, "test": 0}
+
+
+def test_one_file_is_split_by_content(tmp_path):
+    write(tmp_path / "annotations" / "all.json", content(20), tmp_path / "images")
+    found = coco.read(tmp_path)
+    assert sum(counts(found).values()) == 20
+    assert min(counts(found).values()) >= 2
+    assert "20 images, split by content" in found.notes[0]
+
+
+def test_boxes_become_corners_and_crowds_are_kept(tmp_path):
+    data = content(1)
+    data["annotations"][0] |= {"iscrowd": 1}
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    truth = coco.read(tmp_path).splits["train"][0].target
+    assert truth.boxes.tolist() == [[2, 3, 13, 16]]
+    assert (truth.labels.tolist(), truth.crowd.tolist(), truth.area.tolist()) == ([0], [True], [99])
+
+
+def test_an_image_without_objects_stays(tmp_path):
+    data = content(3)
+    data["annotations"] = data["annotations"][:1]
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    truths = [sample.target for sample in coco.read(tmp_path).splits["train"]]
+    assert [truth.boxes.shape for truth in truths] == [(1, 4), (0, 4), (0, 4)]
+
+
+def test_roboflows_root_category_is_left_out_aloud(tmp_path):
+    names = [{"id": 0, "name": "pets", "supercategory": "none"}]
+    names += [{"id": n, "name": name, "supercategory": "pets"} for n, name in ((3, "cat"), (4, "dog"))]
+    write(tmp_path / "train" / "_annotations.coco.json", content(2, categories=names))
+    write(tmp_path / "valid" / "_annotations.coco.json", content(2, first=7, categories=names))
+    found = coco.read(tmp_path)
+    assert found.classes == ("cat", "dog")
+    assert any("category pets is left out" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ([25, 3, 11, 13], "5 pixels out of the image of 31x23 (width x height)"),
+        ([-3, 3, 11, 13], "3 pixels out of the image"),
+        ([2, 3, 0, 13], "is 0 wide and 13 high: nothing in it"),
+        ([2, 3, 11], "not four numbers"),
+        ([2, 3, "x", 5], "not four numbers"),
+        ([2, 3, float("nan"), 5], "not four numbers"),
+        (None, "not four numbers"),
+    ],
+)
+def test_a_box_that_cannot_be_is_named(tmp_path, box, words):
+    data = content(2)
+    data["annotations"][1]["bbox"] = box
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    (line,) = lines(tmp_path)
+    assert "1.png: the box of annotation 71" in line
+    assert words in line
+
+
+def test_a_box_is_cut_where_rounding_makes_it_stick_out(tmp_path):
+    data = content(1)
+    data["annotations"][0]["bbox"] = [-0.5, 3, 32, 20.5]
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    assert coco.read(tmp_path).splits["train"][0].target.boxes.tolist() == [[0, 3, 31, 23]]
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path):
+    data = content(7)
+    data["annotations"][2]["image_id"] = 99
+    data["annotations"][3]["category_id"] = 98
+    data["annotations"][4]["bbox"] = [0, 0, 100, 5]
+    data["annotations"].append({"id": 5})
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    (tmp_path / "train" / "0.png").unlink()
+    (tmp_path / "train" / "1.png").write_bytes(b"no image")
+    Image.new("RGB", (23, 31), (3, 5, 7)).save(tmp_path / "train" / "5.png")
+    found = "\n".join(lines(tmp_path))
+    for part in (
+        "names 0.png, but ",
+        "1.png is not an image",
+        "annotation 72 has the image_id 99, which is not among its images",
+        "annotation 73 has the category_id 98, which is not among its categories",
+        "4.png: the box of annotation 74",
+        "5.png has 31x23 pixels upright (height x width), but _annotations.coco.json says 23x31",
+        "an entry of annotations has no usable image_id",
+    ):
+        assert part in found
+    assert len(lines(tmp_path)) == 7
+
+
+def test_a_class_outside_the_list_is_wrong(tmp_path):
+    write(tmp_path / "train" / "_annotations.coco.json", content(2))
+    assert "objects of the class dog, which is not in the list" in lines(tmp_path, classes=("cat", "cow"))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "cannot be read as JSON"), ("[]", "is no COCO JSON"), ('{"images": []}', "list of annotations")],
+)
+def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, words):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "_annotations.coco.json").write_text(text)
+    assert words in lines(tmp_path)[0]
+
+
+def test_no_object_at_all_is_wrong(tmp_path):
+    write(tmp_path / "train" / "_annotations.coco.json", content(2, annotations=[]))
+    assert "no image has an object" in lines(tmp_path)[0]
+
+
+def test_two_files_for_one_part_are_refused(tmp_path):
+    for name in ("instances_train.json", "instances_train2017.json"):
+        write(tmp_path / "annotations" / name, content(2), tmp_path / "images")
+    assert "both mean train" in lines(tmp_path)[0]
+
+
+def test_results_are_a_coco_file_with_scores():
+    found = Found(np.array([[2.0, 3, 13, 16.125]]), np.array([1]), np.array([0.75]))
+    got = coco.as_results([("a.png", (23, 31), found)], ("cat", "dog"))
+    assert got["images"] == [{"id": 1, "file_name": "a.png", "width": 31, "height": 23}]
+    assert got["categories"][1] == {"id": 2, "name": "dog"}
+    (entry,) = got["annotations"]
+    assert (entry["bbox"], entry["category_id"], entry["score"]) == ([2.0, 3.0, 11.0, 13.12], 2, 0.75)
+    assert json.dumps(got)

@@ -1,0 +1,107 @@
+"""`fit`, `predict` and `evaluate` on masks and boxes, from a folder of scenes to overlays."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_models import FIXED
+from test_examples import FOLDER, imported
+
+from mlx_aimv2.bundled import digits_checkpoint
+from mlx_aimv2.cli import main
+
+KINDS = {"segment": "masks", "detect": "boxes"}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Eight small scenes for training, four each held out."""
+    folder = tmp_path_factory.mktemp("scenes")
+    sizes = ["--train", "8", "--held-out", "4", "--side", "84"]
+    imported(FOLDER / "make_scenes.py").main([str(folder), *sizes])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    return out
+
+
+def test_scenes_hold_the_same_objects_in_masks_and_boxes(scenes):
+    boxes = json.loads((scenes / "boxes" / "train" / "_annotations.coco.json").read_text())
+    for entry in boxes["images"]:
+        mask = np.asarray(Image.open(scenes / "masks" / "train" / "masks" / entry["file_name"].replace("jpg", "png")))
+        own = [found for found in boxes["annotations"] if found["image_id"] == entry["id"]]
+        assert own
+        inside = np.zeros(mask.shape, bool)
+        for found in own:
+            left, top, width, height = found["bbox"]
+            part = mask[top : top + height, left : left + width]
+            inside[top : top + height, left : left + width] = True
+            ink = part == found["category_id"] + 1
+            assert ink.any(axis=0)[[0, -1]].all()
+            assert ink.any(axis=1)[[0, -1]].all()
+        assert not mask[~inside].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("kind", ["decoder", "full", "lora"])
+def test_a_head_for_boxes_and_masks_is_made_used_and_scored(task, kind, scenes, tmp_path, capsys):
+    data = scenes / KINDS[task]
+    flags = ["--fine-tune-type", kind, "--image-size", 84, "--iters", 2, "--batch-size", 4]
+    out = run(capsys, "fit", data, "-m", digits_checkpoint(), "-o", "head", *flags)
+    assert f"task {task}: " in out.err
+    info = json.loads((tmp_path / "head" / "head.json").read_text())
+    assert info["image_size"] == 84
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "overlays.jpg" in card
+    image = next((data / "val").rglob("*.jpg"))
+    found = json.loads(run(capsys, "predict", "head", image, "--json", "-o", "out").out)
+    assert (found["height"], found["width"]) == (84, 84)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert f"{image.stem}-overlay.jpg" in names
+    assert ("predictions.coco.json" if task == "detect" else "classes.txt") in names
+    scored = json.loads(run(capsys, "evaluate", "head", data, "--json").out)
+    metric = {"segment": "mIoU", "detect": "AP"}[task]
+    # Features are kept in half precision, images run in whole.
+    assert scored[metric] == pytest.approx(info["metrics"]["test"][metric], abs=2e-3)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_data_that_is_wrong_ends_in_one_line_before_anything_is_trained(task, scenes, tmp_path, capsys):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(scenes / KINDS[task], data)
+    image = sorted((data / "train").rglob("*.jpg"))[0]
+    image.write_bytes(b"no image")
+    assert main(["fit", str(data), "-m", str(FIXED), "-o", "head"]) == 2
+    err = capsys.readouterr().err
+    assert "is not an image" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "head").exists()
+
+
+def test_a_size_that_no_patch_divides_is_refused(scenes, capsys):
+    code = main(["fit", str(scenes / "boxes"), "-m", str(digits_checkpoint()), "-o", "head", "--image-size", "100"])
+    assert code == 2
+    assert "--image-size must be a multiple of the patch of 14 pixels, at most 2044, got 100; take 98 or 112" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_hidden_patches_are_refused(task, scenes, capsys):
+    flags = ["--fine-tune-type", "full", "--mask-ratio", "0.5"]
+    assert main(["fit", str(scenes / KINDS[task]), "-m", str(digits_checkpoint()), "-o", "head", *flags]) == 2
+    assert "--mask-ratio does not go with" in capsys.readouterr().err

@@ -1,0 +1,249 @@
+"""`fit`, `predict` and `evaluate` end to end, and what ends in one line instead."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from labelled import CHECKPOINT, write_digits
+from mlx.utils import tree_flatten
+from PIL import Image
+from small_models import NATIVE
+
+from mlx_aimv2.cli import main
+from mlx_aimv2.learn import evaluate, features, fit, head_folder, predict
+from mlx_aimv2.learn.fit import wilson
+from mlx_aimv2.learn.head_folder import INFO_FILE, load_head
+from mlx_aimv2.learn.options import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    return write_digits(tmp_path / "digits")
+
+
+@pytest.fixture
+def head(digits, tmp_path):
+    fit(digits, CHECKPOINT, tmp_path / "head")
+    return tmp_path / "head"
+
+
+SHORT = {
+    "linear": {},
+    "knn": {},
+    "attentive": {"epochs": 2, "batch_size": 8},
+    "lora": {"iters": 2, "batch_size": 4},
+    "dora": {"iters": 2, "batch_size": 4, "grad_checkpoint": True, "num_layers": 2},
+    "full": {"iters": 2, "batch_size": 4, "mask_ratio": 0.5, "mixup": 0.2, "flip": True, "drop_path": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_every_type_predicts_again_from_its_folder_what_it_was_scored_on(digits, tmp_path, kind):
+    fitted = fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type=kind, **SHORT[kind])
+    assert fitted.scores["test"]["top1"] >= 5 / 6
+    assert evaluate(tmp_path / "head", digits).images == 36
+    info = json.loads((tmp_path / "head" / INFO_FILE).read_text())
+    test = [path for part in ("test",) for path in _paths(digits, part)]
+    labels = [path.parent.name for path in test]
+    found = dict(predict(tmp_path / "head", test))
+    names = [info["classes"][int(found[str(path)].probabilities.argmax())] for path in test]
+    assert np.mean([a == b for a, b in zip(names, labels, strict=True)]) == info["metrics"]["test"]["top1"]
+    assert not (tmp_path / "head.training").exists()
+
+
+def _paths(digits, part):
+    from pathlib import Path
+
+    from mlx_aimv2.learn import classify
+
+    return [Path(sample.path) for sample in classify.read(digits).splits[part]]
+
+
+def test_the_folder_holds_a_card_with_a_table_and_images(head):
+    card = (head / "README.md").read_text()
+    assert "| digit 2 | 2 |" in card
+    assert "![Confusion matrix](confusion.png)" in card
+    with Image.open(head / "confusion.png") as image:
+        assert min(image.size) > 80
+
+
+def test_the_command_says_what_it_guessed_and_ends_in_an_honest_line(digits, capsys):
+    assert main(["fit", str(digits), "-m", str(CHECKPOINT), "-o", "mine"]) == 0
+    out, err = capsys.readouterr()
+    assert "task classify: " in err and "has a folder for each of 3 labels" in err
+    assert "fine-tune type linear, the default" in err
+    assert out.splitlines()[0].startswith("top1 100.00 % on 6 test images (95 % interval 61.0 to 100.0)")
+    assert out.splitlines()[1] == "mine"
+    assert main(["evaluate", "mine", str(digits), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 36
+
+
+def test_predict_names_what_it_cannot_read_and_does_the_rest(head, digits, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    images = [str(digits / "digit 1" / "003.png"), "broken.png", "nowhere.png"]
+    assert main(["predict", str(head), *images, "--json", "-o", "written"]) == 1
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    assert json.loads(line)["label"] == "digit 1"
+    assert sum(entry["probability"] for entry in json.loads(line)["labels"]) == pytest.approx(1)
+    assert "nowhere.png does not exist" in err and "broken.png is not an image" in err
+    assert "digit 1" in (tmp_path / "written" / "predictions.csv").read_text()
+
+
+def test_another_encoder_is_refused(head, tmp_path):
+    other = shutil.copytree(CHECKPOINT, tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    weights["trunk.post_trunk_norm.weight"] = 1.1 * weights["trunk.post_trunk_norm.weight"]
+    mx.save_safetensors(str(other / "model.safetensors"), weights)
+    with pytest.raises(ValueError, match=r"was trained on another encoder \(the weights: .*digits there.* -m MODEL"):
+        load_head(head, model=str(other))
+    assert load_head(head, model=str(shutil.copytree(CHECKPOINT, tmp_path / "same"))).classes[0] == "digit 0"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": 2}, "was written by a newer version of mlx-aimv2 .format 2, this one reads 1."),
+        ({"classes": "abc"}, "is damaged: classes is 'abc'"),
+        ({"task": "paint"}, "--task must be"),
+        ({"encoder": {}}, "no such file or folder"),
+    ],
+)
+def test_a_folder_that_is_not_understood_is_refused(head, change, words):
+    info = json.loads((head / INFO_FILE).read_text()) | change
+    (head / INFO_FILE).write_text(json.dumps(info))
+    with pytest.raises((ValueError, OSError), match=words):
+        load_head(head)
+
+
+def test_no_head_and_half_a_head_are_told(head, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no head folder \(no head.json in it\): make one with"):
+        load_head(tmp_path)
+    (head / head_folder.HEAD_FILE).write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match=r"head.safetensors is damaged"):
+        load_head(head)
+
+
+def test_features_are_computed_once(digits, tmp_path, monkeypatch):
+    fit(digits, CHECKPOINT, tmp_path / "one")
+    monkeypatch.setattr(features, "_chunks_computed", lambda paths: pytest.fail(f"computed again: {paths}"))
+    fit(digits, CHECKPOINT, tmp_path / "two", fine_tune_type="knn")
+
+
+def test_an_interrupted_cache_goes_on_where_it_was(digits, tmp_path, monkeypatch):
+    fit(digits, CHECKPOINT, tmp_path / "one")
+    rows = next((tmp_path / "cache" / "features").rglob("rows.bin"))
+    keys = rows.with_name("keys.bin")
+    whole = {keys.read_bytes()[32 * i : 32 * i + 32]: rows.read_bytes()[512 * i : 512 * i + 512] for i in range(36)}
+    rows.write_bytes(rows.read_bytes()[: 512 * 20 + 100])  # killed within the 21st row
+    keys.write_bytes(keys.read_bytes()[: 32 * 19 + 5])
+    computed = []
+    original = features._chunks_computed
+    monkeypatch.setattr(features, "_chunks_computed", lambda paths: computed.extend(paths) or original(paths))
+    fit(digits, CHECKPOINT, tmp_path / "two")
+    assert len(computed) == 36 - 19
+    again = {keys.read_bytes()[32 * i : 32 * i + 32]: rows.read_bytes()[512 * i : 512 * i + 512] for i in range(36)}
+    assert again.keys() == whole.keys()
+    for key, row in whole.items():
+        np.testing.assert_allclose(np.frombuffer(again[key], "<f4"), np.frombuffer(row, "<f4"), atol=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_head(digits, tmp_path, monkeypatch):
+    def full(self, rows, place):
+        raise features._full(place)
+
+    monkeypatch.setattr(features._Cache, "append", full)
+    with pytest.raises(OSError, match=r"no space left in .* for the features: free some, or choose another --cache"):
+        fit(digits, CHECKPOINT, tmp_path / "head")
+    assert not (tmp_path / "head").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "other"))
+    with pytest.raises(OSError, match=r"which need 0.00 GB"):
+        fit(digits, CHECKPOINT, tmp_path / "head")
+
+
+def test_writing_on_a_full_device_is_one_line(tmp_path):
+    from pathlib import Path
+
+    cache = features._Cache(tmp_path)
+    cache.rows_file = Path("/dev/full")
+    if not cache.rows_file.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError, match=r"no space left in .*; what was done is kept"):
+        cache.append([(b"k" * 32, np.ones(2000, np.float32))], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rate": 0.1}, "--learning-rate would change nothing with --fine-tune-type linear"),
+        ({"fine_tune_type": "attentive", "mask_ratio": 0.5}, "--mask-ratio would change nothing"),
+        ({"fine_tune_type": "lora", "layer_decay": 0.5}, "--layer-decay would change nothing"),
+        ({"fine_tune_type": "lora", "iters": 3, "epochs": 3}, "choose either --iters or --epochs"),
+        ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers must be at most 4"),
+        ({"fine_tune_type": "full", "mask_ratio": 1.0}, "--mask-ratio must be at least 0, below 1, got 1.0"),
+        ({"fine_tune_type": "magic"}, "--fine-tune-type of classify must be linear, attentive, knn, lora, dora, full"),
+        ({"recipe": "paper"}, "--recipe paper is for --fine-tune-type attentive"),
+        ({"image_size": 60}, "--image-size must be a multiple of the patch of 14 pixels.*take 56 or 70"),
+        ({"labels": ["digit 0", "digit 1"]}, "the label digit 2 is not in the list digit 0, digit 1"),
+        ({"resume": True}, "nothing to resume"),
+        (
+            {"fine_tune_type": "full", "dtype": "float16"},
+            "full needs --dtype float32, got float16; lora and dora do not",
+        ),
+    ],
+)
+def test_options_that_contradict_are_refused(digits, tmp_path, settings, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        fit(digits, CHECKPOINT, tmp_path / "head", **settings)
+    assert not (tmp_path / "head").exists()
+
+
+def test_an_encoder_in_half_precision_is_trained_in_full_as_float32(digits, tmp_path):
+    from mlx_aimv2.convert import convert
+
+    half = convert(CHECKPOINT, tmp_path / "half", dtype="bfloat16", verify=False)
+    fit(digits, half, tmp_path / "head", fine_tune_type="full", iters=1, batch_size=4)
+    learner = load_head(tmp_path / "head").learner
+    assert {str(array.dtype) for _, array in tree_flatten(learner.parameters())} == {"mlx.core.float32"}
+    fit(digits, half, tmp_path / "probe")
+    assert load_head(tmp_path / "probe").learner.encoder.dtype == mx.bfloat16
+
+
+def test_the_papers_recipe_tries_its_fourteen_settings(digits, tmp_path):
+    lines = []
+    fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="attentive", recipe="paper", epochs=2, say=lines.append)
+    info = json.loads((tmp_path / "head" / INFO_FILE).read_text())
+    assert len(RECIPES["paper"].learning_rates) * len(RECIPES["paper"].weight_decays) == 14
+    assert info["settings"]["learning_rate"] in RECIPES["paper"].learning_rates
+    assert any("are the best on val" in line for line in lines)
+
+
+def test_a_native_encoder_learns_on_images_of_one_size(digits, tmp_path):
+    lines = []
+    fitted = fit(digits, NATIVE, tmp_path / "head", image_size=63, say=lines.append)
+    assert sum("the checkpoint was trained on 112 and more" in line for line in lines) == 1
+    info = json.loads((tmp_path / "head" / INFO_FILE).read_text())
+    side = info["image_size"]
+    assert side <= 63 and side % load_head(tmp_path / "head").processor.patch_size == 0
+    assert load_head(tmp_path / "head").processor.preprocessing.final_size == (side, side)
+    assert fitted.images == {"train": 24, "val": 6, "test": 6}
+
+
+def test_a_head_that_is_there_is_not_overwritten(head, digits):
+    with pytest.raises(FileExistsError, match="already exists"):
+        fit(digits, CHECKPOINT, head)
+
+
+def test_wilsons_interval_is_that_of_the_books():
+    low, high = wilson(0.9, 10)
+    assert (round(low, 3), round(high, 3)) == (0.596, 0.982)

@@ -1,0 +1,148 @@
+"""Heads and scores: logistic regression and top-k are scikit-learn's, the neighbours' vote is done by hand."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_aimv2.learn import classify
+from mlx_aimv2.learn.classify import Classification
+from mlx_aimv2.learn.classify_card import confusion
+from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.features import Features
+from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
+from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
+from mlx_aimv2.learn.knn import vote
+from mlx_aimv2.learn.logistic import fit_logistic, minimize
+from mlx_aimv2.learn.probe import fit_linear
+from mlx_aimv2.model import unit_length
+
+
+def blobs(seed: int, count: int = 211):
+    chance = np.random.default_rng(seed)
+    labels = chance.integers(0, 5, count)
+    return (np.eye(5)[labels] @ chance.normal(size=(5, 7)) + chance.normal(size=(count, 7))).astype(np.float32), labels
+
+
+def test_lbfgs_finds_the_minimum_of_rosenbrocks_valley():
+    def valley(x):
+        a, b = x
+        gradient = np.array([-2 * (1 - a) - 400 * a * (b - a * a), 200 * (b - a * a)])
+        return float((1 - a) ** 2 + 100 * (b - a * a) ** 2), gradient
+
+    place, value = minimize(valley, np.array([-1.2, 1.0]), tolerance=1e-8)
+    np.testing.assert_allclose(place, 1, atol=1e-6)
+    assert value < 1e-12
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_logistic_regression_is_scikit_learns(l2):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, labels = blobs(1)
+    weights, _ = fit_logistic(features.astype(np.float64), labels, 5, l2=l2)
+    other = linear_model.LogisticRegression(C=1 / (l2 * len(labels)), tol=1e-8, max_iter=5000).fit(features, labels)
+    mine = features @ weights[:-1] + weights[-1]
+    theirs = other.decision_function(features)
+    np.testing.assert_allclose(
+        mine - mine.mean(axis=1, keepdims=True), theirs, atol=2e-2 * max(1, np.abs(theirs).max())
+    )
+
+
+def test_the_linear_probe_is_the_one_that_val_likes_best():
+    features, labels = blobs(1)
+    train, val = slice(0, 130), slice(130, None)
+    lines = []
+    head, penalty = fit_linear((features[train], labels[train]), (features[val], labels[val]), 5, say=lines.append)
+    accuracies = [float(line.rsplit("val top-1 ")[1].rstrip(" %")) for line in lines]
+    logits = np.array(head(mx.array(features[val])[:, None])["logits"])
+    found = 100 * (logits.argmax(axis=1) == labels[val]).mean()
+    assert found == pytest.approx(max(accuracies), abs=0.01)
+    assert accuracies[[f"penalty {penalty:g}:" in line for line in lines].index(True)] == max(accuracies) > 50
+
+
+def test_the_neighbours_vote_by_hand():
+    chance = np.random.default_rng(2)
+    bank, queries = (np.array(unit_length(mx.array(chance.normal(size=(n, 5))))) for n in (31, 4))
+    labels = chance.integers(0, 3, 31)
+    wanted = np.zeros((4, 3))
+    for row, query in zip(wanted, queries, strict=True):
+        cosines = bank @ query
+        for near in np.argsort(-cosines)[:20]:
+            row[labels[near]] += np.exp((cosines[near] - 1) / 0.07)
+    found = vote(mx.array(queries), mx.array(bank), mx.array(labels.astype(np.int32)), 3)
+    np.testing.assert_allclose(np.array(found), wanted, rtol=1e-3)
+
+
+def test_the_mean_head_takes_tokens_and_their_mean_alike():
+    head = MeanHead(7, 3)
+    head.linear.weight = mx.random.normal((3, 7), key=mx.random.key(0))
+    tokens = mx.random.normal((2, 5, 7), key=mx.random.key(1))
+    whole, mean = head(tokens)["logits"], head(tokens.mean(axis=1, keepdims=True))["logits"]
+    np.testing.assert_allclose(np.array(whole), np.array(mean), rtol=1e-4, atol=1e-6)
+
+
+def test_the_attentive_head_does_not_see_the_order_of_tokens_but_each_of_them():
+    mx.random.seed(0)
+    head = AttentiveHead(8, 2, 3)
+    head.linear.weight = mx.random.normal((3, 8))
+    tokens = mx.random.normal((2, 5, 8))
+    first = np.array(head(tokens)["logits"])
+    np.testing.assert_allclose(np.array(head(tokens[:, ::-1])["logits"]), first, atol=1e-5)
+    for place in range(5):
+        changed = np.array(tokens)
+        changed[:, place, :3] += 2
+        assert np.abs(np.array(head(mx.array(changed))["logits"]) - first).max() > 1e-3
+
+
+def test_the_attentive_head_starts_as_the_linear_probe():
+    chance = np.random.default_rng(3)
+    tokens = mx.array(chance.normal(2, 3, (4, 5, 8)).astype(np.float32))
+    probe = MeanHead(8, 3)
+    probe.mean, probe.std = mx.array(chance.normal(size=8)), mx.array(chance.uniform(1, 2, 8))
+    probe.linear.weight, probe.linear.bias = mx.array(chance.normal(size=(3, 8))), mx.array(chance.normal(size=3))
+    head = AttentiveHead(8, 2, 3)
+    head.start(mx.array(chance.normal(size=8)), mx.array(chance.uniform(1, 2, 8)), probe)
+    np.testing.assert_allclose(np.array(head(tokens)["logits"]), np.array(probe(tokens)["logits"]), atol=1e-4)
+    names = {name for name, _ in tree_flatten(head.trainable_parameters())}
+    assert names == {"query", "k.weight", "v.weight", "linear.weight", "linear.bias"}
+
+
+def test_statistics_of_tokens_are_those_of_all_at_once():
+    rows = np.random.default_rng(4).normal(5, 2, (131, 3, 7)).astype(np.float16)
+    samples = [Sample("", bytes([i]) * 32, 0) for i in range(131)]
+    features = Features(rows, {sample.sha256: i for i, sample in enumerate(samples)})
+    mean, std = token_statistics(features, samples)
+    exact = rows.reshape(-1, 7).astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(std, exact.std(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(mean_tokens(features, samples), rows.astype(np.float32).mean(axis=1), rtol=1e-5)
+
+
+def scored(seed: int, classes: int):
+    chance = np.random.default_rng(seed)
+    labels = chance.integers(0, classes, 97)
+    predictions = [Classification(row) for row in chance.dirichlet(np.ones(classes), 97)]
+    samples = [Sample("", b"", int(label)) for label in labels]
+    return classify.score(samples, predictions, [str(i) for i in range(classes)]), labels, predictions
+
+
+@pytest.mark.parametrize("classes", [3, 11])
+def test_scores_are_scikit_learns(classes):
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, labels, predictions = scored(4, classes)
+    probabilities = np.stack([prediction.probabilities for prediction in predictions])
+    found = probabilities.argmax(axis=1)
+    assert scores["top1"] == pytest.approx(metrics.accuracy_score(labels, found), abs=1e-12)
+    assert scores["mean_class"] == pytest.approx(metrics.balanced_accuracy_score(labels, found), abs=1e-12)
+    if classes > 5:
+        wanted = metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=range(classes))
+        assert scores["top5"] == pytest.approx(wanted, abs=1e-12)
+    else:
+        assert "top5" not in scores
+    np.testing.assert_array_equal(confusion(labels, found, classes), metrics.confusion_matrix(labels, found))
+
+
+def test_probabilities_are_the_softmax():
+    found = classify.decode({"logits": np.array([1.0, 3.0, 90.0], np.float32)}, None, (0, 0))
+    assert found.probabilities.sum() == pytest.approx(1)
+    assert found.best(2) == [2, 1]

@@ -1,0 +1,140 @@
+"""Adapters: zero at the start, fused equal to applied, in mlx-lm's files; `fuse` makes a checkpoint like any other."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from labelled import CHECKPOINT, write_digits
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import load
+from mlx_aimv2.cli import main
+from mlx_aimv2.convert import convert
+from mlx_aimv2.learn import fit, fuse, lora
+
+
+def encoder_with(kind: str, *, num_layers: int = 4, seed: int = 3):
+    """The small encoder with adapters whose every number is random."""
+    model, _ = load(CHECKPOINT)
+    lora.add_adapters(model, kind, num_layers=num_layers, rank=3, scale=1.7)
+    keys = iter(mx.random.split(mx.random.key(seed), 99))
+    changed = [
+        (name, 0.1 * mx.random.normal(array.shape, key=next(keys)) + (array if name.endswith(".m") else 0))
+        for name, array in tree_flatten(model.trainable_parameters())
+    ]
+    model.load_weights(changed, strict=False)
+    return model
+
+
+def save(model, folder, config):
+    mx.save_safetensors(str(folder / lora.WEIGHTS_FILE), dict(tree_flatten(model.trainable_parameters())))
+    lora.save_config(folder, config)
+
+
+PIXELS = mx.random.normal((2, 56, 56, 3), key=mx.random.key(1))
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_a_new_adapter_changes_nothing(kind):
+    model, _ = load(CHECKPOINT)
+    before = np.array(model.encode_image(PIXELS))
+    lora.add_adapters(model, kind, num_layers=4)
+    np.testing.assert_allclose(np.array(model.encode_image(PIXELS)), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_fused_equals_applied(kind):
+    model = encoder_with(kind)
+    applied = np.array(model(PIXELS).last_hidden_state)
+    plain, _ = load(CHECKPOINT)
+    assert np.abs(applied - np.array(plain(PIXELS).last_hidden_state)).max() > 0.1
+    lora.remove_adapters(model)
+    assert not any(isinstance(module, lora.LoRALinear) for module in model.modules())
+    fused = np.array(model(PIXELS).last_hidden_state)
+    assert np.abs(fused - applied).max() <= 1e-5 * np.abs(applied).max()
+
+
+def test_dora_is_its_formula():
+    layer = nn.Linear(5, 7, bias=False)
+    adapter = lora.DoRALinear(layer, rank=2, scale=1.5)
+    adapter.lora_b = mx.random.normal((2, 7), key=mx.random.key(0))
+    adapter.m = adapter.m * 1.3
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    weight, a, b, m = (
+        np.array(array, np.float64) for array in (layer.weight, adapter.lora_a, adapter.lora_b, adapter.m)
+    )
+    whole = weight + 1.5 * (a @ b).T
+    wanted = x @ (m[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(np.array(adapter(mx.array(x))), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_matrices_of_the_last_blocks_are_adapted_and_all_else_is_frozen():
+    model, _ = load(CHECKPOINT)
+    lora.add_adapters(model, "lora", num_layers=3)
+    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    wanted = {f"blocks.{i}.{layer}.lora_{part}" for i in (1, 2, 3) for layer in lora.LAYERS for part in "ab"}
+    assert names == wanted
+
+
+def test_the_files_are_mlx_lms(tmp_path):
+    model = encoder_with("dora", num_layers=2)
+    config = lora.config_of("dora", num_layers=2, rank=3, scale=1.7, dropout=0.0)
+    save(model, tmp_path, config)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["fine_tune_type"] == "dora"
+    assert stored["num_layers"] == 2
+    assert stored["lora_parameters"] == {"rank": 3, "scale": 1.7, "dropout": 0.0, "keys": list(lora.LAYERS)}
+    shapes = {name: array.shape for name, array in mx.load(str(tmp_path / "adapters.safetensors")).items()}
+    assert len(shapes) == 2 * 5 * 3
+    assert shapes["blocks.3.mlp.down.lora_a"] == (256, 3)
+    assert shapes["blocks.3.mlp.down.lora_b"] == (3, 128)
+    assert shapes["blocks.3.mlp.down.m"] == (128,)
+    again, _ = load(CHECKPOINT)
+    lora.load_adapters(again, tmp_path)
+    np.testing.assert_array_equal(np.array(again(PIXELS).last_hidden_state), np.array(model(PIXELS).last_hidden_state))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_layers": 9}, "num_layers 9, and this encoder has 4 blocks"),
+        ({"num_layers": 3}, "is not for this encoder: blocks.1.attn.proj.lora_a is missing, wanted"),
+        ({"fine_tune_type": "magic"}, "wanted fine_tune_type lora or dora"),
+        ({"lora_parameters": {"scale": 2.0}}, "lora_parameters has no number for rank"),
+        ({"lora_parameters": {"rank": 3, "scale": 2.0, "keys": ["attn.q"]}}, "the adapters of this package are on"),
+    ],
+)
+def test_adapters_for_something_else_are_refused(tmp_path, change, words):
+    config = lora.config_of("lora", num_layers=2, rank=3, scale=1.7, dropout=0.0)
+    save(encoder_with("lora", num_layers=2), tmp_path, config)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=words):
+        lora.load_adapters(load(CHECKPOINT)[0], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_fuse_makes_a_checkpoint_that_load_and_the_converter_read(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    digits = write_digits(tmp_path / "digits")
+    fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type=kind, iters=2, batch_size=4)
+    assert main(["fuse", "--adapter-path", str(tmp_path / "head"), "--save-path", str(tmp_path / "fused")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "fused")
+    from mlx_aimv2.learn.head_folder import load_head
+
+    fused, _ = load(tmp_path / "fused")
+    wanted = np.array(load_head(tmp_path / "head").learner.encoder(PIXELS).last_hidden_state)
+    np.testing.assert_allclose(np.array(fused(PIXELS).last_hidden_state), wanted, atol=1e-5)
+    convert(tmp_path / "fused", tmp_path / "exported", export_layout="transformers", verify=False)
+    exported, _ = load(tmp_path / "exported")
+    np.testing.assert_allclose(np.array(exported(PIXELS).last_hidden_state), wanted, atol=1e-5)
+
+
+def test_there_is_nothing_to_fuse_in_a_probe(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    fit(write_digits(tmp_path / "digits"), CHECKPOINT, tmp_path / "head")
+    with pytest.raises(ValueError, match=r"left the encoder as it is \(linear\): nothing to fuse"):
+        fuse(tmp_path / "head", tmp_path / "fused")
+    with pytest.raises(ValueError, match="does not say which encoder it is for: give --model"):
+        fuse(tmp_path, tmp_path / "fused")

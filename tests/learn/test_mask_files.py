@@ -1,0 +1,121 @@
+"""Images with masks are found in every usual layout, and everything wrong with them is listed at once."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2.learn import mask_files
+from mlx_aimv2.learn.data import DataError
+
+
+def image(path, size=(11, 7), seed=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(str(path)) + sum(map(ord, str(path))) if seed is None else seed)
+    Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(path)
+
+
+def mask(path, values=(0, 1, 2), size=(11, 7), mode="L"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.resize(np.array(values, np.uint8), size)
+    picture = Image.fromarray(array)
+    if mode == "P":
+        picture.putpalette([n for v in range(256) for n in (v, 255 - v, 7)])
+    picture.save(path)
+
+
+def folder(root, count=7, layout="{part}/images/{name}", masks="{part}/masks/{name}", parts=("",), **settings):
+    for part in parts:
+        for number in range(count):
+            image(
+                root / layout.format(part=part, name=f"{part}{number}.jpg").lstrip("/"), seed=hash((part, number)) % 999
+            )
+            mask(root / masks.format(part=part, name=f"{part}{number}.png").lstrip("/"), **settings)
+    return root
+
+
+def lines(data, **settings):
+    with pytest.raises(DataError) as caught:
+        mask_files.read(data, **settings)
+    return caught.value.lines
+
+
+@pytest.mark.parametrize(
+    ("layout", "masks"),
+    [
+        ("{part}/images/{name}", "{part}/masks/{name}"),
+        ("images/{part}/{name}", "annotations/{part}/{name}"),
+        ("img_dir/{part}/{name}", "ann_dir/{part}/{name}"),
+        ("{part}/JPEGImages/{name}", "{part}/SegmentationClass/{name}"),
+    ],
+)
+def test_every_usual_layout_is_read(tmp_path, layout, masks):
+    data = folder(tmp_path, 3, layout, masks, parts=("train", "val"))
+    assert mask_files.recognise(data)
+    found = mask_files.read(data)
+    assert {part: len(samples) for part, samples in found.splits.items()} == {"train": 3, "val": 3, "test": 0}
+    assert found.classes == ("0", "1", "2")
+
+
+def test_without_parts_the_images_are_split(tmp_path):
+    found = mask_files.read(folder(tmp_path, 20))
+    assert [len(found.splits[part]) for part in ("train", "val", "test")] == [14, 3, 3]
+    assert all(sample.target.replace("masks", "images")[:-4] == sample.path[:-4] for sample in found.splits["train"])
+
+
+def test_a_palette_mask_holds_its_indices_and_not_its_colours(tmp_path):
+    mask(tmp_path / "m.png", (0, 3, 255), mode="P")
+    assert np.unique(mask_files.read_mask(str(tmp_path / "m.png"))).tolist() == [0, 3, 255]
+
+
+def test_classes_are_the_lines_of_the_file(tmp_path):
+    (folder(tmp_path) / "classes.txt").write_text("sky\nsea\nland\n")
+    assert mask_files.read(tmp_path).classes == ("sky", "sea", "land")
+
+
+def test_a_value_beyond_the_classes_is_named(tmp_path):
+    (folder(tmp_path, 2, values=(0, 1, 7, 255)) / "classes.txt").write_text("sky\nsea\n")
+    assert [line.split(" has the value ")[1] for line in lines(tmp_path)] == [
+        "7, but classes.txt has 2 lines, from 0 to 1 (255 is ignored)"
+    ] * 2
+    assert "but classes has 3 lines" in lines(tmp_path, classes=("a", "b", "c"))[0]
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path):
+    data = folder(tmp_path, 9)
+    (data / "masks" / "1.png").unlink()
+    (data / "images" / "2.jpg").unlink()
+    mask(data / "masks" / "3.png", size=(7, 11))
+    (data / "images" / "4.jpg").write_bytes(b"no image")
+    (data / "masks" / "5.png").write_bytes(b"no mask")
+    Image.new("RGB", (7, 11)).save(data / "masks" / "6.png")
+    Image.fromarray(np.full((11, 7), 300, np.uint16)).save(data / "masks" / "7.png")
+    found = "\n".join(lines(data))
+    for part in (
+        "1.jpg has no mask: ",
+        "2.png has no image in ",
+        "3.png has 7x11 pixels (height x width), its image 11x7",
+        "4.jpg is not an image",
+        "5.png cannot be read as a mask",
+        "6.png has the colour mode RGB; a mask holds one class number per pixel",
+        "7.png has the value 300: classes go from 0 to 254",
+    ):
+        assert part in found
+    assert len(lines(data)) == 7
+
+
+def test_one_value_is_no_segmentation(tmp_path):
+    assert "all masks have one value, 3" in lines(folder(tmp_path, values=(3, 255)))[0]
+    folder(tmp_path / "other", values=(255,))
+    assert "no pixel of the masks is labelled" in lines(tmp_path / "other")[0]
+
+
+def test_the_same_image_in_two_parts_is_refused(tmp_path):
+    data = folder(tmp_path, 3, parts=("train", "test"))
+    (data / "test" / "images" / "test0.jpg").write_bytes((data / "train" / "images" / "train1.jpg").read_bytes())
+    assert "is the same image as" in lines(data)[0]
+
+
+def test_a_folder_without_masks_is_not_for_segmentation(tmp_path):
+    image(tmp_path / "images" / "a.jpg")
+    assert mask_files.recognise(tmp_path) is None
+    assert "has no masks" in lines(tmp_path)[0]
