@@ -1,6 +1,7 @@
 # Each target makes .venv itself, with Python's venv and pip. Nothing is installed outside it.
 PYTHON ?= python3
 VENV   := .venv
+WORK   ?= emoji-training
 BIN    := $(VENV)/bin
 
 # MLX's Linux wheel multiplies matrices with the reference BLAS; OpenBLAS, where it is installed, is some fifty times
@@ -28,8 +29,8 @@ parity: $(VENV)/parity  ## features, pixels and ids against transformers on torc
 verify: $(VENV)/tested  ## with a network: Apple's weights against published values (CHECKPOINTS="name …" for more)
 	$(RUN) -m convert.verify $(CHECKPOINTS)
 
-train: $(VENV)/train  ## train the embedded checkpoint again
-	$(RUN) -m convert.train_digits
+train: $(VENV)/train  ## pre-train and tune the emoji pair from the registries' packages (WORK=folder; goes on where it was interrupted)
+	$(RUN) -m convert.train_emoji $(WORK)
 
 check: $(VENV)/tested  ## ruff and mypy --strict
 	$(BIN)/ruff check .

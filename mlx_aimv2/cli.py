@@ -34,6 +34,8 @@ VERBS = {
     "predict": "mlx_aimv2.commands.predict",
     "evaluate": "mlx_aimv2.commands.evaluate",
     "fuse": "mlx_aimv2.commands.fuse",
+    "pretrain": "mlx_aimv2.commands.pretrain",
+    "lit": "mlx_aimv2.commands.lit",
 }
 """Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
 

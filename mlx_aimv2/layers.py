@@ -61,8 +61,8 @@ class Attention(nn.Module):
         self.qkv = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = Linear(hidden_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
-        x = attention(*self.heads(x), causal=causal)  # (B, H, N, D/H)
+    def __call__(self, x: mx.array, *, causal: bool = False, mask: mx.array | None = None) -> mx.array:
+        x = attention(*self.heads(x), causal=causal, mask=mask)  # (B, H, N, D/H)
         return self.proj(merge_heads(x))
 
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -95,8 +95,8 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(hidden_size, eps)
         self.mlp = FeedForward(hidden_size, intermediate_size)
 
-    def __call__(self, x: mx.array, *, causal: bool = False) -> mx.array:
-        x = x + self.attn(self.norm1(x), causal=causal)
+    def __call__(self, x: mx.array, *, causal: bool = False, mask: mx.array | None = None) -> mx.array:
+        x = x + self.attn(self.norm1(x), causal=causal, mask=mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -118,13 +118,17 @@ class AttentionPoolingHead(nn.Module):
         return self.linear(pooled[:, 0])
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False) -> mx.array:
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False, mask: mx.array | None = None
+) -> mx.array:
     """Softmax attention, scale `head_dim ** -0.5`: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
 
-    With `causal` (M = N) a token attends to itself and to those before it.
+    With `causal` (M = N) a token attends to itself and to those before it; with a boolean `mask` (B, M, N) where it is
+    true. One of the two at most.
     """
     scale = queries.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal" if causal else None)
+    allowed = mask[:, None] if mask is not None else "causal" if causal else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=allowed)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:

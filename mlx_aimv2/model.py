@@ -48,13 +48,15 @@ class Aimv2Output:
     text_model_output: EncoderOutput
 
 
-def run_blocks(blocks: Iterable[layers.Block], x: mx.array, *, causal: bool = False) -> Iterator[mx.array]:
-    """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`."""
+def run_blocks(
+    blocks: Iterable[layers.Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
+) -> Iterator[mx.array]:
+    """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`; as `layers.attention`."""
     if x86.on_x86_cpu():
-        yield from x86.run_blocks(blocks, x, causal=causal)
+        yield from x86.run_blocks(blocks, x, causal=causal, mask=mask)
         return
     for block in blocks:
-        x = block(x, causal=causal)
+        x = block(x, causal=causal, mask=mask)
         yield x
 
 
@@ -87,18 +89,25 @@ class Aimv2VisionModel(nn.Module):
 
     @any_thread
     def __call__(
-        self, pixels: mx.array, *, patch_mask: mx.array | None = None, output_hidden_states: bool = False
+        self,
+        pixels: mx.array,
+        *,
+        patch_mask: mx.array | None = None,
+        output_hidden_states: bool = False,
+        mask: mx.array | None = None,
     ) -> EncoderOutput:
         """Features of images, `(B, H, W, 3) -> EncoderOutput`.
 
         `pixels` are what the processor gives: normalised RGB, channels last. `patch_mask` (B, N) of bool is true where
         a patch is hidden, equally often in each image: hidden patches are dropped before the first block, the others
-        keep their positions and their order. Raises ValueError for an image of another size than a fixed checkpoint
-        was trained on, for one smaller than a patch, and for a mask of another shape or of unequal counts.
+        keep their positions and their order. With a boolean `mask` (B, N, N) a patch attends where its row is true
+        (prefix attention, in pre-training); without, to all. Raises ValueError for an image of another size than a
+        fixed checkpoint was trained on, for one smaller than a patch, and for a patch_mask of another shape or of
+        unequal counts.
         """
         embedded = self.embed(pixels, patch_mask=patch_mask)
         states = [embedded]
-        for x in run_blocks(self.blocks, embedded):
+        for x in run_blocks(self.blocks, embedded, mask=mask):
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)

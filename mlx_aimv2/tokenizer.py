@@ -32,7 +32,7 @@ class Tokenizer:
         # The file may configure truncation and padding; __call__ does both so that EOS is the last token.
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self.backend = backend
         self.bos = bos
         self.eos = eos
         self.context = context
@@ -74,7 +74,7 @@ class Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"text {number} is not valid Unicode: {error.reason} at {error.start}") from None
         rows = []
-        for encoding in self._backend.encode_batch(batch, add_special_tokens=False):
+        for encoding in self.backend.encode_batch(batch, add_special_tokens=False):
             rows.append([self.bos, *encoding.ids[: self.context - 2], self.eos])
         ids = np.full((len(rows), max(map(len, rows))), self.eos, np.int32)
         for row, tokens in zip(ids, rows, strict=True):
@@ -101,7 +101,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
             raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
     try:
         tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
-        backend = _clip(tokens, pairs)
+        backend = clip_backend(tokens, pairs)
     except Exception as error:
         raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
     made = {left + right for left, right in pairs}
@@ -111,7 +111,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     return backend, vocab
 
 
-def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     """CLIP's byte-pair encoding around this vocabulary."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint.layouts import layout_for
-from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig, dtype_name
+from mlx_aimv2.conversion import folder
 
 METADATA = {"format": "pt"}
 """What PyTorch's readers ask of a safetensors header."""
@@ -19,6 +21,14 @@ def weights_for(
 ) -> Iterator[tuple[str, mx.array]]:
     """Weights under a layout's names and axes, one at a time: `(target name, array), … -> (source name, array), …`."""
     return layout_for(layout, pair=isinstance(config, Aimv2Config)).to_source(weights)
+
+
+def save_model(
+    config: AnyConfig, weights: Iterable[tuple[str, mx.array]], place: Path, *, layout: str, dtype: mx.Dtype
+) -> None:
+    """Writes a model that comes from no checkpoint: its weights, dense and in `dtype` already, and config.json."""
+    folder.save_weights(place, weights_for(weights, config, layout), metadata=METADATA, index_one_file=False)
+    folder.save_config(place, config_for(config, layout) | {"torch_dtype": dtype_name(dtype)})
 
 
 def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:

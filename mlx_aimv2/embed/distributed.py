@@ -49,6 +49,11 @@ class Ranks:
             signal.signal(signal.SIGTERM, _lost)  # how mlx.launch ends the others when one has died
 
     @property
+    def group(self) -> mx.distributed.Group | None:
+        """MLX's group, None for a single process."""
+        return self._group
+
+    @property
     def rank(self) -> int:
         """Which of the processes this is; 0 plans and writes."""
         return self._group.rank() if self._group is not None else 0

@@ -1,0 +1,176 @@
+"""Renders emoji of free licences as image folders with captions, the data of the embedded pair.
+
+    npm packages -> SVG -> PNG of 84 pixels on white + metadata.jsonl
+
+    python -m convert.make_emoji FOLDER              fetches the packages with npm and writes FOLDER/train, FOLDER/noto
+    python -m convert.make_emoji FOLDER --packages P    uses packages fetched before (P/NAME.tgz or P/NAME.json)
+
+`train` holds every style but Noto, `noto` holds Noto alone: a style that no training sees. Skin tones and country flags
+(of which Noto's package has none) are left out. Needs resvg-py (extra `train`) and npm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SIZE = 84
+UNSEEN = "noto"
+STYLES = {
+    "noto": "Apache-2.0",
+    "twemoji": "CC-BY-4.0",
+    "fluent-emoji-flat": "MIT",
+    "fluent-emoji": "MIT",
+    "fxemoji": "Apache-2.0",
+    "emojione": "CC-BY-4.0",
+}
+"""Style (npm package @iconify-json/STYLE) -> the licence its info.json must state; share-alike sets are left out."""
+
+KEYWORDS = "emojibase-data"
+"""The npm package (MIT) with Unicode's labels and keywords."""
+
+SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+MAX_KEYWORDS = 8
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One drawing: its style, its name in Noto's words, and the SVG."""
+
+    style: str
+    name: str
+    svg: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Render emoji as image folders with captions.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--packages", type=Path, help="folder of packages that npm pack has fetched")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        packages = arguments.packages or fetch(Path(place))
+        write(packages, arguments.folder)
+
+
+def fetch(place: Path) -> Path:
+    """Every package as a .tgz in `place`, from the registry that npm is configured for."""
+    for package in (*(f"@iconify-json/{style}" for style in STYLES), KEYWORDS):
+        subprocess.run(["npm", "pack", package, "--silent"], cwd=place, check=True, stdout=subprocess.DEVNULL)
+    return place
+
+
+def write(packages: Path, folder: Path) -> None:
+    """Renders all styles: FOLDER/train and FOLDER/noto, each with metadata.jsonl."""
+    names, keywords = Names(packages), read_keywords(packages)
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], UNSEEN: []}
+    for style in STYLES:
+        part = UNSEEN if style == UNSEEN else "train"
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        count = 0
+        for emoji in emojis(packages, style, names):
+            file = f"{style}-{emoji.name}.png" if part == "train" else f"{emoji.name}.png"
+            (folder / part / file).write_bytes(rendered(emoji.svg))
+            codes = names.codes[emoji.name]
+            rows[part].append({"file_name": file, "text": captions(emoji.name, keywords.get(codes))})
+            count += 1
+        print(f"{style}: {count} images")
+    for part, lines in rows.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / part / "metadata.jsonl").write_text(text, encoding="utf-8")
+
+
+class Names:
+    """Every style's names in Noto's words: by code point where a package says it, else by the letters alone."""
+
+    def __init__(self, packages: Path) -> None:
+        icons, by_code = (read_package(packages, UNSEEN, file) for file in ("icons.json", "chars.json"))
+        self.by_code = {code: name for code, name in by_code.items() if is_wanted(code, name)}
+        self.codes = {name: code for code, name in self.by_code.items()}
+        self.by_letters = {letters(name): name for name in self.codes}
+        for alias, about in icons.get("aliases", {}).items():
+            if about["parent"] in self.codes:
+                self.by_letters.setdefault(letters(alias), about["parent"])
+
+    def of(self, name: str, codes: str | None) -> str | None:
+        """Noto's name of another style's icon, None where Noto has no such emoji."""
+        return self.by_code.get(codes or "") or self.by_letters.get(letters(name))
+
+
+def emojis(packages: Path, style: str, names: Names) -> Iterator[Emoji]:
+    """The drawings of a style that Noto has too, each name once. Raises ValueError for another licence than stated."""
+    stated = read_package(packages, style, "info.json")["license"]["spdx"]
+    if stated != STYLES[style]:
+        raise ValueError(f"{style}: wanted the licence {STYLES[style]}, its info.json states {stated}")
+    icons = read_package(packages, style, "icons.json")
+    try:
+        code_of = {name: code for code, name in read_package(packages, style, "chars.json").items()}
+    except KeyError:
+        code_of = {}
+    done: set[str] = set()
+    for icon, drawing in icons["icons"].items():
+        name = names.of(icon, code_of.get(icon))
+        if name is None or name in done or drawing.get("hidden"):
+            continue
+        done.add(name)
+        box = [drawing.get(key, icons.get(key, default)) for key, default in BOX]
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}">{drawing["body"]}</svg>'
+        yield Emoji(style, name, svg)
+
+
+BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+
+
+def is_wanted(codes: str, name: str) -> bool:
+    """Whether an emoji is used: no skin tone, by code point or by name."""
+    return not SKIN_TONES & set(codes.split("-")) and "-tone" not in name
+
+
+def letters(name: str) -> str:
+    return name.replace("-", "")
+
+
+def rendered(svg: str) -> bytes:
+    """SVG -> PNG of SIZE x SIZE pixels on white."""
+    import resvg_py
+
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="white"))
+
+
+def captions(name: str, about: dict[str, Any] | None) -> list[str]:
+    """The captions of an emoji: its name first, then Unicode's label and keywords where they say more."""
+    said = [name.replace("-", " ")]
+    if about is not None:
+        label = about["label"].replace(":", "").replace("’", "'").lower()
+        tags = [tag for tag in about.get("tags", []) if tag.isascii() and tag not in said[0].split()][:MAX_KEYWORDS]
+        said += [label] if label != said[0] else []
+        said += [f"{said[0]}, {', '.join(tags)}", ", ".join(tags)] if tags else []
+    return said
+
+
+def read_keywords(packages: Path) -> dict[str, dict[str, Any]]:
+    """Code points as iconify writes them -> Unicode's label and tags."""
+    found = read_package(packages, KEYWORDS, "en/data.json")
+    return {one["hexcode"].lower().replace("-fe0f", ""): one for one in found}
+
+
+def read_package(packages: Path, package: str, file: str) -> Any:
+    """A JSON file of a package that npm has packed. Raises KeyError where the package has no such file."""
+    stem = package if package == KEYWORDS else f"iconify-json-{package}"
+    found = sorted(packages.glob(f"{stem}-[0-9]*.tgz"))
+    if not found:
+        raise FileNotFoundError(f"{packages} has no {stem}-*.tgz; fetch it with: npm pack {package}")
+    with tarfile.open(found[-1]) as archive:
+        member = archive.extractfile(f"package/{file}")
+        assert member is not None
+        return json.load(member)
+
+
+if __name__ == "__main__":
+    main()

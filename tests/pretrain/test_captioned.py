@@ -1,0 +1,251 @@
+"""Which images with captions are found, and what happens to those that cannot be used."""
+
+import io
+import json
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2 import bundled
+from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.pretrain.augment import Augmentation, random_crop
+from mlx_aimv2.pretrain.batches import Preparation, Stream
+from mlx_aimv2.pretrain.captioned import ImageFolder, Shards, open_data, shuffled
+from mlx_aimv2.pretrain.captions import as_tokenizer, save_tokenizer, train_tokenizer
+from mlx_aimv2.pretrain.grids import grid_of, middle_grid
+from mlx_aimv2.tokenizer import Tokenizer
+
+
+def png(level):
+    stream = io.BytesIO()
+    Image.new("RGB", (17, 13), (level, 40, 90)).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def image_folder(folder, rows, images=None):
+    folder.mkdir()
+    for number, name in enumerate(images if images is not None else [row["file_name"] for row in rows]):
+        (folder / name).write_bytes(png(number))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def shard(file, members):
+    with tarfile.open(file, "w") as archive:
+        for name, content in members:
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    return file
+
+
+def members(first, count):
+    return [
+        (f"{number:03d}.{ending}", content)
+        for number in range(first, first + count)
+        for ending, content in (("png", png(number)), ("txt", b"caption %d" % number))
+    ]
+
+
+def names(data):
+    return [example.name for example in data.epoch(None)]
+
+
+def test_an_image_folder_has_one_caption_or_several(tmp_path):
+    rows = [{"file_name": "a.png", "text": "one"}, {"file_name": "b.png", "text": ["two", " ", "three"]}]
+    found = list(open_data(image_folder(tmp_path / "in", rows)).epoch(None))
+    assert [example.texts for example in found] == [("one",), ("two", "three")]
+
+
+@pytest.mark.parametrize("text", [None, "", "  ", [], 3])
+def test_a_missing_or_empty_caption_is_passed_over_by_name(tmp_path, text):
+    rows = [{"file_name": "good.png", "text": "good"}, {"file_name": "bad.png", "text": text}, {"file_name": "no.png"}]
+    with pytest.warns(UserWarning, match=r"bad\.png has no caption \(and 1 more\); passed over"):
+        data = open_data(image_folder(tmp_path / "in", rows))
+    assert names(data) == ["good.png"]
+
+
+def test_an_image_that_is_not_listed_is_named(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "a.png", "text": "a"}], images=["a.png", "b.png"])
+    with pytest.warns(UserWarning, match=r"b\.png is not listed in metadata\.jsonl"):
+        assert len(ImageFolder(folder)) == 1
+
+
+def test_a_listed_image_that_is_not_there_is_named(tmp_path):
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png", "text": "b"}]
+    folder = image_folder(tmp_path / "in", rows, images=["a.png"])
+    with pytest.warns(UserWarning, match=r"b\.png is listed but not there"):
+        assert names(open_data(folder)) == ["a.png"]
+
+
+def test_a_folder_without_any_caption_is_an_error(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "a.png", "text": ""}])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no image with a caption"):
+        open_data(folder)
+
+
+def test_a_line_that_is_not_json_is_named_with_its_number(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "a.png", "text": "a"}])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("\n{oops\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 3: wanted"):
+        open_data(folder)
+
+
+def test_what_holds_no_data_is_said(tmp_path):
+    with pytest.raises(ValueError, match="found neither"):
+        open_data(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_data(tmp_path / "gone")
+
+
+def test_shards_are_read_in_order_with_either_kind_of_caption(tmp_path):
+    shard(tmp_path / "0.tar", members(0, 2))
+    shard(
+        tmp_path / "1.tar",
+        [("x/7.png", png(7)), ("x/7.json", b'{"caption": "seven"}'), ("8.json", b'{"text": "eight"}'), ("8.png", b"")],
+    )
+    found = list(open_data(tmp_path).epoch(None))
+    assert [example.texts[0] for example in found] == ["caption 0", "caption 1", "seven", "eight"]
+    assert [example.name for example in found] == ["0.tar:000", "0.tar:001", "1.tar:x/7", "1.tar:8"]
+
+
+def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):
+    shard(tmp_path / "0.tar", members(0, 3))
+    whole = shard(tmp_path / "1.tar", members(3, 3)).read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:3000])
+    (tmp_path / "2.tar").write_bytes(b"this is no tar file")
+    with pytest.warns(UserWarning) as found:
+        assert names(open_data(tmp_path))[:4] == ["0.tar:000", "0.tar:001", "0.tar:002", "1.tar:003"]
+    said = " ".join(str(one.message) for one in found)
+    assert "1.tar (unexpected end of data) is a broken shard" in said and "(and 1 more)" in said
+
+
+def test_in_a_shard_an_image_without_caption_and_a_caption_without_image_are_named(tmp_path):
+    shard(tmp_path / "0.tar", [("1.png", png(1)), ("2.txt", b"two"), *members(3, 1)])
+    with pytest.warns(UserWarning) as found:
+        assert names(open_data(tmp_path)) == ["0.tar:003"]
+    said = " ".join(str(one.message) for one in found)
+    assert "0.tar:1 has no caption" in said and "0.tar:2 has no image" in said
+
+
+def test_a_shuffled_epoch_holds_each_example_once_in_another_order(tmp_path):
+    for number in range(3):
+        shard(tmp_path / f"{number}.tar", members(7 * number, 7))
+    data = Shards(sorted(tmp_path.glob("*.tar")), buffer=5)
+    orders = [[one.name for one in data.epoch(np.random.default_rng(seed))] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == names(data) != orders[0]
+
+
+def test_the_buffer_bounds_what_is_held():
+    taken = []
+    source = (taken.append(number) or number for number in range(100))
+    stream = shuffled(source, np.random.default_rng(0), 11)
+    next(stream)
+    assert len(taken) == 12
+
+
+GRID = (2, 2)
+
+
+def stream_of(folder, **options):
+    vision = Aimv2VisionConfig(22, 13, 2, 2, image_size=10, patch_size=5)
+    prepare = Preparation(vision, seed=3, augmentation=Augmentation())
+    return Stream(open_data(folder), prepare, seed=3, **options)
+
+
+def test_a_stream_that_starts_later_gives_what_the_whole_one_gives(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": [f"{i}", "x"]} for i in range(5)])
+    whole, later = stream_of(folder).take(13, GRID), stream_of(folder, start=6).take(7, GRID)
+    for one, other in zip(whole[6:], later, strict=True):
+        assert (one.name, one.caption, one.length) == (other.name, other.caption, other.length)
+        assert (one.pixels == other.pixels).all()
+
+
+def test_ranks_share_the_stream(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": f"{i}"} for i in range(5)])
+    whole = [one.number for one in stream_of(folder).take(12, GRID)]
+    parts = [[one.number for one in stream_of(folder, rank=rank, ranks=3).take(4, GRID)] for rank in range(3)]
+    assert sorted(number for part in parts for number in part) == whole
+
+
+def test_an_image_that_cannot_be_read_is_passed_over(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": f"{i}"} for i in range(3)])
+    (folder / "1.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match=r"1\.png.*passed over"):
+        assert {one.name for one in stream_of(folder).take(6, GRID)} == {"0.png", "2.png"}
+
+
+def test_only_unreadable_images_are_an_error(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "0.png", "text": "0"}])
+    (folder / "0.png").write_bytes(b"broken")
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="in a row cannot be read"):
+        warnings.simplefilter("ignore")
+        stream_of(folder).take(1, GRID, most=5)
+
+
+def test_crops_have_the_area_and_lie_inside():
+    chance = np.random.default_rng(6)
+    areas = []
+    for _ in range(300):
+        left, top, right, bottom = random_crop(30, 20, 0.4, chance)
+        assert 0 <= left < right <= 30 and 0 <= top < bottom <= 20
+        areas.append((right - left) * (bottom - top) / 600)
+    assert min(areas) > 0.399 and max(areas) <= 1 and np.std(areas) > 0.1
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_area", 0.0), ("jitter", 1.5), ("grey", -0.1)])
+def test_an_augmentation_out_of_range_is_an_error(name, value):
+    with pytest.raises(ValueError, match=name):
+        Augmentation(**{name: value})
+
+
+def test_a_trained_tokenizer_is_read_by_the_package_and_knows_its_words(tmp_path):
+    texts = ["red heart", "red square", "heart with arrow", "red heart"]
+    backend = train_tokenizer(texts, vocab_size=700)
+    save_tokenizer(backend, tmp_path, context=9)
+    again = Tokenizer.from_folder(tmp_path)
+    again.context = 9
+    ids = again(["red heart", "Red  HEART", "zebra 4 €"])
+    assert (ids == as_tokenizer(backend, context=9)(["red heart", "Red  HEART", "zebra 4 €"])).all()
+    assert (ids[0] == ids[1]).all() and (ids[0] != again.eos).sum() == 3  # BOS and two words
+    assert len(set(ids[2].tolist())) > 6
+
+
+def test_a_vocabulary_needs_room_for_the_bytes():
+    with pytest.raises(ValueError, match="at least 514"):
+        train_tokenizer(["a"], vocab_size=500)
+
+
+def test_the_emoji_that_ship_are_an_image_folder_with_captions():
+    data = open_data(bundled.ASSETS / "noto")
+    files = bundled.emoji_images()
+    assert len(files) == len(set(files.values())) == len(list(data.epoch(None))) == 300
+    for example in data.epoch(None):
+        assert example.texts == (files[example.image],)
+        with Image.open(example.image) as image:
+            assert image.size == (84, 84) and image.mode == "RGB"
+
+
+def test_a_native_grid_is_drawn_between_the_fewest_and_the_most_patches():
+    native = Aimv2VisionConfig(24, 13, 2, 2, is_native=True, patch_size=5)
+    chance = np.random.default_rng(3)
+    grids = [grid_of(native, chance, patches=(16, 300)) for _ in range(400)]
+    counts = np.array([rows * columns for rows, columns in grids])
+    assert counts.min() >= 13 and counts.max() <= 300 and 50 < np.median(counts) < 90
+    assert 0.5 < min(columns / rows for rows, columns in grids) < 0.9
+    fixed = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
+    assert grid_of(fixed, chance) == middle_grid(fixed) == (3, 3)
+    assert middle_grid(native, patches=(16, 256)) == (8, 8)
+
+
+def test_a_crop_can_keep_the_shape():
+    chance = np.random.default_rng(3)
+    for _ in range(50):
+        left, top, right, bottom = random_crop(31, 17, 0.9, chance, aspects=(0.5, 0.5))
+        assert (right - left) / (bottom - top) == pytest.approx(0.5)
+        assert left >= 0 and right <= 31 and top >= 0 and bottom <= 17
