@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.safe_read import read_json
+from mlx_aimv2.safe_read import check_size, read_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +43,8 @@ class Tokenizer:
         backend, file = _read(folder)
         names = _special_tokens(folder)
         special: dict[str, int] = {}
-        for role, name in names.items():
+        for role in ("bos_token", "eos_token"):
+            name = names[role]
             token_id = backend.token_to_id(name)
             if token_id is None:
                 raise ValueError(f"{file} has no token {name!r}, which must be its {role}")
@@ -88,7 +89,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     file = folder / "tokenizer.json"
     if file.is_file():
         try:
-            return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig")), file
+            return tokenizers.Tokenizer.from_str(read_text(file)), file
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(f"{file} is not a tokenizer: {error}") from None
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -100,8 +101,11 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
     try:
+        check_size(vocab)
+        check_size(merges)
         tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
-        backend = _clip(tokens, pairs)
+        unknown = _special_tokens(folder)["unk_token"]
+        backend = _clip(tokens, pairs, unknown=unknown if unknown in tokens else EOS)
     except Exception as error:
         raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
     made = {left + right for left, right in pairs}
@@ -111,8 +115,8 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     return backend, vocab
 
 
-def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """CLIP's byte-pair encoding around this vocabulary."""
+def _clip(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknown: str = EOS) -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoding around this vocabulary; `unknown` stands for a byte that has no token."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     backend = Tokenizer(
@@ -122,7 +126,7 @@ def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.To
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",
             fuse_unk=False,
-            unk_token=EOS,
+            unk_token=unknown,
         )
     )
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -139,8 +143,8 @@ def _clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.To
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """This checkpoint's beginning-of-text and end-of-text tokens: CLIP's, unless a file names others."""
-    names = {"bos_token": BOS, "eos_token": EOS}
+    """This checkpoint's tokens for begin and end of text and for the unknown: CLIP's, unless a file names others."""
+    names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.exists():
             continue

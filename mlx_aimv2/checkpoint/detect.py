@@ -52,6 +52,15 @@ def recognise(shapes: Shapes) -> Match:
     return Match(layout, rows, prefix)
 
 
+def classifier(shapes: Shapes, match: Match) -> list[str]:
+    """The tensors of a classifier that was trained on top of the encoder, as timm and transformers name them.
+
+    They are no part of AIMv2; the pooling head's tensors have other names (head.cls_token, head.k.weight, ...).
+    """
+    of_timm = {match.prefix + name for name in ("head.weight", "head.bias", "fc.weight", "fc.bias")}
+    return sorted(name for name in shapes if name in of_timm or re.search(r"(^|\.)classifier\.", name))
+
+
 def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
     """Every tensor that is missing, extra or of another shape, by its own name; empty when all is well.
 

@@ -24,7 +24,7 @@ def image_path(query: str) -> str | None:
     path = expand_user(query)
     if path.is_file():
         return os.path.normpath(path.absolute())
-    if path.is_dir():
+    if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
         raise IsADirectoryError(f"{query} is a folder: give one image or a text")
     if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
         raise FileNotFoundError(f"{query} does not exist: give an image or a text")
