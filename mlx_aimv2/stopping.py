@@ -81,6 +81,7 @@ def stoppable(say: Say, *, patience: float = PATIENCE) -> Iterator[None]:
         yield
     except Stopped:
         stopped = True
+        discard_unfinished()  # the signal may have come while something was being removed
         raise
     finally:
         left.set()

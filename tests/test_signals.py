@@ -1,5 +1,6 @@
 """Fifty conversions that a signal stops at random moments leave whole folders and nothing else."""
 
+import contextlib
 import os
 import random
 import signal
@@ -49,7 +50,8 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
             if lasts is not None:
                 time.sleep(dice.uniform(0, lasts))
                 sent = time.monotonic()
-                os.kill(child, SIGNALS[number % 3])
+                with contextlib.suppress(ProcessLookupError):  # done already
+                    os.kill(child, SIGNALS[number % 3])
             code = int(run.stdout.readline())
             if lasts is None:
                 lasts = time.monotonic() - begun

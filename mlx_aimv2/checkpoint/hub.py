@@ -128,16 +128,16 @@ def _check_settings() -> None:
     """Raises ValueError or OSError for settings of the Hub that can only fail, and later less clearly."""
     from huggingface_hub import constants, get_token
 
-    token = get_token() or ""
-    if not (token.isascii() and token.isprintable()):
-        raise ValueError(
-            "the Hub's token (HF_TOKEN, or the file of a login) holds a character that no token has: copy it again"
-        )
     cache = Path(constants.HF_HUB_CACHE).absolute()
     existing = next(place for place in (cache, *cache.parents) if place.exists() or place.is_symlink())
     if not existing.is_dir():
         raise NotADirectoryError(
             f"{existing} is no folder, and the Hub's cache is to lie in it: set HF_HOME to a folder, or unset it"
+        )
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(
+            "the Hub's token (HF_TOKEN, or the file of a login) holds a character that no token has: copy it again"
         )
 
 

@@ -201,8 +201,8 @@ def test_a_foreign_quantization_section_is_not_taken_for_ours(fixed, section, tm
 @pytest.mark.parametrize(
     ("names", "prefix"),
     [
-        (("head.weight", "head.bias"), ""),
-        (("classifier.weight", "classifier.bias"), "aimv2."),
+        (("head.bias", "head.weight"), ""),
+        (("classifier.bias", "classifier.weight"), "aimv2."),
         (("classifier.0.w",), ""),
     ],
 )
