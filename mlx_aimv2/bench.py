@@ -1,4 +1,4 @@
-"""How fast is a model on this machine, and how near to the machine's own matrix products?
+"""Measures how fast a model is on this machine, beside the machine's own matrix products.
 
 An encoder is matrix products. So each forward pass is timed in turn with the bare products of the same shapes, on the
 same weights: the ratio of the two says what is left to gain here, and hardly depends on what else the machine does.

@@ -64,6 +64,6 @@ def _bounded(file: BinaryIO) -> bytes:
     data = file.read(MAX_FILE_BYTES + 1)
     if not isinstance(data, bytes):
         raise OSError(f"gives {type(data).__name__} instead of bytes: open it in mode 'rb'")
-    if len(data) > MAX_FILE_BYTES:  # it has grown, or its size was not told
+    if len(data) > MAX_FILE_BYTES:  # it has grown, or its size was not reported
         raise OSError(f"has more than {MAX_FILE_BYTES:,} bytes, more than an image")
     return data

@@ -51,7 +51,7 @@ def trimmed(data: bytes) -> Trimmed:
         if data.startswith(start):
             try:
                 return trim(data) or Trimmed(data)
-            except (struct.error, IndexError):  # it ends too early for its own format
+            except (struct.error, IndexError, OverflowError):  # it ends too early for its own format
                 return Trimmed(data)
     for start, kind in RAW_STARTS.items():
         if data.startswith(start) or data[4:].startswith(start):
@@ -144,6 +144,13 @@ def _jpeg(data: bytes) -> Trimmed | None:
             if not is_metadata and segment.startswith(starts) and len(segment) >= least:
                 kept.append(data[match.start() : following])
         place = following
+        if scans == 1:  # of a single scan, which most files are, two searches in C find the end
+            end = data.find(b"\xff\xd9", place)
+            cut = end < 0
+            end = len(data) if cut else end + 2
+            if data.find(b"\xff\xda", place, end) < 0:
+                break
+            cut = False
     kept.append(data[header:end])
     return Trimmed(b"".join(kept), orientation_in(exif, xmp), cut, is_progressive)
 

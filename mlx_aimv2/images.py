@@ -41,8 +41,12 @@ BASE64_IMAGE = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AKg|Qk)[A-Za-
 
 END_OF_JPEG = b"\xff\xd9"
 
-OVERSAMPLING = 2
-"""Fast decoding keeps this many pixels for each one that the resize leaves, along either side."""
+OVERSAMPLING = 3
+"""Fast decoding keeps so many pixels for each one that the resize leaves, along either side.
+
+With two, the bundled photographs' features are 0.99988 of the exact ones on average (cosine, embedded checkpoint), with
+three 0.99999; 12 megapixels are decoded at the same scale for 224 and for 448 pixels either way.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,8 @@ class Policy:
     `max_pixels`: more are refused before they are decoded; None for the number at which Pillow itself refuses, twice
     `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970). `truncated`: "refuse" a JPEG whose data end before its last pixel,
     "accept" whatever is there, or None to accept where at most a tenth is missing; what is accepted has a note.
-    `decode`: "exact", or "fast" to decode a JPEG at the smallest scale that keeps twice the pixels that are wanted.
+    `decode`: "exact", or "fast" to decode a JPEG at the smallest scale that keeps three times the pixels that are
+    wanted, along each side.
     """
 
     max_pixels: int | None = None

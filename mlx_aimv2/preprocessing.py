@@ -127,12 +127,8 @@ def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
     for step in UNSUPPORTED_STEPS:
         if fields.get(step):
             raise ValueError(f"{file}: {step} is set, which is no step of CLIPImageProcessor's; set it to false")
-    # As in transformers, a step that is null is not taken; any other field that is null means the default.
-    fields = CLIP_DEFAULTS | {
-        name: value if value is not None else False
-        for name, value in fields.items()
-        if value is not None or name in STEPS
-    }
+    # A field that is null is not said: its default counts, as for an argument None of CLIPImageProcessor.
+    fields = CLIP_DEFAULTS | {name: value for name, value in fields.items() if value is not None}
     size = fields["size"]
     if fields.get("use_square_size"):  # KOSMOS-2's, which transformers takes to mean CLIP's own size as a square
         size = {"height": CLIP_SIDE, "width": CLIP_SIDE}
@@ -180,7 +176,7 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
 
 
 def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The same in CLIPImageProcessor's spelling, for preprocessor_config.json."""
+    """The same in CLIPImageProcessor's format, for preprocessor_config.json."""
     size, crop = preprocessing.resize, preprocessing.crop
     return {
         "crop_size": {"height": crop[0], "width": crop[1]} if crop else CLIP_DEFAULTS["crop_size"],

@@ -51,7 +51,7 @@ class Aimv2Processor:
         """`no_tokenizer` is what `tokenize` says where a text encoder's tokenizer files are missing.
 
         `any_size` says that the model takes images of any size, so that `max_patches` counts; None: where images keep
-        theirs.
+        their own size.
         """
         final = preprocessing.final_size
         if final is not None and min(final) < patch_size:

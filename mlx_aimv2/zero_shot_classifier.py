@@ -1,4 +1,4 @@
-"""Which of these words fits an image: classes from their names alone, without training (LiT only)?
+"""Classifies images by labels alone, without training (LiT only).
 
 labels x templates -> texts -> one unit vector per label; image -> unit vector; scaled cosines -> probabilities
 """

@@ -119,3 +119,32 @@ def golden_lit():
         ids = mx.array(expected["input_ids"])
     mx.eval(ids)
     return load(folder)[0], ids
+
+
+@pytest.fixture(scope="session")
+def lit_folder(tmp_path_factory):
+    """A small LiT model with its tokenizer files, in Apple's layout."""
+    from tests.small_lit import write
+
+    return write(tmp_path_factory.mktemp("lit"))
+
+
+@pytest.fixture(scope="session")
+def lit_pair(lit_folder):
+    """That model and its processor."""
+    from mlx_aimv2 import load
+
+    return load(lit_folder)
+
+
+@pytest.fixture(scope="session")
+def noise_images(tmp_path_factory) -> list[str]:
+    """Five small noisy images."""
+    import numpy as np
+    from PIL import Image
+
+    place, dice = tmp_path_factory.mktemp("images"), np.random.default_rng(11)
+    files = [place / f"{n}.png" for n in range(5)]
+    for file in files:
+        Image.fromarray(dice.integers(0, 256, (47, 43, 3), np.uint8)).save(file)
+    return [str(file) for file in files]

@@ -1,4 +1,4 @@
-"""What does a Hub on the loopback interface answer: the few calls with which huggingface_hub downloads and uploads?
+"""A Hub on the loopback interface, with the few calls by which huggingface_hub downloads and uploads.
 
 It stores repositories in memory, notes every request, and fails on command: a refusal by status, or a connection cut in
 the middle of a file.

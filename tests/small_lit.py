@@ -1,4 +1,4 @@
-"""What do the tests of words and images run on? A small random pair with the small trained vocabulary.
+"""Makes what the tests of texts and images run on: a small random LiT model with the small trained vocabulary.
 
 Random weights know no cat from a dog: what is tested with them is arithmetic and messages. The pair made by hand knows
 three colours, so that images and words really meet. How well Apple's weights do is beyond these tests.

@@ -1,4 +1,4 @@
-"""Does each bad file in a folder get its reason, and does none of them stop the others?"""
+"""Each bad file in a folder gets its reason, and none of them stops the others."""
 
 import io
 import os

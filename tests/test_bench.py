@@ -1,4 +1,4 @@
-"""Does `bench` count what it says it counts, and say what it measured?"""
+"""`bench` counts what it says it counts, and says what it measured."""
 
 import json
 from pathlib import Path

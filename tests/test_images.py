@@ -1,528 +1,288 @@
-"""Whatever is in an image's file beside its pixels, these come through; no file holds up or fills the machine."""
+"""Anything that holds an image becomes an upright RGB image; whatever does not gives one clear line."""
 
-import base64
 import io
-import os
-import socket
-import struct
-import threading
-import time
-import zlib
-from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image
 
-from mlx_aimv2 import bundled, image_trim
-from mlx_aimv2.cli import main
-from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.image_decode import turned, turned_box
-from mlx_aimv2.images import OpenImage, Policy, open_image, to_rgb
-from mlx_aimv2.index.html import thumbnail
-from mlx_aimv2.preprocessing import Preprocessing, published
+from mlx_aimv2.preprocessing import published
 from mlx_aimv2.processor import Aimv2Processor
+from tests.pixels import levels, noise, png
 
-CASES = Path(__file__).parent / "golden" / "images"
-FIXED_MODEL = Path(__file__).parent / "golden" / "reference" / "fixed"
-ACCEPT, REFUSE = Policy(truncated="accept"), Policy(truncated="refuse")
-
-
-def photograph(width: int = 90, height: int = 80) -> Image.Image:
-    return Image.open(bundled.photographs()[2]).convert("RGB").resize((width, height))
+FIXED = Aimv2Processor(published(42))
+NATIVE = Aimv2Processor(published(None))
 
 
-def encoded(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
-    stream = io.BytesIO()
-    (photograph() if image is None else image).save(stream, kind, **options)
-    return stream.getvalue()
+def test_path_string_bytes_open_file_pil_image_and_array_give_the_same_pixels(tmp_path):
+    array = noise(61, 97, 3)
+    file = tmp_path / "cat.png"
+    Image.fromarray(array).save(file)
+    wanted = FIXED.pixels(array)
+    with file.open("rb") as stream, Image.open(file) as image:
+        for source in (file, str(file), file.read_bytes(), bytearray(file.read_bytes()), stream, image):
+            assert (FIXED.pixels(source) == wanted).all(), type(source)
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+def test_the_users_own_image_and_array_stay_as_they_were():
+    array = noise(61, 97, 3)
+    array.flags.writeable = False
+    image = Image.fromarray(array).convert("RGBA")
+    FIXED.pixels(array)
+    FIXED.pixels(image)
+    assert image.mode == "RGBA" and image.size == (97, 61)
 
 
-def in_png(*chunks: bytes) -> bytes:
-    whole = encoded("PNG")
-    return whole[:33] + b"".join(chunks) + whole[33:]
-
-
-def exif(orientation: int, *more: bytes, order: str = "<") -> bytes:
-    """A block of EXIF with an orientation and other entries of 12 bytes."""
-    entries = [struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0), *more]
-    start = b"II*\0" if order == "<" else b"MM\0*"
-    return start + struct.pack(order + "IH", 8, len(entries)) + b"".join(entries) + bytes(4)
-
-
-def in_jpeg(jpeg: bytes, *segments: tuple[int, bytes]) -> bytes:
-    return jpeg[:2] + b"".join(struct.pack(">BBH", 255, n, len(d) + 2) + d for n, d in segments) + jpeg[2:]
-
-
-def same(one: Image.Image, other: Image.Image) -> bool:
-    return one.size == other.size and bool((np.asarray(one) == np.asarray(other)).all())
-
-
-# Metadata
-
-
-def test_an_orientation_is_followed_where_another_tag_cannot_be_written_back():
-    image = to_rgb(CASES / "rotated-odd-tag.jpg")
-    with Image.open(CASES / "rotated-odd-tag.jpg") as raw:
-        wanted = raw.transpose(Image.Transpose.ROTATE_270)
-    assert image.size == (60, 80)
-    assert same(image, wanted)
-
-
-@pytest.mark.parametrize("name", ["exif.png", "exif.webp"])
-def test_exif_that_cannot_be_read_costs_only_the_orientation(name):
-    with Image.open(CASES / name) as raw:
-        assert same(to_rgb(CASES / name), raw.convert("RGB"))
-
-
-def test_megabytes_of_compressed_text_cost_nothing():
-    assert to_rgb(CASES / "workflow.png").size == (90, 80)
-    text = PngImagePlugin.PngInfo()
-    for number in range(9):
-        text.add_text(f"workflow {number}", "node " * 400_000, zip=True)
-        text.add_itxt(f"prompt {number}", "node " * 400_000, zip=True)
-    assert same(to_rgb(encoded("PNG", pnginfo=text)), photograph())
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_a_large_colour_profile_costs_nothing(kind):
-    profile = np.random.default_rng(0).bytes(1_500_000) + bytes(1_500_000)
-    with Image.open(io.BytesIO(encoded(kind))) as raw:
-        wanted = raw.convert("RGB")
-    assert same(to_rgb(encoded(kind, icc_profile=profile)), wanted)
-
-
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize(
-    "odd",
+    ("array", "level"),
     [
-        struct.pack("<HHII", 0x0128, 2, 1, 50),
-        struct.pack("<HHII", 0x8769, 4, 1, 0xFFFFFFFF),
-        struct.pack("<HHII", 0x9286, 99, 7, 8),
-        struct.pack("<HHII", 0x010F, 5, 0x7FFFFFFF, 8),
-        b"\xff" * 12,
+        (np.full((17, 19), 77, np.uint8), 77),
+        (np.full((17, 19, 1), 77, np.uint8), 77),
+        (np.full((17, 19, 3), 77, np.uint8), 77),
+        (np.full((17, 19), 77 * 257, np.uint16), 77),
+        (np.full((17, 19, 3), 77 * 256, np.uint16), 77),
+        (np.full((17, 19, 3), 77 * 257, ">u2"), 77),
+        (np.full((17, 19, 3), 77, np.int64), 77),
+        (np.full((17, 19), 77 * 257, np.int32), 77),
+        (np.full((17, 19), True), 255),
+        (np.full((17, 19, 3), 77 / 255, np.float32), 77),
+        (np.full((17, 19, 3), 77 / 255, np.float64), 77),
+        (np.full((17, 19, 4), [77, 77, 77, 255], np.uint8), 77),
+        (np.full((17, 19, 4), [0, 0, 0, 0], np.uint8), 255),
+        (np.full((17, 19, 4), [0.0, 0.0, 0.0, 0.0], np.float32), 255),
+    ],
+    ids=lambda value: f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else None,
+)
+def test_arrays_of_every_kind_keep_their_levels(array, level):
+    assert (levels(NATIVE.pixels(array)) == level).all()
+
+
+def test_floats_are_rounded_to_the_nearest_level():
+    every = np.arange(256, dtype=np.float64).reshape(16, 16) / 255
+    for kind in (np.float32, np.float64):
+        assert (levels(NATIVE.pixels(every.astype(kind)))[..., 0] == np.arange(256).reshape(16, 16)).all()
+    assert (levels(NATIVE.pixels(np.full((17, 19), 76.6 / 255))) == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "line"),
+    [
+        (np.zeros((3, 17, 19), np.uint8), r"colours first: give array\.transpose\(1, 2, 0\)"),
+        (np.zeros((17, 19, 2), np.uint8), "shape 17x19x2"),
+        (np.zeros(17, np.uint8), "shape 17;"),
+        (np.zeros((0, 19, 3), np.uint8), "no pixels"),
+        (np.full((17, 19, 3), 200.0), "float64 from 200.0 to 200.0"),
+        (np.full((17, 19, 3), -0.5), "from -0.5"),
+        (np.full((17, 19, 3), np.nan), "from nan"),
+        (np.full((17, 19, 3), 70000), "int64 from 70000"),
+        (np.full((17, 19, 3), 1j), "complex"),
+        (np.full((17, 19), "a"), "<U1"),
     ],
 )
-def test_the_orientation_is_found_among_broken_tags(kind, odd, order):
-    block = exif(6, odd, order=order)
-    jpeg = in_jpeg(encoded("JPEG"), (0xE1, b"Exif\0\0" + block))
-    assert to_rgb(jpeg if kind == "JPEG" else encoded(kind, exif=block)).size == (80, 90)
+def test_arrays_of_unclear_range_or_shape_are_refused(array, line):
+    with pytest.raises(ValueError, match=line):
+        NATIVE.pixels(array)
 
 
-def test_an_orientation_may_stand_in_xmp_or_in_imagemagicks_text():
-    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
-    assert to_rgb(in_jpeg(encoded("JPEG"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp))).size == (80, 90)
-    for packed, text in ((b"\0", xmp), (b"\1", zlib.compress(xmp))):
-        assert to_rgb(in_png(chunk(b"iTXt", b"XML:com.adobe.xmp\0" + packed + b"\0\0\0" + text))).size == (80, 90)
-    digits = b"\nexif\n      34\n" + exif(6).hex().encode()
-    assert to_rgb(in_png(chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(digits)))).size == (80, 90)
-    assert to_rgb(encoded("WEBP", xmp=xmp)).size == (80, 90)
+# Colours
 
 
-@pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_is_none_counts_as_upright(orientation):
-    for data in (
-        in_jpeg(encoded("JPEG"), (0xE1, b"Exif\0\0" + exif(orientation))),
-        in_png(chunk(b"eXIf", exif(orientation))),
-    ):
-        assert to_rgb(data).size == (90, 80)
+def test_grey_palette_one_bit_and_cmyk_images_become_rgb(tmp_path):
+    image = Image.fromarray(noise(31, 37, 3))
+    for mode, suffix in (("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg")):
+        file = tmp_path / f"{mode}.{suffix}"
+        image.convert(mode).save(file)
+        with Image.open(file) as opened:
+            wanted = np.array(opened.convert("RGB"))
+        assert (levels(NATIVE.pixels(file)) == wanted).all(), mode
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "RGBa", "La"])
+def test_what_is_transparent_becomes_white(mode):
+    image = Image.new("RGBA", (19, 17), (0, 0, 0, 0))
+    if mode == "PA":
+        image = image.convert("RGB").convert("P")
+        image.putalpha(0)
+    else:
+        image = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
+    assert image.mode == mode
+    assert (levels(NATIVE.pixels(image)) == 255).all()
+
+
+def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path):
+    image = Image.new("P", (19, 17), 1)
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    for name, transparency in (("one.gif", 1), ("one.png", 1), ("table.png", b"\xff\x00")):
+        image.save(tmp_path / name, transparency=transparency)
+        assert (levels(NATIVE.pixels(tmp_path / name)) == 255).all(), name
+
+
+def test_the_transparent_colour_of_an_rgb_png_becomes_white(tmp_path):
+    Image.new("RGB", (19, 17), (9, 8, 7)).save(tmp_path / "one.png", transparency=(9, 8, 7))
+    assert (levels(NATIVE.pixels(tmp_path / "one.png")) == 255).all()
+
+
+def test_half_transparent_colours_are_mixed_with_white():
+    image = np.full((17, 19, 4), [10, 200, 90, 51], np.uint8)  # 51 / 255 is a fifth
+    assert levels(NATIVE.pixels(image))[3, 3].tolist() == [206, 244, 222]
+
+
+def test_grey_of_16_bits_keeps_its_high_byte(tmp_path):
+    deep = noise(17, 19).astype(np.uint16) * 257
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+        assert (levels(NATIVE.pixels(tmp_path / name))[..., 0] == deep >> 8).all()
+
+
+def test_a_dark_grey_png_of_16_bits_stays_dark_in_pillows_that_widen_it():
+    image = Image.fromarray(np.full((17, 19), 200, np.int32))
+    assert image.mode == "I"
+    image.format = "PNG"
+    assert (levels(NATIVE.pixels(image)) == 0).all()
+
+
+def test_floating_point_images_go_from_0_to_1(tmp_path):
+    Image.fromarray(noise(17, 19).astype(np.float32) / 255).save(tmp_path / "float.tif")
+    assert (levels(NATIVE.pixels(tmp_path / "float.tif"))[..., 1] == noise(17, 19)).all()
+    with pytest.raises(ValueError, match="float from 0 to 1"):
+        NATIVE.pixels(Image.fromarray(noise(17, 19).astype(np.float32)))
+
+
+def test_of_an_animated_image_the_first_frame_counts(tmp_path):
+    frames = [Image.new("RGB", (19, 17), colour) for colour in ("red", "blue")]
+    for name in ("moving.gif", "moving.png", "moving.webp", "moving.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert levels(NATIVE.pixels(tmp_path / name))[8, 8].tolist() == [255, 0, 0], name
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_tiff_is_turned_upright_once(orientation):
-    upright = photograph()
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
-    turned = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
-    for compression in ("raw", "tiff_lzw"):
-        info = TiffImagePlugin.ImageFileDirectory_v2()
-        info[0x0112] = orientation
-        data = encoded("TIFF", turned, tiffinfo=info, compression=compression)
-        assert same(to_rgb(data), upright)
-        with Image.open(io.BytesIO(data)) as opened:
-            assert same(to_rgb(opened), upright)
+def test_a_photograph_is_turned_upright_as_its_exif_tag_says(tmp_path, orientation):
+    upright = noise(17, 29, 3)
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    for name in ("turned.png", "turned.webp"):
+        Image.fromarray(np.ascontiguousarray(turned)).save(tmp_path / name, exif=tag, lossless=True)
+        with Image.open(tmp_path / name) as opened:
+            assert (levels(NATIVE.pixels(tmp_path / name)) == upright).all()
+            assert (levels(NATIVE.pixels(opened)) == upright).all()
 
 
-def test_a_malformed_table_of_further_images_costs_nothing():
-    assert to_rgb(in_jpeg(encoded("JPEG"), (0xE2, b"MPF\0" + b"\xff" * 40))).size == (90, 80)
+def test_heic_is_read_where_its_package_is_installed(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 30, 60))).save(tmp_path / "phone.heic", quality=-1)
+    assert np.abs(levels(NATIVE.pixels(tmp_path / "phone.heic")) - [200, 30, 60]).max() <= 2
 
 
-def test_broken_photoshop_blocks_comments_and_checksums_cost_nothing():
-    for segment in ((0xED, b"Photoshop 3.0\x008BIM\3\xed\0\0\0\0\0\2\0\0"), (0xFE, b"\xff" * 60_000), (0xE0, b"JFIF")):
-        assert to_rgb(in_jpeg(encoded("JPEG"), segment)).size == (90, 80)
-    assert to_rgb(in_png(chunk(b"pHYs", b"\1")[:-4] + b"oops")).size == (90, 80)
-    assert to_rgb(in_png(chunk(b"tIME", b""))).size == (90, 80)
+def test_the_limit_of_pixels_holds_for_heic_too(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 48))).save(tmp_path / "phone.heic")
+    with pytest.raises(ValueError, match="64x48 pixels, more than"):
+        NATIVE(tmp_path / "phone.heic", max_pixels=1000)
 
 
-def test_metadata_is_dropped_and_the_colours_stay():
-    cmyk = photograph().convert("CMYK")
-    data = encoded("JPEG", cmyk, quality=95)  # Pillow writes Adobe's segment, which says that CMYK is inverted
-    with Image.open(io.BytesIO(data)) as raw:
-        assert same(to_rgb(data), raw.convert("RGB"))
-    palette = photograph().quantize(17)
-    data = encoded("PNG", palette, transparency=bytes(range(0, 255, 15)))
-    with Image.open(io.BytesIO(data)) as raw:
-        white = Image.new("RGBA", raw.size, "white")
-        assert same(to_rgb(data), Image.alpha_composite(white, raw.convert("RGBA")).convert("RGB"))
+def test_heic_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    with pytest.raises(ValueError, match=r"HEIC.*pip install 'mlx-aimv2\[heic\]'"):
+        NATIVE.pixels(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
 
-def test_pillows_own_settings_are_never_touched():
-    def settings():
-        return Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-
-    before = settings()
-    to_rgb(CASES / "workflow.png", policy=Policy(max_pixels=10_000_000, truncated="accept"))
-    assert settings() == before
+# Bad images
 
 
-# Truncated JPEGs
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("bytes_cut", [1, 2])
-def test_a_jpeg_without_its_end_marker_lacks_nothing(bytes_cut, progressive):
-    whole = encoded("JPEG", progressive=progressive)
-    for policy in (Policy(), ACCEPT, REFUSE):
-        opened = open_image(whole[:-bytes_cut], policy=policy)
-        assert not opened.notes
-        assert same(opened.rgb()[0], to_rgb(whole))
-
-
-@pytest.mark.parametrize("size", [(90, 80), (640, 427)])
-def test_a_jpeg_without_its_last_percent_is_taken_with_a_note_unless_refused(size):
-    whole = encoded("JPEG", photograph(*size))
-    cut = whole[: -len(whole) // 100 - 2]
-    for policy in (Policy(), ACCEPT):
-        opened = open_image(cut, policy=policy)
-        assert len(opened.notes) == 1 and "ends early: about" in opened.notes[0]
-        upper = (0, 0, size[0], size[1] - 24)
-        assert same(opened.rgb()[0].crop(upper), to_rgb(whole).crop(upper))
-    with pytest.raises(ValueError, match=r"cannot be read as an image: it ends early.*--truncated accept"):
-        open_image(cut, policy=REFUSE)
-
-
-def test_half_a_jpeg_is_refused_unless_it_is_asked_for():
-    whole = encoded("JPEG", photograph(640, 427))
-    half = whole[: len(whole) // 2]
-    for policy in (Policy(), REFUSE):
-        with pytest.raises(ValueError, match=r"ends early, about \d\d % of its pixels are missing; --truncated accept"):
-            open_image(half, policy=policy)
-    assert open_image(half, policy=ACCEPT).rgb()[0].size == (640, 427)
-
-
-def test_of_a_progressive_jpeg_that_ends_early_detail_is_missing():
-    whole = encoded("JPEG", photograph(640, 427), progressive=True)
-    opened = open_image(whole[: -len(whole) // 50])
-    assert opened.notes == ["ends early: its finest detail is missing"]
-    with pytest.raises(ValueError, match="its finest detail is missing; --truncated accept"):
-        open_image(whole[: -len(whole) // 50], policy=REFUSE)
-
-
-def test_the_processor_warns_of_a_jpeg_that_ends_early(tmp_path):
-    whole = encoded("JPEG", photograph(640, 427))
-    (tmp_path / "cut.jpg").write_bytes(whole[: -len(whole) // 50])
-    processor = Aimv2Processor(published(56))
-    with pytest.warns(UserWarning, match=r"cut\.jpg ends early"):
-        processor(tmp_path / "cut.jpg")
-    with pytest.raises(ValueError, match="ends early"):
-        processor(tmp_path / "cut.jpg", truncated="refuse")
-
-
-def test_embed_tells_each_file_that_ends_early(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    whole = encoded("JPEG", photograph(640, 427))
-    Path("cut.jpg").write_bytes(whole[: -len(whole) // 50])
-    assert main(["embed", "cut.jpg", "-m", str(FIXED_MODEL), "-o", "a.db"]) == 0
-    assert "cut.jpg ends early: about" in capsys.readouterr().err
-    assert main(["embed", "cut.jpg", "-m", str(FIXED_MODEL), "-o", "b.db", "--truncated", "refuse"]) == 1
-    assert "--truncated accept" in capsys.readouterr().err
-
-
-# Size
-
-
-def test_an_image_of_108_megapixels_is_read_and_the_limit_is_a_flag(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Image.new("L", (12_000, 9_000), 77).save("large.jpg")
-    common = ["-m", str(FIXED_MODEL), "-o"]
-    assert main(["embed", "large.jpg", *common, "a.db"]) == 0
-    assert main(["map", "large.jpg", *common, "a.png"]) == 0
-    capsys.readouterr()
-    for verb, out in (("embed", "b.db"), ("map", "b.png")):
-        assert main([verb, "large.jpg", *common, out, "--max-pixels", "1000000"]) == 1
-        line = capsys.readouterr().err
-        assert "12000x9000 pixels, more than 1,000,000" in line and "--max-pixels" in line
-
-
-def test_the_flags_of_reading_are_checked(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    photograph().save("a.png")
-    for flags in (["--max-patches", "-5"], ["--max-pixels", "0"]):
-        assert main(["map", "a.png", "-m", str(FIXED_MODEL), *flags]) == 2
-        assert f"{flags[0]}" in capsys.readouterr().err
-    for wrong in ({"max_pixels": 0}, {"truncated": "perhaps"}, {"decode": "slow"}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Aimv2Processor(published(56))("a.png", **wrong)
-
-
-# Time and memory
-
-
-def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
-    whole = encoded("JPEG", photograph(640, 427), progressive=True)
-    last = whole[whole.rfind(b"\xff\xda") : -2]
-    (tmp_path / "scans.jpg").write_bytes(whole[:-2] + last * 3000 + b"\xff\xd9")
-    began = time.perf_counter()
-    with pytest.raises(ValueError, match=r"scans\.jpg is a JPEG of more than 100 scans"):
-        to_rgb(tmp_path / "scans.jpg")
-    assert time.perf_counter() - began < 5
-    assert to_rgb(whole[:-2] + last * 9 + b"\xff\xd9").size == (640, 427)
-    assert same(to_rgb(whole + last * 3000), to_rgb(whole))  # what follows the end is no part of it
-
-
-def test_comments_of_a_gif_are_passed_over_and_bounded():
-    whole = encoded("GIF", photograph().quantize(99))
-    place = 13 + (3 << ((whole[10] & 7) + 1))
-    comments = b"\x21\xfe" + (b"\xff" + b"c" * 255) * 99_999 + b"\0"
-    assert same(to_rgb(whole[:place] + comments + whole[place:]), to_rgb(whole))
-    comments = b"\x21\xfe" + b"\1c" * (image_trim.MAX_PARTS + 1) + b"\0"
-    with pytest.raises(ValueError, match="blocks of metadata, made to take for ever"):
-        to_rgb(whole[:place] + comments + whole[place:])
-
-
-def test_chunks_of_a_png_are_bounded():
-    few, many = chunk(b"tEXt", b"a\0b") * 20_000, chunk(b"IDAT", b"") * (image_trim.MAX_PARTS + 1)
-    assert same(to_rgb(in_png(few)), photograph())
-    with pytest.raises(ValueError, match="chunks, made to take for ever"):
-        to_rgb(in_png(many))
-
-
-def test_tags_of_a_tiff_that_overlap_are_not_read_and_strips_are_bounded():
-    whole = encoded("TIFF")
-    (place,) = struct.unpack_from("<I", whole, 4)
-    (count,) = struct.unpack_from("<H", whole, place)
-    entries = [whole[place + 2 + 12 * n : place + 14 + 12 * n] for n in range(count)]
-
-    def with_entries(body: bytes, entries: list[bytes]) -> bytes:
-        table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
-        return whole[:4] + struct.pack("<I", len(body)) + body[8:] + table
-
-    body = whole + bytes(5_000_000)
-    evil = [struct.pack("<HHII", 20_000 + n, 7, 5_000_000, 8) for n in range(9_000)]  # 45 GB in all
-    assert same(to_rgb(with_entries(body, entries + evil)), photograph())
-    strips = [entry for entry in entries if entry[:2] != struct.pack("<H", 273)]
-    strips.append(struct.pack("<HHII", 273, 4, 1_000_000, 8))
-    with pytest.raises(ValueError, match="TIFF of 1,000,000 strips or tiles"):
-        to_rgb(with_entries(body, strips))
-    strips[-1] = struct.pack("<HHII", 320, 3, 100_000_000, 8)
-    with pytest.raises(ValueError, match="broken TIFF: its tags claim"):
-        to_rgb(with_entries(body, strips))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "TIFF"])
-def test_later_frames_are_not_looked_at(kind):
-    frames = [photograph().rotate(3 * n) for n in range(40)]
-    first = frames[0].quantize(99) if kind == "GIF" else frames[0]
-    options = {"lossless": True} if kind == "WEBP" else {}
-    alone = encoded(kind, first, **options)
-    many = encoded(kind, first, save_all=True, append_images=frames[1:], **options)
-    assert np.abs(np.asarray(to_rgb(many)).astype(int) - np.asarray(to_rgb(alone))).max() <= (
-        40 if kind == "GIF" else 0
-    )
-
-
-# Kinds of files
-
-
-@pytest.fixture
-def strange(tmp_path, monkeypatch):
-    """Files that are no files: a pipe, a socket, a folder, a device."""
-    monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe.jpg")
-    Path("folder.jpg").mkdir()
-    Path("device.jpg").symlink_to("/dev/zero")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind("socket.jpg")
-        yield {
-            "pipe.jpg": "is a named pipe, not an image",
-            "socket.jpg": "is a socket, not an image",
-            "device.jpg": "is a device, not an image",
-            "folder.jpg": "is a folder",
-        }
-
-
-def test_what_is_no_file_is_told_at_once_by_the_library(strange):
-    processor = Aimv2Processor(published(56))
-    for name, reason in strange.items():
-        with pytest.raises(OSError, match=f"{name} {reason}"):
-            processor(name)
-        with pytest.raises(OSError, match=f"image 1: {name} {reason}"):
-            processor([photograph(), name])
-        assert thumbnail(name) is None
-
-
-def test_what_is_no_file_is_told_at_once_by_every_verb(strange, capsys):
-    for name in strange:
-        if name == "folder.jpg":
-            continue
-        for command in (
-            ["map", name, "-m", str(FIXED_MODEL)],
-            ["embed", name, "-m", str(FIXED_MODEL), "-o", "a.db"],
-            ["info", name],
-        ):
-            assert main(command) in (1, 2), command
-            captured = capsys.readouterr()
-            assert name in captured.err, command
-
-
-def test_an_open_stream_that_never_ends_is_bounded(monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.image_file.MAX_FILE_BYTES", 1 << 20)
-    with (
-        Path("/dev/zero").open("rb") as zeros,
-        pytest.raises(OSError, match=r"/dev/zero has more than 1,048,576 bytes"),
-    ):
-        to_rgb(zeros)
-
-
-def test_an_open_pipe_is_read_where_it_is():
-    reading, writing = os.pipe()
-    data = encoded("PNG")
-    writer = threading.Thread(target=lambda: (os.write(writing, data), os.close(writing)))
-    writer.start()
-    with os.fdopen(reading, "rb") as stream:
-        assert same(to_rgb(stream), photograph())
-    writer.join()
+def test_a_missing_file_a_folder_and_an_address_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg does not exist"):
+        FIXED(tmp_path / "nowhere.jpg")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        FIXED(tmp_path)
+    with pytest.raises(ValueError, match=r"https://example\.org/cat\.jpg is an address: download"):
+        FIXED("https://example.org/cat.jpg")
 
 
 @pytest.mark.parametrize(
-    ("tags", "compression"),
-    [({50706: b"\1\4\0\0"}, "raw"), ({37398: b"\1\0\0\0"}, "raw"), ({254: 1, 330: 8}, "raw")],
-    ids=["DNG", "TIFF/EP", "NEF"],
+    ("content", "line"),
+    [
+        (b"", "is empty"),
+        (b"These are the words of a letter.\n" * 9, "is not an image"),
+        (b"\xff\xd8\xff\xe0 nothing more", "cannot be read"),
+        (b"\x89PNG\r\n\x1a\n", "is a broken PNG"),
+        (png(50, 40), "cannot be read"),
+        (png(0, 40), "is a broken PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not an image"),
+    ],
+    ids=["empty", "text", "jpeg", "png", "png without pixels", "zero wide", "eps"],
 )
-def test_a_raw_photograph_is_refused_and_not_taken_for_its_thumbnail(tmp_path, tags, compression):
-    info = TiffImagePlugin.ImageFileDirectory_v2()
-    for tag, value in tags.items():
-        info[tag] = value
-        info.tagtype[tag] = 1 if isinstance(value, bytes) else 4
-    data = encoded("TIFF", photograph(16, 12), tiffinfo=info, compression=compression)
-    (tmp_path / "a.dng").write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.dng is a raw photograph .* export it as JPEG, PNG or TIFF"):
-        to_rgb(tmp_path / "a.dng")
+def test_a_file_that_holds_no_image_is_named(tmp_path, content, line):
+    (tmp_path / "cat.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=line) as caught:
+        FIXED(tmp_path / "cat.jpg")
+    assert str(tmp_path / "cat.jpg") in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=line):
+        FIXED(content)
 
 
-@pytest.mark.parametrize(
-    "start",
-    [b"II*\0\x10\0\0\0CR\2\0", b"\0\0\0\x18ftypcrx ", b"FUJIFILMCCD-RAW 0201", b"IIRO\x08\0\0\0", b"IIU\0\x18\0\0\0"],
-)
-def test_raw_formats_that_are_no_tiff_are_named_too(start):
-    with pytest.raises(ValueError, match=r"is a raw photograph .* export it as JPEG, PNG or TIFF"):
-        to_rgb(start + bytes(999))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp", "tiff", "bmp"])
+def test_a_truncated_image_is_named(tmp_path, kind):
+    whole = io.BytesIO()
+    Image.fromarray(noise(97, 61, 3)).save(whole, kind)
+    file = tmp_path / f"half.{kind}"
+    file.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    with pytest.raises(ValueError, match=rf"half\.{kind} "):
+        FIXED(file)
 
 
-def test_a_jpeg_xl_image_says_what_to_do():
-    with pytest.raises(ValueError, match="JPEG XL image, which Pillow does not read: convert it"):
-        to_rgb(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99))
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(40_000, 40_000))
+    with pytest.raises(ValueError, match=r"bomb\.png has 40000x40000 pixels, more than 178,956,970: .*--max-pixels"):
+        FIXED(tmp_path / "bomb.png")
 
 
-# Names that are none
+def test_the_limit_of_pixels_may_be_set_and_is_else_where_pillow_refuses(monkeypatch, tmp_path):
+    Image.new("RGB", (500, 470)).save(tmp_path / "cat.png")
+    with pytest.raises(ValueError, match="500x470 pixels, more than 234,999"):
+        FIXED(tmp_path / "cat.png", max_pixels=500 * 470 - 1)
+    assert FIXED(tmp_path / "cat.png", max_pixels=500 * 470).shape == (1, 42, 42, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500 * 470 // 2 - 1)
+    with pytest.raises(ValueError, match="more than 234,998"):
+        FIXED(tmp_path / "cat.png")
+    assert FIXED(tmp_path / "cat.png", max_pixels=500 * 470).shape == (1, 42, 42, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert FIXED(tmp_path / "cat.png").shape == (1, 42, 42, 3)
 
 
-def test_a_data_url_and_base64_are_told_in_one_short_line():
-    text = base64.b64encode(encoded("PNG")).decode()
-    for given, line in (
-        (f"data:image/png;base64,{text}", r"data:image/png;base64.*is a data URL, not a file: give its bytes"),
-        (text, "is an image as base64, not a file: give its bytes, base64.b64decode"),
-        (base64.b64encode(encoded("JPEG")).decode()[:200], "is an image as base64, not a file"),
-        ("file:///tmp/cat.jpg", "is an address: give the path alone"),
-        ("a\0b", "holds a NUL"),
-    ):
-        with pytest.raises(ValueError, match=line) as caught:
-            to_rgb(given)
-        assert len(str(caught.value)) < 200
-    with pytest.raises(OSError, match="File name too long") as long:
-        to_rgb("x" * 5000)
-    assert len(str(long.value)) < 200
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ValueError, match="0x40 pixels: nothing to see"):
+        FIXED(Image.new("RGB", (0, 40)))
 
 
-# What counts as images
+def test_a_single_pixel_is_refused():
+    for processor in (FIXED, NATIVE):
+        with pytest.raises(ValueError, match="single pixel"):
+            processor(np.zeros((1, 1, 3), np.uint8))
 
 
-def test_generators_iterables_columns_and_mx_arrays_are_images(tmp_path):
-    processor = Aimv2Processor(published(56))
-    images = [photograph(97, 61), photograph(61, 97), photograph(73, 71)]
-    files = [tmp_path / f"{n}.png" for n in range(3)]
-    for image, file in zip(images, files, strict=True):
-        image.save(file)
-    wanted = np.array(processor(images))
-
-    class Column:
-        """As a data set's column: it has a length and items, and is no list."""
-
-        def __len__(self) -> int:
-            return len(images)
-
-        def __getitem__(self, number: int) -> Image.Image:
-            return images[number]
-
-        def __iter__(self):
-            return iter(images)
-
-    several = (
-        (image for image in images),
-        iter(files),
-        map(str, files),
-        dict.fromkeys(files).keys(),
-        np.array([str(file) for file in files]),
-        np.array(files, dtype=object),
-        Column(),
-        [mx.array(np.array(image)) for image in images],
-        [mx.array(np.array(image) / np.float32(255)) for image in images],
-    )
-    for given in several:
-        assert np.array_equal(processor(given), wanted), given
-    batch = mx.array(np.stack([np.array(image.resize((61, 97))) for image in images]))
-    assert processor(batch).shape == processor(np.array(batch)).shape == (3, 56, 56, 3)
-    assert processor(batch[0]).shape == processor(str(files[0])).shape == processor(files[0]).shape == (1, 56, 56, 3)
-    bf16 = (batch[0].astype(mx.float32) / 255).astype(mx.bfloat16)
-    assert mx.abs(processor(bf16) - processor(batch[0])).max() < 0.05
-    with pytest.raises(ValueError, match="an image is a path, bytes"):
-        processor({"image": files[0]})
+def test_a_ribbon_that_would_grow_beyond_memory_is_refused():
+    with pytest.raises(ValueError, match=r"too narrow.*42x8400000"):
+        FIXED.pixels(np.zeros((1, 200_000, 3), np.uint8))
+    assert FIXED.pixels(np.zeros((1, 500, 3), np.uint8)).shape == (42, 42, 3)
 
 
-def test_a_native_checkpoint_whose_files_ask_for_too_much_is_refused(tmp_path):
-    huge = Preprocessing(resize=(11_500, 11_500), crop=None)
-    Aimv2Processor(huge).save_to(tmp_path)
-    config = Aimv2VisionConfig(is_native=True)
-    with pytest.raises(ValueError, match="asks for 11500x11500 pixels, 674,041 patches"):
-        Aimv2Processor.from_folder(tmp_path, config=config)
-    Aimv2Processor(Preprocessing(resize=1400, crop=None)).save_to(tmp_path)
-    processor = Aimv2Processor.from_folder(tmp_path, config=config)
-    with pytest.raises(ValueError, match=r"10,000 patches.*1400x1400.*--max-patches.* is 4,096"):
-        processor.pixels(photograph(70, 70), max_patches=4096)
-    assert processor.pixels(photograph(70, 70), max_patches=10_000).shape == (1400, 1400, 3)
+def test_a_native_image_below_one_patch_is_refused():
+    assert NATIVE.pixels(noise(14, 15, 3)).shape == (14, 15, 3)
+    with pytest.raises(ValueError, match="13x900 pixels, less than one patch of 14x14"):
+        NATIVE.pixels(noise(13, 900, 3))
 
 
-def test_max_patches_below_one_is_refused():
-    with pytest.raises(ValueError, match="--max-patches"):
-        Aimv2Processor(published(None))(photograph(), max_patches=-5)
-
-
-def test_opened_images_know_their_upright_size_before_they_are_decoded():
-    opened = open_image(in_jpeg(encoded("JPEG"), (0xE1, b"Exif\0\0" + exif(6))))
-    assert isinstance(opened, OpenImage)
-    assert opened.size == (80, 90)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_rim_of_a_scaled_image_turns_with_it(orientation):
-    marked = np.zeros((7, 11, 3), np.uint8)
-    marked[:5, :8] = 255  # what counts
-    left, top, right, bottom = turned_box((8, 5), (11, 7), orientation)
-    image = np.asarray(turned(Image.fromarray(marked), orientation))
-    assert (image[int(top) : int(bottom), int(left) : int(right)] == 255).all()
-    assert (right - left) * (bottom - top) == 40
+def test_something_else_is_refused():
+    for thing in (None, 7, {"image": 1}, [b"nested"]):
+        with pytest.raises(ValueError, match="an image is a path, bytes"):
+            FIXED([thing])

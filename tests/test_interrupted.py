@@ -1,4 +1,4 @@
-"""Does a run that is killed at any moment leave an index that the next run completes, vector for vector?"""
+"""A run that is killed at any moment leaves an index that the next run completes, vector for vector."""
 
 import os
 import random

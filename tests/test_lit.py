@@ -1,4 +1,4 @@
-"""Does the LiT model read words and images as Apple's own code does, and refuse what it cannot read?"""
+"""The LiT model reads texts and images as Apple's own code does, and refuses what it cannot read."""
 
 import math
 from dataclasses import replace
@@ -42,8 +42,8 @@ def outputs(model: Aimv2Model, pixels: mx.array, ids: mx.array) -> dict[str, mx.
     }
 
 
-def relative(ours: mx.array, theirs: np.ndarray) -> float:
-    return float(np.abs(np.array(ours) - theirs).max() / np.abs(theirs).max())
+def relative(found: mx.array, wanted: np.ndarray) -> float:
+    return float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
 
 
 def texts(*lengths: int) -> list[list[int]]:
@@ -63,18 +63,18 @@ def images(count: int) -> mx.array:
 
 def test_every_output_is_apples(inputs, expected):
     model, _ = load(REFERENCE)
-    for name, ours in outputs(model, *inputs).items():
-        assert ours.shape == expected[name].shape
-        assert relative(ours, expected[name]) <= 1e-5, name
+    for name, found in outputs(model, *inputs).items():
+        assert found.shape == expected[name].shape
+        assert relative(found, expected[name]) <= 1e-5, name
 
 
 def test_a_converted_folder_gives_the_same_to_the_bit(inputs, tmp_path):
     convert(REFERENCE, tmp_path / "mlx", verify=False)
     foreign, converted = load(REFERENCE)[0], load(tmp_path / "mlx")[0]
     assert foreign.config == converted.config
-    ours = outputs(converted, *inputs)
+    found = outputs(converted, *inputs)
     for name, wanted in outputs(foreign, *inputs).items():
-        assert mx.array_equal(ours[name], wanted), name
+        assert mx.array_equal(found[name], wanted), name
 
 
 def test_half_precision_moves_the_logits_by_less_than_0_3(inputs):

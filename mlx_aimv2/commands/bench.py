@@ -25,7 +25,7 @@ MOST_AT_ONCE, LARGEST_SIDE, MOST_RUNS = 4096, 3584, 100_000
 DTYPES = ("float32", "float16", "bfloat16")
 
 DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
-"""A CPU's half-precision products are so slow in MLX that measuring them is a wish of its own."""
+"""A CPU's half-precision products are so slow in MLX that they are measured only when asked for."""
 
 NOTE = (
     "ms, images/s: one forward pass of the vision encoder on pixels in memory, median of {runs} runs. "

@@ -13,7 +13,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode",
         choices=DECODE,
         default="fast",
-        help="JPEGs: fast decodes at the smallest scale that keeps twice the pixels needed along each side, "
+        help="JPEGs: fast decodes at the smallest scale that keeps three times the pixels needed along each side, "
         "exact in full (default: %(default)s)",
     )
     parser.add_argument(

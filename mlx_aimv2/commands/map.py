@@ -1,4 +1,4 @@
-"""`mlx-aimv2 map`: what does the model see in each part of an image, drawn beside the image?"""
+"""`mlx-aimv2 map`: draws the dense features of images beside the images."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Reads and decodes image files ahead of the model, whatever is in them.
 
-path -> bytes, SHA-256 -> levels (H, W, 3) uint8; nothing in a file raises: what is wrong with it is told in words.
+path -> bytes, SHA-256 -> levels (H, W, 3) uint8; nothing in a file raises: what is wrong with it is reported.
 """
 
 from __future__ import annotations

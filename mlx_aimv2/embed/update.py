@@ -54,7 +54,7 @@ class Plan:
 def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
     """Compares the files with the index by size and time of change; with `prune` all that is not there is forgotten.
 
-    A file that the index has under another spelling of its name (a link, another letter case) keeps that name.
+    A file that the index has under another name (a link, another letter case) keeps that name.
     """
     plan = Plan()
     stamps = dict(index.stamps()) if index is not None else {}

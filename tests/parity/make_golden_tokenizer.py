@@ -1,4 +1,4 @@
-"""Which small vocabulary do the quick tests read? Trains it, in the order of CLIP's, and writes tests/golden/tokenizer.
+"""Trains the small vocabulary that the quick tests read, in the order of CLIP's, and writes tests/golden/tokenizer.
 
 python -m tests.parity.make_golden_tokenizer, with transformers installed: the ids beside it are transformers' own.
 """

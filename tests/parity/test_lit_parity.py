@@ -1,4 +1,4 @@
-"""Are our logits of words and images those of transformers' LiT, small and at full size, in both layouts?
+"""Logits of texts and images equal those of transformers' LiT, small and at full size, in both layouts.
 
 transformers' text encoder is causal, as Apple's is, only in eager attention and with a mask.
 """

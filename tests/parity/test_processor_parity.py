@@ -1,4 +1,4 @@
-"""Are our pixels those of transformers' Pillow-based CLIP image processor, on real photographs?"""
+"""Pixels equal those of transformers' Pillow-based CLIP image processor, on real photographs."""
 
 import json
 
@@ -155,8 +155,10 @@ def test_a_file_with_nulls_and_squares_means_what_it_means_to_transformers(tmp_p
     settings = to_clip(published(224)) | change
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     image = photograph("rocket")
-    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    # An argument None takes the class's default, a null in the file switches the step off in some releases (5.24).
+    is_null = None in change.values()
+    processor = CLIPImageProcessorPil(**settings) if is_null else CLIPImageProcessorPil.from_pretrained(tmp_path)
     wanted = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    ours = Aimv2Processor.from_folder(tmp_path).pixels(image)
-    assert ours.shape == wanted.shape
-    assert np.abs(ours - wanted).max() <= (1e-6 if settings["do_rescale"] else 1e-4)
+    found = Aimv2Processor.from_folder(tmp_path).pixels(image)
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= 1e-6

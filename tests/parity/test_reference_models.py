@@ -1,4 +1,4 @@
-"""Are our features those of transformers on torch, on random small models in Apple's and in transformers' layout?
+"""Features equal those of transformers on torch, on random small models in Apple's and in transformers' layout.
 
 The measure is float32's own error: torch's distance from float64, where its norms too are computed in float64.
 """
