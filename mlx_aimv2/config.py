@@ -176,12 +176,12 @@ def read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json says {on[0]}: true; AIMv2's blocks have no biases, so this is another network")
     if on := [key for key in _OTHER_KEYS if section.get(key) is not None]:
         raise ValueError(
-            f"config.json says {on[0]}: {section[on[0]]!s:.80}; AIMv2 has neither rotary positions nor windows, so "
+            f"config.json says {on[0]}: {section[on[0]]!r:.80}; AIMv2 has neither rotary positions nor windows, so "
             "this is another network"
         )
     if (activation := section.get("hidden_act", "silu")) != "silu":
         raise ValueError(
-            f"config.json says hidden_act: {activation!s:.60}; AIMv2 uses silu, so this is another network"
+            f"config.json says hidden_act: {activation!r:.60}; AIMv2 uses silu, so this is another network"
         )
     types = {f.name: str(f.type) for f in fields(kind)}
     named = {_APPLE_NAMES.get(key, key): value for key, value in section.items()}

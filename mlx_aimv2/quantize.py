@@ -118,7 +118,7 @@ def check_section(quantization: object, known: Container[str]) -> None:
     if not isinstance(quantization, Mapping):
         raise ValueError(f"config.json: quantization must be an object, got {quantization!r:.80}")
     for path, entry in [("", quantization), *((key, quantization[key]) for key in quantization if key not in SHARED)]:
-        where = f"quantization, {path}" if path else "quantization"
+        where = f"quantization, {path:.120}" if path else "quantization"
         if path and path not in known:
             raise ValueError(f"config.json: {where}: no layer of this model that could be quantized")
         if not isinstance(entry, Mapping | bool):

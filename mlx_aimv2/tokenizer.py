@@ -90,7 +90,8 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     if file.is_file():
         try:
             return tokenizers.Tokenizer.from_str(read_text(file)), file
-        except Exception as error:  # tokenizers raises plain Exception
+        except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
+            _check_is_error(error)
             raise ValueError(f"{file} is not a tokenizer: {error}") from None
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocab.is_file() and not merges.is_file():
@@ -106,13 +107,20 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
         unknown = _special_tokens(folder)["unk_token"]
         backend = _clip(tokens, pairs, unknown=unknown if unknown in tokens else EOS)
-    except Exception as error:
+    except BaseException as error:  # as above
+        _check_is_error(error)
         raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
     if lost:  # a file that ends too early would otherwise cut words into letters in silence
         raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are not made by any of its lines")
     return backend, vocab
+
+
+def _check_is_error(error: BaseException) -> None:
+    """Raises it again if it is no error, but somebody who wants to stop."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error
 
 
 def _clip(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknown: str = EOS) -> tokenizers.Tokenizer:

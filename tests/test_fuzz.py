@@ -60,7 +60,7 @@ def test_the_shares_of_the_kinds_add_up():
 SILENT = "import sys, time\nprint('{\"ready\": true}', flush=True)\n"
 ENDS = {
     "hangs": ("time.sleep(60)", "takes over 1 s"),
-    "dies": ("import os; os.abort()", "the process ended with -6"),
+    "dies": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "the process ended with -9"),
     "grows": ("x = b'x' * (3 << 30); time.sleep(60)", "grows"),
 }
 
@@ -82,6 +82,19 @@ def test_a_big_tiff_whose_offset_is_no_offset_is_one_line(tmp_path):
     (tmp_path / "big.tif").write_bytes(b"II+\0" + struct.pack("<HHQ", 8, 0, 2**64 - 1) + bytes(40))
     with pytest.raises(ValueError, match=r"big\.tif"):
         to_rgb(tmp_path / "big.tif")
+
+
+def test_a_library_that_panics_is_one_line(tmp_path, capsys):
+    from mlx_aimv2 import cli
+
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def work() -> int:
+        raise PanicException("range end index 28 out of range")
+
+    assert cli.one_line_errors(work) == 1
+    assert "PanicException: range end index 28" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -24,6 +24,10 @@ _NOT_AIMV2 = {
 """Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
 
 
+LONGEST = 120
+"""Characters of a tensor's name that an error quotes."""
+
+
 def recognise(shapes: Shapes) -> Match:
     """Finds the layout that has most of the tensors: `{source name: shape} -> Match`.
 
@@ -89,7 +93,8 @@ def listed(names: Iterable[str]) -> str:
     for name in sorted(names):
         pattern, number = split_number(name)
         groups.setdefault(pattern, []).append(int(number or 0))
-    return ", ".join(name.replace("{i}", _ranges(numbers)) for name, numbers in groups.items())
+    named = (name.replace("{i}", _ranges(numbers)) for name, numbers in groups.items())
+    return ", ".join(name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in named)
 
 
 def _ranges(numbers: list[int]) -> str:
