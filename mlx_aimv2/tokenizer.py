@@ -47,7 +47,7 @@ class Tokenizer:
             name = names[role]
             token_id = backend.token_to_id(name)
             if token_id is None:
-                raise ValueError(f"{file} has no token {name!r}, which must be its {role}")
+                raise ValueError(f"{file} has no token {name!r:.80}, which must be its {role}")
             special[role] = token_id
         if config is None:
             return cls(backend, bos=special["bos_token"], eos=special["eos_token"])
@@ -161,5 +161,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
+                try:
+                    name.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"{file}: {role} is not valid Unicode: {name!r:.80}") from None
                 names[role] = name
     return names

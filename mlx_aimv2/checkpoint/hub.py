@@ -200,4 +200,4 @@ _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -75,6 +76,7 @@ def set_environment() -> None:
     state.address = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     os.environ |= state.environment(Path("/nonexistent"))
+    time.sleep = lambda seconds: None  # huggingface_hub waits longer and longer between its tries, as it should
     _running.append(Handler)
 
 
