@@ -83,7 +83,7 @@ class Worker:
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 if not data:
                     code = process.wait()
-                    self.process = None
+                    self.close()
                     return {"outcome": "finding", "detail": f"the process ended with {code}"}
                 self.buffer += data
         line, self.buffer = self.buffer.split(b"\n", 1)
