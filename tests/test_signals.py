@@ -16,7 +16,7 @@ import mlx_aimv2
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.stopping import SIGNALS
 
-RUNS = 50
+RUNS, MOST = 50, 200
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
 
 # A fresh process of its own would take ten times as long to import everything: it is forked when all is imported.
@@ -41,7 +41,9 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     slowest = 0.0
     with subprocess.Popen([sys.executable, "-c", CONVERTING], env=ENVIRONMENT, **pipes) as run:
-        for number in range(RUNS + 1):
+        for number in range(MOST):
+            if stopped == RUNS:
+                break
             target = tmp_path / f"mlx-{number}"
             flags = "-q --q-bits 8" if number % 2 else "--no-verify"
             begun = time.monotonic()
@@ -55,20 +57,22 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
             code = int(run.stdout.readline())
             if lasts is None:
                 lasts = time.monotonic() - begun
-            elif code != 0:
+            elif code == 0:
+                lasts = min(lasts, time.monotonic() - begun)
+            else:
                 slowest = max(slowest, time.monotonic() - sent)
                 # Before the command line has its handlers the signal ends the process as it always does.
                 assert code in (128 + SIGNALS[number % 3], -SIGNALS[number % 3], 1), f"seed {seed}"
                 stopped += 1
         _, errors = run.communicate()
     assert "Traceback" not in errors or "KeyboardInterrupt" in errors, errors
-    assert stopped > 5, f"seed {seed}"
+    assert stopped == RUNS, f"seed {seed}"
     assert slowest < 3  # the goal is one second; a loaded machine may take longer
     names = sorted(path.name for path in tmp_path.iterdir())
     assert all(not name.startswith(".") for name in names), f"{names}, seed {seed}"
     for path in tmp_path.iterdir():
         assert load(path)[0].encode_image(mx.zeros((1, 56, 56, 3))).shape == (1, 128), f"{path.name}, seed {seed}"
-    print(f"{stopped} of {RUNS} stopped, the slowest after {slowest:.2f} s")
+    print(f"{stopped} stopped, the slowest after {slowest:.2f} s; {len(names)} were whole before")
 
 
 def test_the_signals_are_those_of_a_terminal_and_of_a_service_manager():
