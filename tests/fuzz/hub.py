@@ -51,6 +51,7 @@ class _Broken(_Handler):
     def send_header(self, keyword: str, value: str) -> None:
         if keyword in ("ETag", "X-Repo-Commit", "Content-Length", "Content-Range") and self.dice.random() > self.whole:
             value = self.dice.choice(("", "x", '"../../../escaped"', "../..", "-1", "10", "9" * 30, f'"{"a" * 400}"'))
+            self.close_connection = True  # else the client would wait for the rest until its own limit, ten seconds
         super().send_header(keyword, value)
 
     def log_error(self, *arguments: object) -> None:
