@@ -10,7 +10,7 @@ OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
-.PHONY: help demo test test-all parity check verify train format clean
+.PHONY: help demo test test-all parity check fuzz verify train format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -25,6 +25,9 @@ test-all: $(VENV)/tested  ## the quick and the slow tests
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
 	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity
+
+fuzz: $(VENV)/tested  ## 20,000 broken checkpoints, images, indexes and answers of the Hub (FUZZ="--seed 7 --inputs 500" for more)
+	$(RUN) -m tests.fuzz $(FUZZ)
 
 verify: $(VENV)/tested  ## with a network: Apple's weights against published values (CHECKPOINTS="name …" for more)
 	$(RUN) -m convert.verify $(CHECKPOINTS)

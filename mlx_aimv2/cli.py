@@ -125,7 +125,9 @@ def one_line_errors(work: Callable[[], int]) -> int:
         _trace()
         say(f"{error}: a package is missing or broken; pip install --force-reinstall mlx-aimv2 fetches all of them")
         code = 1
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library written in Rust panics with an exception that is no Exception
         _trace()
         say(f"a fault of mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 in front of the command shows where")
         code = 1

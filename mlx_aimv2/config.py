@@ -163,7 +163,7 @@ def section_of(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A section of config.json, or the whole where it has none. Raises ValueError for one that is no object."""
     section = raw.get(key, raw)
     if not isinstance(section, Mapping):
-        raise ValueError(f"config.json: {key} must be an object, got {section!r}")
+        raise ValueError(f"config.json: {key} must be an object, got {section!r:.80}")
     return dict(section)
 
 
@@ -176,11 +176,13 @@ def read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json says {on[0]}: true; AIMv2's blocks have no biases, so this is another network")
     if on := [key for key in _OTHER_KEYS if section.get(key) is not None]:
         raise ValueError(
-            f"config.json says {on[0]}: {section[on[0]]}; AIMv2 has neither rotary positions nor windows, so this is "
-            "another network"
+            f"config.json says {on[0]}: {section[on[0]]!r:.80}; AIMv2 has neither rotary positions nor windows, so "
+            "this is another network"
         )
     if (activation := section.get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"config.json says hidden_act: {activation}; AIMv2 uses silu, so this is another network")
+        raise ValueError(
+            f"config.json says hidden_act: {activation!r:.60}; AIMv2 uses silu, so this is another network"
+        )
     types = {f.name: str(f.type) for f in fields(kind)}
     named = {_APPLE_NAMES.get(key, key): value for key, value in section.items()}
     found = {name: _checked(name, named[name], types[name]) for name in types if named.get(name) is not None}
@@ -190,16 +192,16 @@ def read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list | tuple):  # [224, 224], or several end-of-text ids of which the first counts
         if not all(isinstance(number, int | float) for number in value):
-            raise ValueError(f"config.json: {name} must be a number or a list of numbers, got {value!r}")
+            raise ValueError(f"config.json: {name} must be a number or a list of numbers, got {value!r:.80}")
         if len(set(value)) == 1 or (name == "eos_token_id" and value):
             value = value[0]
         else:
-            raise ValueError(f"config.json: {name} must be square, got {value}")
+            raise ValueError(f"config.json: {name} must be square, got {value!s:.80}")
     kind = kind.split(" ")[0]  # "int | None"
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value).__name__ != kind:
-        raise ValueError(f"config.json: {name} must be of type {kind}, got {value!r}")
+        raise ValueError(f"config.json: {name} must be of type {kind}, got {value!r:.80}")
     return value
 
 
@@ -210,7 +212,7 @@ def _check_positive(config: Any) -> None:
         if type(value) is int and not least <= value < MAX_SIZE:
             raise ValueError(f"{f.name} must be from {least} to {MAX_SIZE:,}, got {value:.6g}")
         if isinstance(value, float) and not 0 < value < MAX_SIZE:  # false for NaN too
-            raise ValueError(f"{f.name} must be a positive number, got {value}")
+            raise ValueError(f"{f.name} must be a positive number, got {value!s:.80}")
     if getattr(config, "rms_norm_eps", 0) >= 1:
         raise ValueError(f"rms_norm_eps must be far below 1, got {config.rms_norm_eps}")
 

@@ -9,7 +9,6 @@ a later chip is for `mlx-aimv2 bench` to measure.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import re
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_aimv2.safe_read import read_json
 
 AUTO = "auto"
 
@@ -107,7 +108,7 @@ def suited_dtype(checkpoint: Path, *, on: Machine | None = None) -> str:
 def largest_activation(checkpoint: Path) -> float | None:
     """The largest activation in the folder's fidelity report, None without one."""
     try:
-        value = json.loads((checkpoint / REPORT).read_text(encoding="utf-8"))["largest_activation"]["value"]
+        value = read_json(checkpoint / REPORT)["largest_activation"]["value"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(value) if isinstance(value, int | float) else None

@@ -51,7 +51,7 @@ def trimmed(data: bytes) -> Trimmed:
         if data.startswith(start):
             try:
                 return trim(data) or Trimmed(data)
-            except (struct.error, IndexError):  # it ends too early for its own format
+            except (struct.error, IndexError, OverflowError):  # it ends too early for its own format
                 return Trimmed(data)
     for start, kind in RAW_STARTS.items():
         if data.startswith(start) or data[4:].startswith(start):

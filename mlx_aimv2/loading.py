@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -122,6 +123,11 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     """
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
     match = _naming(origin, lambda: detect.recognise(origin.shapes))
+    if extra := detect.classifier(origin.shapes, match):
+        warnings.warn(
+            f"{origin}: a classifier is left out ({detect.listed(extra)}); the encoder is taken", stacklevel=2
+        )
+        origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
     shapes = match.target_shapes(origin.shapes)
     config = _naming(origin, lambda: read_config(origin.config, shapes))

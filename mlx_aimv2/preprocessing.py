@@ -136,7 +136,7 @@ def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
         size = {"height": size, "width": size}
     for step in STEPS:
         if not isinstance(fields[step], bool):
-            raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r}")
+            raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r:.80}")
     scale = _number(fields["rescale_factor"], "rescale_factor", file, above_zero=True) if fields["do_rescale"] else None
     crop = _size(fields["crop_size"], "crop_size", file) if fields["do_center_crop"] else None
     return Preprocessing(
@@ -153,7 +153,7 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
     """timm's `pretrained_cfg`: resize to input_size / crop_pct, then crop input_size from the centre."""
     shape = fields["input_size"]
     if not (isinstance(shape, list) and len(shape) == 3 and shape[0] == 3):
-        raise ValueError(f"{file}: input_size must be [3, height, width], not {shape!r}")
+        raise ValueError(f"{file}: input_size must be [3, height, width], not {shape!r:.80}")
     height, width = (_pixels(n, "input_size", file) for n in shape[1:])
     share = _number(fields.get("crop_pct") or 1.0, "crop_pct", file)
     if not 0 < share <= 1:
@@ -163,7 +163,7 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
         raise ValueError(f"{file}: crop_pct {share} asks for more than {LARGEST_SIDE} pixels")
     mode = fields.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
-        raise ValueError(f"{file}: crop_mode must be center or squash, not {mode!r}")
+        raise ValueError(f"{file}: crop_mode must be center or squash, not {mode!r:.80}")
     if mode == "center" and height != width:
         raise ValueError(f"{file}: crop_mode center with an input_size that is not square ({height}x{width})")
     return Preprocessing(
@@ -216,14 +216,14 @@ def _size(value: object, name: str, file: Path) -> int | tuple[int, int]:
         return _pixels(value["shortest_edge"], f"{name}.shortest_edge", file)
     if given == {"height", "width"}:
         return _pixels(value["height"], f"{name}.height", file), _pixels(value["width"], f"{name}.width", file)
-    raise ValueError(f"{file}: {name} must be a number, {{shortest_edge}} or {{height, width}}, not {value!r}")
+    raise ValueError(f"{file}: {name} must be a number, {{shortest_edge}} or {{height, width}}, not {value!r:.80}")
 
 
 def _resample(value: object, name: str, file: Path) -> int:
     number = RESAMPLE.get(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int) or number not in RESAMPLE.values():
         known = ", ".join(f"{name} ({number})" for name, number in RESAMPLE.items())
-        raise ValueError(f"{file}: {name} must be one of {known}, not {value!r}")
+        raise ValueError(f"{file}: {name} must be one of {known}, not {value!r:.80}")
     return number
 
 
@@ -240,6 +240,6 @@ def _number(value: object, name: str, file: Path, *, above_zero: bool = False) -
 def _three(value: object, name: str, file: Path, *, above_zero: bool = False) -> tuple[float, float, float]:
     values = value if isinstance(value, list) else [value] * 3
     if len(values) != 3:
-        raise ValueError(f"{file}: {name} must be three numbers, one each for red, green and blue, not {value!r}")
+        raise ValueError(f"{file}: {name} must be three numbers, one each for red, green and blue, not {value!r:.80}")
     red, green, blue = (_number(number, name, file, above_zero=above_zero) for number in values)
     return red, green, blue

@@ -116,18 +116,18 @@ def check_section(quantization: object, known: Container[str]) -> None:
     """Raises ValueError unless a `quantization` section is an object of settings, and of entries per layer."""
     kinds = {"group_size": int, "bits": int, "mode": str}
     if not isinstance(quantization, Mapping):
-        raise ValueError(f"config.json: quantization must be an object, got {quantization!r}")
+        raise ValueError(f"config.json: quantization must be an object, got {quantization!r:.80}")
     for path, entry in [("", quantization), *((key, quantization[key]) for key in quantization if key not in SHARED)]:
-        where = f"quantization, {path}" if path else "quantization"
+        where = f"quantization, {path:.120}" if path else "quantization"
         if path and path not in known:
             raise ValueError(f"config.json: {where}: no layer of this model that could be quantized")
         if not isinstance(entry, Mapping | bool):
-            raise ValueError(f"config.json: {where} must be an object, true or false, got {entry!r}")
+            raise ValueError(f"config.json: {where} must be an object, true or false, got {entry!r:.80}")
         if isinstance(entry, bool):
             continue
         for key, kind in kinds.items():
             if type(entry.get(key)) not in (kind, type(None)):
-                raise ValueError(f"config.json: {where}: {key} must be of type {kind.__name__}, got {entry[key]!r}")
+                raise ValueError(f"config.json: {where}: {key} must be of type {kind.__name__}, got {entry[key]!r:.80}")
 
 
 def packed_dtypes(model: nn.Module) -> dict[str, mx.Dtype]:

@@ -23,6 +23,14 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises FileNotFoundError, ValueError for a folder, pipe, device or larger file, and OSError for one that cannot be
     read; each names the file.
     """
+    content, size = _read(path, max_bytes + 1)
+    if max(size, len(content)) > max_bytes:
+        raise ValueError(f"{path} has {max(size, len(content)):,} bytes; at most {max_bytes:,} are read of such a file")
+    return content
+
+
+def _read(path: Path, count: int) -> tuple[bytes, int]:
+    """The first bytes of a regular file, and how long it is said to be."""
     try:
         # O_NONBLOCK: opening a named pipe would wait for somebody to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -36,15 +44,10 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError(f"{path}: wanted a file, got a folder, a pipe or a device")
-        if about.st_size > max_bytes:
-            raise ValueError(f"{path} has {about.st_size:,} bytes; at most {max_bytes:,} are read of such a file")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(max_bytes + 1)
+            return file.read(count), about.st_size
     finally:
         os.close(descriptor)
-    if len(content) > max_bytes:  # it has grown, or its size was not reported
-        raise ValueError(f"{path} has more than the {max_bytes:,} bytes that are read of such a file")
-    return content
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -55,8 +58,28 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
+def read_start(path: Path, *, max_bytes: int) -> bytes:
+    """The first `max_bytes` of a regular file, however long it is; errors as `read_bytes`."""
+    return _read(path, max_bytes)[0]
+
+
+def check_link(path: Path) -> None:
+    """Raises FileNotFoundError for a link that leads to nothing, as in a cache whose download broke off."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: fetch it again"  # noqa: PTH115
+        )
+
+
+def check_size(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Raises ValueError for a file that is larger than such files are."""
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read of such a file")
+
+
 def read_json(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError, ValueError or OSError that names the file."""
+    check_link(path)
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
     text = read_text(path, max_bytes=max_bytes)

@@ -13,6 +13,7 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -148,10 +149,28 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
     Errors of the system that name no other file end as one line with the target's name.
     """
+    parent, start = path.absolute().parent, f".{path.name[:NAME_LENGTH]}."
     beside: Path | None = None
     lock: int | None = None
     try:
-        beside, lock = _claimed(path)
+        remove_abandoned(path)
+        for _ in range(TRIES):
+            if beside is not None:
+                _discard(beside)
+            # Known before it is made: a signal may come at any moment.
+            beside = parent / f"{start}{secrets.token_hex(8)}{UNFINISHED}"
+            _mine.add(beside)
+            beside.mkdir(0o700)
+            # Until it is locked another process may take it for an abandoned one and remove it: then the lock is not
+            # to be had, or is that of a folder without a name, and another one is made.
+            with contextlib.suppress(BlockingIOError):
+                lock = _lock(beside)
+                if lock is None or _is_same_file(beside, os.fstat(lock)):
+                    break
+                os.close(lock)
+                lock = None
+        else:
+            raise OSError(f"Cannot save to the path {path}: other processes keep removing what is written there.")
         yield beside
     except OSError as error:
         if error.strerror is None:
@@ -161,8 +180,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         raise type(error)(f"{what}: {error.strerror}.") from None
     finally:
         if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-            _mine.discard(beside)
+            _discard(beside)
         if lock is not None:
             os.close(lock)
 
@@ -220,27 +238,9 @@ _mine: set[Path] = set()
 """The temporaries of this process."""
 
 
-def _claimed(path: Path) -> tuple[Path, int | None]:
-    """A new temporary with its lock, after those of killed processes were removed.
-
-    Between making it and locking it another process may take it for an abandoned one and remove it: then the lock is
-    not to be had, or is that of a folder without a name, and another one is made.
-    """
-    parent, name = path.absolute().parent, path.name[:NAME_LENGTH]
-    remove_abandoned(path)
-    for _ in range(TRIES):
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=UNFINISHED, dir=parent))
-        _mine.add(folder)
-        try:
-            lock = _lock(folder)
-        except BlockingIOError:
-            pass
-        else:
-            if lock is None or _is_same_file(folder, os.fstat(lock)):
-                return folder, lock
-            os.close(lock)
-        _mine.discard(folder)
-    raise OSError(f"Cannot save to the path {path}: other processes keep removing what is written there.")
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _mine.discard(folder)
 
 
 def _take_name(folder: Path, path: Path, *, overwrite: bool) -> None:

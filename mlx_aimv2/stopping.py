@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 from mlx_aimv2.safe_write import discard_unfinished
@@ -68,19 +68,23 @@ def stoppable(say: Say, *, patience: float = PATIENCE) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     ear, mouth = socket.socketpair()
     mouth.setblocking(False)
-    for number, handler in handlers.items():
-        if handler in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _stop)
+    handlers = {number: old for number, old in handlers.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in handlers:
+        signal.signal(number, _stop)
     heard_before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(ear, say, patience), name="signals", daemon=True)
+    left = threading.Event()
+    watched = (ear, left, handlers, say, patience)
+    watcher = threading.Thread(target=_watch, args=watched, name="signals", daemon=True)
     watcher.start()
     stopped = False
     try:
         yield
     except Stopped:
         stopped = True
+        discard_unfinished()  # the signal may have come while something was being removed
         raise
     finally:
+        left.set()
         signal.set_wakeup_fd(heard_before)
         for number, handler in handlers.items():
             if _is_ours(number):
@@ -114,46 +118,55 @@ def _others_alive() -> bool:
     return any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
 
 
-def _watch(ear: socket.socket, say: Say, patience: float) -> None:
-    """Hears each signal as it comes, whatever the main thread is doing, and sees to it that the process ends."""
-    number = _heard(ear, None)
+def _watch(
+    ear: socket.socket, left: threading.Event, handlers: Mapping[signal.Signals, object], say: Say, patience: float
+) -> None:
+    """Hears each signal as it comes, whatever the main thread is doing, and sees to it that the process ends.
+
+    `left` is set when the main thread has come out of `stoppable`: then it says itself what happened.
+    """
+    number = _heard(ear, handlers, None)
     if not number:
         return
     deadline = time.monotonic() + patience
     told = ""
     while True:
         waiting = _unfinished_business[-1] if _unfinished_business else ""
-        left = deadline - time.monotonic()
-        if left <= 0 and not waiting:
+        rest = deadline - time.monotonic()
+        if rest <= 0 and not waiting:
             break
-        if left <= 0 and waiting != told:
+        if rest <= 0 and waiting != told:
             say(f"stopping: waiting for {waiting}; once more to stop at once")
             told = waiting
-        again = _heard(ear, left if left > 0 else 0.05)
+        again = _heard(ear, handlers, rest if rest > 0 else 0.05)
         if again == 0:
             return  # the main thread came to its end
         if again is not None:
             number = again
             break
     discard_unfinished()
-    if _is_ours(number):  # else the main thread has said so
+    if not left.is_set():
         say(str(Stopped(number)))
     os._exit(128 + number)
 
 
-def _heard(ear: socket.socket, seconds: float | None) -> int | None:
-    """The number of the next of our signals; 0 when `stoppable` has ended; None when nothing came in time."""
+def _heard(ear: socket.socket, handlers: Mapping[signal.Signals, object], seconds: float | None) -> int | None:
+    """The number of the next of our signals; 0 when `stoppable` has ended; None when nothing came in time.
+
+    A signal for which somebody has put his own handler since is not ours; one whose handler is the old one again is.
+    """
     until = None if seconds is None else time.monotonic() + seconds
     while True:
-        left = None if until is None else until - time.monotonic()
-        if left is not None and left <= 0:
+        rest = None if until is None else until - time.monotonic()
+        if rest is not None and rest <= 0:
             return None
-        ear.settimeout(left)
+        ear.settimeout(rest)
         try:
             data = ear.recv(1)
         except socket.timeout:  # noqa: UP041 - in Python 3.10 it is not yet TimeoutError
             return None
         if not data:
             return 0
-        if _is_ours(data[0]):
-            return data[0]
+        for number, old in handlers.items():
+            if data[0] == number and (_is_ours(number) or signal.getsignal(number) == old):
+                return data[0]

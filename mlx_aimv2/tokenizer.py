@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.safe_read import read_json
+from mlx_aimv2.safe_read import check_size, read_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,10 +43,11 @@ class Tokenizer:
         backend, file = _read(folder)
         names = _special_tokens(folder)
         special: dict[str, int] = {}
-        for role, name in names.items():
+        for role in ("bos_token", "eos_token"):
+            name = names[role]
             token_id = backend.token_to_id(name)
             if token_id is None:
-                raise ValueError(f"{file} has no token {name!r}, which must be its {role}")
+                raise ValueError(f"{file} has no token {name!r:.80}, which must be its {role}")
             special[role] = token_id
         if config is None:
             return cls(backend, bos=special["bos_token"], eos=special["eos_token"])
@@ -88,8 +89,9 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     file = folder / "tokenizer.json"
     if file.is_file():
         try:
-            return tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig")), file
-        except Exception as error:  # tokenizers raises plain Exception
+            return tokenizers.Tokenizer.from_str(read_text(file)), file
+        except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
+            _check_is_error(error)
             raise ValueError(f"{file} is not a tokenizer: {error}") from None
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     if not vocab.is_file() and not merges.is_file():
@@ -100,9 +102,13 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
     try:
+        check_size(vocab)
+        check_size(merges)
         tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
-        backend = clip_backend(tokens, pairs)
-    except Exception as error:
+        unknown = _special_tokens(folder)["unk_token"]
+        backend = clip_backend(tokens, pairs, unknown=unknown if unknown in tokens else EOS)
+    except BaseException as error:  # as above
+        _check_is_error(error)
         raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
@@ -111,8 +117,14 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     return backend, vocab
 
 
-def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """CLIP's byte-pair encoding around this vocabulary."""
+def _check_is_error(error: BaseException) -> None:
+    """Raises it again if it is no error, but somebody who wants to stop."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        raise error
+
+
+def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknown: str = EOS) -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoding around this vocabulary; `unknown` stands for a byte that has no token."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     backend = Tokenizer(
@@ -122,7 +134,7 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokeni
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",
             fuse_unk=False,
-            unk_token=EOS,
+            unk_token=unknown,
         )
     )
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -139,8 +151,8 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokeni
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """This checkpoint's beginning-of-text and end-of-text tokens: CLIP's, unless a file names others."""
-    names = {"bos_token": BOS, "eos_token": EOS}
+    """This checkpoint's tokens for begin and end of text and for the unknown: CLIP's, unless a file names others."""
+    names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         if not file.exists():
             continue
@@ -149,5 +161,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
+                try:
+                    name.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"{file}: {role} is not valid Unicode: {name!r:.80}") from None
                 names[role] = name
     return names

@@ -29,6 +29,7 @@ class Hub:
     `repositories` is `{name: {commit: {path: content}}}`, a repository's last commit being `main`. `refuse` answers a
     repository with `(status, error code)`. `cuts` closes the connection after so many bytes of a path, once for each
     entry; `down` answers every request for a path's content with 500. `pages` are contents outside all repositories.
+    `etags` replaces a path's; `always` is one answer to everything: status, kind of content, content.
     """
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -39,6 +40,8 @@ class Hub:
     ranges: list[str] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
     pages: dict[str, bytes] = field(default_factory=dict)
+    etags: dict[str, str] = field(default_factory=dict)
+    always: tuple[int, str, bytes] | None = None
     address: str = ""
 
     def publish(self, name: str, commit: str, folder: Path, **renamed: str) -> None:
@@ -108,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _read(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append((self.command, path))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/([^/]+)", path):
+        if self.state.always is not None:
+            self._always(*self.state.always)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/([^/]+)", path):
             files = self._files(*found.groups())
             if files is not None:
                 name, revision = found.groups()
@@ -129,6 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json({"error": "no such page"}, 404)
 
+    def _always(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
     def _content(self, file: str, data: bytes, commit: str) -> None:
         start = 0
         if (asked := self.headers.get("Range")) is not None:
@@ -138,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "down"}, 500)
             return
         self.send_response(206 if start else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{self.state.etags.get(file) or hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(data) - start))

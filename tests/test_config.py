@@ -137,3 +137,12 @@ def test_biases_are_another_network(key):
 def test_nonsense_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         read_config({**APPLE, **wrong}, SHAPES)
+
+
+def test_the_image_encoders_config_can_be_read_from_a_lit_models():
+    lit = Aimv2Config(Aimv2VisionConfig(**SIZES, image_size=42, use_head=True))
+    assert Aimv2VisionConfig.from_dict(lit.to_dict()) == lit.vision_config
+
+
+def test_without_weights_to_tell_there_is_a_head_as_in_transformers():
+    assert Aimv2VisionConfig.from_dict({**SIZES, "image_size": 42}).use_head

@@ -168,3 +168,15 @@ def test_a_vocabulary_larger_than_the_embedding_names_both_sizes():
 def test_an_eos_other_than_the_text_encoders_names_both_ids():
     with pytest.raises(ValueError, match=r"the id 777, but config\.json's eos_token_id is 776"):
         Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=778, eos_token_id=776))
+
+
+def test_the_unknown_token_of_special_tokens_map_stands_for_letters_without_a_token(tmp_path):
+    folder = copied(tmp_path, "vocab.json", "merges.txt")
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    without = {token: number for token, number in vocab.items() if "z" not in token}
+    (folder / "vocab.json").write_text(json.dumps(without), encoding="utf-8")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    (folder / "merges.txt").write_text("\n".join(line for line in lines if "z" not in line), encoding="utf-8")
+    assert Tokenizer.from_folder(folder, config=TEXT)("z").tolist() == [[BOS, EOS, EOS]]
+    (folder / "special_tokens_map.json").write_text(json.dumps({"unk_token": {"content": "a"}}))
+    assert Tokenizer.from_folder(folder, config=TEXT)("z").tolist() == [[BOS, vocab["a"], EOS]]

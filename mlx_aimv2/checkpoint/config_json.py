@@ -104,7 +104,7 @@ def _timm_section(raw: Mapping[str, Any], pretrained: Mapping[str, Any]) -> dict
         section["image_size"] = list(size[1:])
     arguments = raw.get("model_args") or {}
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"config.json: model_args must be an object, got {arguments!r}")
+        raise ValueError(f"config.json: model_args must be an object, got {arguments!r:.80}")
     return section | {_TIMM_ARGUMENTS[key]: value for key, value in arguments.items() if key in _TIMM_ARGUMENTS}
 
 

@@ -24,6 +24,10 @@ _NOT_AIMV2 = {
 """Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
 
 
+LONGEST = 120
+"""Characters of a tensor's name that an error quotes."""
+
+
 def recognise(shapes: Shapes) -> Match:
     """Finds the layout that has most of the tensors: `{source name: shape} -> Match`.
 
@@ -50,6 +54,15 @@ def recognise(shapes: Shapes) -> Match:
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
         raise ValueError(f"the names are those of the {layout.name} layout{_because(parts)}")
     return Match(layout, rows, prefix)
+
+
+def classifier(shapes: Shapes, match: Match) -> list[str]:
+    """The tensors of a classifier that was trained on top of the encoder, as timm and transformers name them.
+
+    They are no part of AIMv2; the pooling head's tensors have other names (head.cls_token, head.k.weight, ...).
+    """
+    of_timm = {match.prefix + name for name in ("head.weight", "head.bias", "fc.weight", "fc.bias")}
+    return sorted(name for name in shapes if name in of_timm or re.search(r"(^|\.)classifier\.", name))
 
 
 def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
@@ -80,7 +93,8 @@ def listed(names: Iterable[str]) -> str:
     for name in sorted(names):
         pattern, number = split_number(name)
         groups.setdefault(pattern, []).append(int(number or 0))
-    return ", ".join(name.replace("{i}", _ranges(numbers)) for name, numbers in groups.items())
+    named = (name.replace("{i}", _ranges(numbers)) for name, numbers in groups.items())
+    return ", ".join(name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in named)
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -6,12 +6,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import socket
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
@@ -23,12 +29,15 @@ def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Pat
     """
     from huggingface_hub import constants, snapshot_download
 
+    _check_settings()
     at = f" at revision {revision}" if revision else ""
     with _one_line(repo, at, "the download broke off; run it again, files that came whole are kept"):
         cache_only = not _has_address(constants.ENDPOINT)  # else each request would be tried for half a minute
-        return Path(
+        folder = Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=cache_only)
         )
+    _check_inside(folder, Path(constants.HF_HUB_CACHE))
+    return folder
 
 
 def check_upload(repo: str) -> None:
@@ -40,6 +49,7 @@ def check_upload(repo: str) -> None:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
         raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
+    _check_settings()
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(f"{repo}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it")
 
@@ -62,7 +72,7 @@ def upload(folder: Path, repo: str) -> str:
 @contextlib.contextmanager
 def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
     """Turns what the Hub and the network raise into a few built-in errors, each in one line."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     log = logging.getLogger("huggingface_hub")
     level = log.level
@@ -77,29 +87,89 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{repo}: neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was reached
+            raise _refused(repo, at, error.__cause__) from None
         raise ConnectionError(
             f"{repo}{at}: the Hub cannot be reached, and its cache does not hold all of this; connect once (and unset "
-            "HF_HUB_OFFLINE), or give a folder"
+            f"HF_HUB_OFFLINE), or give a folder{_held_instead(repo)}"
         ) from None
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise PermissionError(
-                f"{repo}: the Hub refuses ({status}); set HF_TOKEN to a token that may do this"
-            ) from None
-        raise ConnectionError(f"{repo}{at}: the Hub answered with an error ({_first_line(error)})") from None
+        raise _refused(repo, at, error) from None
     except errors.HFValidationError as error:
         raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
+    except _OTHER_ANSWERS as error:
+        raise ConnectionError(
+            f"{repo}{at}: what answers is not the Hub, or not as it should ({type(error).__name__}: "
+            f"{_first_line(error)}); a login page of the network or a proxy may stand between: open "
+            f"{constants.ENDPOINT} in a browser, and check HF_ENDPOINT"
+        ) from None
     except Exception as error:
         if (
             not isinstance(error, OSError | RuntimeError)
             and type(error).__module__.split(".")[0] not in _NETWORK_MODULES
         ):
             raise
-        raise ConnectionError(f"{repo}{at}: {broken} ({_first_line(error)})") from None
+        full = _full_disk(error)
+        raise ConnectionError(f"{repo}{at}: {broken} ({full or _first_line(error)})") from None
     finally:
         log.setLevel(level)
+
+
+def _refused(repo: str, at: str, error: HfHubHTTPError) -> OSError:
+    """What an answer other than success means, and what to do about it."""
+    status = error.response.status_code if error.response is not None else 0
+    kind, advice = _ADVICE.get(status, (ConnectionError, _ADVICE_SERVER if status >= 500 else _first_line(error)))
+    what = "refuses" if kind is PermissionError else "answered with an error"
+    return kind(f"{repo}{at}: the Hub {what} ({status}); {advice}")
+
+
+def _check_settings() -> None:
+    """Raises ValueError or OSError for settings of the Hub that can only fail, and later less clearly."""
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    existing = next(place for place in (cache, *cache.parents) if place.exists() or place.is_symlink())
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"{existing} is no folder, and the Hub's cache is to lie in it: set HF_HOME to a folder, or unset it"
+        )
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(
+            "the Hub's token (HF_TOKEN, or the file of a login) holds a character that no token has: copy it again"
+        )
+
+
+def _check_inside(folder: Path, cache: Path) -> None:
+    """Raises OSError for a file that does not lie in the Hub's cache, where a server's answer may have led it."""
+    root = Path(os.path.realpath(cache))
+    for place in (folder, *folder.iterdir()):
+        if root not in Path(os.path.realpath(place)).parents:
+            raise OSError(f"{place} leads out of the Hub's cache {cache}: it is not used; delete it and fetch it again")
+
+
+def _held_instead(repo: str) -> str:
+    """What of a repository the cache does hold, as `hf download` leaves it, and how to use it."""
+    from huggingface_hub import constants
+
+    refs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs"
+    names = sorted(file.name for file in refs.iterdir() if file.is_file()) if refs.is_dir() else []
+    return f"; the cache holds {', '.join(names)}: add --revision {names[0]} to use it" if names else ""
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """What to do if a full disk lies behind an error, None if something else does."""
+    from huggingface_hub import constants
+
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return (
+                f"no space left for the Hub's cache {constants.HF_HUB_CACHE}: free some, or set HF_HOME to a folder "
+                "on another disk"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _has_address(endpoint: str) -> bool:
@@ -113,9 +183,21 @@ def _has_address(endpoint: str) -> bool:
     return True
 
 
+_OTHER_ANSWERS = (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, RecursionError)
+"""What huggingface_hub raises when an answer is not what it expects."""
+
+_ADVICE: dict[int, tuple[type[OSError], str]] = {
+    401: (PermissionError, "set HF_TOKEN to a token that may do this"),
+    403: (PermissionError, "set HF_TOKEN to a token that may do this, and accept the terms on the repository's page"),
+    429: (ConnectionError, "too many requests: wait some minutes and run it again, with HF_TOKEN set it allows more"),
+}
+"""Status of an answer -> the error, and what to do about it."""
+
+_ADVICE_SERVER = "the fault is the Hub's: run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"
+
 _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
 """Whose errors mean that the network failed: huggingface_hub and what it speaks HTTP with, by release."""
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

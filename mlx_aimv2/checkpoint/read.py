@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
 from mlx_aimv2.config import DTYPES, RELEASED, dtype_name
-from mlx_aimv2.safe_read import expand_user, read_json
+from mlx_aimv2.safe_read import check_link, expand_user, read_json, read_text
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -26,6 +26,9 @@ WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """How a file of weights ends; all but the first are PyTorch's pickles."""
+
+SHARD = r"[\w.,+=@-]{1,200}\.(safetensors|bin|pt|pth)"
+"""Names that a list of shards may hold: no pattern, which would fetch the whole repository."""
 
 AUXILIARY_FILES = (
     "preprocessor_config.json",
@@ -119,7 +122,7 @@ def find(
     if path.exists():
         if revision is not None:
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
-        return path, None, None
+        return _in_cache(path), None, None
     name = str(path_or_hf_repo)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         near = difflib.get_close_matches(f"apple/{name}", [f"apple/{known}" for known in RELEASED], n=1)
@@ -128,6 +131,22 @@ def find(
     pinned = RELEASED.get(name.removeprefix("apple/")) if name.startswith("apple/") else None
     folder = _download(name, revision or (pinned.commit if pinned else None))
     return folder, name, folder.name
+
+
+def _in_cache(path: Path) -> Path:
+    """The commit's folder where a path is that of a repository in the Hub's cache; any other path as it is."""
+    repository = path.parent if path.name == "snapshots" else path
+    if not repository.name.startswith("models--") or not (repository / "snapshots").is_dir():
+        return path
+    commits = sorted(folder.name for folder in (repository / "snapshots").iterdir() if folder.is_dir())
+    main = repository / "refs" / "main"
+    commit = read_text(main, max_bytes=1000).strip() if main.is_file() else None
+    if commit is None and len(commits) == 1:
+        commit = commits[0]
+    if commit not in commits:
+        held = f"it holds {', '.join(commits)}: give the folder of one of them" if commits else "it holds no commit"
+        raise FileNotFoundError(f"{path} is a repository in the Hub's cache without what refs/main names; {held}")
+    return repository / "snapshots" / commit
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -151,10 +170,13 @@ def _weight_files(path: Path) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if (index := _index(path)) is not None:
         needed = _shards_of_encoder(index)
+        for name in needed:
+            check_link(path / name)
         if missing := [name for name in needed if not (path / name).is_file()]:
             raise FileNotFoundError(f"{path}: {index.name} names shards that are not there: {', '.join(missing)}")
         return path, [path / name for name in needed]
     for name in WEIGHT_FILES:
+        check_link(path / name)
         if (path / name).is_file():
             return path, [path / name]
     if any(path.glob("model-*-of-*.safetensors")):
@@ -163,6 +185,8 @@ def _weight_files(path: Path) -> tuple[Path, list[Path]]:
 
 
 def _index(folder: Path) -> Path | None:
+    for name in INDEX_FILES:
+        check_link(folder / name)
     return next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
 
 
@@ -181,7 +205,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: no weight_map of tensor names to file names")
     if outside := [name for name in weight_map.values() if Path(name).name != name]:
-        raise ValueError(f"{index}: names a file outside its folder: {outside[0]}")
+        raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r:.200}")
+    if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # it is asked of the Hub
+        raise ValueError(f"{index}: names {other[0]!r:.200}, which is no file of weights")
     return weight_map
 
 
@@ -206,7 +232,7 @@ def _read_weights(file: Path) -> dict[str, mx.array]:
     try:
         return dict(mx.load(str(file)))  # type: ignore[arg-type]
     except RuntimeError as error:  # a dtype that MLX has not
-        raise ValueError(f"{file}: MLX cannot read it ({error}); weights must be {', '.join(DTYPES)}") from None
+        raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
 
 
 def _check_safetensors(file: Path) -> None:
@@ -217,4 +243,10 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(str(file), framework="numpy"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not a safetensors file ({error}); fetch it again") from None
+        raise ValueError(f"{file}: truncated or not a safetensors file ({_short(error)}); fetch it again") from None
+
+
+def _short(error: Exception) -> str:
+    """One line of an error that may quote a stranger's file at length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"

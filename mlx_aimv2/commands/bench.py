@@ -226,7 +226,7 @@ def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -
     model, _, config = load(
         arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
     )
-    if keep_quantized and not config.get("quantization"):
+    if keep_quantized and not isinstance(config.get("quantization"), dict):
         raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
     return model
 

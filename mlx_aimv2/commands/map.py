@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, folders or patterns")
     parser.add_argument("-m", "--model", required=True, metavar="X", help="Hub name, folder or weight file")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     parser.add_argument(
         "-o",
         "--output",
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     if found.files:
         kind = "pca" if arguments.patch is None else "patch"
         targets = list(_targets(found.files, arguments.output, kind, overwrite=arguments.overwrite))
-        model, processor = load(arguments.model)
+        model, processor = load(arguments.model, revision=arguments.revision)
         for file, target in zip(found.files, targets, strict=True):
             try:
                 image, grid = draw(

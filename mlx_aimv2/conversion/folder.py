@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.conversion import safetensors_file
-from mlx_aimv2.safe_read import read_bytes
+from mlx_aimv2.safe_read import check_size, read_bytes
 from mlx_aimv2.safe_write import write_json
 
 SHARD_BYTES = 5 << 30
@@ -85,7 +87,24 @@ def copy_auxiliary_files(source: Path, folder: Path) -> None:
     """
     for pattern in AUXILIARY_FILES:
         for file in sorted(source.glob(pattern)):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+            if not file.is_file() or (folder / file.name).exists():
+                continue
+            if not _is_inside(file, source):
+                warnings.warn(f"{file} is a link that leads out of the checkpoint: it is left out", stacklevel=2)
+                continue
+            check_size(file)
+            shutil.copyfile(file, folder / file.name)
     if not (source / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
         raise FileNotFoundError(f"{source} vanished while it was read; nothing was written")
+
+
+def _is_inside(file: Path, source: Path) -> bool:
+    """Whether a file, or what it is a link to, lies in the checkpoint.
+
+    That is its folder, the one in which its config.json really lies, or the repository in the Hub's cache: a link in a
+    stranger's folder could lead to a private file, which would be published with the result.
+    """
+    roots = {Path(os.path.realpath(source)), Path(os.path.realpath(source / CONFIG_FILE)).parent}
+    repository = Path(os.path.realpath(source)).parents[1:2]
+    roots |= {place for place in repository if place.name.startswith("models--")}
+    return not roots.isdisjoint(Path(os.path.realpath(file)).parents)

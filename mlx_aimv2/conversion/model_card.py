@@ -5,6 +5,7 @@ The Hub reads the YAML at its head.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,15 @@ from mlx_aimv2 import __version__
 from mlx_aimv2.config import Aimv2Config
 from mlx_aimv2.conversion.fidelity import rows
 from mlx_aimv2.loading import Source
+from mlx_aimv2.safe_read import read_start
 
 FILE = "README.md"
+
+HEAD_BYTES = 1 << 16
+"""Of the source's card that are looked at."""
+
+LONGEST = 300
+"""Characters of a licence's name or address."""
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Fields of a card that are copied from the source's card unchanged."""
@@ -111,17 +119,31 @@ def front_matter(place: Path, *, source: Source, config: Mapping[str, Any]) -> d
     return head
 
 
-def _source_card(source: Source) -> dict[str, Any]:
-    """The YAML at the head of the source's card; empty where there is none or it cannot be read."""
-    from huggingface_hub import metadata_load
+def _source_card(source: Source) -> dict[str, str]:
+    """What the source's card says at its head of its terms and its base model, where that is one short line each.
 
-    card = source.origin.folder / FILE
-    if not card.is_file():
-        return {}
+    No YAML is read: a stranger's may unfold to any size or make any object.
+    """
     try:
-        return metadata_load(card) or {}
-    except Exception:  # a card that is not valid YAML is treated as absent
+        text = read_start(source.origin.folder / FILE, max_bytes=HEAD_BYTES).decode("utf-8-sig", "replace")
+    except (OSError, ValueError):
         return {}
+    head = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
+    found: dict[str, str] = {}
+    for key in (*LICENCE_KEYS, "base_model"):
+        line = re.search(rf"^{key}:[ \t]+(.+?)[ \t]*\r?$", head[1] if head else "", re.MULTILINE)
+        value = _plain_scalar(line[1]) if line else None
+        if value:
+            found[key] = value
+    return found
+
+
+def _plain_scalar(text: str) -> str | None:
+    """A short string of YAML on one line, quoted or not; None for anything else that YAML can say."""
+    quoted = re.fullmatch(r"""(["'])([^"'\\]*)\1""", text)
+    value = quoted[2] if quoted else re.sub(r"\s+#.*$", "", text)
+    is_plain = quoted is not None or re.match(r"[\w./]", value)
+    return value if is_plain and len(value) <= LONGEST and value.isprintable() and ": " not in value else None
 
 
 def _introduction(source: Source, config: Mapping[str, Any], layout: str | None) -> str:

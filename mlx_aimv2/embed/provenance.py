@@ -84,7 +84,7 @@ def load_with_origin(name: str, *, revision: str | None = None, dtype: str | Non
 
 def _bits(section: Mapping[str, Any] | None) -> Description | None:
     """The shared bits of an MLX folder, and a short digest of what single layers have instead."""
-    if not section:
+    if not section or not isinstance(section, Mapping):  # in a foreign config.json it may mean something else
         return None
     shared = {key: section[key] for key in ("bits", "group_size", "mode") if key in section}
     if own := {key: value for key, value in section.items() if key not in shared}:

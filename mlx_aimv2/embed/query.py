@@ -24,7 +24,7 @@ def image_path(query: str) -> str | None:
     path = expand_user(query)
     if path.is_file():
         return os.path.normpath(path.absolute())
-    if path.is_dir():
+    if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
         raise IsADirectoryError(f"{query} is a folder: give one image or a text")
     if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
         raise FileNotFoundError(f"{query} does not exist: give an image or a text")
@@ -55,8 +55,9 @@ def query_vector(
     index.check_search()
     made = made_by(index)
     if image is None and made["pool"] != "head":
+        what = "a folder" if expand_user(text).is_dir() else "no image"
         raise ValueError(
-            f"{text} is no image, and {index.path} holds {made['pool']} embeddings of images, which "
+            f"{text} is {what}, and {index.path} holds {made['pool']} embeddings of images, which "
             "a text cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"
         )
     embedder = _embedder(index, made, model, revision)

@@ -344,10 +344,10 @@ def plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        text = str(error)
+        text = " ".join(str(error).split())[:200]
         if "not a database" in text:
             raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
-        if any(phrase in text for phrase in ("malformed", "no such table", "no such column")):
+        if any(phrase in text for phrase in ("malformed", "no such table", "no such column", "Could not decode")):
             raise damaged(path, text) from None
         if "already exists" in text:
             raise FileExistsError(f"{path} already exists: open it, or choose another name") from None

@@ -185,3 +185,77 @@ def test_preprocessing_that_leaves_no_image(fixed, key, value):
 def test_a_size_with_a_part_of_a_patch_over_is_no_disagreement(fixed):
     edit(fixed, image_size=43)
     assert read_source(fixed).config.num_patches == 9
+
+
+@pytest.mark.parametrize("section", [[1], "x", 5, {"bits": []}])
+def test_a_foreign_quantization_section_is_not_taken_for_ours(fixed, section, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    edit(fixed, quantization=section)
+    load(fixed)
+    image = str(Path(cli.__file__).parent / "assets" / "photographs" / "astronaut.jpg")
+    assert cli.main(["info", str(fixed)]) == 0
+    assert cli.main(["embed", image, "-m", str(fixed), "-o", "photos.db"]) == 0
+    assert cli.main(["convert", "--hf-path", str(fixed), "--mlx-path", "mlx", "--no-verify"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (("head.bias", "head.weight"), ""),
+        (("classifier.bias", "classifier.weight"), "aimv2."),
+        (("classifier.0.w",), ""),
+    ],
+)
+def test_a_classifier_on_top_is_named_and_left_out(fixed, names, prefix):
+    tensors = {prefix + name: array for name, array in load_file(fixed / "model.safetensors").items()}
+    tensors |= {name: np.ones((10, 3), np.float32) for name in names}
+    save_file(tensors, fixed / "model.safetensors")
+    with pytest.warns(UserWarning, match=f"a classifier is left out .{names[0]}.*the encoder is taken"):
+        load(fixed)
+
+
+def test_a_link_to_a_private_file_is_not_followed(fixed, tmp_path):
+    (tmp_path / "private").write_text("secret")
+    (fixed / "LICENSE").symlink_to(tmp_path / "private")
+    (fixed / "NOTICE").write_text("public")
+    (fixed / "LICENSE.txt").symlink_to("NOTICE")
+    with pytest.warns(UserWarning, match="LICENSE is a link that leads out of the checkpoint: it is left out"):
+        mlx = convert(fixed, tmp_path / "mlx", verify=False)
+    assert sorted(file.name for file in mlx.iterdir() if file.name.startswith(("LIC", "NOT"))) == [
+        "LICENSE.txt",
+        "NOTICE",
+    ]
+    assert not any(b"secret" in file.read_bytes() for file in mlx.iterdir())
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("head", [f"{BOMB}license: *i\n", "license: !!python/object/apply:os.system [true]\n"])
+def test_yaml_at_the_head_of_a_card_is_not_run(fixed, tmp_path, head):
+    (fixed / "README.md").write_text(f"---\n{head}license_name: 'Apple terms'\n---\n")
+    card = (convert(fixed, tmp_path / "mlx", verify=False) / "README.md").read_text()
+    assert len(card) < 10_000
+    assert "license_name: Apple terms" in card and "os.system" not in card
+
+
+def test_a_file_of_labels_without_an_end_is_one_line(capsys):
+    for file in ("/dev/zero", "/dev/stdin", str(REFERENCE)):
+        assert cli.main(["classify", "a.jpg", "-m", "x", "--labels-file", file]) == 2
+        assert "wanted a file, got a folder, a pipe or a device" in capsys.readouterr().err
+
+
+def test_a_file_of_labels_is_bounded_and_may_lie_below_the_home_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "labels.txt").write_text("x\n" * (1 << 20))
+    assert cli.main(["classify", "a.jpg", "-m", "x", "--labels-file", "~/labels.txt"]) == 2
+    assert "at most 1,048,576 are read of such a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--batch", str(10**30)], ["--side", str(10**8)]])
+def test_numbers_beyond_all_memory_are_one_line(fixed, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "-m", str(fixed), *flags])
+    assert capsys.readouterr().err.count("\n") == 1

@@ -133,3 +133,14 @@ def test_the_index_module_reads_what_the_command_wrote(photo_index):
     with Index.open("photos.db") as index:
         query = index.vector(str(photo_index / "in" / "3.png"))
         assert [Path(match.path).name for match in index.search(query, 1)] == ["3.png"]
+
+
+def test_a_word_is_text_although_a_folder_of_that_name_lies_here(tmp_path, monkeypatch):
+    from mlx_aimv2.embed.query import image_path
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "red").mkdir()
+    assert image_path("red") is None
+    for path in ("./red", str(tmp_path / "red"), "red/"):
+        with pytest.raises(IsADirectoryError, match="is a folder"):
+            image_path(path)

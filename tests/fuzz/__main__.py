@@ -28,6 +28,7 @@ SECONDS = 10.0
 START_SECONDS = 120.0
 GROWTH = 1 << 30
 POLL = 0.05
+IN_MEMORY = "/dev/shm"
 
 Job = tuple[str, int]
 
@@ -82,7 +83,7 @@ class Worker:
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 if not data:
                     code = process.wait()
-                    self.process = None
+                    self.close()
                     return {"outcome": "finding", "detail": f"the process ended with {code}"}
                 self.buffer += data
         line, self.buffer = self.buffer.split(b"\n", 1)
@@ -106,6 +107,8 @@ def main() -> int:
     jobs = plan(names, arguments.inputs, seed)
     print(f"fuzz: seed {seed}, {len(jobs):,} inputs: {', '.join(names)}")
     begun = time.monotonic()
+    if os.access(IN_MEMORY, os.W_OK):
+        os.environ["TMPDIR"] = tempfile.tempdir = IN_MEMORY  # a disk takes longer to sync than an input to be tried
     with tempfile.TemporaryDirectory(prefix="fuzz-whole-") as folder:
         kinds.make_whole_inputs(Path(folder))
         counts, findings = run(jobs, Path(folder), names, arguments.workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -64,18 +65,18 @@ def broken_json(value: Any, dice: random.Random) -> Any:
     for _ in range(dice.randint(1, 3)):
         holder, key = dice.choice(list(_places(value)) or [(None, None)])
         if holder is None:
-            return dice.choice(VALUES)
+            return copy.deepcopy(dice.choice(VALUES))
         what = dice.random()
         if what < 0.65:
-            holder[key] = dice.choice(VALUES)
+            holder[key] = copy.deepcopy(dice.choice(VALUES))
         elif what < 0.8:
             del holder[key]
         elif what < 0.9:
             holder[key] = _near(holder[key], dice)
         elif isinstance(holder, dict):
-            holder[dice.choice(("x", "", str(key) * 2, "\x1b[2J", "a" * 5000))] = holder[key]
+            holder[dice.choice(("x", "", str(key) * 2, "\x1b[2J", "a" * 5000))] = copy.deepcopy(holder[key])
         else:
-            holder.append(holder[key])
+            holder.append(copy.deepcopy(holder[key]))
     return value
 
 

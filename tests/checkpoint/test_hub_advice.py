@@ -1,0 +1,140 @@
+"""What the Hub, its cache or the settings refuse is one line with advice, and the advice works when it is followed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_aimv2.checkpoint import hub as hub_module
+from mlx_aimv2.checkpoint.read import read
+from tests.checkpoint.test_hub import MAIN, NAME, PIN, READ, hub, refusal, released, run  # noqa: F401
+from tests.small_models import FIXED
+
+
+def answering(state, status: int, body: bytes = b"<html>sign in</html>", kind: str = "text/html"):
+    """Makes the loopback Hub give one answer to everything."""
+    state.always = (status, kind, body)
+
+
+def test_a_cache_filled_by_hf_download_is_used_offline_as_the_message_says(released, tmp_path):  # noqa: F811
+    download = f"from huggingface_hub import snapshot_download; snapshot_download({NAME!r})"
+    assert run(released, tmp_path / "home", download).returncode == 0
+    line = refusal(run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1"))
+    assert line.endswith("the cache holds main: add --revision main to use it")
+    result = run(released, tmp_path / "home", READ, NAME, "main", HF_HUB_OFFLINE="1")
+    assert result.stdout.split() == [NAME, MAIN, "0.25", "apple"], result.stderr
+
+
+@pytest.mark.parametrize("below", ["", "snapshots"])
+def test_a_repository_in_the_cache_is_read_at_main(released, tmp_path, below):  # noqa: F811
+    for revision in ("main", PIN):
+        assert run(released, tmp_path / "home", READ, NAME, revision).returncode == 0
+    repository = tmp_path / "home" / "hub" / f"models--{NAME.replace('/', '--')}"
+    assert read(repository / below).folder == repository / "snapshots" / MAIN
+    assert read(repository / below).config["rms_norm_eps"] == 0.25
+    shutil.rmtree(repository / "refs")
+    with pytest.raises(FileNotFoundError, match="give the folder of one of them") as caught:
+        read(repository / below)
+    assert PIN in str(caught.value)
+    assert read(repository / "snapshots" / PIN).config["rms_norm_eps"] == 1e-5  # the remedy that was named
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_broken_link_in_the_cache_is_named(tmp_path, name):
+    folder = Path(shutil.copytree(FIXED, tmp_path / "fixed"))
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/abc")
+    with pytest.raises(FileNotFoundError, match=rf"{name} is a link to ../../blobs/abc, which is not there: fetch it"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("status", "wanted"),
+    [
+        (200, "a login page of the network or a proxy may stand between"),
+        (403, "accept the terms on the repository's page"),
+        (429, "too many requests: wait some minutes"),
+        (500, "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
+        (418, "(418)"),
+    ],
+)
+def test_what_another_server_answers_comes_with_advice(released, tmp_path, status, wanted):  # noqa: F811
+    answering(released, status)
+    line = refusal(run(released, tmp_path / "home", f"{NO_WAITING}{READ}", "somebody/model"))
+    assert wanted in line and "somebody/model" in line
+
+
+def test_with_the_cache_alone_a_broken_hub_is_no_hindrance(released, tmp_path):  # noqa: F811
+    assert run(released, tmp_path / "home", READ, NAME).returncode == 0
+    answering(released, 500)
+    assert run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1").returncode == 0
+
+
+NO_WAITING = """
+import time
+time.sleep = lambda seconds: None  # between two tries
+"""
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"null", b'"x"', b"{}", b'{"sha": 5, "siblings": 7}', b"[" * 50_000])
+def test_json_of_another_kind_is_one_line(released, tmp_path, answer):  # noqa: F811
+    answering(released, 200, answer, "application/json")
+    line = refusal(run(released, tmp_path / "home", f"{NO_WAITING}{READ}", "somebody/model"))
+    assert "somebody/model" in line
+
+
+def test_a_token_that_cannot_be_sent_is_named(released, tmp_path):  # noqa: F811
+    line = refusal(run(released, tmp_path / "home", READ, NAME, HF_TOKEN="hf_schlüssel"))
+    assert "HF_TOKEN" in line and "copy it again" in line and "schl" not in line
+    assert run(released, tmp_path / "home", READ, NAME, HF_TOKEN="hf_key").returncode == 0
+
+
+def test_a_home_that_is_a_file_is_named(released, tmp_path):  # noqa: F811
+    (tmp_path / "home").touch()
+    line = refusal(run(released, tmp_path / "home", READ, NAME))
+    assert f"{tmp_path / 'home'} is no folder" in line and "set HF_HOME to a folder" in line
+    assert run(released, tmp_path / "folder", READ, NAME).returncode == 0
+
+
+def test_no_space_left_says_where_and_what_to_do(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def full(*_, **__):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("Data processing error") from error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(ConnectionError, match=r"no space left for the Hub's cache .*: free some, or set HF_HOME"):
+        hub_module.download(NAME, revision=None, patterns=["config.json"])
+
+
+def test_a_list_of_shards_that_holds_a_pattern_fetches_nothing_more(released, tmp_path):  # noqa: F811
+    files = released.repositories[NAME][PIN]
+    for pattern in ("*", "model-?.safetensors", "[a-z]*.bin", "notes.txt"):
+        files["model.safetensors.index.json"] = f'{{"weight_map": {{"a": "{pattern}"}}}}'.encode()
+        released.requests.clear()
+        assert "is no file of weights" in refusal(run(released, tmp_path / pattern[0], READ, NAME))
+        assert "flax_model.msgpack" not in released.fetched() and "model.safetensors" not in released.fetched()
+
+
+def test_a_file_outside_the_cache_is_not_used(tmp_path):
+    cache = tmp_path / "hub"
+    folder = cache / "models--a--b" / "snapshots" / MAIN
+    folder.mkdir(parents=True)
+    (cache / "models--a--b" / "blobs").mkdir()
+    (cache / "models--a--b" / "blobs" / "x").touch()
+    (folder / "config.json").symlink_to("../../blobs/x")
+    hub_module._check_inside(folder, cache)
+    (tmp_path / "escaped").touch()
+    (folder / "model.safetensors").symlink_to("../../../../escaped")
+    with pytest.raises(OSError, match="leads out of the Hub's cache"):
+        hub_module._check_inside(folder, cache)
+
+
+def test_an_answer_whose_etag_leads_out_of_the_cache_is_not_used(released, tmp_path):  # noqa: F811
+    released.etags["model.safetensors"] = "../../../../escaped"
+    result = run(released, tmp_path / "home", READ, NAME)
+    assert result.returncode == 2, result.stdout
+    assert "Traceback" not in result.stderr
