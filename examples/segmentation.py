@@ -17,7 +17,7 @@ parser.add_argument("data", nargs="?", type=Path, help="folder with images/ besi
 parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--fine-tune-type", default="full", help="linear, decoder, lora, dora or full")
 parser.add_argument("--image-size", type=int, default=112, help="pixels of a side (default: %(default)s)")
-parser.add_argument("--iters", type=int, default=1100, help="steps (default: %(default)s)")
+parser.add_argument("--iters", type=int, default=3000, help="steps (default: %(default)s)")
 parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: %(default)s")
 parser.add_argument("--scenes", type=int, default=1200, help="scenes for training (default: %(default)s)")
 parser.add_argument("--output", default="segmentation.jpg", help="default: %(default)s")
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             iters=args.iters,
             learning_rate=args.learning_rate,
             drop_path=0.0,
+            layer_decay=1.0,
             patience=0,
             say=print,
         )

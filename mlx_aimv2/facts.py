@@ -21,6 +21,8 @@ def about(target: str, *, revision: str | None = None) -> Facts:
     path = expand_user(target)
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} is an empty file")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is neither a file nor a folder: give an index, a checkpoint or a Hub name")
     return about_index(path) if _is_database(path) else about_checkpoint(target, revision)
 
 
@@ -85,6 +87,8 @@ def _text(text: Any) -> Facts | None:
 
 
 def _is_database(path: Path) -> bool:
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(SQLITE)) == SQLITE

@@ -366,7 +366,7 @@ def test_what_is_no_file_is_told_at_once_by_the_library(strange):
         assert thumbnail(name) is None
 
 
-def test_what_is_no_file_is_told_at_once_by_every_verb(strange, capsys):
+def test_what_is_no_file_is_refused_at_once_by_every_verb(strange, capsys):
     for name in strange:
         if name == "folder.jpg":
             continue

@@ -112,14 +112,21 @@ def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array
     large ones (arXiv 1606.04797; the sum is nnU-Net's, arXiv 1809.10486). Its mean is over the classes in the image.
     """
     mask = targets["mask"].astype(mx.int32)
-    known = (mask != IGNORED).astype(mx.float32)
     logits = outputs["logits"].astype(mx.float32)
-    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    wanted = (mask[..., None] == mx.arange(logits.shape[-1])).astype(mx.float32)  # all zero where IGNORED
-    cross = -(wanted * logs).sum(axis=(1, 2, 3)) / mx.maximum(known.sum(axis=(1, 2)), 1)
-    likely = mx.exp(logs) * known[..., None]
-    shared, there = (likely * wanted).sum(axis=(1, 2)), wanted.sum(axis=(1, 2))  # (B, K)
-    dice = 2 * shared / mx.maximum(likely.sum(axis=(1, 2)) + there, 1)
+    batch, _, _, classes = logits.shape
+    # Classes before pixels: sums over pixels then run along memory, which takes two thirds of the time on a CPU.
+    logits = mx.contiguous(logits.reshape(batch, -1, classes).swapaxes(1, 2))  # (B, K, P)
+    mask = mask.reshape(batch, 1, -1)
+    known = (mask != IGNORED).astype(mx.float32)
+    wanted = (mask == mx.arange(classes)[:, None]).astype(mx.float32)  # all zero where IGNORED
+    largest = mx.stop_gradient(logits.max(axis=1, keepdims=True))  # cancels out
+    weights = mx.exp(logits - largest)
+    sums = weights.sum(axis=1, keepdims=True)
+    picked = (logits * wanted).sum(axis=1, keepdims=True)
+    cross = ((mx.log(sums) + largest) * known - picked).sum(axis=(1, 2)) / mx.maximum(known.sum(axis=(1, 2)), 1)
+    likely = weights / sums * known
+    shared, there = (likely * wanted).sum(axis=2), wanted.sum(axis=2)  # (B, K)
+    dice = 2 * shared / mx.maximum(likely.sum(axis=2) + there, 1)
     present = (there > 0).astype(mx.float32)
     return cross + ((1 - dice) * present).sum(axis=1) / mx.maximum(present.sum(axis=1), 1)
 
