@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert_main() -> int:
     """The command `mlx_aimv2.convert`, whose module is imported where Ctrl-C ends in one line already."""
-    return one_line_errors(lambda: int(import_module("mlx_aimv2.convert").run_command(sys.argv[1:])))
+    return one_line_errors(lambda: int(import_module(VERBS["convert"]).run_command(sys.argv[1:])))
 
 
 def _dispatch(argv: list[str]) -> int:
