@@ -169,7 +169,7 @@ def measure(pair: Path, unseen: Path, *, phrases: Sequence[str] = PHRASES) -> No
     scores = images @ texts.T
     print(f"{len(rows)} images of the unseen style, their own name among all: {_ranks(scores)}")
     shipped = [i for i, row in enumerate(rows) if row["file_name"] in set(shipped_files(rows))]
-    print(f"the {len(shipped)} that ship, their own name among theirs: {_ranks(scores[np.ix_(shipped, shipped)])}")
+    print(f"the {len(shipped)} that ship, among their own names: {_ranks(scores[np.ix_(shipped, shipped)])}")
     print(f"the {len(shipped)} that ship, found by their name: {_ranks(scores[np.ix_(shipped, shipped)].T)}")
     for phrase in phrases:
         best = np.argsort(-(images[shipped] @ embed_texts(model, processor, [phrase])[0]))[:5]

@@ -286,7 +286,7 @@ def _reader_is_gone() -> bool:
     """Whether stdout is a pipe that nobody reads: only then a broken pipe is no failure."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # errors are always told
+        poll.register(sys.stdout.fileno(), 0)  # errors are always reported
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     except (OSError, ValueError):
         return False

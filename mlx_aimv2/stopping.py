@@ -1,4 +1,4 @@
-"""Ends a run within a second when it is told to stop: by Ctrl-C (SIGINT), SIGTERM, or a closed terminal (SIGHUP).
+"""Ends a run within a second when a signal asks it to stop: Ctrl-C (SIGINT), SIGTERM, or a closed terminal (SIGHUP).
 
 The first signal raises `Stopped` in the main thread, which ends as after any error: what is half written is removed.
 The main thread only notices between two steps of Python, and may be inside a long computation, a slow decoder or a
@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop. `exit_code` is the shell's for a process that a signal ended: 128 and its number."""
+    """A signal asked the run to stop; `exit_code` is the shell's for it, 128 and the signal's number."""
 
     def __init__(self, number: int) -> None:
         """Takes the number of the signal."""
@@ -129,15 +129,15 @@ def _watch(
     if not number:
         return
     deadline = time.monotonic() + patience
-    told = ""
+    said = ""
     while True:
         waiting = _unfinished_business[-1] if _unfinished_business else ""
         rest = deadline - time.monotonic()
         if rest <= 0 and not waiting:
             break
-        if rest <= 0 and waiting != told:
+        if rest <= 0 and waiting != said:
             say(f"stopping: waiting for {waiting}; once more to stop at once")
-            told = waiting
+            said = waiting
         again = _heard(ear, handlers, rest if rest > 0 else 0.05)
         if again == 0:
             return  # the main thread came to its end
@@ -153,7 +153,7 @@ def _watch(
 def _heard(ear: socket.socket, handlers: Mapping[signal.Signals, object], seconds: float | None) -> int | None:
     """The number of the next of our signals; 0 when `stoppable` has ended; None when nothing came in time.
 
-    A signal for which somebody has put his own handler since is not ours; one whose handler is the old one again is.
+    A signal for which somebody has put his own handler since is left alone, unless the old handler is back.
     """
     until = None if seconds is None else time.monotonic() + seconds
     while True:

@@ -20,7 +20,7 @@ from mlx_aimv2.safe_write import (
     temporary_folder,
 )
 
-OWN = b"ours"
+OWN = b"own"
 
 
 def check(path: Path, **more: object) -> None:
@@ -48,7 +48,7 @@ import sys
 from pathlib import Path
 from mlx_aimv2.safe_write import atomic_file
 with atomic_file(Path({str(tmp_path / "page.html")!r})) as file:
-    file.write(b"theirs")
+    file.write(b"other")
     print("writing", flush=True)
     sys.stdin.read()
 """
@@ -60,7 +60,7 @@ with atomic_file(Path({str(tmp_path / "page.html")!r})) as file:
         assert len(list(tmp_path.glob(f".page.html.*{UNFINISHED}"))) == 1
         other.communicate("")
     assert other.returncode == 0
-    assert (tmp_path / "page.html").read_bytes() == b"theirs"  # the last to finish
+    assert (tmp_path / "page.html").read_bytes() == b"other"  # the last to finish
     assert names(tmp_path) == ["page.html"]
 
 
@@ -93,7 +93,7 @@ def test_the_folder_that_comes_second_says_who_was_quicker(tmp_path, monkeypatch
     def late(path, **_):
         if checks:
             (tmp_path / "mlx").mkdir()
-            (tmp_path / "mlx" / "theirs").touch()
+            (tmp_path / "mlx" / "other").touch()
         checks.append(path)
 
     checks: list[Path] = []
@@ -101,7 +101,7 @@ def test_the_folder_that_comes_second_says_who_was_quicker(tmp_path, monkeypatch
     wanted = r"mlx as it already exists\. Another process made it meanwhile\.$"
     with pytest.raises(FileExistsError, match=wanted), atomic_folder(tmp_path / "mlx"):
         pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "theirs"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "other"]
 
 
 def test_a_name_of_255_bytes_can_be_written(tmp_path):
@@ -186,7 +186,7 @@ def test_a_file_of_ours_and_an_empty_one_are_replaced(tmp_path):
 
 
 def test_a_file_of_others_is_refused_and_the_remedy_named_works(tmp_path):
-    (tmp_path / "page").write_bytes(b"theirs")
+    (tmp_path / "page").write_bytes(b"other")
     with pytest.raises(FileExistsError, match=r"mlx-aimv2 did not write it: choose another name, or add --overwrite$"):
         check(tmp_path / "page")
     check(tmp_path / "page", overwrite=True)

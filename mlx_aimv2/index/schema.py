@@ -41,7 +41,7 @@ PRAGMA user_version = {VERSION};
 """Makes an empty index; the transaction stays open."""
 
 OF_SQLITE = ("sqlite_sequence", "sqlite_stat1", "sqlite_stat4")
-"""Tables that SQLite makes by itself, or when it is told to ANALYZE."""
+"""Tables that SQLite makes by itself, or for ANALYZE."""
 
 
 def is_blank(db: sqlite3.Connection) -> bool:

@@ -115,15 +115,15 @@ def _match(
     truth: Truth, found: Found, label: int, limits: tuple[float, float]
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
     """One class in one image: scores (n,), matched (10, n), not to be counted (10, n), objects that count."""
-    mine, theirs = found.labels == label, truth.labels == label
-    if not mine.any() and not theirs.any():
+    predicted, labelled = found.labels == label, truth.labels == label
+    if not predicted.any() and not labelled.any():
         return NOTHING
-    order = np.argsort(-found.scores[mine], kind="mergesort")[:MAX_BOXES]
-    boxes, scores = found.boxes[mine][order], found.scores[mine][order]
-    skipped = truth.crowd[theirs] | (truth.area[theirs] < limits[0]) | (truth.area[theirs] > limits[1])
+    order = np.argsort(-found.scores[predicted], kind="mergesort")[:MAX_BOXES]
+    boxes, scores = found.boxes[predicted][order], found.scores[predicted][order]
+    skipped = truth.crowd[labelled] | (truth.area[labelled] < limits[0]) | (truth.area[labelled] > limits[1])
     last = np.argsort(skipped, kind="mergesort")  # objects that count are tried first
-    skipped, crowd = skipped[last], truth.crowd[theirs][last]
-    shared = overlaps(boxes, truth.boxes[theirs][last], crowd=crowd)
+    skipped, crowd = skipped[last], truth.crowd[labelled][last]
+    shared = overlaps(boxes, truth.boxes[labelled][last], crowd=crowd)
     matched, ignored = (np.zeros((len(THRESHOLDS), len(boxes)), bool) for _ in range(2))
     free = np.ones((len(THRESHOLDS), len(crowd)), bool)
     for column, overlap in enumerate(shared):

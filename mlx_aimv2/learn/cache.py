@@ -18,8 +18,8 @@ SETTLED_NS = 2_000_000_000
 
 def cache_folder() -> Path:
     """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if told := os.environ.get(ENVIRONMENT):
-        return Path(told).expanduser()
+    if given := os.environ.get(ENVIRONMENT):
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-aimv2"
 
 

@@ -47,7 +47,7 @@ MOST = 100
 """What is kept of an image: boxes from this score on, so many before doubles are taken out, and so many after."""
 
 SURE = 0.3
-"""Score from which a box is drawn and told; the JSON file and the scores take all."""
+"""Score from which a box is drawn and printed; the JSON file and the scores take all."""
 
 VISIBLE = 0.3
 """Share of an object that a training image must show; with less nobody says what its place should answer."""

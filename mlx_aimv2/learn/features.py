@@ -68,7 +68,7 @@ def compute_features(
 ) -> Features:
     """Features of every sample, from the cache where it has them: `samples -> Features`.
 
-    `kind` is one of `KINDS`; `folder` is where caches lie. `advance` is told how many images are done. Raises OSError
+    `kind` is one of `KINDS`; `folder` is where caches lie. `advance` gets how many images are done. Raises OSError
     with one line where the disk is full; what was computed stays.
     """
     shape = _row_shape(kind, model, processor)

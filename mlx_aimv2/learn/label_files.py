@@ -208,7 +208,9 @@ def _too_few(train: Labelled, classes: Sequence[str], hashes: dict[str, bytes], 
         return [f"{data} has {one}: a classifier needs at least two labels"]
     contents: dict[str, set[bytes]] = {label: set() for label in classes}
     for path, label in train:
-        contents[label].add(hashes.get(path, path.encode(errors="surrogateescape")))  # unreadable ones are told apart
+        contents[label].add(
+            hashes.get(path, path.encode(errors="surrogateescape"))
+        )  # unreadable ones are reported apart
     counts = Counter(label for _, label in train)
     return [
         f"the label {label} has one image{f' in {counts[label]} copies' if counts[label] > 1 else ''}: "

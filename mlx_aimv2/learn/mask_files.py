@@ -33,7 +33,7 @@ from mlx_aimv2.safe_read import read_text
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 MASKS = ("masks", "ann_dir", "SegmentationClass", "annotations", "labels", "mask")
-"""Names of the two folders; the first are ours, the others mmsegmentation's, PASCAL VOC's and ADE20K's."""
+"""Names of the two folders; the first are this package's, the others mmsegmentation's, PASCAL VOC's and ADE20K's."""
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 

@@ -52,7 +52,7 @@ def palette_image(labels: NDArray[Any]) -> Image.Image:
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """The colour of a class in overlays: ten that are told apart, then the palette's."""
+    """The colour of a class in overlays: ten that are easy to tell apart, then the palette's."""
     if label < len(CLASSES):
         return CLASSES[label]
     red, green, blue = palette()[3 * (label % 256) : 3 * (label % 256) + 3]

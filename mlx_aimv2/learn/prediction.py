@@ -1,4 +1,4 @@
-"""Runs a head on new images, one after another; an image that cannot be read is told and the rest is done."""
+"""Runs a head on new images, one after another; an image that cannot be read is reported and the rest is done."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def find_task(name: str) -> Task:
 
 
 def guess_task(data: Path) -> tuple[Task, str]:
-    """The task that DATA is for and why. Raises DataError where it looks like none."""
+    """The task that DATA is for and why. Raises DataError where it is like none."""
     for name in TASKS:
         task = find_task(name)
         if (reason := task.recognise(data)) is not None:

@@ -50,7 +50,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def broken_bytes(data: bytes, dice: random.Random) -> bytes:
-    """One to eight edits: bits, bytes, numbers, pieces cut out, doubled, moved, and the end cut off."""
+    """One to eight edits: bits, bytes, numbers, parts cut out, doubled, moved, and the end cut off."""
     content = bytearray(data)
     for _ in range(dice.randint(1, 8)):
         if not content:
@@ -137,10 +137,10 @@ def _doubled(content: bytearray, dice: random.Random) -> None:
 
 def _moved(content: bytearray, dice: random.Random) -> None:
     at, size = _piece(content, dice)
-    piece = content[at : at + size]
+    part = content[at : at + size]
     del content[at : at + size]
     to = dice.randrange(len(content) + 1)
-    content[to:to] = piece
+    content[to:to] = part
 
 
 def _ended(content: bytearray, dice: random.Random) -> None:

@@ -74,8 +74,8 @@ def compare(seeds):
         if not sum(len(result.boxes) for result in found):
             continue
         own = summary(truths, found, 3)
-        theirs = by_pycocotools(truths, found, 3)
-        np.testing.assert_allclose(np.nan_to_num([own[n] for n in NAMES], nan=-1), theirs, atol=1e-6, err_msg=str(seed))
+        wanted = by_pycocotools(truths, found, 3)
+        np.testing.assert_allclose(np.nan_to_num([own[n] for n in NAMES], nan=-1), wanted, atol=1e-6, err_msg=str(seed))
 
 
 def test_it_is_pycocotools_on_some_random_sets():

@@ -42,9 +42,9 @@ def test_logistic_regression_is_scikit_learns(l2):
     weights, _ = fit_logistic(features.astype(np.float64), labels, 5, l2=l2)
     other = linear_model.LogisticRegression(C=1 / (l2 * len(labels)), tol=1e-8, max_iter=5000).fit(features, labels)
     mine = features @ weights[:-1] + weights[-1]
-    theirs = other.decision_function(features)
+    wanted = other.decision_function(features)
     np.testing.assert_allclose(
-        mine - mine.mean(axis=1, keepdims=True), theirs, atol=2e-2 * max(1, np.abs(theirs).max())
+        mine - mine.mean(axis=1, keepdims=True), wanted, atol=2e-2 * max(1, np.abs(wanted).max())
     )
 
 

@@ -17,10 +17,10 @@ def image(path, size=(11, 7), seed=None):
 def mask(path, values=(0, 1, 2), size=(11, 7), mode="L"):
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.resize(np.array(values, np.uint8), size)
-    picture = Image.fromarray(array)
+    image = Image.fromarray(array)
     if mode == "P":
-        picture.putpalette([n for v in range(256) for n in (v, 255 - v, 7)])
-    picture.save(path)
+        image.putpalette([n for v in range(256) for n in (v, 255 - v, 7)])
+    image.save(path)
 
 
 def folder(root, count=7, layout="{part}/images/{name}", masks="{part}/masks/{name}", parts=("",), **settings):

@@ -52,7 +52,7 @@ def models(size: str):
 
 
 def translated(tensors, mine) -> dict[str, mx.array]:
-    """Tensors or gradients under transformers' names as ours."""
+    """Tensors or gradients under transformers' names under this package's."""
     arrays = {name: mx.array(tensor.detach().numpy()) for name, tensor in tensors.items()}
     match = detect.recognise({name: tuple(array.shape) for name, array in arrays.items()})
     assert match.layout.name == "transformers"
@@ -120,9 +120,9 @@ def test_gradients_are_those_of_torch(size, hidden, checkpoint, kind):
         for name, array in tree_flatten(head.trainable_parameters())
     }
     logits = torch_head(kind, head, torch_tokens(original, pixels, masks), weights)
-    theirs = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-    theirs.backward()
-    assert value.item() == pytest.approx(theirs.item(), rel=1e-5)
+    wanted = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+    wanted.backward()
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     wanted = {
         f"encoder.{name}": array
         for name, array in translated({name: p.grad for name, p in original.named_parameters()}, mine).items()
@@ -139,10 +139,10 @@ def test_adamw_is_torchs():
     chance = np.random.default_rng(7)
     start, gradients = chance.normal(size=(5, 3)), chance.normal(size=(9, 5, 3))
     parameter = torch.nn.Parameter(torch.from_numpy(start.astype(np.float32)))
-    theirs = torch.optim.AdamW([parameter], lr=0.03, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.2)
+    wanted = torch.optim.AdamW([parameter], lr=0.03, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.2)
     mine, optimizer = {"w": mx.array(start.astype(np.float32))}, AdamW(weight_decay=0.2)
     for gradient in gradients.astype(np.float32):
         parameter.grad = torch.from_numpy(gradient)
-        theirs.step()
+        wanted.step()
         mine = optimizer.updated(mine, {"w": mx.array(gradient)}, 0.03, lambda path: Group())
     np.testing.assert_allclose(np.array(mine["w"]), parameter.detach().numpy(), rtol=1e-5, atol=1e-6)

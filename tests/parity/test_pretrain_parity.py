@@ -107,10 +107,10 @@ def test_transformers_loads_what_was_trained(tmp_path):
     model = Pretraining(VISION, DECODER, eos=EOS).encoder
     initialise(model, 3, seed=3)
     write_encoder(model, tmp_path / "out")
-    assert main(["convert", "--model", str(tmp_path / "out"), "--mlx-path", str(tmp_path / "theirs"),
+    assert main(["convert", "--model", str(tmp_path / "out"), "--mlx-path", str(tmp_path / "torch_model"),
                  "--export-layout", "transformers"]) == 0  # fmt: skip
-    theirs = transformers.Aimv2VisionModel.from_pretrained(tmp_path / "theirs")
+    torch_model = transformers.Aimv2VisionModel.from_pretrained(tmp_path / "torch_model")
     pixels = np.random.default_rng(5).normal(size=(2, 15, 15, 3)).astype(np.float32)
     with torch.no_grad():
-        expected = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
+        expected = torch_model(torch.tensor(pixels.transpose(0, 3, 1, 2))).last_hidden_state.numpy()
     assert np.abs(np.array(model(mx.array(pixels)).last_hidden_state) - expected).max() < 1e-5
