@@ -123,6 +123,7 @@ def test_the_demo_fails_where_features_are_wrong(tmp_path, capsys, monkeypatch):
         demo.main(["--output", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
     scans = bundled.digits()
     few = bundled.Digits(

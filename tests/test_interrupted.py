@@ -66,6 +66,7 @@ def contents(name: str) -> dict[str, tuple[object, ...]]:
         return {one.path: (one.size, one.mtime_ns, one.sha256, one.vector.tobytes()) for one in index.embeddings()}
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_completed_by_the_next_one(folder):
     assert main(["embed", "in", "-m", str(FIXED), "-o", "whole.db"]) == 1  # one image is broken
     whole = contents("whole.db")

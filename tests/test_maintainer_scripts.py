@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from PIL import Image
 
 from convert import verify
@@ -88,6 +89,7 @@ def run(hub: Hub, tmp_path: Path, *arguments: object, torch: bool = False) -> tu
     return result.returncode, result.stdout or result.stderr
 
 
+@pytest.mark.slow
 def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     with serve() as hub:
         rows = row(hub, "fixed", FIXED), row(hub, "native", NATIVE), row(hub, "lit", pair_with_words(tmp_path / "pair"))
@@ -107,6 +109,7 @@ def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
         assert report.count("| fused attention | not done | no GPU here |") == 2
 
 
+@pytest.mark.slow
 def test_wrong_values_a_wrong_count_and_a_missing_checkpoint_fail(tmp_path):
     with serve() as hub:
         rows = [
@@ -126,6 +129,7 @@ def test_wrong_values_a_wrong_count_and_a_missing_checkpoint_fail(tmp_path):
     assert "| download and read | **FAIL** | apple/gone: neither a folder here" in gone
 
 
+@pytest.mark.slow
 def test_without_the_image_published_values_are_not_compared(tmp_path):
     with serve() as hub:
         rows = row(hub, "fixed", FIXED)

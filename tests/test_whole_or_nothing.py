@@ -65,6 +65,7 @@ def disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_no_folder_stands_that_does_not_load(tmp_path):
     seed = random.randrange(1 << 30)
     command = [sys.executable, "-c", KILLER, str(DIGITS), str(tmp_path / "mlx"), str(seed), "20"]

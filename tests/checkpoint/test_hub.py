@@ -83,6 +83,7 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_comes_at_its_pinned_commit_with_only_the_files_needed(released, tmp_path):
     result = run(released, tmp_path / "home", READ, NAME)
     assert result.stdout.split() == [NAME, PIN, "1e-05", "apple"], result.stderr
@@ -120,6 +121,7 @@ def test_a_repository_of_somebody_else_comes_from_main_and_may_hold_shards(hub, 
     assert sum(name.startswith("model-") for name in hub.fetched()) > 1
 
 
+@pytest.mark.slow
 def test_of_a_larger_model_only_the_shards_with_the_encoder_are_fetched(hub, tmp_path):
     prefix = "visual_tokenizer.backbone."
     encoder = {prefix + name: array for name, array in load_file(FIXED / "model.safetensors").items()}
@@ -147,6 +149,7 @@ def test_of_a_larger_model_only_the_shards_with_the_encoder_are_fetched(hub, tmp
     ]
 
 
+@pytest.mark.slow
 def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_path):
     whole = bytes(range(256)) * 90_000  # 23 MB, because huggingface_hub writes ten at a time
     released.repositories[NAME][PIN]["vocab.json"] = whole
@@ -161,6 +164,7 @@ def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_
     assert [file.read_bytes() == whole for file in (tmp_path / "home").rglob("vocab.json")] == [True]
 
 
+@pytest.mark.slow
 def test_a_hub_that_breaks_down_in_the_middle_leaves_one_line_and_the_next_run_goes_on(released, tmp_path):
     released.down.add("model.safetensors")
     line = refusal(run(released, tmp_path / "home", READ, NAME))
@@ -251,6 +255,7 @@ sys.exit(one_line_errors(work))
 CONVERT = "from mlx_aimv2.convert import main; sys.exit(main(argv[1:]))"
 
 
+@pytest.mark.slow
 def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
     name, folder = "somebody/aimv2-mlx", tmp_path / "mlx"
     flags = ("--hf-path", FIXED, "--mlx-path", folder, "--no-verify", "--upload-repo", name)
@@ -275,6 +280,7 @@ def test_without_a_token_that_may_write_the_upload_says_so(hub, tmp_path):
     assert "somebody/aimv2-mlx" in line
 
 
+@pytest.mark.slow
 def test_without_a_network_the_answer_is_one_line_at_once(hub, tmp_path):
     result = run(hub, tmp_path / "home", READ, NAME, HF_ENDPOINT="http://no-such-host.invalid")
     line = refusal(result)

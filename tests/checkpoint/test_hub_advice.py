@@ -16,6 +16,7 @@ def answering(state, status: int, body: bytes = b"<html>sign in</html>", kind: s
     state.always = (status, kind, body)
 
 
+@pytest.mark.slow
 def test_a_cache_filled_by_hf_download_is_used_offline_as_the_message_says(released, tmp_path):  # noqa: F811
     download = f"from huggingface_hub import snapshot_download; snapshot_download({NAME!r})"
     assert run(released, tmp_path / "home", download).returncode == 0
@@ -25,6 +26,7 @@ def test_a_cache_filled_by_hf_download_is_used_offline_as_the_message_says(relea
     assert result.stdout.split() == [NAME, MAIN, "0.25", "apple"], result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("below", ["", "snapshots"])
 def test_a_repository_in_the_cache_is_read_at_main(released, tmp_path, below):  # noqa: F811
     for revision in ("main", PIN):
@@ -64,6 +66,7 @@ def test_what_another_server_answers_comes_with_advice(released, tmp_path, statu
     assert wanted in line and "somebody/model" in line
 
 
+@pytest.mark.slow
 def test_with_the_cache_alone_a_broken_hub_is_no_hindrance(released, tmp_path):  # noqa: F811
     assert run(released, tmp_path / "home", READ, NAME).returncode == 0
     answering(released, 500)
@@ -110,6 +113,7 @@ def test_no_space_left_says_where_and_what_to_do(tmp_path, monkeypatch):
         hub_module.download(NAME, revision=None, patterns=["config.json"])
 
 
+@pytest.mark.slow
 def test_a_list_of_shards_that_holds_a_pattern_fetches_nothing_more(released, tmp_path):  # noqa: F811
     files = released.repositories[NAME][PIN]
     for pattern in ("*", "model-?.safetensors", "[a-z]*.bin", "notes.txt"):

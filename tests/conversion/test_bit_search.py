@@ -63,6 +63,7 @@ def at_target(tmp_path_factory):
     return folder, json.loads((folder / fidelity.FILE).read_text()), lines
 
 
+@pytest.mark.slow
 def test_the_folder_reaches_the_target_closely(at_target):
     _, found, lines = at_target
     assert 0.999 <= found["token_cosine"]["mean"] < 0.9992
@@ -104,11 +105,13 @@ def test_what_is_left_over_lowers_the_layers_that_save_most_for_their_loss():
     assert loss == pytest.approx(0.3 + 0.2 + 0.9)
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_bits():
     one, two = (choose_bits(DIGITS, IMAGES[:1], target=0.995, settings=resolve(), dtype=mx.float16) for _ in range(2))
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_higher_target_takes_more_bits():
     bits = [
         choose_bits(DIGITS, IMAGES[:1], target=target, settings=resolve(), dtype=mx.float32)
@@ -117,6 +120,7 @@ def test_a_higher_target_takes_more_bits():
     assert sum(bits[1].values()) > sum(bits[0].values()) + 20
 
 
+@pytest.mark.slow
 def test_both_towers_of_a_pair_reach_the_target(tmp_path):
     folder = convert(REFERENCE / "lit", tmp_path / "mlx", q_target=0.99, q_group_size=32)
     section = json.loads((folder / "config.json").read_text())["quantization"]

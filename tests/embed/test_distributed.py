@@ -90,6 +90,7 @@ def contents(name: str) -> dict[str, tuple[object, ...]]:
         return {one.path: (one.size, one.mtime_ns, one.sha256, one.vector.tobytes()) for one in index.embeddings()}
 
 
+@pytest.mark.slow
 @needs_launch
 @pytest.mark.parametrize(("model", "ranks"), [("native", 2), ("fixed", 3)])
 def test_several_ranks_make_the_index_of_a_single_run(folder, model, ranks):
@@ -104,6 +105,7 @@ def test_several_ranks_make_the_index_of_a_single_run(folder, model, ranks):
         assert one.provenance == two.provenance
 
 
+@pytest.mark.slow
 @needs_launch
 def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
     command = ["embed", "in", "-m", str(REFERENCE / "fixed")]
@@ -121,6 +123,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
     assert contents("two.db") == whole
 
 
+@pytest.mark.slow
 @needs_launch
 def test_a_mistake_is_reported_once(folder):
     _, err = launch("-m", "mlx_aimv2", "embed", "nowhere", "-m", str(REFERENCE / "fixed"), "-o", "two.db")

@@ -14,6 +14,7 @@ def test_resampling_to_the_same_grid_changes_nothing():
     np.testing.assert_allclose(np.array(resample(table, (3, 5), (3, 5))), np.array(table), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resampling_is_torchs_bicubic():
     torch = pytest.importorskip("torch")
     table = np.random.default_rng(3).normal(size=(3, 5, 7)).astype(np.float32)
