@@ -33,7 +33,7 @@ def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes
     with os.fdopen(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         _check(about)
-        return about, _bounded(file)
+        return about, _bounded(file, about.st_size)
 
 
 def read_stream(stream: BinaryIO) -> bytes:
@@ -60,10 +60,13 @@ def _check(about: os.stat_result) -> None:
         raise OSError(f"has {about.st_size:,} bytes, more than an image of {MAX_FILE_BYTES:,} bytes")
 
 
-def _bounded(file: BinaryIO) -> bytes:
-    data = file.read(MAX_FILE_BYTES + 1)
+def _bounded(file: BinaryIO, size: int = MAX_FILE_BYTES) -> bytes:
+    # Asked for all that is allowed, a file would reserve that much memory: slower by far than reading a small one.
+    data = file.read(size + 1)
     if not isinstance(data, bytes):
         raise OSError(f"gives {type(data).__name__} instead of bytes: open it in mode 'rb'")
+    if size < len(data) <= MAX_FILE_BYTES:
+        data += file.read(MAX_FILE_BYTES + 1 - len(data))
     if len(data) > MAX_FILE_BYTES:  # it has grown, or its size was not reported
         raise OSError(f"has more than {MAX_FILE_BYTES:,} bytes, more than an image")
     return data

@@ -13,6 +13,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -76,6 +77,13 @@ def stoppable(say: Say, *, patience: float = PATIENCE) -> Iterator[None]:
     watched = (ear, left, handlers, say, patience)
     watcher = threading.Thread(target=_watch, args=watched, name="signals", daemon=True)
     watcher.start()
+    hook = sys.unraisablehook
+
+    def without_ours(report: sys.UnraisableHookArgs) -> None:
+        if not isinstance(report.exc_value, Stopped):
+            hook(report)
+
+    sys.unraisablehook = without_ours  # what is raised in a destructor is lost: then the watcher ends the process
     stopped = False
     try:
         yield
@@ -85,6 +93,7 @@ def stoppable(say: Say, *, patience: float = PATIENCE) -> Iterator[None]:
         raise
     finally:
         left.set()
+        sys.unraisablehook = hook
         signal.set_wakeup_fd(heard_before)
         for number, handler in handlers.items():
             if _is_ours(number):

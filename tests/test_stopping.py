@@ -19,6 +19,13 @@ WORK = {
         "from concurrent.futures import ThreadPoolExecutor\n"
         "with ThreadPoolExecutor(1) as pool: pool.submit(time.sleep, 60).result()"
     ),
+    "a destructor, where what is raised is lost": (
+        "class Holder:\n"
+        "    def __del__(self):\n"
+        "        until = time.monotonic() + 1\n"
+        "        while time.monotonic() < until: pass\n"
+        "Holder()\ntime.sleep(60)"
+    ),
     "MLX": ("import mlx.core as mx\na = mx.ones((3001, 3001))\nfor _ in range(50): a = a @ a\nmx.eval(a)"),
 }
 

@@ -179,12 +179,6 @@ class _Job:
         if self.export_to is not None and self.export_kind is not None:  # once more, now that the images are known
             target(self.output, self.export_kind, overwrite=self.overwrite, inputs=listing.files)
         plan = make_plan(listing, self.index, prune=self.prune)
-        if plan.kept:
-            self.report(
-                f"{len(plan.kept):,} of the images in {self.output} {'has' if len(plan.kept) == 1 else 'have'} no file "
-                f"now, such as {plan.kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune "
-                "forgets what is not there"
-            )
         self.passed_over = {**listing.suffixes, **listing.excluded}
         return {"settings": asdict(settings), "plan": asdict(plan)}
 
@@ -280,10 +274,16 @@ class _Job:
         self.on_progress(self.done, update.plan.images)
 
     def finish(self, update: Update, last: Result) -> bool:
-        """Writes what is left, and the export."""
+        """Writes what is left and the export, and says which images have no file."""
         last.embeddings = []
         self.take(last, update)
         update.finish()
+        if kept := update.kept:
+            self.report(
+                f"{len(kept):,} of the images in {self.output} {'has' if len(kept) == 1 else 'have'} no file now, such "
+                f"as {kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune forgets what is "
+                "not there"
+            )
         if self.export_to is not None and self.export_kind is not None and self.index is not None:
             export(self.index, self.export_to, kind=self.export_kind)
         return True
@@ -296,7 +296,7 @@ class _Job:
             recognised=update.copied,
             moved=update.moved,
             unchanged=update.plan.unchanged,
-            kept=update.kept,
+            kept=len(update.kept),
             gone=update.gone,
             failed=self.failed,
             passed_over=self.passed_over,

@@ -181,9 +181,9 @@ class Update:
             self.gone += self.index.remove(path for path in self.plan.gone if path not in self._moved)
 
     @property
-    def kept(self) -> int:
-        """Images in the index whose files are not there and may come back."""
-        return sum(path not in self._moved for path in self.plan.kept)
+    def kept(self) -> list[str]:
+        """Images in the index whose files are neither there nor moved, and may come back."""
+        return [path for path in self.plan.kept if path not in self._moved]
 
     def _known(self, item: Embedding) -> Copy | Move:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""

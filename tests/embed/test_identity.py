@@ -66,6 +66,17 @@ def test_a_folder_that_was_renamed_keeps_its_vectors_and_nothing_is_decoded(fold
     assert embed("Photos 1")[0] == {"images": 8, "unchanged": 8}
 
 
+def test_what_moved_within_a_folder_is_not_said_to_have_no_file(folder, embed):
+    everything = Path("all")
+    everything.mkdir()
+    folder.rename(everything / "May")
+    embed("all")
+    (everything / "May").rename(everything / "June")
+    found, err = embed("all")
+    assert found == {"images": 7, "moved": 7}
+    assert "no file" not in err
+
+
 def test_two_copies_of_one_image_that_moved_are_both_kept(folder, embed, no_decoding):
     shutil.copy(folder / "0.png", folder / "copy.png")
     embed("in")
