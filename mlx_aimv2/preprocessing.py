@@ -127,7 +127,7 @@ def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
     for step in UNSUPPORTED_STEPS:
         if fields.get(step):
             raise ValueError(f"{file}: {step} is set, which is no step of CLIPImageProcessor's; set it to false")
-    # A field that is null is not said: its default counts, as for an argument None of CLIPImageProcessor.
+    # A field that is null is not said, so its default counts; transformers 5.24 leaves such a step out.
     fields = CLIP_DEFAULTS | {name: value for name, value in fields.items() if value is not None}
     size = fields["size"]
     if fields.get("use_square_size"):  # KOSMOS-2's, which transformers takes to mean CLIP's own size as a square
