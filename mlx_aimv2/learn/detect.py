@@ -66,6 +66,7 @@ class Detections(Found):
 
 recognise = coco.recognise
 read = coco.read
+pixels = placement.whole
 
 
 def make_head(
@@ -79,22 +80,12 @@ def solve(kind: str, train: Any, val: Any, classes: int, *, say: Callable[[str],
     """No head is found without the training loop."""
 
 
-def pixels(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
-    """The whole image's pixels (H, W, 3), and its own (height, width)."""
-    image = to_rgb(path)
-    return processor.pixels(image), (image.height, image.width)
-
-
 def example(
     sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
 ) -> Arrays:
     """`pixels` (H, W, 3) and what each of the P positions should say: `label` (P,), `distances` (P, 4)."""
-    image = to_rgb(sample.path)
-    place = placement.placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
-    if chance is not None:
-        image = placement.recoloured(image, chance)
-    canvas = place.draw(image, fill=placement.GREY, resample=processor.preprocessing.resample)
-    return {"pixels": processor.pixels(canvas), **_targets(sample.target, place, processor.patch_size)}
+    pixels, place = placement.on_canvas(sample.path, processor, chance, flip=flip)
+    return {"pixels": pixels, **_targets(sample.target, place, processor.patch_size)}
 
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.images import to_rgb
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -93,6 +95,23 @@ def placed(
     return plain(size, canvas) if chance is None else random(size, canvas, chance, flip=flip)
 
 
+def whole(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
+    """The whole image's pixels (H, W, 3), and its own (height, width)."""
+    image = to_rgb(path)
+    return processor.pixels(image), (image.height, image.width)
+
+
+def on_canvas(
+    path: str, processor: Aimv2Processor, chance: np.random.Generator | None, *, flip: bool = False
+) -> tuple[NDArray[Any], Placement]:
+    """An image's pixels (H, W, 3) for training, and where on them it lies; with `chance` as `random` places it."""
+    image = to_rgb(path)
+    place = placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
+    if chance is not None:
+        image = recoloured(image, chance)
+    return processor.pixels(place.draw(image, fill=GREY, resample=processor.preprocessing.resample)), place
+
+
 def canvas_size(processor: Aimv2Processor) -> tuple[int, int]:
     """(height, width) of the images that a processor with one size makes."""
     size = processor.preprocessing.final_size
@@ -105,9 +124,9 @@ def random(
     size: tuple[int, int], canvas: tuple[int, int], chance: np.random.Generator, *, flip: bool = False
 ) -> Placement:
     """The image larger or smaller, a little out of shape, anywhere: a part of it, or all with a margin."""
-    whole = plain(size, canvas)
+    fit = plain(size, canvas)
     zoom, stretch = (np.exp(chance.uniform(*np.log(ends))) for ends in (ZOOM, (1 / STRETCH, STRETCH)))
-    scale_x, scale_y = whole.scale_x * zoom * stretch**0.5, whole.scale_y * zoom / stretch**0.5
+    scale_x, scale_y = fit.scale_x * zoom * stretch**0.5, fit.scale_y * zoom / stretch**0.5
     free = np.array([canvas[1] - scale_x * size[1], canvas[0] - scale_y * size[0]])
     left, top = np.minimum(free, 0) + chance.random(2) * np.abs(free)
     mirrored = bool(flip and chance.random() < 0.5)

@@ -59,6 +59,7 @@ class Segmentation:
 
 recognise = mask_files.recognise
 read = mask_files.read
+pixels = placement.whole
 
 
 def make_head(
@@ -74,22 +75,12 @@ def solve(kind: str, train: Any, val: Any, classes: int, *, say: Callable[[str],
     """No head is found without the training loop."""
 
 
-def pixels(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
-    """The whole image's pixels (H, W, 3), and its own (height, width)."""
-    image = to_rgb(path)
-    return processor.pixels(image), (image.height, image.width)
-
-
 def example(
     sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
 ) -> Arrays:
     """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
-    image = to_rgb(sample.path)
-    place = placement.placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
-    if chance is not None:
-        image = placement.recoloured(image, chance)
-    canvas = place.draw(image, fill=placement.GREY, resample=processor.preprocessing.resample)
-    return {"pixels": processor.pixels(canvas), "mask": _mask(sample, place)}
+    pixels, place = placement.on_canvas(sample.path, processor, chance, flip=flip)
+    return {"pixels": pixels, "mask": _mask(sample, place)}
 
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:

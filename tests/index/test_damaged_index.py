@@ -10,23 +10,9 @@ import pytest
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.provenance import made_by
 from mlx_aimv2.index.export import export
-from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
-
-WIDTH = 7
-
-
-MADE = {
-    "checkpoint": "somewhere",
-    "commit": None,
-    "dtype": "float32",
-    "pool": "mean",
-    "layer": None,
-    "norm": False,
-    "max_patches": None,
-    "weights": {"digest": "00", "sample": [1.0]},
-}
-
+from tests.small_index import MADE, WIDTH, change
 
 DAMAGE = {
     "no width": "DELETE FROM about WHERE name = 'width'",
@@ -49,22 +35,6 @@ DAMAGE = {
         "INSERT INTO images (path, size, mtime_ns, sha256, block) VALUES (x'41', 1, 1, x'00', 99)"
     ),
 }
-
-
-@pytest.fixture
-def photos(tmp_path, monkeypatch):
-    """Five vectors of seven numbers in `photos.db`."""
-    monkeypatch.chdir(tmp_path)
-    vectors = np.random.default_rng(3).normal(size=(5, WIDTH)).astype(np.float32)
-    with IndexWriter.create("photos.db", provenance=MADE, width=WIDTH, dtype="float16") as index:
-        index.add(Embedding(f"/{number}.jpg", 5, 6, bytes(32), vector) for number, vector in enumerate(vectors))
-    return Path("photos.db")
-
-
-def change(path: Path, command: str, *values: object) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute(command, values)
-    db.close()
 
 
 @pytest.mark.parametrize("once", [False, True])

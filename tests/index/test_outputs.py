@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -19,40 +18,12 @@ from mlx_aimv2.cli import main, progress, say
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.index.export import export, target
-from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.safe_write import atomic_file
+from tests.small_index import WIDTH, change
 
 MODEL = str(digits_checkpoint())
-WIDTH = 7
-
-
-MADE = {
-    "checkpoint": "somewhere",
-    "commit": None,
-    "dtype": "float32",
-    "pool": "mean",
-    "layer": None,
-    "norm": False,
-    "max_patches": None,
-    "weights": {"digest": "00", "sample": [1.0]},
-}
-
-
-@pytest.fixture
-def photos(tmp_path, monkeypatch):
-    """Five vectors of seven numbers in `photos.db`."""
-    monkeypatch.chdir(tmp_path)
-    vectors = np.random.default_rng(3).normal(size=(5, WIDTH)).astype(np.float32)
-    with IndexWriter.create("photos.db", provenance=MADE, width=WIDTH, dtype="float16") as index:
-        index.add(Embedding(f"/{number}.jpg", 5, 6, bytes(32), vector) for number, vector in enumerate(vectors))
-    return Path("photos.db")
-
-
-def change(path: Path, command: str, *values: object) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute(command, values)
-    db.close()
 
 
 class Full(io.StringIO):

@@ -3,25 +3,9 @@
 import numpy as np
 import pytest
 
-from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
-
-WIDTH = 7
-
-
-def entry(path: str, vector: object, *, content: bytes = b"a") -> Embedding:
-    return Embedding(path, 5, 1_700_000_000_123_456_789, content.ljust(32), np.asarray(vector, np.float32))
-
-
-def some(count: int, *, seed: int = 0) -> list[Embedding]:
-    vectors = np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
-    return [entry(f"/images/{number:05d}.jpg", vector) for number, vector in enumerate(vectors)]
-
-
-@pytest.fixture
-def index(tmp_path):
-    with IndexWriter.create(tmp_path / "a.db", provenance={"pool": "mean"}, width=WIDTH, dtype="float16") as made:
-        yield made
+from tests.small_index import WIDTH, entry, some
 
 
 def contents(index: Index) -> dict[str, bytes]:
