@@ -1,6 +1,7 @@
 """What every test starts from: exact float32 arithmetic and no network; and a CPU of three cores for those that ask."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before the first import of mlx: TensorFloat32 would cost five digits on GPUs that have it.
@@ -14,6 +15,16 @@ import pytest
 def own_cache_folder(tmp_path_factory):
     """Keeps what the tests cache apart from the user's own."""
     os.environ["MLX_AIMV2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sigint_is_heard():
+    """A run in a shell's background inherits that SIGINT is ignored, and the programs that tests start would too."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
