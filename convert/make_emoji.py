@@ -1,25 +1,31 @@
 """Renders emoji of free licences as image folders with captions, the data of the embedded pair.
 
-    npm packages -> SVG -> PNG of 84 pixels on white + metadata.jsonl
+    npm packages -> SVG -> restyled SVG -> PNG of 84 pixels on white + metadata.jsonl
 
     python -m convert.make_emoji FOLDER              fetches the packages with npm and writes FOLDER/train, FOLDER/noto
     python -m convert.make_emoji FOLDER --packages P    uses packages fetched before (P/NAME.tgz or P/NAME.json)
 
-`train` holds every style but Noto, `noto` holds Noto alone: a style that no training sees. Skin tones and country flags
-(of which Noto's package has none) are left out. Needs resvg-py (extra `train`) and npm.
+`train` holds every style but Noto, `noto` holds Noto alone: a style that no training sees. So that five styles teach
+more than five, `train` holds each drawing also in other colours, tilted, some with outlines. Skin tones and country
+flags (of which Noto's package has none) are left out. Needs resvg-py (extra `train`) and npm.
 """
 
 from __future__ import annotations
 
 import argparse
+import colorsys
 import json
+import re
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 SIZE = 84
 UNSEEN = "noto"
@@ -39,14 +45,32 @@ KEYWORDS = "emojibase-data"
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 MAX_KEYWORDS = 8
 
+RESTYLED = 2
+"""How often each drawing of the training styles appears in another style, beside as it is."""
+
+TILT, LEAST_SIZE, OUTLINED = 12.0, 0.8, 0.3
+"""Of a restyled drawing: degrees to either side, the smallest scale, the share that gets outlines."""
+
+HUE, SATURATION, BRIGHTNESS = 0.04, 0.4, 0.2
+"""The largest change of each colour of a restyled drawing, in turns of the circle and as shares."""
+
+COLOUR = re.compile(r"#(?:[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b")
+
 
 @dataclass(frozen=True)
 class Emoji:
-    """One drawing: its style, its name in Noto's words, and the SVG."""
+    """One drawing: its style, its name in Noto's words, the SVG's inside and its box (left, top, width, height)."""
 
     style: str
     name: str
-    svg: str
+    body: str
+    box: tuple[float, float, float, float]
+
+    @property
+    def svg(self) -> str:
+        """The whole SVG."""
+        box = " ".join(f"{value:g}" for value in self.box)
+        return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{self.body}</svg>'
 
 
 def main() -> None:
@@ -75,11 +99,16 @@ def write(packages: Path, folder: Path) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
         count = 0
         for emoji in emojis(packages, style, names):
-            file = f"{style}-{emoji.name}.png" if part == "train" else f"{emoji.name}.png"
-            (folder / part / file).write_bytes(rendered(emoji.svg))
-            codes = names.codes[emoji.name]
-            rows[part].append({"file_name": file, "text": captions(emoji.name, keywords.get(codes))})
-            count += 1
+            text = captions(emoji.name, keywords.get(names.codes[emoji.name]))
+            drawings = {f"{emoji.name}.png": emoji}
+            if part == "train":
+                drawings = {f"{style}-{emoji.name}.png": emoji} | {
+                    f"{style}-{emoji.name}-{number}.png": restyled(emoji, number) for number in range(1, RESTYLED + 1)
+                }
+            for file, drawing in drawings.items():
+                (folder / part / file).write_bytes(rendered(drawing.svg))
+                rows[part].append({"file_name": file, "text": text})
+                count += 1
         print(f"{style}: {count} images")
     for part, lines in rows.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -119,12 +148,42 @@ def emojis(packages: Path, style: str, names: Names) -> Iterator[Emoji]:
         if name is None or name in done or drawing.get("hidden"):
             continue
         done.add(name)
-        box = [drawing.get(key, icons.get(key, default)) for key, default in BOX]
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{" ".join(map(str, box))}">{drawing["body"]}</svg>'
-        yield Emoji(style, name, svg)
+        left, top, width, height = (drawing.get(key, icons.get(key, default)) for key, default in BOX)
+        yield Emoji(style, name, drawing["body"], (left, top, width, height))
 
 
 BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+
+
+def restyled(emoji: Emoji, number: int) -> Emoji:
+    """The same drawing as another hand might have made it; always the same for the same name and number."""
+    chance = np.random.default_rng(zlib.crc32(f"{emoji.style} {emoji.name} {number}".encode()))
+    found: dict[str, str] = {}
+    body = COLOUR.sub(lambda match: found.setdefault(match[0], changed(match[0], chance)), emoji.body)
+    left, top, width, height = emoji.box
+    middle = left + width / 2, top + height / 2
+    scale = chance.uniform(LEAST_SIZE, 1)
+    place = " ".join(
+        (
+            f"translate({middle[0]:g} {middle[1]:g})",
+            f"rotate({chance.uniform(-TILT, TILT):.1f}) scale({scale:.2f})",
+            f"translate({-middle[0]:g} {-middle[1]:g})",
+        )
+    )
+    outline = ""
+    if chance.random() < OUTLINED:
+        outline = f' stroke="#333" stroke-width="{width * chance.uniform(0.01, 0.03):.2f}" stroke-linejoin="round"'
+    return Emoji(emoji.style, emoji.name, f'<g transform="{place}"{outline}>{body}</g>', emoji.box)
+
+
+def changed(colour: str, chance: np.random.Generator) -> str:
+    """A colour (#rgb or #rrggbb) a little different in hue, saturation and brightness."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    hue, saturation, brightness = colorsys.rgb_to_hsv(*(int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)))
+    hue = (hue + chance.uniform(-HUE, HUE)) % 1
+    saturation = min(1.0, saturation * chance.uniform(1 - SATURATION, 1 + SATURATION))
+    brightness = min(1.0, brightness * chance.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS))
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(hue, saturation, brightness))
 
 
 def is_wanted(codes: str, name: str) -> bool:

@@ -34,27 +34,27 @@ from mlx_aimv2.pretrain.train import write_encoder
 from mlx_aimv2.processor import Aimv2Processor
 
 SIZES = {
-    "hidden_size": 160,
-    "intermediate_size": 416,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
     "image_size": 84,
     "patch_size": 14,
     "is_native": False,
     "decoder_config": {
-        "hidden_size": 160,
-        "intermediate_size": 416,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
     },
 }
 TEXT = {
-    "projection_dim": 160,
+    "projection_dim": 192,
     "text_config": {
-        "hidden_size": 160,
-        "intermediate_size": 416,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
         "max_position_embeddings": 77,
     },
 }
@@ -62,10 +62,10 @@ TEXT = {
 SEEN_AS = ("--no-flip", "--jitter", "0.3", "--grey", "0.15", "--min-area", "0.5")
 PRETRAIN = (
     *("--vocab-size", "2048", "--batch", "64", "--learning-rate", "1.5e-3"),
-    *("--first-caption", "0.5", "--save-every", "250"),
+    *("--weight-decay", "0.1", "--first-caption", "0.5", "--save-every", "250"),
 )
-LIT = ("--vocab-size", "2048", "--batch", "256", "--learning-rate", "1e-3", "--views", "6", "--first-caption", "0.5")
-PRETRAIN_STEPS, LIT_STEPS = 4500, 1500
+LIT = ("--vocab-size", "2048", "--batch", "256", "--learning-rate", "1e-3", "--views", "2", "--first-caption", "0.5")
+PRETRAIN_STEPS, LIT_STEPS = 3800, 1200
 
 SHIPPED = 300
 PHRASES = (

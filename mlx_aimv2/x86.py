@@ -100,7 +100,7 @@ def _attend_and_feed(
     """The rest of a block for M of its N tokens: `(B, M, D), (B, H, M, D/H), two (B, H, N, D/H) -> (B, M, D)`."""
     x = x + block.attn.proj(merge_heads(attention(queries, keys, values, causal=causal, mask=mask)))
     h = block.norm2(x)
-    return x + block.mlp.down(swiglu(block.mlp.gate(h), block.mlp.up(h)))
+    return x + block.mlp.down(swiglu(block.mlp.gate(h), block.mlp.up(h), training=block.training))
 
 
 def attention(
@@ -152,19 +152,22 @@ def _softmax_product(
     return (weights.swapaxes(-1, -2) @ values) / sums
 
 
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """`layers.swiglu` by sums and products, some tokens at a time."""
+def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
+    """`layers.swiglu` by sums and products, some tokens at a time; `training` where gradients will be asked for."""
     tokens = (x.astype(mx.float32).flatten(0, -2) for x in (gate, up))  # (B N, I)
-    product: Any = _swiglu
+    product: Any = _trained_swiglu if training else _swiglu
     return in_chunks(product, *tokens, numbers_per_row=gate.shape[-1]).reshape(gate.shape).astype(gate.dtype)
 
 
-@mx.custom_function
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + _exp2(mx.clip(gate * -LOG2_E, -127, 128)))
 
 
-@_swiglu.vjp
+# Only for training: MLX keeps the inputs of such a function, so nothing is computed in the place of something else.
+_trained_swiglu = mx.custom_function(_swiglu)
+
+
+@_trained_swiglu.vjp
 def _swiglu_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """By hand, since through the polynomial it takes nearly twice as long: a tenth of a training step."""
     gate, up = inputs
