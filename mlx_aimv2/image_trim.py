@@ -94,13 +94,16 @@ def _in_exif(block: bytes) -> int | None:
 
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed zero nor a restart
 
+_END_OR_SCAN = re.compile(rb"\xff[\xd9\xda]")
+
 _KEPT_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
 """What says what the colours are, how it starts and its least length; all other APPn and comments are metadata."""
 
 
 def _jpeg(data: bytes) -> Trimmed | None:
     exif, xmp = b"", b""
-    kept, place, scans, pixels, header = [b"\xff\xd8"], 2, 0, 0, 0
+    kept: list[bytes | memoryview] = [b"\xff\xd8"]
+    place, scans, pixels, header = 2, 0, 0, 0
     is_progressive = cut = False
     while True:
         match = _MARKER.search(data, place)
@@ -144,14 +147,12 @@ def _jpeg(data: bytes) -> Trimmed | None:
             if not is_metadata and segment.startswith(starts) and len(segment) >= least:
                 kept.append(data[match.start() : following])
         place = following
-        if scans == 1:  # of a single scan, which most files are, two searches in C find the end
-            end = data.find(b"\xff\xd9", place)
-            cut = end < 0
-            end = len(data) if cut else end + 2
-            if data.find(b"\xff\xda", place, end) < 0:
+        if scans == 1:  # of a single scan, which most files are, one search in C finds the end
+            next_one = _END_OR_SCAN.search(data, place)
+            if next_one is None or next_one[0] == b"\xff\xd9":
+                end, cut = (len(data), True) if next_one is None else (next_one.end(), False)
                 break
-            cut = False
-    kept.append(data[header:end])
+    kept.append(memoryview(data)[header:end])
     return Trimmed(b"".join(kept), orientation_in(exif, xmp), cut, is_progressive)
 
 

@@ -49,6 +49,10 @@ three 0.99999; 12 megapixels are decoded at the same scale for 224 and for 448 p
 """
 
 
+PIXEL_BLOCKS = 4
+"""Blocks, of 16 MB each, that Pillow keeps; eight are no faster than four."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What is accepted of a stranger's image, and how a JPEG is decoded.
@@ -137,6 +141,19 @@ class OpenImage:
             return flattened(image, name), box
         except MemoryError:
             raise ValueError(f"{name} does not fit in memory") from None
+
+
+def reuse_decoding_memory() -> None:
+    """Lets Pillow keep up to `PIXEL_BLOCKS` blocks of freed pixels, for a program that decodes many large images.
+
+    Without, Linux hands out every page of every image anew: a fifth of the time of decoding 12 megapixels exactly.
+    PILLOW_BLOCKS_MAX, where the user has set it, stays.
+    """
+    from PIL import Image
+
+    if "PILLOW_BLOCKS_MAX" not in os.environ:
+        core: Any = Image.core  # type: ignore[attr-defined]
+        core.set_blocks_max(PIXEL_BLOCKS)
 
 
 def name_of(image: object) -> str:

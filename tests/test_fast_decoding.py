@@ -255,3 +255,16 @@ def test_bench_refuses_what_no_machine_can_do(flags, capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--random", "large-patch14-native", *flags])
     assert "a whole number from 1 to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("environment", "kept"), [(None, 4), ("1", 0)])
+def test_embed_lets_pillow_keep_memory_unless_the_user_has_said_how_much(environment, kept, tmp_path, monkeypatch):
+    before = Image.core.get_blocks_max()
+    if environment is not None:
+        monkeypatch.setenv("PILLOW_BLOCKS_MAX", environment)
+    try:
+        Image.core.set_blocks_max(0)
+        assert main(["embed", str(bundled.photographs()[0]), "-m", str(DIGITS), "-o", str(tmp_path / "a.db")]) == 0
+        assert Image.core.get_blocks_max() == kept
+    finally:
+        Image.core.set_blocks_max(before)

@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
     from mlx_aimv2.embed.job import update_index
+    from mlx_aimv2.images import reuse_decoding_memory
 
+    reuse_decoding_memory()
     started = time.monotonic()
     output = expand_user(arguments.output)
     try:
