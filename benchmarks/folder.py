@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", nargs="+", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--side", type=int, default=320)
-    parser.add_argument("--model", default=str(ASSETS / "digits"))
+    parser.add_argument("--model", default=str(ASSETS / "emoji"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="use these images, which stay as they are")

@@ -94,7 +94,7 @@ def speed(arguments: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as place:
                 command = [sys.executable, "-m", "mlx_aimv2", "embed", str(arguments.folder.absolute()), *flags]
                 command += ["-m", arguments.model, "-o", str(Path(place) / "a.db"), "--json"]
-                command += ["--threads", str(arguments.threads)]
+                command += ["--threads", str(arguments.threads), "--dtype", "float32"]
                 environment = os.environ | {"PYTHONPATH": str(root)}
                 before = resource.getrusage(resource.RUSAGE_CHILDREN)
                 done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, check=False)
@@ -140,8 +140,7 @@ def synthetic() -> Iterator[tuple[str, Image.Image]]:
 
 def quality(arguments: argparse.Namespace) -> None:
     """Cosine of features, exact against fast."""
-    digits, digits_processor = load(str(bundled.digits_checkpoint()))
-    models = {"embedded": (digits, digits_processor)}
+    models = {"embedded": load(bundled.emoji_checkpoint(), dtype="float32")}
     if arguments.random:
         config = released(arguments.random).vision
         models[f"random {arguments.random}"] = (
@@ -244,7 +243,7 @@ def _peak(folder: Path, arguments: argparse.Namespace, flags: list[str]) -> floa
 def _embed_and_tell_peak(arguments: argparse.Namespace) -> None:
     from mlx_aimv2.cli import main as run
 
-    command = ["embed", str(arguments.folder), "-m", arguments.model, "-o", str(arguments.output)]
+    command = ["embed", str(arguments.folder), "-m", arguments.model, "-o", str(arguments.output), "--dtype", "float32"]
     code = run([*command, "--threads", str(arguments.threads), "--decode", arguments.decode])
     scale = 1e6 if sys.platform == "darwin" else 1e3
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale)
@@ -260,7 +259,7 @@ def main() -> None:
     parser.add_argument("--megapixels", type=float, default=12)
     parser.add_argument("--before", type=Path, help="an older checkout to run in turns")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", default=str(bundled.digits_checkpoint()))
+    parser.add_argument("--model", default=str(bundled.emoji_checkpoint()))
     parser.add_argument("--random", metavar="SIZE", help="a released size with random weights, too")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)

@@ -203,14 +203,16 @@ def rendered(svg: str) -> bytes:
 
 
 def captions(name: str, about: dict[str, Any] | None) -> list[str]:
-    """The captions of an emoji: its name first, then Unicode's label and keywords where they say more."""
+    """The captions of an emoji: its name first, then Unicode's label and keywords, alone and by threes.
+
+    Alone, because that is how people search; few at a time, so that a batch of captions stays short.
+    """
     said = [name.replace("-", " ")]
     if about is not None:
-        label = about["label"].replace(":", "").replace("’", "'").lower()
-        tags = [tag for tag in about.get("tags", []) if tag.isascii() and tag not in said[0].split()][:MAX_KEYWORDS]
-        said += [label] if label != said[0] else []
-        said += [f"{said[0]}, {', '.join(tags)}", ", ".join(tags)] if tags else []
-    return said
+        said.append(about["label"].replace(":", "").replace("’", "'").lower())
+        tags = [tag for tag in about.get("tags", []) if tag.isascii()][:MAX_KEYWORDS]
+        said += tags + [", ".join(tags[i : i + 3]) for i in range(0, len(tags), 3) if len(tags) > 1]
+    return list(dict.fromkeys(said))
 
 
 def read_keywords(packages: Path) -> dict[str, dict[str, Any]]:
@@ -221,10 +223,11 @@ def read_keywords(packages: Path) -> dict[str, dict[str, Any]]:
 
 def read_package(packages: Path, package: str, file: str) -> Any:
     """A JSON file of a package that npm has packed. Raises KeyError where the package has no such file."""
-    stem = package if package == KEYWORDS else f"iconify-json-{package}"
+    name = package if package == KEYWORDS else f"@iconify-json/{package}"
+    stem = name.removeprefix("@").replace("/", "-")
     found = sorted(packages.glob(f"{stem}-[0-9]*.tgz"))
     if not found:
-        raise FileNotFoundError(f"{packages} has no {stem}-*.tgz; fetch it with: npm pack {package}")
+        raise FileNotFoundError(f"{packages} has no {stem}-*.tgz; fetch it with: npm pack {name}")
     with tarfile.open(found[-1]) as archive:
         member = archive.extractfile(f"package/{file}")
         assert member is not None

@@ -55,7 +55,7 @@ TEXT = {
         "intermediate_size": 512,
         "num_hidden_layers": 2,
         "num_attention_heads": 3,
-        "max_position_embeddings": 77,
+        "max_position_embeddings": 20,
     },
 }
 # Left and right differ in arrows and hands, so no image is mirrored; colours vary, since styles differ in them.
@@ -65,7 +65,7 @@ PRETRAIN = (
     *("--weight-decay", "0.1", "--first-caption", "0.5", "--save-every", "250"),
 )
 LIT = ("--vocab-size", "2048", "--batch", "256", "--learning-rate", "1e-3", "--views", "2", "--first-caption", "0.5")
-PRETRAIN_STEPS, LIT_STEPS = 3800, 1200
+PRETRAIN_STEPS, LIT_STEPS = 3800, 1500
 
 SHIPPED = 300
 PHRASES = (

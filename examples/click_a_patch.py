@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_suffix(".html")
 
 parser = argparse.ArgumentParser(description="A page that shows which patches are like the one that is clicked.")
 parser.add_argument("image", nargs="?", default=bundled.photographs()[1])
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="click_a_patch.html", help="default: %(default)s")
 
 

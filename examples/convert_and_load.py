@@ -13,7 +13,7 @@ from mlx_aimv2 import bundled, load
 from mlx_aimv2.convert import convert
 
 parser = argparse.ArgumentParser(description="Convert a checkpoint and compare its features with the original's.")
-parser.add_argument("model", nargs="?", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("model", nargs="?", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--dtype", default="float16", help="of the converted weights (default: %(default)s)")
 parser.add_argument("--output", help="folder to keep the converted model in (default: none is kept)")
 parser.add_argument("--image", default=bundled.photographs()[0])

@@ -1,9 +1,9 @@
-"""Shows what the package does, offline and in a minute: convert, load, embed, draw.
+"""Shows what the package does, offline and in a minute: convert, embed, search by words and images, classify, learn.
 
 python -m examples.demo        (or: make demo)
 
-The embedded checkpoint, a small encoder trained on handwritten digits and stored as Apple stores AIMv2, goes through
-everything that a published one goes through.
+The embedded checkpoint is a small AIMv2 with a text encoder, pre-trained and tuned on emoji by `make train`. It goes
+through everything that a published one goes through. The emoji it is shown are Noto's, a style it has never seen.
 """
 
 from __future__ import annotations
@@ -18,65 +18,86 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from examples import digits, tsne
+from examples import tsne
 from examples.titled import titled
-from mlx_aimv2 import Aimv2Processor, Aimv2VisionModel, bundled, load, plot
-from mlx_aimv2.learn import drawing
+from mlx_aimv2 import bundled, load, plot, zero_shot
+from mlx_aimv2.index import Index
+from mlx_aimv2.learn import fit, predict
 from mlx_aimv2.learn.drawing import below, contact_sheet
 
 ROOT = Path(__file__).parent.parent
-TILE = 56
-"""The side of the images that the embedded checkpoint takes."""
 
+PHRASES = (
+    "something to eat at a birthday",
+    "an animal that lives in the sea",
+    "to keep the rain off",
+    "money",
+    "a sad face",
+)
+"""What is searched for; none is an image's name."""
+
+QUERY = "police-car.webp"
+LABELS = ("animal", "food", "vehicle", "face", "building", "clothes", "plant", "sport")
+CLASSIFIED = 12
+LEARNED, JUDGED = 15, 10
+"""Scans of each digit that the probe learns from, and others that it is judged on."""
+
+FOUND, SIDE, PLANE = 6, 66, 940
 RIGHT, WRONG = (60, 160, 90), (214, 69, 65)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Convert the embedded checkpoint, embed images, draw one.")
+    parser = argparse.ArgumentParser(description="Convert the embedded checkpoint, search with it, draw the result.")
     parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder (default: %(default)s)")
     output: Path = parser.parse_args(argv).output
     began = time.perf_counter()
+    folder, index, head, page = (output / name for name in ("emoji-mlx", "emoji.db", "digits-probe", "search.html"))
+    clear(output, folder, head, index, page)
+    names = bundled.emoji_images()
 
     say("Convert: a PyTorch checkpoint in Apple's layout becomes an MLX folder")
-    folder = convert(output / "digits-mlx")
+    command("convert", "--hf-path", bundled.emoji_checkpoint(), "--mlx-path", folder)
 
-    say("Load and embed: 1,797 handwritten digits, a third of which training never saw")
-    model, processor = load(folder)
-    scans = bundled.digits()
-    start = time.perf_counter()
-    bank = digits.encode(model, processor, scans.train_images)
-    queries = digits.encode(model, processor, scans.test_images)
-    print(f"{len(bank)} + {len(queries)} images in {time.perf_counter() - start:.1f} s, {bank.shape[1]} numbers each")
+    say(f"Embed: {len(names)} emoji in a style that training never saw")
+    command("embed", bundled.ASSETS / "noto", "-m", folder, "-o", index, "--dtype", "auto")
 
-    say("Nearest neighbours: held-out digits among those of training")
-    nearest = np.argsort(-(queries @ bank.T), axis=1, kind="stable")[:, :5]
-    examples = [int(np.flatnonzero(scans.test_labels == digit)[0]) for digit in range(10)]
-    for i in examples:
-        cosines = "  ".join(f"{scans.train_labels[j]} ({queries[i] @ bank[j]:.3f})" for j in nearest[i])
-        print(f"a held-out {scans.test_labels[i]}:  {cosines}")
-    found = digits.vote(bank, scans.train_labels, queries)
-    wrong = np.flatnonzero(found != scans.test_labels)
-    accuracy = f"{len(queries) - len(wrong)} of {len(queries)} held-out digits ({1 - len(wrong) / len(queries):.1%})"
-    print(f"a 5-nearest-neighbour vote classifies {accuracy} correctly")
-    if len(wrong) > 0.05 * len(queries):
-        raise SystemExit("at least 95 % were expected: something is wrong with this installation")
+    say("Search by words: no phrase is the name of an image")
+    model, processor = load(folder, dtype="auto")
+    with Index.open(index) as opened:
+        rows = {phrase: found(opened, model.encode_text(processor.tokenize([phrase]))) for phrase in PHRASES}
+        query = bundled.ASSETS / "noto" / QUERY
+        rows[f"like the {names[query]}"] = found(opened, model.encode_image(processor([query])))
+        plane = tsne.neighbour_plane(vectors_of(opened, names))
+    for phrase, files in rows.items():
+        print(f"{phrase}: {', '.join(names[file] for file in files)}")
+    command("search", index, PHRASES[0], "-k", "24", "--html", page, shown=False)
 
-    say("Photographs: the same path, though this small model knows nothing but digits")
-    images = bundled.photographs()
-    vectors = np.array(model.encode_image(processor(images), normalize=True))
-    for image, row in zip(images, vectors @ vectors.T, strict=True):
-        print(f"{image.name:14}", "  ".join(f"{cosine:6.3f}" for cosine in row))
+    say("Classify: labels in words, nothing is trained")
+    some = list(names)[:: len(names) // CLASSIFIED][:CLASSIFIED]
+    labels = [prediction.label for prediction in zero_shot(model, processor, some, LABELS)]
+    print("; ".join(f"{names[file]}: {label}" for file, label in zip(some, labels, strict=True)))
+
+    say("Learn: a linear probe on handwritten digits, of which the encoder has never seen one")
+    digits = write_digits(output / "digits")
+    fitted = fit(digits, folder, head, dtype="auto", cache=output / "cache")
+    print(fitted.line)
+    accuracy = fitted.scores["test"]["top1"]
 
     say("Draw")
-    neighbours = draw_neighbours(scans, examples, nearest)
-    mistakes = draw_mistakes(scans, wrong, found)
-    whole_plane = draw_plane(scans, queries)
-    maps = [plot.side_by_side(tile_maps(model, processor, image), height=168, gap=4) for image in images]
-    page = compose(scans, neighbours, mistakes, whole_plane, maps, accuracy)
-    page.save(output / "demo.png")
-    for path, what in ((folder, "the converted model"), (output / "demo.png", "the image to look at")):
+    lower = [draw_classes(some, labels), draw_digits(digits, head, accuracy)]
+    upper = [draw_rows(rows), draw_plane(plane, names)]
+    picture = below([plot.beside(upper), plot.beside(lower)])
+    ImageOps.expand(picture, 28, plot.PAPER).save(output / "demo.png")
+    for path, what in (
+        (folder, "the converted model"),
+        (index, "the index of the images"),
+        (head, "what was learned of digits"),
+        (page, "the results of a search"),
+        (output / "demo.png", "the picture to look at"),
+    ):
         print(f"{short(path)}  {what}")
     print(f"done in {time.perf_counter() - began:.0f} s; your own images: examples/README.md")
+    check(rows, names, accuracy)
 
 
 def say(title: str) -> None:
@@ -88,100 +109,100 @@ def short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def convert(target: Path) -> Path:
-    """Converts the embedded checkpoint with the command that converts any other, and lists what was written."""
-    shutil.rmtree(target, ignore_errors=True)  # an earlier demo's; the converter replaces nothing
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "mlx_aimv2.convert", "--hf-path", str(bundled.digits_checkpoint()), "--mlx-path", str(target)]
-    print("python", *(short(Path(word)) if Path(word).is_absolute() else word for word in command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
-    for file in sorted(target.iterdir()):
-        print(f"{file.stat().st_size:>12,} bytes  {file.name}")
-    return target
+def clear(output: Path, *results: Path) -> None:
+    """Removes an earlier demo's results: the commands replace nothing."""
+    output.mkdir(parents=True, exist_ok=True)
+    for result in (*results, output / "digits"):
+        if result.is_dir():
+            shutil.rmtree(result)
+        result.unlink(missing_ok=True)
 
 
-def draw_neighbours(scans: bundled.Digits, chosen: list[int], nearest: np.ndarray) -> Image.Image:
-    """A row for each chosen held-out digit: itself, then its nearest ones, framed in green if correct."""
-    rows, frames = [], []
-    for i in chosen:
-        same = [scans.train_labels[j] == scans.test_labels[i] for j in nearest[i]]
-        rows.append([image(scans.test_images[i]), *(image(scans.train_images[j]) for j in nearest[i])])
-        frames.append([plot.INK, *(RIGHT if right else WRONG for right in same)])
-    return contact_sheet(rows, frames=frames, side=62, gap=12)
-
-
-def draw_mistakes(scans: bundled.Digits, wrong: np.ndarray, found: np.ndarray) -> Image.Image:
-    """Every held-out digit that the vote gets wrong, with what it is and what it was taken for."""
-    images = [image(scans.test_images[i]) for i in wrong]
-    captions = [f"{scans.test_labels[i]} as {found[i]}" for i in wrong]
-    rows = range(0, max(len(wrong), 1), 6)
-    return contact_sheet(
-        [images[start : start + 6] for start in rows],
-        captions=[captions[start : start + 6] for start in rows],
-        side=62,
-        gap=12,
+def command(*words: object, shown: bool = True) -> None:
+    """Runs `mlx-aimv2 …` as a user would, and prints what was typed."""
+    texts = [str(short(word)) if isinstance(word, Path) else str(word) for word in words]
+    print("mlx-aimv2", *(f'"{text}"' if " " in text else text for text in texts), flush=True)
+    subprocess.run(
+        [sys.executable, "-m", "mlx_aimv2", *map(str, words)], check=True, stdout=None if shown else subprocess.DEVNULL
     )
 
 
-def draw_plane(scans: bundled.Digits, queries: np.ndarray) -> Image.Image:
-    """All held-out digits where their features lie, one colour per class."""
-    images = [image(scan).resize((24, 24), Image.Resampling.BICUBIC) for scan in scans.test_images]
-    colours = [drawing.CLASSES[label] for label in scans.test_labels]
-    return tsne.scatter(tsne.neighbour_plane(queries), images, colours, size=(1000, 1000))
+def found(index: Index, vectors: object) -> list[Path]:
+    """The files most like the first of the vectors."""
+    return [Path(match.path) for match in index.search(np.array(vectors)[0], k=FOUND)]
 
 
-def tile_maps(model: Aimv2VisionModel, processor: Aimv2Processor, path: Path) -> list[Image.Image]:
-    """A photograph, and colour maps of its patches before and after the first block.
-
-    It is cut into tiles of the small size that the embedded checkpoint takes; deeper blocks know only digits.
-    """
-    image = Image.open(path).convert("RGB")
-    rows, columns = image.height // TILE, image.width // TILE
-    image = image.crop((0, 0, columns * TILE, rows * TILE))
-    boxes = [(c * TILE, r * TILE, (c + 1) * TILE, (r + 1) * TILE) for r in range(rows) for c in range(columns)]
-    states = model(processor([image.crop(box) for box in boxes]), output_hidden_states=True).hidden_states
-    maps = []
-    for state in states[:2]:
-        tokens = np.array(state)  # (tiles, N, D)
-        tokens = tokens - tokens.mean(axis=0)  # what one place has in common in all tiles says nothing of the image
-        side = int(tokens.shape[1] ** 0.5)
-        tokens = tokens.reshape(rows, columns, side, side, -1).transpose(0, 2, 1, 3, 4)
-        grid = (rows * side, columns * side)
-        maps.append(plot.pca_map(tokens.reshape(grid[0] * grid[1], -1), grid))
-    return [image, *maps]
+def vectors_of(index: Index, names: dict[Path, str]) -> np.ndarray:
+    """The stored vectors (n, D) in the order of the names."""
+    stored = {Path(one.path).name: one.vector for one in index.embeddings()}
+    return np.array([stored[file.name] for file in names], np.float64)
 
 
-def compose(
-    scans: bundled.Digits,
-    neighbours: Image.Image,
-    mistakes: Image.Image,
-    whole_plane: Image.Image,
-    maps: list[Image.Image],
-    accuracy: str,
-) -> Image.Image:
-    """The page: neighbours and mistakes at the left, the plane at the right, photographs below."""
-    neighbours = titled(
-        neighbours,
-        "Nearest neighbours",
-        subtitle=f"a held-out digit, then the 5 most alike of {len(scans.train_images):,}",
+def write_digits(folder: Path) -> Path:
+    """A folder of scans for each digit, in `train` and in `test`."""
+    scans = bundled.digits()
+    parts = (
+        ("train", scans.train_images, scans.train_labels, LEARNED),
+        ("test", scans.test_images, scans.test_labels, JUDGED),
     )
-    mistakes = titled(mistakes, "All mistakes", subtitle=f"classified correctly: {accuracy}")
-    whole_plane = titled(
-        whole_plane,
-        f"{len(scans.test_images)} digits that training never saw, where their features lie",
-        subtitle="drawn by t-SNE, which sees no labels; a colour is a class",
-    )
-    upper = plot.beside([below([neighbours, mistakes]), whole_plane])
-    photographs = titled(
-        below([plot.beside(maps[:2]), plot.beside(maps[2:])]),
-        "Features of photographs, patch by patch",
-        subtitle=f"patch embedding and first block, in tiles of {TILE} pixels, by an encoder that has seen only digits",
-    )
-    return ImageOps.expand(below([upper, photographs]), 28, plot.PAPER)
+    for part, images, labels, count in parts:
+        for digit in range(10):
+            place = folder / part / str(digit)
+            place.mkdir(parents=True)
+            for number, scan in enumerate(images[labels == digit][:count]):
+                Image.fromarray(scan).save(place / f"{number:02}.png")
+    return folder
 
 
-def image(scan: np.ndarray) -> Image.Image:
-    return Image.fromarray(scan).resize((TILE, TILE), Image.Resampling.BICUBIC)
+def draw_rows(rows: dict[str, list[Path]]) -> Image.Image:
+    """A row of images for each query."""
+    drawn = [
+        titled(contact_sheet([[Image.open(file) for file in files]], side=SIDE, gap=14), query, size=18)
+        for query, files in rows.items()
+    ]
+    return titled(below(drawn, gap=6), "Words and images find images", subtitle="the best six of 300, in order")
+
+
+def draw_plane(plane: np.ndarray, names: dict[Path, str]) -> Image.Image:
+    """All images where their features lie."""
+    images = [Image.open(file).convert("RGB").resize((34, 34), Image.Resampling.LANCZOS) for file in names]
+    drawn = tsne.scatter(plane, images, size=(PLANE, PLANE - 160))
+    title = f"{len(names)} emoji in a style that training never saw, where their features lie"
+    return titled(drawn, title, subtitle="drawn by t-SNE, which sees neither names nor pixels")
+
+
+def draw_classes(files: list[Path], labels: list[str]) -> Image.Image:
+    """Images and the label that each was given."""
+    half = len(files) // 2
+    images = [Image.open(file) for file in files]
+    drawn = contact_sheet([images[:half], images[half:]], captions=[labels[:half], labels[half:]], side=SIDE, gap=14)
+    return titled(drawn, "Classified by words", subtitle=f"as one of: {', '.join(LABELS)}", size=18)
+
+
+def draw_digits(digits: Path, head: Path, accuracy: float) -> Image.Image:
+    """Two scans of each digit that were held out, and what the probe takes them for."""
+    files = [sorted((digits / "test" / str(digit)).iterdir())[number] for number in (0, 1) for digit in range(10)]
+    taken = {Path(path): str(prediction.best(1)[0]) for path, prediction in predict(head, files)}
+    rows = [files[:10], files[10:]]
+    drawn = contact_sheet(
+        [[Image.open(file) for file in row] for row in rows],
+        captions=[[taken[file] for file in row] for row in rows],
+        frames=[[RIGHT if file.parent.name == taken[file] else WRONG for file in row] for row in rows],
+        side=SIDE,
+        gap=22,
+    )
+    about = f"a linear probe on {10 * LEARNED} scans; {accuracy:.0%} of {10 * JUDGED} others are right"
+    return titled(drawn, "Handwritten digits, learned in seconds", subtitle=about, size=18)
+
+
+def check(rows: dict[str, list[Path]], names: dict[Path, str], accuracy: float) -> None:
+    """Ends with an error where the results are not those of the trained weights."""
+    first = rows[f"like the {names[bundled.ASSETS / 'noto' / QUERY]}"][0]
+    if first.name != QUERY or accuracy < 0.8:
+        raise SystemExit(
+            f"an image must be most like itself (found {first.name}) and 80 % of the digits right "
+            f"(are {accuracy:.0%}): something is wrong with this installation"
+        )
 
 
 if __name__ == "__main__":

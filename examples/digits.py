@@ -21,8 +21,8 @@ Floats = NDArray[np.float32]
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Classify held-out digits by their nearest training digits.")
-    parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
-    accuracy = digits_accuracy(*load(parser.parse_args(argv).model))
+    parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
+    accuracy = digits_accuracy(*load(parser.parse_args(argv).model, dtype="auto"))
     print(f"a 5-nearest-neighbour vote classifies {accuracy:.2%} of the held-out digits correctly")
 
 

@@ -12,7 +12,7 @@ from mlx_aimv2 import bundled, load, plot
 
 parser = argparse.ArgumentParser(description="Features of one photograph.")
 parser.add_argument("image", nargs="?", default=bundled.photographs()[0])
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="features.png", help="the map (default: %(default)s)")
 
 

@@ -15,7 +15,7 @@ from mlx_aimv2.learn import fit, fuse
 
 parser = argparse.ArgumentParser(description="Fine-tune an encoder by LoRA and fuse the result.")
 parser.add_argument("data", nargs="?", help="folder with a folder of images for each label")
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="lora", help="folder for the head and its card (default: %(default)s)")
 parser.add_argument("--iters", type=int, default=60, help="steps (default: %(default)s)")
 

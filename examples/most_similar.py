@@ -2,7 +2,7 @@
 
 python -m examples.most_similar [QUERY IMAGE ...] [--model MODEL] [--output ranking.png]
 
-Without images: a handwritten digit that the embedded model never saw, among a hundred that it was trained on.
+Without images: one of the bundled faces among the others, in a style that the embedded model never saw.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from mlx_aimv2.learn.drawing import contact_sheet
 
 parser = argparse.ArgumentParser(description="Rank images by their similarity to the first one.")
 parser.add_argument("images", nargs="*", help="the query, then the images to rank")
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="most_similar.png", help="the ranking drawn (default: %(default)s)")
 parser.add_argument("--show", type=int, default=8, help="how many to show (default: %(default)s)")
 
@@ -25,11 +25,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.images) == 1:
         parser.error("give the query and at least one image to compare it with")
-    scans = bundled.digits()
-    images = args.images or [scans.test_images[0], *scans.train_images[:100]]
-    names = args.images or [f"a {label}" for label in [scans.test_labels[0], *scans.train_labels[:100]]]
+    emoji = bundled.emoji_images()
+    images = args.images or [file for file, name in emoji.items() if "face" in name]
+    names = args.images or [emoji[file] for file in images]
 
-    model, processor = load(args.model)
+    model, processor = load(args.model, dtype="auto")
     features = mx.concatenate([model.encode_image(processor(image), normalize=True) for image in images])
     cosines = np.array((features[1:] @ features[0]).astype(mx.float32))  # unit vectors: the product is the cosine
     best = np.argsort(-cosines)[: args.show]

@@ -13,7 +13,7 @@ from mlx_aimv2 import bundled, load, plot
 parser = argparse.ArgumentParser(description="How alike every patch is to one of them.")
 parser.add_argument("image", nargs="?", default=bundled.photographs()[1])
 parser.add_argument("--patch", default="1,1", metavar="ROW,COL", help="counted from 0,0 at the top left")
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="patch_similarity.png", help="default: %(default)s")
 
 

@@ -3,7 +3,7 @@
 python -m examples.probe [DATA] [--model MODEL] [--output HEAD]
 
 DATA is a folder with a folder of images for each label. Without it: a few of the handwritten digits that ship with the
-package, for which the embedded model is made.
+package, of which the embedded model has never seen one.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from mlx_aimv2.learn import fit, predict
 
 parser = argparse.ArgumentParser(description="Learn labels from the features of a frozen encoder.")
 parser.add_argument("data", nargs="?", help="folder with a folder of images for each label")
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="probe", help="folder for the head and its card (default: %(default)s)")
 
 

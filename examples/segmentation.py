@@ -14,7 +14,7 @@ from mlx_aimv2.learn import fit
 
 parser = argparse.ArgumentParser(description="Trains a head for masks and draws what it finds.")
 parser.add_argument("data", nargs="?", type=Path, help="folder with images/ beside masks/")
-parser.add_argument("--model", default=bundled.digits_checkpoint(), help="Hub name or checkpoint folder")
+parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--fine-tune-type", default="full", help="linear, decoder, lora, dora or full")
 parser.add_argument("--image-size", type=int, default=112, help="pixels of a side (default: %(default)s)")
 parser.add_argument("--iters", type=int, default=3000, help="steps (default: %(default)s)")

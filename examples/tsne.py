@@ -1,4 +1,4 @@
-"""Places many features in the plane so that neighbours stay neighbours; `demo.py` draws its digits with it.
+"""Places many features in the plane so that neighbours stay neighbours; `demo.py` draws its emoji with it.
 
 t-SNE (van der Maaten and Hinton 2008), exact, for up to a few thousand features. It starts from the first two
 principal components instead of noise, so the same features always give the same image.
@@ -15,8 +15,6 @@ from PIL import Image, ImageOps
 from mlx_aimv2 import plot
 
 Array = NDArray[np.float64]
-Colour = tuple[int, int, int]
-
 
 STEPS, EXAGGERATED_STEPS, EXAGGERATION = 500, 120, 12.0
 
@@ -94,25 +92,19 @@ def _squared_distances(points: Array) -> Array:
     return squares
 
 
-def scatter(
-    points: Array,
-    images: Sequence[Image.Image],
-    colours: Sequence[Colour],
-    *,
-    size: tuple[int, int] = (900, 900),
-) -> Image.Image:
-    """Small images where their features lie, `(n, 2) coordinates -> image`; dark ink takes each one's colour.
+def scatter(points: Array, images: Sequence[Image.Image], *, size: tuple[int, int] = (900, 900)) -> Image.Image:
+    """Small images where their features lie, `(n, 2) coordinates -> image`.
 
-    The images are grey, dark on white; white is left out, and images that would lie on each other are moved apart
-    until each can be read, so that close places are not exact.
+    White is left out, and images that would lie on each other are moved apart until each can be seen, so that close
+    places are not exact.
     """
     canvas = Image.new("RGB", size, plot.PAPER)
     side = max(max(image.size) for image in images)
     places = _apart(_fitted(points, size, side // 2 + 4), 0.8 * side)
     places = _fitted(places, size, side // 2 + 4)
-    for (x, y), image, colour in zip(places, images, colours, strict=True):
-        ink = ImageOps.invert(image.convert("L"))
-        canvas.paste(colour, (round(x) - ink.width // 2, round(size[1] - y) - ink.height // 2), ink)
+    for (x, y), image in zip(places, images, strict=True):
+        ink = ImageOps.invert(image.convert("L")).point(lambda level: min(255, 8 * level))
+        canvas.paste(image, (round(x) - ink.width // 2, round(size[1] - y) - ink.height // 2), ink)
     return canvas
 
 

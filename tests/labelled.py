@@ -5,8 +5,9 @@ from pathlib import Path
 from PIL import Image
 
 from mlx_aimv2 import bundled
+from tests.small_encoder import small_encoder
 
-CHECKPOINT = bundled.digits_checkpoint()
+CHECKPOINT = small_encoder()
 
 
 def write_digits(folder: Path, *, per_class: int = 12, classes: int = 3) -> Path:

@@ -45,7 +45,7 @@ def test_a_note_is_one_line_without_the_place_in_the_code(capsys):
 
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
-    command = f"{sys.executable} -m mlx_aimv2 info {bundled.digits_checkpoint()} | true"
+    command = f"{sys.executable} -m mlx_aimv2 info {bundled.emoji_checkpoint()} | true"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -97,13 +97,13 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_streams_are_no_mistake(closed):
-    result = shell(f"mlx-aimv2 info {bundled.digits_checkpoint()} {closed}")
+    result = shell(f"mlx-aimv2 info {bundled.emoji_checkpoint()} {closed}")
     assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_names_that_a_terminal_cannot_show_do_not_undo_the_work(tmp_path):
     target = tmp_path / "ünï"
-    source = bundled.digits_checkpoint()
+    source = bundled.emoji_checkpoint()
     result = shell(
         f"mlx-aimv2 convert --hf-path {source} --mlx-path {target} --no-verify 2>/dev/null", PYTHONIOENCODING="ascii"
     )

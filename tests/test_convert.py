@@ -14,8 +14,9 @@ from examples import digits
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2 import convert as converter
 from mlx_aimv2.convert import convert
+from tests.small_encoder import small_encoder
 
-DIGITS = bundled.digits_checkpoint()
+ENCODER = small_encoder()
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
 
 MLX_LM = {
@@ -87,14 +88,14 @@ def test_each_flag_is_a_keyword():
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_read(tmp_path, nothing_is_read, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        convert(DIGITS, tmp_path / "mlx", **options)
+        convert(ENCODER, tmp_path / "mlx", **options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_is_read):
     with pytest.raises(FileExistsError, match=f"^Cannot save to the path {tmp_path} as it already exists"):
-        convert(DIGITS, tmp_path)
+        convert(ENCODER, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["fidelity report", "target"])
@@ -103,7 +104,7 @@ def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_pat
     images.mkdir()
     (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"broken\.jpg"):
-        convert(DIGITS, tmp_path / "mlx", calibration=images, **options)
+        convert(ENCODER, tmp_path / "mlx", calibration=images, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
@@ -111,7 +112,7 @@ def test_the_proof_is_given_on_the_images_of_ones_own(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     shutil.copy(bundled.photographs()[1], images / "mine.jpg")
-    folder = convert(DIGITS, tmp_path / "mlx", calibration=images)
+    folder = convert(ENCODER, tmp_path / "mlx", calibration=images)
     assert json.loads((folder / "fidelity.json").read_text())["images"] == ["mine.jpg"]
 
 
@@ -120,12 +121,12 @@ def test_any_thread_may_convert(tmp_path):
 
     for i in range(3):  # each with a thread of its own, whose streams are not the others'
         with ThreadPoolExecutor(1) as pool:
-            folder = pool.submit(convert, DIGITS, tmp_path / str(i), quantize=True).result()
+            folder = pool.submit(convert, ENCODER, tmp_path / str(i), quantize=True).result()
         assert (folder / "fidelity.json").is_file()
 
 
 def test_a_quantized_source_is_refused_quantized_again_or_as_it_is(tmp_path):
-    folder = convert(DIGITS, tmp_path / "4bit", quantize=True, verify=False)
+    folder = convert(ENCODER, tmp_path / "4bit", quantize=True, verify=False)
     for options in ({"quantize": True}, {}, {"dtype": "float16"}):
         with pytest.raises(ValueError, match=r"4bit is already quantized.*with -d"):
             convert(folder, tmp_path / "again", **options)
@@ -134,11 +135,11 @@ def test_a_quantized_source_is_refused_quantized_again_or_as_it_is(tmp_path):
 
 def test_a_dense_source_has_nothing_to_dequantize(tmp_path):
     with pytest.raises(ValueError, match="is not quantized, so there is nothing to dequantize; leave -d out"):
-        convert(DIGITS, tmp_path / "mlx", dequantize=True)
+        convert(ENCODER, tmp_path / "mlx", dequantize=True)
 
 
 def test_a_quantized_source_is_exported_dense(tmp_path):
-    packed = convert(DIGITS, tmp_path / "8bit", quantize=True, q_bits=8, verify=False)
+    packed = convert(ENCODER, tmp_path / "8bit", quantize=True, q_bits=8, verify=False)
     exported = convert(packed, tmp_path / "pt", export_layout="apple", verify=False)
     inputs = mx.random.normal((1, 56, 56, 3), key=mx.random.key(2))
     a, b = (load(folder)[0].encode_image(inputs) for folder in (packed, exported))
@@ -147,7 +148,9 @@ def test_a_quantized_source_is_exported_dense(tmp_path):
 
 def test_what_happens_is_said_in_the_words_of_mlx_lm(tmp_path):
     lines = []
-    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16", verify=False, log=lines.append)
+    folder = convert(
+        ENCODER, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16", verify=False, log=lines.append
+    )
     assert lines == [
         "[INFO] Loading",
         "[INFO] Using dtype: float16",
@@ -160,14 +163,14 @@ def test_what_happens_is_said_in_the_words_of_mlx_lm(tmp_path):
 
 
 def test_without_a_dtype_the_checkpoints_stays(tmp_path):
-    half = convert(DIGITS, tmp_path / "half", dtype="bfloat16", verify=False)
+    half = convert(ENCODER, tmp_path / "half", dtype="bfloat16", verify=False)
     again = convert(half, tmp_path / "again", verify=False)
     assert load(again)[0].dtype == mx.bfloat16
     assert json.loads((again / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_the_folder_is_as_the_ecosystem_knows_it(tmp_path):
-    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, dtype="float16")
+    folder = convert(ENCODER, tmp_path / "mlx", quantize=True, dtype="float16")
     assert {path.name for path in folder.iterdir()} >= {
         "config.json",
         "model.safetensors",
@@ -190,7 +193,7 @@ def test_the_folder_is_as_the_ecosystem_knows_it(tmp_path):
 
 def test_a_checkpoint_that_says_nothing_about_images_gets_it_written(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(DIGITS, source)
+    shutil.copytree(ENCODER, source)
     (source / "preprocessor_config.json").unlink()
     with pytest.warns(UserWarning, match="no preprocessor_config.json"):
         folder = convert(source, tmp_path / "mlx", verify=False)
@@ -199,7 +202,7 @@ def test_a_checkpoint_that_says_nothing_about_images_gets_it_written(tmp_path):
 
 def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, capsys):
     target = str(tmp_path / "mlx")
-    assert cli.main(["convert", "--hf-path", str(DIGITS), "--mlx-path", target, "-q", "--q-mode", "mxfp8"]) == 0
+    assert cli.main(["convert", "--hf-path", str(ENCODER), "--mlx-path", target, "-q", "--q-mode", "mxfp8"]) == 0
     output = capsys.readouterr()
     assert output.out == f"{target}\n"
     assert "token cosine, mean" in output.err
@@ -212,12 +215,12 @@ def test_the_converters_own_command_is_the_same(tmp_path, capsys):
 
 
 def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
-    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16")
+    folder = convert(ENCODER, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.9995
     scans = bundled.digits()
     known, unknown = scans.train_images[:80], scans.test_images[:40]
     found = []
-    for path in (DIGITS, folder):
+    for path in (ENCODER, folder):
         model, processor = load(path, dtype="float32")
         bank, queries = (digits.encode(model, processor, images) for images in (known, unknown))
         found.append(digits.vote(bank, scans.train_labels[:80], queries))
@@ -225,21 +228,21 @@ def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
 
 
 def test_6_bits_keep_a_token_cosine_of_0998(tmp_path):
-    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=6, dtype="float16")
+    folder = convert(ENCODER, tmp_path / "mlx", quantize=True, q_bits=6, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.998
 
 
 @pytest.mark.parametrize("name", ["bad/na/me", "-x/y"])
 def test_the_name_to_upload_to_is_checked_first(nothing_is_read, tmp_path, name):
     with pytest.raises(ValueError, match="no Hub name of the form owner/name"):
-        convert(DIGITS, tmp_path / "out", upload_repo=name)
+        convert(ENCODER, tmp_path / "out", upload_repo=name)
 
 
 def test_nothing_is_converted_for_an_upload_that_cannot_be(nothing_is_read, tmp_path):
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
-        convert(DIGITS, tmp_path / "out", upload_repo="somebody/model")
+        convert(ENCODER, tmp_path / "out", upload_repo="somebody/model")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert convert(DIGITS, "~/out", verify=False) == tmp_path / "out"
+    assert convert(ENCODER, "~/out", verify=False) == tmp_path / "out"

@@ -30,8 +30,8 @@ def test_a_contact_sheet_holds_every_image_in_its_frame():
 
 
 def test_points_are_drawn_where_they_lie_with_up_as_up():
-    black = Image.new("L", (4, 4), 0)
-    canvas = tsne.scatter(np.array([[0, 0], [1, 1]]), [black] * 2, [(200, 0, 0), (0, 0, 200)], size=(60, 40))
+    images = [Image.new("RGB", (4, 4), colour) for colour in ((200, 0, 0), (0, 0, 200))]
+    canvas = tsne.scatter(np.array([[0, 0], [1, 1]]), images, size=(60, 40))
     levels = np.asarray(canvas)
     assert tuple(levels[33, 6]) == (200, 0, 0)
     assert tuple(levels[5, 53]) == (0, 0, 200)

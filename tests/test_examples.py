@@ -37,18 +37,19 @@ def test_an_example_is_one_short_idea_and_is_listed(file):
 
 def test_features_end_in_a_map(tmp_path, capsys):
     out = run("features", capsys, "--output", tmp_path / "map.png")
-    assert "(1, 16, 128)" in out
+    assert "(1, 36, 192)" in out
     with Image.open(tmp_path / "map.png") as image:
         assert image.size == (672, 672)
 
 
-def test_the_most_similar_digit_is_of_the_same_class(tmp_path, capsys):
+def test_the_faces_are_ranked_by_their_likeness_to_the_first(tmp_path, capsys):
     out = run("most_similar", capsys, "--output", tmp_path / "ranking.png")
     cosines = [float(number) for number in re.findall(r"^ *\d+  (\d\.\d+)", out, re.MULTILINE)]
     assert len(cosines) == 8
     assert cosines == sorted(cosines, reverse=True)
-    query, best = re.search(r"most like a (\d): a (\d)", out).groups()
-    assert query == best == str(bundled.digits().test_labels[0])
+    query, best = re.search(r"most like (.+): (.+); drawn", out).groups()
+    assert query != best
+    assert {query, best} <= set(bundled.emoji_images().values())
     assert (tmp_path / "ranking.png").is_file()
 
 
@@ -71,9 +72,9 @@ def test_the_page_holds_the_cosines_of_every_pair(tmp_path, capsys):
 
     out = run("click_a_patch", capsys, "--output", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "16 patches to click" in out
+    assert "36 patches to click" in out
     data = json.loads(re.search(r"^const \{.*\} = (\{.*\});$", page, re.MULTILINE)[1])
-    levels = np.frombuffer(base64.b64decode(data["levels"]), np.uint8).reshape(16, 16)
+    levels = np.frombuffer(base64.b64decode(data["levels"]), np.uint8).reshape(36, 36)
     assert (np.diag(levels) == 255).all()
     assert (levels.min(axis=1) == 0).all()
     assert "http" not in page
@@ -82,7 +83,7 @@ def test_the_page_holds_the_cosines_of_every_pair(tmp_path, capsys):
 def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
     out = run("convert_and_load", capsys, "--dtype", "float16")
     assert 0.999 < float(re.search(r"feature (\d\.\d+)", out)[1]) < 1.0000005
-    assert "1.47 MB" in out
+    assert "7.61 MB" in out
 
 
 @pytest.mark.slow
@@ -112,32 +113,29 @@ def test_lora_ends_in_a_score_and_a_fused_checkpoint(tmp_path, capsys, monkeypat
     assert (tmp_path / "head-fused" / "model.safetensors").is_file()
 
 
-def test_the_demo_fails_where_features_are_wrong(tmp_path, capsys, monkeypatch):
-    scans = bundled.digits()
-    shuffled = np.random.default_rng(5).permutation(60).astype(np.uint8) % 10
-    few = bundled.Digits(scans.train_images[:60], shuffled, scans.test_images[:40], scans.test_labels[:40])
-    monkeypatch.setattr(bundled, "digits", lambda: few)
+def test_the_demo_fails_where_features_are_wrong(monkeypatch):
     demo = imported(FOLDER / "demo.py")
-    monkeypatch.setattr(demo, "convert", lambda target: bundled.digits_checkpoint())
-    with pytest.raises(SystemExit, match="at least 95 %"):
-        demo.main(["--output", str(tmp_path)])
+    names = bundled.emoji_images()
+    query, other = bundled.ASSETS / "noto" / demo.QUERY, next(iter(names))
+    row = f"like the {names[query]}"
+    demo.check({row: [query]}, names, 0.9)
+    for found, accuracy in ((other, 0.9), (query, 0.5)):
+        with pytest.raises(SystemExit, match="something is wrong with this installation"):
+            demo.check({row: [found]}, names, accuracy)
 
 
 @pytest.mark.slow
-def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capsys, monkeypatch):
-    scans = bundled.digits()
-    few = bundled.Digits(
-        scans.train_images[:150], scans.train_labels[:150], scans.test_images[:40], scans.test_labels[:40]
-    )
-    monkeypatch.setattr(bundled, "digits", lambda: few)
+def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(tsne, "STEPS", 5)
-    (tmp_path / "digits-mlx").mkdir()
-    (tmp_path / "digits-mlx" / "old.txt").touch()
+    (tmp_path / "emoji-mlx").mkdir()
+    (tmp_path / "emoji-mlx" / "old.txt").touch()
     imported(FOLDER / "demo.py").main(["--output", str(tmp_path)])
-    out = capsys.readouterr().out
-    assert re.search(r"classifies \d+ of 40 held-out digits", out)
+    out = capfd.readouterr().out
+    assert "300 images (300 embedded)" in out
+    assert re.search(r"top1 \d+\.\d+ % on 100 test images", out)
     assert str(tmp_path / "demo.png") in out
-    assert (tmp_path / "digits-mlx" / "model.safetensors").is_file()
-    assert not (tmp_path / "digits-mlx" / "old.txt").exists()
+    assert (tmp_path / "emoji-mlx" / "model.safetensors").is_file()
+    assert not (tmp_path / "emoji-mlx" / "old.txt").exists()
+    assert "<img" in (tmp_path / "search.html").read_text(encoding="utf-8")
     with Image.open(tmp_path / "demo.png") as image:
         assert image.width > 1200

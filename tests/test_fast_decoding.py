@@ -21,7 +21,7 @@ from mlx_aimv2.preprocessing import Preprocessing, published
 from mlx_aimv2.processor import Aimv2Processor
 
 FAST = Policy(decode="fast")
-DIGITS = bundled.digits_checkpoint()
+EMOJI = bundled.emoji_checkpoint()
 
 
 def photograph(width: int, height: int, orientation: int = 1, **options: object) -> bytes:
@@ -104,7 +104,7 @@ def test_a_native_image_that_is_scaled_down_is_decoded_fast():
 
 
 def test_features_of_fast_decoding_are_those_of_exact():
-    model, processor = load(str(DIGITS))
+    model, processor = load(str(EMOJI))
     cosines = []
     for path in bundled.photographs():
         image = Image.open(path)
@@ -142,7 +142,7 @@ def test_embed_decodes_fast_and_says_so_and_an_index_made_fast_is_asked_exactly(
     for number in range(3):
         image = Image.open(bundled.photographs()[number])
         image.resize((900, 700)).save(f"in/{number}.jpg", quality=92)
-    model = ["-m", str(DIGITS)]
+    model = ["-m", str(EMOJI)]
     assert main(["embed", "in", *model, "-o", "fast.db"]) == 0
     assert main(["embed", "in", *model, "-o", "exact.db", "--decode", "exact"]) == 0
     vectors = []
@@ -162,7 +162,7 @@ def test_embed_decodes_fast_and_says_so_and_an_index_made_fast_is_asked_exactly(
 
 def test_embed_of_the_library_takes_the_same_settings(tmp_path):
     (tmp_path / "a.jpg").write_bytes(photograph(900, 700))
-    model, processor = load(str(DIGITS))
+    model, processor = load(str(EMOJI))
     fast, exact = (next(embed([tmp_path], model, processor, decode=decode)).vector for decode in ("fast", "exact"))
     assert np.array_equal(fast, next(embed([tmp_path], model, processor)).vector)
     assert not np.array_equal(fast, exact)
@@ -234,19 +234,19 @@ def test_what_decoding_takes_is_known_before():
 def test_bench_times_each_step_of_a_folder_and_says_what_bounds_it(tmp_path, capsys):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(photograph(700 + number, 500))
-    assert main(["bench", "-m", str(DIGITS), "--images", str(tmp_path), "--threads", "2", "--json"]) == 0
+    assert main(["bench", "-m", str(EMOJI), "--images", str(tmp_path), "--threads", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 3 and found["threads"] == 2 and found["decode"] == "fast"
     for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
         assert found[step] > 0
     assert found["bound_by"] in ("decoding", "the model")
-    assert main(["bench", "-m", str(DIGITS), "--images", str(tmp_path), "--decode", "exact"]) == 0
+    assert main(["bench", "-m", str(EMOJI), "--images", str(tmp_path), "--decode", "exact"]) == 0
     out = capsys.readouterr().out
     assert "ms per image" in out and "sets the pace" in out
 
 
 def test_bench_names_a_folder_without_images(tmp_path, capsys):
-    assert main(["bench", "-m", str(DIGITS), "--images", str(tmp_path)]) == 2
+    assert main(["bench", "-m", str(EMOJI), "--images", str(tmp_path)]) == 2
     assert "--images takes a folder that holds some" in capsys.readouterr().err
 
 
@@ -264,7 +264,7 @@ def test_embed_lets_pillow_keep_memory_unless_the_user_has_said_how_much(environ
         monkeypatch.setenv("PILLOW_BLOCKS_MAX", environment)
     try:
         Image.core.set_blocks_max(0)
-        assert main(["embed", str(bundled.photographs()[0]), "-m", str(DIGITS), "-o", str(tmp_path / "a.db")]) == 0
+        assert main(["embed", str(bundled.photographs()[0]), "-m", str(EMOJI), "-o", str(tmp_path / "a.db")]) == 0
         assert Image.core.get_blocks_max() == kept
     finally:
         Image.core.set_blocks_max(before)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, bundled, load
+from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, load
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import build, read_source
 from mlx_aimv2.quantize import MODES, check, layers, pack, packed, plan, resolve, unpack
+from tests.small_encoder import small_encoder
 
-DIGITS = bundled.digits_checkpoint()
+ENCODER = small_encoder()
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 VISION = Aimv2VisionConfig(64, 192, 17, 2, image_size=28)
 PAIR = Aimv2Config(
@@ -25,7 +26,7 @@ PAIR = Aimv2Config(
 ALL_MODES = [(mode, group, bits) for mode, known in MODES.items() for group in known.group_sizes for bits in known.bits]
 
 
-def quantized(tmp_path, *, source=DIGITS, **options):
+def quantized(tmp_path, *, source=ENCODER, **options):
     folder = convert(source, tmp_path / "mlx", quantize=True, verify=False, **options)
     return folder, json.loads((folder / "config.json").read_text())["quantization"]
 
@@ -83,7 +84,7 @@ def test_the_section_stands_twice_in_config_json(tmp_path):
 
 def test_patches_norms_and_positions_stay_dense_to_the_bit(tmp_path):
     folder, _ = quantized(tmp_path, q_bits=2)
-    stored, source = mx.load(str(folder / "model.safetensors")), read_source(DIGITS).weights
+    stored, source = mx.load(str(folder / "model.safetensors")), read_source(ENCODER).weights
     dense = [name for name in source if not any(part in name for part in (".attn.", ".mlp."))]
     assert len(dense) == 4 + 2 * 4 + 1
     assert all(mx.array_equal(stored[name], source[name]) for name in dense)

@@ -47,7 +47,7 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
             target = tmp_path / f"mlx-{number}"
             flags = "-q --q-bits 8" if number % 2 else "--no-verify"
             begun = time.monotonic()
-            print(f"--hf-path {bundled.digits_checkpoint()} --mlx-path {target} {flags}", file=run.stdin, flush=True)
+            print(f"--hf-path {bundled.emoji_checkpoint()} --mlx-path {target} {flags}", file=run.stdin, flush=True)
             child = int(run.stdout.readline())
             if lasts is not None:
                 time.sleep(dice.uniform(0, lasts))

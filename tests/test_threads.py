@@ -16,7 +16,7 @@ from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bundled, load, x86
 from mlx_aimv2.index import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
 
-CHECKPOINT = bundled.digits_checkpoint()
+CHECKPOINT = bundled.emoji_checkpoint()
 TASKS = Path("/proc/self/task")
 CONFIG = Aimv2VisionConfig(22, 13, 3, 2, image_size=15, patch_size=5)
 
@@ -120,7 +120,7 @@ import os, signal, mlx.core as mx
 from mlx_aimv2 import bundled, load
 def embed():
     signal.alarm(20)
-    model, processor = load(bundled.digits_checkpoint())
+    model, processor = load(bundled.emoji_checkpoint())
     mx.eval(model.encode_image(processor(bundled.photographs()[0])))
 {before}
 child = os.fork()
@@ -148,7 +148,7 @@ import multiprocessing
 import mlx.core as mx
 from mlx_aimv2 import bundled, load
 def total(path):
-    model, processor = load(bundled.digits_checkpoint())
+    model, processor = load(bundled.emoji_checkpoint())
     return model.encode_image(processor(path)).sum().item()
 if __name__ == "__main__":
     files = [str(file) for file in bundled.photographs()]

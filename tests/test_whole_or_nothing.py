@@ -13,11 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_aimv2 import bundled, load
+from mlx_aimv2 import load
 from mlx_aimv2.convert import convert
 from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
+from tests.small_encoder import small_encoder
 
-DIGITS = bundled.digits_checkpoint()
+ENCODER = small_encoder()
 
 # Forked before MLX has started its threads. One run in four has a fidelity report; the first of each kind is not killed
 # and says how long it takes, the others are killed at random moments of that time.
@@ -44,7 +45,7 @@ print(killed)
 
 @pytest.fixture
 def source(tmp_path):
-    shutil.copytree(DIGITS, tmp_path / "source")
+    shutil.copytree(ENCODER, tmp_path / "source")
     return tmp_path / "source"
 
 
@@ -68,7 +69,7 @@ def disk(tmp_path):
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_no_folder_stands_that_does_not_load(tmp_path):
     seed = random.randrange(1 << 30)
-    command = [sys.executable, "-c", KILLER, str(DIGITS), str(tmp_path / "mlx"), str(seed), "20"]
+    command = [sys.executable, "-c", KILLER, str(ENCODER), str(tmp_path / "mlx"), str(seed), "20"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 3, f"seed {seed}"
@@ -87,7 +88,7 @@ def test_the_next_run_clears_what_a_killed_one_left(tmp_path):
     (abandoned / "model.safetensors").write_bytes(b"half")
     other = tmp_path / f".mlx2.abcd{UNFINISHED}"
     other.mkdir()
-    convert(DIGITS, tmp_path / "mlx", verify=False)
+    convert(ENCODER, tmp_path / "mlx", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "mlx"]
 
 
@@ -113,7 +114,7 @@ with atomic_folder(Path({str(tmp_path / "mlx")!r})):
 
 def test_two_at_once_end_with_one_whole_folder(tmp_path):
     code = "import sys; from mlx_aimv2.convert import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "--model", str(DIGITS), "--mlx-path", str(tmp_path / "mlx"), "--no-verify"]
+    command = [sys.executable, "-c", code, "--model", str(ENCODER), "--mlx-path", str(tmp_path / "mlx"), "--no-verify"]
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [run.communicate()[1].splitlines()[-1] for run in runs]
     codes = [run.returncode for run in runs]
@@ -129,14 +130,14 @@ def test_an_interruption_by_hand_leaves_nothing(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(DIGITS, tmp_path / "mlx", quantize=True, log=stop)
+        convert(ENCODER, tmp_path / "mlx", quantize=True, log=stop)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(disk):
     place = disk("size=1m")
     with pytest.raises(OSError, match=r"^Cannot save to the path .*mlx: No space left on device.$"):
-        convert(DIGITS, place / "mlx")
+        convert(ENCODER, place / "mlx")
     assert not list(place.iterdir())
 
 
@@ -145,7 +146,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
-    command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(DIGITS), "--mlx-path", str(tmp_path / "mlx")]
+    command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(ENCODER), "--mlx-path", str(tmp_path / "mlx")]
     run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1] == f"mlx-aimv2: Cannot save to the path {tmp_path / 'mlx'}: File too large."
@@ -156,7 +157,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing(tmp_path):
 def test_a_target_on_a_read_only_disk_is_one_line_before_anything_is_read(disk):
     place, lines = disk("size=1m", "ro"), []
     with pytest.raises(PermissionError, match=f"^Cannot save to the path .*{place} cannot be written to"):
-        convert(DIGITS, place / "mlx", log=lines.append)
+        convert(ENCODER, place / "mlx", log=lines.append)
     assert not lines
 
 
@@ -165,7 +166,7 @@ def test_a_target_without_the_right_to_write_is_one_line(tmp_path):
     tmp_path.chmod(0o555)
     try:
         with pytest.raises(PermissionError, match="cannot be written to"):
-            convert(DIGITS, tmp_path / "mlx")
+            convert(ENCODER, tmp_path / "mlx")
     finally:
         tmp_path.chmod(0o755)
 
@@ -173,7 +174,7 @@ def test_a_target_without_the_right_to_write_is_one_line(tmp_path):
 def test_a_target_inside_a_file_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^Cannot save to the path .*file/mlx"):
-        convert(DIGITS, tmp_path / "file" / "mlx")
+        convert(ENCODER, tmp_path / "file" / "mlx")
 
 
 @pytest.mark.parametrize("moment", ["Using dtype", "Quantizing", "Comparing"])
@@ -229,4 +230,4 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
 
 
 def test_the_parent_folders_of_the_target_are_made(tmp_path):
-    assert load(convert(DIGITS, Path(tmp_path / "a" / "b" / "mlx"), verify=False))
+    assert load(convert(ENCODER, Path(tmp_path / "a" / "b" / "mlx"), verify=False))

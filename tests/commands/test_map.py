@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from small_models import NATIVE
 
-from mlx_aimv2 import bundled, cli
+from mlx_aimv2 import cli
+from tests.small_encoder import small_encoder
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def small(tmp_path):
     return tmp_path
 
 
-MODEL = ["-m", str(bundled.digits_checkpoint())]
+MODEL = ["-m", str(small_encoder())]
 
 
 def test_map_writes_the_image_beside_its_map(small, capsys):

@@ -13,8 +13,9 @@ from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.conversion.bit_search import _lowered, as_predicate, choose_bits, knapsack, most_common
 from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import resolve
+from tests.small_encoder import small_encoder
 
-DIGITS = bundled.digits_checkpoint()
+ENCODER = small_encoder()
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 IMAGES = bundled.photographs()
 
@@ -59,7 +60,7 @@ def test_a_choice_is_a_predicate():
 def at_target(tmp_path_factory):
     folder = tmp_path_factory.mktemp("target") / "mlx"
     lines = []
-    convert(DIGITS, folder, q_target=0.999, dtype="float16", log=lines.append)
+    convert(ENCODER, folder, q_target=0.999, dtype="float16", log=lines.append)
     return folder, json.loads((folder / fidelity.FILE).read_text()), lines
 
 
@@ -72,7 +73,7 @@ def test_the_folder_reaches_the_target_closely(at_target):
 
 def test_it_is_smaller_than_6_bits_everywhere(at_target, tmp_path):
     _, found, _ = at_target
-    uniform = convert(DIGITS, tmp_path / "6", quantize=True, q_bits=6, dtype="float16")
+    uniform = convert(ENCODER, tmp_path / "6", quantize=True, q_bits=6, dtype="float16")
     uniform = json.loads((uniform / fidelity.FILE).read_text())
     assert found["model"]["bits_per_weight"] < uniform["model"]["bits_per_weight"]
 
@@ -107,14 +108,14 @@ def test_what_is_left_over_lowers_the_layers_that_save_most_for_their_loss():
 
 @pytest.mark.slow
 def test_the_same_images_give_the_same_bits():
-    one, two = (choose_bits(DIGITS, IMAGES[:1], target=0.995, settings=resolve(), dtype=mx.float16) for _ in range(2))
+    one, two = (choose_bits(ENCODER, IMAGES[:1], target=0.995, settings=resolve(), dtype=mx.float16) for _ in range(2))
     assert one == two
 
 
 @pytest.mark.slow
 def test_a_higher_target_takes_more_bits():
     bits = [
-        choose_bits(DIGITS, IMAGES[:1], target=target, settings=resolve(), dtype=mx.float32)
+        choose_bits(ENCODER, IMAGES[:1], target=target, settings=resolve(), dtype=mx.float32)
         for target in (0.99, 0.9999)
     ]
     assert sum(bits[1].values()) > sum(bits[0].values()) + 20
@@ -133,10 +134,10 @@ def test_both_towers_of_a_pair_reach_the_target(tmp_path):
 
 def test_a_target_that_the_dtype_alone_misses_is_refused_before_the_search():
     with pytest.raises(ValueError, match=r"0.9999999 cannot be reached: bfloat16 alone.*--dtype float32"):
-        choose_bits(DIGITS, IMAGES, target=0.9999999, settings=resolve(), dtype=mx.bfloat16)
+        choose_bits(ENCODER, IMAGES, target=0.9999999, settings=resolve(), dtype=mx.bfloat16)
 
 
 def test_layers_that_8_bits_would_cost_too_much_stay_dense(tmp_path):
-    folder = convert(DIGITS, tmp_path / "mlx", q_target=0.999999, verify=False)
+    folder = convert(ENCODER, tmp_path / "mlx", q_target=0.999999, verify=False)
     section = json.loads((folder / "config.json").read_text())["quantization"]
     assert False in section.values()

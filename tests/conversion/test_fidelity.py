@@ -15,9 +15,10 @@ from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.conversion.blockwise import BlockwiseRun, cosines, run_blockwise, text_ids
 from mlx_aimv2.conversion.fidelity import MOST_IMAGES, choose_images
 from mlx_aimv2.convert import convert
+from tests.small_encoder import small_encoder
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
-DIGITS = bundled.digits_checkpoint()
+ENCODER = small_encoder()
 IMAGES = bundled.photographs()[:2]
 
 
@@ -34,7 +35,7 @@ def scaled(tmp_path):
 
     def make(factor):
         folder = tmp_path / f"scaled-{factor}"
-        shutil.copytree(DIGITS, folder)
+        shutil.copytree(ENCODER, folder)
         tensors = load_file(folder / "model.safetensors")
         tensors["trunk.blocks.1.mlp.fc2.weight"] = tensors["trunk.blocks.1.mlp.fc2.weight"] * np.float32(factor)
         save_file(tensors, folder / "model.safetensors")
@@ -135,13 +136,13 @@ def test_activations_beyond_float16_are_named_and_counted(scaled, tmp_path):
 
 
 def test_models_of_other_sizes_are_not_compared():
-    with pytest.raises(ValueError, match="digits makes 16 tokens of width 128 of an image, fixed makes 9 of width 96"):
-        fidelity.compare(DIGITS, REFERENCE / "fixed", images=IMAGES)
+    with pytest.raises(ValueError, match="encoder makes 16 tokens of width 128 of an image, fixed makes 9 of width 96"):
+        fidelity.compare(ENCODER, REFERENCE / "fixed", images=IMAGES)
 
 
 def test_bits_per_weight_count_scales_and_what_stays_dense(tmp_path):
-    folder = convert(DIGITS, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16", verify=False)
-    found = fidelity.compare(DIGITS, folder, images=IMAGES)
+    folder = convert(ENCODER, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16", verify=False)
+    found = fidelity.compare(ENCODER, folder, images=IMAGES)
     size = sum(array.nbytes for array in load_file(folder / "model.safetensors").values())
     assert found["model"]["bytes"] == size
     assert found["model"]["bits_per_weight"] == pytest.approx(8 * size / 734080, abs=1e-3)
@@ -149,21 +150,21 @@ def test_bits_per_weight_count_scales_and_what_stays_dense(tmp_path):
 
 
 def test_what_was_written_is_what_is_measured(tmp_path, scaled):
-    assert fidelity.compare(DIGITS, scaled(3), images=IMAGES)["token_cosine"]["mean"] < 0.99
+    assert fidelity.compare(ENCODER, scaled(3), images=IMAGES)["token_cosine"]["mean"] < 0.99
 
 
 def test_every_conversion_stores_its_proof_and_prints_it(tmp_path):
     lines = []
-    folder = convert(DIGITS, tmp_path / "mlx", dtype="bfloat16", log=lines.append)
+    folder = convert(ENCODER, tmp_path / "mlx", dtype="bfloat16", log=lines.append)
     found = json.loads((folder / fidelity.FILE).read_text())
-    assert found == fidelity.compare(DIGITS, folder)
+    assert found == fidelity.compare(ENCODER, folder)
     assert 0.9999 < found["token_cosine"]["mean"] < 1
     assert fidelity.table(found) in lines
     assert len(found["images"]) == 4
 
 
 def test_a_proof_can_be_left_out(tmp_path):
-    assert not (convert(DIGITS, tmp_path / "mlx", verify=False) / fidelity.FILE).exists()
+    assert not (convert(ENCODER, tmp_path / "mlx", verify=False) / fidelity.FILE).exists()
 
 
 def test_a_lossless_conversion_proves_to_be_one(tmp_path):
@@ -175,11 +176,11 @@ def test_a_lossless_conversion_proves_to_be_one(tmp_path):
 
 
 def test_the_table_is_short_and_nothing_names_a_path():
-    found = fidelity.compare(DIGITS, DIGITS, images=IMAGES)
+    found = fidelity.compare(ENCODER, ENCODER, images=IMAGES)
     lines = fidelity.table(found).splitlines()
     assert len(lines) <= 9
     assert len(lines[-1].removeprefix("block by block").split()) == 4
-    assert str(DIGITS.parent) not in json.dumps(found)
+    assert str(ENCODER.parent) not in json.dumps(found)
 
 
 def test_of_many_images_some_are_taken_from_all_over(tmp_path):
@@ -198,9 +199,9 @@ def test_a_folder_without_images_and_no_folder_at_all_are_named(tmp_path):
 
 
 def test_compare_prints_a_table_or_json(capsys):
-    assert cli.main(["compare", str(DIGITS), str(DIGITS)]) == 0
+    assert cli.main(["compare", str(ENCODER), str(ENCODER)]) == 0
     assert "token cosine, mean          1.000000" in capsys.readouterr().out
-    assert cli.main(["compare", str(DIGITS), str(DIGITS), "--json"]) == 0
+    assert cli.main(["compare", str(ENCODER), str(ENCODER), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["activations"]) == 4
 
 
@@ -216,4 +217,4 @@ def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, 
 
 def test_comparing_with_a_damaged_reference_is_refused(scaled):
     with pytest.raises(ValueError, match="weights are damaged"):
-        fidelity.compare(scaled(np.inf), DIGITS, images=IMAGES)
+        fidelity.compare(scaled(np.inf), ENCODER, images=IMAGES)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2 import cli
-from mlx_aimv2.bundled import digits_checkpoint, photographs
+from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import main, progress, say
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
@@ -23,7 +23,7 @@ from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.safe_write import atomic_file
 from tests.small_index import WIDTH, change
 
-MODEL = str(digits_checkpoint())
+MODEL = str(emoji_checkpoint())
 
 
 class Full(io.StringIO):
@@ -117,7 +117,7 @@ def test_features_that_are_not_finite_in_float32_are_the_weights_fault(tmp_path,
     monkeypatch.setattr(Pooling, "__call__", lambda self, model, pixels: mx.full((len(pixels), 3), mx.nan))
     image = str(photographs()[0])
     for dtype, advice in (("float32", "the model's weights are damaged"), ("float16", "load the model as float32")):
-        assert main(["embed", image, "-m", str(digits_checkpoint()), "-o", "a.db", "--dtype", dtype]) == 1
+        assert main(["embed", image, "-m", str(emoji_checkpoint()), "-o", "a.db", "--dtype", dtype]) == 1
         assert advice in capsys.readouterr().err
 
 
@@ -133,7 +133,7 @@ def test_a_page_that_breaks_off_leaves_the_old_one(photos):
 def test_an_output_below_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    command = ["embed", str(photographs()[0]), "-m", str(digits_checkpoint()), "-o", "~/x.db"]
+    command = ["embed", str(photographs()[0]), "-m", str(emoji_checkpoint()), "-o", "~/x.db"]
     assert main(command) == 0
     assert main(["search", "x.db", str(photographs()[0]), "--html=~/p.html"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.html", "x.db"]
@@ -147,7 +147,7 @@ def test_who_makes_an_index_at_the_same_time_is_asked_to_run_again(photos, monke
         return describe(*arguments, **named)
 
     monkeypatch.setattr(provenance, "describe", slow)
-    assert main(["embed", str(photographs()[0]), "-m", str(digits_checkpoint()), "-o", "new.db"]) == 2
+    assert main(["embed", str(photographs()[0]), "-m", str(emoji_checkpoint()), "-o", "new.db"]) == 2
     assert "another mlx-aimv2 embed made new.db meanwhile: run it again" in capsys.readouterr().err
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from small_models import FIXED
 from test_examples import FOLDER, imported
 
-from mlx_aimv2.bundled import digits_checkpoint
 from mlx_aimv2.cli import main
+from tests.small_encoder import small_encoder
 
 KINDS = {"segment": "masks", "detect": "boxes"}
 
@@ -59,7 +59,7 @@ def test_scenes_hold_the_same_objects_in_masks_and_boxes(scenes):
 def test_a_head_for_boxes_and_masks_is_made_used_and_scored(task, kind, scenes, tmp_path, capsys):
     data = scenes / KINDS[task]
     flags = ["--fine-tune-type", kind, "--image-size", 84, "--iters", 2, "--batch-size", 4]
-    out = run(capsys, "fit", data, "-m", digits_checkpoint(), "-o", "head", *flags)
+    out = run(capsys, "fit", data, "-m", small_encoder(), "-o", "head", *flags)
     assert f"task {task}: " in out.err
     info = json.loads((tmp_path / "head" / "head.json").read_text())
     assert info["image_size"] == 84
@@ -93,7 +93,7 @@ def test_data_that_is_wrong_ends_in_one_line_before_anything_is_trained(task, sc
 
 
 def test_a_size_that_no_patch_divides_is_refused(scenes, capsys):
-    code = main(["fit", str(scenes / "boxes"), "-m", str(digits_checkpoint()), "-o", "head", "--image-size", "100"])
+    code = main(["fit", str(scenes / "boxes"), "-m", str(small_encoder()), "-o", "head", "--image-size", "100"])
     assert code == 2
     assert "--image-size must be a multiple of the patch of 14 pixels, at most 2044, got 100; take 98 or 112" in (
         capsys.readouterr().err
@@ -103,5 +103,5 @@ def test_a_size_that_no_patch_divides_is_refused(scenes, capsys):
 @pytest.mark.parametrize("task", KINDS)
 def test_hidden_patches_are_refused(task, scenes, capsys):
     flags = ["--fine-tune-type", "full", "--mask-ratio", "0.5"]
-    assert main(["fit", str(scenes / KINDS[task]), "-m", str(digits_checkpoint()), "-o", "head", *flags]) == 2
+    assert main(["fit", str(scenes / KINDS[task]), "-m", str(small_encoder()), "-o", "head", *flags]) == 2
     assert "--mask-ratio does not go with" in capsys.readouterr().err
