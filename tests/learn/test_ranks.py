@@ -16,7 +16,7 @@ import mlx_aimv2
 from mlx_aimv2.learn import fit
 
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
-SETTINGS = {"iters": 20, "batch_size": 4, "steps_per_eval": 10, "patience": 0, "grad_accumulation_steps": 2}
+SETTINGS = {"iters": 20, "batch_size": 4, "steps_per_eval": 20, "patience": 0, "grad_accumulation_steps": 2}
 
 
 @pytest.mark.slow
