@@ -13,8 +13,9 @@ import mlx.core as mx
 import pytest
 
 import mlx_aimv2
-from mlx_aimv2 import bundled, load
+from mlx_aimv2 import load
 from mlx_aimv2.stopping import SIGNALS
+from tests.small_encoder import small_encoder
 
 RUNS, MOST = 50, 200
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
@@ -47,7 +48,7 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
             target = tmp_path / f"mlx-{number}"
             flags = "-q --q-bits 8" if number % 2 else "--no-verify"
             begun = time.monotonic()
-            print(f"--hf-path {bundled.emoji_checkpoint()} --mlx-path {target} {flags}", file=run.stdin, flush=True)
+            print(f"--hf-path {small_encoder()} --mlx-path {target} {flags}", file=run.stdin, flush=True)
             child = int(run.stdout.readline())
             if lasts is not None:
                 time.sleep(dice.uniform(0, lasts))

@@ -25,7 +25,7 @@ SETTINGS = {"iters": 20, "batch_size": 4, "steps_per_eval": 20, "patience": 0, "
 def test_two_ranks_with_half_batches_equal_one_with_whole_ones(kind, file, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
     digits = write_digits(tmp_path / "digits")
-    rate = 1e-4  # Adam makes whole steps of gradients that are rounding alone, as LoRA's first ones are
+    rate = 3e-5  # Adam makes whole steps of gradients that are rounding alone, as LoRA's first ones are
     fit(digits, CHECKPOINT, tmp_path / "one", fine_tune_type=kind, learning_rate=rate, **SETTINGS)
     flags = [text for name, value in SETTINGS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = ["-m", "mlx_aimv2", "fit", str(digits), "-m", str(CHECKPOINT), "-o", str(tmp_path / "two"), *flags]
