@@ -67,7 +67,7 @@ def resident() -> float:
 
 def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[str, float]:
     """Seconds of one kind of work over the whole folder, and memory in between."""
-    model, processor = load(model_folder)
+    model, processor = load(model_folder, dtype="auto")
     pooling = Pooling.of(model)
     files = list_images([folder]).files
     chunks = split_into_chunks(files)

@@ -177,9 +177,15 @@ def measure(pair: Path, unseen: Path, *, phrases: Sequence[str] = PHRASES) -> No
     print(f"linear probe on the digits, mean token of the trunk: {probe_digits(model.vision, processor):.2%}")
 
 
-def _ranks(scores: np.ndarray[Any, Any]) -> str:
+def recall(scores: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The shares of rows whose own column, on the diagonal, is first, and among the first five: `(n, n) -> two`."""
     place = (scores > np.diag(scores)[:, None]).sum(axis=1)
-    return f"first {np.mean(place < 1):.1%}, among the first five {np.mean(place < 5):.1%}"
+    return float((place < 1).mean()), float((place < 5).mean())
+
+
+def _ranks(scores: np.ndarray[Any, Any]) -> str:
+    first, of_five = recall(scores)
+    return f"first {first:.1%}, among the first five {of_five:.1%}"
 
 
 def embed_images(model: Any, processor: Aimv2Processor, files: Sequence[Path]) -> np.ndarray[Any, Any]:

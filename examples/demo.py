@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from examples import tsne
+from examples.probe import write_digits
 from examples.titled import titled
 from mlx_aimv2 import bundled, load, plot, zero_shot
 from mlx_aimv2.index import Index
@@ -75,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     print("; ".join(f"{names[file]}: {label}" for file, label in zip(some, labels, strict=True)))
 
     say("Learn: a linear probe on handwritten digits, of which the encoder has never seen one")
-    digits = write_digits(output / "digits")
+    digits = output / "digits"
+    write_digits(digits / "train", per_class=LEARNED)
+    write_digits(digits / "test", per_class=JUDGED, held_out=True)
     fitted = fit(digits, folder, head, dtype="auto", cache=output / "cache")
     print(fitted.line)
     accuracy = fitted.scores["test"]["top1"]
@@ -133,22 +136,6 @@ def vectors_of(index: Index, names: dict[Path, str]) -> np.ndarray:
     """The stored vectors (n, D) in the order of the names."""
     stored = {Path(one.path).name: one.vector for one in index.embeddings()}
     return np.array([stored[file.name] for file in names], np.float64)
-
-
-def write_digits(folder: Path) -> Path:
-    """A folder of scans for each digit, in `train` and in `test`."""
-    scans = bundled.digits()
-    parts = (
-        ("train", scans.train_images, scans.train_labels, LEARNED),
-        ("test", scans.test_images, scans.test_labels, JUDGED),
-    )
-    for part, images, labels, count in parts:
-        for digit in range(10):
-            place = folder / part / str(digit)
-            place.mkdir(parents=True)
-            for number, scan in enumerate(images[labels == digit][:count]):
-                Image.fromarray(scan).save(place / f"{number:02}.png")
-    return folder
 
 
 def draw_rows(rows: dict[str, list[Path]]) -> Image.Image:

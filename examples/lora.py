@@ -25,7 +25,16 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output)
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(args.data) if args.data else write_digits(Path(temporary) / "digits")
-        fitted = fit(data, args.model, output, fine_tune_type="lora", iters=args.iters, grad_checkpoint=True, say=print)
+        fitted = fit(
+            data,
+            args.model,
+            output,
+            fine_tune_type="lora",
+            iters=args.iters,
+            dtype="auto",
+            grad_checkpoint=True,
+            say=print,
+        )
     adapters = (output / "adapters.safetensors").stat().st_size
     fused = fuse(output, output.with_name(f"{output.name}-fused"))
     load(fused)  # a checkpoint like any other: embed, search and convert read it, too

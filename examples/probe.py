@@ -21,13 +21,14 @@ parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub nam
 parser.add_argument("--output", default="probe", help="folder for the head and its card (default: %(default)s)")
 
 
-def write_digits(folder: Path, *, per_class: int = 30) -> Path:
-    """A folder for each digit with so many scans."""
+def write_digits(folder: Path, *, per_class: int = 30, held_out: bool = False) -> Path:
+    """A folder for each digit with so many scans, of those for training or of those held out."""
     scans = bundled.digits()
+    images, labels = (scans.test_images, scans.test_labels) if held_out else (scans.train_images, scans.train_labels)
     for label in range(10):
         place = folder / str(label)
         place.mkdir(parents=True)
-        for number, scan in enumerate(scans.train_images[scans.train_labels == label][:per_class]):
+        for number, scan in enumerate(images[labels == label][:per_class]):
             Image.fromarray(scan).save(place / f"{number:03}.png")
     return folder
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(args.data) if args.data else write_digits(Path(temporary) / "digits")
-        fitted = fit(data, args.model, args.output, say=print)
+        fitted = fit(data, args.model, args.output, dtype="auto", say=print)
         image = next(data.rglob("*.png"), None)
         for path, prediction in predict(args.output, [image] if image else []):
             print(f"{Path(path).parent.name}/{Path(path).name}: class {prediction.best(1)[0]}")
