@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
+    x86.widen_sight()
     vision, decoder = sizes(arguments.size)
     model = Pretraining(vision, decoder, eos=1)
     initialise(model, vision.num_hidden_layers, seed=0)

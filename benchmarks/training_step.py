@@ -38,8 +38,10 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     from mlx_aimv2.learn.learner import Learner
     from mlx_aimv2.learn.optimizer import AdamW, Group
     from mlx_aimv2.model import Aimv2VisionModel
+    from mlx_aimv2.x86 import widen_sight
 
     mx.set_default_device(mx.cpu)
+    widen_sight()
     encoder = Aimv2VisionModel(Aimv2VisionConfig(WIDTH, INTERMEDIATE, blocks, HEADS, image_size=SIDE))
     mx.eval(encoder.parameters())
     lora.add_adapters(encoder, "lora", num_layers=blocks, rank=RANK)

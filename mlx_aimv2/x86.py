@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -44,6 +45,10 @@ MAX_IMBALANCE = 1.1
 CACHE_LIMIT, MLX_CACHE_LIMIT = 1 << 28, 1 << 25
 """Bytes of freed memory that MLX keeps for reuse: here, and by default, with which a pass over four images of
 224 pixels takes 40,000 pages from the system again, and 5 to 10 % longer."""
+
+SIGHT = 100
+"""Operations that MLX has in sight as it orders a training step. A step of LoRA at large-224's size with batch 4 took
+15.1 s with 100, 17.1 s with 1000, and 24.4 s with MLX's own 20; memory 2.8, 4.1 and 2.0 GB."""
 
 IMAGES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which shards are cut."""
@@ -268,16 +273,45 @@ _thread_numbers = itertools.count()
 
 
 def streams() -> list[mx.Stream]:
-    """A CPU stream for each core, up to MAX_STREAMS: the default one, and others.
+    """A CPU stream for each core, up to MAX_STREAMS.
 
+    The default one is not among them: in training it adds what the shards found and would keep its own shard waiting.
     A stream belongs to the thread that made it and lives as long as the process, so each thread has its own; threads
     after the main one and MAX_THREADS others have only the default one.
     """
     if not hasattr(_of_thread, "streams"):
         is_early = threading.current_thread() is threading.main_thread() or next(_thread_numbers) < MAX_THREADS
-        count = min(cpu_count(), MAX_STREAMS) - 1 if is_early else 0
+        count = min(cpu_count(), MAX_STREAMS) if is_early else 0
         _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(count)]
-    return [mx.default_stream(mx.cpu), *_of_thread.streams]
+    return _of_thread.streams or [mx.default_stream(mx.cpu)]
+
+
+class Balance:
+    """Hands out streams for pieces of work of known sizes, each time the one that was given least so far."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, int] = {}
+
+    def stream_for(self, x: mx.array) -> AbstractContextManager[Any]:
+        """A context in which to work on `x`; on a GPU or an ARM CPU one that changes nothing."""
+        if not on_x86_cpu():
+            return nullcontext()
+        own = streams()
+        number = min(range(len(own)), key=lambda i: self.given.get(i, 0))
+        self.given[number] = self.given.get(number, 0) + x.size
+        context: AbstractContextManager[Any] = mx.stream(own[number])
+        return context
+
+
+def widen_sight() -> None:
+    """Lets MLX order the work of a training step so that all shards advance side by side.
+
+    MLX orders what is evaluated together breadth first as long as few operations are in sight, then depth first. The
+    hundreds of gradients of a step are too many at once, and one shard would come after the other. MLX reads the
+    setting when a process first evaluates something: later this has no effect, and the environment's own value stays.
+    """
+    if on_x86_cpu():
+        os.environ.setdefault("MLX_BFS_MAX_WIDTH", str(SIGHT))
 
 
 @cache

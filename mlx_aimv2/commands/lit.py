@@ -17,6 +17,7 @@ from mlx_aimv2.pretrain.lit import LitSettings, lit
 from mlx_aimv2.pretrain.optimise import WEIGHT_DECAY
 from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.x86 import widen_sight
 
 HELP = "tune a text encoder to a frozen image encoder (LiT), so that images are found by words"
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains and writes; losses go to stderr."""
+    widen_sight()
     data = open_data(arguments.data)
     config = Aimv2Config.from_dict(read_json(Path(arguments.config))) if arguments.config else Aimv2Config()
     text = Aimv2TextConfig(**(asdict(config.text_config) | {"vocab_size": arguments.vocab_size, "eos_token_id": 1}))

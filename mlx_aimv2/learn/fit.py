@@ -35,6 +35,7 @@ from mlx_aimv2.learn.state import StateFile
 from mlx_aimv2.learn.task import Task, find_task, guess_task
 from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target
+from mlx_aimv2.x86 import widen_sight
 
 TRAINING = ".training"
 """How the folder beside HEAD is called in which the state of a run lies until it is complete."""
@@ -77,6 +78,7 @@ def fit(
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
     Nothing stands at HEAD unless the run was complete.
     """
+    widen_sight()
     started = time.monotonic()
     options = _options(settings)
     target = expand_user(output)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_aimv2.x86 import Balance
+
 Arrays = dict[str, mx.array]
 
 
@@ -43,21 +45,22 @@ class AdamW:
         self.steps += 1
         beta1, beta2 = self.betas
         unbias1, unbias2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        result = {}
+        result, balance = {}, Balance()
         for name, parameter in parameters.items():
-            gradient = gradients[name].astype(mx.float32)
-            group = groups(name)
-            rate = learning_rate * group.learning_rate
-            first = self.first.get(name, mx.zeros_like(gradient))
-            second = self.second.get(name, mx.zeros_like(gradient))
-            first = beta1 * first + (1 - beta1) * gradient
-            second = beta2 * second + (1 - beta2) * mx.square(gradient)
-            self.first[name], self.second[name] = first, second
-            value = parameter.astype(mx.float32)
-            if parameter.ndim >= 2:
-                value = value * (1 - rate * self.weight_decay * group.weight_decay)
-            step = (first / unbias1) / (mx.sqrt(second) / math.sqrt(unbias2) + self.eps)
-            result[name] = (value - rate * step).astype(parameter.dtype)
+            with balance.stream_for(parameter):
+                gradient = gradients[name].astype(mx.float32)
+                group = groups(name)
+                rate = learning_rate * group.learning_rate
+                first = self.first.get(name, mx.zeros_like(gradient))
+                second = self.second.get(name, mx.zeros_like(gradient))
+                first = beta1 * first + (1 - beta1) * gradient
+                second = beta2 * second + (1 - beta2) * mx.square(gradient)
+                self.first[name], self.second[name] = first, second
+                value = parameter.astype(mx.float32)
+                if parameter.ndim >= 2:
+                    value = value * (1 - rate * self.weight_decay * group.weight_decay)
+                step = (first / unbias1) / (mx.sqrt(second) / math.sqrt(unbias2) + self.eps)
+                result[name] = (value - rate * step).astype(parameter.dtype)
         return result
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_aimv2.x86 import Balance
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 1e-4
@@ -27,12 +29,27 @@ def scaled_rate(width: int, batch: int) -> float:
     return rate * math.sqrt(batch / PAPER_BATCH)
 
 
-def adamw(rate: float, *, steps: int, warm_up: int, weight_decay: float) -> optim.AdamW:
+class AdamW(optim.AdamW):
+    """MLX's AdamW, each parameter on the core that has least to do where MLX uses one for all of them."""
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """The parameters after one step, as MLX's."""
+        self._balance = Balance()
+        return super().apply_gradients(gradients, parameters)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
+        """One parameter after the step; its moments go into `state`."""
+        with self._balance.stream_for(gradient):
+            result: mx.array = super().apply_single(gradient, parameter, state)
+        return result
+
+
+def adamw(rate: float, *, steps: int, warm_up: int, weight_decay: float) -> AdamW:
     """AdamW whose learning rate rises for `warm_up` steps and then falls to zero as a cosine."""
     rise = optim.linear_schedule(0.0, rate, max(1, warm_up))
     fall = optim.cosine_decay(rate, max(1, steps - warm_up))
     schedule = optim.join_schedules([rise, fall], [max(1, warm_up)])
-    return optim.AdamW(schedule, betas=list(BETAS), weight_decay=weight_decay, bias_correction=True)
+    return AdamW(schedule, betas=list(BETAS), weight_decay=weight_decay, bias_correction=True)
 
 
 Losses = tuple[mx.array, ...]
@@ -63,13 +80,27 @@ def gradients(
         model.update(master)
     count = len(values)
     means = [sum(column) / count for column in zip(*values, strict=True)]
-    return means, tree_map(lambda x: x / count, total)
+    return means, total if count == 1 else tree_map(lambda x: x / count, total)
 
 
 def clipped(gradient: Any) -> Any:
     """Gradients of a length of at most `MAX_NORM` together."""
-    short, _ = optim.clip_grad_norm(gradient, MAX_NORM)  # type: ignore[no-untyped-call]
-    return short
+    squares: Any = tree_flatten(_each_on_its_core(lambda x: mx.square(x).sum(), gradient))
+    length = mx.sqrt(sum(one for _, one in squares))
+    factor = mx.minimum(MAX_NORM / (length + 1e-6), 1.0)
+    mx.eval(factor)  # MLX keeps more cores busy with one pass through all gradients at a time
+    return _each_on_its_core(lambda x: x * factor, gradient)
+
+
+def _each_on_its_core(work: Callable[[mx.array], mx.array], tree: Any) -> Any:
+    """`work` on each array, those of one size and place on the same core as in `AdamW`."""
+    balance = Balance()
+
+    def one(x: mx.array) -> mx.array:
+        with balance.stream_for(x):
+            return work(x)
+
+    return tree_map(one, tree)
 
 
 def number(scalar: mx.array) -> float:

@@ -35,6 +35,7 @@ from mlx_aimv2.pretrain.start import start_from, tokenizer_of
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.x86 import widen_sight
 
 TOKENIZER_CAPTIONS = 1_000_000
 """Captions that a tokenizer is trained on at most."""
@@ -64,6 +65,7 @@ def pretrain(
     Raises FileExistsError if something stands at `output` (or an interrupted run does, without `resume`), ValueError
     for settings that do not fit the data or the interrupted run, and for a loss that is no number.
     """
+    widen_sight()
     output, schedule = Path(output), schedule or Schedule()
     check_target(output)
     rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
