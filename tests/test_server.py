@@ -1,4 +1,4 @@
-"""The server of the README answers many requests at once, all right, with a level number of threads."""
+"""The server of docs/server.md answers many requests at once, all right, with a level number of threads."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,7 @@ import pytest
 
 from mlx_aimv2.cli import main
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "server.md"
 TASKS = Path("/proc/self/task")
 
 fastapi = pytest.importorskip("fastapi")
@@ -16,7 +16,7 @@ fastapi = pytest.importorskip("fastapi")
 
 @pytest.fixture
 def server(tmp_path, monkeypatch, fixed):
-    """README's server, on an index of twelve images made with a small model."""
+    """The page's server, on an index of twelve images made with a small model."""
     from tests.conftest import REFERENCE
     from tests.image_files import noise
 
@@ -24,15 +24,15 @@ def server(tmp_path, monkeypatch, fixed):
     for number in range(12):
         noise(tmp_path / "in" / f"{number:02d}.png", number)
     assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db"]) == 0
-    (section,) = re.findall(r"## In a server\n.*?```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (section,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     code = section.replace('"aimv2-large-8bit"', repr(str(REFERENCE / "fixed")))
     names: dict = {"__name__": "server"}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "server.md", "exec"), names)
     yield names["app"]
     names["index"].close()
 
 
-def test_the_server_of_the_readme_finds_each_image_and_refuses_what_is_none(server):
+def test_the_server_of_the_page_finds_each_image_and_refuses_what_is_none(server):
     from fastapi.testclient import TestClient
 
     with TestClient(server) as client:
