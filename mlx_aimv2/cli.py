@@ -6,12 +6,14 @@ import argparse
 import io
 import os
 import select
+import shutil
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,23 +23,23 @@ from mlx_aimv2.stopping import Stopped, stoppable
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-VERBS = {
-    "convert": "mlx_aimv2.convert",
-    "embed": "mlx_aimv2.commands.embed",
-    "search": "mlx_aimv2.commands.search",
-    "map": "mlx_aimv2.commands.map",
-    "classify": "mlx_aimv2.commands.classify",
-    "compare": "mlx_aimv2.commands.compare",
-    "info": "mlx_aimv2.commands.info",
-    "bench": "mlx_aimv2.commands.bench",
-    "fit": "mlx_aimv2.commands.fit",
-    "predict": "mlx_aimv2.commands.predict",
-    "evaluate": "mlx_aimv2.commands.evaluate",
-    "fuse": "mlx_aimv2.commands.fuse",
-    "pretrain": "mlx_aimv2.commands.pretrain",
-    "lit": "mlx_aimv2.commands.lit",
+GROUPS = {
+    "use": ("embed", "search", "classify", "map", "info"),
+    "convert": ("convert", "compare", "fuse"),
+    "learn": ("fit", "predict", "evaluate", "pretrain", "lit"),
+    "measure": ("bench",),
 }
-"""Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""The verbs as `mlx-aimv2 --help` shows them."""
+
+VERBS = {
+    verb: "mlx_aimv2.convert" if verb == "convert" else f"mlx_aimv2.commands.{verb}"
+    for verbs in GROUPS.values()
+    for verb in verbs
+}
+"""Verb -> the module that has its `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
+
+WIDTH = 100
+"""Columns of a help text at most."""
 
 SECONDS_IN_LOG = 10.0
 """Between two lines on progress where stderr is no terminal."""
@@ -53,7 +55,29 @@ _bar: tqdm[Any] | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose complaints are one line like all others."""
+    """argparse's parser whose help begins with an example, and whose complaints are one line like all others."""
+
+    def __init__(self, *, example: str = "", **settings: Any) -> None:
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
+        layout = partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=30)
+        super().__init__(formatter_class=layout, **settings)
+        self.example = example
+
+    def format_help(self) -> str:
+        """The example, what must be given, and all flags in their groups."""
+        if not self.example:
+            return super().format_help()
+        self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%")
+        return f"example: {self.example}\n\n{super().format_help()}"
+
+    def format_usage(self) -> str:
+        """The arguments that must be given; the others are `[flags]`."""
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        either = [group for group in self._mutually_exclusive_groups if group.required]
+        needed += [action for group in either for action in group._group_actions]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, needed, either)
+        return f"{formatter.format_help().rstrip()} [flags]\n"
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments and where help is, and exits with 2."""
@@ -76,20 +100,36 @@ def convert_main() -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser = Parser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
-    parser.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     asked = argv[0] if argv and argv[0] in VERBS else None
-    # Only the verb that is asked for is imported; the list of all needs every one's help.
-    modules = {verb: import_module(name) for verb, name in VERBS.items() if asked in (None, verb)}
-    for verb in VERBS:
-        explained = {"help": modules[verb].HELP, "description": modules[verb].HELP} if verb in modules else {}
-        under = verbs.add_parser(verb, **explained)
-        if verb in modules:
-            modules[verb].add_arguments(under)
-    arguments = parser.parse_args(argv)
-    code: int = modules[arguments.verb].run(arguments)
+    arguments = parser(only=asked).parse_args(argv)
+    code: int = import_module(VERBS[arguments.verb]).run(arguments)
     return code
+
+
+def parser(*, only: str | None = None) -> Parser:
+    """The command line's parser; with `only` a verb, the modules of the others are not imported.
+
+    shtab makes a shell's completion of it: `shtab --shell=zsh mlx_aimv2.cli.parser`.
+    """
+    whole = Parser(
+        prog="mlx-aimv2",
+        usage="mlx-aimv2 VERB …",
+        description="Apple's AIMv2 vision encoders on MLX: images in, features out.",
+    )
+    whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
+    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB", prog="mlx-aimv2", help=argparse.SUPPRESS)
+    lines = []
+    for title, names in GROUPS.items():
+        lines.append(f"\n{title}:")
+        for verb in names:
+            if only in (None, verb):
+                module = import_module(VERBS[verb])
+                module.add_arguments(verbs.add_parser(verb, description=module.HELP, example=module.EXAMPLE))
+                lines.append(f"  {verb:<10} {module.HELP}")
+            else:
+                verbs.add_parser(verb)
+    whole.epilog = "\n".join([*lines, "", "mlx-aimv2 VERB --help explains a verb and its flags, with an example."])
+    return whole
 
 
 def one_line_errors(work: Callable[[], int]) -> int:

@@ -30,6 +30,7 @@ from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 HELP = "convert a checkpoint to an MLX folder"
+EXAMPLE = "mlx-aimv2 convert --hf-path apple/aimv2-large-patch14-224 -q --q-bits 8"
 DEFAULT_PATH = "mlx_model"
 EXPORT_LAYOUTS = ("transformers", "apple")
 
@@ -224,7 +225,7 @@ def run_command(argv: list[str]) -> int:
     """The same, with errors as exceptions."""
     from mlx_aimv2.cli import Parser
 
-    parser = Parser(prog="mlx_aimv2.convert", description="Convert an AIMv2 checkpoint to MLX.")
+    parser = Parser(prog="mlx_aimv2.convert", description=HELP, example=EXAMPLE.replace("mlx-aimv2 ", "mlx_aimv2."))
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
@@ -232,26 +233,25 @@ def run_command(argv: list[str]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The converter's flags, which are the keywords of `convert` (`--no-verify` is `verify=False`)."""
     add = parser.add_argument
-    add("--hf-path", "--model", required=True, metavar="X", help="Hub name, checkpoint folder or weight file")
-    add("--mlx-path", default=DEFAULT_PATH, metavar="Y", help="folder to write (default: %(default)s)")
+    add("--hf-path", "--model", required=True, metavar="MODEL", help="Hub name, checkpoint folder or weight file")
+    add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
+    add = parser.add_argument_group("dtype and bits").add_argument
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
     add("--q-bits", type=int, metavar="N", help="bits per weight (default: the mode's, 4 for affine)")
     add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
     add("--q-mode", choices=list(MODES), default="affine", help="the number format (default: %(default)s)")
     add("--quant-predicate", choices=list(RECIPES), help="a recipe: more bits for the layers that matter most")
     add("--q-target", type=float, metavar="COSINE", help="choose each layer's bits to reach this mean token cosine")
-    add(
-        "--calibration",
-        metavar="DIR",
-        help="images for --q-target and the fidelity report (default: four bundled)",
-    )
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
-    add("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    add = parser.add_argument_group("fidelity report").add_argument
+    add("--calibration", metavar="DIR", help="images for it and for --q-target (default: four bundled)")
+    add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
+    add = parser.add_argument_group("source and output").add_argument
     add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     add("--export-layout", choices=EXPORT_LAYOUTS, help="write a PyTorch folder in this layout instead")
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
     add("--overwrite", action="store_true", help="replace the folder if convert wrote it, once the new one is whole")
-    add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,8 @@ from mlx_aimv2.find_images import list_images
 if TYPE_CHECKING:
     from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
 
-HELP = "time a model on this machine, beside the machine's own matrix products, or embedding a folder of images"
+HELP = "time a model beside the machine's own matrix products, or embedding a folder"
+EXAMPLE = "mlx-aimv2 bench --random large-patch14-224"
 
 MOST_AT_ONCE, LARGEST_SIDE, MOST_RUNS = 4096, 3584, 100_000
 """What may be asked for: more fits no machine's memory or no day."""
@@ -38,36 +39,24 @@ HEADERS = ("dtype", "weights", "MB", "batch", "tokens", "ms", "ms/image", "image
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file")
+    which = parser.add_argument_group("model").add_mutually_exclusive_group(required=True)
+    which.add_argument("-m", "--model", metavar="MODEL", help="Hub name, folder or weight file")
     which.add_argument(
         "--random", metavar="SIZE", help="random weights of a released size instead, such as large-patch14-224"
     )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)"
-    )
-    parser.add_argument(
-        "--batch", nargs="+", type=_up_to(MOST_AT_ONCE), default=[1, 4], metavar="B", help="images at once (1 4)"
-    )
-    parser.add_argument(
-        "--side", type=_up_to(LARGEST_SIDE), metavar="PIXELS", help="side of the images of a native model (224)"
-    )
-    parser.add_argument(
-        "--runs", type=_up_to(MOST_RUNS), default=7, metavar="N", help="runs of each measurement (%(default)s)"
-    )
-    parser.add_argument(
-        "--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense"
-    )
-    parser.add_argument(
-        "--images",
-        metavar="DIR",
-        help="time embedding the images of a folder instead: reading, hashing, decoding, resizing and the model, "
-        "each alone and all together",
-    )
-    parser.add_argument("--threads", type=_up_to(1024), metavar="N", help="with --images: threads that decode")
+    add = parser.add_argument_group("what is timed").add_argument
+    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add("--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)")
+    add("--batch", nargs="+", type=_up_to(MOST_AT_ONCE), default=[1, 4], metavar="B", help="images at once (1 4)")
+    add("--side", type=_up_to(LARGEST_SIDE), metavar="PIXELS", help="side of the images of a native model (224)")
+    add("--runs", type=_up_to(MOST_RUNS), default=7, metavar="N", help="runs of each measurement (%(default)s)")
+    add("--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense")
+    add = parser.add_argument_group("a folder of images instead").add_argument
+    add("--images", metavar="DIR", help="time reading, hashing, decoding, resizing and the model, alone and together")
+    add("--threads", type=_up_to(1024), metavar="N", help="threads that decode")
     add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,31 +16,36 @@ MAX_LABEL_BYTES = 1 << 20
 """Of a file of labels: ImageNet's 1,000 take 20 kB, and each label is one pass of the text encoder."""
 
 HELP = "say which of your labels fit each image"
+EXAMPLE = "mlx-aimv2 classify *.jpg --labels cat,dog,fox"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "-m",
-        "--model",
-        default=LIT_CHECKPOINT,
-        metavar="X",
-        help="checkpoint with a text encoder: Hub name, folder or weight file (default: %(default)s)",
-    )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument("--labels", metavar="A,B,…", help="the labels, separated by commas")
-    parser.add_argument("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
-    parser.add_argument(
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image files")
+    add = parser.add_argument_group("labels").add_argument
+    add("--labels", metavar="A,B,…", help="the labels, separated by commas")
+    add("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
+    add(
         "--template",
         action="append",
         metavar="T",
         help=f"sentence with {{}} for the label; may be given several times (default: {TEMPLATES[0]!r})",
     )
-    parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
-    parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
+    add = parser.add_argument_group("encoders").add_argument
+    add(
+        "-m",
+        "--model",
+        default=LIT_CHECKPOINT,
+        metavar="MODEL",
+        help="Hub name, folder or weight file with a text encoder (default: %(default)s)",
+    )
+    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
     add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
+    add = parser.add_argument_group("output").add_argument
+    add("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
+    add("--json", action="store_true", help="one JSON object a line for each image")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,21 +9,22 @@ from mlx_aimv2.cli import show
 from mlx_aimv2.conversion import fidelity
 
 HELP = "measure how far a model is from its reference, on images"
+EXAMPLE = "mlx-aimv2 compare apple/aimv2-large-patch14-224 aimv2-large-8bit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("reference", metavar="A", help="the reference, run in float32: Hub name, folder or weight file")
-    parser.add_argument("other", metavar="B", help="the model to judge, run in its own dtype")
-    parser.add_argument(
+    add = parser.add_argument
+    add("reference", metavar="A", help="the reference, run in float32: Hub name, folder or weight file")
+    add("other", metavar="B", help="the model to judge, run in its own dtype")
+    add = parser.add_argument_group("comparison").add_argument
+    add(
         "--images",
         metavar="DIR",
         help=f"folder of images, of which {fidelity.MOST_IMAGES} are taken (default: four bundled photographs)",
     )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of A (default: Apple's release, pinned)")
-    parser.add_argument(
-        "--json", action="store_true", help="everything as one JSON object, each block's range included"
-    )
+    add("--revision", metavar="R", help="branch, tag or commit of A (default: Apple's release, pinned)")
+    add("--json", action="store_true", help="everything as one JSON object, each block's range included")
 
 
 def run(arguments: argparse.Namespace) -> int:

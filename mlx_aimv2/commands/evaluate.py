@@ -9,16 +9,20 @@ from mlx_aimv2.cli import show
 from mlx_aimv2.config import DTYPES
 
 HELP = "score a trained head on labelled images"
+EXAMPLE = "mlx-aimv2 evaluate my-labels held-out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("head", metavar="HEAD", help="folder that fit has written")
-    parser.add_argument("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
-    parser.add_argument("-m", "--model", metavar="X", help="where the encoder is now (default: where it was)")
-    parser.add_argument("--card", metavar="FOLDER", help="write the model card's images for this data there")
-    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    add = parser.add_argument
+    add("head", metavar="HEAD", help="folder that fit has written")
+    add("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
+    add = parser.add_argument_group("encoder").add_argument
+    add("-m", "--model", metavar="MODEL", help="where the encoder is now (default: where it was)")
+    add("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in (default: the checkpoint's)")
+    add = parser.add_argument_group("output").add_argument
+    add("--card", metavar="DIR", help="write the model card's images for this data there")
+    add("--json", action="store_true", help="print the scores as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

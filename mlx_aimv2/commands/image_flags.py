@@ -9,24 +9,18 @@ from mlx_aimv2.images import DECODE, TRUNCATED, Policy
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --decode, --max-pixels and --truncated."""
-    parser.add_argument(
+    add = parser.add_argument_group("reading images").add_argument
+    add(
         "--decode",
         choices=DECODE,
         default="fast",
-        help="JPEGs: fast decodes at the smallest scale that keeps three times the pixels needed along each side, "
-        "exact in full (default: %(default)s)",
+        help="JPEGs: at the smallest scale with three times the pixels needed, or in full (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-pixels",
-        type=int,
-        metavar="N",
-        help="refuse images of more pixels (default: 178956970, where Pillow itself refuses)",
-    )
-    parser.add_argument(
+    add("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 178956970, Pillow's own limit)")
+    add(
         "--truncated",
         choices=TRUNCATED,
-        help="JPEGs that end early: refuse them, or accept what is there, with a note "
-        "(default: accept where at most a tenth is missing)",
+        help="JPEGs that end early (default: accepted with a note where at most a tenth is missing)",
     )
 
 

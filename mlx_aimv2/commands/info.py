@@ -9,13 +9,16 @@ from typing import Any
 from mlx_aimv2.cli import show
 
 HELP = "say what an index or a checkpoint holds"
+EXAMPLE = "mlx-aimv2 info photos.db"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("target", metavar="X", help="index, MLX folder, checkpoint folder or file, or Hub name")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("target", metavar="TARGET", help="index, MLX folder, checkpoint folder or file, or Hub name")
+    add = parser.add_argument_group("flags").add_argument
+    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

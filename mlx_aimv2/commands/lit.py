@@ -20,6 +20,7 @@ from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.x86 import widen_sight
 
 HELP = "tune a text encoder to a frozen image encoder (LiT), so that images are found by words"
+EXAMPLE = "mlx-aimv2 lit DATA --encoder encoder -o pair"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,20 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset")
     add("--encoder", required=True, metavar="CHECKPOINT", help="the frozen encoder: Hub name, folder or weight file")
     add("-o", "--output", required=True, metavar="PAIR", help="folder to write, in Apple's layout")
+    add = parser.add_argument_group("text encoder").add_argument
     add("--config", metavar="FILE", help="config.json with text_config and projection_dim (default: Apple's LiT)")
     add("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help="largest vocabulary trained on the captions")
     add("--tokenizer", metavar="FOLDER", help="take this tokenizer instead of training one on the captions")
+    add = parser.add_argument_group("optimisation").add_argument
     add("--batch", type=int, default=256, metavar="N", help="examples in a step, on all ranks (default: %(default)s)")
     add("--steps", type=int, default=1000, metavar="N", help="updates of the weights (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, metavar="R", help="highest rate (default: %(default)s)")
     add("--warm-up", type=int, metavar="N", help="steps until then (default: a tenth)")
     add("--weight-decay", type=float, default=WEIGHT_DECAY, metavar="W", help="default: %(default)s")
+    add = parser.add_argument_group("crops and captions").add_argument
     add("--views", type=int, default=1, metavar="N", help="crops kept of each image, the whole one among them")
     add("--first-caption", type=float, default=0.0, metavar="P", help="how often the first of several captions is read")
     add("--min-area", type=float, default=0.4, metavar="A", help="smallest random crop (default: %(default)s)")
     add("--no-flip", action="store_true", help="mirror no images: for data where left and right differ")
     add("--jitter", type=float, default=0.0, metavar="J", help="change brightness, contrast, saturation by up to J")
     add("--grey", type=float, default=0.0, metavar="P", help="share of crops without colours (default: %(default)s)")
+    add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, metavar="N", help="of weights, order and crops (default: %(default)s)")
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
 
-HELP = "draw the dense features of images: one colour per patch, or how alike every patch is to one of them"
+HELP = "draw the features of images: one colour per patch, or how alike each patch is to one"
+EXAMPLE = "mlx-aimv2 map photo.jpg -m apple/aimv2-large-patch14-native"
 
 ENDING = ".png"
 
@@ -43,35 +44,31 @@ HEIGHT = 672
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, folders or patterns")
-    parser.add_argument("-m", "--model", required=True, metavar="X", help="Hub name, folder or weight file")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help=f"where to write: a file ending in {ENDING} for one image, else a folder (default: this folder)",
-    )
-    kind = parser.add_mutually_exclusive_group()
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="images, folders or patterns")
+    add("-m", "--model", required=True, metavar="MODEL", help="Hub name, folder or weight file")
+    add("-o", "--output", metavar="OUT", help=f"a file ending in {ENDING} for one image, else a folder (default: here)")
+    group = parser.add_argument_group("what is drawn")
+    kind = group.add_mutually_exclusive_group()
     kind.add_argument(
-        "--pca", action="store_true", help="patches of like colour are alike: three principal components (the default)"
+        "--pca", action="store_true", help="three principal components as colours: like patches look alike (default)"
     )
     kind.add_argument(
-        "--patch",
-        type=_patch,
-        metavar="ROW,COL",
-        help="how alike every patch is to this one; 0,0 is the one at the top left",
+        "--patch", type=_patch, metavar="ROW,COL", help="how alike every patch is to this one; 0,0 is at the top left"
     )
-    parser.add_argument(
+    add = parser.add_argument_group("encoder").add_argument
+    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add(
         "--max-patches",
         type=int,
         default=MAX_PATCHES,
         metavar="N",
         help="native checkpoints: scale larger images down (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
     add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one line of JSON per image instead of the path")
+    add = parser.add_argument_group("output").add_argument
+    add("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
+    add("--json", action="store_true", help="one line of JSON per image instead of the path")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
 
 HELP = "train an encoder from images with captions, by the paper's objective"
+EXAMPLE = "mlx-aimv2 pretrain DATA -o encoder --size large --batch 64 --steps 20000"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset")
     add("-o", "--output", required=True, metavar="CHECKPOINT", help="folder to write, in Apple's layout")
+    add = parser.add_argument_group("encoder").add_argument
     add("--size", default="large", metavar="S", help=f"{', '.join(WIDTHS)}, or a config.json of your own")
     add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: 224, or the config's)")
     add("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: 14, or the config's)")
@@ -45,8 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LEAST", "MOST"),
         help="with --native (default: 128 4096)",
     )
+    add = parser.add_argument_group("captions").add_argument
     add("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help="largest vocabulary trained on the captions")
     add("--tokenizer", metavar="FOLDER", help="take this tokenizer instead of training one on the captions")
+    add("--first-caption", type=float, default=0.0, metavar="P", help="how often the first of several captions is read")
+    add = parser.add_argument_group("optimisation").add_argument
     add("--batch", type=int, default=64, metavar="N", help="examples in a step, on all ranks (default: %(default)s)")
     add("--accumulate", type=int, default=1, metavar="N", help="parts of a batch computed one after another")
     add("--steps", type=int, default=1000, metavar="N", help="updates of the weights (default: %(default)s)")
@@ -54,11 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warm-up", type=int, metavar="N", help="steps until then (default: a tenth)")
     add("--weight-decay", type=float, default=WEIGHT_DECAY, metavar="W", help="default: %(default)s")
     add("--alpha", type=float, default=ALPHA, metavar="A", help="weight of the image loss (default: %(default)s)")
-    add("--first-caption", type=float, default=0.0, metavar="P", help="how often the first of several captions is read")
+    add = parser.add_argument_group("augmentation").add_argument
     add("--min-area", type=float, default=0.4, metavar="A", help="smallest random crop (default: %(default)s)")
     add("--no-flip", action="store_true", help="mirror no images: for data where left and right differ")
     add("--jitter", type=float, default=0.0, metavar="J", help="change brightness, contrast, saturation by up to J")
     add("--grey", type=float, default=0.0, metavar="P", help="share of images without colours (default: %(default)s)")
+    add = parser.add_argument_group("run").add_argument
     add("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and prefixes (default: %(default)s)")
     add("--dtype", choices=[*DTYPES, AUTO], default=AUTO, help="to compute in (auto: bfloat16 on a GPU, else float32)")
     add("--validation", metavar="DATA", help="held-out data, whose losses are reported")

@@ -12,20 +12,24 @@ from mlx_aimv2.cli import say, show, typed
 from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
 
 HELP = "find the images of an index that are most like an image, or fit a text best"
+EXAMPLE = "mlx-aimv2 search photos.db cat.jpg -k 12 --html similar.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
-    parser.add_argument("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
-    parser.add_argument("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
-    parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
+    add = parser.add_argument
+    add("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
+    add("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
+    add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
+    add = parser.add_argument_group("encoder").add_argument
+    add("-m", "--model", metavar="MODEL", help="Hub name, folder or weight file (default: the index's own)")
+    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
     add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
-    parser.add_argument("--overwrite", action="store_true", help="let --html replace any other file, but no image")
-    parser.add_argument("--open", action="store_true", help="show that page in the browser")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print JSON")
+    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    add("--open", action="store_true", help="show that page in the browser")
+    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
 
 
 def run(arguments: argparse.Namespace) -> int:
