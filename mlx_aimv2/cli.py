@@ -62,9 +62,12 @@ class Parser(argparse.ArgumentParser):
         layout = partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=30)
         super().__init__(formatter_class=layout, **settings)
         self.example = example
+        self.overview = ""
 
     def format_help(self) -> str:
-        """The example, what must be given, and all flags in their groups."""
+        """The example, what must be given, and all flags in their groups; or the overview where there is one."""
+        if self.overview:
+            return self.overview
         if not self.example:
             return super().format_help()
         self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%")
@@ -111,24 +114,23 @@ def parser(*, only: str | None = None) -> Parser:
 
     shtab makes a shell's completion of it: `shtab --shell=zsh mlx_aimv2.cli.parser`.
     """
-    whole = Parser(
-        prog="mlx-aimv2",
-        usage="mlx-aimv2 VERB …",
-        description="Apple's AIMv2 vision encoders on MLX: images in, features out.",
-    )
+    whole = Parser(prog="mlx-aimv2")
     whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
-    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB", prog="mlx-aimv2", help=argparse.SUPPRESS)
-    lines = []
+    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB", prog="mlx-aimv2")
+    lines = ["usage: mlx-aimv2 VERB …", "", "Apple's AIMv2 vision encoders on MLX: images in, features out."]
     for title, names in GROUPS.items():
-        lines.append(f"\n{title}:")
+        lines += ["", f"{title}:"]
         for verb in names:
-            if only in (None, verb):
-                module = import_module(VERBS[verb])
-                module.add_arguments(verbs.add_parser(verb, description=module.HELP, example=module.EXAMPLE))
-                lines.append(f"  {verb:<10} {module.HELP}")
-            else:
+            if only not in (None, verb):
                 verbs.add_parser(verb)
-    whole.epilog = "\n".join([*lines, "", "mlx-aimv2 VERB --help explains a verb and its flags, with an example."])
+                continue
+            module = import_module(VERBS[verb])
+            module.add_arguments(
+                verbs.add_parser(verb, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
+            )
+            lines.append(f"  {verb:<10} {module.HELP}")
+    lines += ["", "VERB --help explains a verb and its flags, with an example; --version tells the version.", ""]
+    whole.overview = "\n".join(lines)
     return whole
 
 
