@@ -6,40 +6,46 @@ import argparse
 import io
 import os
 import select
-import shutil
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.help_format import HelpFormatter, list_help, verb_help
 from mlx_aimv2.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-GROUPS = {
-    "use": ("embed", "search", "classify", "map", "info"),
-    "convert": ("convert", "compare", "fuse"),
-    "learn": ("fit", "predict", "evaluate", "pretrain", "lit"),
-    "measure": ("bench",),
-}
-"""The verbs as `mlx-aimv2 --help` shows them."""
-
 VERBS = {
-    verb: "mlx_aimv2.convert" if verb == "convert" else f"mlx_aimv2.commands.{verb}"
-    for verbs in GROUPS.values()
-    for verb in verbs
+    "embed": ("use", "mlx_aimv2.commands.embed"),
+    "search": ("use", "mlx_aimv2.commands.search"),
+    "classify": ("use", "mlx_aimv2.commands.classify"),
+    "map": ("use", "mlx_aimv2.commands.map"),
+    "info": ("use", "mlx_aimv2.commands.info"),
+    "convert": ("convert", "mlx_aimv2.convert"),
+    "compare": ("convert", "mlx_aimv2.commands.compare"),
+    "fuse": ("convert", "mlx_aimv2.commands.fuse"),
+    "fit": ("learn", "mlx_aimv2.commands.fit"),
+    "predict": ("learn", "mlx_aimv2.commands.predict"),
+    "evaluate": ("learn", "mlx_aimv2.commands.evaluate"),
+    "pretrain": ("learn", "mlx_aimv2.commands.pretrain"),
+    "lit": ("learn", "mlx_aimv2.commands.lit"),
+    "bench": ("measure", "mlx_aimv2.commands.bench"),
 }
-"""Verb -> the module that has its `HELP`, `EXAMPLE`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""Verb -> its group in the list, and the module with its `HELP`, `EXAMPLE`, `add_arguments` and `run(arguments)`."""
 
-WIDTH = 100
-"""Columns of a help text at most."""
+MORE = """\
+mlx-aimv2 VERB --help   shows an example and the flags of a verb
+mlx-aimv2 --version     shows the version
+MLX_AIMV2_TRACEBACK=1   in front of a command shows where an error came from
+README.md and docs/ in the repository explain the verbs."""
+"""Below the list of verbs."""
 
 SECONDS_IN_LOG = 10.0
 """Between two lines on progress where stderr is no terminal."""
@@ -55,37 +61,36 @@ _bar: tqdm[Any] | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose help begins with an example, and whose complaints are one line like all others."""
+    """argparse's parser with an example and a short usage in its help; its complaints are one line like all others."""
 
     def __init__(self, *, example: str = "", **settings: Any) -> None:
-        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
-        layout = partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=30)
-        super().__init__(formatter_class=layout, **settings)
+        super().__init__(add_help=False, formatter_class=HelpFormatter, **settings)
         self.example = example
-        self.overview = ""
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
-        """The example, what must be given, and all flags in their groups; or the overview where there is one."""
-        if self.overview:
-            return self.overview
-        if not self.example:
-            return super().format_help()
-        self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%")
-        return f"example: {self.example}\n\n{super().format_help()}"
-
-    def format_usage(self) -> str:
-        """The arguments that must be given; the others are `[flags]`."""
-        needed = [action for action in self._actions if action.required or not action.option_strings]
-        either = [group for group in self._mutually_exclusive_groups if group.required]
-        needed += [action for group in either for action in group._group_actions]
-        formatter = self._get_formatter()
-        formatter.add_usage(None, needed, either)
-        return f"{formatter.format_help().rstrip()} [flags]\n"
+        """The help of a verb."""
+        return verb_help(self, self.example)
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments and where help is, and exits with 2."""
         say(f"{message}; see {self.prog} --help")
         self.exit(2)
+
+
+class ListParser(Parser):
+    """The parser in front of the verbs, whose help lists them in groups."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.verbs = self.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def format_help(self) -> str:
+        """The verbs in groups, one line each."""
+        groups: dict[str, list[argparse.Action]] = {}
+        for action in self.verbs._choices_actions:
+            groups.setdefault(VERBS[action.dest][0], []).append(action)
+        return list_help(self, groups, MORE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,39 +104,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert_main() -> int:
     """The command `mlx_aimv2.convert`, whose module is imported where Ctrl-C ends in one line already."""
-    return one_line_errors(lambda: int(import_module(VERBS["convert"]).run_command(sys.argv[1:])))
+    return one_line_errors(lambda: int(import_module(VERBS["convert"][1]).run_command(sys.argv[1:])))
+
+
+def parser(verb: str | None = None) -> ListParser:
+    """The parser of the whole command line, or of one verb, whose module alone is imported."""
+    whole = ListParser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
+    whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}", help="show the version")
+    for name in VERBS if verb is None else [verb]:
+        module = import_module(VERBS[name][1])
+        under = whole.verbs.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
+        module.add_arguments(under)
+    return whole
 
 
 def _dispatch(argv: list[str]) -> int:
-    asked = argv[0] if argv and argv[0] in VERBS else None
-    arguments = parser(only=asked).parse_args(argv)
-    code: int = import_module(VERBS[arguments.verb]).run(arguments)
-    return code
-
-
-def parser(*, only: str | None = None) -> Parser:
-    """The command line's parser; with `only` a verb, the modules of the others are not imported.
-
-    shtab makes a shell's completion of it: `shtab --shell=zsh mlx_aimv2.cli.parser`.
-    """
-    whole = Parser(prog="mlx-aimv2")
-    whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
-    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB", prog="mlx-aimv2")
-    lines = ["usage: mlx-aimv2 VERB …", "", "Apple's AIMv2 vision encoders on MLX: images in, features out."]
-    for title, names in GROUPS.items():
-        lines += ["", f"{title}:"]
-        for verb in names:
-            if only not in (None, verb):
-                verbs.add_parser(verb)
-                continue
-            module = import_module(VERBS[verb])
-            module.add_arguments(
-                verbs.add_parser(verb, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
-            )
-            lines.append(f"  {verb:<10} {module.HELP}")
-    lines += ["", "VERB --help explains a verb and its flags, with an example; --version tells the version.", ""]
-    whole.overview = "\n".join(lines)
-    return whole
+    # Only the verb that is asked for is imported; the list of all needs every one's help.
+    arguments = parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
+    return int(import_module(VERBS[arguments.verb][1]).run(arguments))
 
 
 def one_line_errors(work: Callable[[], int]) -> int:

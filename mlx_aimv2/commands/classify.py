@@ -6,8 +6,8 @@ import argparse
 import json
 
 from mlx_aimv2.cli import say, show, typed
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
-from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
+from mlx_aimv2.commands.flags import MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.loading import load
 from mlx_aimv2.safe_read import expand_user, read_text
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
@@ -16,36 +16,39 @@ MAX_LABEL_BYTES = 1 << 20
 """Of a file of labels: ImageNet's 1,000 take 20 kB, and each label is one pass of the text encoder."""
 
 HELP = "say which of your labels fit each image"
-EXAMPLE = "mlx-aimv2 classify *.jpg --labels cat,dog,fox"
+
+EXAMPLE = 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="image files")
-    add = parser.add_argument_group("labels").add_argument
+    add = parser.add_argument_group("input").add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image file")
     add("--labels", metavar="A,B,…", help="the labels, separated by commas")
     add("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
     add(
         "--template",
         action="append",
-        metavar="T",
-        help=f"sentence with {{}} for the label; may be given several times (default: {TEMPLATES[0]!r})",
+        metavar="TEXT",
+        help=f"sentence with {{}} for the label; {REPEATED} (default: {TEMPLATES[0]!r})",
     )
-    add = parser.add_argument_group("encoders").add_argument
+
+    add = parser.add_argument_group("model").add_argument
     add(
         "-m",
         "--model",
         default=LIT_CHECKPOINT,
         metavar="MODEL",
-        help="Hub name, folder or weight file with a text encoder (default: %(default)s)",
+        help=f"{MODEL}, with a text encoder (default: %(default)s)",
     )
-    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    add("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
-    add_policy_arguments(parser)
+    add_revision(add)
+    add_dtype(add)
+
+    add_policy_arguments(parser.add_argument_group("reading images").add_argument)
+
     add = parser.add_argument_group("output").add_argument
-    add("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
-    add("--json", action="store_true", help="one JSON object a line for each image")
+    add("-k", "--top", type=int, metavar="N", help="labels shown for each image (default: 5; in JSON all)")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
 def run(arguments: argparse.Namespace) -> int:

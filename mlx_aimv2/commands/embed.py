@@ -9,12 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlx_aimv2.cli import progress, say, show
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import (
+    MAX_PATCHES,
+    MODEL,
+    REPEATED,
+    add_dtype,
+    add_policy_arguments,
+    add_revision,
+    policy_of,
+)
 from mlx_aimv2.safe_read import expand_user
 
 HELP = "embed folders of images into an index, for search"
-EXAMPLE = "mlx-aimv2 embed ~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
+
+EXAMPLE = "~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
 
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
@@ -34,49 +42,63 @@ ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, one a line")
-    add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
-    add = parser.add_argument_group("encoder").add_argument
-    add("-m", "--model", metavar="MODEL", help="Hub name, folder or weight file (default: the index's own)")
-    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    add("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
-    add = parser.add_argument_group("what is stored of an image").add_argument
-    add(
-        "--pool",
-        choices=POOLS,
-        help="one vector (mean, head) or all of them (tokens, map) (default: head where there is one, else mean)",
-    )
-    add(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="this hidden state, counted as in transformers (default: the last, after the final norm)",
-    )
-    add("--norm", action="store_true", help="with --layer: apply the final norm to it")
-    add("--store", choices=("float16", "float32"), help="precision of the vectors (default: float16)")
-    add = parser.add_argument_group("which files").add_argument
+    add = parser.add_argument_group("input").add_argument
+    add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
     add(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="pass over what matches, as in .gitignore: *.png, Trash/, 2019/**/raw; may be repeated",
+        help=f"pass over what matches: *.png, Trash/; {REPEATED}",
     )
     add(
         "--include",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="take what matches although it is excluded, hidden or has another suffix; may be repeated",
+        help=f"take what matches though excluded, hidden or of another suffix; {REPEATED}",
     )
     add("--prune", action="store_true", help="forget images of these paths whose files are not there")
-    add_policy_arguments(parser)
-    add = parser.add_argument_group("work").add_argument
-    add("--max-patches", type=int, metavar="N", help="native checkpoints: scale larger images down (default: 4096)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
+    add_revision(add)
+    add_dtype(add)
+
+    add = parser.add_argument_group("what is stored of an image").add_argument
+    add(
+        "--pool",
+        choices=POOLS,
+        metavar="NAME",
+        help="mean or head, or all: tokens, map (default: head if there is one, else mean)",
+    )
+    add(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="hidden state, as in transformers (default: the last, after the final norm)",
+    )
+    add("--norm", action="store_true", help="with --layer: apply the final norm to it")
+    add(
+        "--store",
+        choices=("float16", "float32"),
+        metavar="NAME",
+        help="float16 or float32, of the vectors (default: float16)",
+    )
+
+    add = parser.add_argument_group("reading images").add_argument
+    add("--max-patches", type=int, metavar="N", help=f"{MAX_PATCHES} (default: 4096)")
     add("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    add_policy_arguments(add)
+
     add = parser.add_argument_group("output").add_argument
-    add("--export", choices=EXPORTS, help="then write everything beside the index for other tools")
+    add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
+    add(
+        "--export",
+        choices=EXPORTS,
+        metavar="NAME",
+        help="npz, safetensors or jsonl: write the vectors beside the index, too",
+    )
     add("--overwrite", action="store_true", help="let --export replace any other file, but no image")
     add("--json", action="store_true", help="print the summary as JSON")
 

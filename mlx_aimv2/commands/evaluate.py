@@ -6,20 +6,23 @@ import argparse
 import json
 
 from mlx_aimv2.cli import show
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import MODEL, add_dtype
 
 HELP = "score a trained head on labelled images"
-EXAMPLE = "mlx-aimv2 evaluate my-labels held-out"
+
+EXAMPLE = "my-labels held-out/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    add = parser.add_argument
+    add = parser.add_argument_group("input").add_argument
     add("head", metavar="HEAD", help="folder that fit has written")
     add("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
-    add = parser.add_argument_group("encoder").add_argument
-    add("-m", "--model", metavar="MODEL", help="where the encoder is now (default: where it was)")
-    add("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in (default: the checkpoint's)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"encoder: {MODEL} (default: the one that HEAD names)")
+    add_dtype(add, "the one that HEAD names")
+
     add = parser.add_argument_group("output").add_argument
     add("--card", metavar="DIR", help="write the model card's images for this data there")
     add("--json", action="store_true", help="print the scores as JSON")

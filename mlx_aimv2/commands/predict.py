@@ -7,23 +7,26 @@ import json
 from pathlib import Path
 
 from mlx_aimv2.cli import say, show
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import MODEL, add_dtype
 
 HELP = "say what a trained head sees in images"
-EXAMPLE = "mlx-aimv2 predict my-labels new.jpg"
+
+EXAMPLE = "my-labels new.jpg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    add = parser.add_argument
+    add = parser.add_argument_group("input").add_argument
     add("head", metavar="HEAD", help="folder that fit has written")
-    add("images", nargs="+", metavar="IMAGE", help="image files, folders or patterns")
-    add = parser.add_argument_group("encoder").add_argument
-    add("-m", "--model", metavar="MODEL", help="where the encoder is now (default: where it was)")
-    add("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in (default: the checkpoint's)")
+    add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"encoder: {MODEL} (default: the one that HEAD names)")
+    add_dtype(add, "the one that HEAD names")
+
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", type=Path, metavar="DIR", help="write predictions as files, too")
-    add("--json", action="store_true", help="one JSON object a line for each image")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
 def run(arguments: argparse.Namespace) -> int:
