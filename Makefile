@@ -10,7 +10,10 @@ OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
-.PHONY: help demo test test-all parity check fuzz verify train format clean
+# The modules of the API page.
+API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model processor config pretrain)
+
+.PHONY: help demo test test-all parity check fuzz verify train docs format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -40,12 +43,15 @@ check: $(VENV)/tested  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs  ## the API page, site/index.html, from the docstrings; a warning is an error
+	$(RUN) -W error -m pdoc -t docs/pdoc -o site $(API)
+
 format: $(VENV)/tested  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +66,10 @@ $(VENV)/tested: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train]'
+	@touch $@ $(VENV)/installed
+
+$(VENV)/docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/parity: pyproject.toml | $(VENV)/bin/python

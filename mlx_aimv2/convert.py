@@ -30,6 +30,8 @@ from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, p
 from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
+__all__ = ["convert"]
+
 HELP = "convert a checkpoint to an MLX folder"
 
 EXAMPLE = "--hf-path apple/aimv2-large-patch14-224 --mlx-path large-4bit -q"

@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
@@ -20,12 +20,13 @@ from mlx_aimv2.image_file import read_image_file, read_stream
 from mlx_aimv2.image_trim import TrimError, Trimmed, orientation_in, trimmed
 
 if TYPE_CHECKING:
+    import PIL.Image
     from PIL import Image
 
-ImageInput: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray[Any, Any]"
-)
-"""An mx.array counts as a NumPy array."""
+ImageInput: TypeAlias = Union[
+    str, os.PathLike[str], bytes, bytearray, memoryview, BinaryIO, "PIL.Image.Image", np.ndarray[Any, Any]
+]
+"""An mx.array counts as a NumPy array. (`Union`, since `|` does not take the name of a class that is not loaded.)"""
 
 DECODE = ("exact", "fast")
 TRUNCATED = ("refuse", "accept")

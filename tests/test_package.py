@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlx_aimv2
+import mlx_aimv2.learn
 
 PACKAGE = Path(mlx_aimv2.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -83,3 +84,10 @@ def test_the_converter_is_not_reexported():
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert not run.stderr
+
+
+@pytest.mark.parametrize("package", [mlx_aimv2, mlx_aimv2.learn], ids=lambda package: package.__name__)
+def test_no_file_has_the_name_of_what_its_package_loads_when_it_is_used(package):
+    # importing that file would put the module where the function is expected
+    files = {file.stem for file in Path(package.__file__).parent.glob("*.py")}
+    assert not files & set(package.__all__)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_aimv2.learn.evaluation import evaluate
-    from mlx_aimv2.learn.fit import fit
-    from mlx_aimv2.learn.fuse import fuse
+    from mlx_aimv2.learn.fit_head import fit
+    from mlx_aimv2.learn.fuse_adapters import fuse
     from mlx_aimv2.learn.prediction import predict
 
 __all__ = ["evaluate", "fit", "fuse", "predict"]
 
-_HOME = {"evaluate": "evaluation", "fit": "fit", "fuse": "fuse", "predict": "prediction"}
+_HOME = {"evaluate": "evaluation", "fit": "fit_head", "fuse": "fuse_adapters", "predict": "prediction"}
 """Public name -> the file that it is defined in."""
 
 

@@ -14,7 +14,7 @@ from small_models import NATIVE
 
 from mlx_aimv2.cli import main
 from mlx_aimv2.learn import evaluate, features, fit, head_folder, predict
-from mlx_aimv2.learn.fit import wilson
+from mlx_aimv2.learn.fit_head import wilson
 from mlx_aimv2.learn.head_folder import INFO_FILE, load_head
 from mlx_aimv2.learn.options import RECIPES
 
