@@ -30,6 +30,14 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name / "README.md" for name in ("examples", "benchmarks", "convert")),
 ]
+"""Documents whose blocks are run, and whose commands, flags and targets are looked up."""
+
+LINKED = [
+    *DOCUMENTS,
+    *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+    *(ROOT / name for name in ("CHANGELOG.md", "mlx_aimv2/assets/CREDITS.md")),
+]
+"""Documents whose links are followed."""
 
 RUN = ("sh", "python")
 OUTPUT = ("", "text")

@@ -15,7 +15,7 @@ from benchmarks import sizes
 from mlx_aimv2 import cli
 from mlx_aimv2.config import RELEASED
 from tests import documents
-from tests.documents import DOCUMENTS, OUTPUT, ROOT, RUN
+from tests.documents import DOCUMENTS, LINKED, OUTPUT, ROOT, RUN
 from tests.loopback import TOKEN, serve
 
 SMALLER = (
@@ -27,6 +27,8 @@ SMALLER = (
 )
 """What a document's training says -> the same in seconds. Everything else runs as it is written."""
 
+SCRIPTS = ("benchmarks", "convert", "examples")
+"""Folders of programs that `python -m` runs."""
 
 OF_OTHERS = {"--workers": "uvicorn", "--hostfile": "mlx.launch"}
 """Flags in the text that are another program's."""
@@ -111,7 +113,7 @@ def test_a_comment_that_begins_with_a_shape_is_checked(line, shape, holds):
         exec(documents.with_shapes(line), names)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("document", LINKED, ids=name_of)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
         if not target.startswith("http"):
@@ -127,8 +129,7 @@ def test_links_lead_somewhere(document):
 def test_every_verb_flag_target_and_module_exists(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    ours = [*map(flags_of_verb, cli.VERBS), *(known() for known in SCRIPTS.values())]
-    every_flag = OF_OTHERS.keys() | set().union(*ours)
+    every_flag = OF_OTHERS.keys() | set().union(*map(flags_of_verb, cli.VERBS), *map(flags_of_scripts, SCRIPTS))
     for line in documents.commands(document):
         for target in re.findall(r"^make ([a-z][a-z-]*)", line):
             assert target in targets, line
@@ -150,8 +151,10 @@ def known_flags(program):
     if program.startswith("mlx-aimv2"):
         assert name in cli.VERBS, program
         return flags_of_verb(name)
-    package = name.partition(".")[0]
-    return flags_of_verb("convert") if name == "mlx_aimv2.convert" else SCRIPTS.get(package, lambda: None)()
+    if name == "mlx_aimv2.convert":
+        return flags_of_verb("convert")
+    folder = name.partition(".")[0]
+    return flags_of_scripts(folder) if folder in SCRIPTS else None
 
 
 @functools.cache
@@ -168,10 +171,6 @@ def flags_of_scripts(folder):
     """What is written with one or two hyphens as a string in its files."""
     texts = [file.read_text(encoding="utf-8") for file in (ROOT / folder).glob("*.py")]
     return {flag for text in texts for flag in re.findall(r'"(--?[a-z][\w-]*)"', text)}
-
-
-SCRIPTS = {name: functools.partial(flags_of_scripts, name) for name in ("benchmarks", "convert", "examples")}
-"""Folder -> a function that gives the flags of its scripts."""
 
 
 def test_the_readme_is_short_and_lists_every_checkpoint_with_its_sizes():
