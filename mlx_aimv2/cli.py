@@ -16,28 +16,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.help_format import HelpFormatter, list_help, verb_help
 from mlx_aimv2.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 VERBS = {
-    "convert": "mlx_aimv2.convert",
-    "embed": "mlx_aimv2.commands.embed",
-    "search": "mlx_aimv2.commands.search",
-    "map": "mlx_aimv2.commands.map",
-    "classify": "mlx_aimv2.commands.classify",
-    "compare": "mlx_aimv2.commands.compare",
-    "info": "mlx_aimv2.commands.info",
-    "bench": "mlx_aimv2.commands.bench",
-    "fit": "mlx_aimv2.commands.fit",
-    "predict": "mlx_aimv2.commands.predict",
-    "evaluate": "mlx_aimv2.commands.evaluate",
-    "fuse": "mlx_aimv2.commands.fuse",
-    "pretrain": "mlx_aimv2.commands.pretrain",
-    "lit": "mlx_aimv2.commands.lit",
+    "embed": ("use", "mlx_aimv2.commands.embed"),
+    "search": ("use", "mlx_aimv2.commands.search"),
+    "classify": ("use", "mlx_aimv2.commands.classify"),
+    "map": ("use", "mlx_aimv2.commands.map"),
+    "info": ("use", "mlx_aimv2.commands.info"),
+    "convert": ("convert", "mlx_aimv2.convert"),
+    "compare": ("convert", "mlx_aimv2.commands.compare"),
+    "fuse": ("convert", "mlx_aimv2.commands.fuse"),
+    "fit": ("learn", "mlx_aimv2.commands.fit"),
+    "predict": ("learn", "mlx_aimv2.commands.predict"),
+    "evaluate": ("learn", "mlx_aimv2.commands.evaluate"),
+    "pretrain": ("learn", "mlx_aimv2.commands.pretrain"),
+    "lit": ("learn", "mlx_aimv2.commands.lit"),
+    "bench": ("measure", "mlx_aimv2.commands.bench"),
 }
-"""Verb -> the module that has its `HELP`, `add_arguments(parser)` and `run(arguments) -> exit code`."""
+"""Verb -> its group in the list, and the module with its `HELP`, `EXAMPLE`, `add_arguments` and `run(arguments)`."""
+
+MORE = """\
+mlx-aimv2 VERB --help   shows an example and the flags of a verb
+mlx-aimv2 --version     shows the version
+MLX_AIMV2_TRACEBACK=1   in front of a command shows where an error came from
+README.md and docs/ in the repository explain the verbs."""
+"""Below the list of verbs."""
 
 SECONDS_IN_LOG = 10.0
 """Between two lines on progress where stderr is no terminal."""
@@ -53,12 +61,36 @@ _bar: tqdm[Any] | None = None
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose complaints are one line like all others."""
+    """argparse's parser with an example and a short usage in its help; its complaints are one line like all others."""
+
+    def __init__(self, *, example: str = "", **settings: Any) -> None:
+        super().__init__(add_help=False, formatter_class=HelpFormatter, **settings)
+        self.example = example
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        """The help of a verb."""
+        return verb_help(self, self.example)
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments and where help is, and exits with 2."""
         say(f"{message}; see {self.prog} --help")
         self.exit(2)
+
+
+class ListParser(Parser):
+    """The parser in front of the verbs, whose help lists them in groups."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.verbs = self.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def format_help(self) -> str:
+        """The verbs in groups, one line each."""
+        groups: dict[str, list[argparse.Action]] = {}
+        for action in self.verbs._choices_actions:
+            groups.setdefault(VERBS[action.dest][0], []).append(action)
+        return list_help(self, groups, MORE)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,24 +104,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert_main() -> int:
     """The command `mlx_aimv2.convert`, whose module is imported where Ctrl-C ends in one line already."""
-    return one_line_errors(lambda: int(import_module(VERBS["convert"]).run_command(sys.argv[1:])))
+    return one_line_errors(lambda: int(import_module(VERBS["convert"][1]).run_command(sys.argv[1:])))
+
+
+def parser(verb: str | None = None) -> ListParser:
+    """The parser of the whole command line, or of one verb, whose module alone is imported."""
+    whole = ListParser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
+    whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}", help="show the version")
+    for name in VERBS if verb is None else [verb]:
+        module = import_module(VERBS[name][1])
+        under = whole.verbs.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
+        module.add_arguments(under)
+    return whole
 
 
 def _dispatch(argv: list[str]) -> int:
-    parser = Parser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
-    parser.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    asked = argv[0] if argv and argv[0] in VERBS else None
     # Only the verb that is asked for is imported; the list of all needs every one's help.
-    modules = {verb: import_module(name) for verb, name in VERBS.items() if asked in (None, verb)}
-    for verb in VERBS:
-        explained = {"help": modules[verb].HELP, "description": modules[verb].HELP} if verb in modules else {}
-        under = verbs.add_parser(verb, **explained)
-        if verb in modules:
-            modules[verb].add_arguments(under)
-    arguments = parser.parse_args(argv)
-    code: int = modules[arguments.verb].run(arguments)
-    return code
+    arguments = parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
+    return int(import_module(VERBS[arguments.verb][1]).run(arguments))
 
 
 def one_line_errors(work: Callable[[], int]) -> int:

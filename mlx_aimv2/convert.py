@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint import hub
+from mlx_aimv2.commands import flags
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
 from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
@@ -30,6 +31,8 @@ from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 HELP = "convert a checkpoint to an MLX folder"
+
+EXAMPLE = "--hf-path apple/aimv2-large-patch14-224 --mlx-path large-4bit -q"
 DEFAULT_PATH = "mlx_model"
 EXPORT_LAYOUTS = ("transformers", "apple")
 
@@ -224,40 +227,63 @@ def run_command(argv: list[str]) -> int:
     """The same, with errors as exceptions."""
     from mlx_aimv2.cli import Parser
 
-    parser = Parser(prog="mlx_aimv2.convert", description="Convert an AIMv2 checkpoint to MLX.")
+    parser = Parser(prog="mlx_aimv2.convert", description=HELP, example=EXAMPLE)
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The converter's flags, which are the keywords of `convert` (`--no-verify` is `verify=False`)."""
-    add = parser.add_argument
-    add("--hf-path", "--model", required=True, metavar="X", help="Hub name, checkpoint folder or weight file")
-    add("--mlx-path", default=DEFAULT_PATH, metavar="Y", help="folder to write (default: %(default)s)")
+    add = parser.add_argument_group("input").add_argument
+    add("--hf-path", "--model", required=True, metavar="MODEL", help=flags.MODEL)
+    flags.add_revision(add)
+
+    add = parser.add_argument_group("quantization").add_argument
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
     add("--q-bits", type=int, metavar="N", help="bits per weight (default: the mode's, 4 for affine)")
     add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
-    add("--q-mode", choices=list(MODES), default="affine", help="the number format (default: %(default)s)")
-    add("--quant-predicate", choices=list(RECIPES), help="a recipe: more bits for the layers that matter most")
-    add("--q-target", type=float, metavar="COSINE", help="choose each layer's bits to reach this mean token cosine")
     add(
-        "--calibration",
-        metavar="DIR",
-        help="images for --q-target and the fidelity report (default: four bundled)",
+        "--q-mode",
+        choices=list(MODES),
+        default="affine",
+        metavar="NAME",
+        help=f"{', '.join(MODES)} (default: %(default)s)",
     )
+    add(
+        "--quant-predicate",
+        choices=list(RECIPES),
+        metavar="NAME",
+        help=f"more bits where they matter: {', '.join(RECIPES)}",
+    )
+    add("--q-target", type=float, metavar="X", help="choose each layer's bits to reach this mean token cosine: 0.999")
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
-    add("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
-    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    add("--export-layout", choices=EXPORT_LAYOUTS, help="write a PyTorch folder in this layout instead")
-    add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
-    add("--overwrite", action="store_true", help="replace the folder if convert wrote it, once the new one is whole")
+
+    add = parser.add_argument_group("fidelity").add_argument
+    add("--calibration", metavar="DIR", help="images for --q-target and the report (default: four bundled photographs)")
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
+
+    add = parser.add_argument_group("layout and output").add_argument
+    add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        metavar="NAME",
+        help=f"{', '.join(DTYPES)}: of the weights (default: the checkpoint's)",
+    )
+    add(
+        "--export-layout",
+        choices=EXPORT_LAYOUTS,
+        metavar="NAME",
+        help="transformers or apple: write a PyTorch folder instead",
+    )
+    add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
+    add("--overwrite", action="store_true", help="replace a folder that convert wrote, once the new one is whole")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
     from mlx_aimv2.cli import log, show
 
-    flags = {name: value for name, value in vars(arguments).items() if name != "verb"}
-    show(str(convert(**flags, log=log)))
+    settings = {name: value for name, value in vars(arguments).items() if name != "verb"}
+    show(str(convert(**settings, log=log)))
     return 0

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import device
 from mlx_aimv2.cli import log
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
+from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.config import released
 from mlx_aimv2.find_images import list_images
 
 if TYPE_CHECKING:
     from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
 
-HELP = "time a model on this machine, beside the machine's own matrix products, or embedding a folder of images"
+HELP = "time a model beside bare matrix products, or embedding a folder of images"
+
+EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
 
 MOST_AT_ONCE, LARGEST_SIDE, MOST_RUNS = 4096, 3584, 100_000
 """What may be asked for: more fits no machine's memory or no day."""
@@ -38,36 +40,47 @@ HEADERS = ("dtype", "weights", "MB", "batch", "tokens", "ms", "ms/image", "image
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file")
-    which.add_argument(
-        "--random", metavar="SIZE", help="random weights of a released size instead, such as large-patch14-224"
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group(required=True).add_argument
+    which("-m", "--model", metavar="MODEL", help=MODEL)
+    which("--random", metavar="SIZE", help="random weights of a released size, such as large-patch14-224")
+    add = group.add_argument
+    add_revision(add)
+
+    add = parser.add_argument_group("what is timed").add_argument
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        metavar="NAME",
+        help="float32, float16, bfloat16 (default: float32 on a CPU, else both halves)",
     )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="dtypes to time (default: float32 on a CPU, both halves on a GPU)"
+    add(
+        "--batch",
+        nargs="+",
+        type=_up_to(MOST_AT_ONCE),
+        default=[1, 4],
+        metavar="N",
+        help="images at once (default: 1 4)",
     )
-    parser.add_argument(
-        "--batch", nargs="+", type=_up_to(MOST_AT_ONCE), default=[1, 4], metavar="B", help="images at once (1 4)"
+    add(
+        "--side",
+        type=_up_to(LARGEST_SIDE),
+        metavar="N",
+        help="native checkpoints: side of the images in pixels (default: 224)",
     )
-    parser.add_argument(
-        "--side", type=_up_to(LARGEST_SIDE), metavar="PIXELS", help="side of the images of a native model (224)"
+    add(
+        "--runs", type=_up_to(MOST_RUNS), default=7, metavar="N", help="runs of each measurement (default: %(default)s)"
     )
-    parser.add_argument(
-        "--runs", type=_up_to(MOST_RUNS), default=7, metavar="N", help="runs of each measurement (%(default)s)"
-    )
-    parser.add_argument(
-        "--keep-quantized", action="store_true", help="time quantized weights packed too, not only made dense"
-    )
-    parser.add_argument(
-        "--images",
-        metavar="DIR",
-        help="time embedding the images of a folder instead: reading, hashing, decoding, resizing and the model, "
-        "each alone and all together",
-    )
-    parser.add_argument("--threads", type=_up_to(1024), metavar="N", help="with --images: threads that decode")
-    add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--keep-quantized", action="store_true", help="time quantized weights packed, too, not only made dense")
+    add("--images", metavar="DIR", help="time each step of embedding this folder instead, alone and all together")
+
+    add = parser.add_argument_group("reading images, with --images").add_argument
+    add("--threads", type=_up_to(1024), metavar="N", help="threads that decode (default: one for each core)")
+    add_policy_arguments(add)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print the measurements as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

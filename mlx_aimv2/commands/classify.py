@@ -6,8 +6,8 @@ import argparse
 import json
 
 from mlx_aimv2.cli import say, show, typed
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
-from mlx_aimv2.config import DTYPES, LIT_CHECKPOINT
+from mlx_aimv2.commands.flags import MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.loading import load
 from mlx_aimv2.safe_read import expand_user, read_text
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
@@ -17,30 +17,38 @@ MAX_LABEL_BYTES = 1 << 20
 
 HELP = "say which of your labels fit each image"
 
+EXAMPLE = 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"'
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
-    parser.add_argument(
+    add = parser.add_argument_group("input").add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image file")
+    add("--labels", metavar="A,B,…", help="the labels, separated by commas")
+    add("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
+    add(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help=f"sentence with {{}} for the label; {REPEATED} (default: {TEMPLATES[0]!r})",
+    )
+
+    add = parser.add_argument_group("model").add_argument
+    add(
         "-m",
         "--model",
         default=LIT_CHECKPOINT,
-        metavar="X",
-        help="checkpoint with a text encoder: Hub name, folder or weight file (default: %(default)s)",
+        metavar="MODEL",
+        help=f"{MODEL}, with a text encoder (default: %(default)s)",
     )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument("--labels", metavar="A,B,…", help="the labels, separated by commas")
-    parser.add_argument("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="T",
-        help=f"sentence with {{}} for the label; may be given several times (default: {TEMPLATES[0]!r})",
-    )
-    parser.add_argument("-k", "--top", type=int, metavar="N", help="labels shown for each (default: 5, JSON: all)")
-    parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
-    add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
+    add_revision(add)
+    add_dtype(add)
+
+    add_policy_arguments(parser.add_argument_group("reading images").add_argument)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-k", "--top", type=int, metavar="N", help="labels shown for each image (default: 5; in JSON all)")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
 def run(arguments: argparse.Namespace) -> int:

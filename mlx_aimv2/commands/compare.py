@@ -6,24 +6,28 @@ import argparse
 import json
 
 from mlx_aimv2.cli import show
+from mlx_aimv2.commands.flags import MODEL, REVISION
 from mlx_aimv2.conversion import fidelity
 
 HELP = "measure how far a model is from its reference, on images"
 
+EXAMPLE = "apple/aimv2-large-patch14-224 large-4bit --images ~/Pictures"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("reference", metavar="A", help="the reference, run in float32: Hub name, folder or weight file")
-    parser.add_argument("other", metavar="B", help="the model to judge, run in its own dtype")
-    parser.add_argument(
+    add = parser.add_argument_group("input").add_argument
+    add("reference", metavar="REFERENCE", help=f"run in float32: {MODEL}")
+    add("other", metavar="MODEL", help="the model to judge, run in its own dtype")
+    add(
         "--images",
         metavar="DIR",
-        help=f"folder of images, of which {fidelity.MOST_IMAGES} are taken (default: four bundled photographs)",
+        help=f"take {fidelity.MOST_IMAGES} images of this folder (default: four bundled photographs)",
     )
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of A (default: Apple's release, pinned)")
-    parser.add_argument(
-        "--json", action="store_true", help="everything as one JSON object, each block's range included"
-    )
+    add("--revision", metavar="NAME", help=f"of REFERENCE: {REVISION} (default: Apple's release, pinned)")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print everything as JSON, with the range of each block")
 
 
 def run(arguments: argparse.Namespace) -> int:

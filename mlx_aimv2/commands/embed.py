@@ -9,11 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlx_aimv2.cli import progress, say, show
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import (
+    MAX_PATCHES,
+    MODEL,
+    REPEATED,
+    add_dtype,
+    add_policy_arguments,
+    add_revision,
+    policy_of,
+)
 from mlx_aimv2.safe_read import expand_user
 
 HELP = "embed folders of images into an index, for search"
+
+EXAMPLE = "~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
 
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
@@ -33,59 +42,65 @@ ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="folder, image or pattern; - reads names from stdin, one a line or separated by NUL",
-    )
-    parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument("--dtype", choices=[*DTYPES, "auto"], help="dtype to compute in (default: the checkpoint's)")
-    parser.add_argument(
-        "--pool",
-        choices=POOLS,
-        help="what is stored of an image: mean or head one vector, tokens or map all of them "
-        "(default: head where the checkpoint has one, else mean)",
-    )
-    parser.add_argument(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="take this hidden state, counted as in transformers, as it is (default: the last, after the final norm)",
-    )
-    parser.add_argument("--norm", action="store_true", help="with --layer: apply the final norm to it")
-    parser.add_argument(
-        "--max-patches", type=int, metavar="N", help="native checkpoints: scale larger images down (default: 4096)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
-    parser.add_argument(
-        "--store", choices=("float16", "float32"), help="precision of the vectors in the index (default: float16)"
-    )
-    parser.add_argument(
-        "--export",
-        choices=EXPORTS,
-        help="then write everything beside the index for other tools, replacing an earlier export",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="let --export replace any other file, but no image")
-    parser.add_argument(
+    add = parser.add_argument_group("input").add_argument
+    add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
+    add(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="pass over files and folders that match, as in .gitignore: *.png, Trash/, 2019/**/raw; may be repeated",
+        help=f"pass over what matches: *.png, Trash/; {REPEATED}",
     )
-    parser.add_argument(
+    add(
         "--include",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="take what matches although it is excluded, hidden or has another suffix; may be repeated",
+        help=f"take what matches though excluded, hidden or of another suffix; {REPEATED}",
     )
-    parser.add_argument("--prune", action="store_true", help="forget images of these paths whose files are not there")
-    add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add("--prune", action="store_true", help="forget images of these paths whose files are not there")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
+    add_revision(add)
+    add_dtype(add)
+
+    add = parser.add_argument_group("what is stored of an image").add_argument
+    add(
+        "--pool",
+        choices=POOLS,
+        metavar="NAME",
+        help="mean or head, or all: tokens, map (default: head if there is one, else mean)",
+    )
+    add(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="hidden state, as in transformers (default: the last, after the final norm)",
+    )
+    add("--norm", action="store_true", help="with --layer: apply the final norm to it")
+    add(
+        "--store",
+        choices=("float16", "float32"),
+        metavar="NAME",
+        help="float16 or float32, of the vectors (default: float16)",
+    )
+
+    add = parser.add_argument_group("reading images").add_argument
+    add("--max-patches", type=int, metavar="N", help=f"{MAX_PATCHES} (default: 4096)")
+    add("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    add_policy_arguments(add)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
+    add(
+        "--export",
+        choices=EXPORTS,
+        metavar="NAME",
+        help="npz, safetensors or jsonl: write the vectors beside the index, too",
+    )
+    add("--overwrite", action="store_true", help="let --export replace any other file, but no image")
+    add("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

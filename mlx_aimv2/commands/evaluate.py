@@ -6,19 +6,26 @@ import argparse
 import json
 
 from mlx_aimv2.cli import show
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import MODEL, add_dtype
 
 HELP = "score a trained head on labelled images"
+
+EXAMPLE = "my-labels held-out/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("head", metavar="HEAD", help="folder that fit has written")
-    parser.add_argument("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
-    parser.add_argument("-m", "--model", metavar="X", help="where the encoder is now (default: where it was)")
-    parser.add_argument("--card", metavar="FOLDER", help="write the model card's images for this data there")
-    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in")
-    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    add = parser.add_argument_group("input").add_argument
+    add("head", metavar="HEAD", help="folder that fit has written")
+    add("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"encoder: {MODEL} (default: the one that HEAD names)")
+    add_dtype(add, "the one that HEAD names")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--card", metavar="DIR", help="write the model card's images for this data there")
+    add("--json", action="store_true", help="print the scores as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

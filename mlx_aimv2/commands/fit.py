@@ -8,9 +8,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from mlx_aimv2 import cli
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import MODEL, RESUME, add_dtype, add_revision, add_seed
 
 HELP = "learn your labels from a folder of images"
+
+EXAMPLE = "photos/ -m apple/aimv2-large-patch14-224 -o my-labels"
 
 OWN = {"verb", "data", "model", "output", "json", "labels"}
 """Arguments that are no keyword of `learn.fit` of the same kind."""
@@ -18,45 +20,59 @@ OWN = {"verb", "data", "model", "output", "json", "labels"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb, which are the keywords of `learn.fit`."""
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("data", metavar="DATA", help="folder of images with labels, masks or boxes")
-    add("-m", "--model", required=True, metavar="X", help="encoder: Hub name, folder or weight file")
-    add("-o", "--output", required=True, metavar="HEAD", help="folder to write")
-    add("--task", metavar="T", help="classify, segment or detect (default: guessed from DATA)")
+    add("--labels", metavar="A,B,…", help="the list that every label of DATA must be in")
+    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the checkpoint's)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", required=True, metavar="MODEL", help=f"encoder: {MODEL}")
+    add_revision(add)
+    add_dtype(add, "the checkpoint's, for full float32")
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--task", metavar="NAME", help="classify, segment or detect (default: guessed from DATA)")
     add(
         "--fine-tune-type",
-        metavar="F",
-        help="linear, attentive, knn, decoder, lora, dora or full (default: by task)",
+        metavar="NAME",
+        help="linear, attentive, knn, decoder, lora, dora, full (default: by task)",
     )
-    add("--labels", metavar="A,B,…", help="the list that every label of DATA must be in")
-    add("--batch-size", type=int, metavar="N", help="images of a step, over all ranks")
+    add("--recipe", metavar="NAME", help="paper: the attentive probe as AIMv2's authors trained it")
+    add("--num-layers", type=int, metavar="N", help="train the last N blocks alone; -1 for all (default)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=int, metavar="N", help="images of a step, on all ranks")
     add("--iters", type=int, metavar="N", help="steps")
     add("--epochs", type=int, metavar="N", help="passes through the images, instead of --iters")
-    add("--learning-rate", type=float, metavar="X", help="highest learning rate (default: a sweep, or the type's)")
-    add("--weight-decay", type=float, metavar="X", help="weight decay of AdamW")
-    add("--num-layers", type=int, metavar="N", help="train the last N blocks alone; -1 for all (default)")
+    add("--learning-rate", type=float, metavar="X", help="highest rate (default: a sweep, or the type's)")
+    add("--weight-decay", type=float, metavar="X", help="of AdamW (default: the type's)")
+    add("--layer-decay", type=float, metavar="X", help="full: each block learns X times as fast as the next one")
     add("--grad-checkpoint", action="store_true", help="less memory: compute each block again for its gradient")
     add("--grad-accumulation-steps", type=int, default=1, metavar="N", help="batches of a step (default: 1)")
-    add("--layer-decay", type=float, metavar="X", help="full: each block learns X times as fast as the next one")
-    add("--drop-path", type=float, metavar="X", help="share of images that skip the last block, less before it")
-    add("--mask-ratio", type=float, default=0.0, metavar="X", help="share of patches hidden in training (default: 0)")
-    add("--mixup", type=float, default=0.0, metavar="A", help="mix images by Beta(A, A) (default: 0, off)")
+
+    add = parser.add_argument_group("augmentation").add_argument
     add("--no-augment", dest="augment", action="store_false", help="train on the images as they are")
     add("--flip", action="store_true", help="mirror half of the images in training")
-    add("--lora-rank", type=int, metavar="N", help="lora, dora: width of the adapters (default: 8)")
-    add("--lora-scale", type=float, metavar="X", help="lora, dora: weight of the adapters (default: 20)")
-    add("--lora-dropout", type=float, metavar="X", help="lora, dora: dropout before the adapters (default: 0)")
-    add("--adapter-path", metavar="DIR", help="lora, dora: begin with the adapters in this folder")
-    add("--image-size", type=int, metavar="N", help="pixels of a side (default: the checkpoint's own)")
-    add("--recipe", metavar="R", help="paper: the attentive probe as AIMv2's authors trained it")
+    add("--mixup", type=float, default=0.0, metavar="X", help="mix images by Beta(X, X) (default: 0, off)")
+    add("--mask-ratio", type=float, default=0.0, metavar="X", help="share of patches hidden in training (default: 0)")
+    add("--drop-path", type=float, metavar="X", help="share of images that skip the last block, less before it")
+
+    add = parser.add_argument_group("adapters, of lora and dora").add_argument
+    add("--lora-rank", type=int, metavar="N", help="width of the adapters (default: 8)")
+    add("--lora-scale", type=float, metavar="X", help="weight of the adapters (default: 20)")
+    add("--lora-dropout", type=float, metavar="X", help="dropout before the adapters (default: 0)")
+    add("--adapter-path", metavar="HEAD", help="begin with the adapters in this folder")
+
+    add = parser.add_argument_group("run").add_argument
     add("--steps-per-eval", type=int, metavar="N", help="steps between evaluations (default: a twentieth of all)")
     add("--patience", type=int, metavar="N", help="stop after N evaluations without a better one; 0: never")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
-    add("--resume", action="store_true", help="go on with a run that was stopped")
-    add("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    add("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in")
+    add_seed(add)
+    add("--resume", action="store_true", help=RESUME)
     add("--cache", metavar="DIR", help="where features are kept (default: in ~/.cache/mlx-aimv2)")
-    add("--json", action="store_true", help="print the result as JSON")
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", required=True, metavar="HEAD", help="folder to write")
+    add("--json", action="store_true", help="print the scores as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 
 from mlx_aimv2.cli import show
+from mlx_aimv2.commands.flags import MODEL, add_revision
 
 HELP = "make one checkpoint of an encoder and its adapters"
+
+EXAMPLE = "--adapter-path my-labels --save-path my-encoder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb, named as mlx-lm's."""
-    add = parser.add_argument
+    add = parser.add_argument_group("input").add_argument
     add("--adapter-path", required=True, metavar="HEAD", help="folder that fit has written, or adapters alone")
-    add("--save-path", default="fused_model", metavar="Y", help="folder to write (default: %(default)s)")
-    add("-m", "--model", metavar="X", help="the encoder (default: the one that the head folder names)")
-    add("--revision", metavar="R", help="branch, tag or commit of the encoder")
+    add("-m", "--model", metavar="MODEL", help=f"encoder: {MODEL} (default: the one that HEAD names)")
+    add_revision(add, "the one that HEAD names")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--save-path", default="fused_model", metavar="DIR", help="folder to write (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,15 +7,21 @@ import json
 from typing import Any
 
 from mlx_aimv2.cli import show
+from mlx_aimv2.commands.flags import MODEL, add_revision
 
 HELP = "say what an index or a checkpoint holds"
+
+EXAMPLE = "photos.db"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("target", metavar="X", help="index, MLX folder, checkpoint folder or file, or Hub name")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument_group("input").add_argument
+    add("target", metavar="INDEX|MODEL", help=f"index that mlx-aimv2 embed wrote; {MODEL}")
+    add_revision(add)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print the facts as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,42 +7,59 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlx_aimv2.cli import say, show
+from mlx_aimv2.commands.caption_flags import (
+    BATCH,
+    DATA,
+    add_caption_arguments,
+    add_crop_arguments,
+    add_schedule_arguments,
+    augmentation_of,
+)
+from mlx_aimv2.commands.flags import MODEL, add_seed
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.loading import load
-from mlx_aimv2.pretrain.augment import Augmentation
 from mlx_aimv2.pretrain.captioned import open_data
-from mlx_aimv2.pretrain.captions import VOCAB_SIZE
 from mlx_aimv2.pretrain.lit import LitSettings, lit
-from mlx_aimv2.pretrain.optimise import WEIGHT_DECAY
 from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.x86 import widen_sight
 
-HELP = "tune a text encoder to a frozen image encoder (LiT), so that images are found by words"
+HELP = "tune a text encoder to a frozen image encoder (LiT), to find images by words"
+
+EXAMPLE = "data/ --encoder encoder -o pair"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    add = parser.add_argument
-    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset")
-    add("--encoder", required=True, metavar="CHECKPOINT", help="the frozen encoder: Hub name, folder or weight file")
-    add("-o", "--output", required=True, metavar="PAIR", help="folder to write, in Apple's layout")
+    add = parser.add_argument_group("data").add_argument
+    add("data", metavar="DATA", help=DATA)
+    add_caption_arguments(add)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder: {MODEL}")
     add("--config", metavar="FILE", help="config.json with text_config and projection_dim (default: Apple's LiT)")
-    add("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help="largest vocabulary trained on the captions")
-    add("--tokenizer", metavar="FOLDER", help="take this tokenizer instead of training one on the captions")
-    add("--batch", type=int, default=256, metavar="N", help="examples in a step, on all ranks (default: %(default)s)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch", type=int, default=256, metavar="N", help=f"{BATCH} (default: %(default)s)")
     add("--steps", type=int, default=1000, metavar="N", help="updates of the weights (default: %(default)s)")
-    add("--learning-rate", type=float, default=1e-3, metavar="R", help="highest rate (default: %(default)s)")
-    add("--warm-up", type=int, metavar="N", help="steps until then (default: a tenth)")
-    add("--weight-decay", type=float, default=WEIGHT_DECAY, metavar="W", help="default: %(default)s")
-    add("--views", type=int, default=1, metavar="N", help="crops kept of each image, the whole one among them")
-    add("--first-caption", type=float, default=0.0, metavar="P", help="how often the first of several captions is read")
-    add("--min-area", type=float, default=0.4, metavar="A", help="smallest random crop (default: %(default)s)")
-    add("--no-flip", action="store_true", help="mirror no images: for data where left and right differ")
-    add("--jitter", type=float, default=0.0, metavar="J", help="change brightness, contrast, saturation by up to J")
-    add("--grey", type=float, default=0.0, metavar="P", help="share of crops without colours (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, order and crops (default: %(default)s)")
+    add("--learning-rate", type=float, default=1e-3, metavar="X", help="highest rate (default: %(default)s)")
+    add_schedule_arguments(add)
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add(
+        "--views",
+        type=int,
+        default=1,
+        metavar="N",
+        help="crops kept of each image, the whole one among them (default: 1)",
+    )
+    add_crop_arguments(add)
+
+    add_seed(parser.add_argument_group("run").add_argument)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             views=arguments.views,
             first_caption=arguments.first_caption,
             seed=arguments.seed,
-            augmentation=Augmentation(arguments.min_area, not arguments.no_flip, arguments.jitter, arguments.grey),
+            augmentation=augmentation_of(arguments),
         ),
         tokenizer=tokenizer,
         group=Ranks().group,

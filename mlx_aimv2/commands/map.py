@@ -14,7 +14,8 @@ import numpy as np
 
 from mlx_aimv2 import plot
 from mlx_aimv2.cli import say, show_progress
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
+from mlx_aimv2.commands import flags
+from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.embed.pipeline import FAST
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
 from mlx_aimv2.find_images import list_images
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
 
-HELP = "draw the dense features of images: one colour per patch, or how alike every patch is to one of them"
+HELP = "draw the features of images: a colour for each patch, or how alike patches are"
+
+EXAMPLE = "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12"
 
 ENDING = ".png"
 
@@ -43,35 +46,25 @@ HEIGHT = 672
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, folders or patterns")
-    parser.add_argument("-m", "--model", required=True, metavar="X", help="Hub name, folder or weight file")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help=f"where to write: a file ending in {ENDING} for one image, else a folder (default: this folder)",
-    )
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--pca", action="store_true", help="patches of like colour are alike: three principal components (the default)"
-    )
-    kind.add_argument(
-        "--patch",
-        type=_patch,
-        metavar="ROW,COL",
-        help="how alike every patch is to this one; 0,0 is the one at the top left",
-    )
-    parser.add_argument(
-        "--max-patches",
-        type=int,
-        default=MAX_PATCHES,
-        metavar="N",
-        help="native checkpoints: scale larger images down (default: %(default)s)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
-    add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="one line of JSON per image instead of the path")
+    add = parser.add_argument_group("input").add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", required=True, metavar="MODEL", help=MODEL)
+    add_revision(add)
+
+    add = parser.add_argument_group("what is drawn").add_mutually_exclusive_group().add_argument
+    add("--pca", action="store_true", help="three principal components as colours (the default)")
+    add("--patch", type=_patch, metavar="ROW,COL", help="how alike every patch is to this one; 0,0 is at the top left")
+
+    add = parser.add_argument_group("reading images").add_argument
+    add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{flags.MAX_PATCHES} (default: %(default)s)")
+    add_policy_arguments(add)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", metavar="PATH", help=f"{ENDING} file for one image, else a folder (default: this folder)")
+    add("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
 def run(arguments: argparse.Namespace) -> int:

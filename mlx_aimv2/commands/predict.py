@@ -7,19 +7,26 @@ import json
 from pathlib import Path
 
 from mlx_aimv2.cli import say, show
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.commands.flags import MODEL, add_dtype
 
 HELP = "say what a trained head sees in images"
+
+EXAMPLE = "my-labels new.jpg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("head", metavar="HEAD", help="folder that fit has written")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders or patterns")
-    parser.add_argument("-m", "--model", metavar="X", help="where the encoder is now (default: where it was)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="write predictions as files, too")
-    parser.add_argument("--dtype", choices=(*DTYPES, "auto"), help="dtype to compute in")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line for each image")
+    add = parser.add_argument_group("input").add_argument
+    add("head", metavar="HEAD", help="folder that fit has written")
+    add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"encoder: {MODEL} (default: the one that HEAD names)")
+    add_dtype(add, "the one that HEAD names")
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", type=Path, metavar="DIR", help="write predictions as files, too")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,16 +10,22 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2.cli import say, show
+from mlx_aimv2.commands.caption_flags import (
+    BATCH,
+    DATA,
+    add_caption_arguments,
+    add_crop_arguments,
+    add_schedule_arguments,
+    augmentation_of,
+)
+from mlx_aimv2.commands.flags import DTYPE, RESUME, add_seed
 from mlx_aimv2.config import DTYPES, WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.device import AUTO
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.pretrain.augment import Augmentation
 from mlx_aimv2.pretrain.captioned import open_data
-from mlx_aimv2.pretrain.captions import VOCAB_SIZE
 from mlx_aimv2.pretrain.decoder import DecoderConfig
 from mlx_aimv2.pretrain.grids import PATCHES
 from mlx_aimv2.pretrain.losses import ALPHA
-from mlx_aimv2.pretrain.optimise import WEIGHT_DECAY
 from mlx_aimv2.pretrain.settings import Schedule, Settings
 from mlx_aimv2.pretrain.train import pretrain
 from mlx_aimv2.safe_read import read_json
@@ -27,46 +33,73 @@ from mlx_aimv2.tokenizer import Tokenizer
 
 HELP = "train an encoder from images with captions, by the paper's objective"
 
+EXAMPLE = "data/ -o encoder --size large --steps 20000 --validation held-out/"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    add = parser.add_argument
-    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset")
-    add("-o", "--output", required=True, metavar="CHECKPOINT", help="folder to write, in Apple's layout")
-    add("--size", default="large", metavar="S", help=f"{', '.join(WIDTHS)}, or a config.json of your own")
-    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: 224, or the config's)")
-    add("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: 14, or the config's)")
-    add("--native", action="store_true", help="an encoder for images of any size: a number of patches for each batch")
+    add = parser.add_argument_group("data").add_argument
+    add("data", metavar="DATA", help=DATA)
+    add("--validation", metavar="DATA", help="held-out data, whose losses are reported")
+    add_caption_arguments(add)
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add(
+        "--size",
+        default="large",
+        metavar="NAME",
+        help=f"{', '.join(WIDTHS)}, or a config.json of your own (default: %(default)s)",
+    )
+    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the size's, 224)")
+    add("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: the size's, 14)")
+    add("--native", action="store_true", help="images of any size, a number of patches for each batch")
     add(
         "--patches",
         type=int,
         nargs=2,
         default=PATCHES,
-        metavar=("LEAST", "MOST"),
-        help="with --native (default: 128 4096)",
+        metavar="N",
+        help="with --native: least and most (default: 128 4096)",
     )
-    add("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help="largest vocabulary trained on the captions")
-    add("--tokenizer", metavar="FOLDER", help="take this tokenizer instead of training one on the captions")
-    add("--batch", type=int, default=64, metavar="N", help="examples in a step, on all ranks (default: %(default)s)")
-    add("--accumulate", type=int, default=1, metavar="N", help="parts of a batch computed one after another")
+    add("--start", metavar="MODEL", help="go on from an earlier result, at another --image-size for example")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch", type=int, default=64, metavar="N", help=f"{BATCH} (default: %(default)s)")
+    add("--accumulate", type=int, default=1, metavar="N", help="compute a batch in N parts (default: %(default)s)")
     add("--steps", type=int, default=1000, metavar="N", help="updates of the weights (default: %(default)s)")
-    add("--learning-rate", type=float, metavar="R", help="highest rate (default: the paper's, by root of batch / 8192)")
-    add("--warm-up", type=int, metavar="N", help="steps until then (default: a tenth)")
-    add("--weight-decay", type=float, default=WEIGHT_DECAY, metavar="W", help="default: %(default)s")
-    add("--alpha", type=float, default=ALPHA, metavar="A", help="weight of the image loss (default: %(default)s)")
-    add("--first-caption", type=float, default=0.0, metavar="P", help="how often the first of several captions is read")
-    add("--min-area", type=float, default=0.4, metavar="A", help="smallest random crop (default: %(default)s)")
-    add("--no-flip", action="store_true", help="mirror no images: for data where left and right differ")
-    add("--jitter", type=float, default=0.0, metavar="J", help="change brightness, contrast, saturation by up to J")
-    add("--grey", type=float, default=0.0, metavar="P", help="share of images without colours (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, order, crops and prefixes (default: %(default)s)")
-    add("--dtype", choices=[*DTYPES, AUTO], default=AUTO, help="to compute in (auto: bfloat16 on a GPU, else float32)")
-    add("--validation", metavar="DATA", help="held-out data, whose losses are reported")
-    add("--validate-every", type=int, default=500, metavar="N", help="steps (default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="highest rate (default: the paper's times the root of batch / 8192)",
+    )
+    add_schedule_arguments(add)
+    add("--alpha", type=float, default=ALPHA, metavar="X", help="weight of the image loss (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=[*DTYPES, AUTO],
+        default=AUTO,
+        metavar="NAME",
+        help=f"{DTYPE} (default: auto, bfloat16 on a GPU)",
+    )
+
+    add_crop_arguments(parser.add_argument_group("augmentation").add_argument)
+
+    add = parser.add_argument_group("run").add_argument
+    add_seed(add)
+    add("--validate-every", type=int, default=500, metavar="N", help="steps between validations (default: %(default)s)")
     add("--save-every", type=int, default=500, metavar="N", help="steps between two states (default: %(default)s)")
-    add("--samples-every", type=int, default=1000, metavar="N", help="steps between two images of predicted patches")
-    add("--start", metavar="CHECKPOINT", help="go on from an earlier run, at another --image-size for example")
-    add("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    add(
+        "--samples-every",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="steps between images of predicted patches (default: %(default)s)",
+    )
+    add("--resume", action="store_true", help=RESUME)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -114,7 +147,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         dtype=dtype,
         patches=tuple(arguments.patches),
         first_caption=arguments.first_caption,
-        augmentation=Augmentation(arguments.min_area, not arguments.no_flip, arguments.jitter, arguments.grey),
+        augmentation=augmentation_of(arguments),
     )
 
 

@@ -9,23 +9,31 @@ import webbrowser
 from pathlib import Path
 
 from mlx_aimv2.cli import say, show, typed
-from mlx_aimv2.commands.image_flags import add_policy_arguments, policy_of
+from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
 
 HELP = "find the images of an index that are most like an image, or fit a text best"
+
+EXAMPLE = "photos.db cat.jpg -k 12 --html similar.html --open"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
-    parser.add_argument("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
-    parser.add_argument("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
-    parser.add_argument("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
-    parser.add_argument("-m", "--model", metavar="X", help="Hub name, folder or weight file (default: the index's own)")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: Apple's release, pinned)")
-    add_policy_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
-    parser.add_argument("--overwrite", action="store_true", help="let --html replace any other file, but no image")
-    parser.add_argument("--open", action="store_true", help="show that page in the browser")
+    add = parser.add_argument_group("input").add_argument
+    add("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
+    add("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
+    add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
+    add_revision(add)
+
+    add_policy_arguments(parser.add_argument_group("reading images").add_argument)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
+    add("--open", action="store_true", help="show that page in the browser")
+    add("--json", action="store_true", help="print the images as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,100 @@
+"""The help of each verb begins with an example that works, and its flags stand in groups on at most 100 columns."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from mlx_aimv2 import cli
+
+SHARED = ("--revision", "--dtype", "--decode", "--max-pixels", "--truncated", "--max-patches", "--threads", "--seed")
+SHARED += ("--resume", "--batch", "--weight-decay", "--vocab-size", "--tokenizer", "--min-area", "--jitter", "--grey")
+
+
+@pytest.fixture(scope="module")
+def verbs() -> dict[str, cli.Parser]:
+    return dict(cli.parser().verbs.choices)
+
+
+def flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {name: action for action in parser._actions for name in action.option_strings}
+
+
+@pytest.mark.parametrize("columns", ["60", "100", "300"])
+def test_no_help_is_wider_than_the_terminal_or_100_columns(columns, verbs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    helps = {verb: parser.format_help().splitlines() for verb, parser in verbs.items()}
+    for verb, (first, *rest) in helps.items():
+        assert len(first) <= 100, verb  # the example is not wrapped, so that it can be copied
+        assert max(map(len, rest)) <= min(int(columns), 100), verb
+    assert max(map(len, cli.parser().format_help().splitlines())) <= 100
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_begins_with_an_example_that_the_verb_accepts(verb, verbs):
+    example = import_module(cli.VERBS[verb][1]).EXAMPLE
+    assert verbs[verb].format_help().splitlines()[0] == f"example: mlx-aimv2 {verb} {example}"
+    assert cli.parser(verb).parse_args([verb, *shlex.split(example)]).verb == verb
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_argument_stands_in_a_group_with_a_title_and_has_words_of_its_own(verb, verbs):
+    positional, options, *groups = verbs[verb]._action_groups
+    assert not positional._group_actions
+    assert [action.dest for action in options._group_actions] == ["help"]
+    assert groups and all(group.title and group._group_actions for group in groups)
+    assert all(
+        action.help and (action.metavar or action.nargs == 0) for group in groups for action in group._group_actions
+    )
+
+
+def test_usage_is_one_line_with_what_must_be_given(verbs):
+    usages = {verb: parser.format_help().splitlines()[2] for verb, parser in verbs.items()}
+    assert usages["embed"] == "usage: mlx-aimv2 embed PATH... -o FILE [flags]"
+    assert usages["bench"] == "usage: mlx-aimv2 bench (-m MODEL | --random SIZE) [flags]"
+    assert all(usage.startswith("usage: ") and usage.endswith(" [flags]") for usage in usages.values())
+
+
+@pytest.mark.parametrize("flag", SHARED)
+def test_the_same_flag_has_the_same_words_in_every_verb(flag, verbs):
+    weights = {("convert", "--dtype"), ("compare", "--revision"), ("bench", "--batch"), ("bench", "--dtype")}
+    weights |= {("fit", "--weight-decay")}  # others by their nature
+    found = {
+        verb: flags(parser)[flag]
+        for verb, parser in verbs.items()
+        if flag in flags(parser) and (verb, flag) not in weights
+    }
+    assert found
+    assert len({(action.metavar, action.help.split(" (default")[0]) for action in found.values()}) == 1
+
+
+def test_the_list_names_each_verb_once_in_its_group():
+    titles, listed = "", []
+    for line in cli.parser().format_help().split("\n\n", 2)[2].splitlines():
+        if line.endswith(":"):
+            titles = line[:-1]
+        elif line.startswith("  "):
+            listed.append((line.split()[0], titles))
+    assert listed == [(verb, group) for verb, (group, _) in cli.VERBS.items()]
+
+
+def test_the_converters_own_command_shows_the_same_help():
+    environment = os.environ | {"COLUMNS": "100"}
+    command = [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert not run.stderr
+    assert (
+        run.stdout.replace("mlx_aimv2.convert", "mlx-aimv2 convert")
+        == cli.parser("convert").verbs.choices["convert"].format_help()
+    )
+
+
+def test_a_shells_completion_is_made_from_the_parser():
+    shtab = pytest.importorskip("shtab")
+    for shell in ("bash", "zsh"):
+        script = shtab.complete(cli.parser(), shell)
+        assert "--grad-accumulation-steps" in script and "evaluate" in script
