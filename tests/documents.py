@@ -1,8 +1,9 @@
 """Reads the project's documents: their code blocks, links and commands; and sets up the folder that they run in.
 
-A block in `sh` or `python` is run as it is written unless an HTML comment directly above says `not run: REASON`. A
-document's blocks run in their order in one folder, which holds what documents speak of: cat.jpg, dog.jpg, photo.jpg,
-new.jpg, photos/ and held-out/ with a folder for each label, DATA and HELD_OUT with captions, ~/Pictures.
+A block in `sh` or `python` is run as it is written unless an HTML comment directly above says `not run: REASON`; one
+without a language, or in `text`, is output. A document's blocks run in their order in one folder, which holds what
+documents speak of: cat.jpg, dog.jpg, photo.jpg, new.jpg, photos/ and held-out/ with a folder for each label, DATA and
+HELD_OUT with captions, ~/Pictures. A comment in Python that begins with a shape, as `# (2, 256, 1024)`, is checked.
 """
 
 from __future__ import annotations
@@ -11,27 +12,47 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_aimv2 import bundled
-from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
+from mlx_aimv2.config import RELEASED, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.train import write_encoder
 from tests.loopback import Hub
+from tests.small_models import pair_with_words
 
 ROOT = Path(__file__).parent.parent
-RUN = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-"""Documents whose blocks are run."""
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name / "README.md" for name in ("examples", "benchmarks", "convert")),
+]
+"""Documents whose blocks are run, and whose commands, flags and targets are looked up."""
 
-ALL = [*RUN, ROOT / "CONTRIBUTING.md", *(ROOT / name / "README.md" for name in ("examples", "benchmarks", "convert"))]
-"""Documents whose links, flags and targets are looked up."""
+LINKED = [
+    *DOCUMENTS,
+    *sorted((ROOT / "benchmarks" / "results").glob("*.md")),
+    *(ROOT / name for name in ("CHANGELOG.md", "mlx_aimv2/assets/CREDITS.md")),
+]
+"""Documents whose links are followed."""
 
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?```(?P<language>sh|python)\n(?P<code>.*?)```", re.DOTALL)
+RUN = ("sh", "python")
+OUTPUT = ("", "text")
 
-PUBLISHED = ("large-patch14-224", "large-patch14-native", "large-patch14-224-lit")
-"""Checkpoints that the Hub of the test has, under Apple's names, small and with random weights; the pair for LiT."""
+FENCE = re.compile(
+    r"(?:^ *<!-- not run:(?P<reason>(?:(?!-->).)*)-->\n)?^ *```(?P<language>\w*)\n(?P<code>.*?)^ *```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+SHAPE = re.compile(r" # \((\w+(?:, \w+)*)\)")
+WIDE = 100
+"""A last axis from here on is a width, which small models do not share."""
+
+VISION = Aimv2VisionConfig(64, 128, 2, 2)
+TEXT = Aimv2TextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
 
 LABELS = {"cats": "face", "dogs": "button"}
 """A label's folder -> the emoji in it."""
@@ -39,25 +60,59 @@ LABELS = {"cats": "face", "dogs": "button"}
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: its language, its code, and why it is not run, if so."""
+    """A code block: its language, its code, the line of its fence, and why it is not run, if so."""
 
     language: str
     code: str
+    line: int
     reason: str | None
 
 
 def blocks(document: Path) -> list[Block]:
-    """The blocks of a document in `sh` and `python`."""
-    found = BLOCK.finditer(document.read_text(encoding="utf-8"))
-    return [Block(match["language"], match["code"], match["reason"]) for match in found]
+    """All fenced blocks of a document, also those in lists."""
+    text = document.read_text(encoding="utf-8")
+    return [
+        Block(
+            match["language"],
+            textwrap.dedent(match["code"]),
+            text[: match.start("language")].count("\n") + 1,
+            None if match["reason"] is None else match["reason"].strip(),
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def prose(document: Path) -> str:
+    """What is left of a document without its fenced blocks."""
+    return FENCE.sub("", document.read_text(encoding="utf-8"))
 
 
 def commands(document: Path) -> list[str]:
     """Every line of shell of a document, in blocks and in code spans; comments are left out, long lines joined."""
-    text = document.read_text(encoding="utf-8")
-    lines = [line for block in BLOCK.finditer(text) if block["language"] == "sh" for line in block["code"].splitlines()]
-    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    return [line.split("  #")[0].strip() for line in (*lines, *spans)]
+    shell = [block.code.replace("\\\n", " ") for block in blocks(document) if block.language == "sh"]
+    spans = [
+        span for paragraph in prose(document).split("\n\n") for span in re.findall(r"`([^`]+)`", paragraph, re.DOTALL)
+    ]
+    lines = [line for code in shell for line in code.splitlines()] + [" ".join(span.split()) for span in spans]
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+def with_shapes(code: str) -> str:
+    """Python with an assertion below each line whose comment begins with a shape; letters stand for any number."""
+    lines = []
+    for line in code.splitlines():
+        lines.append(line)
+        if match := SHAPE.search(line):
+            indent, statement = re.match(r"( *)(.*?) *$", line[: match.start()]).groups()
+            target = re.match(r"(\w+) = ", statement)
+            got = f"({target[1] if target else statement}).shape"
+            wanted = [int(axis) if axis.isdigit() else None for axis in match[1].split(", ")]
+            if wanted[-1] and wanted[-1] >= WIDE:
+                wanted[-1] = None
+            lines.append(
+                f"{indent}assert all(b in (a, None) for a, b in zip({got}, {wanted}, strict=True)), ({got}, {wanted})"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def set_up(place: Path) -> None:
@@ -83,23 +138,25 @@ def set_up(place: Path) -> None:
     (place / "tiny.json").write_text(json.dumps({**tiny, "image_size": 56, "decoder_config": decoder}))
     programs = place / "bin"
     programs.mkdir()
-    for name, arguments in (("mlx-aimv2", " -m mlx_aimv2"), ("python", "")):
+    for name, arguments in (("mlx-aimv2", " -m mlx_aimv2"), ("python", ""), ("python3", "")):
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
         (programs / name).chmod(0o755)
 
 
-def publish(hub: Hub, place: Path) -> None:
-    """Puts small checkpoints under Apple's names on the Hub, at the pinned commits."""
-    for name in PUBLISHED:
-        checkpoint = RELEASED[f"aimv2-{name}"]
+def publish(hub: Hub, place: Path, document: Path) -> None:
+    """Puts small random checkpoints on the Hub under those of Apple's names that a document has."""
+    text = document.read_text(encoding="utf-8")
+    for name, checkpoint in RELEASED.items():
+        if name not in text:
+            continue
         folder = place / name
+        size = checkpoint.vision.image_size
+        config = replace(VISION, image_size=size, is_native=size is None)
         if name.endswith("-lit"):
-            shutil.copytree(bundled.emoji_checkpoint(), folder)
+            pair_with_words(folder, Aimv2Config(replace(config, use_head=True), TEXT, projection_dim=48))
         else:
-            size = checkpoint.vision.image_size
-            config = Aimv2VisionConfig(64, 128, 2, 2, image_size=size, is_native=size is None)
             model = Aimv2VisionModel(config)
-            initialise(model, 2, seed=3)
+            initialise(model, config.num_hidden_layers, seed=3)
             write_encoder(model, folder)
         (folder / "LICENSE").write_text("terms")
-        hub.publish(f"apple/aimv2-{name}", checkpoint.commit, folder)
+        hub.publish(f"apple/{name}", checkpoint.commit, folder)

@@ -56,9 +56,9 @@ def write_pair(folder: Path, config: Aimv2Config) -> Path:
     return folder
 
 
-def pair_with_words(folder: Path) -> Path:
-    """A random pair whose vocabulary is that of the small tokenizer beside it."""
-    write_pair(folder, replace(LIT, text_config=replace(LIT.text_config, vocab_size=778, eos_token_id=777)))
+def pair_with_words(folder: Path, config: Aimv2Config = LIT) -> Path:
+    """A random pair of these sizes, but with the vocabulary of the small tokenizer beside it."""
+    write_pair(folder, replace(config, text_config=replace(config.text_config, vocab_size=778, eos_token_id=777)))
     for file in (FIXED.parents[1] / "tokenizer").iterdir():
         if file.name != "ids.json":
             shutil.copy(file, folder)
