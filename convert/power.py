@@ -67,7 +67,8 @@ def measure(work: Callable[[], int], *, samples: int = 5) -> tuple[Power, float]
                     process.wait()
                 raise TimeoutError(f"powermetrics has not ended after {samples + LONGEST:.0f} s")
         seconds = time.perf_counter() - began
-        answer.seek(0), complaint.seek(0)
+        answer.seek(0)
+        complaint.seek(0)
         if process.returncode:
             said = complaint.read().split("\n")[0].strip()
             raise PermissionError(said or f"powermetrics ended with {process.returncode}")
