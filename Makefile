@@ -32,7 +32,7 @@ parity: $(VENV)/parity  ## features, pixels and ids against transformers on torc
 fuzz: $(VENV)/tested  ## 20,000 broken checkpoints, images, indexes and answers of the Hub (FUZZ="--seed 7 --inputs 500" for more)
 	$(RUN) -m tests.fuzz $(FUZZ)
 
-verify: $(VENV)/tested  ## with a network: Apple's weights against published values (CHECKPOINTS="name …" for more)
+verify: $(VENV)/tested  ## with a network: Apple's weights against published values, embed, fit, speed, memory, energy (CHECKPOINTS="name …" for more)
 	$(RUN) -m convert.verify $(CHECKPOINTS)
 
 train: $(VENV)/train  ## pre-train and tune the emoji pair from the registries' packages (WORK=folder; goes on where it was interrupted)

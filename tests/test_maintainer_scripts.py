@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert import verify
-from convert.checkpoints import FILE, choose, read
+from convert import report as lines
+from convert import verify_numbers
+from convert.checkpoints import FILE, Row, choose, read
 from mlx_aimv2 import load, x86
 from mlx_aimv2.config import RELEASED
 from mlx_aimv2.loading import read_source
@@ -62,6 +63,15 @@ def write_list(hub: Hub, file: Path, *rows: str, url: str = "/image.png") -> Pat
     head = f'[image]\nname = "noise"\nurl = "{hub.address}{url}"\nsize = [84, 70]\n'
     file.write_text("\n\n".join([head, *rows]))
     return file
+
+
+def subject_of(folder: Path, place: Path) -> lines.Subject:
+    """What the steps get for a checkpoint on disk, with the noise as its image."""
+    model, processor = load(folder)
+    pixels = processor([IMAGE])
+    features = model.vision(pixels).last_hidden_state
+    row = Row("small", str(folder), 1)
+    return lines.Subject(row, model, processor, Path("noise.png"), pixels, features, "", place, 1)
 
 
 def run(hub: Hub, tmp_path: Path, *arguments: object, torch: bool = False) -> tuple[int, str]:
@@ -152,9 +162,8 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(tmp_path):
     assert line == "mlx-aimv2: no such checkpoint: fixt; there are fixed\n"
 
 
-def test_attention_that_is_not_fused_is_found_out(monkeypatch):
-    model, processor = load(FIXED)
-    pixels = processor([IMAGE])
+def test_attention_that_is_not_fused_is_found_out(monkeypatch, tmp_path):
+    subject = subject_of(FIXED, tmp_path)
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
     monkeypatch.setattr(mx, "default_device", lambda: type("Gpu", (), {"type": mx.DeviceType.gpu}))
     original = mx.fast.scaled_dot_product_attention
@@ -165,13 +174,13 @@ def test_attention_that_is_not_fused_is_found_out(monkeypatch):
         return original(*arguments, **flags)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", unfused)
-    assert [finding.verdict for finding in verify._fused(model, pixels)] == [verify.FAIL] * 3
+    assert [finding.verdict for finding in verify_numbers.fused_attention(subject)] == [lines.FAIL] * 3
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *a, force_fused, **f: original(*a, **f))
-    findings = verify._fused(model, pixels)
-    assert [finding.verdict for finding in findings] == [verify.PASS] * 3
+    findings = verify_numbers.fused_attention(subject)
+    assert [finding.verdict for finding in findings] == [lines.PASS] * 3
     assert findings[0].detail == "3 calls in 3 blocks"
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: True)
-    assert {finding.verdict for finding in verify._fused(model, pixels)} == {verify.FAIL}, (
+    assert {finding.verdict for finding in verify_numbers.fused_attention(subject)} == {lines.FAIL}, (
         "no call, so nothing is shown"
     )
 
