@@ -18,6 +18,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
 demo: $(VENV)/installed  ## convert the embedded checkpoint offline, embed images, draw the result
+	@[ -n "$(OPENBLAS)" ] || [ "$$(uname -s)" = Darwin ] || echo "Without OpenBLAS this takes a minute instead of seconds: sudo apt-get install libopenblas0-pthread"
 	$(RUN) -m examples.demo
 
 test: $(VENV)/tested  ## the quick tests: no network, no torch

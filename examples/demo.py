@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         (output / "demo.png", "the picture to look at"),
     ):
         print(f"{short(path)}  {what}")
-    print(f"done in {time.perf_counter() - began:.0f} s; your own images: examples/README.md")
+    program = short(Path(sys.executable).parent / "mlx-aimv2")
+    print(f"done in {time.perf_counter() - began:.0f} s; for images of your own, type {program} instead of mlx-aimv2")
     check(rows, names, accuracy)
 
 

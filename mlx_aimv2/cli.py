@@ -64,7 +64,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser with an example and a short usage in its help; its complaints are one line like all others."""
 
     def __init__(self, *, example: str = "", **settings: Any) -> None:
-        super().__init__(add_help=False, formatter_class=HelpFormatter, **settings)
+        # No abbreviations: a flag half typed must not do what another one means.
+        super().__init__(add_help=False, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
         self.example = example
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
@@ -120,7 +121,11 @@ def parser(verb: str | None = None) -> ListParser:
 
 def _dispatch(argv: list[str]) -> int:
     # Only the verb that is asked for is imported; the list of all needs every one's help.
-    arguments = parser(argv[0] if argv and argv[0] in VERBS else None).parse_args(argv)
+    whole = parser(argv[0] if argv and argv[0] in VERBS else None)
+    arguments, unknown = whole.parse_known_args(argv)
+    if unknown:
+        advice = "" if unknown[0].startswith("-") else " (words that belong together need quotes)"
+        whole.verbs.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     return int(import_module(VERBS[arguments.verb][1]).run(arguments))
 
 

@@ -60,6 +60,11 @@ class Machine:
 _fork = {"mlx_in_use": False, "is_child": False}
 
 
+def is_slow_here(dtype: mx.Dtype) -> bool:
+    """Whether MLX computes a dtype much more slowly than float32 on the default device: half precision on a CPU."""
+    return dtype in (mx.float16, mx.bfloat16) and mx.default_device().type == mx.DeviceType.cpu
+
+
 def _before_fork() -> None:
     _fork["mlx_in_use"] = mx.get_peak_memory() > 0
 

@@ -252,11 +252,19 @@ class Aimv2Model(nn.Module):
         return self.vision_model.dtype
 
     @any_thread
-    def __call__(self, pixels: mx.array, ids: mx.array, *, patch_mask: mx.array | None = None) -> Aimv2Output:
+    def __call__(
+        self, pixels: mx.array, ids: mx.array | None = None, *, patch_mask: mx.array | None = None
+    ) -> Aimv2Output:
         """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`.
 
-        `patch_mask` (B, N) hides patches as in `Aimv2VisionModel`.
+        `patch_mask` (B, N) hides patches as in `Aimv2VisionModel`. Raises TypeError without ids, and says what gives
+        the features of images alone.
         """
+        if ids is None:
+            raise TypeError(
+                "the LiT model compares images with texts: model(pixels, ids) with ids = processor.tokenize(texts); "
+                "of images alone model.vision(pixels) gives the tokens and model.encode_image(pixels) one vector"
+            )
         vision, text = self.vision_model(pixels, patch_mask=patch_mask), self.text_model(ids)
         image_embeds = unit_length(self.visual_projection(_pooled(vision)))
         text_embeds = unit_length(self.text_projection(_pooled(text)))

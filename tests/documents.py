@@ -136,6 +136,8 @@ def set_up(place: Path) -> None:
     tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     decoder = {**tiny, "num_hidden_layers": 1}
     (place / "tiny.json").write_text(json.dumps({**tiny, "image_size": 56, "decoder_config": decoder}))
+    (place / "mlx_aimv2").mkdir()  # the root of a clone, as far as documents name its files
+    (place / "mlx_aimv2" / "assets").symlink_to(bundled.ASSETS)
     programs = place / "bin"
     programs.mkdir()
     for name, arguments in (("mlx-aimv2", " -m mlx_aimv2"), ("python", ""), ("python3", "")):

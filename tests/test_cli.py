@@ -160,3 +160,17 @@ def test_the_first_ten_notes_are_written_and_the_others_counted(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[:10] == [f"mlx-aimv2: note: note {number}" for number in range(10)]
     assert lines[10:] == ["mlx-aimv2: note: 3 more notes like these"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["info", "x", "--frobnicate"], "unrecognized arguments: --frobnicate; see mlx-aimv2 info --help"),
+        (["embed", "x", "-o", "y", "--prun"], "unrecognized arguments: --prun; see mlx-aimv2 embed --help"),
+        (["search", "a.db", "a", "dog"], "unrecognized arguments: dog (words that belong together need quotes)"),
+    ],
+)
+def test_what_a_verb_does_not_take_is_named_with_the_verbs_own_help(arguments, wanted, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert capsys.readouterr().err.startswith(f"mlx-aimv2: {wanted}")

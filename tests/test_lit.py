@@ -214,3 +214,8 @@ def test_words_that_were_not_tokenized_are_refused(words):
 def test_a_vocabulary_and_an_end_of_text_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"eos_token_id 777 does not fit a vocabulary of 777"):
         replace(CONFIG.text_config, vocab_size=777)
+
+
+def test_images_without_texts_are_told_what_gives_their_features():
+    with pytest.raises(TypeError, match=r"model\.vision\(pixels\) gives the tokens"):
+        small_lit()(mx.zeros((1, 42, 42, 3)))

@@ -143,7 +143,7 @@ sys.exit(cli.main(["embed", {PHOTOGRAPH!r}, "-m", {str(FIXED)!r}, "-o", "photos.
         begun = time.monotonic()
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=30)
-    assert errors.splitlines()[-1] == "mlx-aimv2: stopped; what was done is kept, run it again to go on"
+    assert errors.splitlines()[-1] == "mlx-aimv2: stopped; nothing is stored yet; run it again to go on"
     assert run.returncode == 130
     assert time.monotonic() - begun < 3  # the goal is one second
     assert not list(tmp_path.iterdir())

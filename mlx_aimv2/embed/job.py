@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_aimv2.config import dtype_name
+from mlx_aimv2.device import is_slow_here
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
 from mlx_aimv2.embed.embedder import Embedder, Settings
 from mlx_aimv2.embed.pipeline import FAST
@@ -100,11 +102,11 @@ def update_index(
     try:
         return _run(job, ranks, paths, given, threads, policy)
     except RankLostError as error:
-        count = len(job.index) if job.index is not None else 0
-        kept = f"; {output} keeps {count:,} images" if count else "; nothing is stored yet"
-        raise RankLostError(
-            f"rank {ranks.rank}: {error}{kept if ranks.rank == 0 else ''}; run it again to go on"
-        ) from None
+        kept = f"; {job.kept()}" if ranks.rank == 0 else ""
+        raise RankLostError(f"rank {ranks.rank}: {error}{kept}; run it again to go on") from None
+    except KeyboardInterrupt as stop:
+        stop.args = (*(stop.args or ("stopped",)), f"{job.kept()}; run it again to go on")
+        raise
     finally:
         if job.index is not None:
             job.index.close()
@@ -116,6 +118,10 @@ def _run(
     prepared = ranks.first(lambda: job.prepare(paths, given))
     settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
     embedder = Embedder.load(settings, decode=policy.decode)
+    if plan.chunks and ranks.rank == 0 and is_slow_here(embedder.loaded.model.dtype):
+        job.report(
+            f"note: MLX computes {dtype_name(embedder.loaded.model.dtype)} slowly on a CPU; --dtype auto takes float32"
+        )
     digest = ranks.first(lambda: job.agree(embedder.description))
     if digest != embedder.description["weights"]["digest"]:
         raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
@@ -144,10 +150,9 @@ def _run(
     except RuntimeError as error:  # MLX's own: no memory on the device, most likely
         update.commit()
         raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         with finishing(f"{job.output} to be written"):
             update.commit()
-        stop.args = (*(stop.args or ("stopped",)), "what was done is kept, run it again to go on")
         raise
     return job.summary(update) if ranks.rank == 0 else None
 
@@ -170,6 +175,11 @@ class _Job:
     done: int = 0
     export_to: Path | None = None
     passed_over: dict[str, int] = field(default_factory=dict)
+
+    def kept(self) -> str:
+        """What a run that ends too early leaves."""
+        count = len(self.index) if self.index is not None else 0
+        return f"{self.output} keeps {count:,} images" if count else "nothing is stored yet"
 
     def prepare(self, paths: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
         """The settings and the plan, for all ranks."""

@@ -150,3 +150,11 @@ def test_notes_about_images_are_counted_after_ten(tmp_path, embed_command):
     assert code == 0
     assert err.count("has 2x2 patches") == 10
     assert "3 more notes like these" in err
+
+
+@pytest.mark.parametrize(("dtype", "slow"), [("float16", "MLX computes float16 slowly on a CPU"), ("float32", "")])
+def test_half_precision_on_a_cpu_is_told_what_would_be_faster(folder, embed_command, dtype, slow):
+    code, _, err = embed_command("in", "--dtype", dtype)
+    assert code == 0
+    assert (slow in err) if slow else err == ""
+    assert "slowly" not in embed_command("in", "--dtype", dtype)[2], "nothing was computed"
