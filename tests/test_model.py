@@ -115,3 +115,14 @@ def test_channels_first_is_refused():
 def test_a_vision_model_asked_for_text_names_the_checkpoint_that_has_it():
     with pytest.raises(ValueError, match="apple/aimv2-large-patch14-224-lit"):
         randomised(FIXED).encode_text(mx.array([[1]]))
+
+
+def test_the_mean_of_large_features_in_half_precision_does_not_overflow_on_the_way():
+    model = randomised(NATIVE)
+    model.norm.weight = mx.full(60, 3000.0)
+    model.set_dtype(mx.float16)
+    image = pixels(14 * 17, 14 * 19)
+    mean = np.array(model(image).last_hidden_state).astype(np.float64).mean(axis=1)
+    found = np.array(model.encode_image(image))
+    assert found.dtype == np.float16
+    assert np.abs(found - mean).max() <= 2.0**-11 * np.abs(mean).max()

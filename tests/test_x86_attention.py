@@ -198,3 +198,13 @@ def test_no_images_give_no_features(ops):
 def test_compiling_them_changes_nothing(ops, monkeypatch):
     q, k, v = single(*(normal(B, H, N, D + i)[..., :D] for i in range(3)))
     assert mx.allclose(mx.compile(ops.attention)(q, k, v), ops.attention(q, k, v), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["gate", "up"])
+def test_in_training_swiglu_has_its_derivatives_by_hand(place):
+    both = single(normal(B, N, INNER, spread=4), normal(B, N, INNER + 1)[..., :INNER])
+    found, wanted = (
+        mx.grad(lambda gate, up, f=f: (f(gate, up) ** 2).sum(), argnums=place)(*both)
+        for f in (lambda gate, up: x86.swiglu(gate, up, training=True), lambda gate, up: gate * mx.sigmoid(gate) * up)
+    )
+    assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)

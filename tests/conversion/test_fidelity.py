@@ -218,3 +218,9 @@ def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, 
 def test_comparing_with_a_damaged_reference_is_refused(scaled):
     with pytest.raises(ValueError, match="weights are damaged"):
         fidelity.compare(scaled(np.inf), ENCODER, images=IMAGES)
+
+
+def test_a_reference_in_half_precision_runs_in_float32(tmp_path):
+    half = convert(REFERENCE / "fixed", tmp_path / "half", dtype="bfloat16", verify=False)
+    assert fidelity.run_reference(half, IMAGES).dtype == "float32"
+    assert run_blockwise(half, IMAGES).dtype == "bfloat16"

@@ -127,3 +127,17 @@ def test_widening_is_exact_for_every_float16():
     read = Vectors.read([(ids.tobytes(), finite.tobytes())], len(finite), width=64, dtype="float16", on_gpu=False)
     np.testing.assert_array_equal(read.rows, finite.astype(np.float32))
     np.testing.assert_array_equal(np.signbit(read.rows), np.signbit(finite))
+
+
+def test_the_rounded_scores_of_a_gpu_lose_none_of_the_nearest():
+    random = np.random.default_rng(8)
+    centre = random.normal(size=WIDTH)
+    vectors = centre / np.linalg.norm(centre) + 0.02 * random.normal(size=(997, WIDTH))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    block = np.arange(997).astype("<i8").tobytes(), vectors.tobytes()
+    query = centre / np.linalg.norm(centre)
+    on_cpu, on_gpu = (
+        set(Vectors.read([block], 997, width=WIDTH, dtype="float16", on_gpu=on).nearest(query, 13)[0].tolist())
+        for on in (False, True)
+    )
+    assert on_gpu == on_cpu

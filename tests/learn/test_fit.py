@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from small_models import NATIVE
 
+from mlx_aimv2 import load
 from mlx_aimv2.cli import main
-from mlx_aimv2.learn import evaluate, features, fit, head_folder, predict
+from mlx_aimv2.learn import classify, evaluate, features, fit, head_folder, predict
 from mlx_aimv2.learn.fit import wilson
 from mlx_aimv2.learn.head_folder import INFO_FILE, load_head
 from mlx_aimv2.learn.options import RECIPES
@@ -248,3 +249,24 @@ def test_a_head_that_is_there_is_not_overwritten(head, digits):
 def test_wilsons_interval_is_that_of_the_books():
     low, high = wilson(0.9, 10)
     assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
+
+
+def test_an_example_has_the_number_of_its_class(digits):
+    _, processor = load(CHECKPOINT)
+    for sample in classify.read(digits).splits["val"]:
+        assert int(classify.example(sample, processor, chance=None)["label"]) == sample.target
+
+
+@pytest.mark.parametrize("kind", ["attentive", "lora"])
+def test_the_best_step_is_chosen_on_val(digits, tmp_path, monkeypatch, kind):
+    seen, score = [], classify.score
+
+    def noted(samples, *others):
+        seen.append([sample.path for sample in samples])
+        return score(samples, *others)
+
+    monkeypatch.setattr(classify, "score", noted)
+    fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type=kind, **SHORT[kind])
+    val = [sample.path for sample in classify.read(digits).splits["val"]]
+    assert len(seen) > 3
+    assert all(paths == val for paths in seen[:3])

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from labelled import CHECKPOINT, write_digits
@@ -228,3 +229,14 @@ def test_fit_says_what_to_do_about_a_loss_that_is_no_number(tmp_path, monkeypatc
         fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="lora", iters=2, batch_size=4)
     assert (tmp_path / "head.training" / "state.safetensors").is_file()
     assert not (tmp_path / "head").exists()
+
+
+def test_adamw_is_mlxs_with_its_moments_unbiased():
+    optimizer = AdamW(weight_decay=0.3)
+    other = optim.AdamW(0.1, betas=[0.9, 0.999], weight_decay=0.3, bias_correction=True)
+    mine, theirs = ({"w": mx.array([[1.0, -2.0, 0.5]])} for _ in range(2))
+    for step in range(5):
+        gradients = {"w": mx.random.normal((1, 3), key=mx.random.key(step))}
+        mine = optimizer.updated(mine, gradients, 0.1, lambda path: Group())
+        theirs = other.apply_gradients(gradients, theirs)
+        np.testing.assert_allclose(np.array(mine["w"]), np.array(theirs["w"]), rtol=1e-5, atol=1e-5)

@@ -184,3 +184,13 @@ def test_two_ranks_give_what_one_gives(command, tmp_path):
             process.kill()
     one, two = (dict(tree_flatten(load(tmp_path / name)[0].parameters())) for name in ("one", "two"))
     assert max(float(mx.abs(one[name] - two[name]).max().item()) for name in one) < 1e-5
+
+
+def test_the_pair_has_the_average_of_its_weights(folder, encoder, processor, tmp_path, monkeypatch):
+    short = replace(SETTINGS, steps=2, warm_up=1)  # the first step only warms up
+    average = lit(open_data(folder), encoder, processor, tmp_path / "average", settings=short).logit_scale.item()
+    monkeypatch.setattr("mlx_aimv2.pretrain.lit.EMA", 0.0)
+    last = lit(open_data(folder), encoder, processor, tmp_path / "last", settings=short).logit_scale.item()
+    start = np.log(1 / 0.07)
+    assert abs(last - start) > 1e-4
+    assert average == pytest.approx(start / 4 + 3 / 4 * last, abs=1e-6)

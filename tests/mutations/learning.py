@@ -1,0 +1,276 @@
+"""Faults in `fit` and in its scores, in pre-training and in LiT tuning."""
+
+from tests.mutations import Mutation
+
+OPTIMIZER, LORA, PLACEMENT = "mlx_aimv2/learn/optimizer.py", "mlx_aimv2/learn/lora.py", "mlx_aimv2/learn/placement.py"
+AVERAGE, MEAN_IOU, BOXES = (
+    "mlx_aimv2/learn/average_precision.py",
+    "mlx_aimv2/learn/mean_iou.py",
+    "mlx_aimv2/learn/boxes.py",
+)
+LOSSES, CONTRASTIVE = "mlx_aimv2/pretrain/losses.py", "mlx_aimv2/pretrain/contrastive.py"
+LIT, DECODER = "mlx_aimv2/pretrain/lit.py", "mlx_aimv2/pretrain/decoder.py"
+
+DATA, TRAIN, HEADS = ("tests/learn/test_data.py",), ("tests/learn/test_train.py",), ("tests/learn/test_heads.py",)
+PRECISION = (
+    "tests/learn/test_average_precision.py::test_it_is_pycocotools_on_some_random_sets",
+    "tests/learn/test_average_precision.py::test_half_of_the_objects_found_is_half_of_the_recalls",
+)
+IOU, GEOMETRY, PLACES = (
+    ("tests/learn/test_mean_iou.py",),
+    ("tests/learn/test_boxes.py",),
+    ("tests/learn/test_placement.py",),
+)
+OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test_lit_tuning.py",)
+
+LEARNING = (
+    Mutation(
+        "the numbers of the classes are off by one",
+        "mlx_aimv2/learn/label_files.py",
+        "number = {name: i for i, name in enumerate(names)}",
+        "number = {name: i for i, name in enumerate(names, 1)}",
+        DATA,
+    ),
+    Mutation(
+        "training sees the label of another class",
+        "mlx_aimv2/learn/classify.py",
+        '{"label": np.array(sample.target, np.int32)}',
+        '{"label": np.array(max(0, sample.target - 1), np.int32)}',
+        ("tests/learn/test_fit.py",),
+    ),
+    Mutation(
+        "copies of an image with two labels lie in two parts",
+        "mlx_aimv2/learn/data.py",
+        "groups[owner.setdefault(sample.sha256, stratum)][sample.sha256]",
+        "groups[stratum][sample.sha256]",
+        DATA,
+    ),
+    Mutation(
+        "val and test share their images",
+        "mlx_aimv2/learn/data.py",
+        '"test" if place < held + for_test else "train"',
+        '"val" if place < held + for_test else "train"',
+        DATA,
+    ),
+    Mutation(
+        "fine-tuning keeps the step that is best on the training images",
+        "mlx_aimv2/learn/fine_tune.py",
+        'val = run.dataset.splits["val"] or run.dataset.splits["test"]',
+        'val = run.dataset.splits["train"]',
+        ("tests/learn/test_fit.py",),
+    ),
+    Mutation(
+        "training keeps its last state, not its best", "mlx_aimv2/learn/train.py", "    _put(model, best)\n", "", TRAIN
+    ),
+    Mutation(
+        "pixels without a label count",
+        MEAN_IOU,
+        "known = truth != IGNORED",
+        "truth = np.where(truth == IGNORED, 0, truth)\n    known = truth != IGNORED",
+        IOU,
+    ),
+    Mutation(
+        "the union counts the intersection twice",
+        MEAN_IOU,
+        "counts.sum(axis=0) + counts.sum(axis=1) - both",
+        "counts.sum(axis=0) + counts.sum(axis=1)",
+        IOU,
+    ),
+    Mutation(
+        "an object is found by several boxes",
+        AVERAGE,
+        "free[rows, best[rows]] = False",
+        "free[rows, best[rows]] = True",
+        PRECISION,
+    ),
+    Mutation(
+        "boxes are matched from the lowest score up",
+        AVERAGE,
+        "order = np.argsort(-found.scores[predicted]",
+        "order = np.argsort(found.scores[predicted]",
+        PRECISION,
+    ),
+    Mutation(
+        "precision is not made to fall with recall",
+        AVERAGE,
+        "precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]",
+        "precision = precision[:, :]",
+        PRECISION,
+    ),
+    Mutation(
+        "boxes of another class are suppressed",
+        BOXES,
+        "mine = np.flatnonzero(labels[order] == label)",
+        "mine = np.flatnonzero(labels[order] == labels[order])",
+        GEOMETRY,
+    ),
+    Mutation(
+        "generalised overlap ignores the hull",
+        BOXES,
+        " - (hull - union) / mx.maximum(hull, TINY)",
+        "",
+        GEOMETRY,
+    ),
+    Mutation(
+        "mirrored boxes keep their sides",
+        PLACEMENT,
+        "[width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]",
+        "[boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]]",
+        PLACES,
+    ),
+    Mutation(
+        "the focal loss weighs what is there as what is not",
+        "mlx_aimv2/learn/fcos.py",
+        "mx.where(wanted, ALPHA, 1 - ALPHA)",
+        "mx.where(wanted, 1 - ALPHA, ALPHA)",
+        ("tests/learn/test_fcos.py",),
+    ),
+    Mutation(
+        "rows and columns of a doubled map are swapped",
+        "mlx_aimv2/learn/upsample.py",
+        "x.transpose(0, 1, 3, 2, 4, 5)",
+        "x.transpose(0, 1, 4, 2, 3, 5)",
+        ("tests/learn/test_upsample.py",),
+    ),
+    Mutation(
+        "far neighbours vote like near ones",
+        "mlx_aimv2/learn/knn.py",
+        "axis=1) - 1) / temperature)",
+        "axis=1) - 1) * temperature)",
+        HEADS,
+    ),
+    Mutation(
+        "the penalty of the probe holds for the bias too",
+        "mlx_aimv2/learn/logistic.py",
+        "gradient[:-1] += l2 * weights[:-1]",
+        "gradient += l2 * weights",
+        HEADS,
+    ),
+    Mutation(
+        "fused adapters forget their scale",
+        LORA,
+        "return self.scale * (a @ b).T",
+        "return (a @ b).T",
+        ("tests/learn/test_lora.py",),
+    ),
+    Mutation(
+        "adapters go around the first blocks, not the last",
+        LORA,
+        "encoder.blocks[len(encoder.blocks) - num_layers :]",
+        "encoder.blocks[:num_layers]",
+        ("tests/learn/test_lora.py",),
+    ),
+    Mutation(
+        "layer decay is reversed",
+        OPTIMIZER,
+        "decay ** (depth + 1 - _layer(path, depth))",
+        "decay ** _layer(path, depth)",
+        TRAIN,
+    ),
+    Mutation(
+        "the learning rate rises where it should fall",
+        OPTIMIZER,
+        "0.5 * (1 + math.cos(",
+        "0.5 * (1 - math.cos(",
+        TRAIN,
+    ),
+    Mutation("norms and biases are decayed", OPTIMIZER, "if parameter.ndim >= 2:", "if parameter.ndim >= 1:", TRAIN),
+    Mutation(
+        "the second moment is unbiased without a root",
+        OPTIMIZER,
+        "math.sqrt(unbias2)",
+        "unbias2",
+        TRAIN,
+    ),
+    Mutation(
+        "the prefix is one patch too long",
+        "mlx_aimv2/pretrain/prefix.py",
+        "position[None, None, :] < lengths",
+        "position[None, None, :] <= lengths",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "the decoder predicts a patch from itself",
+        DECODER,
+        "x[:, : patches - 1]",
+        "x[:, 1:patches]",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "the decoder sees what follows",
+        DECODER,
+        "run_blocks(self.blocks, x, causal=True)",
+        "run_blocks(self.blocks, x, causal=False)",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "the image loss compares with patches that are not normalised",
+        LOSSES,
+        "target = normalised(patches[:, 1:])",
+        "target = patches[:, 1:]",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "the image loss leaves out the first patch after the prefix",
+        LOSSES,
+        "[None] >= lengths[:, None]",
+        "[None] > lengths[:, None]",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "the filling after a caption counts in the text loss",
+        LOSSES,
+        "return mx.cumsum(ends, axis=1) - ends == 0",
+        "return mx.ones(targets.shape, mx.bool_)",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "the end of text is not learned",
+        LOSSES,
+        "return mx.cumsum(ends, axis=1) - ends == 0",
+        "return mx.cumsum(ends, axis=1) == 0",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "gradients of parts are added and not averaged",
+        "mlx_aimv2/pretrain/optimise.py",
+        "total if count == 1 else tree_map(lambda x: x / count, total)",
+        "total",
+        OBJECTIVE,
+    ),
+    Mutation(
+        "a resumed run sees its last example again",
+        "mlx_aimv2/pretrain/batches.py",
+        "self.position = number + 1",
+        "self.position = number",
+        ("tests/pretrain/test_captioned.py", "tests/pretrain/test_pretrain.py"),
+    ),
+    Mutation(
+        "the contrastive loss has one direction",
+        CONTRASTIVE,
+        "0.5 * (per_image.mean() + per_text.mean())",
+        "per_image.mean()",
+        TUNING,
+    ),
+    Mutation(
+        "equal captions count as wrong",
+        CONTRASTIVE,
+        "logits = mx.where(same & ~own, -math.inf, logits)",
+        "logits = mx.where(own & ~own, -math.inf, logits)",
+        TUNING,
+    ),
+    Mutation(
+        "LiT tuning trains the trunk",
+        LIT,
+        "    model.vision_model.freeze()\n",
+        "",
+        TUNING,
+    ),
+    Mutation(
+        "LiT tuning gives the last weights, not their average",
+        LIT,
+        "average[name] = keep * average[name] + (1 - keep) * array",
+        "average[name] = array",
+        TUNING,
+    ),
+)

@@ -1,0 +1,281 @@
+"""Faults in the network, on both ways through its blocks, and in what goes into it: images and texts."""
+
+from tests.mutations import Mutation
+
+LAYERS, MODEL, X86 = "mlx_aimv2/layers.py", "mlx_aimv2/model.py", "mlx_aimv2/x86.py"
+PROCESSOR, DECODE = "mlx_aimv2/processor.py", "mlx_aimv2/image_decode.py"
+TOKENIZER, ZERO_SHOT = "mlx_aimv2/tokenizer.py", "mlx_aimv2/zero_shot_classifier.py"
+
+REFERENCE, OPERATIONS, SHARDS = (
+    ("tests/test_reference.py",),
+    ("tests/test_x86_attention.py",),
+    ("tests/test_x86_shards.py",),
+)
+OWN, LIT, MASK = ("tests/test_model.py",), ("tests/test_lit.py",), ("tests/test_patch_mask.py",)
+PIXELS, SOURCES = ("tests/test_processor.py",), ("tests/test_image_sources.py",)
+WORDS, LABELS = ("tests/test_tokenizer.py",), ("tests/test_zero_shot_classifier.py",)
+
+NETWORK = (
+    Mutation(
+        "gate and up are swapped",
+        LAYERS,
+        "swiglu(self.gate(x), self.up(x))",
+        "swiglu(self.up(x), self.gate(x))",
+        SHARDS,
+    ),
+    Mutation(
+        "gate and up are swapped on x86",
+        X86,
+        "swiglu(block.mlp.gate(h), block.mlp.up(h),",
+        "swiglu(block.mlp.up(h), block.mlp.gate(h),",
+        REFERENCE,
+    ),
+    Mutation("queries and keys are swapped", LAYERS, "return q, k, v", "return k, q, v", REFERENCE),
+    Mutation(
+        "the norms have ten times the epsilon",
+        LAYERS,
+        "self.norm2 = nn.RMSNorm(hidden_size, eps)",
+        "self.norm2 = nn.RMSNorm(hidden_size, 10 * eps)",
+        REFERENCE,
+    ),
+    Mutation(
+        "a block adds its feed-forward before the norm",
+        LAYERS,
+        "return x + self.mlp(self.norm2(x))",
+        "return x + self.norm2(self.mlp(x))",
+        SHARDS,
+    ),
+    Mutation(
+        "the final norm of the vision encoder is left out",
+        MODEL,
+        "        x = self.norm(x)\n        pooled = self.head(x) if",
+        "        pooled = self.head(x) if",
+        REFERENCE,
+    ),
+    Mutation(
+        "the final norm of the text encoder is left out",
+        MODEL,
+        "        x = self.norm(x)\n        pooled = x[mx.arange",
+        "        pooled = x[mx.arange",
+        LIT,
+    ),
+    Mutation(
+        "rows and columns of the positions are swapped",
+        LAYERS,
+        "angles = (column[:, None] * omega, row[:, None] * omega)",
+        "angles = (row[:, None] * omega, column[:, None] * omega)",
+        OWN,
+    ),
+    Mutation(
+        "rows and columns within a patch are swapped",
+        LAYERS,
+        "x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns",
+        "x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, rows * columns",
+        OWN,
+    ),
+    Mutation(
+        "hidden states begin with the first block",
+        MODEL,
+        "embedded = self.embed(pixels, patch_mask=patch_mask)\n        states = [embedded]",
+        "embedded = self.embed(pixels, patch_mask=patch_mask)\n        states = []",
+        REFERENCE,
+    ),
+    Mutation(
+        "the patch mask is inverted",
+        MODEL,
+        "mx.where(patch_mask, shape[1], 0)",
+        "mx.where(patch_mask, 0, shape[1])",
+        MASK,
+    ),
+    Mutation(
+        "patches that stay visible lose their places",
+        MODEL,
+        "return x if visible is None else mx.take_along_axis(x, visible[..., None], axis=1)",
+        "return x if visible is None else x[:, : visible.shape[1]]",
+        MASK,
+    ),
+    Mutation(
+        "the pooling head does not scale its scores",
+        LAYERS,
+        "pooled = merge_heads(attention(q, k, v))",
+        "pooled = merge_heads(attention(q * q.shape[-1] ** 0.5, k, v))",
+        LIT,
+    ),
+    Mutation(
+        "attention scales by the number of values, not by its root",
+        LAYERS,
+        "scale = queries.shape[-1] ** -0.5",
+        "scale = queries.shape[-1] ** -1",
+        OPERATIONS,
+    ),
+    Mutation("attention is never causal", LAYERS, '"causal" if causal else None', "None", OPERATIONS),
+    Mutation(
+        "the text encoder sees what follows",
+        MODEL,
+        "run_blocks(self.blocks, embedded, causal=True)",
+        "run_blocks(self.blocks, embedded, causal=False)",
+        LIT,
+    ),
+    Mutation(
+        "texts are pooled at their last end of text",
+        MODEL,
+        "return mx.argmax(is_eos, axis=1)",
+        "return mx.argmax(is_eos * mx.arange(ids.shape[1]), axis=1)",
+        LIT,
+    ),
+    Mutation(
+        "the scale of the logits has no limit",
+        MODEL,
+        "mx.exp(mx.clip(self.logit_scale.astype(mx.float32), 0.0, limit))",
+        "mx.exp(self.logit_scale.astype(mx.float32))",
+        LIT,
+    ),
+    Mutation(
+        "the sum over tokens is held in half precision",
+        MODEL,
+        "mean = tokens.astype(mx.float32).mean(axis=1)",
+        "mean = tokens.mean(axis=1).astype(mx.float32)",
+        OWN,
+    ),
+    Mutation(
+        "vectors are divided by the lengths of the batch's columns",
+        MODEL,
+        "mx.linalg.norm(x, axis=-1, keepdims=True)",
+        "mx.linalg.norm(x, axis=0, keepdims=True)",
+        LIT,
+    ),
+    Mutation("one coefficient of the exponential is wrong", X86, "0.0555071309", "0.0555971309", OPERATIONS),
+    Mutation(
+        "causal attention on x86 leaves out the token itself",
+        X86,
+        "<= positions, scores",
+        "< positions, scores",
+        OPERATIONS,
+    ),
+    Mutation(
+        "each chunk of queries on x86 begins at token 0",
+        X86,
+        "first=first if causal else None",
+        "first=0 if causal else None",
+        OPERATIONS,
+    ),
+    Mutation(
+        "attention on x86 ignores its mask",
+        X86,
+        "scores = mx.where(mask, scores, -math.inf)",
+        "scores = mx.where(mask, scores, scores)",
+        ("tests/pretrain/test_objective.py",),
+    ),
+    Mutation(
+        "the softmax on x86 overflows",
+        X86,
+        "_exp2(mx.maximum(scores - largest, -127))",
+        "_exp2(mx.maximum(scores, -127))",
+        OPERATIONS,
+    ),
+    Mutation(
+        "the gradient of SwiGLU is wrong",
+        X86,
+        "(sigmoid + silu * (1 - sigmoid))",
+        "(sigmoid + silu * sigmoid)",
+        OPERATIONS,
+    ),
+    Mutation(
+        "a shard attends to its own tokens alone",
+        X86,
+        "if shards.axis == TOKENS:",
+        "if shards.axis == IMAGES:",
+        SHARDS,
+    ),
+    Mutation(
+        "mean and standard deviation are swapped",
+        PROCESSOR,
+        "values -= np.tile(np.array(steps.image_mean, np.float32), width)\n"
+        "        values /= np.tile(np.array(steps.image_std, np.float32), width)",
+        "values -= np.tile(np.array(steps.image_std, np.float32), width)\n"
+        "        values /= np.tile(np.array(steps.image_mean, np.float32), width)",
+        PIXELS,
+    ),
+    Mutation(
+        "levels on the device are not divided by the standard deviation",
+        PROCESSOR,
+        "(pixels - mx.array(steps.image_mean)) / mx.array(steps.image_std)",
+        "pixels - mx.array(steps.image_mean)",
+        ("tests/test_fast_decoding.py::test_levels_normalised_on_the_device_are_the_processors_pixels",),
+    ),
+    Mutation(
+        "the crop is one pixel off",
+        PROCESSOR,
+        "(image.height - height) // 2, (image.width - width) // 2",
+        "(image.height - height) // 2 + 1, (image.width - width) // 2",
+        PIXELS,
+    ),
+    Mutation(
+        "the longest edge is resized, not the shortest", PROCESSOR, "if width <= height:", "if width > height:", PIXELS
+    ),
+    Mutation(
+        "colours are in the order blue, green, red",
+        PROCESSOR,
+        "        return np.asarray(image)\n",
+        "        return np.asarray(image)[..., ::-1]\n",
+        PIXELS,
+    ),
+    Mutation(
+        "preprocessor_config.json's mean is passed over",
+        "mlx_aimv2/preprocessing.py",
+        '_three(fields["image_mean"], "image_mean", file)',
+        "CLIP_MEAN",
+        ("tests/test_preprocessing.py",),
+    ),
+    Mutation(
+        "the orientation in EXIF is ignored",
+        DECODE,
+        "}.get(orientation)",
+        "}.get(1)",
+        (f"{SOURCES[0]}::test_a_photograph_is_turned_upright_as_its_exif_tag_says",),
+    ),
+    Mutation(
+        "a photograph is turned the other way",
+        DECODE,
+        "6: turn.ROTATE_270",
+        "6: turn.ROTATE_90",
+        (f"{SOURCES[0]}::test_a_photograph_is_turned_upright_as_its_exif_tag_says",),
+    ),
+    Mutation("what is transparent becomes black", DECODE, "(255, 255, 255, 255)", "(0, 0, 0, 255)", SOURCES),
+    Mutation(
+        "a long text loses its end of text",
+        TOKENIZER,
+        "[self.bos, *encoding.ids[: self.context - 2], self.eos]",
+        "[self.bos, *encoding.ids, self.eos][: self.context]",
+        WORDS,
+    ),
+    Mutation("texts are filled with zeros", TOKENIZER, "self.eos, np.int32)", "0, np.int32)", WORDS),
+    Mutation(
+        "capitals count in a tokenizer made from vocab.json",
+        TOKENIZER,
+        "[normalizers.NFC(), normalizers.Lowercase()]",
+        "[normalizers.NFC()]",
+        (*WORDS, "tests/test_zero_shot_checkpoints.py::test_vocab_and_merges_serve_as_well_as_tokenizer_json"),
+    ),
+    Mutation(
+        "templates are averaged before they have unit length",
+        ZERO_SHOT,
+        "np.array(unit_length(model.encode_text(mx.array(ids[rows, :length]))))",
+        "np.array(model.encode_text(mx.array(ids[rows, :length])))",
+        LABELS,
+    ),
+    Mutation(
+        "templates and labels are confused",
+        ZERO_SHOT,
+        ".reshape(len(self.labels), len(self.templates), -1)",
+        ".reshape(len(self.templates), len(self.labels), -1).swapaxes(0, 1)",
+        LABELS,
+    ),
+    Mutation(
+        "texts come back in the order of their lengths",
+        ZERO_SHOT,
+        "vectors[rows] = ",
+        "vectors[start : start + len(rows)] = ",
+        LABELS,
+    ),
+)
