@@ -10,7 +10,7 @@ OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
-.PHONY: help demo test test-all parity check fuzz verify train format clean
+.PHONY: help demo test test-all coverage mutations parity check fuzz verify train format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -22,6 +22,12 @@ test: $(VENV)/tested  ## the quick tests: no network, no torch
 
 test-all: $(VENV)/tested  ## the quick and the slow tests
 	$(RUN) -m pytest
+
+coverage: $(VENV)/tested  ## line and branch coverage of the quick and the slow tests
+	$(RUN) -m pytest --cov --cov-report=term:skip-covered
+
+mutations: $(VENV)/tested  ## break the package in a hundred places: which test notices? (ONLY="words of a fault" for some)
+	$(RUN) -m tests.mutations $(if $(ONLY),--only "$(ONLY)")
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
 	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity
