@@ -13,7 +13,7 @@ RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/
 # The modules of the API page.
 API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model processor config pretrain)
 
-.PHONY: help demo test test-all parity check fuzz verify train docs format clean
+.PHONY: help demo test test-all coverage mutations parity check fuzz verify train docs format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -26,6 +26,12 @@ test: $(VENV)/tested  ## the quick tests: no network, no torch
 
 test-all: $(VENV)/tested  ## the quick and the slow tests
 	$(RUN) -m pytest
+
+coverage: $(VENV)/tested  ## line and branch coverage of the quick and the slow tests
+	$(RUN) -m pytest --cov --cov-report=term:skip-covered
+
+mutations: $(VENV)/tested  ## break the package in a hundred places: which test notices? (ONLY="words of a fault" for some)
+	$(RUN) -m tests.mutations $(if $(ONLY),--only "$(ONLY)")
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
 	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity

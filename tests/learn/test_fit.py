@@ -270,3 +270,16 @@ def test_the_best_step_is_chosen_on_val(digits, tmp_path, monkeypatch, kind):
     val = [sample.path for sample in classify.read(digits).splits["val"]]
     assert len(seen) > 3
     assert all(paths == val for paths in seen[:3])
+
+
+def test_evaluate_and_predict_print_a_table_and_the_best_labels(head, digits, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", str(head), str(digits)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:7] for line in lines[1:4]] == ["digit 0", "digit 1", "digit 2"]
+    assert re.fullmatch(r"top1 \d+\.\d\d %, mean_class \d+\.\d\d % on 36 images", lines[-1])
+    image = str(next((digits / "digit 1").iterdir()))
+    assert main(["predict", str(head), image]) == 0
+    path, *labels = capsys.readouterr().out.splitlines()
+    assert path == image and len(labels) == 3
+    assert re.fullmatch(r" *\d+\.\d\d %  digit \d", labels[0])
