@@ -10,6 +10,9 @@ OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
 
+# A process of tests for each core, up to four; each takes over tests of another that has more left.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+
 # The modules of the API page.
 API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model processor config pretrain)
 
@@ -22,13 +25,13 @@ demo: $(VENV)/installed  ## convert the embedded checkpoint offline, embed image
 	$(RUN) -m examples.demo
 
 test: $(VENV)/tested  ## the quick tests: no network, no torch
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(VENV)/tested  ## the quick and the slow tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 coverage: $(VENV)/tested  ## line and branch coverage of the quick and the slow tests
-	$(RUN) -m pytest --cov --cov-report=term:skip-covered
+	$(RUN) -m pytest $(PARALLEL) --cov --cov-report=term:skip-covered
 
 mutations: $(VENV)/tested  ## break the package in a hundred places: which test notices? (ONLY="words of a fault" for some)
 	$(RUN) -m tests.mutations $(if $(ONLY),--only "$(ONLY)")

@@ -29,7 +29,7 @@ class Hub:
     `repositories` is `{name: {commit: {path: content}}}`, a repository's last commit being `main`. `refuse` answers a
     repository with `(status, error code)`. `cuts` closes the connection after so many bytes of a path, once for each
     entry; `down` answers every request for a path's content with 500. `pages` are contents outside all repositories.
-    `etags` replaces a path's; `always` is one answer to everything: status, kind of content, content.
+    `etags` replaces a path's; `answers` is what a repository answers to everything: status, kind of content, content.
     """
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Hub:
     uploads: dict[str, bytes] = field(default_factory=dict)
     pages: dict[str, bytes] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
-    always: tuple[int, str, bytes] | None = None
+    answers: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
     address: str = ""
 
     def publish(self, name: str, commit: str, folder: Path, **renamed: str) -> None:
@@ -91,6 +91,7 @@ def serve() -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # header and content are written apart, and would wait 40 ms for each other
     state: Hub
 
     def log_message(self, *arguments: object) -> None:
@@ -111,8 +112,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _read(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append((self.command, path))
-        if self.state.always is not None:
-            self._always(*self.state.always)
+        repository = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)/.+", path)
+        if repository and repository[1] in self.state.answers:
+            self._answer(*self.state.answers[repository[1]])
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/([^/]+)", path):
             files = self._files(*found.groups())
             if files is not None:
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json({"error": "no such page"}, 404)
 
-    def _always(self, status: int, kind: str, body: bytes) -> None:
+    def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

@@ -1,7 +1,6 @@
 """The help of each verb begins with an example that works, and its flags stand in groups on at most 100 columns."""
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,11 @@ from mlx_aimv2 import cli
 
 SHARED = ("--revision", "--dtype", "--decode", "--max-pixels", "--truncated", "--max-patches", "--threads", "--seed")
 SHARED += ("--resume", "--batch", "--weight-decay", "--vocab-size", "--tokenizer", "--min-area", "--jitter", "--grey")
+
+
+@pytest.fixture(autouse=True)
+def terminal_of_100_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +87,8 @@ def test_the_list_names_each_verb_once_in_its_group():
 
 
 def test_the_converters_own_command_shows_the_same_help():
-    environment = os.environ | {"COLUMNS": "100"}
     command = [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not run.stderr
     assert (
         run.stdout.replace("mlx_aimv2.convert", "mlx-aimv2 convert")

@@ -112,7 +112,9 @@ def test_of_a_pair_the_head_the_projections_and_the_scale_stay_dense_and_say_so(
         {"q_mode": "nvfp4"},
         {"q_mode": "mxfp8"},
         {"quant_predicate": "mixed_3_6"},
-        {"quant_predicate": lambda path, layer: {"bits": 8} if "attn" in path else False},
+        pytest.param(
+            {"quant_predicate": lambda path, layer: {"bits": 8} if "attn" in path else False}, id="attention in 8 bits"
+        ),
     ],
     ids=str,
 )

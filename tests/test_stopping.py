@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -61,17 +62,31 @@ def start(folder, work):
     return process
 
 
-@pytest.mark.parametrize("work", WORK.values(), ids=WORK.keys())
-@pytest.mark.parametrize("number", SIGNALS, ids=[number.name for number in SIGNALS])
-def test_a_signal_ends_the_run_and_leaves_nothing(tmp_path, work, number):
-    process = start(tmp_path, work)
+@pytest.fixture(scope="module", params=SIGNALS, ids=[number.name for number in SIGNALS])
+def stopped(request, tmp_path_factory):
+    """The signal, and for each kind of work, all at once, what it came to: (exit code, stderr, seconds, folder)."""
+    folders = {kind: tmp_path_factory.mktemp("stopped") for kind in WORK}
+    processes = {kind: start(folders[kind], work) for kind, work in WORK.items()}
     begun = time.monotonic()
-    process.send_signal(number)
-    errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 128 + number
+    for process in processes.values():
+        process.send_signal(request.param)
+
+    def end(kind):
+        errors = processes[kind].communicate(timeout=30)[1]
+        return processes[kind].returncode, errors, time.monotonic() - begun, folders[kind]
+
+    with ThreadPoolExecutor(len(WORK)) as pool:
+        return request.param, dict(zip(WORK, pool.map(end, WORK), strict=True))
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_a_signal_ends_the_run_and_leaves_nothing(stopped, kind):
+    number, runs = stopped
+    exit_code, errors, seconds, folder = runs[kind]
+    assert exit_code == 128 + number
     assert errors == ("stopped\n" if number == signal.SIGINT else f"stopped ({number.name})\n")
-    assert time.monotonic() - begun < 2  # the goal is one second; a loaded machine may take longer
-    assert not list(tmp_path.iterdir())
+    assert seconds < 2  # the goal is one second; a loaded machine may take longer
+    assert not list(folder.iterdir())
 
 
 FINISHING = """
@@ -86,7 +101,7 @@ with finishing("the index to be written"):
 
 
 def test_work_that_must_be_brought_to_an_end_is_waited_for(tmp_path):
-    process = start(tmp_path, FINISHING.format(seconds=1.5))
+    process = start(tmp_path, FINISHING.format(seconds=1))
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=30)
     assert out == "written\n"

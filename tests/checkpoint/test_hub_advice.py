@@ -7,13 +7,45 @@ import pytest
 
 from mlx_aimv2.checkpoint import hub as hub_module
 from mlx_aimv2.checkpoint.read import read
-from tests.checkpoint.test_hub import MAIN, NAME, PIN, READ, hub, refusal, released, run  # noqa: F401
+from tests.checkpoint.test_hub import MAIN, NAME, PIN, READ, hub, read_each, refusal, released, run  # noqa: F401
+from tests.loopback import serve
 from tests.small_models import FIXED
 
+LOGIN_PAGE = (200, "text/html", b"<html>sign in</html>")
 
-def answering(state, status: int, body: bytes = b"<html>sign in</html>", kind: str = "text/html"):
-    """Makes the loopback Hub give one answer to everything."""
-    state.always = (status, kind, body)
+WRONG_ANSWERS = {
+    "login page": (LOGIN_PAGE, "a login page of the network or a proxy may stand between"),
+    "403": ((403, *LOGIN_PAGE[1:]), "accept the terms on the repository's page"),
+    "429": ((429, *LOGIN_PAGE[1:]), "too many requests: wait some minutes"),
+    "500": ((500, *LOGIN_PAGE[1:]), "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
+    "418": ((418, *LOGIN_PAGE[1:]), "(418)"),
+} | {
+    f"JSON {number}": ((200, "application/json", body), "")
+    for number, body in enumerate([b"[]", b"null", b'"x"', b"{}", b'{"sha": 5, "siblings": 7}', b"[" * 50_000])
+}
+
+NO_WAITING = """
+import time
+time.sleep = lambda seconds: None  # between two tries
+"""
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """What reading says after each of the wrong answers."""
+    names = [f"somebody/model-{number}" for number in range(len(WRONG_ANSWERS))]
+    with serve() as server:
+        server.answers = dict(zip(names, (answer for answer, _ in WRONG_ANSWERS.values()), strict=True))
+        found = read_each(server, tmp_path_factory.mktemp("home"), names, NO_WAITING)
+    return dict(zip(WRONG_ANSWERS, found.items(), strict=True))
+
+
+@pytest.mark.parametrize("kind", WRONG_ANSWERS)
+def test_what_another_server_answers_is_one_line_with_advice(answered, kind):
+    name, result = answered[kind]
+    line = refusal(result)
+    assert name in line
+    assert WRONG_ANSWERS[kind][1] in line
 
 
 @pytest.mark.slow
@@ -50,40 +82,11 @@ def test_a_broken_link_in_the_cache_is_named(tmp_path, name):
         read(folder)
 
 
-@pytest.mark.parametrize(
-    ("status", "wanted"),
-    [
-        (200, "a login page of the network or a proxy may stand between"),
-        (403, "accept the terms on the repository's page"),
-        (429, "too many requests: wait some minutes"),
-        (500, "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
-        (418, "(418)"),
-    ],
-)
-def test_what_another_server_answers_comes_with_advice(released, tmp_path, status, wanted):  # noqa: F811
-    answering(released, status)
-    line = refusal(run(released, tmp_path / "home", f"{NO_WAITING}{READ}", "somebody/model"))
-    assert wanted in line and "somebody/model" in line
-
-
 @pytest.mark.slow
 def test_with_the_cache_alone_a_broken_hub_is_no_hindrance(released, tmp_path):  # noqa: F811
     assert run(released, tmp_path / "home", READ, NAME).returncode == 0
-    answering(released, 500)
+    released.answers[NAME] = (500, *LOGIN_PAGE[1:])
     assert run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1").returncode == 0
-
-
-NO_WAITING = """
-import time
-time.sleep = lambda seconds: None  # between two tries
-"""
-
-
-@pytest.mark.parametrize("answer", [b"[]", b"null", b'"x"', b"{}", b'{"sha": 5, "siblings": 7}', b"[" * 50_000])
-def test_json_of_another_kind_is_one_line(released, tmp_path, answer):  # noqa: F811
-    answering(released, 200, answer, "application/json")
-    line = refusal(run(released, tmp_path / "home", f"{NO_WAITING}{READ}", "somebody/model"))
-    assert "somebody/model" in line
 
 
 def test_a_token_that_cannot_be_sent_is_named(released, tmp_path):  # noqa: F811
