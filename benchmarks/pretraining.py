@@ -20,7 +20,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2 import x86
+from mlx_aimv2 import x86, x86_training
 from mlx_aimv2.commands.pretrain import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain import optimise
@@ -42,12 +42,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    x86.widen_sight()
+    x86_training.prepare(x86_training.WIDE_SIGHT)
     vision, decoder = sizes(arguments.size)
     model = Pretraining(vision, decoder, eos=1)
     initialise(model, vision.num_hidden_layers, seed=0)
     optimizer = optimise.adamw(1e-4, steps=arguments.steps, warm_up=1, weight_decay=optimise.WEIGHT_DECAY)
     optimizer.init(model.trainable_parameters())
+    optimise.lay_out(model, optimizer)
     patches = vision.num_patches or 0
     chance = np.random.default_rng(0)
     size = vision.image_size or 0

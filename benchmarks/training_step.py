@@ -32,16 +32,16 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     import mlx.nn as nn
     from mlx.utils import tree_flatten, tree_unflatten
 
+    from mlx_aimv2 import x86_training
     from mlx_aimv2.config import Aimv2VisionConfig
     from mlx_aimv2.learn import lora
     from mlx_aimv2.learn.heads import MeanHead
     from mlx_aimv2.learn.learner import Learner
     from mlx_aimv2.learn.optimizer import AdamW, Group
     from mlx_aimv2.model import Aimv2VisionModel
-    from mlx_aimv2.x86 import widen_sight
 
     mx.set_default_device(mx.cpu)
-    widen_sight()
+    x86_training.prepare()
     encoder = Aimv2VisionModel(Aimv2VisionConfig(WIDTH, INTERMEDIATE, blocks, HEADS, image_size=SIDE))
     mx.eval(encoder.parameters())
     lora.add_adapters(encoder, "lora", num_layers=blocks, rank=RANK)

@@ -9,17 +9,16 @@ the BLAS:
   of the tokens through all blocks. Shards meet in attention, and only if they share an image. Best on few cores.
 - With several threads the products use all cores already, and the chunks between them are shared.
 
-A GPU and an ARM CPU never come here.
+A GPU and an ARM CPU never come here. What only training needs is in `x86_training`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -45,10 +44,6 @@ MAX_IMBALANCE = 1.1
 CACHE_LIMIT, MLX_CACHE_LIMIT = 1 << 28, 1 << 25
 """Bytes of freed memory that MLX keeps for reuse: here, and by default, with which a pass over four images of
 224 pixels takes 40,000 pages from the system again, and 5 to 10 % longer."""
-
-SIGHT = 100
-"""Operations that MLX has in sight as it orders a training step. A step of LoRA at large-224's size with batch 4 took
-15.1 s with 100 and 17.1 s with 1000, memory 2.8 and 4.1 GB; with MLX's own 20, another day, 24.4 s and 2.1 GB."""
 
 IMAGES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which shards are cut."""
@@ -152,7 +147,7 @@ def _softmax_product(
     if mask is not None:
         scores = mx.where(mask, scores, -math.inf)
     largest = mx.stop_gradient(scores.max(axis=-2, keepdims=True))  # cancels out
-    weights = _exp2(mx.maximum(scores - largest, -127))
+    weights = exp2(mx.maximum(scores - largest, -127))
     sums = weights.sum(axis=-2)[..., None]  # (heads, M, 1)
     return (weights.swapaxes(-1, -2) @ values) / sums
 
@@ -165,7 +160,7 @@ def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * up / (1 + _exp2(mx.clip(gate * -LOG2_E, -127, 128)))
+    return gate * up / (1 + exp2(mx.clip(gate * -LOG2_E, -127, 128)))
 
 
 # Only for training: MLX keeps the inputs of such a function, so nothing is computed in the place of something else.
@@ -176,12 +171,12 @@ _trained_swiglu = mx.custom_function(_swiglu)
 def _swiglu_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """By hand, since through the polynomial it takes nearly twice as long: a tenth of a training step."""
     gate, up = inputs
-    sigmoid = 1 / (1 + _exp2(mx.clip(gate * -LOG2_E, -127, 128)))
+    sigmoid = 1 / (1 + exp2(mx.clip(gate * -LOG2_E, -127, 128)))
     silu = gate * sigmoid
     return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
 
 
-def _exp2(x: mx.array) -> mx.array:
+def exp2(x: mx.array) -> mx.array:
     """`2 ** x` in float32, relative error 2.4e-7.
 
     `x` must lie from -127 to 128; the result is zero below -126.5, infinite above 127.5.
@@ -205,9 +200,11 @@ class Shards:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], *, whole: bool = False) -> Shards:
-        """The shards for tokens of shape `(B, N, …)`; with `whole` no image or text is split."""
+        """The shards for tokens of shape `(B, N, …)`; with `whole` no image or text is split, and a shard never is."""
         batch, tokens = shape[0], shape[1]
         own = streams() if _blas_has_one_thread() else []
+        if mx.default_stream(mx.cpu) in own:  # a shard of something larger
+            return cls([None])
         count = min(len(own), batch * tokens // MIN_SHARD_TOKENS)
         if whole:
             count = min(count, batch)
@@ -284,34 +281,6 @@ def streams() -> list[mx.Stream]:
         count = min(cpu_count(), MAX_STREAMS) if is_early else 0
         _of_thread.streams = [mx.new_stream(mx.cpu) for _ in range(count)]
     return _of_thread.streams or [mx.default_stream(mx.cpu)]
-
-
-class Balance:
-    """Hands out streams for pieces of work of known sizes, each time the one that was given least so far."""
-
-    def __init__(self) -> None:
-        self.given: dict[int, int] = {}
-
-    def stream_for(self, x: mx.array) -> AbstractContextManager[Any]:
-        """A context in which to work on `x`; on a GPU or an ARM CPU one that changes nothing."""
-        if not on_x86_cpu():
-            return nullcontext()
-        own = streams()
-        number = min(range(len(own)), key=lambda i: self.given.get(i, 0))
-        self.given[number] = self.given.get(number, 0) + x.size
-        context: AbstractContextManager[Any] = mx.stream(own[number])
-        return context
-
-
-def widen_sight() -> None:
-    """Lets MLX order the work of a training step so that all shards advance side by side.
-
-    MLX orders what is evaluated together breadth first as long as few operations are in sight, then depth first. The
-    hundreds of gradients of a step are too many at once, and one shard would come after the other. MLX reads the
-    setting when a process first evaluates something: later this has no effect, and the environment's own value stays.
-    """
-    if on_x86_cpu():
-        os.environ.setdefault("MLX_BFS_MAX_WIDTH", str(SIGHT))
 
 
 @cache

@@ -124,7 +124,7 @@ def test_swiglu_in_chunks_is_swiglu(chunks):
 
 def test_powers_of_two_are_right_to_their_last_digits():
     x = np.random.default_rng(0).uniform(-126, 127, 100_003).astype(np.float32)
-    assert np.abs(np.array(x86._exp2(mx.array(x))) / 2.0 ** x.astype(np.float64) - 1).max() <= 2.5e-7
+    assert np.abs(np.array(x86.exp2(mx.array(x))) / 2.0 ** x.astype(np.float64) - 1).max() <= 2.5e-7
 
 
 def test_gates_far_from_zero_stay_finite(ops):

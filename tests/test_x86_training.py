@@ -5,12 +5,18 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_aimv2 import x86
+from mlx_aimv2 import x86, x86_training
 from mlx_aimv2.learn.optimizer import AdamW, Group
+from mlx_aimv2.learn.train import Settings, train
 from mlx_aimv2.pretrain import optimise
+from mlx_aimv2.pretrain import train as training
+from mlx_aimv2.pretrain.train import take_step
 
 SIZES = {"tables": 41, "a": 13, "b": 11, "c": 7, "d": 5, "e": 3}
 
@@ -27,21 +33,24 @@ def test_no_shard_waits_for_what_the_default_stream_adds_up(three_cores):
     assert mx.default_stream(mx.cpu) not in own
 
 
-def test_parameters_go_to_the_core_that_was_given_least(three_cores):
+def test_arrays_go_to_the_core_that_was_given_least_the_largest_first(three_cores):
     three_cores(blas_threads=1)
-    balance, own = x86.Balance(), x86.streams()
-    taken = []
-    for x in arrays(1).values():
+    own, taken = x86.streams(), {}
+    balance = x86_training.Balance(arrays(1).values())
+    for name, x in arrays(1).items():
         with balance.stream_for(x):
-            taken.append(own.index(mx.default_stream(mx.cpu)))
-    assert taken == [0, 1, 2, 2, 1, 1]
+            taken[name] = own.index(mx.default_stream(mx.cpu))
+    assert taken == {"tables": 0, "a": 1, "b": 2, "c": 2, "d": 1, "e": 1}
+    backwards = x86_training.Balance(reversed(arrays(1).values()))
+    with backwards.stream_for(arrays(1)["e"]):
+        assert own.index(mx.default_stream(mx.cpu)) == 1, "whatever their order"
 
 
 def test_a_gpu_is_left_alone(three_cores, monkeypatch):
     three_cores(blas_threads=1)
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
     before = mx.default_stream(mx.default_device())
-    with x86.Balance().stream_for(mx.zeros(3)):
+    with x86_training.Balance([mx.zeros(3)]).stream_for(mx.zeros(3)):
         assert mx.default_stream(mx.default_device()) == before
 
 
@@ -55,6 +64,130 @@ def test_adamw_on_several_cores_is_mlxs(three_cores):
         expected = wanted.apply_gradients(gradient, expected)
         parameters = own.apply_gradients(gradient, parameters)
     assert all(mx.array_equal(parameters[name], expected[name]) for name in SIZES)
+
+
+def strides(x):
+    mx.eval(x)
+    return np.array(x, copy=False).strides
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer, self.other = nn.Embedding(7, 5), nn.Linear(5, 3), [nn.Linear(3, 2, bias=False)]
+
+    def __call__(self, ids):
+        return self.other[0](self.layer(self.table(ids))).sum()
+
+
+def flat(tree):
+    return dict(tree_flatten(tree))
+
+
+def test_weights_and_moments_lie_in_memory_as_the_gradients_do(three_cores):
+    three_cores(blas_threads=1)
+    model = Small()
+    optimizer = optimise.adamw(1e-2, steps=9, warm_up=1, weight_decay=0.1)
+    optimizer.init(model.trainable_parameters())
+    before = flat(model.parameters())
+    optimise.lay_out(model, optimizer)
+    assert all(mx.array_equal(x, before[name]) for name, x in flat(model.parameters()).items())
+    for _ in range(2):  # and they stay so
+        gradients = flat(mx.grad(lambda p: (model.update(p), model(mx.array([3, 1])))[1])(model.trainable_parameters()))
+        weights, moments = flat(model.parameters()), flat(optimizer.state)
+        for name in ("table.weight", "layer.weight", "other.0.weight"):
+            wanted = strides(gradients[name])
+            assert strides(weights[name]) == strides(moments[f"{name}.m"]) == strides(moments[f"{name}.v"]) == wanted
+        take_step(model, optimizer, tree_unflatten(list(gradients.items())))
+    assert strides(weights["layer.weight"]) == (4, 12)
+
+
+def test_elsewhere_weights_stay_as_they_lie(monkeypatch):
+    monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
+    model = Small()
+    weights = flat(model.parameters())
+    assert all(x is weights[name] for name, x in x86_training.columns_first(model, weights).items())
+
+
+def test_fine_tuning_lays_weights_out_too(three_cores):
+    three_cores(blas_threads=1)
+    model = Small()
+
+    def forward(model, batch, key):
+        return model.other[0](model.layer(model.table(batch["ids"]))).sum(axis=-1)
+
+    settings = Settings(steps=2, eval_every=2, learning_rate=1e-2)
+    train(model, forward, lambda i: {"ids": mx.array([3, i])}, settings=settings, evaluate=lambda model: 1.0)
+    assert strides(model.layer.weight) == (4, 12)
+    assert strides(model.table.weight) == (20, 4)
+
+
+def test_an_update_evaluates_some_weights_at_a_time_with_the_same_result(monkeypatch):
+    def after(group):
+        monkeypatch.setattr(training, "GROUP", group)
+        model = Small()
+        model.load_weights([(name, mx.ones(x.shape)) for name, x in tree_flatten(model.parameters())])
+        optimizer = optimise.adamw(1e-2, steps=9, warm_up=1, weight_decay=0.1)
+        optimizer.init(model.trainable_parameters())
+        for _ in range(2):
+            take_step(model, optimizer, tree_map(mx.ones_like, model.parameters()))
+        return flat(model.parameters()) | flat(optimizer.state)
+
+    whole, groups = after(1 << 30), after(3)
+    assert whole.keys() == groups.keys()
+    assert all(mx.array_equal(x, whole[name]) for name, x in groups.items())
+
+
+@pytest.mark.parametrize(("batch", "shards"), [(6, 3), (4, 1), (2, 1)])
+def test_each_core_takes_its_images_through_everything_if_they_share_out_evenly(three_cores, batch, shards):
+    three_cores(blas_threads=1)
+    seen = []
+
+    def work(x, y):
+        seen.append(mx.default_stream(mx.cpu) in x86.streams())
+        assert not any(seen) or x86.Shards.of((x.shape[0], 300)).streams == [None], "a shard is not cut again"
+        return x.sum(axis=(1, 2)), y + 1
+
+    x, y = mx.random.normal((batch, 16, 16)), mx.arange(batch)
+    sums, numbers = x86_training.by_images(work, x, y)
+    assert seen == ([True] * shards if shards > 1 else [False])
+    assert numbers.tolist() == list(range(1, batch + 1))
+    assert mx.allclose(sums, x.sum(axis=(1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [x86.CHUNK, 37])
+def test_cross_entropy_and_its_gradient_are_mlxs(monkeypatch, chunk):
+    monkeypatch.setattr(x86, "CHUNK", chunk)
+    logits = 9 * mx.random.normal((3, 5, 17), key=mx.random.key(4))
+    logits[0, 0, 3] = 200.0  # no overflow, and -127 as the power of two
+    targets = mx.random.randint(0, 17, (3, 5), key=mx.random.key(5))
+    weights = mx.random.normal((3, 5), key=mx.random.key(6))
+
+    def both(function):
+        return mx.value_and_grad(lambda x: (weights * function(x, targets)).sum())(logits)
+
+    (value, gradient), (wanted, expected) = both(x86_training.cross_entropy), both(nn.losses.cross_entropy)
+    assert x86_training.cross_entropy(logits, targets).shape == (3, 5)
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert mx.allclose(gradient, expected, atol=1e-6)
+    half = x86_training.cross_entropy(logits.astype(mx.float16), targets)
+    assert half.dtype == mx.float32 and bool(mx.isfinite(half).all())
+
+
+@pytest.mark.parametrize(
+    ("before", "is_x86", "wanted"),
+    [(x86.MLX_CACHE_LIMIT, True, 4_096_000), (x86.MLX_CACHE_LIMIT, False, x86.MLX_CACHE_LIMIT), (123, True, 123)],
+)
+def test_training_keeps_freed_memory_half_of_the_machines_at_most(monkeypatch, before, is_x86, wanted):
+    monkeypatch.setattr(x86, "on_x86_cpu", lambda: is_x86)
+    monkeypatch.setattr(x86_training.os, "sysconf", {"SC_PHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "7")
+    limit = mx.set_cache_limit(before)
+    try:
+        x86_training.prepare()
+        assert mx.set_cache_limit(limit) == wanted
+    finally:
+        mx.set_cache_limit(limit)
 
 
 def test_fine_tunings_adamw_is_the_same_on_several_cores(three_cores):
@@ -81,20 +214,21 @@ def test_gradients_are_cut_to_one_length_together(three_cores):
     assert all(mx.array_equal(optimise.clipped(short)[name], short[name]) for name in SIZES)
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(None, str(x86.SIGHT)), ("7", "7")])
+@pytest.mark.parametrize(("given", "wanted"), [(None, str(x86_training.SIGHT)), ("7", "7")])
 def test_the_users_own_width_of_sight_stays(three_cores, monkeypatch, given, wanted):
     three_cores(blas_threads=1)
+    monkeypatch.setattr(mx, "set_cache_limit", lambda limit: x86.MLX_CACHE_LIMIT)
     monkeypatch.delenv("MLX_BFS_MAX_WIDTH", raising=False)
     if given is not None:
         monkeypatch.setenv("MLX_BFS_MAX_WIDTH", given)
-    x86.widen_sight()
+    x86_training.prepare()
     assert os.environ["MLX_BFS_MAX_WIDTH"] == wanted
 
 
 CALLS = {
-    "fit": "fit('nowhere', 'nowhere', 'out')",
-    "pretrain": "pretrain([], '.', settings=None)",
-    "lit": "cli.main(['lit', 'nowhere', '--encoder', 'nowhere', '-o', 'out'])",
+    "fit": ("fit('nowhere', 'nowhere', 'out')", x86_training.SIGHT),
+    "pretrain": ("pretrain([], '.', settings=None)", x86_training.WIDE_SIGHT),
+    "lit": ("cli.main(['lit', 'nowhere', '--encoder', 'nowhere', '-o', 'out'])", x86_training.WIDE_SIGHT),
 }
 """Trainings that end at once in a user's mistake."""
 
@@ -108,10 +242,10 @@ from mlx_aimv2.learn import fit
 from mlx_aimv2.pretrain.train import pretrain
 x86.on_x86_cpu = lambda: True
 with contextlib.suppress(OSError):
-    {CALLS[name]}
+    {CALLS[name][0]}
 print(os.environ.get("MLX_BFS_MAX_WIDTH"))
 """
     environment = {name: value for name, value in os.environ.items() if name != "MLX_BFS_MAX_WIDTH"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(x86.SIGHT)]
+    assert done.stdout.split() == [str(CALLS[name][1])]

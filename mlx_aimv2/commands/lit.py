@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from mlx_aimv2 import x86_training
 from mlx_aimv2.cli import say, show
 from mlx_aimv2.commands.caption_flags import (
     BATCH,
@@ -23,7 +24,6 @@ from mlx_aimv2.pretrain.captioned import open_data
 from mlx_aimv2.pretrain.lit import LitSettings, lit
 from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
-from mlx_aimv2.x86 import widen_sight
 
 HELP = "tune a text encoder to a frozen image encoder (LiT), to find images by words"
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains and writes; losses go to stderr."""
-    widen_sight()
+    x86_training.prepare(x86_training.WIDE_SIGHT)
     data = open_data(arguments.data)
     config = Aimv2Config.from_dict(read_json(Path(arguments.config))) if arguments.config else Aimv2Config()
     text = Aimv2TextConfig(**(asdict(config.text_config) | {"vocab_size": arguments.vocab_size, "eos_token_id": 1}))

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import __version__
+from mlx_aimv2 import __version__, x86_training
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.prefetch import MIN_PATCHES
 from mlx_aimv2.embed.provenance import load_with_origin
@@ -35,7 +35,6 @@ from mlx_aimv2.learn.state import StateFile
 from mlx_aimv2.learn.task import Task, find_task, guess_task
 from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target
-from mlx_aimv2.x86 import widen_sight
 
 TRAINING = ".training"
 """How the folder beside HEAD is called in which the state of a run lies until it is complete."""
@@ -78,7 +77,7 @@ def fit(
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
     Nothing stands at HEAD unless the run was complete.
     """
-    widen_sight()
+    x86_training.prepare()
     started = time.monotonic()
     options = _options(settings)
     target = expand_user(output)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_aimv2.x86 import Balance
+from mlx_aimv2.x86_training import Balance
 
 Arrays = dict[str, mx.array]
 
@@ -45,16 +45,15 @@ class AdamW:
         self.steps += 1
         beta1, beta2 = self.betas
         unbias1, unbias2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        result, balance = {}, Balance()
+        result, balance = {}, Balance(parameters.values())
         for name, parameter in parameters.items():
             with balance.stream_for(parameter):
                 gradient = gradients[name].astype(mx.float32)
                 group = groups(name)
                 rate = learning_rate * group.learning_rate
-                first = self.first.get(name, mx.zeros_like(gradient))
-                second = self.second.get(name, mx.zeros_like(gradient))
-                first = beta1 * first + (1 - beta1) * gradient
-                second = beta2 * second + (1 - beta2) * mx.square(gradient)
+                first, second = (1 - beta1) * gradient, (1 - beta2) * mx.square(gradient)
+                if name in self.first:
+                    first, second = beta1 * self.first[name] + first, beta2 * self.second[name] + second
                 self.first[name], self.second[name] = first, second
                 value = parameter.astype(mx.float32)
                 if parameter.ndim >= 2:

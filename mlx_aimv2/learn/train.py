@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.learn.optimizer import AdamW, Arrays, Group, Groups, clipped, cosine
 from mlx_aimv2.learn.state import StateFile
+from mlx_aimv2.x86_training import columns_first
 
 Batch = dict[str, mx.array]
 
@@ -87,6 +88,8 @@ def train(
         optimizer.first, optimizer.second, optimizer.steps = found.first, found.second, found.progress["step"]
         best, done = found.best, Progressed(**found.progress)
         advance(done.step)
+    _put(model, columns_first(model, _trainable(model)))
+    optimizer.first, optimizer.second = (columns_first(model, x) for x in (optimizer.first, optimizer.second))
     gradient_of = nn.value_and_grad(model, lambda batch, key: forward(model, batch, key).mean())
     if not done.history:
         best = _evaluated(model, evaluate, done, best, settings, ranks, say)

@@ -30,6 +30,7 @@ from mlx_aimv2.pretrain.train import Log, all_captions
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.x86_training import by_images
 
 EMA = 0.999
 """Share of the average that stays at each step; early on less, so that the start does not linger."""
@@ -143,13 +144,18 @@ def fit(
     optimizer = optimise.adamw(
         settings.learning_rate, steps=settings.steps, warm_up=warm_up, weight_decay=settings.weight_decay
     )
+    optimizer.init(model.trainable_parameters())
+    optimise.lay_out(model, optimizer)
     own = settings.batch // ranks
     mine = slice(rank * own, (rank + 1) * own)
     keys = {texts[0]: number for number, texts in enumerate(dict.fromkeys(features.texts))}
 
+    def both_sides(x: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
+        return contrastive.embed_features(model, x), contrastive.embed_texts(model, ids)
+
     def loss(x: mx.array, ids: mx.array, same: mx.array) -> mx.array:
-        images = contrastive.over_all_ranks(contrastive.embed_features(model, x), group)
-        texts = contrastive.over_all_ranks(contrastive.embed_texts(model, ids), group)
+        images, texts = by_images(both_sides, x, ids)
+        images, texts = contrastive.over_all_ranks(images, group), contrastive.over_all_ranks(texts, group)
         return contrastive.contrastive_loss(model.logits(images, texts), same)
 
     step_of = nn.value_and_grad(model, loss)

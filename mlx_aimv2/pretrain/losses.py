@@ -5,6 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_aimv2 import x86, x86_training
+
 ALPHA = 0.4
 """Weight of the image loss beside the text loss (arXiv 2411.14402, section 3.1)."""
 
@@ -42,8 +44,13 @@ def text_loss(logits: mx.array, targets: mx.array, counts: mx.array) -> mx.array
 
     `counts` leaves out the filling after the end of text.
     """
-    each = nn.losses.cross_entropy(logits.astype(mx.float32), targets)
+    each = cross_entropy(logits.astype(mx.float32), targets)
     return (each * counts).sum(axis=1) / mx.maximum(counts.sum(axis=1), 1)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """`-log softmax(logits)[target]`: `(B, T, V), (B, T) -> (B, T)`."""
+    return x86_training.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
 
 
 def is_counted(targets: mx.array, eos: int) -> mx.array:

@@ -16,6 +16,7 @@ from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain import losses
 from mlx_aimv2.pretrain.decoder import Decoder, DecoderConfig
 from mlx_aimv2.pretrain.prefix import prefix_mask
+from mlx_aimv2.x86_training import by_images
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class Pretraining(nn.Module):
 
         Means of means, so that accumulated steps and several ranks of equal batches give what one large batch gives.
         """
-        image, text = (each.mean() for each in self(batch))
+
+        def each(pixels: mx.array, ids: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+            return self(Batch(pixels, ids, lengths))
+
+        image, text = (x.mean() for x in by_images(each, batch.pixels, batch.ids, batch.lengths))
         return text + alpha * image, image, text
 
 

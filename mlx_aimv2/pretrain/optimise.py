@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_aimv2.x86 import Balance
+from mlx_aimv2.x86_training import Balance, columns_first
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 1e-4
@@ -34,7 +34,8 @@ class AdamW(optim.AdamW):
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """The parameters after one step, as MLX's."""
-        self._balance = Balance()
+        arrays: Any = tree_flatten(gradients)
+        self._balance = Balance(x for _, x in arrays)
         return super().apply_gradients(gradients, parameters)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
@@ -50,6 +51,15 @@ def adamw(rate: float, *, steps: int, warm_up: int, weight_decay: float) -> Adam
     fall = optim.cosine_decay(rate, max(1, steps - warm_up))
     schedule = optim.join_schedules([rise, fall], [max(1, warm_up)])
     return AdamW(schedule, betas=list(BETAS), weight_decay=weight_decay, bias_correction=True)
+
+
+def lay_out(model: nn.Module, optimizer: AdamW) -> None:
+    """Lays weights and moments out as the gradients come; once, before the first step of a run."""
+    weights: Any = tree_flatten(model.trainable_parameters())
+    model.update(tree_unflatten(list(columns_first(model, dict(weights)).items())))
+    moments: Any = tree_flatten(optimizer.state)
+    optimizer.state = tree_unflatten(list(columns_first(model, dict(moments)).items()))
+    mx.eval(model.parameters(), optimizer.state)
 
 
 Losses = tuple[mx.array, ...]
@@ -94,7 +104,8 @@ def clipped(gradient: Any) -> Any:
 
 def _each_on_its_core(work: Callable[[mx.array], mx.array], tree: Any) -> Any:
     """`work` on each array, those of one size and place on the same core as in `AdamW`."""
-    balance = Balance()
+    arrays: Any = tree_flatten(tree)
+    balance = Balance(x for _, x in arrays)
 
     def one(x: mx.array) -> mx.array:
         with balance.stream_for(x):

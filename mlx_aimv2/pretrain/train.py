@@ -20,6 +20,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_aimv2 import x86_training
 from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
@@ -35,12 +36,14 @@ from mlx_aimv2.pretrain.start import start_from, tokenizer_of
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.tokenizer import Tokenizer
-from mlx_aimv2.x86 import widen_sight
 
 TOKENIZER_CAPTIONS = 1_000_000
 """Captions that a tokenizer is trained on at most."""
 
 VALIDATION_EXAMPLES = 512
+
+GROUP = 1 << 27
+"""Numbers of weights and moments that are updated at a time: 512 MB in float32."""
 
 
 def pretrain(
@@ -65,7 +68,7 @@ def pretrain(
     Raises FileExistsError if something stands at `output` (or an interrupted run does, without `resume`), ValueError
     for settings that do not fit the data or the interrupted run, and for a loss that is no number.
     """
-    widen_sight()
+    x86_training.prepare(x86_training.WIDE_SIGHT)
     output, schedule = Path(output), schedule or Schedule()
     check_target(output)
     rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
@@ -92,6 +95,7 @@ def pretrain(
         first, positions = state.load(place, model, optimizer, asdict(settings))
         if len(positions) != ranks:
             raise ValueError(f"{place} was started on {len(positions)} ranks, now there are {ranks}; resume with those")
+    optimise.lay_out(model, optimizer)
 
     prepare = Preparation(
         settings.vision,
@@ -144,8 +148,19 @@ def grids(settings: Settings, step: int) -> Iterator[Grid]:
 
 
 def take_step(model: nn.Module, optimizer: optim.Optimizer, gradient: Any) -> None:
-    """One update with gradients of at most `MAX_NORM`."""
+    """One update with gradients of at most `MAX_NORM`.
+
+    Evaluated some weights at a time: the old and the new ones and their moments never stand side by side in whole.
+    """
     optimizer.update(model, optimise.clipped(gradient))
+    weights: Any = tree_flatten(model.trainable_parameters())
+    moments: Any = dict(tree_flatten(optimizer.state))
+    group: list[mx.array] = []
+    for path, weight in weights:
+        group += [weight, *(moments[f"{path}.{name}"] for name in ("m", "v"))]
+        if sum(x.size for x in group) > GROUP:
+            mx.eval(group)
+            group = []
     mx.eval(model.parameters(), optimizer.state)
 
 

@@ -2,7 +2,8 @@
 
 from tests.mutations import Mutation
 
-LAYERS, MODEL, X86 = "mlx_aimv2/layers.py", "mlx_aimv2/model.py", "mlx_aimv2/x86.py"
+LAYERS, MODEL = "mlx_aimv2/layers.py", "mlx_aimv2/model.py"
+X86, X86_TRAINING = "mlx_aimv2/x86.py", "mlx_aimv2/x86_training.py"
 PROCESSOR, DECODE = "mlx_aimv2/processor.py", "mlx_aimv2/image_decode.py"
 TOKENIZER, ZERO_SHOT = "mlx_aimv2/tokenizer.py", "mlx_aimv2/zero_shot_classifier.py"
 
@@ -11,6 +12,7 @@ REFERENCE, OPERATIONS, SHARDS = (
     ("tests/test_x86_attention.py",),
     ("tests/test_x86_shards.py",),
 )
+TRAINING = ("tests/test_x86_training.py",)
 OWN, LIT, MASK = ("tests/test_model.py",), ("tests/test_lit.py",), ("tests/test_patch_mask.py",)
 PIXELS, SOURCES = ("tests/test_processor.py",), ("tests/test_image_sources.py",)
 WORDS, LABELS = ("tests/test_tokenizer.py",), ("tests/test_zero_shot_classifier.py",)
@@ -169,8 +171,8 @@ NETWORK = (
     Mutation(
         "the softmax on x86 overflows",
         X86,
-        "_exp2(mx.maximum(scores - largest, -127))",
-        "_exp2(mx.maximum(scores, -127))",
+        "exp2(mx.maximum(scores - largest, -127))",
+        "exp2(mx.maximum(scores, -127))",
         OPERATIONS,
     ),
     Mutation(
@@ -179,6 +181,41 @@ NETWORK = (
         "(sigmoid + silu * (1 - sigmoid))",
         "(sigmoid + silu * sigmoid)",
         OPERATIONS,
+    ),
+    Mutation(
+        "the gradient of cross-entropy on x86 forgets the target",
+        X86_TRAINING,
+        "mx.take_along_axis(shares, targets, axis=-1) - grad",
+        "mx.take_along_axis(shares, targets, axis=-1)",
+        TRAINING,
+    ),
+    Mutation(
+        "each core trains on the whole batch",
+        X86_TRAINING,
+        "shards.run(work, *(shards.split(x) for x in arrays))",
+        "shards.run(work, *([x] * len(shards.streams) for x in arrays))",
+        TRAINING,
+    ),
+    Mutation(
+        "moments do not lie in memory as the gradients do",
+        X86_TRAINING,
+        'path in weights or path.rpartition(".")[0] in weights',
+        "path in weights",
+        TRAINING,
+    ),
+    Mutation(
+        "what a step frees goes back to the system",
+        X86_TRAINING,
+        "mx.set_cache_limit(min(MOST_FREED, memory // 2))",
+        "mx.set_cache_limit(x86.MLX_CACHE_LIMIT)",
+        TRAINING,
+    ),
+    Mutation(
+        "a shard is cut into shards",
+        X86,
+        "if mx.default_stream(mx.cpu) in own:",
+        "if mx.default_stream(mx.cpu) in []:",
+        TRAINING,
     ),
     Mutation(
         "a shard attends to its own tokens alone",
