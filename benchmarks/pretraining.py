@@ -36,13 +36,13 @@ Product = tuple[int, int, int, int, int]
 """How often, and batch, rows, inner size, columns of `(batch, rows, inner) @ (batch, inner, columns)`."""
 
 
+@x86_training.prepared(x86_training.WIDE_SIGHT)
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pre-training beside its matrix products.")
     parser.add_argument("--size", default="large")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    x86_training.prepare(x86_training.WIDE_SIGHT)
     vision, decoder = sizes(arguments.size)
     model = Pretraining(vision, decoder, eos=1)
     initialise(model, vision.num_hidden_layers, seed=0)

@@ -19,12 +19,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 
 CLASSES, RANK, LEARNING_RATE = 10, 8, 1e-4
 WIDTH, INTERMEDIATE, HEADS, SIDE = 1024, 2816, 8, 224
+
+whole_process = ExitStack()
+"""What holds until a contender's process ends."""
 
 
 def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[[], float]:
@@ -41,7 +45,7 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     from mlx_aimv2.model import Aimv2VisionModel
 
     mx.set_default_device(mx.cpu)
-    x86_training.prepare()
+    whole_process.enter_context(x86_training.prepared())
     encoder = Aimv2VisionModel(Aimv2VisionConfig(WIDTH, INTERMEDIATE, blocks, HEADS, image_size=SIDE))
     mx.eval(encoder.parameters())
     lora.add_adapters(encoder, "lora", num_layers=blocks, rank=RANK)

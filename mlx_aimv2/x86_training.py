@@ -1,6 +1,6 @@
 """Training on MLX's CPU backend for x86, which by itself leaves cores idle and asks the system for memory all the time.
 
-- `prepare` lets MLX advance all shards side by side and keep the memory that a step frees for the next step.
+- `prepared` lets MLX advance all shards side by side and keep the memory that a step frees for the next step.
 - `columns_first` lays weights out as their gradients come.
 - `by_images` takes each core's share of a batch through the whole model, `Balance` spreads the parameters over cores.
 - `cross_entropy` is the loss of words with the polynomial for the exponential of `x86`.
@@ -11,8 +11,8 @@ On a GPU and an ARM CPU nothing here changes anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -30,23 +30,32 @@ MOST_FREED = 8 << 30
 """Bytes of freed memory that MLX keeps in training at most, and never more than half of the machine's."""
 
 
-def prepare(sight: int = SIGHT) -> None:
-    """Sets MLX up for steps of training; what the user has set himself stays.
+@contextmanager
+def prepared(sight: int = SIGHT) -> Iterator[None]:
+    """Sets MLX up for the steps of a training, as a context or a decorator; what the user has set himself stays.
 
     MLX orders what is evaluated together breadth first as long as few operations are in sight, then depth first. The
     hundreds of gradients of a step are too many at once, and one shard would come after the other. MLX reads this
     setting when a process first evaluates something: later it has no effect.
 
     Of what a step frees MLX keeps 32 MB by itself. The next step would take the rest from the system again, page by
-    page, each filled with zeros first.
+    page, each filled with zeros first. When the training ends, the memory goes back.
     """
     if not x86.on_x86_cpu():
+        yield
         return
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", str(sight))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    before = mx.set_cache_limit(min(MOST_FREED, memory // 2))
-    if before != x86.MLX_CACHE_LIMIT:
-        mx.set_cache_limit(before)
+    limit = mx.set_cache_limit(min(MOST_FREED, memory // 2))
+    if limit in (x86.MLX_CACHE_LIMIT, x86.CACHE_LIMIT):
+        limit = x86.CACHE_LIMIT
+    else:
+        mx.set_cache_limit(limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
+        mx.clear_cache()
 
 
 def columns_first(model: nn.Module, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -84,6 +93,8 @@ class Balance:
     def __init__(self, arrays: Iterable[mx.array]) -> None:
         """Takes all arrays that will be asked for."""
         self.cores: dict[int, list[int]] = {}
+        if not x86.on_x86_cpu():
+            return
         given = [0] * len(x86.streams())
         for size in sorted((x.size for x in arrays), reverse=True):
             core = min(range(len(given)), key=given.__getitem__)

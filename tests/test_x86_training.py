@@ -175,17 +175,23 @@ def test_cross_entropy_and_its_gradient_are_mlxs(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize(
-    ("before", "is_x86", "wanted"),
-    [(x86.MLX_CACHE_LIMIT, True, 4_096_000), (x86.MLX_CACHE_LIMIT, False, x86.MLX_CACHE_LIMIT), (123, True, 123)],
+    ("before", "is_x86", "within", "after"),
+    [
+        (x86.MLX_CACHE_LIMIT, True, 4_096_000, x86.CACHE_LIMIT),
+        (x86.CACHE_LIMIT, True, 4_096_000, x86.CACHE_LIMIT),
+        (x86.MLX_CACHE_LIMIT, False, x86.MLX_CACHE_LIMIT, x86.MLX_CACHE_LIMIT),
+        (123, True, 123, 123),
+    ],
 )
-def test_training_keeps_freed_memory_half_of_the_machines_at_most(monkeypatch, before, is_x86, wanted):
+def test_training_keeps_freed_memory_half_of_the_machines_at_most(monkeypatch, before, is_x86, within, after):
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: is_x86)
     monkeypatch.setattr(x86_training.os, "sysconf", {"SC_PHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}.__getitem__)
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "7")
     limit = mx.set_cache_limit(before)
     try:
-        x86_training.prepare()
-        assert mx.set_cache_limit(limit) == wanted
+        with x86_training.prepared():
+            assert mx.set_cache_limit(before) == within
+        assert mx.set_cache_limit(limit) == after
     finally:
         mx.set_cache_limit(limit)
 
@@ -221,7 +227,8 @@ def test_the_users_own_width_of_sight_stays(three_cores, monkeypatch, given, wan
     monkeypatch.delenv("MLX_BFS_MAX_WIDTH", raising=False)
     if given is not None:
         monkeypatch.setenv("MLX_BFS_MAX_WIDTH", given)
-    x86_training.prepare()
+    with x86_training.prepared():
+        pass
     assert os.environ["MLX_BFS_MAX_WIDTH"] == wanted
 
 

@@ -62,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
 
 
+@x86_training.prepared(x86_training.WIDE_SIGHT)
 def run(arguments: argparse.Namespace) -> int:
     """Trains and writes; losses go to stderr."""
-    x86_training.prepare(x86_training.WIDE_SIGHT)
     data = open_data(arguments.data)
     config = Aimv2Config.from_dict(read_json(Path(arguments.config))) if arguments.config else Aimv2Config()
     text = Aimv2TextConfig(**(asdict(config.text_config) | {"vocab_size": arguments.vocab_size, "eos_token_id": 1}))

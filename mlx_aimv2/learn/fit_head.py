@@ -50,6 +50,7 @@ class Fitted:
     line: str
 
 
+@x86_training.prepared()
 def fit(
     data: str | os.PathLike[str],
     model: str | os.PathLike[str],
@@ -77,7 +78,6 @@ def fit(
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
     Nothing stands at HEAD unless the run was complete.
     """
-    x86_training.prepare()
     started = time.monotonic()
     options = _options(settings)
     target = expand_user(output)

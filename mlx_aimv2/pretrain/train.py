@@ -46,6 +46,7 @@ GROUP = 1 << 27
 """Numbers of weights and moments that are updated at a time: 512 MB in float32."""
 
 
+@x86_training.prepared(x86_training.WIDE_SIGHT)
 def pretrain(
     data: Data,
     output: str | Path,
@@ -68,7 +69,6 @@ def pretrain(
     Raises FileExistsError if something stands at `output` (or an interrupted run does, without `resume`), ValueError
     for settings that do not fit the data or the interrupted run, and for a loss that is no number.
     """
-    x86_training.prepare(x86_training.WIDE_SIGHT)
     output, schedule = Path(output), schedule or Schedule()
     check_target(output)
     rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
