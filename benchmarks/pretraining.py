@@ -47,7 +47,6 @@ def main() -> None:
     model = Pretraining(vision, decoder, eos=1)
     initialise(model, vision.num_hidden_layers, seed=0)
     optimizer = optimise.adamw(1e-4, steps=arguments.steps, warm_up=1, weight_decay=optimise.WEIGHT_DECAY)
-    optimizer.init(model.trainable_parameters())
     optimise.lay_out(model, optimizer)
     patches = vision.num_patches or 0
     chance = np.random.default_rng(0)

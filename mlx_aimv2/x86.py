@@ -285,7 +285,7 @@ def streams() -> list[mx.Stream]:
 
 @cache
 def _raise_cache_limit() -> None:
-    """Raises MLX's limit once; a limit other than MLX's default was set by the user and stays."""
+    """Raises MLX's limit once; a limit other than MLX's default was set by the user, or for a training, and stays."""
     before = mx.set_cache_limit(CACHE_LIMIT)
     if before != MLX_CACHE_LIMIT:
         mx.set_cache_limit(before)

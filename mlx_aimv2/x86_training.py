@@ -81,7 +81,7 @@ def by_images(work: Callable[..., tuple[mx.array, ...]], *arrays: mx.array) -> t
     """
     batch = arrays[0].shape[0]
     shards = x86.Shards.of((batch, arrays[0].size // batch))
-    if len(shards.streams) == 1 or shards.axis != x86.IMAGES:
+    if shards.axis != x86.IMAGES:
         return work(*arrays)
     done = shards.run(work, *(shards.split(x) for x in arrays))
     return tuple(shards.join(parts) for parts in zip(*done, strict=True))
@@ -103,7 +103,7 @@ class Balance:
 
     def stream_for(self, x: mx.array) -> AbstractContextManager[Any]:
         """A context in which to work on `x`, once for each array; on a GPU or an ARM CPU one that changes nothing."""
-        if not x86.on_x86_cpu():
+        if not self.cores:
             return nullcontext()
         context: AbstractContextManager[Any] = mx.stream(x86.streams()[self.cores[x.size].pop(0)])
         return context

@@ -144,7 +144,6 @@ def fit(
     optimizer = optimise.adamw(
         settings.learning_rate, steps=settings.steps, warm_up=warm_up, weight_decay=settings.weight_decay
     )
-    optimizer.init(model.trainable_parameters())
     optimise.lay_out(model, optimizer)
     own = settings.batch // ranks
     mine = slice(rank * own, (rank + 1) * own)

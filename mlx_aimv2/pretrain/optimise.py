@@ -54,7 +54,8 @@ def adamw(rate: float, *, steps: int, warm_up: int, weight_decay: float) -> Adam
 
 
 def lay_out(model: nn.Module, optimizer: AdamW) -> None:
-    """Lays weights and moments out as the gradients come; once, before the first step of a run."""
+    """Lays weights and moments, zeros at first, out as the gradients come; once, before the first step of a run."""
+    optimizer.init(model.trainable_parameters())
     weights: Any = tree_flatten(model.trainable_parameters())
     model.update(tree_unflatten(list(columns_first(model, dict(weights)).items())))
     moments: Any = tree_flatten(optimizer.state)

@@ -89,7 +89,6 @@ def pretrain(
         report(f"{start} has no {state.place_of(Path(start)).name} beside it: the decoder starts at random")
     warm_up = settings.warm_up if settings.warm_up is not None else settings.steps // 10
     optimizer = optimise.adamw(settings.rate, steps=settings.steps, warm_up=warm_up, weight_decay=settings.weight_decay)
-    optimizer.init(model.trainable_parameters())
     first, positions = 0, [0] * ranks
     if resume:
         first, positions = state.load(place, model, optimizer, asdict(settings))
