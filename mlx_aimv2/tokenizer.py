@@ -37,6 +37,11 @@ class Tokenizer:
         self.eos = eos
         self.context = context
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
     @classmethod
     def from_folder(cls, folder: Path, *, config: Aimv2TextConfig | None = None) -> Tokenizer:
         """tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the sizes to agree with."""

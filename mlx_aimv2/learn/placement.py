@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.images import to_rgb
+from mlx_aimv2.train.augment import GREY, jittered
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_aimv2.processor import Aimv2Processor
-
-GREY = (124, 116, 104)
-"""What lies around an image that is drawn smaller: the mean colour of photographs, nearly zero after normalisation."""
 
 ZOOM = (0.7, 1.4)
 """How much larger or smaller than on the plain canvas a training image is drawn."""
@@ -108,7 +106,7 @@ def on_canvas(
     image = to_rgb(path)
     place = placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
     if chance is not None:
-        image = recoloured(image, chance)
+        image = jittered(image, COLOUR, chance)
     return processor.pixels(place.draw(image, fill=GREY, resample=processor.preprocessing.resample)), place
 
 
@@ -131,12 +129,3 @@ def random(
     left, top = np.minimum(free, 0) + chance.random(2) * np.abs(free)
     mirrored = bool(flip and chance.random() < 0.5)
     return Placement(size, canvas, float(scale_x), float(scale_y), float(left), float(top), mirrored)
-
-
-def recoloured(image: Image.Image, chance: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and colour changed at random."""
-    from PIL import ImageEnhance
-
-    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = kind(image).enhance(float(chance.uniform(1 - COLOUR, 1 + COLOUR)))
-    return image

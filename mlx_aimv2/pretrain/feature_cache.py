@@ -14,9 +14,9 @@ import numpy as np
 
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.augment import Augmentation
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.train.augment import Augmentation
 
 BATCH = 64
 
