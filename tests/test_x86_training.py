@@ -1,5 +1,6 @@
 """Training on x86 keeps the cores busy without changing its result."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -244,3 +245,16 @@ print(os.environ.get("MLX_BFS_MAX_WIDTH"))
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(CALLS[name][1])]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_mac_memory_is_wired_while_a_training_runs(monkeypatch, fails):
+    limits = [7]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 4096})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or limits[-2])
+    with contextlib.suppress(ZeroDivisionError), x86_training.prepared():
+        assert limits[-1] == 4096
+        if fails:
+            raise ZeroDivisionError
+    assert limits[-1] == 7
