@@ -2,13 +2,18 @@
 
 import os
 import signal
+import tempfile
 from pathlib import Path
+
+import pytest
 
 # Before the first import of mlx: TensorFloat32 would cost five digits on GPUs that have it.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import pytest
+# Before that of huggingface_hub: what the user has in his cache, and his token, are none of the tests'.
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[name]
+_hub_home = tempfile.TemporaryDirectory(prefix="tests-hub-")
+os.environ |= {"HF_HOME": _hub_home.name, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(autouse=True, scope="session")

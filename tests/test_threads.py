@@ -15,6 +15,7 @@ import pytest
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bundled, load, x86
 from mlx_aimv2.index import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
+from tests.programs import HANGS
 
 CHECKPOINT = bundled.emoji_checkpoint()
 TASKS = Path("/proc/self/task")
@@ -120,7 +121,7 @@ FORK = """
 import os, signal, mlx.core as mx
 from mlx_aimv2 import bundled, load
 def embed():
-    signal.alarm(20)
+    signal.alarm(200)
     model, processor = load(bundled.emoji_checkpoint())
     mx.eval(model.encode_image(processor(bundled.photographs()[0])))
 {before}
@@ -140,7 +141,7 @@ os.waitpid(child, 0)
 @pytest.mark.parametrize(("before", "said"), [("", "embedded"), ("embed()", 'multiprocessing.get_context("spawn")')])
 def test_a_forked_process_works_or_says_spawn(before, said):
     command = [sys.executable, "-W", "ignore", "-c", FORK.format(before=before)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     assert said in done.stdout
 
 
@@ -162,7 +163,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_spawned_processes_give_the_same_features(tmp_path):
     (tmp_path / "spawn.py").write_text(SPAWN)
-    subprocess.run([sys.executable, str(tmp_path / "spawn.py")], capture_output=True, timeout=120, check=True)
+    subprocess.run([sys.executable, str(tmp_path / "spawn.py")], capture_output=True, timeout=HANGS, check=True)
 
 
 def test_threads_that_run_together_do_not_disturb_each_other(model):

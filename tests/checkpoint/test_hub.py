@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_aimv2.checkpoint.hub import download
 from mlx_aimv2.config import RELEASED
 from tests.loopback import TOKEN, Hub, serve
+from tests.programs import HANGS
 from tests.small_models import FIXED
 
 NAME = "apple/aimv2-large-patch14-224"
@@ -57,7 +58,7 @@ def run(hub: Hub, home: Path, code: str, *arguments: object, **environment: str)
         capture_output=True,
         text=True,
         env=inherited | hub.environment(home, **environment),
-        timeout=60,
+        timeout=HANGS,
     )
 
 

@@ -1,12 +1,7 @@
 """LiT tuning: the trunk stays as it was, words find images, the loss is over the global batch."""
 
 import json
-import os
-import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +9,6 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-import mlx_aimv2
 from mlx_aimv2.cli import main
 from mlx_aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.convert import convert
@@ -29,8 +23,8 @@ from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.train.augment import Augmentation
+from tests.programs import launched, needs_launch
 
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
 WORDS = ("apple", "bear", "cloud", "door", "eagle", "fish", "grape", "hat")
 VISION = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
 SETTINGS = LitSettings(
@@ -148,8 +142,8 @@ def command(folder, encoder, tmp_path):
     text = {"hidden_size": 14, "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 2}
     content = {"projection_dim": 19, "text_config": text | {"max_position_embeddings": 11}}
     (tmp_path / "text.json").write_text(json.dumps(content))
-    words = f"--encoder {tmp_path / 'encoder'} --config {tmp_path / 'text.json'} --batch 4 --vocab-size 700".split()
-    return ["lit", str(folder), *words]
+    files = ["--encoder", str(tmp_path / "encoder"), "--config", str(tmp_path / "text.json")]
+    return ["lit", str(folder), *files, "--batch", "4", "--vocab-size", "700"]
 
 
 def test_the_verb_tunes(command, tmp_path, capsys):
@@ -165,23 +159,11 @@ def test_a_learning_rate_without_end_is_one_line(command, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
+@needs_launch
 def test_two_ranks_give_what_one_gives(command, tmp_path):
     words = [*command, "--steps", "20"]
     assert main([*words, "-o", str(tmp_path / "one")]) == 0
-    port = random.randrange(20000, 60000)
-    launcher = [sys.executable, str(LAUNCH), "-n", "2", "--backend", "ring", "-p", str(port), sys.executable]
-    environment = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
-    with subprocess.Popen(
-        [*launcher, "-m", "mlx_aimv2", *words, "-o", str(tmp_path / "two")],
-        stdin=subprocess.PIPE,  # an end of input would keep the launcher busy
-        stdout=subprocess.DEVNULL,
-        env=environment,
-    ) as process:
-        try:
-            process.wait(180)
-        finally:
-            process.kill()
+    launched("-m", "mlx_aimv2", *words, "-o", str(tmp_path / "two"))
     one, two = (dict(tree_flatten(load(tmp_path / name)[0].parameters())) for name in ("one", "two"))
     assert max(float(mx.abs(one[name] - two[name]).max().item()) for name in one) < 1e-5
 

@@ -1,12 +1,7 @@
 """Runs of pre-training: they learn, resume to the bit, share the work, and end in one line where they cannot go on."""
 
 import json
-import os
-import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +9,6 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-import mlx_aimv2
 from mlx_aimv2.cli import main
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.conversion import safetensors_file
@@ -24,8 +18,8 @@ from mlx_aimv2.pretrain.captioned import open_data
 from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining
 from mlx_aimv2.pretrain.settings import Schedule, Settings, scaled_rate
 from mlx_aimv2.train.augment import Augmentation
+from tests.programs import launched, needs_launch
 
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
 WORDS = ("apple", "bear", "cloud", "door", "eagle", "fish", "grape", "hat")
 SETTINGS = Settings(
     vision=Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5),
@@ -285,25 +279,10 @@ def test_wrong_options_are_one_line(folder, sizes, tmp_path, capsys, words, said
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
+@needs_launch
 def test_two_ranks_give_what_one_gives(folder, sizes, tmp_path):
     words = ["pretrain", str(folder), "--size", str(sizes), "--steps", "20", *COMMAND]
     assert main([*words, "-o", str(tmp_path / "one")]) == 0
-    launch(["-m", "mlx_aimv2", *words, "-o", str(tmp_path / "two")])
+    launched("-m", "mlx_aimv2", *words, "-o", str(tmp_path / "two"))
     one, two = (weights(load(tmp_path / name)[0]) for name in ("one", "two"))
     assert max(np.abs(one[name] - two[name]).max() for name in one) < 1e-5
-
-
-def launch(command):
-    """Runs Python with a command under mlx.launch, on two ranks."""
-    port = random.randrange(20000, 60000)
-    launcher = [sys.executable, str(LAUNCH), "-n", "2", "--backend", "ring", "-p", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
-    # An end of input would keep the launcher busy, so it gets a pipe.
-    with subprocess.Popen(
-        [*launcher, sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
-    ) as process:
-        try:
-            process.wait(180)
-        finally:
-            process.kill()
