@@ -157,6 +157,21 @@ def test_an_option_changes_what_is_learned(shop, kind, option):
     assert any(plain[file] != changed[file] for file in plain)
 
 
+def test_the_commands_flags_are_the_options(shop, capsys):
+    words = ["--fine-tune-type", "lora", "--iters", 2, "--batch-size", 4, "--learning-rate", 1e-4, "--no-augment"]
+    words += ["--lora-rank", 3, "--lora-scale", 7, "--lora-dropout", 0.5, "--mixup", 0.4, "--drop-path", 0.3]
+    words += ["--steps-per-eval", 2, "--patience", 0, "--num-layers", 2, "--cache", shop.folder / "cache"]
+    output = shop.new()
+    command = ["fit", shop.data["classify"], "-m", shop.encoder, "-o", output, *words, "--json"]
+    assert main([str(word) for word in command]) == 0
+    settings = {"augment": False, "lora_rank": 3, "lora_scale": 7.0, "lora_dropout": 0.5, "num_layers": 2}
+    same = shop.head("classify", "lora", mixup=0.4, drop_path=0.3, **settings, **SHORT)
+    assert result(output) == result(same)
+    said = json.loads(capsys.readouterr().out)
+    assert said["head"] == str(output)
+    assert said["metrics"] == json.loads((same / "head.json").read_text())["metrics"]
+
+
 def test_epochs_stand_for_as_many_steps_as_the_images_fill(shop):
     settings = {name: value for name, value in SHORT.items() if name != "iters"}
     assert shop.bits("classify", "lora", epochs=2, **settings) == shop.bits("classify", "lora", **SHORT | {"iters": 6})
