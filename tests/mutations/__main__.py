@@ -33,6 +33,9 @@ MUTATIONS = (*NETWORK, *CHECKPOINTS, *LEARNING, *TRAINING)
 SECONDS = 120
 """A fault that keeps its tests running longer than this counts as noticed."""
 
+UNBROKEN_SECONDS = 1800
+"""What all tests together may take before anything is broken."""
+
 SURVIVED = "SURVIVED"
 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -70,7 +73,7 @@ def copied(root: Path, target: Path) -> None:
             shutil.copyfile(root / name, target / name)
 
 
-def run_tests(place: Path, tests: Iterable[str]) -> str | None:
+def run_tests(place: Path, tests: Iterable[str], *, seconds: int = SECONDS) -> str | None:
     """The first test that fails, None if all pass. Raises RuntimeError where they cannot be run at all."""
     # A mutated file may have the size and the second of the file before: nothing compiled is kept.
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -88,9 +91,9 @@ def run_tests(place: Path, tests: Iterable[str]) -> str | None:
         *tests,
     ]
     try:
-        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"not finished after {SECONDS} s"
+        return f"not finished after {seconds} s"
     if run.returncode == 0:
         return None
     if run.returncode != 1 or (found := FAILED.search(run.stdout)) is None:
@@ -131,7 +134,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT, mutations: Seq
                 misfits.append(f"{mutation.name}: {error}")
         fitting = [mutation for mutation in chosen if mutation.name in files]
         tests = sorted({test for mutation in fitting for test in mutation.tests})
-        if tests and (failed := run_tests(place, tests)) is not None:
+        if tests and (failed := run_tests(place, tests, seconds=UNBROKEN_SECONDS)) is not None:
             print(f"{failed} fails without any mutation: mend that first", file=sys.stderr)
             return 2
         print("| Fault | File | Noticed by | Seconds |\n|---|---|---|---|", flush=True)
