@@ -18,9 +18,9 @@ import numpy as np
 from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_chunks, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
-from mlx_aimv2.image_array import Levels
-from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import OpenImage, Policy, open_image
+from mlx_aimv2.images.pixels import Levels
 
 if TYPE_CHECKING:
     from mlx_aimv2.loading import AnyModel

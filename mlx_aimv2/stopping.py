@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
-from mlx_aimv2.safe_write import discard_unfinished
+from mlx_aimv2.files import discard_unfinished
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

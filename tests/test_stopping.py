@@ -33,7 +33,7 @@ WORK = {
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mlx_aimv2.safe_write import atomic_folder
+from mlx_aimv2.files import atomic_folder
 from mlx_aimv2.stopping import Stopped, finishing, stoppable
 
 def say(line):

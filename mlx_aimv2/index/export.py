@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.files import atomic_file, check_file
 from mlx_aimv2.index.reader import Index
-from mlx_aimv2.safe_write import atomic_file, check_file
 
 
 def export(index: Index, path: Path, *, kind: str) -> None:

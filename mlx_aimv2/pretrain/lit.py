@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.conversion import pytorch_folder
+from mlx_aimv2.files import atomic_folder, check_target
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain import contrastive, optimise, state
@@ -28,7 +29,6 @@ from mlx_aimv2.pretrain.feature_cache import Features, cache_features
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.train import Log, all_captions
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.x86_training import by_images
 

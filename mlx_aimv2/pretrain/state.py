@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_aimv2.conversion import safetensors_file
-from mlx_aimv2.safe_write import UNFINISHED
+from mlx_aimv2.files import UNFINISHED
 
 STATE_FILE = "state.safetensors"
 SETTINGS_KEY, STEP_KEY, POSITIONS_KEY = "settings", "step", "positions"

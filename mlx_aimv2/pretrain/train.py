@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2 import x86_training
 from mlx_aimv2.conversion import pytorch_folder
+from mlx_aimv2.files import atomic_folder, check_target
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain import optimise, state
@@ -34,7 +35,6 @@ from mlx_aimv2.pretrain.samples import draw_samples
 from mlx_aimv2.pretrain.settings import Schedule, Settings
 from mlx_aimv2.pretrain.start import start_from, tokenizer_of
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.tokenizer import Tokenizer
 
 TOKENIZER_CAPTIONS = 1_000_000

@@ -17,10 +17,10 @@ from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import main, progress, say
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.files import atomic_file
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
-from mlx_aimv2.safe_write import atomic_file
 from tests.small_index import WIDTH, change
 
 MODEL = str(emoji_checkpoint())

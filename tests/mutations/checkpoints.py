@@ -3,7 +3,7 @@
 from tests.mutations import Mutation
 
 LAYOUTS, QUANTIZE, LOADING = "mlx_aimv2/checkpoint/layouts.py", "mlx_aimv2/quantize.py", "mlx_aimv2/loading.py"
-DETECT, SAFE_WRITE = "mlx_aimv2/checkpoint/detect.py", "mlx_aimv2/safe_write.py"
+DETECT, FILES = "mlx_aimv2/checkpoint/detect.py", "mlx_aimv2/files.py"
 UPDATE, READER, NEAREST = "mlx_aimv2/embed/update.py", "mlx_aimv2/index/reader.py", "mlx_aimv2/index/nearest.py"
 
 NAMES, BITS, LOAD = ("tests/checkpoint/test_layouts.py",), ("tests/test_quantize.py",), ("tests/test_loading.py",)
@@ -122,7 +122,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a folder that is not complete gets its name",
-        SAFE_WRITE,
+        FILES,
         "        yield folder\n        for file",
         "        try:\n            yield folder\n        except BaseException:\n            folder.rename(path)\n"
         "            raise\n        for file",
@@ -130,10 +130,10 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a folder of others is overwritten",
-        SAFE_WRITE,
+        FILES,
         "if path.is_symlink() or not path.is_dir() or not is_own(path):",
         "if path.is_symlink() or not path.is_dir():",
-        ("tests/test_safe_write.py",),
+        ("tests/test_files.py",),
     ),
     Mutation(
         "a shard of weights is closed after it has passed its size",
