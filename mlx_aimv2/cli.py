@@ -137,7 +137,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     """
     try:
         _usable_streams()
-        with stoppable(say), warnings.catch_warnings():
+        with stoppable(), warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _note
             try:
