@@ -25,10 +25,9 @@ from mlx_aimv2.commands import flags
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
 from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 __all__ = ["convert"]
 

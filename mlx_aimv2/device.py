@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.safe_read import read_json
+from mlx_aimv2.files import read_json
 
 AUTO = "auto"
 

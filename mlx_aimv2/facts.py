@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.config import DTYPES, Aimv2Config, dtype_name
+from mlx_aimv2.files import expand_user
 from mlx_aimv2.index.reader import AXES, Index
 from mlx_aimv2.loading import read_source
-from mlx_aimv2.safe_read import expand_user
 
 SQLITE = b"SQLite format 3\0"
 

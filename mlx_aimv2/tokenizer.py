@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.safe_read import check_size, read_json, read_text
+from mlx_aimv2.files import check_size, read_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A signal ends a run at once and in a clean state, whatever the main thread is doing."""
+"""A signal ends a run at once and in a clean state, and a second one whatever it is waiting for."""
 
 import os
 import signal
@@ -15,49 +15,31 @@ from tests.programs import HANGS, running
 SOON = 30
 """Seconds in which a run ends, a tenth of what its work would take: about one, but for a machine that is busy."""
 
-# What the main thread is doing when the signal comes, which is when it has said `ready`: where nothing of the work
-# itself can say so, a moment after it was begun.
+# What the main thread is doing when the signal comes, which is when it has said `ready`.
 WORK = {
     "Python": "ready()\nwhile True: pass",
-    "C that does not look": f"import ctypes\nsleep = ctypes.CDLL(None).sleep\nsoon()\nsleep({HANGS})",
-    "waiting for a slow decoder": (
-        "from concurrent.futures import ThreadPoolExecutor\n"
-        f"with ThreadPoolExecutor(1) as pool: pool.submit(lambda: (soon(), time.sleep({HANGS}))).result()"
+    "a system call": f"ready()\ntime.sleep({HANGS})",
+    "waiting for a thread": (
+        f"thread = threading.Thread(target=time.sleep, args=[{HANGS}], daemon=True)\n"
+        "thread.start()\nready()\nthread.join()"
     ),
-    "a destructor, where what is raised is lost": (
-        "class Holder:\n"
-        "    def __del__(self):\n"
-        "        until = time.monotonic() + 1\n"
-        "        ready()\n"
-        "        while time.monotonic() < until: pass\n"
-        f"Holder()\ntime.sleep({HANGS})"
-    ),
-    "MLX": ("import mlx.core as mx\na = mx.ones((3001, 3001))\nfor _ in range(2000): a = a @ a\nsoon()\nmx.eval(a)"),
 }
 
 PROGRAM = """
 import sys, threading, time
 from pathlib import Path
-from mlx_aimv2.safe_write import atomic_folder
-from mlx_aimv2.stopping import Stopped, finishing, stoppable
-
-def say(line):
-    print(line, file=sys.stderr, flush=True)
+from mlx_aimv2.files import atomic_folder
+from mlx_aimv2.stopping import Stopped, stoppable
 
 def ready():
     print("ready", flush=True)
 
-def soon():
-    timer = threading.Timer(0.2, ready)
-    timer.daemon = True
-    timer.start()
-
 try:
-    with stoppable(say), atomic_folder(Path(sys.argv[1]) / "mlx") as place:
+    with stoppable(), atomic_folder(Path(sys.argv[1]) / "mlx") as place:
         (place / "half").touch()
         exec(sys.argv[2])
 except Stopped as stop:
-    say(stop)
+    print(stop, file=sys.stderr, flush=True)
     sys.exit(stop.exit_code)
 """
 
@@ -107,37 +89,28 @@ def test_a_signal_ends_the_run_and_leaves_nothing(stopped, kind):
     assert not list(folder.iterdir())
 
 
-FINISHING = f"""
-with finishing("the index to be written"):
-    try:
-        ready()
-        time.sleep({HANGS})
-    except Stopped:
-        sys.stdin.readline()
-        print("written", flush=True)
-        raise
-"""
-
-
-def test_work_that_must_be_brought_to_an_end_is_waited_for(tmp_path):
-    with started(tmp_path, FINISHING) as process:
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_ends_what_the_first_has_not_and_leaves_nothing(tmp_path, first, second):
+    work = f"try: ready(); time.sleep({HANGS})\nfinally: ready(); time.sleep({HANGS})"
+    with started(tmp_path, work) as process:
         assert is_ready(process)
-        process.send_signal(signal.SIGTERM)
-        wanted = "stopping: waiting for the index to be written; once more to stop at once\n"
-        assert process.stderr.readline() == wanted
-        assert process.communicate("go on\n", timeout=HANGS) == ("written\n", "stopped (SIGTERM)\n")
-    assert process.returncode == 128 + signal.SIGTERM
+        process.send_signal(first)
+        assert is_ready(process)
+        process.send_signal(second)
+        assert process.wait(HANGS) == 128 + second
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_second_signal_does_not_wait(tmp_path):
-    with started(tmp_path, FINISHING) as process:
+def test_a_second_signal_does_not_wait_for_a_thread_in_a_slow_decoder(tmp_path):
+    with started(tmp_path, f"threading.Thread(target=time.sleep, args=[{HANGS}]).start()\n{WORK['Python']}") as process:
         assert is_ready(process)
         process.send_signal(signal.SIGINT)
-        assert process.stderr.readline().startswith("stopping: waiting for the index")
+        assert process.stderr.readline() == "stopped\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(HANGS) == 128 + signal.SIGINT
-        assert (process.stdout.read(), process.stderr.read()) == ("", "stopped\n")
-    assert not list(tmp_path.iterdir())
+        assert process.stderr.read() == ""
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
@@ -153,7 +126,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 def test_handlers_are_as_before_afterwards():
     before = [signal.getsignal(number) for number in SIGNALS]
     threads = threading.active_count()
-    with stoppable(print):
+    with stoppable():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert threading.active_count() == threads
@@ -161,7 +134,7 @@ def test_handlers_are_as_before_afterwards():
 
 def test_in_another_thread_nothing_changes():
     def work():
-        with stoppable(print):
+        with stoppable():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     seen: list[object] = []
@@ -171,20 +144,20 @@ def test_in_another_thread_nothing_changes():
     assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_the_handler_of_somebody_else_stays_his():
+def test_the_handler_of_somebody_else_stays_theirs():
     heard = []
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("his"))
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("theirs"))
     try:
-        with stoppable(print, patience=0.01):
+        with stoppable():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert heard == ["his"]
+    assert heard == ["theirs"]
 
 
 def test_a_signal_is_an_interruption_to_whoever_looks_for_one():
-    with pytest.raises(KeyboardInterrupt, match="SIGHUP") as caught, stoppable(print):
+    with pytest.raises(KeyboardInterrupt, match="SIGHUP") as caught, stoppable():
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(5)
     assert isinstance(caught.value, Stopped)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from mlx_aimv2 import bundled, image_trim
+from mlx_aimv2 import bundled
 from mlx_aimv2.cli import main
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.image_decode import turned, turned_box
 from mlx_aimv2.images import OpenImage, Policy, open_image, to_rgb
+from mlx_aimv2.images.pixels import turned, turned_box
+from mlx_aimv2.images.trim import MAX_PARTS
 from mlx_aimv2.index.html import thumbnail
 from mlx_aimv2.preprocessing import Preprocessing, published
 from mlx_aimv2.processor import Aimv2Processor
@@ -291,13 +292,13 @@ def test_comments_of_a_gif_are_passed_over_and_bounded():
     place = 13 + (3 << ((whole[10] & 7) + 1))
     comments = b"\x21\xfe" + (b"\xff" + b"c" * 255) * 99_999 + b"\0"
     assert same(to_rgb(whole[:place] + comments + whole[place:]), to_rgb(whole))
-    comments = b"\x21\xfe" + b"\1c" * (image_trim.MAX_PARTS + 1) + b"\0"
+    comments = b"\x21\xfe" + b"\1c" * (MAX_PARTS + 1) + b"\0"
     with pytest.raises(ValueError, match="blocks of metadata, made to take for ever"):
         to_rgb(whole[:place] + comments + whole[place:])
 
 
 def test_chunks_of_a_png_are_bounded():
-    few, many = chunk(b"tEXt", b"a\0b") * 20_000, chunk(b"IDAT", b"") * (image_trim.MAX_PARTS + 1)
+    few, many = chunk(b"tEXt", b"a\0b") * 20_000, chunk(b"IDAT", b"") * (MAX_PARTS + 1)
     assert same(to_rgb(in_png(few)), photograph())
     with pytest.raises(ValueError, match="chunks, made to take for ever"):
         to_rgb(in_png(many))
@@ -382,7 +383,7 @@ def test_what_is_no_file_is_refused_at_once_by_every_verb(strange, capsys):
 
 
 def test_an_open_stream_that_never_ends_is_bounded(monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.image_file.MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("mlx_aimv2.files.MAX_IMAGE_BYTES", 1 << 20)
     with (
         Path("/dev/zero").open("rb") as zeros,
         pytest.raises(OSError, match=r"/dev/zero has more than 1,048,576 bytes"),

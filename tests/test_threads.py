@@ -195,7 +195,6 @@ def index(tmp_path):
 def test_an_index_opened_at_start_up_is_searched_in_handlers(index):
     index, vectors = index
     assert in_thread(lambda: index.search(vectors[7], 1))[0].path == "/007.jpg"
-    assert in_thread(lambda: index.search(vectors[8], 1, once=True))[0].path == "/008.jpg"
 
 
 def test_eight_threads_use_one_index_at_once(index):
@@ -204,7 +203,7 @@ def test_eight_threads_use_one_index_at_once(index):
     def work(number):
         found = []
         for i in range(number, len(vectors), 8):
-            found.append(index.search(vectors[i], 1, once=i % 5 == 0)[0].path == f"/{i:03d}.jpg")
+            found.append(index.search(vectors[i], 1)[0].path == f"/{i:03d}.jpg")
             found.append(np.allclose(index.vector(f"/{i:03d}.jpg"), vectors[i], atol=1e-5))
         found.append(len(list(index.embeddings())) == len(index) == 300)
         return found

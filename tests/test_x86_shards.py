@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bench, device, load, x86
+from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, device, load, x86
+from mlx_aimv2.commands import bench
 from mlx_aimv2.model import run_blocks
 from mlx_aimv2.x86 import IMAGES, TOKENS, Shards
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
 from mlx_aimv2.config import DTYPES, RELEASED, dtype_name
-from mlx_aimv2.safe_read import check_link, expand_user, read_json, read_text
+from mlx_aimv2.files import check_link, expand_user, read_json, read_text
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

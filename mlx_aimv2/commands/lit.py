@@ -18,11 +18,11 @@ from mlx_aimv2.commands.caption_flags import (
 )
 from mlx_aimv2.commands.flags import MODEL, RESUME, add_seed
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
+from mlx_aimv2.files import read_json
 from mlx_aimv2.loading import load
 from mlx_aimv2.pretrain.captioned import open_data
 from mlx_aimv2.pretrain.lit_tuning import lit
 from mlx_aimv2.pretrain.settings import LitSettings
-from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
 
 HELP = "tune a text encoder to a frozen image encoder (LiT), to find images by words"

@@ -21,12 +21,12 @@ from mlx_aimv2.commands.caption_flags import (
 from mlx_aimv2.commands.flags import DTYPE, RESUME, add_seed
 from mlx_aimv2.config import DTYPES, WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.device import AUTO
+from mlx_aimv2.files import read_json
 from mlx_aimv2.pretrain.captioned import open_data
 from mlx_aimv2.pretrain.examples import PATCHES
 from mlx_aimv2.pretrain.objective import ALPHA, DecoderConfig
 from mlx_aimv2.pretrain.pretraining import pretrain
 from mlx_aimv2.pretrain.settings import Schedule, Settings
-from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
 
 HELP = "train an encoder from images with captions, by the paper's objective"

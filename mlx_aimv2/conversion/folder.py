@@ -13,8 +13,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.conversion import safetensors_file
-from mlx_aimv2.safe_read import check_size, read_bytes
-from mlx_aimv2.safe_write import write_json
+from mlx_aimv2.files import check_size, read_bytes, write_json
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""

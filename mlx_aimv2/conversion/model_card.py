@@ -13,8 +13,8 @@ from typing import Any
 from mlx_aimv2 import __version__
 from mlx_aimv2.config import Aimv2Config
 from mlx_aimv2.conversion.fidelity import rows
+from mlx_aimv2.files import read_start
 from mlx_aimv2.loading import Source
-from mlx_aimv2.safe_read import read_start
 
 FILE = "README.md"
 

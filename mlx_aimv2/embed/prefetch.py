@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.image_array import Levels
-from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import POLICY, Policy, open_image
+from mlx_aimv2.images.pixels import Levels
 
 if TYPE_CHECKING:
     from mlx_aimv2.processor import Aimv2Processor

@@ -9,18 +9,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-ENVIRONMENT = "MLX_AIMV2_CACHE"
-"""Variable that names another folder."""
+from mlx_aimv2.files import cache_folder
 
 SETTLED_NS = 2_000_000_000
 """A file that was changed this recently may change again within the clock's step: it is not remembered."""
-
-
-def cache_folder() -> Path:
-    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if given := os.environ.get(ENVIRONMENT):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-aimv2"
 
 
 class KnownFiles:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.find_images import has_suffix
-from mlx_aimv2.image_file import read_image_file
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.cache import KnownFiles
 

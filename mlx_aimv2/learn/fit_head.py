@@ -21,6 +21,7 @@ from mlx_aimv2 import __version__, x86_training
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.prefetch import MIN_PATCHES
 from mlx_aimv2.embed.provenance import load_with_origin
+from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.learn import head_card, head_folder
 from mlx_aimv2.learn import options as asked
 from mlx_aimv2.learn.data import DataError, Dataset, listed, one_image
@@ -32,8 +33,6 @@ from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.options import Options
 from mlx_aimv2.learn.run import Run
 from mlx_aimv2.learn.task import Task, find_task, guess_task
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.train.state import StateFile, check_training_folder
 
 

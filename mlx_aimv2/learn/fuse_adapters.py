@@ -13,10 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder, model_card
 from mlx_aimv2.embed.provenance import load_with_origin
+from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.learn import head_folder, lora
 from mlx_aimv2.loading import read_source
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target
 
 DEFAULT_PATH = "fused_model"
 

@@ -18,13 +18,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.embed.provenance import Loaded, differences, fingerprint, load_with_origin
+from mlx_aimv2.files import expand_user, read_text
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.image_size import at_size
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_read import expand_user, read_text
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""

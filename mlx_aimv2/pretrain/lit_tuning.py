@@ -19,6 +19,7 @@ from mlx_aimv2 import x86_training
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.provenance import fingerprint
+from mlx_aimv2.files import check_target
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.pretrain.captions import save_tokenizer
@@ -27,7 +28,6 @@ from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import Log, tokenizer_for, write_checkpoint
 from mlx_aimv2.pretrain.settings import LitSettings
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_write import check_target
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.batches import Batches, Shuffled
 from mlx_aimv2.train.loop import Watch, is_due, train

@@ -20,6 +20,7 @@ from mlx_aimv2 import x86_training
 from mlx_aimv2.config import Aimv2TextConfig
 from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.embed.distributed import Ranks
+from mlx_aimv2.files import atomic_folder, check_target
 from mlx_aimv2.loading import AnyModel, load
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
@@ -39,7 +40,6 @@ from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining, initialise
 from mlx_aimv2.pretrain.samples import draw_samples
 from mlx_aimv2.pretrain.settings import Schedule, Settings
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_write import atomic_folder, check_target
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.batches import Batches
 from mlx_aimv2.train.loop import Watch, is_due, number_of, train

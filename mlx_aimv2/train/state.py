@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from mlx_aimv2.conversion import safetensors_file
-from mlx_aimv2.safe_write import UNFINISHED
+from mlx_aimv2.files import UNFINISHED
 
 Arrays: TypeAlias = dict[str, mx.array]
 

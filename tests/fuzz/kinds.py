@@ -321,7 +321,6 @@ def _use_index(file: Path) -> None:
             lambda: paths.extend(index.paths()),
             lambda: [index.stamp(path) for path in paths],
             lambda: index.search(np.ones(min(index.width, 1 << 20)), 3),
-            lambda: index.search(np.ones(min(index.width, 1 << 20)), 3, once=True),
             lambda: list(index.embeddings()),
             lambda: made_by(index),
             *(lambda kind=kind: export(index, file.with_suffix(f".{kind}"), kind=kind) for kind in ("npz", "jsonl")),

@@ -112,7 +112,7 @@ CHECKPOINTS = (
         "a folder of others is overwritten",
         "if path.is_symlink() or not path.is_dir() or not is_own(path):",
         "if path.is_symlink() or not path.is_dir():",
-        ("tests/test_safe_write.py",),
+        ("tests/test_files.py",),
     ),
     Mutation(
         "a shard of weights is closed after it has passed its size",

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 ORIENTATION = 0x0112
 
@@ -42,7 +43,6 @@ class Trimmed:
     data: bytes
     orientation: int | None = None
     cut: bool = False
-    is_progressive: bool = False
 
 
 def trimmed(data: bytes) -> Trimmed:
@@ -62,7 +62,10 @@ def trimmed(data: bytes) -> Trimmed:
 
 
 def orientation_in(exif: object, xmp: object = None) -> int:
-    """The orientation, 1 to 8, that a block of EXIF or else one of XMP holds; 1 where neither tells one."""
+    """The orientation, 1 to 8, that a block of EXIF or else one of XMP holds; 1 where neither tells one.
+
+    Pillow's own reading of EXIF gives up, and warns, where any other tag is bad.
+    """
     if isinstance(exif, (bytes, bytearray)) and (found := _in_exif(bytes(exif))) is not None:
         return found
     if isinstance(xmp, str):
@@ -92,68 +95,53 @@ def _in_exif(block: bytes) -> int | None:
 
 # JPEG
 
-_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # neither a stuffed zero nor a restart
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # neither a stuffed zero nor one that stands alone, as a restart
 
-_END_OR_SCAN = re.compile(rb"\xff[\xd9\xda]")
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 _KEPT_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
 """What says what the colours are, how it starts and its least length; all other APPn and comments are metadata."""
 
 
 def _jpeg(data: bytes) -> Trimmed | None:
+    kept: list[bytes | memoryview] = [data[:2]]
     exif, xmp = b"", b""
-    kept: list[bytes | memoryview] = [b"\xff\xd8"]
     place, scans, pixels, header = 2, 0, 0, 0
-    is_progressive = cut = False
-    while True:
-        match = _MARKER.search(data, place)
-        if match is None or (not scans and match.start() != place):
-            if not scans:
-                return None
-            end, cut = len(data), True
-            break
-        marker, place = match[1][0], match.end()
+    end, cut = len(data), True
+    while match := _MARKER.search(data, place):
+        marker, start, following = data[match.end() - 1], match.start(), match.end()
         if marker == 0xD9:
-            end = place
+            end, cut = following, False
             break
-        if marker in (0x01, 0xD8):
-            continue
-        following = place + int.from_bytes(data[place : place + 2], "big")
-        if following < place + 2 or following > len(data):
-            if not scans:
-                return None
-            end, cut = match.start(), True  # within what describes the next scan
+        place = following + int.from_bytes(data[following : following + 2], "big")
+        if place < following + 2 or place > len(data):
+            end = start  # the file ends within what describes the next scan
             break
-        segment = data[place + 2 : following]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            pixels = max(pixels, int.from_bytes(segment[1:3], "big") * int.from_bytes(segment[3:5], "big"))
-            is_progressive |= marker in (0xC2, 0xC6, 0xCA, 0xCE)
+        segment = data[following + 2 : place]
         if marker == 0xDA:
-            if not scans:
-                header = match.start()
-            scans += 1
+            header, scans = header or start, scans + 1
             if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
                 raise TrimError(
                     f"is a JPEG of more than {scans - 1} scans over {pixels:,} pixels, "
                     f"made to take for ever: encoders write about ten"
                 )
-        elif not scans:
-            if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-                exif = exif or segment
-            elif marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-                xmp = xmp or segment
-            starts, least = _KEPT_SEGMENTS.get(marker, (b"", 0))
-            is_metadata = (0xE0 <= marker <= 0xEF or marker == 0xFE) and not least
-            if not is_metadata and segment.startswith(starts) and len(segment) >= least:
-                kept.append(data[match.start() : following])
-        place = following
-        if scans == 1:  # of a single scan, which most files are, one search in C finds the end
-            next_one = _END_OR_SCAN.search(data, place)
-            if next_one is None or next_one[0] == b"\xff\xd9":
-                end, cut = (len(data), True) if next_one is None else (next_one.end(), False)
-                break
+            continue
+        if marker in _FRAMES:
+            pixels = max(pixels, int.from_bytes(segment[1:3], "big") * int.from_bytes(segment[3:5], "big"))
+        if scans:
+            continue
+        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
+            exif = exif or segment
+        elif marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+            xmp = xmp or segment
+        begin, least = _KEPT_SEGMENTS.get(marker, (b"", 0))
+        is_metadata = (0xE0 <= marker <= 0xEF or marker == 0xFE) and not least
+        if not is_metadata and segment.startswith(begin) and len(segment) >= least:
+            kept.append(data[start:place])
+    if not scans:
+        return None
     kept.append(memoryview(data)[header:end])
-    return Trimmed(b"".join(kept), orientation_in(exif, xmp), cut, is_progressive)
+    return Trimmed(b"".join(kept), orientation_in(exif, xmp), cut)
 
 
 # PNG
@@ -162,42 +150,35 @@ _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
 
 def _png(data: bytes) -> Trimmed | None:
-    kept, place, parts = [data[:8]], 8, 0
-    exif, xmp = b"", b""
-    start = place  # of a run of chunks that stay
-    while place + 8 <= len(data):
+    kept, place, parts, kind = [data[:8]], 8, 0, b""
+    texts: dict[bytes, bytes] = {}
+    while place + 8 <= len(data) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, place)
-        following = place + 12 + length
-        parts += 1
+        start, place, parts = place, place + 12 + length, parts + 1
         if parts > MAX_PARTS:
             raise TrimError(f"is a PNG of more than {MAX_PARTS:,} chunks, made to take for ever")
-        if kind not in _PNG_KEPT:
-            if not (kind[0] & 0x20 and kind.isalpha()):
-                return None  # a chunk that may not be left out, or none at all
+        if kind in _PNG_KEPT:
             kept.append(data[start:place])
-            start = following
-            content = data[place + 8 : min(following - 4, place + 8 + MAX_TEXT)]
-            if kind == b"eXIf":
-                exif = exif or content
-            elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-                name, text = _png_text(kind, content)
-                if name == b"XML:com.adobe.xmp":
-                    xmp = xmp or text
-                elif name in (b"Raw profile type exif", b"Raw profile type APP1"):
-                    exif = exif or _raw_profile(text)
-        place = following
-        if kind == b"IEND":
-            break
-    kept.append(data[start:place])
-    return Trimmed(b"".join(kept), orientation_in(exif, xmp))
+        elif not (kind[0] & 0x20 and kind.isalpha()):
+            return None  # a chunk that may not be left out, or none at all
+        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            name, text = _png_text(kind, data[start + 8 : min(place - 4, start + 8 + MAX_TEXT)])
+            texts.setdefault(name, text)
+    raw = texts.get(b"Raw profile type exif") or texts.get(b"Raw profile type APP1") or b""
+    try:  # ImageMagick's way to keep EXIF in a PNG: a heading of three lines, then hexadecimal digits
+        profile = bytes.fromhex(b"".join(raw.split(b"\n")[3:]).decode("ascii"))
+    except ValueError:
+        profile = b""
+    return Trimmed(b"".join(kept), orientation_in(texts.get(b"eXIf") or profile, texts.get(b"XML:com.adobe.xmp")))
 
 
 def _png_text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
     """A text's keyword and as much of it as an orientation may stand in; nothing where it cannot be unpacked."""
+    if kind == b"eXIf":
+        return kind, content
     name, _, text = content.partition(b"\0")
-    is_packed = kind == b"zTXt"
+    is_packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     if kind == b"iTXt":
-        is_packed = text[:1] == b"\1"
         text = text[2:].split(b"\0", 2)[-1]
     elif is_packed:
         text = text[1:]
@@ -207,14 +188,6 @@ def _png_text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
         except zlib.error:
             return name, b""
     return name, text
-
-
-def _raw_profile(text: bytes) -> bytes:
-    """ImageMagick's way to keep EXIF in a PNG: a heading of three lines, then hexadecimal digits."""
-    try:
-        return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
-    except ValueError:
-        return b""
 
 
 # GIF
@@ -228,8 +201,7 @@ def _gif(data: bytes) -> Trimmed | None:
         start, label = place, data[place + 1]
         place += 2
         while (length := data[place]) != 0:
-            place += 1 + length
-            parts += 1
+            place, parts = place + 1 + length, parts + 1
             if parts > MAX_PARTS:
                 raise TrimError(f"is a GIF of more than {MAX_PARTS:,} blocks of metadata, made to take for ever")
         place += 1
@@ -253,26 +225,24 @@ _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 
 
 def _tiff(data: bytes) -> Trimmed | None:
-    order = "<" if data[:2] == b"II" else ">"
-    is_big = data[2:4] in (b"+\0", b"\0+")
-    offset, count_of, entry_of = ("Q", "Q", "HHQQ") if is_big else ("I", "H", "HHII")
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    is_big = 43 in data[2:4]  # BigTIFF, whose numbers have 8 bytes
+    sign, header = "<" if order == "little" else ">", 8 if is_big else 4
+    offset, counter, entry = (sign + layout for layout in (("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")))
     if data[8:10] == b"CR" and not is_big:
         raise TrimError(RAW.format("CR2"))
-    (place,) = struct.unpack_from(order + offset, data, 8 if is_big else 4)
-    (count,) = struct.unpack_from(order + count_of, data, place)
+    (place,) = struct.unpack_from(offset, data, header)
+    (count,) = struct.unpack_from(counter, data, place)
     if count > 65536:
         return None
-    size = struct.calcsize(order + entry_of)
-    first = place + struct.calcsize(count_of if is_big else order + count_of)
+    first, size = place + struct.calcsize(counter), struct.calcsize(entry)
     kept: list[bytes] = []
     values: dict[int, int] = {}
     total, xmp = 0, b""
     for start in range(first, first + count * size, size):
-        tag, kind, number, value = struct.unpack_from(order + entry_of, data, start)
-        if order == ">" and kind in (1, 3) and number == 1:  # a short value stands at the left
-            value >>= (8 if is_big else 4) * 8 - _TYPE_BYTES[kind] * 8
-        elif kind in (1, 3) and number == 1:
-            value &= (1 << _TYPE_BYTES[kind] * 8) - 1
+        tag, kind, number, raw = struct.unpack_from(entry, data, start)
+        # A single short value stands at the left, in either order; what is longer stands elsewhere, at this offset.
+        value = int.from_bytes(raw[: _TYPE_BYTES[kind]] if kind in (1, 3) and number == 1 else raw, order)
         values.setdefault(tag, value)
         if tag == 700:
             xmp = data[value : value + min(number, MAX_TEXT)]
@@ -289,13 +259,10 @@ def _tiff(data: bytes) -> Trimmed | None:
     if total > len(data):
         raise TrimError(f"is a broken TIFF: its tags claim {total:,} bytes of a file of {len(data):,}")
     # The tags that stay, in a table of their own behind everything else; no further image follows it.
-    padded = data + b"\0" * (len(data) % 2)
-    table = struct.pack(order + count_of, len(kept)) + b"".join(kept) + struct.pack(order + offset, 0)
-    header = data[: 8 if is_big else 4] + struct.pack(order + offset, len(padded))
-    orientation = values.get(ORIENTATION, 1)
-    if ORIENTATION not in values:
-        orientation = orientation_in(None, xmp)
-    return Trimmed(b"".join([header, padded[len(header) :], table]), orientation if 1 <= orientation <= 8 else 1)
+    body = data[:header] + struct.pack(offset, len(data) + len(data) % 2) + data[header + struct.calcsize(offset) :]
+    table = struct.pack(counter, len(kept)) + b"".join(kept) + struct.pack(offset, 0)
+    orientation = values.get(ORIENTATION) or orientation_in(None, xmp)
+    return Trimmed(body + b"\0" * (len(body) % 2) + table, orientation if 1 <= orientation <= 8 else 1)
 
 
 TRIMS: dict[bytes, Callable[[bytes], Trimmed | None]] = {

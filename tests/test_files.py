@@ -4,13 +4,12 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from mlx_aimv2 import safe_write
-from mlx_aimv2.safe_write import (
-    PREVIOUS,
+from mlx_aimv2.files import (
     UNFINISHED,
     atomic_file,
     atomic_folder,
@@ -19,6 +18,7 @@ from mlx_aimv2.safe_write import (
     discard_unfinished,
     temporary_folder,
 )
+from tests import programs
 
 OWN = b"own"
 
@@ -31,77 +31,95 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_next_file_clears_what_a_killed_process_left(tmp_path, kind):
-    left = tmp_path / f".page.html.abcd{UNFINISHED}"
-    left.mkdir() if kind == "folder" else left.write_bytes(b"half")
-    other = tmp_path / f".page2.html.abcd{UNFINISHED}"
-    other.mkdir()
+KILLED = """
+import os, sys
+from pathlib import Path
+from mlx_aimv2.files import atomic_file, atomic_folder
+target = Path(sys.argv[1])
+if sys.argv[2] == "file":
+    with atomic_file(target) as file:
+        file.write(b"half")
+        file.flush()
+        os._exit(9)
+if sys.argv[2] == "moved":  # between the two renames of a replacement
+    rename = Path.rename
+    Path.rename = lambda self, to: os._exit(9) if self.name == "folder" else rename(self, to)
+with atomic_folder(target, overwrite=True, is_own=lambda folder: True) as folder:
+    (folder / "half").touch()
+    if sys.argv[2] == "folder":
+        os._exit(9)
+"""
+
+
+def killed(target: Path, moment: str) -> None:
+    """A process that is killed while it writes to the target leaves what it has."""
+    run = subprocess.run([sys.executable, "-c", KILLED, str(target), moment], env=programs.environment())
+    assert run.returncode == 9
+    assert any(path.name.endswith(UNFINISHED) for path in target.parent.iterdir())
+
+
+@pytest.mark.parametrize("moment", ["file", "folder"])
+def test_the_next_one_to_write_clears_what_a_killed_process_left(tmp_path, moment):
+    killed(tmp_path / "page.html", moment)
+    killed(tmp_path / "page2.html", moment)
     with atomic_file(tmp_path / "page.html") as file:
         file.write(b"whole")
-    assert names(tmp_path) == [other.name, "page.html"]
+    left = [name for name in names(tmp_path) if name != "page.html"]
+    assert len(left) == 1 and left[0].startswith(".page2.html.")
 
 
-def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path):
+def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_aimv2.files.PATIENCE", 0.1)
     code = f"""
 import sys
 from pathlib import Path
-from mlx_aimv2.safe_write import atomic_file
+from mlx_aimv2.files import atomic_file
 with atomic_file(Path({str(tmp_path / "page.html")!r})) as file:
     file.write(b"other")
     print("writing", flush=True)
     sys.stdin.read()
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", code], env=programs.environment(), **pipes) as other:
         assert other.stdout.readline() == "writing\n"
-        with atomic_file(tmp_path / "page.html") as file:
+        wanted = "page.html: another process is writing there. Wait for it, or choose another one."
+        with pytest.raises(FileExistsError, match=wanted), atomic_file(tmp_path / "page.html"):
+            pass
+        with atomic_file(tmp_path / "page2.html") as file:
             file.write(b"mine")
-        assert len(list(tmp_path.glob(f".page.html.*{UNFINISHED}"))) == 1
         other.communicate("")
     assert other.returncode == 0
-    assert (tmp_path / "page.html").read_bytes() == b"other"  # the last to finish
+    assert (tmp_path / "page.html").read_bytes() == b"other"
+    assert names(tmp_path) == ["page.html", "page2.html"]
+
+
+def test_who_writes_for_a_moment_is_waited_for(tmp_path):
+    writing, done = threading.Event(), threading.Event()
+
+    def other():
+        with atomic_file(tmp_path / "page.html") as file:
+            writing.set()
+            done.wait(30)
+            file.write(b"other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    writing.wait(30)
+    threading.Timer(0.05, done.set).start()
+    with atomic_file(tmp_path / "page.html") as file:
+        file.write(b"mine")
+    thread.join()
+    assert (tmp_path / "page.html").read_bytes() == b"mine"
     assert names(tmp_path) == ["page.html"]
 
 
-def test_a_temporary_that_another_process_took_for_an_abandoned_one_is_made_anew(tmp_path, monkeypatch):
-    lock, robbed = safe_write._lock, []
-
-    def robbing(place):
-        if not robbed:
-            robbed.append(place)
-            place.rmdir()
-        return lock(place)
-
-    monkeypatch.setattr(safe_write, "_lock", robbing)
-    with temporary_folder(tmp_path / "mlx") as beside:
-        assert beside.is_dir() and beside != robbed[0]
-    assert names(tmp_path) == []
-
-
-def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr(safe_write.fcntl, "flock", no_locks)
+@pytest.mark.parametrize("cache", ["no folder", "/dev/null/cache"])
+def test_without_a_cache_folder_is_written_all_the_same(tmp_path, monkeypatch, cache):
+    (tmp_path / "no folder").touch()
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / cache))
     with atomic_folder(tmp_path / "mlx") as place:
         (place / "config.json").touch()
-    assert names(tmp_path) == ["mlx"]
-
-
-def test_the_folder_that_comes_second_says_who_was_quicker(tmp_path, monkeypatch):
-    def late(path, **_):
-        if checks:
-            (tmp_path / "mlx").mkdir()
-            (tmp_path / "mlx" / "other").touch()
-        checks.append(path)
-
-    checks: list[Path] = []
-    monkeypatch.setattr(safe_write, "check_target", late)
-    wanted = r"mlx as it already exists\. Another process made it meanwhile\.$"
-    with pytest.raises(FileExistsError, match=wanted), atomic_folder(tmp_path / "mlx"):
-        pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "other"]
+    assert names(tmp_path) == ["mlx", "no folder"]
 
 
 def test_a_name_of_255_bytes_can_be_written(tmp_path):
@@ -123,7 +141,7 @@ def test_results_are_as_public_as_their_neighbours(tmp_path):
     assert modes == ["0o750", "0o640", "0o640"]
 
 
-def test_what_is_not_finished_can_be_discarded_from_another_thread(tmp_path):
+def test_what_is_not_finished_can_be_discarded_before_its_end(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "mlx") as place:
         (place / "half").touch()
         discard_unfinished()
@@ -159,9 +177,10 @@ def test_the_old_folder_stays_when_the_new_one_does_not_come(tmp_path, monkeypat
 
 
 def test_a_folder_moved_away_by_a_killed_process_comes_back(tmp_path):
-    moved = tmp_path / f".mlx.abcd{PREVIOUS}"
-    moved.mkdir()
-    (moved / "old").touch()
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "old").touch()
+    killed(tmp_path / "mlx", "moved")
+    assert not (tmp_path / "mlx").exists()
     with pytest.raises(KeyError), temporary_folder(tmp_path / "mlx"):
         raise KeyError
     assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "old"]

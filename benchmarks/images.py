@@ -1,32 +1,41 @@
 """Measures where the time goes when images of a folder are embedded: reading, hashing, decoding, resizing, the model.
 
-Each step alone, one image after another on one thread, then all together as `embed` runs them.
+python -m benchmarks.images FOLDER -m MODEL [--decode exact] [--threads N] [--json]
+
+Each step alone, one image after another on one thread, the model alone on its device, then all together as `embed` runs
+them; and what would make it faster on this machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_aimv2 import device, load
+from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.commands.flags import MODEL, add_dtype, add_policy_arguments, policy_of
 from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_chunks, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
-from mlx_aimv2.image_array import Levels
-from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.files import read_image_file
+from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import OpenImage, Policy, open_image
+from mlx_aimv2.images.pixels import Levels
 
 if TYPE_CHECKING:
     from mlx_aimv2.loading import AnyModel
     from mlx_aimv2.processor import Aimv2Processor
 
-MOST_IMAGES = 64
+MAX_IMAGES = 64
 """Of a larger folder so many are taken, evenly spread over their sorted names."""
 
 
@@ -85,8 +94,8 @@ def measure_folder(
     """Times up to 64 of these image files; those that cannot be read raise ValueError."""
     if not files:
         raise ValueError("no images to time: give a folder that holds some")
-    step = max(1, len(files) / MOST_IMAGES)
-    chosen = [files[int(number * step)] for number in range(min(len(files), MOST_IMAGES))]
+    step = max(1, len(files) / MAX_IMAGES)
+    chosen = [files[int(number * step)] for number in range(min(len(files), MAX_IMAGES))]
     limit = max_patches if model.vision.config.num_patches is None else None
     steps = dict.fromkeys(("reading", "hashing", "decoding", "resizing"), 0.0)
     size, pixels, prepared = 0, 0, []
@@ -159,3 +168,42 @@ def _model_seconds(images: list[Levels], model: AnyModel, processor: Aimv2Proces
     for batch in batches:
         mx.eval(pooling(model, processor.normalised(batch)))
     return time.perf_counter() - began
+
+
+def table(speed: FolderSpeed, model: str, dtype: str) -> str:
+    """The steps' times, as lines for the terminal."""
+    on = device.machine()
+    size = f"{speed.bytes / speed.images / 1e6:.1f} MB and {speed.megapixels / speed.images:.1f} megapixels each"
+    lines = [
+        f"{speed.images} images, {size}; {model} in {dtype}; --decode {speed.decode}",
+        f"{device.summary()}; {speed.threads} threads decode",
+        "",
+        "step       ms per image  images/s",
+    ]
+    for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
+        seconds = getattr(speed, step) / speed.images
+        lines.append(f"{step:<9}  {seconds * 1e3:12.2f}  {1 / max(seconds, 1e-9):8.1f}")
+    return "\n".join([*lines, "", speed.advice(cores=device.cpu_count(), on_cpu=on.kind == "cpu")])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="times each step of embedding a folder, alone and all together")
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("-m", "--model", required=True, metavar="MODEL", help=MODEL)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    add_dtype(parser.add_argument)
+    add_policy_arguments(parser.add_argument)
+    arguments = parser.parse_args(argv)
+    files = list_images([arguments.folder]).files
+    model, processor = load(arguments.model, dtype=arguments.dtype)
+    speed = measure_folder(files, model, processor, policy=policy_of(arguments), threads=arguments.threads)
+    if arguments.json:
+        print(json.dumps(asdict(speed) | {"bound_by": speed.bound_by}))
+    else:
+        print(table(speed, arguments.model, str(model.dtype).rpartition(".")[2]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(one_line_errors(main))

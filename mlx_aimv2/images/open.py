@@ -1,4 +1,4 @@
-"""Opens whatever holds an image as an upright RGB image of 8 bits per colour: the one door for strangers' images.
+"""Opens whatever holds an image as an upright RGB image of 8 bits per colour: the one door for untrusted images.
 
 path, bytes, open file, PIL image, array -> OpenImage: its size, before anything is decoded -> PIL image in mode RGB
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
-from mlx_aimv2.image_array import from_array
-from mlx_aimv2.image_decode import Box, flattened, identify, turned, turned_box
-from mlx_aimv2.image_file import read_image_file, read_stream
-from mlx_aimv2.image_trim import TrimError, Trimmed, orientation_in, trimmed
+from mlx_aimv2.files import read_image_file, read_stream
+from mlx_aimv2.images.pixels import Box, flattened, from_array, turned, turned_box
+from mlx_aimv2.images.trim import TrimError, orientation_in, trimmed
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -34,13 +34,19 @@ TRUNCATED = ("refuse", "accept")
 SMALL_LOSS = 0.1
 """The share of a JPEG that may be missing at its end unless the policy says otherwise."""
 
-LONGEST_NAME = 300
+MAX_NAME = 300
 """Characters of a name that errors show: what is longer was hardly meant as one."""
 
 BASE64_IMAGE = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AKg|Qk)[A-Za-z0-9+/_\-\s]{24,}={0,2}\s*")
 """JPEG, PNG, GIF, WebP, TIFF or BMP, written as text."""
 
 END_OF_JPEG = b"\xff\xd9"
+
+# Pillow reads these by starting another program, which a folder of untrusted images must not be able to do.
+NOT_OPENED = {"EPS"}
+
+# The brands by which a HEIC file names itself, after "ftyp" at byte 4.
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
 OVERSAMPLING = 3
 """Fast decoding keeps so many pixels for each one that the resize leaves, along either side.
@@ -56,7 +62,7 @@ PIXEL_BLOCKS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is accepted of a stranger's image, and how a JPEG is decoded.
+    """What is accepted of an untrusted image, and how a JPEG is decoded.
 
     `max_pixels`: more are refused before they are decoded; None for the number at which Pillow itself refuses, twice
     `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970). `truncated`: "refuse" a JPEG whose data end before its last pixel,
@@ -92,7 +98,6 @@ class OpenImage:
     name: str
     image: Image.Image
     orientation: int = 1
-    is_progressive: bool = False
     decode: str = "exact"
     notes: list[str] = field(default_factory=list)
 
@@ -112,8 +117,8 @@ class OpenImage:
     def decoding_bytes(self, wanted: tuple[int, int] | None = None) -> int:
         """About what decoding takes at its peak, beside the file: Pillow keeps four bytes a pixel."""
         pixels = self.size[0] * self.size[1]
-        copies = 1 if self.image.mode in ("RGB", "L") else 2
-        coefficients = 6 * pixels if self.is_progressive else 0  # 16 bits for each of three colours
+        copies = 1 if self.image.mode in ("RGB", "L") else 3
+        coefficients = 6 * pixels if self.image.info.get("progressive") else 0  # 16 bits for each of three colours
         return 4 * copies * pixels // self.scale(wanted) ** 2 + coefficients
 
     def rgb(self, wanted: tuple[int, int] | None = None) -> tuple[Image.Image, Box | None]:
@@ -130,16 +135,13 @@ class OpenImage:
                 image.draft(None, (width // scale, height // scale))
                 if image.size != (width / scale, height / scale):
                     box = turned_box((width / scale, height / scale), image.size, self.orientation)
-            image.load()
-            if image.mode == "I" and image.format == "PNG":
-                image = image.convert("I;16")  # older Pillows widen the 16 bits of a grey PNG
-            image = turned(image, self.orientation)
-        except MemoryError:
-            raise ValueError(f"{name} does not fit in memory") from None
-        except Exception as error:  # decoders raise whatever they meet in a broken file
-            raise ValueError(f"{name} cannot be read as an image: {error}") from None
-        try:
-            return flattened(image, name), box
+            try:
+                image.load()
+            except Exception as error:  # decoders raise whatever they meet in a broken file
+                if isinstance(error, MemoryError):
+                    raise
+                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+            return flattened(turned(image, self.orientation), name), box
         except MemoryError:
             raise ValueError(f"{name} does not fit in memory") from None
 
@@ -164,9 +166,8 @@ def name_of(image: object) -> str:
     file = getattr(image, "filename", None) or getattr(image, "name", None)
     if isinstance(file, str) and file:
         return _short(file)
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return f"image of {len(image)} bytes"
-    return f"image ({type(image).__name__})"
+    is_content = isinstance(image, (bytes, bytearray, memoryview))
+    return f"image of {len(image)} bytes" if is_content else f"image ({type(image).__name__})"  # type: ignore[arg-type]
 
 
 def to_rgb(image: ImageInput, *, policy: Policy = POLICY, wanted: tuple[int, int] | None = None) -> Image.Image:
@@ -270,8 +271,8 @@ def _check_is_path(text: str, name: str) -> None:
         raise ValueError(f"{name!r} holds a NUL, which no path does: an image's content is given as bytes, not as text")
 
 
-def _short(name: str, most: int = LONGEST_NAME) -> str:
-    return name if len(name) <= most else f"{name[:40]}… ({len(name):,} characters)"
+def _short(name: str, limit: int = MAX_NAME) -> str:
+    return name if len(name) <= limit else f"{name[:40]}… ({len(name):,} characters)"
 
 
 def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
@@ -281,19 +282,61 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
         essential = trimmed(data)
     except TrimError as error:
         raise ValueError(f"{name} {error}") from None
-    notes: list[str] = []
+    content = essential.data + END_OF_JPEG if essential.cut else essential.data
     try:
-        if essential.cut and (note := _note_of_loss(essential, name, policy)):
-            notes.append(note)
-        end = END_OF_JPEG if essential.cut else b""
-        image = identify(io.BytesIO(essential.data + end if end else essential.data), name)
+        image = _identified(io.BytesIO(content), name)
         _check_size(image.size, name, policy)
+        note = _note_of_loss(essential.data, name, policy) if essential.cut else None
     except MemoryError:
         raise ValueError(f"{name} does not fit in memory") from None
     orientation = essential.orientation
     if orientation is None:
         orientation = _orientation_of(image)
-    return OpenImage(name, image, orientation, essential.is_progressive, policy.decode, notes)
+    return OpenImage(name, image, orientation, policy.decode, [note] if note else [])
+
+
+def _identified(stream: IO[bytes], name: str) -> Image.Image:
+    """What Image.open does, without its DecompressionBombWarning: filters of warnings belong to all threads."""
+    from PIL import Image
+
+    start = stream.read(16).ljust(16, b"\0")  # some of Pillow's plugins unpack numbers without asking for its length
+    tried, fault = set(NOT_OPENED), ""
+    for prepare in (Image.preinit, Image.init):
+        prepare()
+        for kind in [kind for kind in Image.ID if kind not in tried]:
+            tried.add(kind)
+            make, accept = Image.OPEN[kind]
+            # A string tells what Pillow was built without.
+            if accept is not None and (isinstance(answer := accept(start), str) or not answer):
+                continue
+            try:
+                stream.seek(0)
+                return make(stream, name)
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                if accept is not None:  # it began as one of these, so this is the fault to tell
+                    fault = fault or f"{kind}: {error}"
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+        return _open_heic(stream, name)
+    raise ValueError(
+        f"{name} is a broken {fault}" if fault else f"{name} is not an image in a format that Pillow reads"
+    )
+
+
+def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError(f"{name} is a HEIC image: pip install 'mlx-aimv2[heic]' to read it") from None
+    try:
+        stream.seek(0)
+        # A Pillow image that decodes when it is loaded, so that its size is checked before.
+        return cast("Image.Image", pillow_heif.HeifImageFile(stream, name))
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
 def _opened_by_caller(image: Image.Image, name: str) -> OpenImage:
@@ -308,21 +351,18 @@ def _opened_by_caller(image: Image.Image, name: str) -> OpenImage:
 
 
 def _orientation_of(image: Image.Image) -> int:
-    """By what Pillow has kept of the file, without Pillow's own reading of EXIF, which gives up where a tag is bad."""
-    raw = image.info.get("exif")
-    if raw is None and image.format == "PNG":
+    if image.info.get("exif") is None and image.format == "PNG":
         try:
             image.load()  # a PNG's EXIF may follow its pixels
         except Exception:
             return 1  # rgb() will say what is wrong
-        raw = image.info.get("exif")
-    return orientation_in(raw, image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
+    return orientation_in(image.info.get("exif"), image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
 
 
-def _note_of_loss(cut: Trimmed, name: str, policy: Policy) -> str | None:
+def _note_of_loss(data: bytes, name: str, policy: Policy) -> str | None:
     """What is missing of a JPEG without its end, None if it is nothing; ValueError if it is too much."""
-    share = _missing(cut, name, policy, scale=8)  # one pixel a block says where the blocks end
-    if not share and not (cut.is_progressive and _missing(cut, name, policy, scale=1)):
+    share = _missing(data, name)
+    if share is None:
         return None
     lost = (
         f"about {max(1, round(100 * share))} % of its pixels are missing" if share else "its finest detail is missing"
@@ -335,26 +375,29 @@ def _note_of_loss(cut: Trimmed, name: str, policy: Policy) -> str | None:
     return f"ends early: {lost}"
 
 
-def _missing(cut: Trimmed, name: str, policy: Policy, *, scale: int) -> float:
-    """The share of a JPEG's pixels that its data end before: from the first on that depends on what follows them."""
+def _missing(data: bytes, name: str) -> float | None:
+    """The share of a JPEG's pixels that its data end before, 0 where only detail is missing, None where nothing is.
+
+    Missing is what depends on the bytes that follow the data.
+    """
     random = np.random.default_rng(0).integers(0, 255, 4096, np.uint8).tobytes()  # no 0xFF, so no marker
-    levels = []
-    for tail in (b"", random):
-        image: Any = identify(io.BytesIO(cut.data.rstrip(b"\xff") + tail + END_OF_JPEG), name)
-        _check_size(image.size, name, policy)
-        image.draft(None, (image.width // scale, image.height // scale))
-        try:
-            levels.append(np.asarray(image))
-        except Exception as error:
-            raise ValueError(f"{name} cannot be read as an image: {error}") from None
-    differs = (levels[0] != levels[1]).reshape(*levels[0].shape[:2], -1).any(axis=2)
-    # Blocks come in units of as many rows and columns as the colour that is sampled most has in them.
-    rows, columns = (max(layer[axis] for layer in image.layer) * 8 // scale for axis in (1, 2))
-    height, width = (-(-side // step) for side, step in zip(differs.shape, (rows, columns), strict=True))
-    units = np.zeros((height * rows, width * columns), bool)
-    units[: differs.shape[0], : differs.shape[1]] = differs
-    flat = units.reshape(height, rows, width, columns).any(axis=(1, 3)).ravel()
-    return float((flat.size - flat.argmax()) / flat.size) if flat.any() else 0.0
+    for scale in (8, 1):  # one pixel a block says where the blocks end, and of a progressive JPEG nothing more
+        levels = []
+        for tail in (b"", random):
+            image = _identified(io.BytesIO(data.rstrip(b"\xff") + tail + END_OF_JPEG), name)
+            image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+            try:
+                levels.append(np.asarray(image))
+            except Exception as error:
+                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+        differs = (levels[0] != levels[1]).reshape(*levels[0].shape[:2], -1).any(axis=2)
+        if differs.any():
+            rows, first = len(differs), int(differs.any(axis=1).argmax())
+            band = differs[first : first + 2]  # blocks come in rows of 16 pixels, the first of which is partly there
+            return 0.0 if scale == 1 else (rows - first - len(band) * float(1 - band.any(axis=0).mean())) / rows
+        if not image.info.get("progressive"):
+            return None
+    return None
 
 
 def _check_size(size: tuple[int, int], name: str, policy: Policy) -> None:
