@@ -24,7 +24,6 @@ from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.commands import flags
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
-from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 from mlx_aimv2.safe_read import expand_user
@@ -52,7 +51,6 @@ def convert(
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
-    q_target: float | None = None,
     calibration: str | os.PathLike[str] | None = None,
     verify: bool = True,
     export_layout: str | None = None,
@@ -63,8 +61,7 @@ def convert(
 
     The keywords up to `upload_repo` are mlx-lm's. `quantize` packs the layers of the blocks; group size and bits None
     are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
-    settings or bool`. `q_target` instead chooses the bits of each layer so that the mean token cosine against the
-    float32 source reaches it (`bit_search`). `dtype` None keeps the checkpoint's.
+    settings or bool`. `dtype` None keeps the checkpoint's.
 
     With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
     or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
@@ -76,7 +73,6 @@ def convert(
     with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
     unless the conversion was complete.
     """
-    quantize = quantize or q_target is not None
     if quantize and dequantize:
         raise ValueError("Choose either quantize or dequantize, not both.")
     _check_flags(
@@ -87,7 +83,6 @@ def convert(
             "--quant-predicate": quant_predicate,
         },
         quantize=quantize,
-        q_target=q_target,
         calibration=calibration,
         verify=verify,
         export_layout=export_layout,
@@ -99,7 +94,7 @@ def convert(
     if upload_repo is not None:
         hub.check_upload(upload_repo)
 
-    images = fidelity.choose_images(calibration) if verify or q_target is not None else []
+    images = fidelity.choose_images(calibration) if verify else []
 
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
@@ -109,22 +104,15 @@ def convert(
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
     reference = fidelity.run_reference(hf_path, images, revision=revision) if images else None
-    if q_target is not None:
-        bits = choose_bits(
-            hf_path, images, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
-        )
-        section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
 
     with atomic_folder(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         report = None
-        if reference is not None and verify:
+        if reference is not None:
             log("[INFO] Comparing with the source in float32")
             report = fidelity.compare_with(reference, place, images, name=target.name)
             write_json(place / fidelity.FILE, report)
             log(fidelity.table(report))
-            if q_target is not None and report["token_cosine"]["mean"] < q_target:
-                log(f"[WARNING] The folder misses the target {q_target:g}; ask for a little more")
         model_card.write(place, source=source, config=config, report=report, hub_name=upload_repo)
     if upload_repo is not None:
         try:
@@ -175,7 +163,6 @@ def _check_flags(
     settings: Mapping[str, Any],
     *,
     quantize: bool,
-    q_target: float | None,
     calibration: str | os.PathLike[str] | None,
     verify: bool,
     export_layout: str | None,
@@ -191,16 +178,12 @@ def _check_flags(
         raise ValueError("PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.")
     if given and not quantize:
         raise ValueError(f"{', '.join(given)} would change nothing without --quantize; add -q")
-    if q_target is not None and not 0 < q_target < 1:
-        raise ValueError(f"--q-target is a mean cosine between 0 and 1, such as 0.999, got {q_target}")
-    if q_target is not None and (more := [flag for flag in given if flag != "--q-group-size"]):
-        raise ValueError(f"--q-target chooses the bits of each layer itself; leave {', '.join(more)} out")
     if isinstance(recipe, str) and settings["--q-mode"] is not None:
         raise ValueError(f"recipes have affine bits only; leave --q-mode {settings['--q-mode']} out")
     if isinstance(recipe, str) and settings["--q-bits"] is not None:
         raise ValueError(f"--quant-predicate {recipe} sets the bits; leave --q-bits out")
-    if calibration is not None and not verify and q_target is None:
-        raise ValueError("--calibration is for --q-target and for the fidelity report; without both leave it out")
+    if calibration is not None and not verify:
+        raise ValueError("--calibration is for the fidelity report; without it leave it out")
 
 
 def _check_bits(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
@@ -257,11 +240,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"more bits where they matter: {', '.join(RECIPES)}",
     )
-    add("--q-target", type=float, metavar="X", help="choose each layer's bits to reach this mean token cosine: 0.999")
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
 
     add = parser.add_argument_group("fidelity").add_argument
-    add("--calibration", metavar="DIR", help="images for --q-target and the report (default: four bundled photographs)")
+    add("--calibration", metavar="DIR", help="images for the report (default: four bundled photographs)")
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
     add = parser.add_argument_group("layout and output").add_argument

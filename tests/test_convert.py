@@ -74,13 +74,9 @@ def test_each_flag_is_a_keyword():
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "nvfp4"}, "leave --q-mode nvfp4 out"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "q_bits must be 4 with q_mode mxfp4"),
-        ({"q_target": 1.0}, "between 0 and 1, such as 0.999, got 1.0"),
-        ({"q_target": 0.999, "q_bits": 4}, "--q-target chooses the bits of each layer itself; leave --q-bits out"),
-        ({"q_target": 0.999, "quant_predicate": "mixed_3_6"}, "leave --quant-predicate out"),
-        ({"q_target": 0.999, "dequantize": True}, "not both"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
-        ({"calibration": "images", "verify": False}, "--calibration is for --q-target and for the fidelity report"),
+        ({"calibration": "images", "verify": False}, "--calibration is for the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
         ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
     ],
@@ -98,13 +94,12 @@ def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_i
         convert(ENCODER, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["fidelity report", "target"])
-def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
+def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"broken\.jpg"):
-        convert(ENCODER, tmp_path / "mlx", calibration=images, **options)
+        convert(ENCODER, tmp_path / "mlx", calibration=images)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

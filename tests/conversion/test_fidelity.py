@@ -205,9 +205,7 @@ def test_compare_prints_a_table_or_json(capsys):
     assert len(json.loads(capsys.readouterr().out)["activations"]) == 4
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["-q", "--q-bits", "8"], ["--q-target", "0.9"]], ids=["dense", "8 bits", "target"]
-)
+@pytest.mark.parametrize("flags", [[], ["-q", "--q-bits", "8"]], ids=["dense", "8 bits"])
 def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, capsys, flags):
     target = tmp_path / "out"
     assert cli.main(["convert", "--hf-path", str(scaled(np.nan)), "--mlx-path", str(target), *flags]) == 2
