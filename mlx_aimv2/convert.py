@@ -24,6 +24,7 @@ from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.commands import flags
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
+from mlx_aimv2.conversion.blockwise import run_blockwise
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 from mlx_aimv2.safe_read import expand_user
@@ -103,14 +104,15 @@ def convert(
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
-    reference = fidelity.run_reference(hf_path, images, revision=revision) if images else None
+    reference = fidelity.run_reference(source.reopened(), images) if images else None
 
     with atomic_folder(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         report = None
         if reference is not None:
             log("[INFO] Comparing with the source in float32")
-            report = fidelity.compare_with(reference, place, images, name=target.name)
+            written = run_blockwise(read_source(place), images, name=target.name)
+            report = fidelity.report(reference, written, images)
             write_json(place / fidelity.FILE, report)
             log(fidelity.table(report))
         model_card.write(place, source=source, config=config, report=report, hub_name=upload_repo)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.config import dtype_name
-from mlx_aimv2.loading import AnyModel, load, read_source
+from mlx_aimv2.loading import AnyModel, Source
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, run_blocks, unit_length
 from mlx_aimv2.processor import Aimv2Processor
 
@@ -62,25 +62,22 @@ class BlockwiseRun:
 
 
 def run_blockwise(
-    path_or_hf_repo: str | os.PathLike[str],
+    source: Source,
     images: Sequence[str | os.PathLike[str]],
     *,
-    revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
     inside: bool = False,
     name: str | None = None,
 ) -> BlockwiseRun:
-    """Runs a checkpoint on images: `path or Hub name, B images -> BlockwiseRun`.
+    """Runs a checkpoint on images, using up its weights: `Source, B images -> BlockwiseRun`.
 
     With `inside` the peaks include the inputs and outputs of the layers in a block. `name` is the model's name in
     reports, else the repository's or the folder's name.
     """
-    source = read_source(path_or_hf_repo, revision=revision)
-    stored_bytes = sum(array.nbytes for array in source.weights.values())
-    parameters = source.parameters
+    stored_bytes, parameters = source.stored_bytes, source.parameters
     name = name or source.origin.repo or source.origin.folder.resolve().name
-    del source
-    model, processor = load(path_or_hf_repo, revision=revision, dtype=dtype, lazy=True)
+    loaded = source.load(dtype=dtype, lazy=True)
+    model, processor = loaded.model, loaded.processor
     peaks: dict[str, float] = {}
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
     states = [vision.embed(processor(os.fspath(image))) for image in images]

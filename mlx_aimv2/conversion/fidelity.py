@@ -18,6 +18,7 @@ from mlx_aimv2 import __version__
 from mlx_aimv2.conversion.blockwise import BlockwiseRun, Floats, cosines, run_blockwise, token_cosines
 from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
 from mlx_aimv2.find_images import list_images
+from mlx_aimv2.loading import Source, read_source
 
 FILE = REPORT
 
@@ -40,29 +41,17 @@ def compare(
     `images` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
     whole. Raises ValueError where the two give features of different shapes.
     """
-    images = list(images) if images is not None else list(choose_images(None))
-    return compare_with(run_reference(reference, images, revision=revision), other, images)
+    images = images if images is not None else choose_images(None)
+    run = run_reference(read_source(reference, revision=revision), images)
+    return report(run, run_blockwise(read_source(other), images), images)
 
 
-def compare_with(
-    reference: BlockwiseRun,
-    other: str | os.PathLike[str],
-    images: Sequence[str | os.PathLike[str]],
-    *,
-    name: str | None = None,
-) -> dict[str, Any]:
-    """Runs a model and compares it with its reference: `-> the content of fidelity.json`; `name` is the model's."""
-    return report(reference, run_blockwise(other, images, name=name), images)
+def run_reference(source: Source, images: Sequence[str | os.PathLike[str]]) -> BlockwiseRun:
+    """Runs the reference in float32, using up its weights.
 
-
-def run_reference(
-    path_or_hf_repo: str | os.PathLike[str],
-    images: Sequence[str | os.PathLike[str]],
-    *,
-    revision: str | None = None,
-) -> BlockwiseRun:
-    """Runs the reference in float32. Raises ValueError, with the first block where it happens, for NaN or infinity."""
-    run = run_blockwise(path_or_hf_repo, images, revision=revision, dtype="float32", inside=True)
+    Raises ValueError, with the first block where it happens, for NaN or infinity.
+    """
+    run = run_blockwise(source, images, dtype="float32", inside=True)
     for block, peak in run.peaks.items():
         if not np.isfinite(peak):
             raise ValueError(

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_aimv2.loading import load
+from mlx_aimv2.loading import load, resample_positions
 from mlx_aimv2.pretrain import state
 from mlx_aimv2.pretrain.objective import Pretraining
 from mlx_aimv2.tokenizer import Tokenizer
@@ -27,36 +26,22 @@ def tokenizer_of(checkpoint: Path) -> Tokenizer | None:
 def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
     """Fills the model from an earlier run's checkpoint; returns whether there was a decoder, in CHECKPOINT.training.
 
-    Position tables are stretched to the new number of patches. Raises ValueError for an encoder of other sizes.
+    Position tables are resampled to the new number of patches. Raises ValueError for an encoder of other sizes.
     """
     earlier, _ = load(checkpoint, dtype="float32")
     weights = {f"encoder.{name}": array for name, array in _flat(earlier.vision) if not name.startswith("head.")}
     decoder = state.model_weights(state.place_of(Path(checkpoint)), prefix="decoder.")
     weights |= decoder
     table = "encoder.pos_embed"
-    if table in weights and model.encoder.config.num_patches is not None:
-        weights[table] = stretched(weights[table], model.encoder.config.num_patches)
+    if table in weights and (patches := model.encoder.config.num_patches) is not None:
+        old, new = math.isqrt(weights[table].shape[0]), math.isqrt(patches)
+        weights[table] = resample_positions(weights[table], (old, old), (new, new))
     shapes = {name: array.shape for name, array in _flat(model)}
     for name, array in weights.items():
         if shapes.get(name) != array.shape:
             raise ValueError(f"{checkpoint}: {name} is {array.shape}, this run's is {shapes.get(name)}; give its sizes")
     model.load_weights(list(weights.items()), strict=False)
     return bool(decoder)
-
-
-def stretched(table: mx.array, patches: int) -> mx.array:
-    """A square grid's positions for a square grid of another size, bicubic: `(N, D), M -> (M, D)`."""
-    from PIL import Image
-
-    old, new = math.isqrt(table.shape[0]), math.isqrt(patches)
-    if old == new:
-        return table
-    grid = np.array(table).reshape(old, old, -1)
-    planes = [
-        np.asarray(Image.fromarray(grid[:, :, d]).resize((new, new), Image.Resampling.BICUBIC))
-        for d in range(grid.shape[2])
-    ]
-    return mx.array(np.stack(planes, axis=-1).reshape(new * new, -1))
 
 
 def _flat(model: Any) -> list[tuple[str, mx.array]]:

@@ -109,15 +109,15 @@ CHECKPOINTS = (
     Mutation(
         "the report on fidelity compares the source with itself",
         "mlx_aimv2/conversion/fidelity.py",
-        "return report(reference, run_blockwise(other, images, name=name), images)",
-        "return report(reference, reference, images)",
+        "return report(run, run_blockwise(read_source(other), images), images)",
+        "return report(run, run, images)",
         ("tests/conversion/test_fidelity.py",),
     ),
     Mutation(
         "the reference of the report runs in the checkpoint's dtype",
         "mlx_aimv2/conversion/fidelity.py",
-        'revision=revision, dtype="float32", inside=True)',
-        "revision=revision, inside=True)",
+        'run_blockwise(source, images, dtype="float32", inside=True)',
+        "run_blockwise(source, images, inside=True)",
         ("tests/conversion/test_fidelity.py",),
     ),
     Mutation(
