@@ -26,7 +26,7 @@ _BIAS_KEYS = ("qkv_bias", "mlp_bias", "use_bias")
 _OTHER_KEYS = ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta")
 """Keys of encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL)."""
 
-_APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
+APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
 """Apple's name of a field -> Hugging Face's."""
 
 _TIMM_ARGUMENTS = {
@@ -264,7 +264,7 @@ def _read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json says hidden_act: {activation!r:.60}; AIMv2 uses silu, so this is another network"
         )
     types = {f.name: str(f.type) for f in fields(kind)}
-    named = {_APPLE_NAMES.get(key, key): value for key, value in section.items()}
+    named = {APPLE_NAMES.get(key, key): value for key, value in section.items()}
     found = {name: _checked(name, named[name], types[name]) for name in types if named.get(name) is not None}
     return found | ({"image_size": None} if section.get("is_native") else {})
 

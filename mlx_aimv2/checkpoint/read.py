@@ -294,6 +294,6 @@ def _read_pickle(file: Path) -> dict[str, mx.array]:
 
 
 def _short(error: Exception) -> str:
-    """One line of an error that may quote a stranger's file at length."""
+    """One line of an error that may quote an untrusted file at length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}…"

@@ -62,9 +62,7 @@ def fuse(
         folder.save_weights(place, _weights(loaded.model))
         config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         folder.save_config(place, config)
-        folder.copy_auxiliary_files(source.origin.folder, place)
-        if not (place / "preprocessor_config.json").is_file():
-            source.processor().save_to(place)
+        folder.save_beside(place, source)
         model_card.write(place, source=source, config=config, report=None, hub_name=None)
     return target
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.conversion import pytorch_folder
+from mlx_aimv2.conversion.folder import save_pytorch
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain import contrastive, optimise, state
@@ -183,7 +183,7 @@ def fit(
 def write_pair(model: Aimv2Model, output: Path, tokenizer: Tokenizer) -> None:
     """A folder in Apple's layout: weights in float32, config.json, preprocessor_config.json, the tokenizer."""
     with atomic_folder(output) as folder:
-        pytorch_folder.save_model(model.config, _flat(model.parameters()), folder, layout="apple", dtype=mx.float32)
+        save_pytorch(model.config, _flat(model.parameters()), folder, layout="apple", dtype=mx.float32)
         vision = model.config.vision_config
         Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size).save_to(folder)
         save_tokenizer(tokenizer.backend, folder, context=model.config.text_config.max_position_embeddings)

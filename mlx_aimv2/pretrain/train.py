@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import x86_training
-from mlx_aimv2.conversion import pytorch_folder
+from mlx_aimv2.conversion.folder import save_pytorch
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain import optimise, state
@@ -195,7 +195,7 @@ def write_encoder(encoder: Aimv2VisionModel, output: Path, *, tokenizer: Tokeniz
     config = encoder.config
     with atomic_folder(output) as folder:
         weights: Any = tree_flatten(encoder.parameters())
-        pytorch_folder.save_model(config, weights, folder, layout="apple", dtype=mx.float32)
+        save_pytorch(config, weights, folder, layout="apple", dtype=mx.float32)
         Aimv2Processor(published(config.image_size), patch_size=config.patch_size).save_to(folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
