@@ -24,7 +24,6 @@ from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.commands import flags
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion import fidelity, folder, model_card
-from mlx_aimv2.conversion.blockwise import run_blockwise
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 from mlx_aimv2.safe_read import expand_user
@@ -105,7 +104,9 @@ def convert(
         report = None
         if reference is not None:
             log("[INFO] Comparing with the source in float32")
-            report = fidelity.report(reference, run_blockwise(read_source(place), images, name=target.name), images)
+            report = fidelity.report(
+                reference, fidelity.run_blockwise(read_source(place), images, name=target.name), images
+            )
             write_json(place / fidelity.FILE, report)
             log(fidelity.table(report))
         model_card.write(place, source=source, config=config, report=report, hub_name=upload_repo)
@@ -178,22 +179,6 @@ def _write(
         folder.save_config(place, config)
     folder.save_beside(place, source)
     return config
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line of the converter; returns the exit code."""
-    from mlx_aimv2.cli import one_line_errors
-
-    return one_line_errors(lambda: run_command(sys.argv[1:] if argv is None else argv))
-
-
-def run_command(argv: list[str]) -> int:
-    """The same, with errors as exceptions."""
-    from mlx_aimv2.cli import Parser
-
-    parser = Parser(prog="mlx_aimv2.convert", description=HELP, example=EXAMPLE)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -205,29 +205,35 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     """
     device.check_process()
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
-    match = _naming(origin, lambda: detect.recognise(origin.shapes))
+    try:
+        return _checked(origin)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def _checked(origin: checkpoint.Checkpoint) -> Source:
+    match = detect.recognise(origin.shapes)
     if extra := detect.classifier(origin.shapes, match):
         warnings.warn(
-            f"{origin}: a classifier is left out ({detect.listed(extra)}); the encoder is taken", stacklevel=2
+            f"{origin}: a classifier is left out ({detect.listed(extra)}); the encoder is taken", stacklevel=3
         )
         origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
     sizes = detect.sizes(match.target_shapes(origin.shapes))
-    config = _naming(origin, lambda: read_config(origin.config, sizes))
+    config = read_config(origin.config, sizes)
     if others := detect.disagreements(config, sizes):  # before a model of sizes that nobody checked is built
-        raise ValueError(f"{origin}: config.json and the weights are of different sizes: {'; '.join(others)}")
+        raise ValueError(f"config.json and the weights are of different sizes: {'; '.join(others)}")
     model = build(config)
     if quantization is not None:
-        _naming(origin, lambda: quantize.check_section(quantization, quantize.layers(model)))
-        _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
+        quantize.check_section(quantization, quantize.layers(model))
+        quantize.apply_structure(model, quantization, origin.tensors)
     wanted = parameter_shapes(model)
     wanted_source = match.source_shapes(wanted)
     if lines := detect.differences(wanted_source, origin.shapes, match):
-        raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
+        raise ValueError(f"the tensors are not those of this model: {'; '.join(lines)}")
     packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
-    _naming(origin, lambda: origin.check_dtypes(wanted_source, packed))
-    weights = match.to_target(origin.tensors, wanted)
-    return Source(origin, config, match, weights, quantization)
+    origin.check_dtypes(wanted_source, packed)
+    return Source(origin, config, match, match.to_target(origin.tensors, wanted), quantization)
 
 
 def build(config: AnyConfig) -> AnyModel:
@@ -327,11 +333,3 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 
 def _dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
     return next(array.dtype for name, array in weights.items() if name.endswith("patch_embed.proj.weight"))
-
-
-def _naming(origin: checkpoint.Checkpoint, step: Any) -> Any:
-    """Runs one step and puts the checkpoint's name before its error."""
-    try:
-        return step()
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None

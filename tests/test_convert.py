@@ -204,7 +204,7 @@ def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, 
 
 
 def test_the_converters_own_command_is_the_same(tmp_path, capsys):
-    assert converter.main(["--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
+    assert cli.main(["convert", "--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("mlx-aimv2: these layers do not divide")
     assert not list(tmp_path.iterdir())
 

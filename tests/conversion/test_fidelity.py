@@ -12,8 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2.conversion import fidelity
-from mlx_aimv2.conversion.blockwise import BlockwiseRun, cosines, run_blockwise, text_ids
-from mlx_aimv2.conversion.fidelity import MOST_IMAGES, choose_images
+from mlx_aimv2.conversion.fidelity import MOST_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 from tests.small_encoder import small_encoder
