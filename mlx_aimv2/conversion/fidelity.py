@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,9 +31,8 @@ from mlx_aimv2.processor import Aimv2Processor
 
 FILE = REPORT
 
-MOST_IMAGES = 32
+MAX_IMAGES = 32
 """Of a folder with more images this many are taken, evenly spread over their sorted names."""
-
 
 TEXTS = (
     "a photo of a cat",
@@ -52,9 +51,8 @@ class BlockwiseRun:
     """The features and the range of activations of one model.
 
     `tokens` one (N, D) for each image, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
-    gives them; `text_vectors` (T, E), `text_tokens` T arrays (L, D) and `logits` (B, T) for LiT alone. `peaks` the
-    largest absolute value of each block's output, or of everything between its layers too. `stored_bytes` of all
-    tensors on disk.
+    gives them; `text_vectors` (T, E) and `logits` (B, T) for LiT alone. `peaks` the largest absolute value of each
+    block's output, or of everything between its layers too. `stored_bytes` of all tensors on disk.
     """
 
     name: str
@@ -65,7 +63,6 @@ class BlockwiseRun:
     vectors: Floats
     peaks: dict[str, float]
     text_vectors: Floats | None = None
-    text_tokens: list[Floats] = field(default_factory=list)
     logits: Floats | None = None
 
     @property
@@ -126,34 +123,22 @@ def run_blockwise(
     peaks: dict[str, float] = {}
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
     states = [vision.embed(processor(os.fspath(image))) for image in images]
-    states = run_encoder(vision, states, peaks, inside=inside, prefix=prefix)
+    states = _run_encoder(vision, states, peaks, inside=inside, prefix=prefix)
     vectors = mx.concatenate([_image_vector(model, state) for state in states])
-    tokens = [_float64(state[0]) for state in states]
     text_vectors = logits = None
-    text_tokens: list[Floats] = []
     if isinstance(model, Aimv2Model):
         ids = text_ids(model, processor)
         text = model.text_model
-        texts = run_encoder(text, [text.embed(row) for row in ids], peaks, inside=inside, prefix="text_model.")
+        texts = _run_encoder(text, [text.embed(row) for row in ids], peaks, inside=inside, prefix="text_model.")
         # Nothing is padded, so EOS is the last token.
         embeds = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
         logits = _float64(model.logits(unit_length(vectors), unit_length(embeds)))
-        text_vectors, text_tokens = _float64(embeds), [_float64(state[0]) for state in texts]
-    return BlockwiseRun(
-        name,
-        dtype_name(model.dtype),
-        parameters,
-        stored_bytes,
-        tokens,
-        _float64(vectors),
-        peaks,
-        text_vectors,
-        text_tokens,
-        logits,
-    )
+        text_vectors = _float64(embeds)
+    tokens, kind = [_float64(state[0]) for state in states], dtype_name(model.dtype)
+    return BlockwiseRun(name, kind, parameters, stored_bytes, tokens, _float64(vectors), peaks, text_vectors, logits)
 
 
-def run_encoder(
+def _run_encoder(
     encoder: Aimv2VisionModel | Aimv2TextModel,
     states: list[mx.array],
     peaks: dict[str, float],
@@ -200,7 +185,7 @@ def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
 def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     """Two runs on the same images as the content of fidelity.json."""
     _check_comparable(reference, other)
-    tokens = token_cosines(reference.tokens, other.tokens)
+    tokens = np.concatenate([cosines(*pair) for pair in zip(reference.tokens, other.tokens, strict=True)])
     found: dict[str, Any] = {
         "reference": _about(reference),
         "model": _about(other),
@@ -230,8 +215,8 @@ def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
     files = [Path(file) for file in list_images([folder]).files]
     if not files:
         raise FileNotFoundError(f"{folder}: no images in this folder")
-    if len(files) > MOST_IMAGES:
-        files = [files[i * len(files) // MOST_IMAGES] for i in range(MOST_IMAGES)]
+    if len(files) > MAX_IMAGES:
+        files = [files[i * len(files) // MAX_IMAGES] for i in range(MAX_IMAGES)]
     return files
 
 
@@ -334,11 +319,6 @@ def cosines(a: Floats, b: Floats) -> Floats:
         values = (a * b).sum(axis=-1) / lengths
     clipped: Floats = np.clip(np.where(np.isfinite(values), values, 0.0), -1.0, 1.0)
     return clipped
-
-
-def token_cosines(a: Sequence[Floats], b: Sequence[Floats]) -> Floats:
-    """Cosines of all tokens of several images or texts, one after another."""
-    return np.concatenate([cosines(*pair) for pair in zip(a, b, strict=True)])
 
 
 def _image_vector(model: AnyModel, state: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import bundled, cli, load
 from mlx_aimv2.conversion import fidelity
-from mlx_aimv2.conversion.fidelity import MOST_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
+from mlx_aimv2.conversion.fidelity import MAX_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 from tests.small_encoder import small_encoder
@@ -184,10 +184,10 @@ def test_the_table_is_short_and_nothing_names_a_path():
 
 
 def test_of_many_images_some_are_taken_from_all_over(tmp_path):
-    for i in range(3 * MOST_IMAGES):
+    for i in range(3 * MAX_IMAGES):
         (tmp_path / f"{i:03}.png").touch()
     names = [path.name for path in choose_images(tmp_path)]
-    assert len(names) == MOST_IMAGES
+    assert len(names) == MAX_IMAGES
     assert names[:2] == ["000.png", "003.png"]
 
 
