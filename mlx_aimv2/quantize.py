@@ -108,9 +108,8 @@ def check(model: nn.Module, quantization: Quantization) -> None:
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that MLX could quantize, by path, in the order of the network."""
-    found = {path: layer for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
-    return dict(sorted(found.items(), key=_in_order))
+    """The layers that MLX could quantize, by path."""
+    return {path: layer for path, layer in sorted(model.named_modules()) if hasattr(layer, "to_quantized")}
 
 
 def check_section(quantization: object, known: Container[str]) -> None:
@@ -251,11 +250,6 @@ def _depths(paths: Iterable[str]) -> dict[str, int]:
         if found:
             depths[encoder] = max(depths.get(encoder, 0), int(rest.split(".")[0]) + 1)
     return depths
-
-
-def _in_order(item: tuple[str, nn.Module]) -> list[tuple[int, str]]:
-    """Sorts `blocks.10` after `blocks.9`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
 
 
 def _or(choices: Iterable[Any]) -> str:

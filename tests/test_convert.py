@@ -111,6 +111,19 @@ def test_the_proof_is_given_on_the_images_of_ones_own(tmp_path):
     assert json.loads((folder / "fidelity.json").read_text())["images"] == ["mine.jpg"]
 
 
+def test_the_source_is_opened_once_whatever_becomes_of_it_meanwhile(tmp_path):
+    source = Path(shutil.copytree(FIXED, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+
+    def change(line):
+        if "Using dtype" in line:  # the source has been read
+            (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+
+    folder = convert(source, tmp_path / "mlx", log=change)
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == config["rms_norm_eps"]
+    assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["min"] == pytest.approx(1, abs=1e-12)
+
+
 def test_any_thread_may_convert(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
