@@ -25,7 +25,6 @@ from mlx.utils import tree_flatten
 from convert import make_emoji
 from mlx_aimv2 import bundled, cli
 from mlx_aimv2.conversion import folder as mlx_folder
-from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.loading import load
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
@@ -253,7 +252,7 @@ def write_pair(pair: Path) -> None:
     model, _ = load(pair, dtype="float16")
     assert isinstance(model, Aimv2Model)
     weights: Any = tree_flatten(model.parameters())
-    pytorch_folder.save_model(model.config, weights, target, layout="apple", dtype=mx.float16)
+    mlx_folder.save_pytorch(model.config, weights, target, layout="apple", dtype=mx.float16)
     mlx_folder.copy_auxiliary_files(pair, target)
 
 

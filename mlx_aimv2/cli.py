@@ -133,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert_main() -> int:
-    """The command `mlx_aimv2.convert`, whose module is imported where Ctrl-C ends in one line already."""
-    return one_line_errors(lambda: int(import_module(VERBS["convert"][1]).run_command(sys.argv[1:])))
+    """The command `mlx_aimv2.convert`, the same as `mlx-aimv2 convert`."""
+    return main(["convert", *sys.argv[1:]])
 
 
 def parser(verb: str | None = None) -> ListParser:

@@ -3,7 +3,8 @@
 import pytest
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.checkpoint.config_json import disagreements, read_config
+from mlx_aimv2.checkpoint.detect import disagreements, sizes
+from mlx_aimv2.config import read_config as read
 
 SIZES = {"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 5}
 APPLE = {**SIZES, "model_type": "aimv2", "num_channels": 3, "patch_size": 14, "rms_norm_eps": 1e-5, "use_bias": False}
@@ -14,6 +15,10 @@ SHAPES = {
     "blocks.2.norm1.weight": (60,),
 }
 NATIVE_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "pos_embed"}
+
+
+def read_config(raw, shapes):
+    return read(raw, sizes(shapes))
 
 
 def test_defaults_are_large_224():
@@ -111,7 +116,7 @@ def test_what_is_written_is_read_again(config):
 
 def test_every_disagreement_is_named():
     config = read_config({**APPLE, "image_size": 56, "num_hidden_layers": 4}, SHAPES)
-    assert disagreements(config, SHAPES) == [
+    assert disagreements(config, sizes(SHAPES)) == [
         "num_hidden_layers is 4, the weights say 3",
         "image_size is 56, the weights say 42",
     ]

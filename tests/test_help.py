@@ -90,10 +90,7 @@ def test_the_converters_own_command_shows_the_same_help():
     command = [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert not run.stderr
-    assert (
-        run.stdout.replace("mlx_aimv2.convert", "mlx-aimv2 convert")
-        == cli.parser("convert").verbs.choices["convert"].format_help()
-    )
+    assert run.stdout == cli.parser("convert").verbs.choices["convert"].format_help()
 
 
 def test_a_shells_completion_is_made_from_the_parser():

@@ -10,6 +10,7 @@ from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pipeline import embed_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.prefetch import MAX_PATCHES
+from mlx_aimv2.loading import Loaded, read_source
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Settings:
 class Embedder:
     """A model with its settings; `description` says of them what JSON holds and `provenance.differences` compares."""
 
-    loaded: provenance.Loaded
+    loaded: Loaded
     pooling: Pooling
     max_patches: int
     description: dict[str, Any]
@@ -37,7 +38,7 @@ class Embedder:
     @classmethod
     def load(cls, settings: Settings, *, decode: str = "fast") -> Embedder:
         """Loads the checkpoint and records `decode`. Raises ValueError for settings that it cannot meet."""
-        loaded = provenance.load_with_origin(settings.model, revision=settings.revision, dtype=settings.dtype)
+        loaded = read_source(settings.model, revision=settings.revision).load(dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
         description = provenance.describe(loaded, pooling, max_patches=max_patches, decode=decode)

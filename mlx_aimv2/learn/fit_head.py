@@ -20,7 +20,6 @@ import mlx.core as mx
 from mlx_aimv2 import __version__, x86_training
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.prefetch import MIN_PATCHES
-from mlx_aimv2.embed.provenance import load_with_origin
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.learn import head_card, head_folder
 from mlx_aimv2.learn import options as asked
@@ -28,11 +27,11 @@ from mlx_aimv2.learn.data import DataError, Dataset, listed, one_image
 from mlx_aimv2.learn.evaluation import decoded
 from mlx_aimv2.learn.fine_tune import fine_tune
 from mlx_aimv2.learn.frozen import train_on_features
-from mlx_aimv2.learn.image_size import at_size
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.options import Options
 from mlx_aimv2.learn.run import Run
 from mlx_aimv2.learn.task import Task, find_task, guess_task
+from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, check_training_folder
 
 
@@ -86,7 +85,7 @@ def fit(
     training = check_training_folder(target, resume=resume)
     dataset = _dataset(found, source, labels, say)
     ranks = Ranks()
-    loaded = load_with_origin(os.fspath(model), revision=revision, dtype=_dtype(kind, dtype))
+    loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
     vision, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.NEEDS_SIZE)
     config = vision.config
     rows, columns = grid_of(processor)

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder, model_card
-from mlx_aimv2.embed.provenance import load_with_origin
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.learn import head_folder, lora
 from mlx_aimv2.loading import read_source
@@ -43,7 +42,7 @@ def fuse(
     if name is None:
         raise ValueError(f"{source_folder} does not say which encoder it is for: give --model")
     revision = revision or (info["encoder"].get("commit") if info and model is None else None)
-    loaded = load_with_origin(name, revision=revision)
+    loaded = read_source(name, revision=revision).load()
     if info:
         head_folder.check_encoder(source_folder, info["encoder"], loaded)
     if info.get("fine_tune_type") == "full":
@@ -57,14 +56,12 @@ def fuse(
     else:
         lora.load_adapters(loaded.model.vision, source_folder)
         lora.remove_adapters(loaded.model.vision)
-    source = read_source(name, revision=revision)
+    source = loaded.source
     with atomic_folder(target) as place:
         folder.save_weights(place, _weights(loaded.model))
         config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         folder.save_config(place, config)
-        folder.copy_auxiliary_files(source.origin.folder, place)
-        if not (place / "preprocessor_config.json").is_file():
-            source.processor().save_to(place)
+        folder.save_beside(place, source)
         model_card.write(place, source=source, config=config, report=None, hub_name=None)
     return target
 

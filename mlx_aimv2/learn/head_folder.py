@@ -17,17 +17,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_aimv2.embed.provenance import Loaded, differences, fingerprint, load_with_origin
+from mlx_aimv2.embed.provenance import differences, fingerprint
 from mlx_aimv2.files import expand_user, read_text
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.image_size import at_size
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
+from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
+
+POSITIONS = "timm"
+"""How positions are resampled for another image size (`loading.resample_positions`), where that was needed."""
 
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
@@ -109,12 +112,12 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     wanted = info["encoder"]
     name = model or str(wanted.get("checkpoint"))
     try:
-        loaded = load_with_origin(
-            name, revision=None if model else wanted.get("commit"), dtype=dtype or wanted.get("dtype")
-        )
+        source = read_source(name, revision=None if model else wanted.get("commit"))
+        loaded = source.load(dtype=dtype or wanted.get("dtype"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
     check_encoder(folder, wanted, loaded)
+    _check_positions(folder, info, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.NEEDS_SIZE)
     if info["fine_tune_type"] in lora.KINDS:
         lora.load_adapters(vision, folder)
@@ -149,7 +152,9 @@ def make_head(task: Task, info: Mapping[str, Any], loaded: Loaded) -> nn.Module:
 def describe_encoder(loaded: Loaded, processor: Aimv2Processor) -> dict[str, Any]:
     """What head.json keeps of an encoder, so that no other one is taken for it."""
     preprocessing = json.loads(json.dumps(asdict(processor.preprocessing)))
-    return {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
+    described = {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
+    own, final = loaded.model.vision.config.image_size, processor.preprocessing.final_size
+    return described | ({"positions": POSITIONS} if own is not None and final != (own, own) else {})
 
 
 def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> None:
@@ -161,6 +166,16 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
+
+
+def _check_positions(folder: Path, info: Mapping[str, Any], loaded: Loaded) -> None:
+    """Raises ValueError for a head whose encoder got its positions for another image size by another rule than ours."""
+    own, size = loaded.model.vision.config.image_size, info["image_size"]
+    if own not in (None, size) and info["encoder"].get("positions") != POSITIONS:
+        raise ValueError(
+            f"{folder} was fitted on images of {size} pixels, its encoder is for {own}, and its positions came from "
+            "another rule (earlier versions did not antialias them): fit it again with mlx-aimv2 fit"
+        )
 
 
 def _save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:

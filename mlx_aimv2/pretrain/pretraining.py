@@ -18,10 +18,10 @@ import numpy as np
 
 from mlx_aimv2 import x86_training
 from mlx_aimv2.config import Aimv2TextConfig
-from mlx_aimv2.conversion import pytorch_folder
+from mlx_aimv2.conversion.folder import save_pytorch
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import atomic_folder, check_target
-from mlx_aimv2.loading import AnyModel, load
+from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain.captioned import Data
@@ -175,7 +175,7 @@ def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | No
     vision = model.vision.config
     with atomic_folder(output) as folder:
         weights = list(flat(model.parameters()).items())
-        pytorch_folder.save_model(model.config, weights, folder, layout="apple", dtype=mx.float32)
+        save_pytorch(model.config, weights, folder, layout="apple", dtype=mx.float32)
         Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size).save_to(folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
@@ -236,7 +236,7 @@ def tokenizer_of(checkpoint: Path) -> Tokenizer | None:
 def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
     """Fills the model from an earlier run's checkpoint; returns whether there was a decoder, in CHECKPOINT.training.
 
-    Position tables are stretched to the new number of patches. Raises ValueError for an encoder of other sizes.
+    Position tables are resampled to the new number of patches. Raises ValueError for an encoder of other sizes.
     """
     earlier, _ = load(checkpoint, dtype="float32")
     weights = {
@@ -247,26 +247,12 @@ def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
     decoder = saved_weights(Path(checkpoint), prefix="decoder.")
     weights |= decoder
     table = "encoder.pos_embed"
-    if table in weights and model.encoder.config.num_patches is not None:
-        weights[table] = stretched(weights[table], model.encoder.config.num_patches)
+    if table in weights and (patches := model.encoder.config.num_patches) is not None:
+        old, new = math.isqrt(weights[table].shape[0]), math.isqrt(patches)
+        weights[table] = resample_positions(weights[table], (old, old), (new, new))
     shapes = {name: array.shape for name, array in flat(model.parameters()).items()}
     for name, array in weights.items():
         if shapes.get(name) != array.shape:
             raise ValueError(f"{checkpoint}: {name} is {array.shape}, this run's is {shapes.get(name)}; give its sizes")
     model.load_weights(list(weights.items()), strict=False)
     return bool(decoder)
-
-
-def stretched(table: mx.array, patches: int) -> mx.array:
-    """A square grid's positions for a square grid of another size, bicubic: `(N, D), M -> (M, D)`."""
-    from PIL import Image
-
-    old, new = math.isqrt(table.shape[0]), math.isqrt(patches)
-    if old == new:
-        return table
-    grid = np.array(table).reshape(old, old, -1)
-    planes = [
-        np.asarray(Image.fromarray(grid[:, :, d]).resize((new, new), Image.Resampling.BICUBIC))
-        for d in range(grid.shape[2])
-    ]
-    return mx.array(np.stack(planes, axis=-1).reshape(new * new, -1))

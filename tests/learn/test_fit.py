@@ -195,7 +195,7 @@ def test_writing_on_a_full_device_is_one_line(tmp_path):
         ({"fine_tune_type": "full", "mask_ratio": 1.0}, "--mask-ratio must be at least 0, below 1, got 1.0"),
         ({"fine_tune_type": "magic"}, "--fine-tune-type of classify must be linear, attentive, knn, lora, dora, full"),
         ({"recipe": "paper"}, "--recipe paper is for --fine-tune-type attentive"),
-        ({"image_size": 60}, "--image-size must be a multiple of the patch of 14 pixels.*take 56 or 70"),
+        ({"image_size": 60}, "image_size must be a multiple of the patch of 14 pixels.*take 56 or 70"),
         ({"labels": ["digit 0", "digit 1"]}, "the label digit 2 is not in the list digit 0, digit 1"),
         ({"resume": True}, "nothing to resume"),
         (
