@@ -81,6 +81,7 @@ def lit(
         file.unlink(missing_ok=True)
     if ranks.rank == 0:
         write_checkpoint(model, output, tokenizer=tokenizer)
+        state.path.unlink(missing_ok=True)
     return model
 
 

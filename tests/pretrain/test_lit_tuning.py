@@ -84,6 +84,32 @@ def test_only_what_is_not_the_trunk_changes(folder, encoder, processor, tmp_path
     assert float(pair.logit_scale.item()) != pytest.approx(np.log(1 / 0.07), abs=1e-6)
 
 
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folder, encoder, processor, tmp_path):
+    settings = replace(SETTINGS, save_every=2, log_every=1)
+    whole = lit(open_data(folder), encoder, processor, tmp_path / "whole", settings=settings)
+
+    def stopped(line):
+        if line.startswith("step 5 "):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lit(open_data(folder), encoder, processor, tmp_path / "part", settings=settings, report=stopped)
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        lit(open_data(folder), encoder, processor, tmp_path / "part", settings=settings)
+    other = Aimv2VisionModel(VISION)
+    initialise(other, 2, seed=7)
+    with pytest.raises(ValueError, match=r"was begun with encoder \w+, now \w+: resume with the same"):
+        lit(open_data(folder), other, processor, tmp_path / "part", settings=settings, resume=True)
+    resumed = lit(open_data(folder), encoder, processor, tmp_path / "part", settings=settings, resume=True)
+    found, wanted = (dict(tree_flatten(pair.parameters())) for pair in (resumed, whole))
+    assert all(mx.array_equal(found[name], array) for name, array in wanted.items())
+    assert sorted(file.name for file in (tmp_path / "part.training").iterdir()) == [
+        "log.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
 def test_the_cache_holds_what_the_trunk_gives(folder, encoder, processor, tmp_path):
     options = {"views": 3, "augmentation": Augmentation(), "seed": 1}
     found = cache_features(encoder, processor, open_data(folder), tmp_path / "f.npy", **options)
