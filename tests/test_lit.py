@@ -13,6 +13,8 @@ from mlx_aimv2.convert import convert
 from tests.exact import ALLOWED, NEAR, error, pair, roundings
 from tests.small_lit import CONFIG, REFERENCE, small_lit
 
+pytestmark = pytest.mark.rounding
+
 EOS = CONFIG.text_config.eos_token_id
 
 

@@ -9,6 +9,8 @@ from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel
 from mlx_aimv2.layers import sincos_positions
 from tests.exact import NEAR, roundings
 
+pytestmark = pytest.mark.rounding
+
 FIXED = Aimv2VisionConfig(60, 77, 3, 5, image_size=42)
 NATIVE = Aimv2VisionConfig(60, 77, 3, 5, is_native=True)
 

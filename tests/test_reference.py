@@ -10,6 +10,8 @@ from mlx_aimv2 import load
 from mlx_aimv2.model import EncoderOutput
 from tests.exact import ALLOWED, error, hidden_states
 
+pytestmark = pytest.mark.rounding
+
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 
 

@@ -18,6 +18,8 @@ from mlx_aimv2.index.writer import IndexWriter
 from tests.exact import NEAR, roundings
 from tests.programs import HANGS
 
+pytestmark = pytest.mark.rounding
+
 CHECKPOINT = bundled.emoji_checkpoint()
 TASKS = Path("/proc/self/task")
 CONFIG = Aimv2VisionConfig(22, 13, 3, 2, image_size=15, patch_size=5)

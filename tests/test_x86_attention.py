@@ -9,6 +9,8 @@ import pytest
 from mlx_aimv2 import layers, x86
 from tests.exact import EPS, roundings
 
+pytestmark = pytest.mark.rounding
+
 B, H, N, D, INNER = 2, 3, 7, 5, 11
 NEAR = 32 * EPS
 """Ten times float32's own error here, on several kernels of OpenBLAS."""

@@ -16,6 +16,8 @@ from mlx_aimv2.model import run_blocks
 from mlx_aimv2.x86 import IMAGES, TOKENS, Shards
 from tests.exact import ALLOWED, NEAR, error, pair, roundings
 
+pytestmark = pytest.mark.rounding
+
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 OPENBLAS = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libopenblas.so.0")
 

@@ -18,6 +18,8 @@ from mlx_aimv2.pretrain import optimise
 from mlx_aimv2.pretrain import train as training
 from mlx_aimv2.pretrain.train import take_step
 
+pytestmark = pytest.mark.rounding
+
 SIZES = {"tables": 41, "a": 13, "b": 11, "c": 7, "d": 5, "e": 3}
 
 

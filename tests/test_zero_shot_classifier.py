@@ -14,6 +14,8 @@ from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, load, ze
 from tests.exact import NEAR, roundings
 from tests.small_lit import CONFIG, GOLDEN, small_lit, write
 
+pytestmark = pytest.mark.rounding
+
 LABELS = ["cat", "dog", "red fox"]
 VISION_ONLY = GOLDEN / "reference" / "fixed"
 

@@ -12,6 +12,8 @@ from mlx_aimv2.pretrain.decoder import DecoderConfig
 from mlx_aimv2.pretrain.objective import Batch, Pretraining, initialise
 from mlx_aimv2.pretrain.prefix import draw_lengths, prefix_mask
 
+pytestmark = pytest.mark.rounding
+
 VISION = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
 DECODER = DecoderConfig(26, 17, 2, 2, vocab_size=31, max_position_embeddings=11)
 PATCHES = 9
