@@ -15,6 +15,8 @@ from mlx_aimv2.loading import build, read_source
 from mlx_aimv2.quantize import MODES, check, layers, pack, packed, plan, resolve, unpack
 from tests.small_encoder import small_encoder
 
+pytestmark = pytest.mark.rounding
+
 ENCODER = small_encoder()
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 VISION = Aimv2VisionConfig(64, 192, 17, 2, image_size=28)

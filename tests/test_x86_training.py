@@ -17,6 +17,8 @@ from mlx_aimv2.train import loop
 from mlx_aimv2.train.loop import Plan, train
 from mlx_aimv2.train.optimizer import Group, GroupedAdamW, clipped, groups_of
 
+pytestmark = pytest.mark.rounding
+
 SIZES = {"tables": 41, "a": 13, "b": 11, "c": 7, "d": 5, "e": 3}
 
 

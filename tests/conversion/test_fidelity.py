@@ -17,6 +17,8 @@ from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 from tests.small_encoder import small_encoder
 
+pytestmark = pytest.mark.rounding
+
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 ENCODER = small_encoder()
 IMAGES = bundled.photographs()[:2]

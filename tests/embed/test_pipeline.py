@@ -13,6 +13,8 @@ from mlx_aimv2.embed.pipeline import BATCH_TOKENS, CHUNK, embed, embed_chunks, s
 from mlx_aimv2.embed.pooling import Pooling
 from tests.image_files import image
 
+pytestmark = pytest.mark.rounding
+
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
 

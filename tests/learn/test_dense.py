@@ -16,6 +16,8 @@ from mlx_aimv2.learn.average_precision import Truth
 from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.loading import at_size
 
+pytestmark = pytest.mark.rounding
+
 SIZE = (67, 43)  # height and width of the one image
 BOX = (11, 23, 37, 59)
 TASKS = (segment, detect)

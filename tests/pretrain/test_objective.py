@@ -9,6 +9,8 @@ from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain import objective
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise, prefix_mask
 
+pytestmark = pytest.mark.rounding
+
 VISION = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
 DECODER = DecoderConfig(26, 17, 2, 2, vocab_size=31, max_position_embeddings=11)
 PATCHES = 9
