@@ -70,9 +70,9 @@ def _levels(rng: np.random.Generator, level: float, side: int, *, noise: float =
     return np.clip(rng.normal(level, noise, (side, side, 3)), 0, 255).astype(np.uint8)
 
 
-def write_labels(folder: Path, *, per_class: int = 6, side: int = 47) -> Path:
+def write_labels(folder: Path, *, per_class: int = 6, side: int = 47, seed: int = 11) -> Path:
     """A folder for each of three classes, which noise hardly hides; of six images four are for training."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(seed)
     for number, name in enumerate(("dark", "grey", "light")):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):

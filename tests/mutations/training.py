@@ -54,11 +54,12 @@ TRAINING = (
         FEATURES,
     ),
     Mutation(
-        "the cache of features ignores weights and dtype",
-        '"weights": fingerprint(model)["digest"],\n        "dtype": str(model.dtype),',
-        "",
+        "the cache of features ignores the weights",
+        '"weights": fingerprint(model)["digest"],\n        "dtype"',
+        '"dtype"',
         FEATURES,
     ),
+    Mutation("the cache of features ignores the dtype", '"dtype": str(model.dtype),\n        "pre', '"pre', FEATURES),
     Mutation(
         "every epoch of fit is in the same order",
         "np.random.default_rng([self.seed, epoch]).permutation",
