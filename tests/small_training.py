@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -293,6 +294,17 @@ def stopped_by(words: str):
         yield
     finally:
         sys.stderr = before
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """Whatever this process writes beyond so many bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
