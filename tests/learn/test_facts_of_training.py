@@ -107,6 +107,18 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(shop, task, 
     assert not output.with_name(f"{output.name}.training").exists()
 
 
+def test_the_best_state_outlives_an_interruption(shop):
+    """At a rate at which scores rise and then fall: the best state is neither the start nor the last one."""
+    settings = {"iters": 6, "batch_size": 4, "steps_per_eval": 1, "learning_rate": 1.0, "weight_decay": 0.0}
+    assert 0 < shop.info("segment", "linear", **settings)["settings"]["step"] < 4
+    output = shop.new()
+    keywords = {"task": "segment", "fine_tune_type": "linear", "cache": shop.folder / "cache", **settings}
+    with pytest.raises(KeyboardInterrupt):
+        fit(shop.data["segment"], shop.encoder, output, progress=stopping_at(5), **keywords)
+    fit(shop.data["segment"], shop.encoder, output, resume=True, **keywords)
+    assert result(output) == shop.bits("segment", "linear", **settings)
+
+
 def begun(shop, **settings):
     """The output and the keywords of a run by LoRA that was stopped in its first step, its start saved."""
     output = shop.new()

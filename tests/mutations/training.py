@@ -224,7 +224,7 @@ TRAINING = (
         "a resumed run of fit forgets the best state",
         "best, done = found.best, Progressed",
         "done = Progressed",
-        RESUMED,
+        fit("the_best_state_outlives_an_interruption"),
     ),
     Mutation(
         "gradients of accumulated batches are added",
