@@ -76,7 +76,7 @@ def test_every_argument_stands_in_a_group_with_a_title_and_has_words_of_its_own(
         assert group, title
         assert all(group.values()), title
     for name, (metavar, _) in flags(verbs[verb].format_help()).items():
-        assert metavar != name.lstrip("-").upper().replace("-", "_"), f"{name} has no word for its value"
+        assert "_" not in metavar, f"{name} has no word for its value"
 
 
 def test_usage_is_one_line_with_what_must_be_given(verbs):
