@@ -233,6 +233,12 @@ TRAINING = (
         fit("what_is_accumulated_is_the_mean_over_its_parts"),
     ),
     Mutation(
+        "--grad-checkpoint is ignored",
+        "checkpoint=options.grad_checkpoint,",
+        "",
+        fit("what_is_to_save_memory_saves_memory"),
+    ),
+    Mutation(
         "a resumed run of pretrain begins its moments anew",
         "    optimizer.state = state\n    mx.eval",
         "    mx.eval",
