@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import resource
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,9 +71,9 @@ def _levels(rng: np.random.Generator, level: float, side: int, *, noise: float =
     return np.clip(rng.normal(level, noise, (side, side, 3)), 0, 255).astype(np.uint8)
 
 
-def write_labels(folder: Path, *, per_class: int = 6, side: int = 47) -> Path:
+def write_labels(folder: Path, *, per_class: int = 6, side: int = 47, seed: int = 11) -> Path:
     """A folder for each of three classes, which noise hardly hides; of six images four are for training."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(seed)
     for number, name in enumerate(("dark", "grey", "light")):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
@@ -293,6 +294,17 @@ def stopped_by(words: str):
         yield
     finally:
         sys.stderr = before
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """Whatever this process writes beyond so many bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def moved(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:

@@ -63,10 +63,14 @@ def test_a_blas_of_several_threads_and_a_gpu_leave_one_shard(three_cores, monkey
     assert Shards.of((8, 256, 7)).streams == [None]
 
 
-def test_no_more_shards_than_mlx_runs_side_by_side(three_cores, monkeypatch):
-    three_cores(blas_threads=1)
-    monkeypatch.setattr(x86, "cpu_count", lambda: 64)
-    assert len(Shards.of((64, 256, 7)).streams) == x86.MAX_STREAMS
+def test_no_more_shards_than_mlx_runs_side_by_side(monkeypatch):
+    """In a thread of its own, which has not seen its cores before."""
+    for name, value in {"on_x86_cpu": True, "cpu_count": 64, "blas_threads": 1}.items():
+        monkeypatch.setattr(x86, name, lambda value=value: value)
+    with ThreadPoolExecutor(1) as pool:
+        own, default = pool.submit(lambda: (Shards.of((64, 256, 7)).streams, mx.default_stream(mx.cpu))).result()
+    assert len(own) == x86.MAX_STREAMS
+    assert default not in own, "a shard would wait for what the default stream adds up"
 
 
 def test_each_shard_is_a_core_of_its_own(three_cores):

@@ -12,38 +12,29 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import x86, x86_training
-from mlx_aimv2.train import loop
-from mlx_aimv2.train.loop import Plan, train
-from mlx_aimv2.train.optimizer import Group, GroupedAdamW, clipped, groups_of
-
-pytestmark = pytest.mark.rounding
+from mlx_aimv2 import cli, x86, x86_training
+from mlx_aimv2.learn import fit
+from mlx_aimv2.train.optimizer import Group, clipped
+from tests.small_training import CaptionWorkshop, Workshop, arrays, moved, weights, write_captions
 
 SIZES = {"tables": 41, "a": 13, "b": 11, "c": 7, "d": 5, "e": 3}
 
 
-def arrays(seed):
+def tables(seed):
     keys = mx.random.split(mx.random.key(seed), len(SIZES))
     return {name: mx.random.normal((size, 2), key=key) for (name, size), key in zip(SIZES.items(), keys, strict=True)}
-
-
-def test_no_shard_waits_for_what_the_default_stream_adds_up(three_cores):
-    three_cores(blas_threads=1)
-    own = x86.streams()
-    assert len(own) == 3
-    assert mx.default_stream(mx.cpu) not in own
 
 
 def test_arrays_go_to_the_core_that_was_given_least_the_largest_first(three_cores):
     three_cores(blas_threads=1)
     own, taken = x86.streams(), {}
-    balance = x86_training.Balance(arrays(1).values())
-    for name, x in arrays(1).items():
+    balance = x86_training.Balance(tables(1).values())
+    for name, x in tables(1).items():
         with balance.stream_for(x):
             taken[name] = own.index(mx.default_stream(mx.cpu))
     assert taken == {"tables": 0, "a": 1, "b": 2, "c": 2, "d": 1, "e": 1}
-    backwards = x86_training.Balance(reversed(arrays(1).values()))
-    with backwards.stream_for(arrays(1)["e"]):
+    backwards = x86_training.Balance(reversed(tables(1).values()))
+    with backwards.stream_for(tables(1)["e"]):
         assert own.index(mx.default_stream(mx.cpu)) == 1, "whatever their order"
 
 
@@ -73,25 +64,17 @@ def flat(tree):
     return dict(tree_flatten(tree))
 
 
-def adamw(model):
-    groups = groups_of(model, [])
-    return GroupedAdamW(model, groups, schedule=lambda step: mx.array(0.01), weight_decay=0.1, betas=(0.9, 0.95))
-
-
-def test_weights_and_moments_lie_in_memory_as_the_gradients_do(three_cores):
+def test_weights_lie_in_memory_as_their_gradients_do(three_cores):
     three_cores(blas_threads=1)
     model = Small()
     before = flat(model.parameters())
-    optimizer = adamw(model)
-    assert all(mx.array_equal(x, before[name]) for name, x in flat(model.parameters()).items())
-    for _ in range(2):  # and they stay so
-        gradients = flat(mx.grad(lambda p: (model.update(p), model(mx.array([3, 1])))[1])(model.trainable_parameters()))
-        weights, moments = flat(model.parameters()), optimizer.moments
-        for name in ("table.weight", "layer.weight", "other.0.weight"):
-            wanted = strides(gradients[name])
-            assert strides(weights[name]) == strides(moments[f"{name}.m"]) == strides(moments[f"{name}.v"]) == wanted
-        optimizer.update(model, gradients)
-    assert strides(weights["layer.weight"]) == (4, 12)
+    laid_out = x86_training.columns_first(model, before)
+    assert all(mx.array_equal(x, before[name]) for name, x in laid_out.items())
+    moments = x86_training.columns_first(model, {f"{name}.m": x for name, x in before.items()})
+    gradients = flat(mx.grad(lambda p: (model.update(p), model(mx.array([3, 1])))[1])(model.trainable_parameters()))
+    for name in ("table.weight", "layer.weight", "other.0.weight"):
+        assert strides(laid_out[name]) == strides(moments[f"{name}.m"]) == strides(gradients[name])
+    assert strides(laid_out["layer.weight"]) == (4, 12)
 
 
 def test_elsewhere_weights_stay_as_they_lie(monkeypatch):
@@ -99,30 +82,6 @@ def test_elsewhere_weights_stay_as_they_lie(monkeypatch):
     model = Small()
     weights = flat(model.parameters())
     assert all(x is weights[name] for name, x in x86_training.columns_first(model, weights).items())
-
-
-class Ones:
-    """Batches of ids."""
-
-    def __call__(self, number):
-        return mx.array([3, number]), 0
-
-    def close(self):
-        pass
-
-
-def test_an_update_evaluates_some_weights_at_a_time_with_the_same_result(monkeypatch):
-    def after(together):
-        monkeypatch.setattr(loop, "UPDATED_TOGETHER", together)
-        model = Small()
-        model.load_weights([(name, mx.ones(x.shape)) for name, x in tree_flatten(model.parameters())])
-        plan = Plan(steps=2, learning_rate=1e-2, weight_decay=0.1, keep="last")
-        train(model, lambda model, ids, key: {"loss": model(ids)}, Ones(), plan)
-        return flat(model.parameters())
-
-    whole, groups = after(1 << 30), after(3)
-    assert whole.keys() == groups.keys()
-    assert all(mx.array_equal(x, whole[name]) for name, x in groups.items())
 
 
 @pytest.mark.parametrize(("batch", "shards"), [(6, 3), (4, 1), (2, 1)])
@@ -183,32 +142,28 @@ def test_training_keeps_freed_memory_half_of_the_machines_at_most(monkeypatch, b
         mx.set_cache_limit(limit)
 
 
-def test_adamw_is_the_same_on_several_cores(three_cores):
-    def after_three_steps():
-        model = nn.Module()
-        for name, x in arrays(1).items():
-            setattr(model, name, x)
-        optimizer = adamw(model)
-        for step in range(3):
-            optimizer.update(model, arrays(10 + step))
-        return flat(model.parameters())
-
-    alone = after_three_steps()
-    mx.eval(alone)
-    three_cores(blas_threads=1)
-    assert all(mx.array_equal(found, alone[name]) for name, found in after_three_steps().items())
+@pytest.mark.parametrize("kind", ["attentive", "lora", "full"])
+def test_fit_on_three_cores_gives_what_it_gives_on_this_machine(three_cores, tmp_path, kind):
+    shop = Workshop(tmp_path)
+    settings = {"iters": 2, "batch_size": 6, "learning_rate": 1e-4}
+    alone = shop.head("classify", kind, **settings)
+    three_cores(blas_threads=1, MIN_SHARD_TOKENS=1)
+    shared = shop.new()
+    cache = shop.folder / "cache"
+    fit(shop.data["classify"], shop.encoder, shared, fine_tune_type=kind, cache=cache, **settings)
+    for file in alone.glob("*.safetensors"):
+        went = moved(arrays(file), arrays(shared / file.name))
+        assert max(went.values()) < 1e-4, file.name
 
 
-def test_gradients_are_cut_to_one_length_together(three_cores):
-    gradients, groups = {name: 3 * x for name, x in arrays(1).items()}, {name: Group() for name in SIZES}
-    wanted, length = optim.clip_grad_norm(gradients, 1.0)
-    assert length.item() > 1
-    three_cores(blas_threads=1)
-    found = clipped(gradients, 1.0, groups)
-    rtol = 100 * np.finfo(np.float32).eps
-    assert all(bool(mx.allclose(found[name], wanted[name], rtol=rtol)) for name in SIZES)
-    short = {name: 1e-3 * x for name, x in gradients.items()}
-    assert all(mx.array_equal(clipped(short, 1.0, groups)[name], short[name]) for name in SIZES)
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_the_others_on_three_cores_give_what_they_give_on_this_machine(three_cores, tmp_path, verb):
+    shop = CaptionWorkshop(tmp_path)
+    alone = shop.weights(verb, "--batch", 6)
+    three_cores(blas_threads=1, MIN_SHARD_TOKENS=1)
+    shared = shop.new()
+    assert cli.main([*shop.words(verb, "--batch", 6), "-o", str(shared)]) == 0
+    assert max(moved(alone, weights(shared)).values()) < 1e-4
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, str(x86_training.SIGHT)), ("7", "7")])
@@ -225,7 +180,7 @@ def test_the_users_own_width_of_sight_stays(three_cores, monkeypatch, given, wan
 
 CALLS = {
     "fit": ("fit('nowhere', 'nowhere', 'out')", x86_training.SIGHT),
-    "pretrain": ("pretrain([], '.', settings=None)", x86_training.WIDE_SIGHT),
+    "pretrain": ("cli.main(['pretrain', 'data', '-o', 'out'])", x86_training.WIDE_SIGHT),
     "lit": ("cli.main(['lit', 'nowhere', '--encoder', 'nowhere', '-o', 'out'])", x86_training.WIDE_SIGHT),
 }
 """Trainings that end at once in a user's mistake."""
@@ -237,12 +192,12 @@ def test_trainings_look_wide_before_anything_is_computed(name, tmp_path):
 import contextlib, os
 from mlx_aimv2 import cli, x86
 from mlx_aimv2.learn import fit
-from mlx_aimv2.pretrain import pretrain
 x86.on_x86_cpu = lambda: True
 with contextlib.suppress(OSError):
     {CALLS[name][0]}
 print(os.environ.get("MLX_BFS_MAX_WIDTH"))
 """
+    write_captions(tmp_path / "data")  # fewer than a batch
     environment = {name: value for name, value in os.environ.items() if name != "MLX_BFS_MAX_WIDTH"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
@@ -260,3 +215,15 @@ def test_on_a_mac_memory_is_wired_while_a_training_runs(monkeypatch, fails):
         if fails:
             raise ZeroDivisionError
     assert limits[-1] == 7
+
+
+def test_gradients_are_cut_to_one_length_together(three_cores):
+    gradients, groups = {name: 3 * x for name, x in tables(1).items()}, {name: Group() for name in SIZES}
+    wanted, length = optim.clip_grad_norm(gradients, 1.0)
+    assert length.item() > 1
+    three_cores(blas_threads=1)
+    found = clipped(gradients, 1.0, groups)
+    rtol = 100 * np.finfo(np.float32).eps
+    assert all(bool(mx.allclose(found[name], wanted[name], rtol=rtol)) for name in SIZES)
+    short = {name: 1e-3 * x for name, x in gradients.items()}
+    assert all(mx.array_equal(clipped(short, 1.0, groups)[name], short[name]) for name in SIZES)

@@ -22,6 +22,7 @@ from tests.small_training import (
     TINY,
     Workshop,
     arrays,
+    files_of_at_most,
     length_of_moments,
     moved,
     result,
@@ -106,13 +107,59 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(shop, task, 
     assert not output.with_name(f"{output.name}.training").exists()
 
 
-def test_another_number_of_steps_is_another_run(shop):
+def test_the_best_state_outlives_an_interruption(shop):
+    """At a rate at which scores rise and then fall: the best state is neither the start nor the last one."""
+    settings = {"iters": 6, "batch_size": 4, "steps_per_eval": 1, "learning_rate": 1.0, "weight_decay": 0.0}
+    assert 0 < shop.info("segment", "linear", **settings)["settings"]["step"] < 4
     output = shop.new()
-    keywords = {"task": "classify", "fine_tune_type": "lora", "cache": shop.folder / "cache", **SHORT}
+    keywords = {"task": "segment", "fine_tune_type": "linear", "cache": shop.folder / "cache", **settings}
+    with pytest.raises(KeyboardInterrupt):
+        fit(shop.data["segment"], shop.encoder, output, progress=stopping_at(5), **keywords)
+    fit(shop.data["segment"], shop.encoder, output, resume=True, **keywords)
+    assert result(output) == shop.bits("segment", "linear", **settings)
+
+
+def begun(shop, **settings):
+    """The output and the keywords of a run by LoRA that was stopped in its first step, its start saved."""
+    output = shop.new()
+    keywords = {"task": "classify", "fine_tune_type": "lora", "cache": shop.folder / "cache", **SHORT, **settings}
     with pytest.raises(KeyboardInterrupt):
         fit(shop.data["classify"], shop.encoder, output, progress=stopping_at(1), **keywords)
-    with pytest.raises(ValueError, match="iters"):
-        fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords | {"iters": 7})
+    return output, keywords
+
+
+def test_a_run_is_resumed_with_its_own_settings_alone(shop):
+    output, keywords = begun(shop)
+    for other in ({"iters": 7}, {"batch_size": 3}, {"fine_tune_type": "full"}):
+        with pytest.raises(ValueError, match=next(iter(other)).replace("_", ".")):
+            fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords | other)
+
+
+def test_a_state_that_is_damaged_is_one_line(shop):
+    output, keywords = begun(shop)
+    training = output.with_name(f"{output.name}.training")
+    for file in training.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
+
+
+def test_a_state_that_cannot_be_written_is_one_line_and_the_one_before_is_kept(shop):
+    output, keywords = begun(shop, iters=3, steps_per_eval=1)
+    with files_of_at_most(10_000), pytest.raises(OSError, match=r"state .* cannot be written"):
+        fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
+    fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
+    assert result(output) == shop.bits("classify", "lora", **SHORT | {"iters": 3, "steps_per_eval": 1})
+
+
+def test_a_loss_that_is_no_number_stops_and_can_be_gone_on_from_with_less(shop):
+    output = shop.new()
+    keywords = {"fine_tune_type": "lora", "cache": shop.folder / "cache", **SHORT, "iters": 3, "steps_per_eval": 3}
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 2.*--resume.*--learning-rate"):
+        fit(shop.data["classify"], shop.encoder, output, **keywords | {"learning_rate": 1e30})
+    assert not output.exists()
+    fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
+    assert result(output) == shop.bits("classify", "lora", **SHORT | {"iters": 3, "steps_per_eval": 3})
 
 
 # What options do
@@ -196,6 +243,20 @@ def settings_without(settings, *names):
     return {name: value for name, value in settings.items() if name not in ("steps_per_eval", "patience", *names)}
 
 
+@pytest.mark.parametrize("flag", [{"grad_checkpoint": True}, {"batch_size": 2, "grad_accumulation_steps": 3}], ids=str)
+def test_what_is_to_save_memory_saves_memory(shop, flag):
+    """By what MLX holds at most in one step at 324 patches an image."""
+
+    def most(**settings):
+        keywords = {"fine_tune_type": "full", "image_size": 252, "iters": 1, "augment": False, "batch_size": 6}
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        fit(shop.data["classify"], shop.encoder, shop.new(), cache=shop.folder / "cache", **keywords | settings)
+        return mx.get_peak_memory()
+
+    assert most(**flag) < 0.8 * most()
+
+
 def test_what_is_accumulated_is_the_mean_over_its_parts(shop):
     settings = settings_without(SHORT | STILL)
     whole = shop.losses("classify", "lora", **settings)
@@ -232,6 +293,40 @@ def test_the_rate_falls_towards_the_end(shop):
     adapters = arrays(shop.head("classify", "lora", patience=0, **settings) / "adapters.safetensors")
     farthest = max(np.abs(array).max() for name, array in adapters.items() if name.endswith("lora_b"))
     assert 0.3 * rate * steps < farthest < 0.75 * rate * steps
+
+
+def test_the_first_step_goes_as_far_as_the_rate_says(shop):
+    settings = STILL | {"learning_rate": 1e-5, "iters": 1, "batch_size": 12, "steps_per_eval": 1}
+    adapters = arrays(shop.head("classify", "lora", patience=0, **settings) / "adapters.safetensors")
+    farthest = max(np.abs(array).max() for name, array in adapters.items() if name.endswith("lora_b"))
+    assert farthest == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_matrices_alone_are_decayed(shop):
+    settings = SHORT | {"iters": 1}
+    one, other = (
+        arrays(shop.head("classify", "full", weight_decay=decay, **settings) / "encoder.safetensors")
+        for decay in (0.0, 9.0)
+    )
+    went = moved(one, other)
+    assert all((went[name] > 0) == (array.ndim > 1) for name, array in one.items())
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), table([("classify", "lora"), ("classify", "full"), ("segment", "lora"), ("detect", "lora")])
+)
+def test_the_state_with_the_best_score_is_the_one_that_is_written(shop, task, kind):
+    """At a rate that ruins everything that is the start."""
+    settings = SHORT | {"learning_rate": 30.0, "weight_decay": 0.0, "iters": 2, "steps_per_eval": 1}
+    info = shop.info(task, kind, **settings)
+    metric = {"classify": "top1", "segment": "mIoU", "detect": "AP"}[task]
+    best = max(entry["score"] for entry in info["history"])
+    assert info["metrics"]["val"][metric] == pytest.approx(best)
+    assert info["settings"]["step"] in [entry["step"] for entry in info["history"] if entry["score"] == best]
+    if task == "classify":
+        assert info["history"][-1]["score"] < best
+        start = arrays(shop.head(task, kind, **SHORT | STILL) / "head.safetensors")
+        assert max(moved(start, arrays(shop.head(task, kind, **settings) / "head.safetensors")).values()) < 1e-9
 
 
 def test_patience_ends_a_run_that_gets_no_better(shop):
@@ -293,6 +388,23 @@ def test_what_is_held_out_is_seen_as_it_is(shop):
     assert info["metrics"]["val"]["top1"] == info["history"][-1]["score"]
 
 
+@pytest.mark.parametrize("kind", ["attentive", "lora"])
+def test_the_best_step_is_chosen_on_val(shop, tmp_path, kind):
+    """Where labels are mixed up in `val`, what is good for training and for `test` is bad there."""
+    data = tmp_path / "parts"
+    for part in ("train", "val", "test"):
+        write_labels(data / part, per_class=4, seed={"train": 1, "val": 2, "test": 3}[part])
+    (data / "val" / "dark").rename(data / "val" / "aside")
+    (data / "val" / "grey").rename(data / "val" / "dark")
+    (data / "val" / "light").rename(data / "val" / "grey")
+    (data / "val" / "aside").rename(data / "val" / "light")
+    settings = SHORT | {"iters": 10, "learning_rate": 1e-2 if kind == "attentive" else 1e-4}
+    fit(data, shop.encoder, tmp_path / "head", fine_tune_type=kind, cache=tmp_path / "cache", **settings)
+    info = json.loads((tmp_path / "head" / "head.json").read_text())
+    assert info["metrics"]["val"]["top1"] == max(entry["score"] for entry in info["history"])
+    assert info["history"][-1]["score"] < 0.5
+
+
 def test_scores_are_those_of_the_images_as_they_are(shop, tmp_path):
     """`fit` scores its held-out images as `predict` sees them."""
     head = shop.head("classify", "lora", **SHORT | STILL)
@@ -326,15 +438,16 @@ def test_in_full_everything_is_trained(shop):
     assert all(far > 0 for far in moved(before, after).values())
 
 
-def test_earlier_layers_learn_more_slowly_by_layer_decay(shop):
+def test_layers_learn_the_slower_the_nearer_to_the_pixels(shop):
     before = weights(shop.encoder)
-    settings = SHORT | {"weight_decay": 0.0}
+    settings = SHORT | {"weight_decay": 0.0, "iters": 1}
     even, decayed = (
         moved(before, arrays(shop.head("classify", "full", layer_decay=decay, **settings) / "encoder.safetensors"))
         for decay in (1.0, 0.5)
     )
-    shares = [decayed[f"blocks.{i}.mlp.down.weight"] / even[f"blocks.{i}.mlp.down.weight"] for i in range(3)]
-    assert shares[0] < shares[1] < shares[2] < 1
+    names = ["patch_embed.proj.weight", *(f"blocks.{i}.mlp.down.weight" for i in range(3)), "norm.weight"]
+    shares = [decayed[name] / even[name] for name in names]
+    assert shares == pytest.approx([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], rel=0.02)
 
 
 def test_adapters_are_as_wide_as_asked(shop):
@@ -496,6 +609,38 @@ def test_features_are_computed_once(shop, tmp_path):
     rows.write_bytes(bytes(rows.stat().st_size))
     fit(shop.data["classify"], shop.encoder, tmp_path / "two", fine_tune_type="linear", cache=cache)
     assert not arrays(tmp_path / "two" / "head.safetensors")["mean"].any()
+
+
+def test_features_that_were_cut_off_are_computed_and_the_others_are_not(shop, tmp_path):
+    cache, counts = tmp_path / "features", []
+
+    def progress(total, unit):
+        return lambda count: counts.append(count) if unit == "images" else None
+
+    keywords = {"fine_tune_type": "linear", "cache": cache}
+    fit(shop.data["classify"], shop.encoder, tmp_path / "one", **keywords)
+    rows = max((file for file in cache.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    os.truncate(rows, int(0.6 * rows.stat().st_size))  # as if killed while it was written
+    fit(shop.data["classify"], shop.encoder, tmp_path / "two", progress=progress, **keywords)
+    assert 0 < counts[0] < 18 == sum(counts)
+    one, two = (arrays(tmp_path / name / "head.safetensors") for name in ("one", "two"))
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_head(shop, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    keywords = {"fine_tune_type": "linear", "cache": tmp_path / "features"}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"no space left .*choose another --cache"):
+        patch.setattr(os, "fsync", full)
+        fit(shop.data["classify"], shop.encoder, tmp_path / "head", **keywords)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"need .* GB.*choose another --cache"):
+        patch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+        fit(shop.data["classify"], shop.encoder, tmp_path / "head", **keywords | {"cache": tmp_path / "other"})
+    assert not (tmp_path / "head").exists()
+    fit(shop.data["classify"], shop.encoder, tmp_path / "head", **keywords)
 
 
 def test_a_half_checkpoint_in_its_own_dtype_is_no_other_ones_features(shop, tmp_path):

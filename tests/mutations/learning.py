@@ -2,7 +2,8 @@
 
 from tests.mutations import Mutation
 
-DATA, TRAIN, HEADS = ("tests/learn/test_data.py",), ("tests/learn/test_train.py",), ("tests/learn/test_heads.py",)
+DATA, HEADS = ("tests/learn/test_data.py",), ("tests/learn/test_heads.py",)
+FACTS = "tests/learn/test_facts_of_training.py"
 PRECISION = (
     "tests/learn/test_average_precision.py::test_it_is_pycocotools_on_some_random_sets",
     "tests/learn/test_average_precision.py::test_half_of_the_objects_found_is_half_of_the_recalls",
@@ -43,9 +44,14 @@ LEARNING = (
         "fine-tuning keeps the step that is best on the training images",
         'val = run.dataset.splits["val"] or run.dataset.splits["test"]\n        predictions',
         'val = run.dataset.splits["train"]\n        predictions',
-        ("tests/learn/test_fit.py",),
+        (f"{FACTS}::test_the_best_step_is_chosen_on_val",),
     ),
-    Mutation("training keeps its last state, not its best", "    _put(model, best)\n", "", TRAIN),
+    Mutation(
+        "training keeps its last state, not its best",
+        "    _put(model, best)\n",
+        "",
+        (f"{FACTS}::test_the_state_with_the_best_score_is_the_one_that_is_written",),
+    ),
     Mutation(
         "pixels without a label count",
         "known = truth != IGNORED",
@@ -134,20 +140,25 @@ LEARNING = (
         "layer decay is reversed",
         "decay ** (depth + 1 - _layer(path, depth))",
         "decay ** _layer(path, depth)",
-        TRAIN,
+        (f"{FACTS}::test_layers_learn_the_slower_the_nearer_to_the_pixels",),
     ),
     Mutation(
         "the learning rate rises where it should fall",
         "0.5 * (1 + math.cos(",
         "0.5 * (1 - math.cos(",
-        TRAIN,
+        (f"{FACTS}::test_the_rate_falls_towards_the_end",),
     ),
-    Mutation("norms and biases are decayed", "if parameter.ndim >= 2:", "if parameter.ndim >= 1:", TRAIN),
+    Mutation(
+        "norms and biases are decayed",
+        "if parameter.ndim >= 2:",
+        "if parameter.ndim >= 1:",
+        (f"{FACTS}::test_matrices_alone_are_decayed",),
+    ),
     Mutation(
         "the second moment is unbiased without a root",
         "math.sqrt(unbias2)",
         "unbias2",
-        TRAIN,
+        (f"{FACTS}::test_the_first_step_goes_as_far_as_the_rate_says",),
     ),
     Mutation(
         "the prefix is one patch too long",

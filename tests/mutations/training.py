@@ -54,11 +54,12 @@ TRAINING = (
         FEATURES,
     ),
     Mutation(
-        "the cache of features ignores weights and dtype",
-        '"weights": fingerprint(model)["digest"],\n        "dtype": str(model.dtype),',
-        "",
+        "the cache of features ignores the weights",
+        '"weights": fingerprint(model)["digest"],\n        "dtype"',
+        '"dtype"',
         FEATURES,
     ),
+    Mutation("the cache of features ignores the dtype", '"dtype": str(model.dtype),\n        "pre', '"pre', FEATURES),
     Mutation(
         "every epoch of fit is in the same order",
         "np.random.default_rng([self.seed, epoch]).permutation",
@@ -223,13 +224,19 @@ TRAINING = (
         "a resumed run of fit forgets the best state",
         "best, done = found.best, Progressed",
         "done = Progressed",
-        RESUMED,
+        fit("the_best_state_outlives_an_interruption"),
     ),
     Mutation(
         "gradients of accumulated batches are added",
         "tree_map(lambda gradient: gradient / settings.accumulate, total)",
         "total",
         fit("what_is_accumulated_is_the_mean_over_its_parts"),
+    ),
+    Mutation(
+        "--grad-checkpoint is ignored",
+        "checkpoint=options.grad_checkpoint,",
+        "",
+        fit("what_is_to_save_memory_saves_memory"),
     ),
     Mutation(
         "a resumed run of pretrain begins its moments anew",
