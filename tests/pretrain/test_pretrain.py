@@ -65,18 +65,18 @@ def test_a_finished_run_is_not_begun_again(shop, capsys):
     output = shop.run("pretrain")
     assert "already exists" in said(shop, capsys, output=output)
     output.rename(shop.folder / "elsewhere")
-    assert "go on with --resume or remove it" in said(shop, capsys, output=output)
+    assert "go on with --resume, or remove that folder" in said(shop, capsys, output=output)
 
 
 def test_other_settings_on_resume_are_refused_by_name(shop, capsys):
     output = shop.run("pretrain")
     output.rename(shop.folder / "elsewhere")
     line = said(shop, capsys, "--alpha", 0.5, "--learning-rate", 1e-3, "--resume", output=output)
-    assert "alpha was 0.4, now 0.5" in line and "learning_rate was 0.003, now 0.001" in line
+    assert "alpha 0.4, now 0.5" in line and "learning-rate 0.003, now 0.001" in line
 
 
 def test_resuming_what_never_began_is_an_error(shop, capsys):
-    assert "start without --resume" in said(shop, capsys, "--resume")
+    assert "leave --resume out" in said(shop, capsys, "--resume")
 
 
 def test_half_precision_computes_in_it_and_keeps_the_weights(shop):
@@ -103,7 +103,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(shop, capsys):
     with files_of_at_most(100_000):
         assert main([*words, "--resume"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "could not be written" in line and "--resume" in line
+    assert "cannot be written" in line and "--resume" in line
     assert main([*words, "--resume"]) == 0
     assert result(output) == shop.bits("pretrain", *flags)
 
