@@ -211,10 +211,10 @@ def _read_pair(raw: Mapping[str, Any], found: Mapping[str, Any]) -> Aimv2Config:
 
 def _vision_section(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Where the sizes of the image encoder stand, in Hugging Face's names."""
-    if "vision_config" in raw:  # transformers' pairs and its vision-language models
-        return {"is_native": False, "image_size": 224, **_section(raw, "vision_config")}
     if isinstance(tokenizer := raw.get("visual_tokenizer_config"), Mapping) and "backbone_config" in tokenizer:  # Ovis2
         return _section(tokenizer, "backbone_config")
+    if isinstance(raw.get("vision_config"), Mapping):  # transformers' pairs and its vision-language models
+        return {"is_native": False, "image_size": 224, **raw["vision_config"]}
     if not isinstance(timm := raw.get("pretrained_cfg"), Mapping):
         return dict(raw)
     section: dict[str, Any] = {"is_native": False}
@@ -316,11 +316,6 @@ class Released:
     def vision(self) -> Aimv2VisionConfig:
         """Sizes of the vision encoder, in the LiT model too."""
         return self.config.vision
-
-    @property
-    def bytes(self) -> int:
-        """Size of the released weights, which are float32, without the header of the file."""
-        return 4 * self.parameters
 
 
 WIDTHS = {

@@ -151,3 +151,20 @@ def test_the_image_encoders_config_can_be_read_from_a_lit_models():
 
 def test_without_weights_to_tell_there_is_a_head_as_in_transformers():
     assert Aimv2VisionConfig.from_dict({**SIZES, "image_size": 42}).use_head
+
+
+def test_a_vision_section_that_is_none_is_no_section():
+    assert read_config({**APPLE, "image_size": 42, "vision_config": None}, SHAPES).image_size == 42
+
+
+@pytest.mark.parametrize("kind", ["apple", "timm", "ovis2"])
+def test_every_format_is_read_without_weights_too(kind):
+    apple, timm = {**APPLE, "image_size": 42}, {"embed_dim": 60, "depth": 3, "num_heads": 5}
+    raw = {
+        "apple": apple,
+        "timm": {"pretrained_cfg": {"input_size": [3, 42, 42]}, "model_args": timm},
+        "ovis2": {"hidden_size": 4096, "visual_tokenizer_config": {"backbone_config": apple}},
+    }[kind]
+    config = Aimv2VisionConfig.from_dict(raw)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (60, 3, 5)
+    assert (config.image_size, config.is_native) == (42, False)

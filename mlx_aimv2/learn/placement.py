@@ -1,6 +1,6 @@
 """Lays an image of any shape on the square that the encoder takes, and brings boxes and masks along.
 
-The whole image is stretched to the square, as the processor of `image_size.at_size` does it: no patch is spent on
+The whole image is stretched to the square, as the processor of `loading.at_size` does it: no patch is spent on
 padding. For training it is drawn larger or smaller, a little out of shape, and its colours are changed.
 """
 
@@ -114,7 +114,7 @@ def canvas_size(processor: Aimv2Processor) -> tuple[int, int]:
     """(height, width) of the images that a processor with one size makes."""
     size = processor.preprocessing.final_size
     if size is None:
-        raise ValueError("images of one batch need one size: make the processor with image_size.at_size")
+        raise ValueError("images of one batch need one size: make the processor with loading.at_size")
     return size
 
 
