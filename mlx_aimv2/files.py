@@ -183,8 +183,9 @@ def read_stream(stream: BinaryIO) -> bytes:
     return _bounded(stream)
 
 
-def _bounded(file: BinaryIO, size: int = MAX_IMAGE_BYTES) -> bytes:
+def _bounded(file: BinaryIO, size: int | None = None) -> bytes:
     # Asked for all that is allowed, a file would reserve that much memory: slower by far than reading a small one.
+    size = MAX_IMAGE_BYTES if size is None else size
     data = file.read(size + 1)
     if not isinstance(data, bytes):
         raise OSError(f"gives {type(data).__name__} instead of bytes: open it in mode 'rb'")
