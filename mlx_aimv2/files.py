@@ -345,6 +345,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         if target in _mine:
             _remove_unfinished(target)
             _mine.discard(target)
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
         lock.release()
 
 

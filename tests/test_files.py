@@ -113,6 +113,14 @@ def test_who_writes_for_a_moment_is_waited_for(tmp_path):
     assert names(tmp_path) == ["page.html"]
 
 
+def test_no_lock_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    for number in range(3):
+        with atomic_file(tmp_path / f"{number}.png"):
+            assert len(names(tmp_path / "cache" / "locks")) == 1
+    assert names(tmp_path / "cache" / "locks") == []
+
+
 @pytest.mark.parametrize("cache", ["no folder", "/dev/null/cache"])
 def test_without_a_cache_folder_is_written_all_the_same(tmp_path, monkeypatch, cache):
     (tmp_path / "no folder").touch()
