@@ -94,7 +94,7 @@ def _read(path: Path, count: int) -> tuple[bytes, int]:
         raise PermissionError(f"{path} may not be read: permission denied") from None
     except OSError as error:
         if error.errno is None:
-            raise ValueError(f"{path} {error}; wanted a file") from None
+            raise ValueError(f"{path}: wanted a file, got {str(error).removeprefix('is ')}") from None
         raise OSError(f"{path} cannot be read: {error.strerror}") from None
 
 
