@@ -108,12 +108,15 @@ def _regular_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, os.s
         if error.errno == errno.ENXIO or error.errno == errno.EOPNOTSUPP:  # sockets cannot be opened at all
             raise OSError("is a socket") from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             kind = KINDS.get(stat.S_IFMT(about.st_mode), "something else")
             raise (IsADirectoryError if stat.S_ISDIR(about.st_mode) else OSError)(f"is {kind}")
-        yield file, about
+        with os.fdopen(descriptor, "rb", closefd=False) as file:  # which fails for a folder and leaves it open
+            yield file, about
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
