@@ -284,7 +284,7 @@ def atomic_folder(
         folder = beside / "folder"
         folder.mkdir()
         yield folder
-        for file in folder.iterdir():
+        for file in (path for path in folder.rglob("*") if path.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
