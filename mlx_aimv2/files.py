@@ -94,7 +94,7 @@ def _read(path: Path, count: int) -> tuple[bytes, int]:
         raise PermissionError(f"{path} may not be read: permission denied") from None
     except OSError as error:
         if error.errno is None:
-            raise ValueError(f"{path} {error}; wanted a file") from None
+            raise ValueError(f"{path}: wanted a file, got {str(error).removeprefix('is ')}") from None
         raise OSError(f"{path} cannot be read: {error.strerror}") from None
 
 
@@ -108,12 +108,15 @@ def _regular_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, os.s
         if error.errno == errno.ENXIO or error.errno == errno.EOPNOTSUPP:  # sockets cannot be opened at all
             raise OSError("is a socket") from None
         raise
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             kind = KINDS.get(stat.S_IFMT(about.st_mode), "something else")
             raise (IsADirectoryError if stat.S_ISDIR(about.st_mode) else OSError)(f"is {kind}")
-        yield file, about
+        with os.fdopen(descriptor, "rb", closefd=False) as file:  # which fails for a folder and leaves it open
+            yield file, about
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -183,8 +186,9 @@ def read_stream(stream: BinaryIO) -> bytes:
     return _bounded(stream)
 
 
-def _bounded(file: BinaryIO, size: int = MAX_IMAGE_BYTES) -> bytes:
+def _bounded(file: BinaryIO, size: int | None = None) -> bytes:
     # Asked for all that is allowed, a file would reserve that much memory: slower by far than reading a small one.
+    size = MAX_IMAGE_BYTES if size is None else size
     data = file.read(size + 1)
     if not isinstance(data, bytes):
         raise OSError(f"gives {type(data).__name__} instead of bytes: open it in mode 'rb'")
@@ -280,7 +284,7 @@ def atomic_folder(
         folder = beside / "folder"
         folder.mkdir()
         yield folder
-        for file in folder.iterdir():
+        for file in (path for path in folder.rglob("*") if path.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
@@ -344,6 +348,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         if target in _mine:
             _remove_unfinished(target)
             _mine.discard(target)
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
         lock.release()
 
 

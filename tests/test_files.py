@@ -1,5 +1,6 @@
 """What is written appears whole or not at all, replaces nothing of others, and leaves nothing of killed processes."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -16,11 +17,28 @@ from mlx_aimv2.files import (
     check_file,
     check_target,
     discard_unfinished,
+    read_bytes,
+    read_image_file,
     temporary_folder,
 )
 from tests import programs
 
 OWN = b"own"
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "file"])
+@pytest.mark.parametrize("read", [read_image_file, read_bytes], ids=lambda read: read.__name__)
+def test_reading_leaves_nothing_open(tmp_path, name, read):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    next_one = os.dup(0)
+    os.close(next_one)
+    with contextlib.suppress(OSError, ValueError):
+        read(tmp_path / name)
+    after = os.dup(0)
+    os.close(after)
+    assert after == next_one
 
 
 def check(path: Path, **more: object) -> None:
@@ -111,6 +129,14 @@ def test_who_writes_for_a_moment_is_waited_for(tmp_path):
     thread.join()
     assert (tmp_path / "page.html").read_bytes() == b"mine"
     assert names(tmp_path) == ["page.html"]
+
+
+def test_no_lock_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    for number in range(3):
+        with atomic_file(tmp_path / f"{number}.png"):
+            assert len(names(tmp_path / "cache" / "locks")) == 1
+    assert names(tmp_path / "cache" / "locks") == []
 
 
 @pytest.mark.parametrize("cache", ["no folder", "/dev/null/cache"])

@@ -287,14 +287,13 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
     assert same(to_rgb(whole + last * 3000), to_rgb(whole))  # what follows the end is no part of it
 
 
-def test_comments_of_a_gif_are_passed_over_and_bounded():
+def test_comments_of_a_gif_are_passed_over_in_no_time():
     whole = encoded("GIF", photograph().quantize(99))
     place = 13 + (3 << ((whole[10] & 7) + 1))
-    comments = b"\x21\xfe" + (b"\xff" + b"c" * 255) * 99_999 + b"\0"
-    assert same(to_rgb(whole[:place] + comments + whole[place:]), to_rgb(whole))
-    comments = b"\x21\xfe" + b"\1c" * (MAX_PARTS + 1) + b"\0"
-    with pytest.raises(ValueError, match="blocks of metadata, made to take for ever"):
-        to_rgb(whole[:place] + comments + whole[place:])
+    for comments in ((b"\xff" + b"c" * 255) * 99_999, b"\1c" * (MAX_PARTS + 1)):
+        began = time.process_time()
+        assert same(to_rgb(whole[:place] + b"\x21\xfe" + comments + b"\0" + whole[place:]), to_rgb(whole))
+        assert time.process_time() - began < 20  # one by one they would be copied for minutes
 
 
 def test_chunks_of_a_png_are_bounded():

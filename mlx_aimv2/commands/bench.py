@@ -49,8 +49,20 @@ NOTE = (
     "of bare: time of these products alone, run in turn with the pass, over the time of the pass."
 )
 
-HEADERS = ("dtype", "weights", "MB", "batch", "tokens", "ms", "ms/image", "images/s", "peak MB", "GFLOP/s", "of bare")
-
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "dtype": lambda speed: speed["dtype"],
+    "weights": lambda speed: speed["weights"],
+    "MB": lambda speed: f"{speed['weight_bytes'] / 1e6:.0f}",
+    "batch": lambda speed: str(speed["batch"]),
+    "tokens": lambda speed: str(speed["tokens"]),
+    "ms": lambda speed: f"{speed['seconds'] * 1e3:.1f}",
+    "ms/image": lambda speed: f"{speed['milliseconds_per_image']:.1f}",
+    "images/s": lambda speed: f"{speed['images_per_second']:.2f}",
+    "peak MB": lambda speed: f"{speed['peak_bytes'] / 1e6:.0f}",
+    "GFLOP/s": lambda speed: f"{speed['flops_per_second'] / 1e9:.0f}",
+    "of bare": lambda speed: f"{speed['fraction_of_bare']:.2f}",
+}
+"""What the table shows of each measurement."""
 
 NATIVE_SIDE = 224
 """Pixels along the side of the images that a native model is measured on, if nothing else is asked for."""
@@ -155,9 +167,9 @@ def table(found: dict[str, Any], *, runs: int) -> str:
         ("versions", f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}"),
         ("model", found["model"]),
     ]
-    if load := found.get("loading"):
-        size = f"{load['bytes'] / 1e6:.0f} MB"
-        lines.append(("load", f"{load['seconds']:.2f} s, {load['ratio']:.2f} times reading the {size} (page cache)"))
+    if read := found.get("loading"):
+        size = f"{read['bytes'] / 1e6:.0f} MB"
+        lines.append(("load", f"{read['seconds']:.2f} s, {read['ratio']:.2f} times reading the {size} (page cache)"))
     if first := found.get("first_embedding"):
         steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
         lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
@@ -165,8 +177,8 @@ def table(found: dict[str, Any], *, runs: int) -> str:
         lines.append(("advice", found["advice"]))
     width = max(len(name) for name, _ in lines)
     head = [f"{name:<{width}}  {value}" for name, value in lines]
-    rows = [HEADERS, *(_row(speed) for speed in found["speed"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
+    rows = [list(COLUMNS), *([cell(speed) for cell in COLUMNS.values()] for speed in found["speed"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     body = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
 
@@ -190,22 +202,6 @@ def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -
     if keep_quantized and not isinstance(config.get("quantization"), dict):
         raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
     return model
-
-
-def _row(speed: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        speed["dtype"],
-        speed["weights"],
-        f"{speed['weight_bytes'] / 1e6:.0f}",
-        str(speed["batch"]),
-        str(speed["tokens"]),
-        f"{speed['seconds'] * 1e3:.1f}",
-        f"{speed['milliseconds_per_image']:.1f}",
-        f"{speed['images_per_second']:.2f}",
-        f"{speed['peak_bytes'] / 1e6:.0f}",
-        f"{speed['flops_per_second'] / 1e9:.0f}",
-        f"{speed['fraction_of_bare']:.2f}",
-    )
 
 
 def _tell(step: str) -> None:

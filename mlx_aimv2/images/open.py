@@ -55,7 +55,6 @@ With two, the bundled photographs' features are 0.99988 of the exact ones on ave
 three 0.99999; 12 megapixels are decoded at the same scale for 224 and for 448 pixels either way.
 """
 
-
 PIXEL_BLOCKS = 4
 """Blocks, of 16 MB each, that Pillow keeps; eight are no faster than four."""
 
@@ -135,15 +134,19 @@ class OpenImage:
                 image.draft(None, (width // scale, height // scale))
                 if image.size != (width / scale, height / scale):
                     box = turned_box((width / scale, height / scale), image.size, self.orientation)
-            try:
-                image.load()
-            except Exception as error:  # decoders raise whatever they meet in a broken file
-                if isinstance(error, MemoryError):
-                    raise
-                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+            _load(image, name)
             return flattened(turned(image, self.orientation), name), box
         except MemoryError:
             raise ValueError(f"{name} does not fit in memory") from None
+
+
+def _load(image: Image.Image, name: str) -> None:
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they meet in a broken file
+        raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
 def reuse_decoding_memory() -> None:
@@ -200,7 +203,7 @@ def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: 
         return image
     name = name_of(image) if name is None else name
     if isinstance(image, Image.Image):
-        return _opened_by_caller(image, name)
+        return OpenImage(name, image, _orientation_of(image))
     if isinstance(image, (str, os.PathLike)):
         return _from_bytes(_content(image, name), name, policy)
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -282,9 +285,8 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
         essential = trimmed(data)
     except TrimError as error:
         raise ValueError(f"{name} {error}") from None
-    content = essential.data + END_OF_JPEG if essential.cut else essential.data
     try:
-        image = _identified(io.BytesIO(content), name)
+        image = _identified(io.BytesIO(essential.data + END_OF_JPEG * essential.cut), name)
         _check_size(image.size, name, policy)
         note = _note_of_loss(essential.data, name, policy) if essential.cut else None
     except MemoryError:
@@ -339,23 +341,14 @@ def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
         raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
-def _opened_by_caller(image: Image.Image, name: str) -> OpenImage:
-    """Of an image that is the caller's own, nothing is changed but that it is loaded."""
-    if image.format == "TIFF" and min(image.size) > 0:
-        try:
-            image.load()  # Pillow turns a TIFF as it loads it
-        except Exception as error:
-            raise ValueError(f"{name} cannot be read as an image: {error}") from None
-        return OpenImage(name, image)
-    return OpenImage(name, image, _orientation_of(image))
-
-
 def _orientation_of(image: Image.Image) -> int:
-    if image.info.get("exif") is None and image.format == "PNG":
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         try:
-            image.load()  # a PNG's EXIF may follow its pixels
+            image.load()  # Pillow turns a TIFF as it loads it, and a PNG's EXIF may follow its pixels
         except Exception:
             return 1  # rgb() will say what is wrong
+        if image.format == "TIFF":
+            return 1
     return orientation_in(image.info.get("exif"), image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
 
 
@@ -386,10 +379,8 @@ def _missing(data: bytes, name: str) -> float | None:
         for tail in (b"", random):
             image = _identified(io.BytesIO(data.rstrip(b"\xff") + tail + END_OF_JPEG), name)
             image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
-            try:
-                levels.append(np.asarray(image))
-            except Exception as error:
-                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+            _load(image, name)
+            levels.append(np.asarray(image))
         differs = (levels[0] != levels[1]).reshape(*levels[0].shape[:2], -1).any(axis=2)
         if differs.any():
             rows, first = len(differs), int(differs.any(axis=1).argmax())

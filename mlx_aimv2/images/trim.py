@@ -1,8 +1,8 @@
 """Cuts an image file down to what its pixels need, so that no metadata can cost the image, time or memory.
 
-bytes -> Trimmed: the same first frame without comments, profiles, EXIF and later frames; its orientation, by the number
-that EXIF or XMP holds; and whether a JPEG's data end early. A file that does not follow its format stays as it is: the
-decoder will say what is wrong with it.
+bytes -> Trimmed: of a JPEG, PNG or TIFF the same first frame without comments, profiles, EXIF and later frames; its
+orientation, by the number that EXIF or XMP holds; and whether a JPEG's data end early. What is another format, or does
+not follow its own, stays as it is: the decoder will say what is wrong with it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SCANNED_PIXELS = 1 << 32
 """Pixels times scans of one JPEG."""
 
 MAX_PARTS = 1 << 18
-"""Chunks of a PNG, blocks before the first frame of a GIF, strips or tiles of a TIFF."""
+"""Chunks of a PNG, strips or tiles of a TIFF."""
 
 MAX_TEXT = 1 << 20
 """Bytes of compressed metadata that are looked at for an orientation."""
@@ -190,26 +190,6 @@ def _png_text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
     return name, text
 
 
-# GIF
-
-
-def _gif(data: bytes) -> Trimmed | None:
-    flags = data[10]
-    place = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
-    kept, parts = [data[:place]], 0
-    while data[place] == 0x21:  # extensions, of which the first frame needs the graphic control alone
-        start, label = place, data[place + 1]
-        place += 2
-        while (length := data[place]) != 0:
-            place, parts = place + 1 + length, parts + 1
-            if parts > MAX_PARTS:
-                raise TrimError(f"is a GIF of more than {MAX_PARTS:,} blocks of metadata, made to take for ever")
-        place += 1
-        if label == 0xF9:
-            kept.append(data[start:place])
-    return Trimmed(b"".join([*kept, data[place:]]))
-
-
 # TIFF
 
 _TIFF_KEPT = {
@@ -268,7 +248,6 @@ def _tiff(data: bytes) -> Trimmed | None:
 TRIMS: dict[bytes, Callable[[bytes], Trimmed | None]] = {
     b"\xff\xd8\xff": _jpeg,
     b"\x89PNG\r\n\x1a\n": _png,
-    b"GIF8": _gif,
     b"II*\0": _tiff,
     b"MM\0*": _tiff,
     b"II+\0": _tiff,

@@ -257,8 +257,7 @@ class Index:
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
     ) -> NDArray[Any]:
-        with self._lock:
-            raw = self._stored(identity, block)
+        raw = self._stored(identity, block)
         try:
             vector = np.frombuffer(raw, self.dtype).astype(np.float32)
             vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
@@ -271,20 +270,18 @@ class Index:
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
         try:
-            return self._read_stored(identity, block)
+            with self._lock:
+                members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
+                if identity not in members:  # ids are never used again, so one that is there has the same vector still
+                    ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
+                    members = np.frombuffer(raw, "<i8")
+                    while len(self._blocks) >= BLOCKS_HELD:
+                        self._blocks.pop(next(iter(self._blocks)))
+                    self._blocks[block] = members, vectors
+            place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
+            return vectors[place * size : (place + 1) * size]
         except (ArithmeticError, LookupError, TypeError, ValueError):
             raise damaged(self.path, "an image whose vector is missing or broken") from None
-
-    def _read_stored(self, identity: int, block: int) -> bytes:
-        members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
-        if identity not in members:  # ids are never used again, so one that is there has the same vector still
-            ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
-            members = np.frombuffer(raw, "<i8")
-            while len(self._blocks) >= BLOCKS_HELD:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = members, vectors
-        place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
-        return vectors[place * size : (place + 1) * size]
 
     def _next_rows(self, cursor: sqlite3.Cursor) -> list[Any]:
         with self._lock, plain_errors(self.path):

@@ -146,7 +146,7 @@ def test_a_state_that_is_damaged_is_one_line(shop):
 
 def test_a_state_that_cannot_be_written_is_one_line_and_the_one_before_is_kept(shop):
     output, keywords = begun(shop, iters=3, steps_per_eval=1)
-    with files_of_at_most(10_000), pytest.raises(OSError, match=r"state.safetensors cannot be written .* go on with --resume"):
+    with files_of_at_most(10_000), pytest.raises(OSError, match=r"state.* cannot be written .* --resume"):
         fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
     fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
     assert result(output) == shop.bits("classify", "lora", **SHORT | {"iters": 3, "steps_per_eval": 1})
