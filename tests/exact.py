@@ -16,6 +16,12 @@ EPS = float(np.finfo(np.float32).eps)
 NEAR = 128
 """Roundings that the same features may be apart which were computed in two ways, in other batches say."""
 
+APART = 2 * NEAR * EPS
+"""The share of its size by which two packages' float32 features may differ.
+
+Those of the golden pair, Apple's own, are up to 30 roundings from float64.
+"""
+
 ALLOWED = 4
 """How many times Apple's own float32 error, measured against float64, ours may be.
 

@@ -45,7 +45,7 @@ def test_a_note_is_one_line_without_the_place_in_the_code(capsys):
 
 
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
-    command = f"{sys.executable} -m mlx_aimv2 info {bundled.emoji_checkpoint()} | true"
+    command = shlex.join([sys.executable, "-m", "mlx_aimv2", "info", str(bundled.emoji_checkpoint())]) + " | true"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -64,7 +64,8 @@ def test_a_step_that_fails_is_one_line_and_the_others_go_on(tmp_path):
     assert len(lines) == 6
 
 
-def test_an_embed_command_that_fails_is_a_failed_step_with_its_message(tmp_path):
+def test_an_embed_command_that_fails_is_a_failed_step_with_its_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/nowhere")  # a report writes ~ for the home folder, in which TMPDIR may lie
     subject = subject_of(FIXED, tmp_path)
     subject = dataclasses.replace(subject, row=dataclasses.replace(subject.row, repo=str(tmp_path / "nothing")))
     (finding,) = report.run_steps({"embed": verify_use.use_embed}, subject, lambda line: None)

@@ -21,6 +21,7 @@ from convert.make_golden import to_transformers  # noqa: E402
 from mlx_aimv2 import bundled, load  # noqa: E402
 from mlx_aimv2.preprocessing import published, to_clip  # noqa: E402
 from tests.checkpoint.test_layouts import INVENTORIES  # noqa: E402
+from tests.exact import APART  # noqa: E402
 
 NAME = "aimv2-large-patch14-224"
 CONFIG = {
@@ -28,7 +29,6 @@ CONFIG = {
     "num_attention_heads": 8, "num_channels": 3, "patch_size": 14, "image_size": 224, "rms_norm_eps": 1e-5,
     "qkv_bias": False, "use_bias": False, "torch_dtype": "float32",
 }  # fmt: skip
-ALLOWED = 1e-5
 
 
 def draw(name: str, shape: tuple[int, ...], dice: np.random.Generator) -> np.ndarray:
@@ -75,9 +75,9 @@ def test_a_photograph_gives_the_same_features_in_every_layer(encoders):
     print(
         f"relative error of the last hidden state {errors['last hidden state']:.1e}, of any {max(errors.values()):.1e}"
     )
-    assert max(errors.values()) <= ALLOWED
+    assert max(errors.values()) <= APART
     mean = wanted.last_hidden_state.mean(dim=1)
-    assert relative(model.encode_image(pixels), mean) <= ALLOWED
+    assert relative(model.encode_image(pixels), mean) <= APART
 
 
 def relative(found: mx.array, reference: "torch.Tensor") -> float:

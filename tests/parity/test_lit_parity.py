@@ -23,6 +23,7 @@ from mlx_aimv2.cli import main  # noqa: E402
 from mlx_aimv2.convert import convert  # noqa: E402
 from mlx_aimv2.preprocessing import published  # noqa: E402
 from mlx_aimv2.processor import Aimv2Processor  # noqa: E402
+from tests.exact import APART  # noqa: E402
 from tests.parity.test_tokenizer_parity import clip  # noqa: E402, F401
 
 SMALL = {
@@ -143,9 +144,9 @@ def test_a_small_random_pair(small, layout, masked, tmp_path):
         (pair.vision_model_output.pooler_output, pair.text_model_output.pooler_output) for pair in (got, reference)
     ]
     for mine, wanted in zip(*pooled, strict=True):
-        assert far(mine, wanted) <= 1e-5
+        assert far(mine, wanted) <= APART
     for name in ("image_embeds", "text_embeds", "logits_per_image", "logits_per_text"):
-        assert far(getattr(got, name), getattr(reference, name)) <= 1e-5, name
+        assert far(getattr(got, name), getattr(reference, name)) <= APART, name
 
 
 def test_the_default_attention_of_transformers_is_another_function(small, tmp_path):
