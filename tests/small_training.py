@@ -22,8 +22,8 @@ from mlx_aimv2.cli import main
 from mlx_aimv2.learn import fit
 from tests.small_models import FIXED, config_for, layout_for, write
 
-ENCODER = Aimv2VisionConfig(22, 13, 3, 2, image_size=42)
-"""Nine patches of 14 pixels; three blocks, so that one of them is neither the first nor the last."""
+ENCODER = Aimv2VisionConfig(22, 13, 2, 2, image_size=42)
+"""Nine patches of 14 pixels; a block that is the first and one that is the last."""
 
 TINY = 1e-12
 """A learning rate that changes no weight of float32: what is logged is of the weights at the start."""
@@ -169,10 +169,10 @@ class Workshop:
 
 # Images with captions
 
-VISION = {"hidden_size": 20, "intermediate_size": 13, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 5}
-DECODER = {"hidden_size": 26, "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {"hidden_size": 20, "intermediate_size": 13, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 5}
+DECODER = {"hidden_size": 26, "intermediate_size": 17, "num_hidden_layers": 1, "num_attention_heads": 2}
 DECODER |= {"max_position_embeddings": 11}
-TEXT = {"hidden_size": 14, "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {"hidden_size": 14, "intermediate_size": 17, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT |= {"max_position_embeddings": 11}
 
 
@@ -195,7 +195,7 @@ class CaptionWorkshop:
 
     def __init__(self, folder: Path, *, count: int = len(WORDS)) -> None:
         self.folder = folder
-        self.encoder = write_encoder(folder / "encoder", Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5))
+        self.encoder = write_encoder(folder / "encoder", Aimv2VisionConfig(22, 13, 1, 2, image_size=15, patch_size=5))
         self.data = {
             captions: write_captions(folder / f"captions-{captions}", captions=captions, count=count)
             for captions in (1, 3)
