@@ -345,12 +345,11 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         what = f"Cannot save to the path {path}" if inside else error.filename
         raise type(error)(f"{what}: {error.strerror}.") from None
     finally:
-        if target in _mine:
+        if lock.is_locked:
             _remove_unfinished(target)
             _mine.discard(target)
-        if lock.is_locked:
             Path(lock.lock_file).unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
-        lock.release()
+            lock.release()
 
 
 def discard_unfinished() -> None:

@@ -139,6 +139,24 @@ def test_no_lock_stays(tmp_path, monkeypatch):
     assert names(tmp_path / "cache" / "locks") == []
 
 
+def test_a_thread_that_is_refused_leaves_what_another_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_aimv2.files.PATIENCE", 0.01)
+    refused = []
+
+    def other():
+        with contextlib.suppress(FileExistsError), atomic_folder(tmp_path / "mlx"):
+            refused.append("not")
+        refused.append("refused")
+
+    with atomic_folder(tmp_path / "mlx") as place:
+        (place / "mine").touch()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert refused == ["refused"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "mine"]
+
+
 @pytest.mark.parametrize("cache", ["no folder", "/dev/null/cache"])
 def test_without_a_cache_folder_is_written_all_the_same(tmp_path, monkeypatch, cache):
     (tmp_path / "no folder").touch()

@@ -90,6 +90,14 @@ def test_megabytes_of_compressed_text_cost_nothing():
     assert same(to_rgb(encoded("PNG", pnginfo=text)), photograph())
 
 
+def test_texts_that_unpack_to_gigabytes_cost_nothing():
+    packed = zlib.compress(bytes(1 << 20))
+    names = [b"XML:com.adobe.xmp"] * 9_999 + [b"XML:%d" % number for number in range(9_999)]
+    began = time.process_time()
+    assert same(to_rgb(in_png(*(chunk(b"zTXt", name + b"\0\0" + packed) for name in names))), photograph())
+    assert time.process_time() - began < 10  # one by one they take longer, and 10 GB
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_a_large_colour_profile_costs_nothing(kind):
     profile = np.random.default_rng(0).bytes(1_500_000) + bytes(1_500_000)

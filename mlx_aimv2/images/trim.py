@@ -148,6 +148,9 @@ def _jpeg(data: bytes) -> Trimmed | None:
 
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
+_XMP, _RAW_PROFILES = b"XML:com.adobe.xmp", (b"Raw profile type exif", b"Raw profile type APP1")
+"""Names of the texts in which an orientation may stand; the second is ImageMagick's way to keep EXIF."""
+
 
 def _png(data: bytes) -> Trimmed | None:
     kept, place, parts, kind = [data[:8]], 8, 0, b""
@@ -162,32 +165,29 @@ def _png(data: bytes) -> Trimmed | None:
         elif not (kind[0] & 0x20 and kind.isalpha()):
             return None  # a chunk that may not be left out, or none at all
         elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-            name, text = _png_text(kind, data[start + 8 : min(place - 4, start + 8 + MAX_TEXT)])
-            texts.setdefault(name, text)
-    raw = texts.get(b"Raw profile type exif") or texts.get(b"Raw profile type APP1") or b""
-    try:  # ImageMagick's way to keep EXIF in a PNG: a heading of three lines, then hexadecimal digits
-        profile = bytes.fromhex(b"".join(raw.split(b"\n")[3:]).decode("ascii"))
+            content = data[start + 8 : min(place - 4, start + 8 + MAX_TEXT)]
+            name, text = (kind, content) if kind == b"eXIf" else content.partition(b"\0")[::2]
+            if name in (b"eXIf", _XMP, *_RAW_PROFILES) and name not in texts:
+                texts[name] = _unpacked(kind, text)
+    profile = next((texts[name] for name in _RAW_PROFILES if name in texts), b"")
+    try:  # a heading of three lines, then hexadecimal digits
+        profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
         profile = b""
-    return Trimmed(b"".join(kept), orientation_in(texts.get(b"eXIf") or profile, texts.get(b"XML:com.adobe.xmp")))
+    return Trimmed(b"".join(kept), orientation_in(texts.get(b"eXIf") or profile, texts.get(_XMP)))
 
 
-def _png_text(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
-    """A text's keyword and as much of it as an orientation may stand in; nothing where it cannot be unpacked."""
-    if kind == b"eXIf":
-        return kind, content
-    name, _, text = content.partition(b"\0")
+def _unpacked(kind: bytes, text: bytes) -> bytes:
+    """What follows a text's name in its chunk, as much of it as an orientation may stand in; b"" where broken."""
     is_packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     if kind == b"iTXt":
         text = text[2:].split(b"\0", 2)[-1]
     elif is_packed:
         text = text[1:]
-    if is_packed and name.startswith((b"XML:", b"Raw profile")):
-        try:
-            text = zlib.decompressobj().decompress(text, MAX_TEXT)
-        except zlib.error:
-            return name, b""
-    return name, text
+    try:
+        return zlib.decompressobj().decompress(text, MAX_TEXT) if is_packed else text
+    except zlib.error:
+        return b""
 
 
 # TIFF
