@@ -67,11 +67,6 @@ def test_the_converters_report_is_read(tmp_path):
     assert device.largest_activation(folder) == report["largest_activation"]["value"] > 1000
 
 
-def test_the_policy_and_the_reports_warning_draw_one_line():
-    assert device.REPORT == fidelity.FILE
-    assert (fidelity.LIMITS["float16"], fidelity.HEADROOM) == (device.FLOAT16_LARGEST, device.HEADROOM)
-
-
 @pytest.fixture
 def on(monkeypatch):
     """A function that makes MLX say it computes on another device, with these facts about it."""

@@ -109,7 +109,6 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a head takes positions that came from another rule",
-        "mlx_aimv2/learn/head_folder.py",
         'if own not in (None, size) and info["encoder"].get("positions") != POSITIONS:',
         "if False:",
         ("tests/test_image_size.py",),
@@ -122,7 +121,6 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a conversion asks again what the name of its source means",
-        "mlx_aimv2/convert.py",
         "fidelity.run_reference(source.reopened(), images)",
         "fidelity.run_reference(read_source(hf_path, revision=revision), images)",
         ("tests/test_convert.py",),
