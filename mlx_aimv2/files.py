@@ -94,25 +94,25 @@ def _read(path: Path, count: int) -> tuple[bytes, int]:
         raise PermissionError(f"{path} may not be read: permission denied") from None
     except OSError as error:
         if error.errno is None:
-            raise ValueError(f"{path}: wanted a file, got {str(error).removeprefix('is ')}") from None
+            raise ValueError(f"{path} {error}") from None
         raise OSError(f"{path} cannot be read: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def _regular_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A regular file, open, and how it was then. Raises OSError without a number, such as `is a device`, for others."""
+def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A regular file, open, and how it was then; of others OSError says without a number: is a device, not a file."""
     try:
         # O_NONBLOCK: opening a named pipe would wait for somebody to write into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ENXIO or error.errno == errno.EOPNOTSUPP:  # sockets cannot be opened at all
-            raise OSError("is a socket") from None
+            raise OSError(f"is a socket, not {wanted}") from None
         raise
     try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             kind = KINDS.get(stat.S_IFMT(about.st_mode), "something else")
-            raise (IsADirectoryError if stat.S_ISDIR(about.st_mode) else OSError)(f"is {kind}")
+            raise (IsADirectoryError if stat.S_ISDIR(about.st_mode) else OSError)(f"is {kind}, not {wanted}")
         with os.fdopen(descriptor, "rb", closefd=False) as file:  # which fails for a folder and leaves it open
             yield file, about
     finally:
@@ -167,15 +167,10 @@ def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes
     Raises OSError without a name in it: FileNotFoundError, IsADirectoryError and PermissionError as the system does,
     else a reason that continues a sentence which starts with the path.
     """
-    try:
-        with _regular_file(path) as (file, about):
-            if about.st_size > MAX_IMAGE_BYTES:
-                raise OSError(f"has {about.st_size:,} bytes, more than an image of {MAX_IMAGE_BYTES:,} bytes")
-            return about, _bounded(file, about.st_size)
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{error}, not an image") from None
-        raise
+    with _regular_file(path, "an image") as (file, about):
+        if about.st_size > MAX_IMAGE_BYTES:
+            raise OSError(f"has {about.st_size:,} bytes, more than an image of {MAX_IMAGE_BYTES:,} bytes")
+        return about, _bounded(file, about.st_size)
 
 
 def read_stream(stream: BinaryIO) -> bytes:

@@ -255,6 +255,8 @@ def _read_weights(file: Path) -> dict[str, mx.array]:
     try:
         return dict(mx.load(str(file)))  # type: ignore[arg-type]
     except RuntimeError as error:  # a dtype that MLX has not
+        if not file.exists():
+            raise FileNotFoundError(f"{file} does not exist any more") from None
         raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
 
 

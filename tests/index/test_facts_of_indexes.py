@@ -13,9 +13,8 @@ from tests.image_files import image
 from tests.small_index import MADE, WIDTH, entry
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["held in memory", "read from disk"])
 @pytest.mark.parametrize("count", [1500, 5000])
-def test_the_nearest_are_the_nearest_however_close_they_lie(tmp_path, count, once):
+def test_the_nearest_are_the_nearest_however_close_they_lie(tmp_path, count):
     """Stored in half precision, whose rounding changes a vector's length more than its neighbours differ."""
     rng = np.random.default_rng(count)
     middle = rng.normal(size=WIDTH)
@@ -29,7 +28,7 @@ def test_the_nearest_are_the_nearest_however_close_they_lie(tmp_path, count, onc
             query = middle + 1e-2 * np.random.default_rng(seed).normal(size=WIDTH)
             cosines = {path: row @ query / np.linalg.norm(row) for path, row in stored.items()}
             wanted = sorted(cosines, key=cosines.__getitem__, reverse=True)[:3]
-            assert [match.path for match in index.search(query, k=3, once=once)] == wanted
+            assert [match.path for match in index.search(query, k=3)] == wanted
 
 
 def test_a_copy_keeps_the_digest_of_its_content(embed_command, tmp_path):
