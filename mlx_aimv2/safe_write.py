@@ -122,7 +122,7 @@ def atomic_folder(
         folder = beside / "folder"
         folder.mkdir()
         yield folder
-        for file in folder.iterdir():
+        for file in folder.rglob("*"):
             _flush_to_disk(file)
         check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
         _take_name(folder, path, overwrite=overwrite)
@@ -297,5 +297,6 @@ def _overlap(one: Path, other: Path) -> bool:
 
 
 def _flush_to_disk(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    if file.is_file():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())

@@ -130,11 +130,11 @@ def test_one_ctrl_c_stops_a_slow_decoder_and_says_so(tmp_path):
     code = f"""
 import sys, time
 from mlx_aimv2 import cli, images
-from mlx_aimv2.embed import prefetch
+from mlx_aimv2.embed import loader
 def slowly(*_, **__):
     print("decoding", flush=True)
     time.sleep(60)
-prefetch.open_image = slowly
+loader.open_image = slowly
 sys.exit(cli.main(["embed", {PHOTOGRAPH!r}, "-m", {str(FIXED)!r}, "-o", "photos.db"]))
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -16,8 +16,8 @@ from mlx_aimv2 import plot
 from mlx_aimv2.cli import say, show_progress
 from mlx_aimv2.commands import flags
 from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.embed.pipeline import FAST
-from mlx_aimv2.embed.prefetch import MAX_PATCHES
+from mlx_aimv2.embed.encode import FAST
+from mlx_aimv2.embed.loader import MAX_PATCHES
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import Policy
 from mlx_aimv2.loading import load

@@ -13,8 +13,7 @@ from typing import Any
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.device import is_slow_here
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
-from mlx_aimv2.embed.embedder import Embedder, Settings
-from mlx_aimv2.embed.pipeline import FAST
+from mlx_aimv2.embed.encode import FAST, Embedder, Settings
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.embed.update import Plan, Update, make_plan
 from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.embed.embedder import Embedder, Settings
-from mlx_aimv2.embed.pipeline import FAST
+from mlx_aimv2.embed.encode import FAST, Embedder, Settings
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.find_images import has_suffix
 from mlx_aimv2.images import Policy

@@ -28,7 +28,7 @@ from mlx_aimv2.learn.data import (
     straddling,
     without_val,
 )
-from mlx_aimv2.learn.mean_iou import IGNORED
+from mlx_aimv2.learn.metrics import IGNORED
 from mlx_aimv2.safe_read import read_text
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")

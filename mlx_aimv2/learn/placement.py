@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.images import to_rgb
+from mlx_aimv2.learn.augment import GREY
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_aimv2.processor import Aimv2Processor
-
-GREY = (124, 116, 104)
-"""What lies around an image that is drawn smaller: the mean colour of photographs, nearly zero after normalisation."""
 
 ZOOM = (0.7, 1.4)
 """How much larger or smaller than on the plain canvas a training image is drawn."""
@@ -93,12 +91,6 @@ def placed(
 ) -> Placement:
     """`random` with `chance`, `plain` without."""
     return plain(size, canvas) if chance is None else random(size, canvas, chance, flip=flip)
-
-
-def whole(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
-    """The whole image's pixels (H, W, 3), and its own (height, width)."""
-    image = to_rgb(path)
-    return processor.pixels(image), (image.height, image.width)
 
 
 def on_canvas(

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlx_aimv2.pretrain import contrastive, optimise, state
 from mlx_aimv2.pretrain.augment import Augmentation
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.pretrain.captions import VOCAB_SIZE, as_tokenizer, save_tokenizer, train_tokenizer
-from mlx_aimv2.pretrain.feature_cache import Features, cache_features
+from mlx_aimv2.pretrain.feature_cache import CaptionedFeatures, cache_features
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.train import Log, all_captions
 from mlx_aimv2.processor import Aimv2Processor
@@ -92,10 +93,10 @@ def lit(
     model = pair_with(encoder, settings, tokenizer)
     place = state.place_of(output)
     place.mkdir(parents=True, exist_ok=True)
-    file = place / f"features-{rank}.npy"
+    kept = place / f"features-{rank}"
     try:
         features = cache_features(
-            encoder, processor, data, file, views=settings.views, augmentation=settings.augmentation,
+            encoder, processor, data, kept, views=settings.views, augmentation=settings.augmentation,
             seed=settings.seed, report=report,
         )  # fmt: skip
         if len(features.texts) < settings.batch:
@@ -106,7 +107,7 @@ def lit(
         log = Log(place / "log.jsonl", report, is_writer=rank == 0)
         fit(model, features, tokenizer, settings, group=group, log=log, log_every=log_every)
     finally:
-        file.unlink(missing_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)
     if rank == 0:
         write_pair(model, output, tokenizer)
     return model
@@ -130,7 +131,7 @@ def pair_with(encoder: Aimv2VisionModel, settings: LitSettings, tokenizer: Token
 
 def fit(
     model: Aimv2Model,
-    features: Features,
+    features: CaptionedFeatures,
     tokenizer: Tokenizer,
     settings: LitSettings,
     *,
@@ -166,7 +167,7 @@ def fit(
         views = chance.integers(settings.views, size=settings.batch)
         captions = [_caption(features.texts[i], chance, settings.first_caption) for i in chosen]
         same = contrastive.same_captions([keys[features.texts[i][0]] for i in chosen])
-        x = np.stack([features.array[i, view] for i, view in zip(chosen[mine], views[mine], strict=True)])
+        x = features.take(chosen[mine], views[mine].tolist())
         value, gradient = step_of(mx.array(x).astype(model.dtype), mx.array(tokenizer(captions[mine])), same)
         gradient = contrastive.averaged_gradients(gradient, group)
         optimise.check_finite([optimise.number(value)], step, state="the start")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.pipeline import CHUNK
+from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.index.reader import Index
 from tests.image_files import image

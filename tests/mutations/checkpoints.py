@@ -158,10 +158,10 @@ CHECKPOINTS = (
     ),
     Mutation(
         "the images of a batch get each other's vectors",
-        "mlx_aimv2/embed/pipeline.py",
-        "batches.append((features, places))",
-        "batches.append((features, places[::-1]))",
-        ("tests/embed/test_pipeline.py",),
+        "mlx_aimv2/embed/loader.py",
+        "batches.append(_Batch(outputs, indices, shape))",
+        "batches.append(_Batch(outputs, indices[::-1], shape))",
+        ("tests/embed/test_encode.py",),
     ),
     Mutation(
         "an unchanged file is read again",

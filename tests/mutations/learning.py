@@ -3,9 +3,9 @@
 from tests.mutations import Mutation
 
 OPTIMIZER, LORA, PLACEMENT = "mlx_aimv2/learn/optimizer.py", "mlx_aimv2/learn/lora.py", "mlx_aimv2/learn/placement.py"
-AVERAGE, MEAN_IOU, BOXES = (
+AVERAGE, METRICS, BOXES = (
     "mlx_aimv2/learn/average_precision.py",
-    "mlx_aimv2/learn/mean_iou.py",
+    "mlx_aimv2/learn/metrics.py",
     "mlx_aimv2/learn/boxes.py",
 )
 LOSSES, CONTRASTIVE = "mlx_aimv2/pretrain/losses.py", "mlx_aimv2/pretrain/contrastive.py"
@@ -17,7 +17,7 @@ PRECISION = (
     "tests/learn/test_average_precision.py::test_half_of_the_objects_found_is_half_of_the_recalls",
 )
 IOU, GEOMETRY, PLACES = (
-    ("tests/learn/test_mean_iou.py",),
+    ("tests/learn/test_metrics.py",),
     ("tests/learn/test_boxes.py",),
     ("tests/learn/test_placement.py",),
 )
@@ -64,14 +64,14 @@ LEARNING = (
     ),
     Mutation(
         "pixels without a label count",
-        MEAN_IOU,
-        "known = truth != IGNORED",
-        "truth = np.where(truth == IGNORED, 0, truth)\n    known = truth != IGNORED",
+        METRICS,
+        "known = labels != IGNORED",
+        "labels = np.where(labels == IGNORED, 0, labels)\n        known = labels != IGNORED",
         IOU,
     ),
     Mutation(
         "the union counts the intersection twice",
-        MEAN_IOU,
+        METRICS,
         "counts.sum(axis=0) + counts.sum(axis=1) - both",
         "counts.sum(axis=0) + counts.sum(axis=1)",
         IOU,

@@ -92,11 +92,12 @@ def test_only_what_is_not_the_trunk_changes(folder, encoder, processor, tmp_path
 
 def test_the_cache_holds_what_the_trunk_gives(folder, encoder, processor, tmp_path):
     options = {"views": 3, "augmentation": Augmentation(), "seed": 1}
-    found = cache_features(encoder, processor, open_data(folder), tmp_path / "f.npy", **options)
-    assert found.array.shape == (8, 3, 9, 22) and found.array.dtype == np.float16
+    found = cache_features(encoder, processor, open_data(folder), tmp_path / "kept", **options)
+    assert found.features.rows.shape == (8 * 3, 9, 22) and found.features.rows.dtype == np.float16
     own = np.array(encoder(processor(folder / "3.png")).last_hidden_state)[0]
-    assert np.abs(found.array[3, 0] - own).max() < 5e-3
-    assert np.abs(found.array[3, 1] - own).max() > 1e-2
+    whole, crop = found.take([3, 3], [0, 1])
+    assert np.abs(whole - own).max() < 5e-3
+    assert np.abs(crop - own).max() > 1e-2
     assert found.texts[3] == ("door number 3", "door")
 
 
@@ -104,10 +105,10 @@ def test_an_unreadable_image_is_passed_over(folder, encoder, processor, tmp_path
     (folder / "2.png").write_bytes(b"broken")
     options = {"views": 1, "augmentation": Augmentation(), "seed": 1}
     with pytest.warns(UserWarning, match=r"2\.png.*passed over"):
-        found = cache_features(encoder, processor, open_data(folder), tmp_path / "f.npy", **options)
-    assert len(found.texts) == len(found.array) == 7
+        found = cache_features(encoder, processor, open_data(folder), tmp_path / "kept", **options)
+    assert len(found.texts) == len(found.features.rows) == 7
     own = np.array(encoder(processor(folder / "3.png")).last_hidden_state)[0]
-    assert np.abs(found.array[2, 0] - own).max() < 5e-3
+    assert np.abs(found.take([2], [0])[0] - own).max() < 5e-3
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ def test_words_find_the_images_they_were_trained_with(folder, encoder, processor
     images = model.encode_image(reader([folder / f"{i}.png" for i in range(8)]), normalize=True)
     texts = model.encode_text(reader.tokenize([f"{word} number {i}" for i, word in enumerate(WORDS)]), normalize=True)
     assert np.array(mx.argmax(images @ texts.T, axis=1)).tolist() == list(range(8))
-    assert not list((tmp_path / "out.training").glob("*.npy"))
+    assert not list((tmp_path / "out.training").glob("features*"))
 
 
 def test_the_pair_is_converted_and_exported_like_any_other(folder, encoder, processor, tmp_path):
@@ -138,7 +139,7 @@ def test_fewer_images_than_a_batch_are_an_error(folder, encoder, processor, tmp_
 
 def test_features_that_do_not_fit_on_the_disk_are_an_error(folder, encoder, processor, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
-    with pytest.raises(OSError, match=r"need 6,336 bytes, .* has 1,000; take fewer --views"):
+    with pytest.raises(OSError, match=r"rows\.bin, which need 6,848 bytes: free some, or take fewer --views"):
         lit(open_data(folder), encoder, processor, tmp_path / "out", settings=SETTINGS)
 
 
