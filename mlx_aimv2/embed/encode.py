@@ -115,7 +115,7 @@ def embed_chunks(
 class Settings:
     """What decides the embeddings of a checkpoint; None stands for the default."""
 
-    model: str
+    model: str | None = None
     revision: str | None = None
     dtype: str | None = None
     pool: str | None = None
@@ -136,7 +136,7 @@ class Embedder:
     @classmethod
     def load(cls, settings: Settings, *, decode: str = "fast") -> Embedder:
         """Loads the checkpoint and records `decode`. Raises ValueError for settings that it cannot meet."""
-        loaded = provenance.load_with_origin(settings.model, revision=settings.revision, dtype=settings.dtype)
+        loaded = provenance.load_with_origin(settings.model or "", revision=settings.revision, dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
         description = provenance.describe(loaded, pooling, max_patches=max_patches, decode=decode)
