@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import drawing
 from mlx_aimv2.learn.data import Sample
 
 if TYPE_CHECKING:
@@ -105,5 +104,5 @@ def worst(
     columns = []
     for sample, prediction in pairs:
         drawn = draw(to_rgb(sample.path), sample, prediction)
-        columns.append(drawing.below([plot.to_height(image, 300) for image in drawn], gap=8))
+        columns.append(plot.below([plot.to_height(image, 300) for image in drawn], gap=8))
     return plot.beside(columns, gap=8)

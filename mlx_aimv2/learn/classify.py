@@ -12,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import augment, drawing, label_files, metrics
+from mlx_aimv2.learn import augment, label_files, metrics
 from mlx_aimv2.learn.data import Dataset, Sample
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.knn import KnnHead
@@ -158,7 +159,7 @@ def card(
     samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str], folder: Path
 ) -> list[tuple[str, str]]:
     """`confusion.png` and, if there are any, `mistakes.png`."""
-    drawing.confusion_image(_confusion(samples, predictions, classes), classes).save(folder / "confusion.png")
+    plot.confusion_image(_confusion(samples, predictions, classes), classes).save(folder / "confusion.png")
     images = [("Confusion matrix", "confusion.png")]
     pairs = zip(samples, predictions, strict=True)
     mistakes = [(sample, found.best(1)[0], found) for sample, found in pairs if found.best(1)[0] != sample.target]
@@ -169,7 +170,7 @@ def card(
     ]
     if shown:
         rows = [shown[start : start + 6] for start in range(0, len(shown), 6)]
-        sheet = drawing.contact_sheet(
+        sheet = plot.contact_sheet(
             [[image for image, _ in row] for row in rows],
             captions=[[caption for _, caption in row] for row in rows],
             side=128,

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import average_precision, boxes, coco, drawing, fcos, placement
+from mlx_aimv2.learn import average_precision, boxes, coco, fcos, placement
 from mlx_aimv2.learn import card as cards
 from mlx_aimv2.learn.average_precision import Found, Truth
 from mlx_aimv2.learn.data import Sample, image_size
@@ -181,7 +182,7 @@ def card(
     """`overlays.jpg`: images with the ground truth above and the prediction below, the worst first."""
 
     def draw(image: Image.Image, sample: Sample, prediction: Detections) -> list[Image.Image]:
-        labelled = drawing.with_boxes(image, sample.target.boxes, sample.target.labels, classes)
+        labelled = plot.with_boxes(image, sample.target.boxes, sample.target.labels, classes)
         return [labelled, _drawn(image, prediction, classes)]
 
     def quality(sample: Sample, prediction: Detections) -> float:
@@ -198,7 +199,7 @@ def _precision(sample: Sample, prediction: Detections, classes: int) -> float:
 
 def _drawn(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
     sure = found.scores >= SURE
-    return drawing.with_boxes(image, found.boxes[sure], found.labels[sure], classes, scores=found.scores[sure])
+    return plot.with_boxes(image, found.boxes[sure], found.labels[sure], classes, scores=found.scores[sure])
 
 
 def table(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> list[list[str]]:

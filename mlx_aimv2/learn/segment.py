@@ -12,9 +12,10 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import card as cards
-from mlx_aimv2.learn import drawing, mask_files, metrics, placement
+from mlx_aimv2.learn import mask_files, metrics, placement
 from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.metrics import IGNORED
 from mlx_aimv2.learn.placement import canvas_size
@@ -169,8 +170,8 @@ def _shares(prediction: Segmentation, classes: Sequence[str]) -> list[dict[str, 
 
 def save_prediction(path: str, prediction: Segmentation, classes: Sequence[str], stem: Path) -> None:
     """`STEM-mask.png`, a palette PNG whose values are the classes, and `STEM-overlay.jpg`."""
-    drawing.palette_image(prediction.labels).save(f"{stem}-mask.png")
-    drawing.with_mask(to_rgb(path), prediction.labels, classes).save(f"{stem}-overlay.jpg", quality=92)
+    plot.palette_image(prediction.labels).save(f"{stem}-mask.png")
+    plot.with_mask(to_rgb(path), prediction.labels, classes).save(f"{stem}-overlay.jpg", quality=92)
 
 
 def save_all(records: Sequence[None], classes: Sequence[str], folder: Path) -> None:
@@ -188,7 +189,7 @@ def card(
 
     def draw(image: Image.Image, sample: Sample, prediction: Segmentation) -> list[Image.Image]:
         masks = (mask_files.read_mask(sample.target), prediction.labels)
-        return [drawing.with_mask(image, mask, classes) for mask in masks]
+        return [plot.with_mask(image, mask, classes) for mask in masks]
 
     cards.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with most wrong pixels: labelled above, predicted below", "overlays.jpg")]
