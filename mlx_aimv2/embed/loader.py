@@ -26,7 +26,7 @@ import numpy as np
 
 from mlx_aimv2.image_array import Levels
 from mlx_aimv2.image_file import read_image_file
-from mlx_aimv2.images import POLICY, Policy, open_image
+from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
 
 if TYPE_CHECKING:
     from mlx_aimv2.processor import Aimv2Processor
@@ -269,19 +269,29 @@ class Decoder:
         try:
             with self.files.take(_size_of(path)):
                 about, data = read_image_file(path)
-                found = Decoded(path, about.st_size, about.st_mtime_ns, hashlib.sha256(data).digest())
-                if self.known is None or not self.known(path, found.sha256):
-                    self._decode(found, data)
+                found = self.content(path, data)
+                found.size, found.mtime_ns = about.st_size, about.st_mtime_ns
                 return found
         except OSError as error:
             return Decoded(path, failure=_reason(error))
+
+    def content(self, name: str, data: bytes) -> Decoded:
+        """The content of a file, `name, bytes -> Decoded`."""
+        found = Decoded(name, sha256=hashlib.sha256(data).digest())
+        if self.known is None or not self.known(name, found.sha256):
+            self._decode(found, data)
+        return found
+
+    def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
+        """What the model gets to see of an image, (…, H, W, 3); `sha256` is that of its file."""
+        return self.processor.levels(opened, max_patches=self.max_patches)
 
     def _decode(self, found: Decoded, data: bytes) -> None:
         name = found.path
         try:
             opened = open_image(data, policy=self.policy, name=name)
             with self.decoding.take(self.processor.decoding_bytes(opened, max_patches=self.max_patches)):
-                levels = self.processor.levels(opened, max_patches=self.max_patches)
+                levels = self.levels(opened, found.sha256)
         except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
             found.failure = " ".join((str(error) or type(error).__name__).split()).removeprefix(f"{name} ")
             return

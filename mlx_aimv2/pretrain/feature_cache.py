@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.embed.cache import Array, Features, open_features
-from mlx_aimv2.embed.loader import CHUNK, DECODING_BYTES, Budget, run_ahead
+from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, Known, run_ahead
 from mlx_aimv2.image_array import Levels
-from mlx_aimv2.image_file import read_image_file
-from mlx_aimv2.images import open_image
+from mlx_aimv2.images import OpenImage, open_image
 from mlx_aimv2.learn.features import KINDS, cache_key
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.augment import Augmentation
@@ -40,15 +40,27 @@ class CaptionedFeatures:
         return self.features.take([self.keys[image][view] for image, view in zip(images, views, strict=True)])
 
 
-@dataclass
-class _Views:
-    """An example with its views' levels (views, H, W, 3), None where their features are known, or with a failure."""
+class Views(Decoder):
+    """Turns a file into the levels of the image as it is and of random crops, (views, H, W, 3)."""
 
-    example: Example
-    keys: list[bytes]
-    levels: Levels | None = None
-    failure: str | None = None
-    note: str | None = None
+    def __init__(
+        self, processor: Aimv2Processor, views: int, augmentation: Augmentation, *, seed: int, known: Known
+    ) -> None:
+        """The crops of an image are drawn from `seed` and its content, so that equal images have equal ones."""
+        super().__init__(processor, known=known)
+        self.views, self.augmentation, self.seed = views, augmentation, seed
+
+    def example(self, example: Example) -> Decoded:
+        """An example's image; any thread may call it."""
+        image = example.image
+        return self.content(example.name, image) if isinstance(image, bytes) else self(str(image))
+
+    def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
+        size = self.processor.preprocessing.final_size or (0, 0)
+        rng = np.random.default_rng([self.seed, 2, *np.frombuffer(sha256, "<u4").tolist()])
+        image, _ = opened.rgb()
+        images = [image, *(self.augmentation(image, size, rng) for _ in range(self.views - 1))]
+        return np.stack([self.processor.levels(open_image(one)) for one in images])
 
 
 def cache_features(
@@ -66,32 +78,18 @@ def cache_features(
 
     An image that cannot be read is passed over with a note. Raises OSError where the disk has no room for them.
     """
-    size, tokens = model.config.image_size, model.config.num_patches
-    if size is None or tokens is None:
+    tokens = model.config.num_patches
+    if tokens is None:
         raise ValueError("LiT tuning keeps features of equal length; this encoder takes images of any size")
     own = folder / cache_key(model, processor, kind="tokens", augmentation=asdict(augmentation), seed=seed)
-    shape, budget = (tokens, model.config.hidden_size), Budget(DECODING_BYTES)
-    keys: list[list[bytes]] = []
-    texts: list[tuple[str, ...]] = []
+    shape = (tokens, model.config.hidden_size)
+    captions: deque[tuple[str, ...]] = deque()  # of the images that are being prepared
 
-    def prepare(example: Example) -> _Views:
-        found = _Views(example, [])
-        try:
-            data = example.image if isinstance(example.image, bytes) else read_image_file(example.image)[1]
-            digest = hashlib.sha256(data).digest()
-            found.keys = [_key(digest, view) for view in range(views)]
-            if all(key in cache.index for key in found.keys):
-                return found
-            opened = open_image(data, name=example.name)
-            rng = np.random.default_rng([seed, 2, *np.frombuffer(digest, np.uint32).tolist()])
-            with budget.take(opened.decoding_bytes()):
-                image, _ = opened.rgb()
-            images = [image, *(augmentation(image, (size, size), rng) for _ in range(views - 1))]
-            found.levels = np.stack([processor.levels(open_image(one)) for one in images])
-            found.note = "; ".join(opened.notes) or None
-        except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
-            found.failure = " ".join((str(error) or type(error).__name__).split())
-        return found
+    def chunks() -> Iterator[list[Example]]:
+        examples = data.epoch(None)
+        while chunk := list(islice(examples, CHUNK)):
+            captions.extend(example.texts for example in chunk)
+            yield chunk
 
     def compute(levels: mx.array) -> dict[str, mx.array]:
         features = model(processor.normalised(levels.flatten(0, 1))).last_hidden_state
@@ -100,36 +98,36 @@ def cache_features(
     with open_features(own, shape, KINDS["tokens"], advice="take fewer --views") as cache:
         count = sum(1 for _ in data.epoch(None))
         cache.reserve(count * views - len(cache.index))
-        chunks = _chunks(data.epoch(None))
-        for chunk in run_ahead(chunks, prepare, compute, patch=model.config.patch_size, tokens=views * tokens):
+        decoder = Views(
+            processor,
+            views,
+            augmentation,
+            seed=seed,
+            known=lambda name, digest: all(key in cache.index for key in _keys(digest, views)),
+        )
+        keys: list[list[bytes]] = []
+        texts: list[tuple[str, ...]] = []
+        for chunk in run_ahead(
+            chunks(), decoder.example, compute, patch=model.config.patch_size, tokens=views * tokens
+        ):
+            rows: list[tuple[bytes, Array]] = []
             for image, outputs in chunk:
-                if image.failure is not None or image.note is not None:
-                    passed = "; passed over" if image.failure is not None else ""
-                    warnings.warn(f"{_named(image)}{passed}", stacklevel=2)
+                own_texts, own_keys = captions.popleft(), _keys(image.sha256, views)
                 if image.failure is not None:
+                    warnings.warn(f"{image.path} {image.failure}; passed over", stacklevel=2)
                     continue
-                if outputs is not None:
-                    cache.append(zip(image.keys, outputs["features"], strict=True))
-                keys.append(image.keys)
-                texts.append(image.example.texts)
+                if image.note is not None:
+                    warnings.warn(f"{image.path} {image.note}", stacklevel=2)
+                rows += zip(own_keys, outputs["features"], strict=True) if outputs is not None else ()
+                keys.append(own_keys)
+                texts.append(own_texts)
                 if len(texts) % REPORT_EVERY == 0:
                     report(f"features of {len(texts):,} of {count:,} images")
+            cache.append(rows)
         report(f"features of {len(texts):,} of {count:,} images")
         return CaptionedFeatures(cache.features(), keys, texts)
 
 
-def _key(digest: bytes, view: int) -> bytes:
-    """The key of a view of the image with this SHA-256: its own for the image as it is, the first view."""
-    return hashlib.sha256(digest + view.to_bytes(4, "little")).digest() if view else digest
-
-
-def _named(image: _Views) -> str:
-    """What is wrong with an image or unusual about it, with its name."""
-    text = image.failure or image.note or ""
-    return text if image.example.name in text else f"{image.example.name} {text}"
-
-
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    examples = iter(examples)
-    while chunk := list(islice(examples, CHUNK)):
-        yield chunk
+def _keys(digest: bytes, views: int) -> list[bytes]:
+    """The key of each view of the image with this SHA-256: its own for the image as it is, the first one."""
+    return [digest, *(hashlib.sha256(digest + view.to_bytes(4, "little")).digest() for view in range(1, views))]

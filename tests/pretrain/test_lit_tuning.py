@@ -101,6 +101,19 @@ def test_the_cache_holds_what_the_trunk_gives(folder, encoder, processor, tmp_pa
     assert found.texts[3] == ("door number 3", "door")
 
 
+def test_each_of_many_views_is_kept_and_computed_once(folder, encoder, processor, tmp_path, monkeypatch):
+    options = {"views": 131, "augmentation": Augmentation(), "seed": 1}
+    found = cache_features(encoder, processor, open_data(folder), tmp_path / "kept", **options)
+    for number in (0, 7):
+        own = np.array(encoder(processor(folder / f"{number}.png")).last_hidden_state)[0]
+        assert np.abs(found.take([number], [0])[0] - own).max() < 5e-3
+    crops = found.take([7] * 130, list(range(1, 131))).reshape(130, -1)
+    assert len(np.unique(crops, axis=0)) == 130
+    monkeypatch.setattr("mlx_aimv2.embed.loader.open_image", None)  # nothing is decoded
+    again = cache_features(encoder, processor, open_data(folder), tmp_path / "kept", **options | {"views": 17})
+    np.testing.assert_array_equal(again.take([7] * 16, list(range(1, 17))).reshape(16, -1), crops[:16])
+
+
 def test_an_unreadable_image_is_passed_over(folder, encoder, processor, tmp_path):
     (folder / "2.png").write_bytes(b"broken")
     options = {"views": 1, "augmentation": Augmentation(), "seed": 1}
