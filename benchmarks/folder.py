@@ -115,9 +115,9 @@ def _embed(chunks, model, processor, pooling, threads) -> dict[str, float]:  # t
             return IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16")
 
         update = Update(Plan(chunks=chunks), None, create)
-        for chunk in embed_chunks(chunks, Decoder(processor), model, pooling, threads=threads):
-            update.take(chunk)
-            done += len(chunk)
+        for result in embed_chunks(chunks, Decoder(processor), model, pooling, threads=threads):
+            update.take(result.embeddings)
+            done += len(result.embeddings)
             if done >= 1000:
                 memory.setdefault("MB after 1,000", resident())
         update.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
@@ -50,13 +50,16 @@ def embed(
     read raises ValueError, or is passed to `on_failure(path, reason)` and left out. `threads` decode, by default one
     for each core; `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
     """
-    policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
+    fail = on_failure or raise_failure
     pooling = Pooling.of(model, pool, layer=layer, norm=norm)
-    files = listed_files(paths, on_failure or raise_failure)
+    policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
     decoder = Decoder(processor, max_patches=max_patches, policy=policy)
-    chunks = split_into_chunks(files)
-    for chunk in embed_chunks(chunks, decoder, model, pooling, threads=threads, on_failure=on_failure):
-        yield from chunk
+    for result in embed_chunks(split_into_chunks(listed_files(paths, fail)), decoder, model, pooling, threads=threads):
+        for path, note in result.notes:
+            warnings.warn(f"{path} {note}", stacklevel=2)
+        for path, reason in result.failures:
+            fail(path, reason)
+        yield from result.embeddings
 
 
 def listed_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], fail: OnFailure) -> list[str]:
@@ -69,6 +72,15 @@ def listed_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     return listing.files
 
 
+@dataclass
+class Result:
+    """What became of a chunk: embeddings, and what failed or deserves a note as pairs (path, reason)."""
+
+    embeddings: list[Embedding] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
 def embed_chunks(
     chunks: Iterable[Sequence[str]],
     decoder: Decoder,
@@ -76,15 +88,12 @@ def embed_chunks(
     pooling: Pooling,
     *,
     threads: int | None = None,
-    on_failure: OnFailure | None = None,
-    on_note: OnFailure | None = None,
-) -> Iterator[list[Embedding]]:
-    """Embeddings of each chunk's images, chunk after chunk; those that failed are left out.
+) -> Iterator[Result]:
+    """What becomes of each chunk's images, chunk after chunk.
 
-    Files that the decoder knows are hashed and not decoded: their Embedding has a vector of no numbers. `on_note` gets
-    what is unusual about an image that is embedded all the same; without it that is a warning.
+    Files that the decoder knows are hashed and not decoded: their Embedding has a vector of no numbers. Notes are what
+    is unusual about an image that is embedded all the same.
     """
-    fail, note = on_failure or raise_failure, on_note or _warn
     config, processor = model.vision.config, decoder.processor
     is_widest = model.dtype == mx.float32
     advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
@@ -97,18 +106,18 @@ def embed_chunks(
         tokens=config.num_patches,
         threads=threads,
     ):
-        done = []
+        result = Result()
         for image, outputs in chunk:
             vector = (outputs or none)["features"]
             if image.note is not None:
-                note(image.path, image.note)
+                result.notes.append((image.path, image.note))
             if image.failure is not None:
-                fail(image.path, image.failure)
+                result.failures.append((image.path, image.failure))
             elif np.isfinite(vector).all():
-                done.append(Embedding(image.path, image.size, image.mtime_ns, image.sha256, vector))
+                result.embeddings.append(Embedding(image.path, image.size, image.mtime_ns, image.sha256, vector))
             else:
-                fail(image.path, f"gave numbers that are not finite: {advice}")
-        yield done
+                result.failures.append((image.path, f"gave numbers that are not finite: {advice}"))
+        yield result
 
 
 @dataclass(frozen=True)
@@ -143,17 +152,18 @@ class Embedder:
         return cls(loaded, pooling, max_patches, description)
 
     def __call__(
-        self, chunks: Sequence[Sequence[str]], *, policy: Policy, known: Known | None = None, **options: Any
-    ) -> Iterator[list[Embedding]]:
-        """Embeddings of each chunk's images; `options` are those of `embed_chunks`."""
+        self,
+        chunks: Iterable[Sequence[str]],
+        *,
+        policy: Policy,
+        known: Known | None = None,
+        threads: int | None = None,
+    ) -> Iterator[Result]:
+        """What becomes of each chunk's images."""
         decoder = Decoder(self.loaded.processor, max_patches=self.max_patches, known=known, policy=policy)
-        return embed_chunks(chunks, decoder, self.loaded.model, self.pooling, **options)
+        return embed_chunks(chunks, decoder, self.loaded.model, self.pooling, threads=threads)
 
 
 def raise_failure(path: str, reason: str) -> None:
     """What is done about a failure where nobody else takes it: raises ValueError."""
     raise ValueError(f"{path} {reason}")
-
-
-def _warn(path: str, note: str) -> None:
-    warnings.warn(f"{path} {note}", stacklevel=4)

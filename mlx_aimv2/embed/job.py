@@ -12,8 +12,8 @@ from typing import Any
 
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.device import is_slow_here
-from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
-from mlx_aimv2.embed.encode import FAST, Embedder, Settings
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
+from mlx_aimv2.embed.encode import FAST, Embedder, Result, Settings
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.embed.update import Plan, Update, make_plan
 from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
@@ -121,24 +121,13 @@ def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: Settings) -> Summ
     if digest != embedder.description["weights"]["digest"]:
         raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
     update = Update(plan, job.index, lambda: job.create(embedder.description, embedder.pooling.axes))
-    mine = Result()
-    results = embedder(
-        my_chunks(plan.chunks, ranks),
-        threads=job.options.threads,
-        policy=job.options.policy,
-        on_failure=lambda path, reason: mine.failures.append((path, reason)),
-        on_note=lambda path, note: mine.notes.append((path, note)),
-        known=plan.known,
-    )
+    threads, policy = job.options.threads, job.options.policy
     try:
-        for embeddings in results:
-            mine.embeddings = embeddings
+        for mine in embedder(my_chunks(plan.chunks, ranks), policy=policy, known=plan.known, threads=threads):
             for result in ranks.gather(mine):
                 if ranks.rank == 0:
                     job.take(result, update)
-            mine.failures.clear()
-            mine.notes.clear()
-        ranks.first(lambda: job.finish(update, mine))
+        ranks.first(lambda: job.finish(update))
     except RankLostError:
         update.commit()
         raise
@@ -274,10 +263,8 @@ class _Job:
         self.done += len(result.embeddings) + len(result.failures)
         self.on_progress(self.done, update.plan.images)
 
-    def finish(self, update: Update, last: Result) -> bool:
+    def finish(self, update: Update) -> bool:
         """Writes what is left and the export, and says which images have no file."""
-        last.embeddings = []
-        self.take(last, update)
         update.finish()
         if kept := update.kept:
             self.report(

@@ -52,16 +52,11 @@ def compute_features(
         cache.reserve(len(missing))
         advance(len(unique) - len(missing))
         failed: list[str] = []
-        for done in embed_chunks(
-            split_into_chunks(sorted(missing.values())),
-            Decoder(processor, policy=FAST),
-            model,
-            Pooling.of(model, kind),
-            on_failure=lambda path, why: failed.append(f"{path} {why}"),
-            on_note=lambda path, why: None,  # all images have one size, of which `fit` speaks once
-        ):
-            cache.append((one.sha256, one.vector) for one in done if one.sha256 in missing)
-            advance(len(done))
+        decoder, chunks = Decoder(processor, policy=FAST), split_into_chunks(sorted(missing.values()))
+        for result in embed_chunks(chunks, decoder, model, Pooling.of(model, kind)):
+            cache.append((one.sha256, one.vector) for one in result.embeddings if one.sha256 in missing)
+            failed += [f"{path} {reason}" for path, reason in result.failures]
+            advance(len(result.embeddings))
         if failed:
             raise DataError(failed)
         if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 import mlx_aimv2
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _unpacked, my_chunks
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, _packed, _unpacked, my_chunks
+from mlx_aimv2.embed.encode import Result
 from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Embedding, Index
 

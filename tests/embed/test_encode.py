@@ -81,8 +81,8 @@ def test_images_of_one_grid_share_a_batch_and_none_is_padded(tmp_path, native):
     sizes = [(140, 168), (168, 140), (140, 168), (150, 170), (14 * 70, 14 * 50), (168, 140), (14 * 70, 14 * 50)]
     files = [str(image(tmp_path / f"{n}.png", size, n)) for n, size in enumerate(sizes)]
     noted = Noted()
-    (chunk,) = embed_chunks([files], Decoder(native[1]), native[0], noted)
-    assert [one.path for one in chunk] == files
+    (result,) = embed_chunks([files], Decoder(native[1]), native[0], noted)
+    assert [one.path for one in result.embeddings] == files
     # Without its remainder 150 x 170 is 140 x 168; two images of 3,500 tokens are too many for a batch.
     assert sorted(noted.shapes) == [(1, 700, 980, 3), (1, 700, 980, 3), (2, 140, 168, 3), (3, 168, 140, 3)]
 
@@ -91,14 +91,14 @@ def test_a_batch_never_crosses_a_chunk(tmp_path, fixed):
     files = [str(image(tmp_path / f"{n:03d}.png", (42, 42), n)) for n in range(CHUNK + 3)]
     noted = Noted()
     chunks = list(embed_chunks(split_into_chunks(files), Decoder(fixed[1]), fixed[0], noted))
-    assert [len(chunk) for chunk in chunks] == [CHUNK, 3]
+    assert [len(chunk.embeddings) for chunk in chunks] == [CHUNK, 3]
     assert [shape[0] for shape in noted.shapes] == [CHUNK, 3]
 
 
 def test_empty_chunks_stay_in_their_places(tmp_path, fixed):
     file = str(image(tmp_path / "a.png", (42, 42)))
     chunks = list(embed_chunks([[], [file], []], Decoder(fixed[1]), fixed[0], Pooling.of(fixed[0])))
-    assert [len(chunk) for chunk in chunks] == [0, 1, 0]
+    assert [len(chunk.embeddings) for chunk in chunks] == [0, 1, 0]
 
 
 def test_small_native_images_give_a_warning(tmp_path, native):
