@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +16,13 @@ import numpy as np
 
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
-from mlx_aimv2.find_images import is_under
 from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.task import Task
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target
+from mlx_aimv2.safe_write import atomic_folder, check_target, stems_below
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def saving(
     A file below a folder that was `given` keeps its path in there. The folder must not exist yet, and appears when all
     is written.
     """
-    stems = _stems(given, files)
+    stems = stems_below(given, files)
     records: list[Any] = []
     with atomic_folder(output) as folder:
 
@@ -151,16 +148,3 @@ def saving(
 
         yield save
         head.task.save_all(records, head.classes, folder)
-
-
-def _stems(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
-    """Each file's path below the folder that all lie in, without suffix where no other file shares the rest."""
-    folders = [str(expand_user(one).absolute()) for one in given if expand_user(one).is_dir()]
-    others = [str(Path(file).parent) for file in files if not is_under(file, folders)]
-    common = os.path.commonpath([*folders, *others]) if files else ""
-    names = {file: Path(os.path.relpath(file, common)) for file in files}
-    shared = Counter(str(name.with_suffix("")).casefold() for name in names.values())
-    return {
-        file: name if shared[str(name.with_suffix("")).casefold()] > 1 else name.with_suffix("")
-        for file, name in names.items()
-    }
