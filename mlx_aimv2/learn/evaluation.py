@@ -22,6 +22,7 @@ from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.task import Task
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.safe_read import expand_user
 from mlx_aimv2.safe_write import atomic_folder, check_target, stems_below
 
 
@@ -50,15 +51,15 @@ def evaluate(
     does not know among it.
     """
     if card is not None:
-        check_target(Path(card))
+        check_target(expand_user(card))
     loaded = load_head(head, model=model, dtype=dtype)
     task, classes = loaded.task, loaded.classes
-    dataset = task.read(Path(data), classes=classes)
+    dataset = task.read(expand_user(data), classes=classes)
     part = "test" if dataset.splits["test"] else "val"
     samples = dataset.splits[part]
     predictions = decoded(task, samples, outputs_of_learner(loaded.learner, task, samples, loaded.processor))
     if card is not None:
-        with atomic_folder(Path(card)) as folder:
+        with atomic_folder(expand_user(card)) as folder:
             task.card(samples, predictions, classes, folder)
     scores, table = task.score(samples, predictions, classes), task.table(samples, predictions, classes)
     return Evaluation(scores, len(samples), part, table)
