@@ -16,7 +16,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # The modules of the API page.
 API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model processor config pretrain)
 
-.PHONY: help demo test test-all coverage mutations parity check fuzz verify train docs format clean
+.PHONY: help demo test test-all rounding coverage mutations parity check fuzz verify train docs format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -29,6 +29,9 @@ test: $(VENV)/tested  ## the quick tests: no network, no torch
 
 test-all: $(VENV)/tested  ## the quick and the slow tests
 	$(RUN) -m pytest $(PARALLEL)
+
+rounding: $(VENV)/tested  ## golden values, gradients and the like (OPENBLAS_CORETYPE=Nehalem: with another kernel of OpenBLAS)
+	$(RUN) -m pytest $(PARALLEL) -m rounding
 
 coverage: $(VENV)/tested  ## line and branch coverage of the quick and the slow tests
 	$(RUN) -m pytest $(PARALLEL) --cov --cov-report=term:skip-covered

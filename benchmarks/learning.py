@@ -19,16 +19,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import bundled, preprocessing
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.conversion import folder
 from mlx_aimv2.learn import fit
-from mlx_aimv2.learn.optimizer import AdamW, Group, clipped, cosine
 from mlx_aimv2.model import Aimv2VisionModel, run_blocks, visible_patches
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.train.loop import Plan, Watch, train
 
 CONFIG = Aimv2VisionConfig(
     hidden_size=128,
@@ -93,32 +93,42 @@ def random_start(model: nn.Module, seed: int) -> None:
         model.load_weights([(name, spread * mx.random.normal(array.shape, key=next(keys)))], strict=False)
 
 
+class Drawn:
+    """Batches of images with random masks."""
+
+    def __init__(self, images: mx.array) -> None:
+        self.images = images
+
+    def __call__(self, number: int) -> tuple[tuple[mx.array, mx.array], int]:
+        rng = np.random.default_rng([1, number])
+        patches = CONFIG.num_patches or 0
+        order = np.argsort(rng.random((BATCH, patches)), axis=1)
+        chosen = mx.array(rng.integers(0, len(self.images), BATCH))
+        return (self.images[chosen], mx.array(order < HIDDEN * patches)), 0
+
+    def close(self) -> None:
+        pass
+
+
 def pretrain(model: Autoencoder, images: mx.array, *, steps: int) -> None:
     """Trains the encoder to be of use for the hidden patches."""
-    chance = np.random.default_rng(1)
-    optimizer = AdamW(weight_decay=0.05, betas=(0.9, 0.95))
-    patches = CONFIG.num_patches or 0
-    gradient_of = nn.value_and_grad(model, lambda pixels, mask: model(pixels, mask).mean())
-    began, total = time.perf_counter(), 0.0
-    for step in range(steps):
-        chosen = mx.array(chance.integers(0, len(images), BATCH))
-        order = np.argsort(chance.random((BATCH, patches)), axis=1)
-        value, gradients = gradient_of(images[chosen], mx.array(order < HIDDEN * patches))
-        flat: Any = tree_flatten(gradients)
-        parameters: Any = tree_flatten(model.trainable_parameters())
-        rate = LEARNING_RATE * cosine(step, steps=steps, warm_up=steps // 20)
-        new = optimizer.updated(dict(parameters), clipped(dict(flat), 1.0, one), rate, one)
-        model.update(tree_unflatten(list(new.items())))
-        mx.eval(new, optimizer.first, optimizer.second)
-        total += value.item()
-        if (step + 1) % 100 == 0:
-            spent = time.perf_counter() - began
-            print(f"  step {step + 1:5}  loss {total / 100:.4f}  {spent:.0f} s", flush=True)
-            total = 0.0
+    began = time.perf_counter()
 
+    def after_step(step: int, losses: dict[str, float]) -> None:
+        if step % 100 == 0:
+            print(f"  step {step:5}  loss {losses['loss']:.4f}  {time.perf_counter() - began:.0f} s", flush=True)
 
-def one(path: str) -> Group:
-    return Group()
+    plan = Plan(
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        weight_decay=0.05,
+        betas=(0.9, 0.95),
+        warm_up=steps // 20,
+        clip=1.0,
+        keep="last",
+    )
+    losses = lambda model, batch, key: {"loss": model(*batch).mean()}  # noqa: E731
+    train(model, losses, Drawn(images), plan, watch=Watch(after_step=after_step))
 
 
 def write(encoder: Aimv2VisionModel, place: Path) -> None:

@@ -36,7 +36,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_aimv2 import bench, bundled, device
+from mlx_aimv2 import bundled, device
+from mlx_aimv2.commands import bench
 from mlx_aimv2.config import released
 from mlx_aimv2.images import Policy, open_image
 from mlx_aimv2.loading import load

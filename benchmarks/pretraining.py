@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -23,17 +23,28 @@ import numpy as np
 from mlx_aimv2 import x86, x86_training
 from mlx_aimv2.commands.pretrain import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain import optimise
-from mlx_aimv2.pretrain.decoder import DecoderConfig
-from mlx_aimv2.pretrain.objective import Batch, Pretraining, initialise
-from mlx_aimv2.pretrain.prefix import draw_lengths
-from mlx_aimv2.pretrain.train import take_step
+from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise
+from mlx_aimv2.pretrain.settings import Schedule, Settings
+from mlx_aimv2.train.loop import Step
 
 CAPTION = 16
 """Tokens of a caption, BOS and EOS among them."""
 
 Product = tuple[int, int, int, int, int]
 """How often, and batch, rows, inner size, columns of `(batch, rows, inner) @ (batch, inner, columns)`."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """One batch for every step."""
+
+    batch: Batch
+
+    def __call__(self, number: int) -> tuple[Batch, int]:
+        return self.batch, 0
+
+    def close(self) -> None:
+        pass
 
 
 @x86_training.prepared(x86_training.WIDE_SIGHT)
@@ -46,8 +57,8 @@ def main() -> None:
     vision, decoder = sizes(arguments.size)
     model = Pretraining(vision, decoder, eos=1)
     initialise(model, vision.num_hidden_layers, seed=0)
-    optimizer = optimise.adamw(1e-4, steps=arguments.steps, warm_up=1, weight_decay=optimise.WEIGHT_DECAY)
-    optimise.lay_out(model, optimizer)
+    settings = Settings(vision, decoder, steps=arguments.steps, learning_rate=1e-4, warm_up=1)
+    update = Step(model, lambda model, batch, key: model.losses(batch), settings.plan(Schedule()))
     patches = vision.num_patches or 0
     chance = np.random.default_rng(0)
     size = vision.image_size or 0
@@ -58,8 +69,7 @@ def main() -> None:
     )
 
     def step() -> None:
-        _, gradient = optimise.gradients(model, model.loss, [batch], dtype=mx.float32)
-        take_step(model, optimizer, gradient)
+        update(0, Same(batch))
 
     step()
     products = products_of(vision, decoder, arguments.batch)

@@ -22,7 +22,6 @@ CASES = {
     **{f"{bits} bit": {"quantize": True, "q_bits": bits} for bits in (8, 6, 5, 4, 3)},
     **{mode: {"quantize": True, "q_mode": mode} for mode in ("mxfp8", "mxfp4", "nvfp4")},
     **{recipe: {"quantize": True, "quant_predicate": recipe} for recipe in RECIPES},
-    **{f"target {target}": {"q_target": target} for target in (0.9995, 0.999, 0.998, 0.995)},
 }
 
 

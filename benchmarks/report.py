@@ -55,7 +55,7 @@ def main() -> None:
     for number, size in enumerate(arguments.sizes):
         found = bench(size, arguments.dtype, arguments.batch, runs=arguments.runs)
         if number == 0:
-            note = f" Note: {found['note']}." if found["note"] else ""
+            note = f" Note: {found['note']}." if found["advice"] else ""
             how = "A forward pass alternates with its matrix products alone"
             print(f"{how}; medians of {arguments.runs} runs.{note}\n\n{HEAD}")
         print(*(row(size, speed) for speed in found["speed"]), sep="\n", flush=True)

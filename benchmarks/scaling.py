@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_aimv2 import bench, device
+from mlx_aimv2 import device
+from mlx_aimv2.commands import bench
 from mlx_aimv2.config import DTYPES, WIDTHS, released
 
 SIDES = (224, 448, 672, 896)

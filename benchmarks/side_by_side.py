@@ -32,7 +32,6 @@ from mlx_aimv2 import Aimv2Processor, device
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import released
 from mlx_aimv2.conversion import folder as folders
-from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.preprocessing import published
 
@@ -59,8 +58,8 @@ def write_checkpoint(folder: Path, size: str) -> None:
     """Writes random weights of a released size in transformers' layout."""
     config = released(size).vision
     weights = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
-    folders.save_weights(folder, layout_for("transformers", pair=False).to_source(weights), metadata={"format": "pt"})
-    folders.save_config(folder, pytorch_folder.config_for(config, "transformers") | {"torch_dtype": "float32"})
+    folders.save_weights(folder, layout_for("transformers", pair=False).to_source(weights), reader=folders.PYTORCH)
+    folders.save_config(folder, folders.config_for(config, "transformers") | {"torch_dtype": "float32"})
     Aimv2Processor(published(config.image_size)).save_to(folder)
     mx.clear_cache()
 

@@ -34,15 +34,14 @@ whole_process = ExitStack()
 def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[[], float]:
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx.utils import tree_flatten, tree_unflatten
 
     from mlx_aimv2 import x86_training
     from mlx_aimv2.config import Aimv2VisionConfig
     from mlx_aimv2.learn import lora
     from mlx_aimv2.learn.heads import MeanHead
     from mlx_aimv2.learn.learner import Learner
-    from mlx_aimv2.learn.optimizer import AdamW, Group
     from mlx_aimv2.model import Aimv2VisionModel
+    from mlx_aimv2.train.loop import Plan, Step
 
     mx.set_default_device(mx.cpu)
     whole_process.enter_context(x86_training.prepared())
@@ -51,26 +50,23 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     lora.add_adapters(encoder, "lora", num_layers=blocks, rank=RANK)
     learner = Learner(encoder, MeanHead(WIDTH, CLASSES))
     pixels, labels = mx.array(images(batch)), mx.arange(batch) % CLASSES
-    optimizer = AdamW(weight_decay=0.05)
-
     patches = mx.broadcast_to(mx.arange((SIDE // 14) ** 2), (batch, (SIDE // 14) ** 2))
     mask = patches % 2 < 1 if half_hidden else None  # every second one
 
-    def loss() -> mx.array:
-        outputs = learner(pixels, patch_mask=mask, checkpoint=True)
-        return nn.losses.cross_entropy(outputs["logits"], labels, reduction="mean")
+    def losses(learner: Learner, batch: mx.array, key: mx.array) -> dict[str, mx.array]:
+        outputs = learner(batch, patch_mask=mask, checkpoint=True)
+        return {"loss": nn.losses.cross_entropy(outputs["logits"], labels, reduction="mean")}
 
-    gradient_of = nn.value_and_grad(learner, loss)
+    class Same:
+        def __call__(self, number: int) -> tuple[mx.array, int]:
+            return pixels, 0
 
-    def step() -> float:
-        value, gradients = gradient_of()
-        parameters = dict(tree_flatten(learner.trainable_parameters()))
-        new = optimizer.updated(parameters, dict(tree_flatten(gradients)), LEARNING_RATE, lambda path: Group())
-        learner.update(tree_unflatten(list(new.items())))
-        mx.eval(value, new, optimizer.first, optimizer.second)
-        return value.item()
+        def close(self) -> None:
+            pass
 
-    return step
+    plan = Plan(steps=1, learning_rate=LEARNING_RATE, weight_decay=0.05)
+    step = Step(learner, losses, plan)
+    return lambda: step(0, Same())[0]["loss"]
 
 
 def torch_step(blocks: int, batch: int) -> Callable[[], float]:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
-from mlx_aimv2.conversion.pytorch_folder import config_for
+from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.preprocessing import published, to_clip
 

@@ -25,13 +25,12 @@ from mlx.utils import tree_flatten
 from convert import make_emoji
 from mlx_aimv2 import bundled, cli
 from mlx_aimv2.conversion import folder as mlx_folder
-from mlx_aimv2.conversion import pytorch_folder
 from mlx_aimv2.loading import load
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.state import STATE_FILE
-from mlx_aimv2.pretrain.train import write_encoder
+from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.train.state import STATE_FILE
 
 SIZES = {
     "hidden_size": 192,
@@ -153,7 +152,7 @@ def compare_with_random(work: Path, *, lit_steps: int) -> None:
     trunk = Aimv2VisionModel(trained.vision.config)
     initialise(trunk, trunk.config.num_hidden_layers, seed=7)
     if not (work / "random").is_dir():
-        write_encoder(trunk, work / "random")
+        write_checkpoint(trunk, work / "random")
     tune(work, work / "random", work / "random-pair", lit_steps=lit_steps)
     print("the same with a trunk of random weights:")
     measure(work / "random-pair", work / "emoji" / make_emoji.UNSEEN, phrases=())
@@ -253,7 +252,7 @@ def write_pair(pair: Path) -> None:
     model, _ = load(pair, dtype="float16")
     assert isinstance(model, Aimv2Model)
     weights: Any = tree_flatten(model.parameters())
-    pytorch_folder.save_model(model.config, weights, target, layout="apple", dtype=mx.float16)
+    mlx_folder.save_pytorch(model.config, weights, target, layout="apple", dtype=mx.float16)
     mlx_folder.copy_auxiliary_files(pair, target)
 
 

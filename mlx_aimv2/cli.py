@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import select
+import shutil
 import sys
 import time
 import traceback
@@ -16,7 +17,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.help_format import HelpFormatter, list_help, verb_help
 from mlx_aimv2.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ MLX_AIMV2_TRACEBACK=1   in front of a command shows where an error came from
 README.md and docs/ in the repository explain the verbs."""
 """Below the list of verbs."""
 
+WIDTH, FLAG_COLUMN = 100, 32
+"""Columns of help at most, however wide the terminal is, and where descriptions begin at the latest: two columns behind
+`--grad-accumulation-steps N`."""
+
 SECONDS_IN_LOG = 10.0
 """Between two lines on progress where stderr is no terminal."""
 
@@ -60,6 +64,19 @@ _bar: tqdm[Any] | None = None
 """The progress bar on the terminal, above which lines are written."""
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's formatter with `-o, --output FILE` for a flag that has two names, as in Python 3.13."""
+
+    def __init__(self, prog: str, **settings: int) -> None:
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        super().__init__(prog, **({"max_help_position": FLAG_COLUMN, "width": width} | settings))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, (action.dest or '').upper())}"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser with an example and a short usage in its help; its complaints are one line like all others."""
 
@@ -70,13 +87,22 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
-        """The help of a verb."""
-        return verb_help(self, self.example)
+        """The help of a verb: an example, which is not wrapped so that it can be copied, what must be given, flags."""
+        given = [f"{one.metavar}{'...' * (one.nargs == '+')}" for one in self._actions if not one.option_strings]
+        given += [_short(one) for one in self._actions if one.option_strings and one.required]
+        either = [group._group_actions for group in self._mutually_exclusive_groups if group.required]
+        given += [f"({' | '.join(map(_short, actions))})" for actions in either]
+        self.usage = " ".join([self.prog, *given, "[flags]"])
+        return f"example: {self.prog} {self.example}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments and where help is, and exits with 2."""
         say(f"{message}; see {self.prog} --help")
         self.exit(2)
+
+
+def _short(action: argparse.Action) -> str:
+    return f"{action.option_strings[0]} {action.metavar}"
 
 
 class ListParser(Parser):
@@ -88,10 +114,13 @@ class ListParser(Parser):
 
     def format_help(self) -> str:
         """The verbs in groups, one line each."""
-        groups: dict[str, list[argparse.Action]] = {}
-        for action in self.verbs._choices_actions:
-            groups.setdefault(VERBS[action.dest][0], []).append(action)
-        return list_help(self, groups, MORE)
+        lines, last = [f"usage: {self.prog} VERB [flags]", "", self.description or ""], ""
+        for verb, parser in self.verbs.choices.items():
+            if (group := VERBS[verb][0]) != last:
+                lines += ["", f"{group}:"]
+                last = group
+            lines.append(f"  {verb:<8}  {parser.description}")
+        return "\n".join([*lines, "", MORE, ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert_main() -> int:
-    """The command `mlx_aimv2.convert`, whose module is imported where Ctrl-C ends in one line already."""
-    return one_line_errors(lambda: int(import_module(VERBS["convert"][1]).run_command(sys.argv[1:])))
+    """The command `mlx_aimv2.convert`, the same as `mlx-aimv2 convert`."""
+    return main(["convert", *sys.argv[1:]])
 
 
 def parser(verb: str | None = None) -> ListParser:
@@ -137,7 +166,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     """
     try:
         _usable_streams()
-        with stoppable(say), warnings.catch_warnings():
+        with stoppable(), warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _note
             try:

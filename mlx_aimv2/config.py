@@ -1,13 +1,15 @@
-"""Sizes of the models as frozen dataclasses with Hugging Face's field names, and the table of released checkpoints."""
+"""Sizes of the models with Hugging Face's field names, every format of config.json, the table of released checkpoints.
+
+config.json comes in five formats: Apple's (`max_context_length`, `use_bias`, no `image_size` for native), transformers'
+(`is_native`, `max_position_embeddings`), timm's (`architecture`, `pretrained_cfg`), that of the vision-language models
+that hold an AIMv2 encoder (Ovis2), and the one this package writes, which is transformers'. One parser reads them all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of each tensor by its name."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Names of the dtypes that weights may have."""
@@ -24,8 +26,20 @@ _BIAS_KEYS = ("qkv_bias", "mlp_bias", "use_bias")
 _OTHER_KEYS = ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta")
 """Keys of encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL)."""
 
-_APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
+APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
 """Apple's name of a field -> Hugging Face's."""
+
+_TIMM_ARGUMENTS = {
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+}
+
+_HEAD_DIM = 128
+"""Every released AIMv2 encoder, image or text, has heads of this width; timm's config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -60,30 +74,24 @@ class Aimv2VisionConfig:
             )
 
     @property
+    def vision(self) -> Aimv2VisionConfig:
+        """The sizes themselves, under the name by which a pair's give them too."""
+        return self
+
+    @property
     def num_patches(self) -> int | None:
         """Tokens per image; None for native checkpoints, where the image decides."""
         return None if self.image_size is None else (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2VisionConfig:
-        """Sizes from the content of a config.json in Apple's or transformers' format: `{key: value} -> config`.
+        """Sizes from the content of a config.json alone, in any format: `{key: value} -> config`.
 
-        Of a LiT model's content the `vision_config` is read. Unknown keys are ignored. `use_head` defaults to True as
-        in transformers, but to False in Apple's format, which does not know it. Raises ValueError for a network that
-        AIMv2 is not (biases in the blocks, another activation, rotary positions).
+        Of a larger model's content the image encoder's section is read. Unknown keys are ignored. `use_head` defaults
+        to True as in transformers, but to False in Apple's format, which does not know it. Raises ValueError for a
+        network that AIMv2 is not (biases in the blocks, another activation, rotary positions).
         """
-        in_lit = isinstance(raw.get("vision_config"), Mapping)
-        section = dict(raw["vision_config"] if in_lit else raw)
-        is_apple = raw.get("model_type") == "aimv2" and not in_lit
-        if in_lit:
-            section = {"image_size": 224, "is_native": False} | section
-        elif "is_native" not in section:  # Apple's format: a native model has no size
-            section["is_native"] = is_apple and section.get("image_size") is None
-        if section["is_native"]:
-            section["image_size"] = None
-        if section.get("use_head") is None:
-            section["use_head"] = not is_apple
-        return cls(**read_fields(cls, section))
+        return _read_vision(raw, None)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json in transformers' format."""
@@ -113,7 +121,7 @@ class Aimv2TextConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2TextConfig:
         """Sizes from the content of a config.json or of its `text_config`: `{key: value} -> config`."""
-        return cls(**read_fields(cls, section_of(raw, "text_config")))
+        return _read_text(raw, {})
 
     def to_dict(self) -> dict[str, Any]:
         """The `text_config` of config.json in transformers' format."""
@@ -132,13 +140,15 @@ class Aimv2Config:
     def __post_init__(self) -> None:
         _check_positive(self)
 
+    @property
+    def vision(self) -> Aimv2VisionConfig:
+        """Sizes of the vision encoder."""
+        return self.vision_config
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2Config:
         """Sizes from the content of a LiT model's config.json: `{key: value} -> config`."""
-        shared = read_fields(cls, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
-        vision = section_of(raw, "vision_config") | {"use_head": True}  # a LiT model always pools with the head
-        text = Aimv2TextConfig.from_dict(raw)
-        return cls(vision_config=Aimv2VisionConfig.from_dict({"vision_config": vision}), text_config=text, **shared)
+        return _read_pair(raw, {"vision_config": {"use_head": True}})  # a LiT model always pools with the head
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json in transformers' format."""
@@ -159,7 +169,65 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def section_of(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+def read_config(raw: Mapping[str, Any], found: Mapping[str, Any]) -> AnyConfig:
+    """Sizes as config.json says them, with what it leaves out taken from the tensors: `config.json, sizes -> config`.
+
+    `found` are the sizes that the tensors show (`detect.sizes`). Whether there is a text encoder, a pooling head or a
+    position table is read from them, because no format of config.json says it reliably. Raises ValueError for a network
+    that AIMv2 is not (biases in the blocks, another activation) and for a size that cannot be known.
+    """
+    return _read_pair(raw, found) if "text_config" in found else _read_vision(raw, found)
+
+
+def _read_vision(raw: Mapping[str, Any], found: Mapping[str, Any] | None) -> Aimv2VisionConfig:
+    """The image encoder's sizes; `found` None where there are no tensors that could tell."""
+    section = _vision_section(raw)
+    is_apple = raw.get("model_type") == "aimv2" and "vision_config" not in raw
+    sizes = dict(found or {})
+    has_table = "image_size" in sizes
+    if "is_native" not in section:  # Apple's format: native has neither a size nor a position table
+        section["is_native"] = section.get("image_size") is None and (is_apple if found is None else not has_table)
+    if section["is_native"] and has_table:
+        raise ValueError("config.json says is_native, yet the weights hold a position table (pos_embed)")
+    said = {"use_head": not is_apple} | _read_fields(Aimv2VisionConfig, section)
+    if found is not None:
+        said["use_head"] = sizes["use_head"]
+    return Aimv2VisionConfig(**_with_heads(sizes | said))
+
+
+def _read_text(raw: Mapping[str, Any], found: Mapping[str, Any]) -> Aimv2TextConfig:
+    said = _read_fields(Aimv2TextConfig, _section(raw, "text_config"))
+    return Aimv2TextConfig(**_with_heads({**found, **said}))
+
+
+def _read_pair(raw: Mapping[str, Any], found: Mapping[str, Any]) -> Aimv2Config:
+    """The sizes of both encoders and of their shared space."""
+    said = _read_fields(Aimv2Config, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
+    if "projection_dim" in found:
+        said.setdefault("projection_dim", found["projection_dim"])
+    vision = _read_vision({"vision_config": _section(raw, "vision_config")}, found["vision_config"])
+    return Aimv2Config(vision, _read_text(raw, found.get("text_config", {})), **said)
+
+
+def _vision_section(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the sizes of the image encoder stand, in Hugging Face's names."""
+    if isinstance(tokenizer := raw.get("visual_tokenizer_config"), Mapping) and "backbone_config" in tokenizer:  # Ovis2
+        return _section(tokenizer, "backbone_config")
+    if isinstance(raw.get("vision_config"), Mapping):  # transformers' pairs and its vision-language models
+        return {"is_native": False, "image_size": 224, **raw["vision_config"]}
+    if not isinstance(timm := raw.get("pretrained_cfg"), Mapping):
+        return dict(raw)
+    section: dict[str, Any] = {"is_native": False}
+    size = timm.get("input_size")
+    if isinstance(size, list | tuple) and len(size) == 3:
+        section["image_size"] = list(size[1:])
+    arguments = raw.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"config.json: model_args must be an object, got {arguments!r:.80}")
+    return section | {_TIMM_ARGUMENTS[key]: value for key, value in arguments.items() if key in _TIMM_ARGUMENTS}
+
+
+def _section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A section of config.json, or the whole where it has none. Raises ValueError for one that is no object."""
     section = raw.get(key, raw)
     if not isinstance(section, Mapping):
@@ -167,7 +235,19 @@ def section_of(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(section)
 
 
-def read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
+def _with_heads(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes with the number of heads, which follows from the width where nothing says it."""
+    if "num_attention_heads" in sizes or "hidden_size" not in sizes:
+        return sizes
+    if sizes["hidden_size"] % _HEAD_DIM:
+        raise ValueError(
+            f"config.json does not say num_attention_heads, and hidden_size {sizes['hidden_size']} "
+            f"is no multiple of the released head width {_HEAD_DIM}: add num_attention_heads to config.json"
+        )
+    return sizes | {"num_attention_heads": sizes["hidden_size"] // _HEAD_DIM}
+
+
+def _read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration class that a section of config.json has, checked: `-> {field: value}`.
 
     Raises ValueError for a value of another type and for a network that AIMv2 is not.
@@ -184,7 +264,7 @@ def read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json says hidden_act: {activation!r:.60}; AIMv2 uses silu, so this is another network"
         )
     types = {f.name: str(f.type) for f in fields(kind)}
-    named = {_APPLE_NAMES.get(key, key): value for key, value in section.items()}
+    named = {APPLE_NAMES.get(key, key): value for key, value in section.items()}
     found = {name: _checked(name, named[name], types[name]) for name in types if named.get(name) is not None}
     return found | ({"image_size": None} if section.get("is_native") else {})
 
@@ -235,12 +315,7 @@ class Released:
     @property
     def vision(self) -> Aimv2VisionConfig:
         """Sizes of the vision encoder, in the LiT model too."""
-        return self.config.vision_config if isinstance(self.config, Aimv2Config) else self.config
-
-    @property
-    def bytes(self) -> int:
-        """Size of the released weights, which are float32, without the header of the file."""
-        return 4 * self.parameters
+        return self.config.vision
 
 
 WIDTHS = {

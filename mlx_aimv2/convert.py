@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ import mlx.core as mx
 from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.commands import flags
 from mlx_aimv2.config import DTYPES, dtype_name
-from mlx_aimv2.conversion import fidelity, folder, model_card, pytorch_folder
-from mlx_aimv2.conversion.bit_search import as_predicate, choose_bits, most_common
+from mlx_aimv2.conversion import fidelity, folder, model_card
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 __all__ = ["convert"]
 
@@ -36,7 +34,6 @@ HELP = "convert a checkpoint to an MLX folder"
 
 EXAMPLE = "--hf-path apple/aimv2-large-patch14-224 --mlx-path large-4bit -q"
 DEFAULT_PATH = "mlx_model"
-EXPORT_LAYOUTS = ("transformers", "apple")
 
 
 def convert(
@@ -52,7 +49,6 @@ def convert(
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
-    q_target: float | None = None,
     calibration: str | os.PathLike[str] | None = None,
     verify: bool = True,
     export_layout: str | None = None,
@@ -63,8 +59,7 @@ def convert(
 
     The keywords up to `upload_repo` are mlx-lm's. `quantize` packs the layers of the blocks; group size and bits None
     are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
-    settings or bool`. `q_target` instead chooses the bits of each layer so that the mean token cosine against the
-    float32 source reaches it (`bit_search`). `dtype` None keeps the checkpoint's.
+    settings or bool`. `dtype` None keeps the checkpoint's.
 
     With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
     or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
@@ -76,55 +71,43 @@ def convert(
     with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
     unless the conversion was complete.
     """
-    quantize = quantize or q_target is not None
-    if quantize and dequantize:
-        raise ValueError("Choose either quantize or dequantize, not both.")
-    _check_flags(
-        {
-            "--q-bits": q_bits,
-            "--q-group-size": q_group_size,
-            "--q-mode": None if q_mode == "affine" else q_mode,
-            "--quant-predicate": quant_predicate,
-        },
-        quantize=quantize,
-        q_target=q_target,
-        calibration=calibration,
-        verify=verify,
-        export_layout=export_layout,
-    )
+    given: dict[str, Any] = {
+        "--q-bits": q_bits,
+        "--q-group-size": q_group_size,
+        "--q-mode": None if q_mode == "affine" else q_mode,
+        "--quant-predicate": quant_predicate,
+        "--calibration": calibration,
+        "--export-layout": export_layout,
+    }
+    given = {flag: value for flag, value in given.items() if value is not None}
+    _check_flags(given, quantize=quantize, dequantize=dequantize, verify=verify)
     settings = resolve(q_mode, q_group_size, q_bits)
     inputs = [expand_user(path) for path in (hf_path, calibration) if path is not None]
     wanted, target = parse_dtype(dtype) if dtype is not None else None, expand_user(mlx_path)
     check_target(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs)
     if upload_repo is not None:
         hub.check_upload(upload_repo)
-
-    images = fidelity.choose_images(calibration) if verify or q_target is not None else []
+    images = fidelity.choose_images(calibration) if verify else []
 
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
-    _check_bits(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
+    _check_source(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
     wanted = wanted or source.dtype
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
-    reference = fidelity.run_reference(hf_path, images, revision=revision) if images else None
-    if q_target is not None:
-        bits = choose_bits(
-            hf_path, images, target=q_target, settings=settings, dtype=wanted, revision=revision, log=log
-        )
-        section = plan(build(source.config), {**settings, "bits": most_common(bits)}, as_predicate(bits))
+    reference = fidelity.run_reference(source.reopened(), images) if verify else None
 
     with atomic_folder(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
         report = None
-        if reference is not None and verify:
+        if reference is not None:
             log("[INFO] Comparing with the source in float32")
-            report = fidelity.compare_with(reference, place, images, name=target.name)
+            report = fidelity.report(
+                reference, fidelity.run_blockwise(read_source(place), images, name=target.name), images
+            )
             write_json(place / fidelity.FILE, report)
             log(fidelity.table(report))
-            if q_target is not None and report["token_cosine"]["mean"] < q_target:
-                log(f"[WARNING] The folder misses the target {q_target:g}; ask for a little more")
         model_card.write(place, source=source, config=config, report=report, hub_name=upload_repo)
     if upload_repo is not None:
         try:
@@ -132,6 +115,37 @@ def convert(
         except OSError as error:
             raise type(error)(f"{error}; the folder {target} is written") from None
     return target
+
+
+def _check_flags(given: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
+    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
+    if quantize and dequantize:
+        raise ValueError("Choose either quantize or dequantize, not both.")
+    bits, recipe = [flag for flag in given if flag.startswith("--q")], given.get("--quant-predicate")
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}")
+    if (layout := given.get("--export-layout")) not in (None, *folder.PYTORCH_LAYOUTS):
+        raise ValueError(f"--export-layout must be {' or '.join(folder.PYTORCH_LAYOUTS)}, got {layout}")
+    if layout is not None and quantize:
+        raise ValueError("PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.")
+    if bits and not quantize:
+        raise ValueError(f"{', '.join(bits)} would change nothing without --quantize; add -q")
+    if isinstance(recipe, str) and "--q-mode" in given:
+        raise ValueError(f"recipes have affine bits only; leave --q-mode {given['--q-mode']} out")
+    if isinstance(recipe, str) and "--q-bits" in given:
+        raise ValueError(f"--quant-predicate {recipe} sets the bits; leave --q-bits out")
+    if "--calibration" in given and not verify:
+        raise ValueError("--calibration is for the fidelity report; without it leave it out")
+
+
+def _check_source(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
+    """Raises ValueError for a source whose bits are not those that the flags are for."""
+    name = source.origin.folder
+    if source.quantization is not None and not dequantize and not dense_anyway:
+        what = "quantizing it again would lose twice" if quantize else "its bits would be kept in silence"
+        raise ValueError(f"{name} is already quantized and {what}; convert the original, or make it dense with -d")
+    if source.quantization is None and dequantize:
+        raise ValueError(f"{name} is not quantized, so there is nothing to dequantize; leave -d out")
 
 
 def _write(
@@ -147,14 +161,12 @@ def _write(
     if source.quantization is not None:
         log("[INFO] Dequantizing")
         source.weights = dequantized(source.weights, source.quantization)
-    weights = _one_by_one(source)
+    # Each tensor is taken out of the source in turn, so that it can be freed.
+    weights: Iterable[tuple[str, mx.array]] = ((name, source.weights.pop(name)) for name in sorted(source.weights))
     if export_layout is not None:
-        dense = ((name, array.astype(dtype)) for name, array in weights)
-        weights = pytorch_folder.weights_for(dense, source.config, export_layout)
-        folder.save_weights(place, weights, metadata=pytorch_folder.METADATA, index_one_file=False)
-        config = pytorch_folder.config_for(source.config, export_layout)
+        config = folder.save_pytorch(source.config, weights, place, layout=export_layout, dtype=dtype)
     else:
-        config = source.config.to_dict()
+        config = source.config.to_dict() | {"torch_dtype": dtype_name(dtype)}
         if section is not None:
             log("[INFO] Quantizing")
             config |= {"quantization": section, "quantization_config": section}
@@ -163,75 +175,9 @@ def _write(
         size = folder.save_weights(place, weights, total_parameters=count)
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
-    config |= {"torch_dtype": dtype_name(dtype)}
-    folder.save_config(place, config)
-    folder.copy_auxiliary_files(source.origin.folder, place)
-    if not (place / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
-        source.processor().save_to(place)
+        folder.save_config(place, config)
+    folder.save_beside(place, source)
     return config
-
-
-def _check_flags(
-    settings: Mapping[str, Any],
-    *,
-    quantize: bool,
-    q_target: float | None,
-    calibration: str | os.PathLike[str] | None,
-    verify: bool,
-    export_layout: str | None,
-) -> None:
-    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
-    given = [flag for flag, value in settings.items() if value is not None]
-    recipe = settings["--quant-predicate"]
-    if isinstance(recipe, str) and recipe not in RECIPES:
-        raise ValueError(f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}")
-    if export_layout is not None and export_layout not in EXPORT_LAYOUTS:
-        raise ValueError(f"--export-layout must be {' or '.join(EXPORT_LAYOUTS)}, got {export_layout}")
-    if export_layout is not None and quantize:
-        raise ValueError("PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.")
-    if given and not quantize:
-        raise ValueError(f"{', '.join(given)} would change nothing without --quantize; add -q")
-    if q_target is not None and not 0 < q_target < 1:
-        raise ValueError(f"--q-target is a mean cosine between 0 and 1, such as 0.999, got {q_target}")
-    if q_target is not None and (more := [flag for flag in given if flag != "--q-group-size"]):
-        raise ValueError(f"--q-target chooses the bits of each layer itself; leave {', '.join(more)} out")
-    if isinstance(recipe, str) and settings["--q-mode"] is not None:
-        raise ValueError(f"recipes have affine bits only; leave --q-mode {settings['--q-mode']} out")
-    if isinstance(recipe, str) and settings["--q-bits"] is not None:
-        raise ValueError(f"--quant-predicate {recipe} sets the bits; leave --q-bits out")
-    if calibration is not None and not verify and q_target is None:
-        raise ValueError("--calibration is for --q-target and for the fidelity report; without both leave it out")
-
-
-def _check_bits(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
-    name = source.origin.folder
-    if source.quantization is not None and not dequantize and not dense_anyway:
-        what = "quantizing it again would lose twice" if quantize else "its bits would be kept in silence"
-        raise ValueError(f"{name} is already quantized and {what}; convert the original, or make it dense with -d")
-    if source.quantization is None and dequantize:
-        raise ValueError(f"{name} is not quantized, so there is nothing to dequantize; leave -d out")
-
-
-def _one_by_one(source: Source) -> Iterator[tuple[str, mx.array]]:
-    """Each tensor in turn, taken out of the source so that it can be freed."""
-    for name in sorted(source.weights):
-        yield name, source.weights.pop(name)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line of the converter; returns the exit code."""
-    from mlx_aimv2.cli import one_line_errors
-
-    return one_line_errors(lambda: run_command(sys.argv[1:] if argv is None else argv))
-
-
-def run_command(argv: list[str]) -> int:
-    """The same, with errors as exceptions."""
-    from mlx_aimv2.cli import Parser
-
-    parser = Parser(prog="mlx_aimv2.convert", description=HELP, example=EXAMPLE)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,11 +203,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"more bits where they matter: {', '.join(RECIPES)}",
     )
-    add("--q-target", type=float, metavar="X", help="choose each layer's bits to reach this mean token cosine: 0.999")
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
 
     add = parser.add_argument_group("fidelity").add_argument
-    add("--calibration", metavar="DIR", help="images for --q-target and the report (default: four bundled photographs)")
+    add("--calibration", metavar="DIR", help="images for the report (default: four bundled photographs)")
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
     add = parser.add_argument_group("layout and output").add_argument
@@ -274,7 +219,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--export-layout",
-        choices=EXPORT_LAYOUTS,
+        choices=list(folder.PYTORCH_LAYOUTS),
         metavar="NAME",
         help="transformers or apple: write a PyTorch folder instead",
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.safe_read import read_json
+from mlx_aimv2.files import read_json
 
 AUTO = "auto"
 
@@ -164,7 +164,11 @@ def summary() -> str:
 def mlx_build() -> str:
     """MLX's version and the backends that are installed, as `0.32.4 cpu`."""
     names = {"mlx-metal": "metal", "mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
-    return " ".join([version("mlx"), *(short for name, short in names.items() if _installed(name))])
+    found = [version("mlx")]
+    for name, short in names.items():
+        with suppress(PackageNotFoundError):
+            found += [short] if version(name) else []
+    return " ".join(found)
 
 
 def advice(on: Machine) -> str | None:
@@ -191,13 +195,6 @@ def advice(on: Machine) -> str | None:
                 f"each core takes its own images or tokens: run with{one_thread}"
             )
     return None
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        return bool(version(distribution))
-    except PackageNotFoundError:
-        return False
 
 
 def _wheel_macos() -> int | None:

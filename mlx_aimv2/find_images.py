@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_aimv2.exclude import Rules
-from mlx_aimv2.safe_read import expand_user
+from mlx_aimv2.files import expand_user
 
 SUFFIXES = (
     ".avif",

@@ -1,46 +1,69 @@
 """Loads any checkpoint as a model and its processor: foreign or MLX, on disk or on the Hub.
 
-checkpoint.read -> detect.recognise -> sizes -> strict comparison -> target names -> dtype -> model.
+A checkpoint is found, opened and checked once. What is passed on is the `Source`, never a name, which might mean
+another commit when it is resolved again:
+checkpoint.read -> detect.recognise -> sizes -> strict comparison -> target names -> Source -> dtype -> model.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from mlx_aimv2 import device, quantize
 from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.checkpoint import read as checkpoint
-from mlx_aimv2.checkpoint.config_json import disagreements, read_config
-from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig
+from mlx_aimv2.checkpoint.layouts import Match
+from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
 from mlx_aimv2.empty_layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.threads import mark_lazy
+
+NATIVE, NATIVE_WHOLE = 224, 448
+"""Pixels of a side for native checkpoints, which take any: for labels of whole images, and for boxes and masks."""
+
+LARGEST = 2044
+"""Pixels of a side, 146 patches of 14: attention over more tokens would need more than 10 GB a head."""
 
 AnyModel = Aimv2VisionModel | Aimv2Model
 
 
 @dataclass
 class Source:
-    """A checkpoint that was checked: its sizes, the name of its layout, and its tensors under target names, still lazy.
+    """A checkpoint that was found, opened and checked: where it lies, its sizes, and its tensors, still lazy.
 
-    `quantization` is the `quantization` section of an MLX folder's config.json, None when the weights are dense.
+    `weights` are the tensors under target names; who uses them takes them out, so that each can be freed, and
+    `reopened` is for whoever needs them a second time. `quantization` is the section of that name in an MLX folder's
+    config.json, None when the weights are dense.
     """
 
     origin: checkpoint.Checkpoint
     config: AnyConfig
-    layout: str
+    match: Match
     weights: dict[str, mx.array]
     quantization: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        self._names = tuple(self.weights)
+
+    @property
+    def layout(self) -> str:
+        """The name of its layout."""
+        return self.match.layout.name
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -52,9 +75,74 @@ class Source:
         """Number of parameters, however they are packed."""
         return sum(math.prod(shape) for shape in parameter_shapes(build(self.config)).values())
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors as they are stored."""
+        return sum(array.nbytes for array in self.weights.values())
+
+    def reopened(self) -> Source:
+        """The same files with all tensors lazy again, neither resolved nor checked again: a Hub is not asked."""
+        return replace(self, weights=self.match.to_target(checkpoint.read_tensors(self.origin.files), self._names))
+
     def processor(self) -> Aimv2Processor:
         """The processor that the checkpoint's files describe."""
         return Aimv2Processor.from_folder(self.origin.folder, config=self.config)
+
+    def load(
+        self,
+        *,
+        dtype: str | mx.Dtype | None = None,
+        image_size: int | None = None,
+        lazy: bool = False,
+        keep_quantized: bool = False,
+    ) -> Loaded:
+        """The model with its processor, using up the weights; the settings are those of `load`."""
+        if dtype == device.AUTO:
+            dtype = device.suited_dtype(self.origin.folder)
+        model: AnyModel = build(self.config)
+        processor = self.processor()
+        if self.quantization is not None and keep_quantized:
+            quantize.apply_structure(model, self.quantization, self.weights)
+        elif self.quantization is not None:
+            self.weights = quantize.dequantized(self.weights, self.quantization)
+        fill(model, self.weights, dtype=parse_dtype(dtype) if dtype is not None else None, lazy=lazy)
+        if image_size is not None:
+            vision, processor = at_size(model.vision, processor, image_size)
+            if isinstance(model, Aimv2Model):
+                model.vision_model, model.config = vision, replace(model.config, vision_config=vision.config)
+            else:
+                model = vision
+        if lazy:
+            mark_lazy(model)
+        return Loaded(self, model, processor)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory with its processor, and the checkpoint that it came from."""
+
+    source: Source
+    model: AnyModel
+    processor: Aimv2Processor
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Which weights these are, for JSON: `-> {"checkpoint", "commit", "dtype", "quantization"}`.
+
+        `quantization` has the shared bits, and as `recipe` a short digest of what single layers have instead.
+        """
+        origin, section = self.source.origin, self.source.quantization
+        shared = None
+        if section is not None:
+            shared = {key: section[key] for key in sorted(quantize.SHARED) if key in section}
+            if own := {key: value for key, value in section.items() if key not in shared}:
+                shared["recipe"] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+        return {
+            "checkpoint": origin.repo or str(origin.path.absolute()),
+            "commit": origin.commit,
+            "dtype": dtype_name(self.model.dtype),
+            "quantization": shared,
+        }
 
 
 @overload
@@ -63,6 +151,7 @@ def load(
     *,
     revision: str | None = ...,
     dtype: str | mx.Dtype | None = ...,
+    image_size: int | None = ...,
     lazy: bool = ...,
     keep_quantized: bool = ...,
     return_config: Literal[False] = ...,
@@ -73,6 +162,7 @@ def load(
     *,
     revision: str | None = ...,
     dtype: str | mx.Dtype | None = ...,
+    image_size: int | None = ...,
     lazy: bool = ...,
     keep_quantized: bool = ...,
     return_config: Literal[True],
@@ -82,6 +172,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
+    image_size: int | None = None,
     lazy: bool = False,
     keep_quantized: bool = False,
     return_config: bool = False,
@@ -90,61 +181,59 @@ def load(
 
     A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
     "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`device.suited_dtype`); None
-    keeps the checkpoint's. Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized`
-    saves the memory instead. With `lazy` the weights are read when first used. With `return_config` the content of
-    config.json comes third.
+    keeps the checkpoint's. `image_size` takes images of another size in pixels than the checkpoint's (`at_size`).
+    Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized` saves the memory instead.
+    With `lazy` the weights are read when first used. With `return_config` the content of config.json comes third.
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
-    device.check_process()
-    wanted = parse_dtype(dtype) if dtype is not None and dtype != device.AUTO else None
-    source = read_source(path_or_hf_repo, revision=revision)
-    if dtype == device.AUTO:
-        wanted = parse_dtype(device.suited_dtype(source.origin.folder))
-    model = build(source.config)
-    processor = source.processor()
-    if source.quantization is not None and keep_quantized:
-        quantize.apply_structure(model, source.quantization, source.weights)
-    elif source.quantization is not None:
-        source.weights = quantize.dequantized(source.weights, source.quantization)
-    fill(model, source.weights, dtype=wanted, lazy=lazy)
-    if lazy:
-        mark_lazy(model)
+    if dtype is not None and dtype != device.AUTO:
+        dtype = parse_dtype(dtype)  # before anything is fetched
+    loaded = read_source(path_or_hf_repo, revision=revision).load(
+        dtype=dtype, image_size=image_size, lazy=lazy, keep_quantized=keep_quantized
+    )
     if return_config:
-        return model, processor, source.origin.config
-    return model, processor
+        return loaded.model, loaded.processor, loaded.source.origin.config
+    return loaded.model, loaded.processor
 
 
 def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Source:
-    """Reads and checks a checkpoint without touching its weights: `path or Hub name -> Source`.
+    """Finds, opens and checks a checkpoint without touching its weights: `path or Hub name -> Source`.
 
     Every tensor must be known and every tensor of the model must be there, in its shape: otherwise ValueError names all
     that are not.
     """
+    device.check_process()
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
-    match = _naming(origin, lambda: detect.recognise(origin.shapes))
+    try:
+        return _checked(origin)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def _checked(origin: checkpoint.Checkpoint) -> Source:
+    match = detect.recognise(origin.shapes)
     if extra := detect.classifier(origin.shapes, match):
         warnings.warn(
-            f"{origin}: a classifier is left out ({detect.listed(extra)}); the encoder is taken", stacklevel=2
+            f"{origin}: a classifier is left out ({detect.listed(extra)}); the encoder is taken", stacklevel=3
         )
         origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
-    shapes = match.target_shapes(origin.shapes)
-    config = _naming(origin, lambda: read_config(origin.config, shapes))
-    if sizes := disagreements(config, shapes):  # before a model of sizes that nobody checked is built
-        raise ValueError(f"{origin}: config.json and the weights are of different sizes: {'; '.join(sizes)}")
+    sizes = detect.sizes(match.target_shapes(origin.shapes))
+    config = read_config(origin.config, sizes)
+    if others := detect.disagreements(config, sizes):  # before a model of sizes that nobody checked is built
+        raise ValueError(f"config.json and the weights are of different sizes: {'; '.join(others)}")
     model = build(config)
     if quantization is not None:
-        _naming(origin, lambda: quantize.check_section(quantization, quantize.layers(model)))
-        _naming(origin, lambda: quantize.apply_structure(model, quantization, origin.tensors))
+        quantize.check_section(quantization, quantize.layers(model))
+        quantize.apply_structure(model, quantization, origin.tensors)
     wanted = parameter_shapes(model)
     wanted_source = match.source_shapes(wanted)
     if lines := detect.differences(wanted_source, origin.shapes, match):
-        raise ValueError(f"{origin}: the tensors are not those of this model: {'; '.join(lines)}")
+        raise ValueError(f"the tensors are not those of this model: {'; '.join(lines)}")
     packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
-    _naming(origin, lambda: origin.check_dtypes(wanted_source, packed))
-    weights = match.to_target(origin.tensors, wanted)
-    return Source(origin, config, match.layout.name, weights, quantization)
+    origin.check_dtypes(wanted_source, packed)
+    return Source(origin, config, match, match.to_target(origin.tensors, wanted), quantization)
 
 
 def build(config: AnyConfig) -> AnyModel:
@@ -176,6 +265,63 @@ def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | No
     model.eval()
 
 
+def at_size(
+    encoder: Aimv2VisionModel, processor: Aimv2Processor, size: int | None, *, whole: bool = False
+) -> tuple[Aimv2VisionModel, Aimv2Processor]:
+    """Encoder and processor for square images of `size` pixels a side: None takes the checkpoint's own.
+
+    The processor cuts the middle out of an image, as the checkpoint's does, or with `whole` stretches all of it to the
+    square. The layers are shared with `encoder`, only the positions are new; a native checkpoint has none, and only its
+    processor changes. Raises ValueError for a size that is no multiple of the patch.
+    """
+    config, patch = encoder.config, encoder.config.patch_size
+    own = config.image_size
+    if not whole and own is not None and size in (None, own):
+        return encoder, processor
+    if size is None:
+        size = own or (NATIVE_WHOLE if whole else NATIVE) // patch * patch
+    if own is None:
+        size -= size % patch  # a native checkpoint drops what fills no patch
+    if not patch <= size <= LARGEST or size % patch:
+        below, above = (
+            max(patch, min(LARGEST // patch * patch, n * patch)) for n in (size // patch, size // patch + 1)
+        )
+        raise ValueError(
+            f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST}, got {size}; "
+            f"take {below if below == above else f'{below} or {above}'}"
+        )
+    resized = copy.copy(processor)
+    resized.preprocessing = replace(processor.preprocessing, resize=(size, size) if whole else size, crop=(size, size))
+    resized.any_size = False
+    if own is None or size == own:
+        return encoder, resized
+    model = copy.copy(encoder)
+    model.config = replace(config, image_size=size)
+    model.pos_embed = resample_positions(encoder.pos_embed, (own // patch,) * 2, (size // patch,) * 2)
+    return model, resized
+
+
+def resample_positions(table: mx.array, grid: tuple[int, int], target: tuple[int, int]) -> mx.array:
+    """The positions of one grid for another, in the table's dtype: `(rows * columns, D) -> (rows' * columns', D)`.
+
+    As timm's `resample_abs_pos_embed`: bicubic and antialiased, computed in float32. The one rule of this package.
+    """
+    if grid == target:
+        return table
+    x = np.array(table.astype(mx.float32)).reshape(*grid, -1)
+    rows, columns = (_cubic_weights(*sizes) for sizes in zip(grid, target, strict=True))
+    x = np.einsum("ri,ijd,cj->rcd", rows, x, columns, optimize=True)
+    return mx.array(x.reshape(math.prod(target), -1)).astype(table.dtype)
+
+
+def _cubic_weights(old: int, new: int) -> np.ndarray:
+    """Weights of antialiased cubic interpolation along one axis, `-> (new, old)` float32.
+
+    Pillow's, whose rule torch's `antialias=True` follows: an identity that is resampled shows them.
+    """
+    return np.asarray(Image.fromarray(np.eye(old, dtype=np.float32)).resize((old, new), Image.Resampling.BICUBIC))
+
+
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     """A dtype or its name as an mlx dtype. Raises ValueError with the names there are."""
     known: dict[object, mx.Dtype] = {name: getattr(mx, name) for name in DTYPES}
@@ -187,11 +333,3 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 
 def _dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
     return next(array.dtype for name, array in weights.items() if name.endswith("patch_embed.proj.weight"))
-
-
-def _naming(origin: checkpoint.Checkpoint, step: Any) -> Any:
-    """Runs one step and puts the checkpoint's name before its error."""
-    try:
-        return step()
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2.safe_read import read_json
+from mlx_aimv2.files import read_json
 
 if TYPE_CHECKING:
     from mlx_aimv2.config import Aimv2VisionConfig

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_aimv2 import x86
+from mlx_aimv2.checkpoint.detect import listed
 from mlx_aimv2.empty_layers import quantized
 
 Quantization = Mapping[str, Any]
@@ -100,16 +101,15 @@ def check(model: nn.Module, quantization: Quantization) -> None:
         if settings and width % settings["group_size"]:
             wrong.setdefault((width, settings["group_size"]), []).append(path)
     if wrong:
-        lines = [f"{_listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in wrong.items()]
+        lines = [f"{listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in wrong.items()]
         fitting = [size for size in MODES["affine"].group_sizes if all(width % size == 0 for width, _ in wrong)]
         advice = f"; --q-group-size {_or(fitting)} would fit" if fitting else ""
         raise ValueError(f"these layers do not divide into groups: {'; '.join(lines)}{advice}")
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that MLX could quantize, by path, in the order of the network."""
-    found = {path: layer for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
-    return dict(sorted(found.items(), key=_in_order))
+    """The layers that MLX could quantize, by path."""
+    return {path: layer for path, layer in sorted(model.named_modules()) if hasattr(layer, "to_quantized")}
 
 
 def check_section(quantization: object, known: Container[str]) -> None:
@@ -250,21 +250,6 @@ def _depths(paths: Iterable[str]) -> dict[str, int]:
         if found:
             depths[encoder] = max(depths.get(encoder, 0), int(rest.split(".")[0]) + 1)
     return depths
-
-
-def _in_order(item: tuple[str, nn.Module]) -> list[tuple[int, str]]:
-    """Sorts `blocks.10` after `blocks.9`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
-
-
-def _listed(paths: Iterable[str]) -> str:
-    """Paths with the numbers of their blocks together: `blocks.{0,1,2}.mlp.down`."""
-    numbers: dict[str, list[str]] = {}
-    for path in paths:
-        before, _, after = path.partition("blocks.")
-        number, _, rest = after.partition(".")
-        numbers.setdefault(f"{before}blocks.{{}}.{rest}" if after else path, []).append(number)
-    return ", ".join(name.replace("{}", "{" + ",".join(found) + "}") for name, found in numbers.items())
 
 
 def _or(choices: Iterable[Any]) -> str:

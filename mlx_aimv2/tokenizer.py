@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.safe_read import check_size, read_json, read_text
+from mlx_aimv2.files import check_size, read_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,11 @@ class Tokenizer:
         self.bos = bos
         self.eos = eos
         self.context = context
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def from_folder(cls, folder: Path, *, config: Aimv2TextConfig | None = None) -> Tokenizer:

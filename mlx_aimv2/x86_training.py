@@ -1,11 +1,12 @@
 """Training on MLX's CPU backend for x86, which by itself leaves cores idle and asks the system for memory all the time.
 
-- `prepared` lets MLX advance all shards side by side and keep the memory that a step frees for the next step.
+- `prepared` lets MLX advance all shards side by side and keep the memory that a step frees for the next step; on a
+  Mac it keeps memory wired.
 - `columns_first` lays weights out as their gradients come.
 - `by_images` takes each core's share of a batch through the whole model, `Balance` spreads the parameters over cores.
 - `cross_entropy` is the loss of words with the polynomial for the exponential of `x86`.
 
-On a GPU and an ARM CPU nothing here changes anything.
+On a GPU and an ARM CPU nothing but `prepared` changes anything.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_aimv2 import x86
+from mlx_aimv2.device import check_process
 
 SIGHT, WIDE_SIGHT = 100, 1000
 """Operations that MLX has in sight as it orders a training step, with checkpointing and without; by itself 20.
@@ -40,7 +42,17 @@ def prepared(sight: int = SIGHT) -> Iterator[None]:
 
     Of what a step frees MLX keeps 32 MB by itself. The next step would take the rest from the system again, page by
     page, each filled with zeros first. When the training ends, the memory goes back.
+
+    On a Mac, weights and what a step keeps stay wired in memory, as far as the system recommends, as in mlx-lm.
     """
+    check_process()  # what follows asks MLX
+    if mx.metal.is_available():
+        wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        try:
+            yield
+        finally:
+            mx.set_wired_limit(wired)
+        return
     if not x86.on_x86_cpu():
         yield
         return

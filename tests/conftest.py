@@ -2,13 +2,19 @@
 
 import os
 import signal
+import tempfile
+import threading
 from pathlib import Path
+
+import pytest
 
 # Before the first import of mlx: TensorFloat32 would cost five digits on GPUs that have it.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import pytest
+# Before that of huggingface_hub: what the user has in his cache, and his token, are none of the tests'.
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    del os.environ[name]
+_hub_home = tempfile.TemporaryDirectory(prefix="tests-hub-")
+os.environ |= {"HF_HOME": _hub_home.name, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,18 +36,25 @@ def sigint_is_heard():
 @pytest.fixture
 def three_cores(monkeypatch):
     """A function that makes MLX's device an x86 CPU of three cores, and takes what else to set in `x86`."""
+    import mlx.core as mx
+
     from mlx_aimv2 import x86
+
+    own = threading.local()
+
+    def streams():
+        """A stream for each of the three cores in each thread, as on such a machine."""
+        if not hasattr(own, "streams"):
+            own.streams = [mx.new_stream(mx.cpu) for _ in range(3)]
+        return own.streams
 
     def become(*, blas_threads, **settings):
         settings |= {"on_x86_cpu": lambda: True, "cpu_count": lambda: 3, "blas_threads": lambda: blas_threads}
-        for name, value in settings.items():
+        for name, value in (settings | {"streams": streams}).items():
             monkeypatch.setattr(x86, name, value)
-        monkeypatch.delattr(x86._of_thread, "streams", raising=False)
 
     yield become
     monkeypatch.undo()
-    if hasattr(x86._of_thread, "streams"):
-        del x86._of_thread.streams
 
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"

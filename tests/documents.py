@@ -20,7 +20,7 @@ from mlx_aimv2 import bundled
 from mlx_aimv2.config import RELEASED, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.train import write_encoder
+from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from tests.loopback import Hub
 from tests.small_models import pair_with_words
 
@@ -159,6 +159,6 @@ def publish(hub: Hub, place: Path, document: Path) -> None:
         else:
             model = Aimv2VisionModel(config)
             initialise(model, config.num_hidden_layers, seed=3)
-            write_encoder(model, folder)
+            write_checkpoint(model, folder)
         (folder / "LICENSE").write_text("terms")
         hub.publish(f"apple/{name}", checkpoint.commit, folder)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +30,7 @@ class Hub:
     repository with `(status, error code)`. `cuts` closes the connection after so many bytes of a path, once for each
     entry; `down` answers every request for a path's content with 500. `pages` are contents outside all repositories.
     `etags` replaces a path's; `answers` is what a repository answers to everything: status, kind of content, content.
+    `on_request` runs before each answer to a reader, as a push by somebody else would.
     """
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Hub:
     pages: dict[str, bytes] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
     answers: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
+    on_request: Callable[[], None] = lambda: None
     address: str = ""
 
     def publish(self, name: str, commit: str, folder: Path, **renamed: str) -> None:
@@ -112,6 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _read(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.state.requests.append((self.command, path))
+        self.state.on_request()
         repository = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)/.+", path)
         if repository and repository[1] in self.state.answers:
             self._answer(*self.state.answers[repository[1]])

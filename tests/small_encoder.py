@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.train import write_encoder
+from mlx_aimv2.pretrain.pretraining import write_checkpoint
 
 CONFIG = Aimv2VisionConfig(128, 256, 4, 2, image_size=56)
 
@@ -24,5 +24,5 @@ def small_encoder() -> Path:
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     model = Aimv2VisionModel(CONFIG)
     initialise(model, CONFIG.num_hidden_layers, seed=4)
-    write_encoder(model, place / "encoder")
+    write_checkpoint(model, place / "encoder")
     return place / "encoder"

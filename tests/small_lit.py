@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.checkpoint import layouts
-from mlx_aimv2.conversion.pytorch_folder import config_for
+from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.processor import Aimv2Processor
 

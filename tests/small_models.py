@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
-from mlx_aimv2.conversion.pytorch_folder import config_for
+from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.loading import build, parameter_shapes
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bench, load
+from benchmarks import images
+from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bundled, load
 from mlx_aimv2.cli import main
+from mlx_aimv2.commands import bench
 from mlx_aimv2.config import Released, released
 from mlx_aimv2.convert import convert
 
@@ -80,7 +82,8 @@ def test_a_large_image_costs_165_gigaflops():
 
 def test_the_fraction_is_the_bare_time_over_the_time():
     speed = bench.Speed("float32", "dense", 1, 4, 256, 2.0, 1.5, 10, 0, 7)
-    assert (speed.images_per_second, speed.flops_per_second, speed.fraction) == (2.0, 5.0, 0.75)
+    rates = {"milliseconds_per_image": 500.0, "images_per_second": 2.0, "flops_per_second": 5.0}
+    assert speed.rates == rates | {"fraction_of_bare": 0.75}
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
@@ -103,8 +106,8 @@ def test_every_kind_of_model_is_measured(kind):
 def test_loading_is_compared_with_the_bytes_of_the_files():
     weights = FIXED / "model.safetensors"
     loading = bench.measure_loading(lambda: load(FIXED), [weights], runs=1)
-    assert loading.bytes == weights.stat().st_size
-    assert loading.ratio == loading.seconds / loading.reading_seconds > 0
+    assert loading["bytes"] == weights.stat().st_size
+    assert loading["ratio"] == loading["seconds"] / loading["reading_seconds"] > 0
 
 
 @pytest.mark.parametrize("settings", [{"q_bits": 4}, {"q_bits": 8}, {"q_mode": "mxfp4"}], ids=["4", "8", "mxfp4"])
@@ -183,3 +186,31 @@ def test_counts_are_whole_and_positive(capsys, count):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "--random", "large-224", "--batch", count])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("flags", [["--batch", str(10**30)], ["--side", str(10**8)], ["--runs", "0"]])
+def test_it_refuses_what_no_machine_can_do(flags, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--random", "large-patch14-native", *flags])
+    assert "a whole number from 1 to" in capsys.readouterr().err
+
+
+# Embedding a folder, step by step (benchmarks.images)
+
+
+def test_each_step_of_a_folder_is_timed_and_what_bounds_it_is_said(capsys):
+    folder, model = str(bundled.photographs()[0].parent), str(bundled.emoji_checkpoint())
+    assert images.main([folder, "-m", model, "--threads", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == len(bundled.photographs()) and found["threads"] == 2 and found["decode"] == "fast"
+    for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
+        assert found[step] > 0
+    assert found["bound_by"] in ("decoding", "the model")
+    assert images.main([folder, "-m", model, "--decode", "exact"]) == 0
+    out = capsys.readouterr().out
+    assert "ms per image" in out and "sets the pace" in out
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no images to time: give a folder that holds some"):
+        images.main([str(tmp_path), "-m", str(FIXED)])

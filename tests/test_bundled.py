@@ -14,6 +14,8 @@ from mlx_aimv2 import Aimv2VisionModel, bundled, load
 from mlx_aimv2.checkpoint.detect import recognise
 from mlx_aimv2.checkpoint.read import read
 
+pytestmark = pytest.mark.rounding
+
 
 @pytest.fixture(scope="module")
 def scans() -> bundled.Digits:

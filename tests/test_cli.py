@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -79,22 +80,20 @@ def test_wrong_arguments_are_one_line_too(arguments, wanted, capsys):
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = command.replace("mlx-aimv2", f"{sys.executable} -m mlx_aimv2")
+    command = command.replace("mlx-aimv2", f"{shlex.quote(sys.executable)} -m mlx_aimv2")
     return subprocess.run(["bash", "-c", command], capture_output=True, env=os.environ | environment, check=False)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_streams_are_no_mistake(closed):
-    result = shell(f"mlx-aimv2 info {bundled.emoji_checkpoint()} {closed}")
+    result = shell(f"mlx-aimv2 info {shlex.quote(str(bundled.emoji_checkpoint()))} {closed}")
     assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_names_that_a_terminal_cannot_show_do_not_undo_the_work(tmp_path):
     target = tmp_path / "ünï"
-    source = bundled.emoji_checkpoint()
-    result = shell(
-        f"mlx-aimv2 convert --hf-path {source} --mlx-path {target} --no-verify 2>/dev/null", PYTHONIOENCODING="ascii"
-    )
+    words = shlex.join(["--hf-path", str(bundled.emoji_checkpoint()), "--mlx-path", str(target), "--no-verify"])
+    result = shell(f"mlx-aimv2 convert {words} 2>/dev/null", PYTHONIOENCODING="ascii")
     assert result.returncode == 0
     assert (target / "config.json").is_file()
 

@@ -3,7 +3,8 @@
 import pytest
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.checkpoint.config_json import disagreements, read_config
+from mlx_aimv2.checkpoint.detect import disagreements, sizes
+from mlx_aimv2.config import read_config as read
 
 SIZES = {"hidden_size": 60, "intermediate_size": 77, "num_hidden_layers": 3, "num_attention_heads": 5}
 APPLE = {**SIZES, "model_type": "aimv2", "num_channels": 3, "patch_size": 14, "rms_norm_eps": 1e-5, "use_bias": False}
@@ -14,6 +15,10 @@ SHAPES = {
     "blocks.2.norm1.weight": (60,),
 }
 NATIVE_SHAPES = {name: shape for name, shape in SHAPES.items() if name != "pos_embed"}
+
+
+def read_config(raw, shapes):
+    return read(raw, sizes(shapes))
 
 
 def test_defaults_are_large_224():
@@ -111,7 +116,7 @@ def test_what_is_written_is_read_again(config):
 
 def test_every_disagreement_is_named():
     config = read_config({**APPLE, "image_size": 56, "num_hidden_layers": 4}, SHAPES)
-    assert disagreements(config, SHAPES) == [
+    assert disagreements(config, sizes(SHAPES)) == [
         "num_hidden_layers is 4, the weights say 3",
         "image_size is 56, the weights say 42",
     ]
@@ -146,3 +151,20 @@ def test_the_image_encoders_config_can_be_read_from_a_lit_models():
 
 def test_without_weights_to_tell_there_is_a_head_as_in_transformers():
     assert Aimv2VisionConfig.from_dict({**SIZES, "image_size": 42}).use_head
+
+
+def test_a_vision_section_that_is_none_is_no_section():
+    assert read_config({**APPLE, "image_size": 42, "vision_config": None}, SHAPES).image_size == 42
+
+
+@pytest.mark.parametrize("kind", ["apple", "timm", "ovis2"])
+def test_every_format_is_read_without_weights_too(kind):
+    apple, timm = {**APPLE, "image_size": 42}, {"embed_dim": 60, "depth": 3, "num_heads": 5}
+    raw = {
+        "apple": apple,
+        "timm": {"pretrained_cfg": {"input_size": [3, 42, 42]}, "model_args": timm},
+        "ovis2": {"hidden_size": 4096, "visual_tokenizer_config": {"backbone_config": apple}},
+    }[kind]
+    config = Aimv2VisionConfig.from_dict(raw)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (60, 3, 5)
+    assert (config.image_size, config.is_native) == (42, False)

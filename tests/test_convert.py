@@ -74,13 +74,9 @@ def test_each_flag_is_a_keyword():
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "nvfp4"}, "leave --q-mode nvfp4 out"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "q_bits must be 4 with q_mode mxfp4"),
-        ({"q_target": 1.0}, "between 0 and 1, such as 0.999, got 1.0"),
-        ({"q_target": 0.999, "q_bits": 4}, "--q-target chooses the bits of each layer itself; leave --q-bits out"),
-        ({"q_target": 0.999, "quant_predicate": "mixed_3_6"}, "leave --quant-predicate out"),
-        ({"q_target": 0.999, "dequantize": True}, "not both"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
-        ({"calibration": "images", "verify": False}, "--calibration is for --q-target and for the fidelity report"),
+        ({"calibration": "images", "verify": False}, "--calibration is for the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
         ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
     ],
@@ -98,13 +94,12 @@ def test_an_existing_target_is_named_before_anything_is_read(tmp_path, nothing_i
         convert(ENCODER, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"q_target": 0.99}], ids=["fidelity report", "target"])
-def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path, options):
+def test_an_image_that_cannot_be_read_ends_it_before_anything_is_written(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ValueError, match=r"broken\.jpg"):
-        convert(ENCODER, tmp_path / "mlx", calibration=images, **options)
+        convert(ENCODER, tmp_path / "mlx", calibration=images)
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
@@ -114,6 +109,19 @@ def test_the_proof_is_given_on_the_images_of_ones_own(tmp_path):
     shutil.copy(bundled.photographs()[1], images / "mine.jpg")
     folder = convert(ENCODER, tmp_path / "mlx", calibration=images)
     assert json.loads((folder / "fidelity.json").read_text())["images"] == ["mine.jpg"]
+
+
+def test_the_source_is_opened_once_whatever_becomes_of_it_meanwhile(tmp_path):
+    source = Path(shutil.copytree(FIXED, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+
+    def change(line):
+        if "Using dtype" in line:  # the source has been read
+            (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+
+    folder = convert(source, tmp_path / "mlx", log=change)
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == config["rms_norm_eps"]
+    assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["min"] == pytest.approx(1, abs=1e-12)
 
 
 def test_any_thread_may_convert(tmp_path):
@@ -209,7 +217,7 @@ def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, 
 
 
 def test_the_converters_own_command_is_the_same(tmp_path, capsys):
-    assert converter.main(["--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
+    assert cli.main(["convert", "--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("mlx-aimv2: these layers do not divide")
     assert not list(tmp_path.iterdir())
 

@@ -17,6 +17,7 @@ from mlx_aimv2.config import RELEASED
 from tests import documents
 from tests.documents import DOCUMENTS, LINKED, OUTPUT, ROOT, RUN
 from tests.loopback import TOKEN, serve
+from tests.programs import HANGS
 
 SMALLER = (
     ("--steps 20000", "--steps 2"),
@@ -65,7 +66,7 @@ def test_every_block_runs(document, tmp_path):
                 earlier += documents.with_shapes(code)
                 command = ["python", "-W", "error::SyntaxWarning", "-c", earlier]
             done = subprocess.run(
-                command, cwd=place, env=environment, capture_output=True, text=True, timeout=120, check=False
+                command, cwd=place, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
             )
             assert done.returncode == 0, f"{name_of(document)}:{block.line}\n{code}\n{done.stdout}\n{done.stderr}"
 

@@ -1,6 +1,7 @@
 """`auto` chooses the dtype that suits the machine, and a model has that dtype throughout."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,19 @@ def test_the_policy_and_the_reports_warning_draw_one_line():
     assert (fidelity.LIMITS["float16"], fidelity.HEADROOM) == (device.FLOAT16_LARGEST, device.HEADROOM)
 
 
+@pytest.fixture
+def on(monkeypatch):
+    """A function that makes MLX say it computes on another device, with these facts about it."""
+
+    def become(kind, **facts):
+        device_type = mx.cpu if kind == "cpu" else mx.gpu
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device_type))
+        monkeypatch.setattr(mx, "device_info", lambda which: facts)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: kind == "metal")
+
+    return become
+
+
 @pytest.mark.parametrize(
     ("facts", "family"),
     [
@@ -80,34 +94,40 @@ def test_the_policy_and_the_reports_warning_draw_one_line():
         ({"device_name": "Apple M9"}, None),
     ],
 )
-def test_a_macs_chip_is_known_by_its_architecture(monkeypatch, facts, family):
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "device_info", lambda which: facts)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+def test_a_macs_chip_is_known_by_its_architecture(on, facts, family):
+    on("metal", **facts)
     assert device.machine() == Machine("metal", facts["device_name"], family)
 
 
-def test_a_gpu_that_is_not_metals_is_cudas(monkeypatch):
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx, "device_info", lambda which: {"device_name": "a GPU", "architecture": "sm_90"})
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+def test_a_gpu_that_is_not_metals_is_cudas(on):
+    on("cuda", device_name="a GPU", architecture="sm_90")
     assert device.machine() == CUDA
 
 
 @pytest.mark.parametrize(
-    ("built_for", "macos", "said"),
-    [(14, (26, 3), "built for macOS 14"), (26, (26, 1), "update macOS"), (26, (26, 2), None), (None, (27, 0), None)],
+    ("tag", "macos", "said"),
+    [
+        ("py3-none-macosx_14_0_arm64", "26.3", "built for macOS 14"),
+        ("py3-none-macosx_26_0_arm64", "26.1", "update macOS"),
+        ("py3-none-macosx_26_0_arm64", "26.2", None),
+        ("py3-none-any", "27.0", None),
+    ],
 )
-def test_an_m5_without_its_kernels_is_told(monkeypatch, built_for, macos, said):
-    monkeypatch.setattr(device, "_wheel_macos", lambda: built_for)
-    monkeypatch.setattr(device, "_macos", lambda: macos)
+def test_an_m5_without_its_kernels_is_told(monkeypatch, tmp_path, tag, macos, said):
+    """By the wheel of mlx-metal that is installed and the system that it runs on."""
+    about = tmp_path / "mlx_metal-99.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-metal\nVersion: 99\n")
+    (about / "WHEEL").write_text(f"Wheel-Version: 1.0\nTag: {tag}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), "arm64"))
     note = device.advice(M5)
     assert note is None if said is None else said in note
     assert device.advice(M3) is None
 
 
 def test_a_slow_blas_is_told(monkeypatch):
-    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(device, "is_x86", lambda: True)
     for count, threads, said in ((2, 1, False), (2, 2, True), (64, 64, False)):
         monkeypatch.setattr(device, "cpu_count", lambda count=count: count)
@@ -122,16 +142,19 @@ def test_a_slow_blas_is_told(monkeypatch):
     assert device.advice(CPU) is None
 
 
-def test_load_takes_auto(monkeypatch, copy):
-    assert load(copy, dtype="auto")[0].dtype == (mx.float32 if device.machine().kind == "cpu" else mx.bfloat16)
-    monkeypatch.setattr(device, "machine", lambda: M1)
+def test_load_takes_auto(on, copy):
+    on("cpu")
+    assert load(copy, dtype="auto")[0].dtype == mx.float32
+    on("metal", device_name="Apple M1", architecture="applegpu_g13g")
     assert load(copy, dtype="auto")[0].dtype == mx.float16
     assert load(with_report(copy, TOO_LARGE), dtype="auto")[0].dtype == mx.bfloat16
+    on("metal", device_name="Apple M3", architecture="applegpu_g15g")
+    assert load(with_report(copy, FITS), dtype="auto")[0].dtype == mx.float16
 
 
-def test_a_half_checkpoint_computes_in_float32_on_a_cpu_with_auto(monkeypatch, tmp_path):
+def test_a_half_checkpoint_computes_in_float32_on_a_cpu_with_auto(on, tmp_path):
     folder = convert(REFERENCE / "fixed", tmp_path / "half", dtype="float16", verify=False)
-    monkeypatch.setattr(device, "machine", lambda: CPU)
+    on("cpu")
     assert load(folder)[0].dtype == mx.float16
     assert load(folder, dtype="auto")[0].dtype == mx.float32
 

@@ -1,7 +1,6 @@
 """A JPEG decoded at the scale it is needed at gives the same image to a hair, in a fraction of time and memory."""
 
 import io
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,35 +225,6 @@ def test_what_decoding_takes_is_known_before():
     assert open_image(data, policy=FAST).decoding_bytes((40, 30)) == 4 * 128 * 96
     progressive = open_image(photograph(1024, 768, progressive=True), policy=FAST)
     assert progressive.decoding_bytes((40, 30)) == 4 * 128 * 96 + 6 * 1024 * 768
-
-
-# bench --images
-
-
-def test_bench_times_each_step_of_a_folder_and_says_what_bounds_it(tmp_path, capsys):
-    for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(photograph(700 + number, 500))
-    assert main(["bench", "-m", str(EMOJI), "--images", str(tmp_path), "--threads", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["images"] == 3 and found["threads"] == 2 and found["decode"] == "fast"
-    for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
-        assert found[step] > 0
-    assert found["bound_by"] in ("decoding", "the model")
-    assert main(["bench", "-m", str(EMOJI), "--images", str(tmp_path), "--decode", "exact"]) == 0
-    out = capsys.readouterr().out
-    assert "ms per image" in out and "sets the pace" in out
-
-
-def test_bench_names_a_folder_without_images(tmp_path, capsys):
-    assert main(["bench", "-m", str(EMOJI), "--images", str(tmp_path)]) == 2
-    assert "--images takes a folder that holds some" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [["--batch", str(10**30)], ["--side", str(10**8)], ["--runs", "0"]])
-def test_bench_refuses_what_no_machine_can_do(flags, capsys):
-    with pytest.raises(SystemExit):
-        main(["bench", "--random", "large-patch14-native", *flags])
-    assert "a whole number from 1 to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("environment", "kept"), [(None, 4), ("1", 0)])

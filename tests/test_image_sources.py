@@ -134,13 +134,6 @@ def test_grey_of_16_bits_keeps_its_high_byte(tmp_path):
         assert (levels(NATIVE.pixels(tmp_path / name))[..., 0] == deep >> 8).all()
 
 
-def test_a_dark_grey_png_of_16_bits_stays_dark_in_pillows_that_widen_it():
-    image = Image.fromarray(np.full((17, 19), 200, np.int32))
-    assert image.mode == "I"
-    image.format = "PNG"
-    assert (levels(NATIVE.pixels(image)) == 0).all()
-
-
 def test_floating_point_images_go_from_0_to_1(tmp_path):
     Image.fromarray(noise(17, 19).astype(np.float32) / 255).save(tmp_path / "float.tif")
     assert (levels(NATIVE.pixels(tmp_path / "float.tif"))[..., 1] == noise(17, 19)).all()

@@ -1,27 +1,27 @@
 """A run that is killed at any moment leaves an index that the next run completes, vector for vector."""
 
-import os
+import contextlib
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import mlx_aimv2
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Index
+from tests.programs import running
 
 FIXED = Path(__file__).parent / "golden" / "reference" / "fixed"
 IMAGES = 9 * CHUNK + 13
 KILLS = 20
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
 
 # Commits after every chunk and decodes slowly, so that a kill meets every stage of the work.
 DRIVER = """
@@ -53,12 +53,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start() -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def started() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", DRIVER, "embed", "in", "-m", str(FIXED), "-o", "killed.db"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+    with running(*command, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
 
 
 def contents(name: str) -> dict[str, tuple[object, ...]]:
@@ -72,17 +72,15 @@ def test_a_killed_run_is_completed_by_the_next_one(folder):
     whole = contents("whole.db")
     assert len(whole) == IMAGES
     begun = time.monotonic()
-    process = start()
-    process.communicate()
+    with started() as process:
+        process.communicate()
     lasts = time.monotonic() - begun
     dice = random.Random(7)
     Path("killed.db").unlink()
     found = set()
     for _ in range(KILLS):
-        process = start()
-        time.sleep(dice.uniform(0, 0.8 * lasts))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        with started():  # and killed at the end of the block
+            time.sleep(dice.uniform(0, 0.8 * lasts))
         if Path("killed.db").exists() and Path("killed.db").stat().st_size:
             partly = contents("killed.db")
             assert partly.items() <= whole.items()
@@ -99,12 +97,12 @@ def test_a_killed_run_is_completed_by_the_next_one(folder):
 
 
 def test_ctrl_c_keeps_what_was_done(folder):
-    process = start()
-    while not (Path("killed.db").exists() and Path("killed.db").stat().st_size and contents("killed.db")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+    with started() as process:
+        while not (Path("killed.db").exists() and Path("killed.db").stat().st_size and contents("killed.db")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
     assert process.returncode in (130, 1)  # 1 where it was done already
     with Index.open("killed.db") as index:
         assert len(index) >= CHUNK

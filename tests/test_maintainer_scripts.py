@@ -23,6 +23,7 @@ from mlx_aimv2.config import RELEASED
 from mlx_aimv2.loading import read_source
 from tests.checkpoint.test_layouts import PARAMETERS
 from tests.loopback import Hub, serve
+from tests.programs import HANGS
 from tests.small_models import FIXED, NATIVE, pair_with_words
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +92,7 @@ def run(hub: Hub, tmp_path: Path, *arguments: object, torch: bool = False) -> tu
         text=True,
         env=inherited | hub.environment(tmp_path / "home"),
         cwd=ROOT,
-        timeout=120,
+        timeout=HANGS,
     )
     assert "Traceback" not in result.stderr, result.stderr
     if result.returncode < 2:

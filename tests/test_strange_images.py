@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from mlx_aimv2 import bundled, image_trim
+from mlx_aimv2 import bundled
 from mlx_aimv2.cli import main
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.image_decode import turned, turned_box
 from mlx_aimv2.images import OpenImage, Policy, open_image, to_rgb
+from mlx_aimv2.images.pixels import turned, turned_box
+from mlx_aimv2.images.trim import MAX_PARTS
 from mlx_aimv2.index.html import thumbnail
 from mlx_aimv2.preprocessing import Preprocessing, published
 from mlx_aimv2.processor import Aimv2Processor
@@ -277,26 +278,26 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
     whole = encoded("JPEG", photograph(640, 427), progressive=True)
     last = whole[whole.rfind(b"\xff\xda") : -2]
     (tmp_path / "scans.jpg").write_bytes(whole[:-2] + last * 3000 + b"\xff\xd9")
-    began = time.perf_counter()
+    began = time.thread_time()
+    assert to_rgb(whole[:-2] + last * 80 + b"\xff\xd9").size == (640, 427)
+    decoded = time.thread_time()
     with pytest.raises(ValueError, match=r"scans\.jpg is a JPEG of more than 100 scans"):
         to_rgb(tmp_path / "scans.jpg")
-    assert time.perf_counter() - began < 5
-    assert to_rgb(whole[:-2] + last * 9 + b"\xff\xd9").size == (640, 427)
+    assert time.thread_time() - decoded < decoded - began  # less than a fortieth of its scans take
     assert same(to_rgb(whole + last * 3000), to_rgb(whole))  # what follows the end is no part of it
 
 
-def test_comments_of_a_gif_are_passed_over_and_bounded():
+def test_comments_of_a_gif_are_passed_over_in_no_time():
     whole = encoded("GIF", photograph().quantize(99))
     place = 13 + (3 << ((whole[10] & 7) + 1))
-    comments = b"\x21\xfe" + (b"\xff" + b"c" * 255) * 99_999 + b"\0"
-    assert same(to_rgb(whole[:place] + comments + whole[place:]), to_rgb(whole))
-    comments = b"\x21\xfe" + b"\1c" * (image_trim.MAX_PARTS + 1) + b"\0"
-    with pytest.raises(ValueError, match="blocks of metadata, made to take for ever"):
-        to_rgb(whole[:place] + comments + whole[place:])
+    for comments in ((b"\xff" + b"c" * 255) * 99_999, b"\1c" * (MAX_PARTS + 1)):
+        began = time.process_time()
+        assert same(to_rgb(whole[:place] + b"\x21\xfe" + comments + b"\0" + whole[place:]), to_rgb(whole))
+        assert time.process_time() - began < 20  # one by one they would be copied for minutes
 
 
 def test_chunks_of_a_png_are_bounded():
-    few, many = chunk(b"tEXt", b"a\0b") * 20_000, chunk(b"IDAT", b"") * (image_trim.MAX_PARTS + 1)
+    few, many = chunk(b"tEXt", b"a\0b") * 20_000, chunk(b"IDAT", b"") * (MAX_PARTS + 1)
     assert same(to_rgb(in_png(few)), photograph())
     with pytest.raises(ValueError, match="chunks, made to take for ever"):
         to_rgb(in_png(many))
@@ -381,7 +382,7 @@ def test_what_is_no_file_is_refused_at_once_by_every_verb(strange, capsys):
 
 
 def test_an_open_stream_that_never_ends_is_bounded(monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.image_file.MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr("mlx_aimv2.files.MAX_IMAGE_BYTES", 1 << 20)
     with (
         Path("/dev/zero").open("rb") as zeros,
         pytest.raises(OSError, match=r"/dev/zero has more than 1,048,576 bytes"),

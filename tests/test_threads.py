@@ -15,6 +15,10 @@ import pytest
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bundled, load, x86
 from mlx_aimv2.index import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
+from tests.exact import NEAR, roundings
+from tests.programs import HANGS
+
+pytestmark = pytest.mark.rounding
 
 CHECKPOINT = bundled.emoji_checkpoint()
 TASKS = Path("/proc/self/task")
@@ -47,7 +51,7 @@ def pixels():
 
 def test_what_a_thread_computed_is_read_in_another(model, pixels):
     wanted = np.array(model.encode_image(pixels))
-    assert np.allclose(np.array(in_thread(lambda: model.encode_image(pixels))), wanted, rtol=1e-5)
+    assert roundings(in_thread(lambda: model.encode_image(pixels)), wanted) <= NEAR
     states = in_thread(lambda: model(pixels, output_hidden_states=True)).hidden_states
     assert np.isfinite(np.array(states[-1])).all()
 
@@ -55,18 +59,19 @@ def test_what_a_thread_computed_is_read_in_another(model, pixels):
 def test_the_texts_of_a_thread_are_read_in_another(golden_lit):
     model, ids = golden_lit
     wanted = np.array(model.encode_text(ids))
-    assert np.allclose(np.array(in_thread(lambda: model.encode_text(ids))), wanted, rtol=1e-5, atol=1e-6)
+    assert roundings(in_thread(lambda: model.encode_text(ids)), wanted) <= NEAR
 
 
 def test_gradients_and_compiled_models_work_in_threads(model, pixels):
     def slope():
-        loss, gradients = nn.value_and_grad(model, lambda: model(pixels).last_hidden_state.square().mean())()
+        loss, gradients = nn.value_and_grad(model, lambda: model(pixels).last_hidden_state.abs().mean())()
         mx.eval(loss, gradients)
-        return loss.item()
+        return loss, gradients["norm"]["weight"]
 
-    assert in_thread(slope) == pytest.approx(slope(), rel=1e-5)
-    compiled = mx.compile(lambda x: model(x).last_hidden_state.sum())
-    assert in_thread(lambda: compiled(pixels).item()) == pytest.approx(compiled(pixels).item(), rel=1e-4)
+    for found, wanted in zip(in_thread(slope), slope(), strict=True):
+        assert roundings(found, wanted) <= NEAR
+    compiled = mx.compile(lambda x: model(x).last_hidden_state)
+    assert roundings(in_thread(lambda: np.array(compiled(pixels))), compiled(pixels)) <= NEAR
 
 
 def test_a_model_loaded_lazily_in_another_thread_is_refused_in_one_line():
@@ -76,7 +81,7 @@ def test_a_model_loaded_lazily_in_another_thread_is_refused_in_one_line():
         in_thread(lambda: model.encode_image(pixels))
     wanted = np.array(model.encode_image(pixels))
     mx.eval(model.parameters())  # from now on it is like any other
-    assert np.allclose(np.array(in_thread(lambda: model.encode_image(pixels))), wanted, rtol=1e-5)
+    assert roundings(in_thread(lambda: model.encode_image(pixels)), wanted) <= NEAR
 
 
 def test_twenty_threads_are_refused_alike():
@@ -120,7 +125,7 @@ FORK = """
 import os, signal, mlx.core as mx
 from mlx_aimv2 import bundled, load
 def embed():
-    signal.alarm(20)
+    signal.alarm(200)
     model, processor = load(bundled.emoji_checkpoint())
     mx.eval(model.encode_image(processor(bundled.photographs()[0])))
 {before}
@@ -140,7 +145,7 @@ os.waitpid(child, 0)
 @pytest.mark.parametrize(("before", "said"), [("", "embedded"), ("embed()", 'multiprocessing.get_context("spawn")')])
 def test_a_forked_process_works_or_says_spawn(before, said):
     command = [sys.executable, "-W", "ignore", "-c", FORK.format(before=before)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     assert said in done.stdout
 
 
@@ -162,7 +167,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_spawned_processes_give_the_same_features(tmp_path):
     (tmp_path / "spawn.py").write_text(SPAWN)
-    subprocess.run([sys.executable, str(tmp_path / "spawn.py")], capture_output=True, timeout=120, check=True)
+    subprocess.run([sys.executable, str(tmp_path / "spawn.py")], capture_output=True, timeout=HANGS, check=True)
 
 
 def test_threads_that_run_together_do_not_disturb_each_other(model):
@@ -178,7 +183,7 @@ def test_threads_that_run_together_do_not_disturb_each_other(model):
     with ThreadPoolExecutor(8) as pool:
         for number, found in enumerate(pool.map(work, range(8))):
             for a, b in zip(found, wanted[number::8], strict=True):
-                assert np.allclose(a, b, rtol=1e-5, atol=1e-6)
+                assert roundings(a, b) <= NEAR
 
 
 @pytest.fixture
@@ -194,7 +199,6 @@ def index(tmp_path):
 def test_an_index_opened_at_start_up_is_searched_in_handlers(index):
     index, vectors = index
     assert in_thread(lambda: index.search(vectors[7], 1))[0].path == "/007.jpg"
-    assert in_thread(lambda: index.search(vectors[8], 1, once=True))[0].path == "/008.jpg"
 
 
 def test_eight_threads_use_one_index_at_once(index):
@@ -203,7 +207,7 @@ def test_eight_threads_use_one_index_at_once(index):
     def work(number):
         found = []
         for i in range(number, len(vectors), 8):
-            found.append(index.search(vectors[i], 1, once=i % 5 == 0)[0].path == f"/{i:03d}.jpg")
+            found.append(index.search(vectors[i], 1)[0].path == f"/{i:03d}.jpg")
             found.append(np.allclose(index.vector(f"/{i:03d}.jpg"), vectors[i], atol=1e-5))
         found.append(len(list(index.embeddings())) == len(index) == 300)
         return found

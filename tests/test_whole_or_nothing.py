@@ -15,7 +15,8 @@ import pytest
 
 from mlx_aimv2 import load
 from mlx_aimv2.convert import convert
-from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
+from mlx_aimv2.files import UNFINISHED, atomic_folder
+from tests import programs
 from tests.small_encoder import small_encoder
 
 ENCODER = small_encoder()
@@ -83,33 +84,40 @@ def test_killed_at_twenty_random_moments_no_folder_stands_that_does_not_load(tmp
 
 
 def test_the_next_run_clears_what_a_killed_one_left(tmp_path):
-    abandoned = tmp_path / f".mlx.abcd{UNFINISHED}"
-    abandoned.mkdir()
-    (abandoned / "model.safetensors").write_bytes(b"half")
-    other = tmp_path / f".mlx2.abcd{UNFINISHED}"
+    code = f"""
+import os
+from mlx_aimv2.convert import convert
+def die(line):
+    if "Quantizing" in line:
+        os._exit(9)
+convert({str(ENCODER)!r}, {str(tmp_path / "mlx")!r}, quantize=True, verify=False, log=die)
+"""
+    assert subprocess.run([sys.executable, "-c", code], env=programs.environment()).returncode == 9
+    assert [path.name.endswith(UNFINISHED) for path in tmp_path.iterdir()] == [True]
+    other = tmp_path / ".mlx2.unfinished"
     other.mkdir()
     convert(ENCODER, tmp_path / "mlx", verify=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "mlx"]
 
 
-def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path):
+def test_a_folder_that_another_process_is_writing_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_aimv2.files.PATIENCE", 0.1)
     code = f"""
 import sys
 from pathlib import Path
-from mlx_aimv2.safe_write import UNFINISHED, atomic_folder
-with atomic_folder(Path({str(tmp_path / "mlx")!r})):
+from mlx_aimv2.files import atomic_folder
+with atomic_folder(Path({str(tmp_path / "mlx")!r})) as place:
+    (place / "theirs").touch()
     print("writing", flush=True)
     sys.stdin.read()
 """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=programs.environment(), **pipes) as other:
         assert other.stdout.readline() == "writing\n"
-        with atomic_folder(tmp_path / "mlx") as beside:
-            assert len(list(tmp_path.glob(f".mlx.*{UNFINISHED}"))) == 2
-            (beside / "mine").touch()
-        _, errors = other.communicate("")
-    assert "FileExistsError" in errors  # the second to finish finds the name taken
-    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "mine"]
+        with pytest.raises(FileExistsError, match="mlx: another process is writing there"):
+            convert(ENCODER, tmp_path / "mlx", verify=False)
+        other.communicate("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mlx", "theirs"]
 
 
 def test_two_at_once_end_with_one_whole_folder(tmp_path):

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from mlx_aimv2 import layers, x86
+from tests.exact import EPS, roundings
+
+pytestmark = pytest.mark.rounding
 
 B, H, N, D, INNER = 2, 3, 7, 5, 11
+NEAR = 32 * EPS
+"""Ten times float32's own error here, on several kernels of OpenBLAS."""
 
 
 @pytest.fixture(params=[layers, x86], ids=["layers", "x86"])
@@ -46,7 +51,8 @@ def single(*arrays: np.ndarray) -> list[mx.array]:
 
 
 def far(found: mx.array, exact: np.ndarray) -> float:
-    return float(np.abs(np.array(found.astype(mx.float32)) - exact).max() / np.abs(exact).max())
+    """The largest difference as a share of the largest value."""
+    return EPS * roundings(found.astype(mx.float32), exact)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -54,18 +60,18 @@ def test_attention_is_the_softmax_of_scaled_products(ops, causal):
     q, k, v = (normal(B, H, N, D + i, spread=3)[..., :D] for i in range(3))
     found = ops.attention(*single(q, k, v), causal=causal)
     assert found.shape == (B, H, N, D)
-    assert far(found, exact_attention(q, k, v, causal)) <= 1e-6
+    assert far(found, exact_attention(q, k, v, causal)) <= NEAR
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_in_chunks_is_attention(chunks, causal):
     q, k, v = (normal(B, H, N, D + i, spread=3)[..., :D] for i in range(3))
-    assert far(x86.attention(*single(q, k, v), causal=causal), exact_attention(q, k, v, causal)) <= 1e-6
+    assert far(x86.attention(*single(q, k, v), causal=causal), exact_attention(q, k, v, causal)) <= NEAR
 
 
 def test_fewer_queries_than_keys_attend_to_all(chunks):
     q, k, v = normal(B, H, 4, D), normal(B, H, N, D), normal(B, H, N, D + 1)[..., :D]
-    assert far(x86.attention(*single(q, k, v)), exact_attention(q, k, v)) <= 1e-6
+    assert far(x86.attention(*single(q, k, v)), exact_attention(q, k, v)) <= NEAR
 
 
 @pytest.mark.parametrize("level", [-3e7, -5e5, 5e5, 3e7])
@@ -77,7 +83,7 @@ def test_scores_far_from_zero_are_weighed_by_their_differences(level):
 @pytest.mark.parametrize("level", [-2e7, 1.2e7, 2e7, 1e9])
 def test_scores_far_from_zero_and_from_each_other_leave_the_largest(level):
     k, v = np.array([0.0, -400.0, -200.0]).reshape(1, 1, 3, 1) + level, normal(1, 1, 3, 1)
-    assert far(x86.attention(*single(np.ones((1, 1, 1, 1)), k, v)), v[:, :, :1]) <= 1e-6
+    assert far(x86.attention(*single(np.ones((1, 1, 1, 1)), k, v)), v[:, :, :1]) <= NEAR
 
 
 @pytest.mark.parametrize("part", ["queries", "keys", "values", "gate", "up"])
@@ -95,14 +101,14 @@ def test_one_query_attends_to_all_tokens(ops):
     q, k, v = normal(B, H, 1, D), normal(B, H, N, D), normal(B, H, N, D + 1)[..., :D]
     found = ops.attention(*single(q, k, v))
     assert found.shape == (B, H, 1, D)
-    assert far(found, exact_attention(q, k, v)) <= 1e-6
+    assert far(found, exact_attention(q, k, v)) <= NEAR
 
 
 def test_attention_takes_views_of_one_matrix(ops):
     joint = normal(B, N, 3, H, D)
     q, k, v = joint.transpose(2, 0, 3, 1, 4)
     views = mx.array(joint.astype(np.float32)).transpose(2, 0, 3, 1, 4)
-    assert far(ops.attention(*views), exact_attention(q, k, v)) <= 1e-6
+    assert far(ops.attention(*views), exact_attention(q, k, v)) <= NEAR
 
 
 def test_scores_beyond_the_range_of_exp_are_no_trouble(ops):
@@ -112,19 +118,19 @@ def test_scores_beyond_the_range_of_exp_are_no_trouble(ops):
 
 def test_swiglu_is_the_silu_of_one_times_the_other(ops):
     gate, up = normal(B, N, INNER, spread=4), normal(B, N, INNER + 1)[..., :INNER]
-    assert far(ops.swiglu(*single(gate, up)), exact_swiglu(gate, up)) <= 1e-6
+    assert far(ops.swiglu(*single(gate, up)), exact_swiglu(gate, up)) <= NEAR
 
 
 def test_swiglu_in_chunks_is_swiglu(chunks):
     gate, up = normal(B, N, INNER, spread=4), normal(B, N, INNER + 1)[..., :INNER]
     found = x86.swiglu(*single(gate, up))
     assert found.shape == (B, N, INNER)
-    assert far(found, exact_swiglu(gate, up)) <= 1e-6
+    assert far(found, exact_swiglu(gate, up)) <= NEAR
 
 
 def test_powers_of_two_are_right_to_their_last_digits():
     x = np.random.default_rng(0).uniform(-126, 127, 100_003).astype(np.float32)
-    assert np.abs(np.array(x86.exp2(mx.array(x))) / 2.0 ** x.astype(np.float64) - 1).max() <= 2.5e-7
+    assert np.abs(np.array(x86.exp2(mx.array(x))) / 2.0 ** x.astype(np.float64) - 1).max() <= 4 * EPS
 
 
 def test_gates_far_from_zero_stay_finite(ops):
@@ -145,14 +151,14 @@ def test_half_in_is_half_out_rounded_once(dtype):
 
 def test_half_products_beyond_the_range_of_half_are_not_lost_on_the_way():
     gate, up = mx.array([[-8.0]], mx.float16), mx.array([[20000.0]], mx.float16)  # their product overflows float16
-    assert far(x86.swiglu(gate, up), exact_swiglu(np.array([-8.0]), np.array([20000.0]))) <= 1e-3
+    assert far(x86.swiglu(gate, up), exact_swiglu(np.array([[-8.0]]), np.array([[20000.0]]))) <= 1e-3
 
 
 def test_every_thread_may_use_them(chunks):
     q, k, v = (normal(B, H, N, D + i)[..., :D] for i in range(3))
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(lambda _: np.array(x86.attention(*single(q, k, v))), range(4)):
-            assert far(mx.array(found), exact_attention(q, k, v)) <= 1e-6
+            assert far(mx.array(found), exact_attention(q, k, v)) <= NEAR
 
 
 def slope(function, x):
@@ -168,8 +174,9 @@ def check_derivatives(ops):
             slope(lambda x, f=f, place=place, others=others: f(*others[:place], x, *others[place:]), x)
             for f in (ops.attention, softmax)
         )
-        assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
-    assert np.allclose(slope(lambda x: ops.swiglu(x, up), gate), slope(lambda x: x * mx.sigmoid(x) * up, gate), 1e-4)
+        assert far(mx.array(found), wanted) <= 4 * NEAR
+    found, wanted = slope(lambda x: ops.swiglu(x, up), gate), slope(lambda x: x * mx.sigmoid(x) * up, gate)
+    assert far(mx.array(found), wanted) <= 4 * NEAR
 
 
 def test_they_have_their_derivatives(ops):
@@ -186,7 +193,7 @@ def test_forward_derivatives_of_one_chunk():
         mx.jvp(lambda x, f=f: f(x, up), [gate], [mx.ones_like(gate)])[1]
         for f in (x86.swiglu, lambda x, y: x * mx.sigmoid(x) * y)
     )
-    assert mx.allclose(found, wanted, rtol=1e-4)
+    assert far(found, wanted) <= 4 * NEAR
 
 
 def test_no_images_give_no_features(ops):
@@ -197,7 +204,7 @@ def test_no_images_give_no_features(ops):
 
 def test_compiling_them_changes_nothing(ops, monkeypatch):
     q, k, v = single(*(normal(B, H, N, D + i)[..., :D] for i in range(3)))
-    assert mx.allclose(mx.compile(ops.attention)(q, k, v), ops.attention(q, k, v), rtol=1e-6, atol=1e-6)
+    assert far(mx.compile(ops.attention)(q, k, v), ops.attention(q, k, v)) <= NEAR
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["gate", "up"])
@@ -207,4 +214,4 @@ def test_in_training_swiglu_has_its_derivatives_by_hand(place):
         mx.grad(lambda gate, up, f=f: (f(gate, up) ** 2).sum(), argnums=place)(*both)
         for f in (lambda gate, up: x86.swiglu(gate, up, training=True), lambda gate, up: gate * mx.sigmoid(gate) * up)
     )
-    assert np.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert far(found, wanted) <= NEAR

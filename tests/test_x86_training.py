@@ -1,5 +1,6 @@
 """Training on x86 keeps the cores busy without changing its result."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,40 +10,31 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlx_aimv2 import x86, x86_training
-from mlx_aimv2.learn.optimizer import AdamW, Group
-from mlx_aimv2.learn.train import Settings, train
-from mlx_aimv2.pretrain import optimise
-from mlx_aimv2.pretrain import train as training
-from mlx_aimv2.pretrain.train import take_step
+from mlx_aimv2 import cli, x86, x86_training
+from mlx_aimv2.learn import fit
+from mlx_aimv2.train.optimizer import Group, clipped
+from tests.small_training import CaptionWorkshop, Workshop, arrays, moved, weights, write_captions
 
 SIZES = {"tables": 41, "a": 13, "b": 11, "c": 7, "d": 5, "e": 3}
 
 
-def arrays(seed):
+def tables(seed):
     keys = mx.random.split(mx.random.key(seed), len(SIZES))
     return {name: mx.random.normal((size, 2), key=key) for (name, size), key in zip(SIZES.items(), keys, strict=True)}
-
-
-def test_no_shard_waits_for_what_the_default_stream_adds_up(three_cores):
-    three_cores(blas_threads=1)
-    own = x86.streams()
-    assert len(own) == 3
-    assert mx.default_stream(mx.cpu) not in own
 
 
 def test_arrays_go_to_the_core_that_was_given_least_the_largest_first(three_cores):
     three_cores(blas_threads=1)
     own, taken = x86.streams(), {}
-    balance = x86_training.Balance(arrays(1).values())
-    for name, x in arrays(1).items():
+    balance = x86_training.Balance(tables(1).values())
+    for name, x in tables(1).items():
         with balance.stream_for(x):
             taken[name] = own.index(mx.default_stream(mx.cpu))
     assert taken == {"tables": 0, "a": 1, "b": 2, "c": 2, "d": 1, "e": 1}
-    backwards = x86_training.Balance(reversed(arrays(1).values()))
-    with backwards.stream_for(arrays(1)["e"]):
+    backwards = x86_training.Balance(reversed(tables(1).values()))
+    with backwards.stream_for(tables(1)["e"]):
         assert own.index(mx.default_stream(mx.cpu)) == 1, "whatever their order"
 
 
@@ -52,18 +44,6 @@ def test_a_gpu_is_left_alone(three_cores, monkeypatch):
     before = mx.default_stream(mx.default_device())
     with x86_training.Balance([mx.zeros(3)]).stream_for(mx.zeros(3)):
         assert mx.default_stream(mx.default_device()) == before
-
-
-def test_adamw_on_several_cores_is_mlxs(three_cores):
-    wanted, parameters = optim.AdamW(1e-2, betas=list(optimise.BETAS), bias_correction=True), arrays(1)
-    expected = parameters
-    three_cores(blas_threads=1)
-    own = optimise.AdamW(1e-2, betas=list(optimise.BETAS), bias_correction=True)
-    for step in range(3):
-        gradient = arrays(10 + step)
-        expected = wanted.apply_gradients(gradient, expected)
-        parameters = own.apply_gradients(gradient, parameters)
-    assert all(mx.array_equal(parameters[name], expected[name]) for name in SIZES)
 
 
 def strides(x):
@@ -84,22 +64,17 @@ def flat(tree):
     return dict(tree_flatten(tree))
 
 
-def test_weights_and_moments_lie_in_memory_as_the_gradients_do(three_cores):
+def test_weights_lie_in_memory_as_their_gradients_do(three_cores):
     three_cores(blas_threads=1)
     model = Small()
-    optimizer = optimise.adamw(1e-2, steps=9, warm_up=1, weight_decay=0.1)
-    optimizer.init(model.trainable_parameters())
     before = flat(model.parameters())
-    optimise.lay_out(model, optimizer)
-    assert all(mx.array_equal(x, before[name]) for name, x in flat(model.parameters()).items())
-    for _ in range(2):  # and they stay so
-        gradients = flat(mx.grad(lambda p: (model.update(p), model(mx.array([3, 1])))[1])(model.trainable_parameters()))
-        weights, moments = flat(model.parameters()), flat(optimizer.state)
-        for name in ("table.weight", "layer.weight", "other.0.weight"):
-            wanted = strides(gradients[name])
-            assert strides(weights[name]) == strides(moments[f"{name}.m"]) == strides(moments[f"{name}.v"]) == wanted
-        take_step(model, optimizer, tree_unflatten(list(gradients.items())))
-    assert strides(weights["layer.weight"]) == (4, 12)
+    laid_out = x86_training.columns_first(model, before)
+    assert all(mx.array_equal(x, before[name]) for name, x in laid_out.items())
+    moments = x86_training.columns_first(model, {f"{name}.m": x for name, x in before.items()})
+    gradients = flat(mx.grad(lambda p: (model.update(p), model(mx.array([3, 1])))[1])(model.trainable_parameters()))
+    for name in ("table.weight", "layer.weight", "other.0.weight"):
+        assert strides(laid_out[name]) == strides(moments[f"{name}.m"]) == strides(gradients[name])
+    assert strides(laid_out["layer.weight"]) == (4, 12)
 
 
 def test_elsewhere_weights_stay_as_they_lie(monkeypatch):
@@ -107,35 +82,6 @@ def test_elsewhere_weights_stay_as_they_lie(monkeypatch):
     model = Small()
     weights = flat(model.parameters())
     assert all(x is weights[name] for name, x in x86_training.columns_first(model, weights).items())
-
-
-def test_fine_tuning_lays_weights_out_too(three_cores):
-    three_cores(blas_threads=1)
-    model = Small()
-
-    def forward(model, batch, key):
-        return model.other[0](model.layer(model.table(batch["ids"]))).sum(axis=-1)
-
-    settings = Settings(steps=2, eval_every=2, learning_rate=1e-2)
-    train(model, forward, lambda i: {"ids": mx.array([3, i])}, settings=settings, evaluate=lambda model: 1.0)
-    assert strides(model.layer.weight) == (4, 12)
-    assert strides(model.table.weight) == (20, 4)
-
-
-def test_an_update_evaluates_some_weights_at_a_time_with_the_same_result(monkeypatch):
-    def after(group):
-        monkeypatch.setattr(training, "GROUP", group)
-        model = Small()
-        model.load_weights([(name, mx.ones(x.shape)) for name, x in tree_flatten(model.parameters())])
-        optimizer = optimise.adamw(1e-2, steps=9, warm_up=1, weight_decay=0.1)
-        optimizer.init(model.trainable_parameters())
-        for _ in range(2):
-            take_step(model, optimizer, tree_map(mx.ones_like, model.parameters()))
-        return flat(model.parameters()) | flat(optimizer.state)
-
-    whole, groups = after(1 << 30), after(3)
-    assert whole.keys() == groups.keys()
-    assert all(mx.array_equal(x, whole[name]) for name, x in groups.items())
 
 
 @pytest.mark.parametrize(("batch", "shards"), [(6, 3), (4, 1), (2, 1)])
@@ -196,28 +142,28 @@ def test_training_keeps_freed_memory_half_of_the_machines_at_most(monkeypatch, b
         mx.set_cache_limit(limit)
 
 
-def test_fine_tunings_adamw_is_the_same_on_several_cores(three_cores):
-    def after_three_steps():
-        optimizer, parameters = AdamW(weight_decay=0.1), arrays(1)
-        for step in range(3):
-            parameters = optimizer.updated(parameters, arrays(10 + step), 1e-2, lambda path: Group())
-        return parameters
+@pytest.mark.parametrize("kind", ["attentive", "lora", "full"])
+def test_fit_on_three_cores_gives_what_it_gives_on_this_machine(three_cores, tmp_path, kind):
+    shop = Workshop(tmp_path)
+    settings = {"iters": 2, "batch_size": 6, "learning_rate": 1e-4}
+    alone = shop.head("classify", kind, **settings)
+    three_cores(blas_threads=1, MIN_SHARD_TOKENS=1)
+    shared = shop.new()
+    cache = shop.folder / "cache"
+    fit(shop.data["classify"], shop.encoder, shared, fine_tune_type=kind, cache=cache, **settings)
+    for file in alone.glob("*.safetensors"):
+        went = moved(arrays(file), arrays(shared / file.name))
+        assert max(went.values()) < 1e-4, file.name
 
-    alone = after_three_steps()
-    mx.eval(alone)
-    three_cores(blas_threads=1)
-    assert all(mx.array_equal(found, alone[name]) for name, found in after_three_steps().items())
 
-
-def test_gradients_are_cut_to_one_length_together(three_cores):
-    gradient = {name: 3 * x for name, x in arrays(1).items()}
-    wanted, length = optim.clip_grad_norm(gradient, optimise.MAX_NORM)
-    assert length.item() > optimise.MAX_NORM
-    three_cores(blas_threads=1)
-    found = optimise.clipped(gradient)
-    assert all(bool(mx.allclose(found[name], wanted[name], rtol=1e-6)) for name in SIZES)
-    short = {name: 1e-3 * x for name, x in gradient.items()}
-    assert all(mx.array_equal(optimise.clipped(short)[name], short[name]) for name in SIZES)
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_the_others_on_three_cores_give_what_they_give_on_this_machine(three_cores, tmp_path, verb):
+    shop = CaptionWorkshop(tmp_path)
+    alone = shop.weights(verb, "--batch", 6)
+    three_cores(blas_threads=1, MIN_SHARD_TOKENS=1)
+    shared = shop.new()
+    assert cli.main([*shop.words(verb, "--batch", 6), "-o", str(shared)]) == 0
+    assert max(moved(alone, weights(shared)).values()) < 1e-4
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(None, str(x86_training.SIGHT)), ("7", "7")])
@@ -234,7 +180,7 @@ def test_the_users_own_width_of_sight_stays(three_cores, monkeypatch, given, wan
 
 CALLS = {
     "fit": ("fit('nowhere', 'nowhere', 'out')", x86_training.SIGHT),
-    "pretrain": ("pretrain([], '.', settings=None)", x86_training.WIDE_SIGHT),
+    "pretrain": ("cli.main(['pretrain', 'data', '-o', 'out'])", x86_training.WIDE_SIGHT),
     "lit": ("cli.main(['lit', 'nowhere', '--encoder', 'nowhere', '-o', 'out'])", x86_training.WIDE_SIGHT),
 }
 """Trainings that end at once in a user's mistake."""
@@ -246,13 +192,38 @@ def test_trainings_look_wide_before_anything_is_computed(name, tmp_path):
 import contextlib, os
 from mlx_aimv2 import cli, x86
 from mlx_aimv2.learn import fit
-from mlx_aimv2.pretrain.train import pretrain
 x86.on_x86_cpu = lambda: True
 with contextlib.suppress(OSError):
     {CALLS[name][0]}
 print(os.environ.get("MLX_BFS_MAX_WIDTH"))
 """
+    write_captions(tmp_path / "data")  # fewer than a batch
     environment = {name: value for name, value in os.environ.items() if name != "MLX_BFS_MAX_WIDTH"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(CALLS[name][1])]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_mac_memory_is_wired_while_a_training_runs(monkeypatch, fails):
+    limits = [7]
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 4096})
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or limits[-2])
+    with contextlib.suppress(ZeroDivisionError), x86_training.prepared():
+        assert limits[-1] == 4096
+        if fails:
+            raise ZeroDivisionError
+    assert limits[-1] == 7
+
+
+def test_gradients_are_cut_to_one_length_together(three_cores):
+    gradients, groups = {name: 3 * x for name, x in tables(1).items()}, {name: Group() for name in SIZES}
+    wanted, length = optim.clip_grad_norm(gradients, 1.0)
+    assert length.item() > 1
+    three_cores(blas_threads=1)
+    found = clipped(gradients, 1.0, groups)
+    rtol = 100 * np.finfo(np.float32).eps
+    assert all(bool(mx.allclose(found[name], wanted[name], rtol=rtol)) for name in SIZES)
+    short = {name: 1e-3 * x for name, x in gradients.items()}
+    assert all(mx.array_equal(clipped(short, 1.0, groups)[name], short[name]) for name in SIZES)

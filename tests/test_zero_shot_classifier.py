@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, load, zero_shot
+from tests.exact import NEAR, roundings
 from tests.small_lit import CONFIG, GOLDEN, small_lit, write
+
+pytestmark = pytest.mark.rounding
 
 LABELS = ["cat", "dog", "red fox"]
 VISION_ONLY = GOLDEN / "reference" / "fixed"
@@ -46,9 +49,10 @@ def test_logits_are_those_of_the_pair_and_probabilities_their_softmax(lit_pair, 
     wanted = np.array(model(processor(noise_images), ids).logits_per_image)
     found = zero_shot(model, processor, noise_images, LABELS)
     assert len(found) == 5 and found[0].labels == tuple(LABELS)
-    assert np.allclose([prediction.logits for prediction in found], wanted, atol=1e-4)
-    exact = np.exp(wanted - wanted.max(axis=1, keepdims=True))
-    assert np.allclose([p.probabilities for p in found], exact / exact.sum(axis=1, keepdims=True), atol=1e-5)
+    assert roundings([prediction.logits for prediction in found], wanted) <= NEAR
+    shares = np.exp(wanted - wanted.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    assert roundings([prediction.probabilities for prediction in found], shares) <= 100 * NEAR  # logits reach 100
     assert [prediction.label for prediction in found] == [LABELS[i] for i in wanted.argmax(axis=1)]
 
 
@@ -108,8 +112,8 @@ def test_small_batches_give_what_one_batch_gives(lit_pair, noise_images, monkeyp
     monkeypatch.setattr(model, "encode_image", lambda p: rows.append(len(p)) or encode_image(p), raising=False)
     monkeypatch.setattr("mlx_aimv2.embed.loader.BATCH_TOKENS", 25)
     parts = ZeroShotClassifier(*lit_pair, labels, templates=templates)
-    assert np.allclose(np.array(parts.text_embeds), np.array(whole.text_embeds), atol=1e-6)
-    assert np.allclose([prediction.logits for prediction in parts(noise_images)], wanted, atol=1e-3)
+    assert roundings(parts.text_embeds, whole.text_embeds) <= NEAR
+    assert roundings([prediction.logits for prediction in parts(noise_images)], wanted) <= NEAR
     lengths = [processor.tokenize(t.replace("{}", label)).size for label in labels for t in templates]
     assert len(tokens) > 3 and max(tokens) <= 25  # several calls, none too large,
     assert sum(tokens) <= 1.2 * sum(lengths)  # and texts of like length together
@@ -120,10 +124,10 @@ def test_one_image_an_array_of_images_and_no_image(lit_pair, noise_images):
     classifier = ZeroShotClassifier(*lit_pair, LABELS)
     arrays = np.stack([np.asarray(Image.open(image)) for image in noise_images])
     wanted = [prediction.logits for prediction in classifier(noise_images)]
-    assert np.allclose([prediction.logits for prediction in classifier(arrays)], wanted, atol=1e-4)
+    assert roundings([prediction.logits for prediction in classifier(arrays)], wanted) <= NEAR
     image = Image.open(noise_images[1])
-    assert np.allclose([prediction.logits for prediction in classifier([image, image])], wanted[1], atol=1e-4)
-    assert np.allclose(classifier(arrays[2])[0].logits, wanted[2], atol=1e-4)
+    assert roundings([prediction.logits for prediction in classifier([image, image])], [wanted[1]] * 2) <= NEAR
+    assert roundings(classifier(arrays[2])[0].logits, wanted[2]) <= NEAR
     assert classifier([]) == []
 
 
@@ -148,7 +152,7 @@ def test_open_images_are_decoded_by_one_thread_and_files_by_several(lit_pair, no
 def test_pixels_from_the_processor_serve_too(lit_pair, noise_images):
     classifier = ZeroShotClassifier(*lit_pair, LABELS)
     for ready, read in zip(classifier.predict(lit_pair[1](noise_images)), classifier(noise_images), strict=True):
-        assert np.allclose(ready.logits, read.logits, atol=1e-4)
+        assert roundings(ready.logits, read.logits) <= NEAR
 
 
 def test_an_image_that_cannot_be_read_gives_its_error_in_its_place(lit_pair, noise_images, monkeypatch):
@@ -158,7 +162,7 @@ def test_an_image_that_cannot_be_read_gives_its_error_in_its_place(lit_pair, noi
     assert [isinstance(result, FileNotFoundError) for result in results] == [False, True, True, *[False] * 4]
     assert "nowhere.png" in str(results[1])
     wanted = [prediction.logits for prediction in classifier(noise_images)]
-    assert np.allclose([results[i].logits for i in (0, 3, 4, 5, 6)], wanted, atol=1e-3)
+    assert roundings([results[i].logits for i in (0, 3, 4, 5, 6)], wanted) <= NEAR
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         classifier([noise_images[0], "nowhere.png"])
 

@@ -1,4 +1,4 @@
-"""Detects the layout of a checkpoint and the prefix of its encoder, and lists what is wrong with its tensors.
+"""Detects layout, sizes and prefix of the encoder in a checkpoint, and lists what is wrong with its tensors.
 
 A layout is recognised by its tensor names, never by the name of a repository: the same repository has held two layouts
 at different revisions.
@@ -6,11 +6,12 @@ at different revisions.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from mlx_aimv2.checkpoint.layouts import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row, split_number
-from mlx_aimv2.config import Shapes
+from mlx_aimv2.checkpoint.layouts import LAYOUTS, OIHW, PATCH_CONV, Layout, Match, Row, Shapes, split_number
 
 _NOT_AIMV2 = {
     r"(^|\.)(cls_token|class_token|cls_embed\w*|class_embedding)$": "a CLS token",
@@ -54,6 +55,37 @@ def recognise(shapes: Shapes) -> Match:
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
         raise ValueError(f"the names are those of the {layout.name} layout{_because(parts)}")
     return Match(layout, rows, prefix)
+
+
+def sizes(shapes: Shapes) -> dict[str, Any]:
+    """The sizes that tensors show, in the form of config.json: `{target name: shape} -> {field: size}`.
+
+    A size is absent where its tensor is: no `image_size` without a position table. A text encoder makes it a pair's,
+    with `vision_config` and `text_config`.
+    """
+    if not any(name.startswith("text_model.") for name in shapes):
+        return _vision_sizes(shapes)
+    found: dict[str, Any] = {
+        "vision_config": _vision_sizes(_without("vision_model.", shapes)),
+        "text_config": _text_sizes(_without("text_model.", shapes)),
+    }
+    if (projection := _shape(shapes, "visual_projection.weight", axes=2)) is not None:
+        found["projection_dim"] = projection[0]
+    return found
+
+
+def disagreements(config: Any, found: Mapping[str, Any], where: str = "") -> list[str]:
+    """Every size on which config.json and the tensors differ, as `"hidden_size is 96, the weights say 128"`."""
+    lines = []
+    for name, size in found.items():
+        said = getattr(config, name)
+        if isinstance(size, dict):
+            lines += disagreements(said, size, f"{name}.")
+            continue
+        # What is left over at the edges of an image is no patch.
+        is_same = config.num_patches == (size // config.patch_size) ** 2 if name == "image_size" else said == size
+        lines += [] if is_same else [f"{where}{name} is {said}, the weights say {size}"]
+    return lines
 
 
 def classifier(shapes: Shapes, match: Match) -> list[str]:
@@ -139,3 +171,40 @@ def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shape
         if shape is not None and len(shape) == 4 and shape[1] != shape[3]:
             return (shape[2] == shape[3]) == (row.axes is OIHW)
     return layout.name != "apple-mlx"
+
+
+def _vision_sizes(shapes: Shapes) -> dict[str, Any]:
+    found: dict[str, Any] = _block_sizes(shapes)
+    if (conv := _shape(shapes, PATCH_CONV, axes=4)) is not None:  # (D, patch, patch, channels)
+        found |= {"hidden_size": conv[0], "patch_size": conv[1], "num_channels": conv[3]}
+        if (table := _shape(shapes, "pos_embed", axes=2)) is not None:
+            found["image_size"] = math.isqrt(table[0]) * conv[1]
+    return found | {"use_head": any(name.startswith("head.") for name in shapes)}
+
+
+def _text_sizes(shapes: Shapes) -> dict[str, Any]:
+    found: dict[str, Any] = _block_sizes(shapes)
+    if (table := _shape(shapes, "token_embed.weight", axes=2)) is not None:
+        found["vocab_size"] = table[0]
+    if (table := _shape(shapes, "pos_embed", axes=2)) is not None:  # never packed into integers, unlike the token table
+        found |= {"max_position_embeddings": table[0], "hidden_size": table[1]}
+    return found
+
+
+def _block_sizes(shapes: Shapes) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if indices := [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]:
+        found["num_hidden_layers"] = max(indices) + 1
+    if (gate := _shape(shapes, "blocks.0.mlp.gate.weight", axes=2)) is not None:
+        found["intermediate_size"] = gate[0]
+    return found
+
+
+def _without(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _shape(shapes: Shapes, name: str, *, axes: int) -> tuple[int, ...] | None:
+    """A tensor's shape if it has as many axes as it should; the strict comparison names those that have not."""
+    shape = shapes.get(name)
+    return shape if shape is not None and len(shape) == axes else None

@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.config import Shapes
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of each tensor by its name."""
 
 MLX = "mlx-aimv2"
 """The target: the layout of this package's models and folders."""

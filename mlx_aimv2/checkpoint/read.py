@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
 from mlx_aimv2.config import DTYPES, RELEASED, dtype_name
-from mlx_aimv2.safe_read import check_link, expand_user, read_json, read_text
+from mlx_aimv2.files import check_link, expand_user, read_json, read_text
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,8 +25,9 @@ INDEX_FILES = (INDEX_FILE, "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin")
 """Names under which a folder may hold its weights whole, the first found is taken."""
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-"""How a file of weights ends; all but the first are PyTorch's pickles."""
+PICKLES = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
+"""How a file of weights ends: PyTorch's pickles besides safetensors."""
 
 SHARD = r"[\w.,+=@-]{1,200}\.(safetensors|bin|pt|pth)"
 """Names that a list of shards may hold: no pattern, which would fetch the whole repository."""
@@ -54,10 +56,13 @@ HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
 class Checkpoint:
     """What was read: the tensors (lazy, under their own names), config.json, and where all of it came from.
 
+    `path` is what was given or downloaded, a folder or a file of weights; `files` are those that hold the weights.
     `repo` and `commit` are None for a checkpoint that was on disk.
     """
 
+    path: Path
     folder: Path
+    files: list[Path]
     config: dict[str, Any]
     tensors: dict[str, mx.array]
     repo: str | None = None
@@ -98,15 +103,23 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         reason = str(error).removeprefix(f"{path}: ")
         raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
     config = read_json(folder / CONFIG_FILE)
+    for file in files:
+        _check_safetensors(file)
+    tensors = read_tensors(files)
+    if not path.is_file():
+        _check_index(folder, files, tensors)
+    return Checkpoint(path, folder, files, config, tensors, repo, commit)
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, mx.array]:
+    """The tensors of all files, lazy but for pickles: `files -> {source name: array}`."""
     tensors: dict[str, mx.array] = {}
     for file in files:
         more = _read_weights(file)
         if twice := sorted(set(more) & set(tensors)):
             raise ValueError(f"{file}: holds tensors that another shard holds too: {', '.join(twice)}")
         tensors |= more
-    if not path.is_file():
-        _check_index(folder, files, tensors)
-    return Checkpoint(folder, config, tensors, repo, commit)
+    return tensors
 
 
 def find(
@@ -219,26 +232,16 @@ def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array
         raise ValueError(f"{index}: lists tensors that no shard holds: {listed(absent)}")
 
 
-def _read_weights(file: Path) -> dict[str, mx.array]:
-    if file.suffix in WEIGHT_SUFFIXES[1:]:
-        from mlx_aimv2.checkpoint import torch_pickle
+def _check_safetensors(file: Path) -> None:
+    """Checks path, header and size before MLX reads the file, which would fail later and less clearly."""
+    from safetensors import SafetensorError, safe_open
 
-        return torch_pickle.read(file)
+    if file.suffix in PICKLES:
+        return
     try:
         str(file).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{file}: the path is not UTF-8, which MLX cannot open: rename it") from None
-    _check_safetensors(file)
-    try:
-        return dict(mx.load(str(file)))  # type: ignore[arg-type]
-    except RuntimeError as error:  # a dtype that MLX has not
-        raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
-
-
-def _check_safetensors(file: Path) -> None:
-    """Checks header and size before MLX reads the file, which would fail later and less clearly."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="numpy"):
             pass
@@ -246,7 +249,51 @@ def _check_safetensors(file: Path) -> None:
         raise ValueError(f"{file}: truncated or not a safetensors file ({_short(error)}); fetch it again") from None
 
 
+def _read_weights(file: Path) -> dict[str, mx.array]:
+    if file.suffix in PICKLES:
+        return _read_pickle(file)
+    try:
+        return dict(mx.load(str(file)))  # type: ignore[arg-type]
+    except RuntimeError as error:  # a dtype that MLX has not
+        raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
+
+
+def _read_pickle(file: Path) -> dict[str, mx.array]:
+    """Tensors of PyTorch's pickled state dict, which only torch can read, safely with `weights_only=True`.
+
+    Raises ValueError when torch is not installed or the file holds anything but tensors.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{file}: a pickled file, which only torch reads safely; install it (pip install torch) for this one "
+            "conversion, or fetch the .safetensors file of the same checkpoint"
+        ) from None
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; each means that the file cannot be used
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: torch refuses to read it as plain weights ({reason})") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{file}: holds more than named tensors; wanted a state dict")
+    # MLX would make float32 of float64 in silence. Whole numbers may belong to the rest of a larger model.
+    allowed = {getattr(torch, name) for name in (*DTYPES, "bool", "uint8", "int8", "int32", "int64")}
+    if other := [f"{name} is {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in allowed]:
+        raise ValueError(f"{file}: weights must be {', '.join(DTYPES)}, got {', '.join(other)}")
+    arrays: dict[str, mx.array] = {}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.bfloat16:  # NumPy has no bfloat16: carry the bits
+            bits = tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+            arrays[name] = mx.array(bits).view(mx.bfloat16)
+        else:
+            arrays[name] = mx.array(tensor.contiguous().numpy())
+    return arrays
+
+
 def _short(error: Exception) -> str:
-    """One line of an error that may quote a stranger's file at length."""
+    """One line of an error that may quote an untrusted file at length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,27 +1,41 @@
-"""`mlx-aimv2 bench`: times a model beside what the machine could do, or the way from a folder of images to vectors."""
+"""`mlx-aimv2 bench`: times a model beside the machine's own matrix products.
+
+An encoder is matrix products. So each forward pass is timed in turn with the bare products of the same shapes, on the
+same weights: the ratio of the two says what is left to gain here, and hardly depends on what else the machine does.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from mlx_aimv2 import device
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import bundled, device, x86
+from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.cli import log
-from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.config import released
-from mlx_aimv2.find_images import list_images
+from mlx_aimv2.commands.flags import MODEL, add_revision
+from mlx_aimv2.config import Aimv2VisionConfig, released
+from mlx_aimv2.layers import Block, split_heads
+from mlx_aimv2.loading import load, parse_dtype
+from mlx_aimv2.model import Aimv2VisionModel
 
-if TYPE_CHECKING:
-    from mlx_aimv2.bench import FirstEmbedding, Loading, Speed
-
-HELP = "time a model beside bare matrix products, or embedding a folder of images"
+HELP = "time a model beside bare matrix products"
 
 EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
 
-MOST_AT_ONCE, LARGEST_SIDE, MOST_RUNS = 4096, 3584, 100_000
+MAX_BATCH, MAX_SIDE, MAX_RUNS = 4096, 3584, 100_000
 """What may be asked for: more fits no machine's memory or no day."""
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -35,7 +49,38 @@ NOTE = (
     "of bare: time of these products alone, run in turn with the pass, over the time of the pass."
 )
 
-HEADERS = ("dtype", "weights", "MB", "batch", "tokens", "ms", "ms/image", "images/s", "peak MB", "GFLOP/s", "of bare")
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "dtype": lambda speed: speed["dtype"],
+    "weights": lambda speed: speed["weights"],
+    "MB": lambda speed: f"{speed['weight_bytes'] / 1e6:.0f}",
+    "batch": lambda speed: str(speed["batch"]),
+    "tokens": lambda speed: str(speed["tokens"]),
+    "ms": lambda speed: f"{speed['seconds'] * 1e3:.1f}",
+    "ms/image": lambda speed: f"{speed['milliseconds_per_image']:.1f}",
+    "images/s": lambda speed: f"{speed['images_per_second']:.2f}",
+    "peak MB": lambda speed: f"{speed['peak_bytes'] / 1e6:.0f}",
+    "GFLOP/s": lambda speed: f"{speed['flops_per_second'] / 1e9:.0f}",
+    "of bare": lambda speed: f"{speed['fraction_of_bare']:.2f}",
+}
+"""What the table shows of each measurement."""
+
+NATIVE_SIDE = 224
+"""Pixels along the side of the images that a native model is measured on, if nothing else is asked for."""
+
+WARM_UP_SECONDS = 1.0
+"""Before a GPU is timed: its clock rises with work, and a pass may take milliseconds."""
+
+FIRST_EMBEDDING = """
+import json, sys, time
+began = time.perf_counter()
+from mlx_aimv2 import load
+imported = time.perf_counter()
+model, processor = load(sys.argv[1], dtype=sys.argv[2] or None)
+loaded = time.perf_counter()
+import mlx.core as mx
+mx.eval(model.encode_image(processor([sys.argv[3]])))
+print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loaded]))
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,26 +103,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch",
         nargs="+",
-        type=_up_to(MOST_AT_ONCE),
+        type=_up_to(MAX_BATCH),
         default=[1, 4],
         metavar="N",
         help="images at once (default: 1 4)",
     )
     add(
         "--side",
-        type=_up_to(LARGEST_SIDE),
+        type=_up_to(MAX_SIDE),
         metavar="N",
         help="native checkpoints: side of the images in pixels (default: 224)",
     )
-    add(
-        "--runs", type=_up_to(MOST_RUNS), default=7, metavar="N", help="runs of each measurement (default: %(default)s)"
-    )
+    add("--runs", type=_up_to(MAX_RUNS), default=7, metavar="N", help="runs of each measurement (default: %(default)s)")
     add("--keep-quantized", action="store_true", help="time quantized weights packed, too, not only made dense")
-    add("--images", metavar="DIR", help="time each step of embedding this folder instead, alone and all together")
-
-    add = parser.add_argument_group("reading images, with --images").add_argument
-    add("--threads", type=_up_to(1024), metavar="N", help="threads that decode (default: one for each core)")
-    add_policy_arguments(add)
 
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print the measurements as JSON")
@@ -85,15 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
-    if arguments.images is not None:
-        found = measure_images(arguments)
-        print(json.dumps(found) if arguments.json else images_table(found))
-        return 0
     found = measure(arguments)
-    if arguments.json:
-        print(json.dumps(found))
-    else:
-        print(table(found, runs=arguments.runs))
+    print(json.dumps(found) if arguments.json else table(found, runs=arguments.runs))
     return 0
 
 
@@ -117,66 +148,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "runs": arguments.runs,
     }
     if arguments.model:
-        found |= _about_files(arguments)
-    found["speed"] = [
-        asdict(speed)
-        | {
-            "milliseconds_per_image": 1e3 / speed.images_per_second,
-            "images_per_second": speed.images_per_second,
-            "flops_per_second": speed.flops_per_second,
-            "fraction_of_bare": speed.fraction,
-        }
-        for speed in _speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind])
-    ]
+        path, _, _ = checkpoint.find(arguments.model, revision=arguments.revision)
+        files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+        _tell("loading")
+        found["loading"] = measure_loading(lambda: load(path), files, runs=arguments.runs)
+        _tell("first embedding in a fresh process")
+        image, dtype = bundled.photographs()[0], (arguments.dtype or ["auto"])[0]
+        found["first_embedding"] = measure_first_embedding(str(path), image, dtype=dtype)
+    speeds = _speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind])
+    found["speed"] = [asdict(speed) | speed.rates for speed in speeds]
     return found
-
-
-def measure_images(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What embedding a folder takes, step by step, as one dictionary for JSON."""
-    from mlx_aimv2 import load
-    from mlx_aimv2.bench_images import measure_folder
-    from mlx_aimv2.preprocessing import published
-    from mlx_aimv2.processor import Aimv2Processor
-
-    policy = policy_of(arguments)
-    files = list_images([arguments.images]).files
-    if not files:
-        raise FileNotFoundError(f"no images in {arguments.images}: --images takes a folder that holds some")
-    on = device.machine()
-    dtype = (arguments.dtype or DEFAULT_DTYPES[on.kind])[0]
-    if arguments.random:
-        model = _model(arguments, dtype, keep_quantized=False)
-        processor = Aimv2Processor(published(model.vision.config.image_size))
-    else:
-        model, processor = load(arguments.model, revision=arguments.revision, dtype=dtype)
-    _tell(f"{arguments.images}, {dtype}")
-    speed = measure_folder(files, model, processor, policy=policy, threads=arguments.threads)
-    return asdict(speed) | {
-        "bound_by": speed.bound_by,
-        "advice": speed.advice(cores=device.cpu_count(), on_cpu=on.kind == "cpu"),
-        "chip": on.chip,
-        "device": on.kind,
-        "cores": device.cpu_count(),
-        "dtype": dtype,
-        "model_name": arguments.model or f"random {arguments.random}",
-    }
-
-
-def images_table(found: dict[str, Any]) -> str:
-    """The steps' times, as lines for the terminal."""
-    count = found["images"]
-    size = f"{found['bytes'] / count / 1e6:.1f} MB and {found['megapixels'] / count:.1f} megapixels each"
-    lines = [
-        f"{count} images, {size}; {found['model_name']} in {found['dtype']}; --decode {found['decode']}",
-        f"{found['chip']}, {found['device']}, {found['cores']} cores; {found['threads']} threads decode",
-        "",
-        "step       ms per image  images/s",
-    ]
-    for step in ("reading", "hashing", "decoding", "resizing", "model", "together"):
-        seconds = found[step] / count
-        lines.append(f"{step:<9}  {seconds * 1e3:12.2f}  {1 / max(seconds, 1e-9):8.1f}")
-    note = "Each step alone on one thread, the model alone on its device, and together as embed runs them."
-    return "\n".join([*lines, "", found["advice"], note])
 
 
 def table(found: dict[str, Any], *, runs: int) -> str:
@@ -186,9 +167,9 @@ def table(found: dict[str, Any], *, runs: int) -> str:
         ("versions", f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}"),
         ("model", found["model"]),
     ]
-    if load := found.get("loading"):
-        size = f"{load['bytes'] / 1e6:.0f} MB"
-        lines.append(("load", f"{load['seconds']:.2f} s, {load['ratio']:.2f} times reading the {size} (page cache)"))
+    if read := found.get("loading"):
+        size = f"{read['bytes'] / 1e6:.0f} MB"
+        lines.append(("load", f"{read['seconds']:.2f} s, {read['ratio']:.2f} times reading the {size} (page cache)"))
     if first := found.get("first_embedding"):
         steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
         lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
@@ -196,46 +177,25 @@ def table(found: dict[str, Any], *, runs: int) -> str:
         lines.append(("advice", found["advice"]))
     width = max(len(name) for name, _ in lines)
     head = [f"{name:<{width}}  {value}" for name, value in lines]
-    rows = [HEADERS, *(_row(speed) for speed in found["speed"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
+    rows = [list(COLUMNS), *([cell(speed) for cell in COLUMNS.values()] for speed in found["speed"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     body = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
 
 
-def _about_files(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load time and the first embedding, of a checkpoint that has files."""
-    from mlx_aimv2 import bench, bundled, load
-    from mlx_aimv2.checkpoint import read as checkpoint
-
-    path, _, _ = checkpoint.find(arguments.model, revision=arguments.revision)
-    files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
-    _tell("loading")
-    loading: Loading = bench.measure_loading(lambda: load(path), files, runs=arguments.runs)
-    _tell("first embedding in a fresh process")
-    first: FirstEmbedding = bench.measure_first_embedding(
-        str(path), bundled.photographs()[0], dtype=(arguments.dtype or ["auto"])[0]
-    )
-    return {"loading": asdict(loading) | {"ratio": loading.ratio}, "first_embedding": asdict(first)}
-
-
 def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[Speed]:
-    from mlx_aimv2 import bench
-
     for dtype in dtypes:
         for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
             model = _model(arguments, dtype, keep_quantized=weights == "packed")
             for batch in arguments.batch:
                 _tell(f"{dtype} {weights}, {batch} images")
-                pixels = bench.random_pixels(model.vision.config, batch=batch, side=arguments.side)
-                yield bench.measure_speed(model, pixels, runs=arguments.runs, weights=weights)
+                pixels = random_pixels(model.vision.config, batch=batch, side=arguments.side)
+                yield measure_speed(model, pixels, runs=arguments.runs, weights=weights)
 
 
 def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
-    from mlx_aimv2 import bench, load
-    from mlx_aimv2.loading import parse_dtype
-
     if arguments.random:
-        return bench.random_model(released(arguments.random).vision, parse_dtype(dtype))
+        return random_model(released(arguments.random).vision, parse_dtype(dtype))
     model, _, config = load(
         arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
     )
@@ -244,31 +204,202 @@ def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -
     return model
 
 
-def _row(speed: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        speed["dtype"],
-        speed["weights"],
-        f"{speed['weight_bytes'] / 1e6:.0f}",
-        str(speed["batch"]),
-        str(speed["tokens"]),
-        f"{speed['seconds'] * 1e3:.1f}",
-        f"{speed['milliseconds_per_image']:.1f}",
-        f"{speed['images_per_second']:.2f}",
-        f"{speed['peak_bytes'] / 1e6:.0f}",
-        f"{speed['flops_per_second'] / 1e9:.0f}",
-        f"{speed['fraction_of_bare']:.2f}",
-    )
-
-
 def _tell(step: str) -> None:
     log(f"measuring: {step}")
 
 
-def _up_to(most: int) -> Callable[[str], int]:
+def _up_to(limit: int) -> Callable[[str], int]:
     def count(text: str) -> int:
         number = int(text) if text.isdigit() and len(text) < 10 else 0
-        if not 1 <= number <= most:
-            raise argparse.ArgumentTypeError(f"a whole number from 1 to {most} is wanted, got {text:.20}")
+        if not 1 <= number <= limit:
+            raise argparse.ArgumentTypeError(f"a whole number from 1 to {limit} is wanted, got {text:.20}")
         return number
 
     return count
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One forward pass: B images of N tokens, medians over the runs.
+
+    `weights` is dense or packed, `weight_bytes` what they take. `peak_bytes` is the most memory above the weights and
+    the pixels. `flops` are the multiplications and additions of the matrix products, `bare_seconds` what these take
+    alone.
+    """
+
+    dtype: str
+    weights: str
+    weight_bytes: int
+    batch: int
+    tokens: int
+    seconds: float
+    bare_seconds: float
+    flops: int
+    peak_bytes: int
+    runs: int
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """What follows from the times; `fraction_of_bare` is that of the speed of the bare products, from 0 to 1."""
+        return {
+            "milliseconds_per_image": 1e3 * self.seconds / self.batch,
+            "images_per_second": self.batch / self.seconds,
+            "flops_per_second": self.flops / self.seconds,
+            "fraction_of_bare": self.bare_seconds / self.seconds,
+        }
+
+
+def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel:
+    """A model of these sizes with random weights: as fast as a trained one, its features mean nothing."""
+    model = Aimv2VisionModel(config)
+    model.set_dtype(dtype)
+    for _, layer in model.named_modules():
+        mx.eval([array for array in layer.values() if isinstance(array, mx.array)])  # one layer's float32 at a time
+    model.eval()
+    return model
+
+
+def random_pixels(config: Aimv2VisionConfig, *, batch: int, side: int | None = None) -> mx.array:
+    """Images of the size the model takes, `(B, H, W, 3)`; `side` is for native models."""
+    side = config.image_size or side or NATIVE_SIDE
+    pixels = mx.random.normal((batch, side, side, config.num_channels), key=mx.random.key(0))
+    mx.eval(pixels)
+    return pixels
+
+
+def matrix_flops(config: Aimv2VisionConfig, *, batch: int, tokens: int) -> int:
+    """Multiplications and additions of all matrix products of a forward pass."""
+    width, inner = config.hidden_size, config.intermediate_size
+    patches = config.num_channels * config.patch_size**2 * width
+    block = width * 3 * width + width * width + 3 * width * inner + 2 * tokens * width
+    head = 2 * width * width + 2 * width if config.use_head else 0
+    last = width * width if config.use_head else 0
+    return 2 * batch * (tokens * (patches + config.num_hidden_layers * block + head) + last)
+
+
+def measure_speed(model: Any, pixels: mx.array, *, runs: int, weights: str = "dense") -> Speed:
+    """Times the vision encoder on images `(B, H, W, 3)`, in turn with its bare matrix products."""
+    vision = model.vision
+    rows, columns = vision.grid(pixels)
+    batch, tokens = pixels.shape[0], rows * columns
+    parameters: Any = tree_flatten(vision.parameters())
+    bare = _bare_products(vision, batch=batch, tokens=tokens)
+
+    def forward() -> None:
+        mx.eval(vision(pixels).last_hidden_state)
+
+    warm = time.perf_counter() + (0 if mx.default_device() == mx.cpu else WARM_UP_SECONDS)
+    while True:
+        forward()
+        bare()
+        if time.perf_counter() >= warm:
+            break
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    forward()
+    peak = mx.get_peak_memory() - before
+    seconds, bare_seconds = _alternating(forward, bare, runs=runs)
+    return Speed(
+        str(vision.dtype).rpartition(".")[2],
+        weights,
+        sum(array.nbytes for _, array in parameters),
+        batch,
+        tokens,
+        seconds,
+        bare_seconds,
+        matrix_flops(vision.config, batch=batch, tokens=tokens),
+        peak,
+        runs,
+    )
+
+
+def measure_loading(load: Callable[[], Any], files: list[Path], *, runs: int) -> dict[str, float]:
+    """Times `load()` in turn with reading its weight files, both from the page cache, medians over the runs.
+
+    `ratio` is how many times as long as reading the files.
+    """
+
+    def read() -> None:
+        for file in files:
+            file.read_bytes()
+
+    def load_and_free() -> None:
+        load()
+        mx.clear_cache()
+
+    read()
+    load()
+    seconds, reading = _alternating(load_and_free, read, runs=runs)
+    size = sum(file.stat().st_size for file in files)
+    return {"seconds": seconds, "reading_seconds": reading, "bytes": size, "ratio": seconds / reading}
+
+
+def measure_first_embedding(path: str, image: Path, *, dtype: str | None) -> dict[str, float]:
+    """Seconds of a fresh process: importing, loading, and an image's embedding with all that a first run costs."""
+    command = [sys.executable, "-c", FIRST_EMBEDDING, path, dtype or "", str(image)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise ValueError(f"a fresh process could not embed an image: {finished.stderr.strip().splitlines()[-1]}")
+    return dict(zip(("importing", "loading", "embedding"), json.loads(finished.stdout), strict=True))
+
+
+def _bare_products(vision: Aimv2VisionModel, *, batch: int, tokens: int) -> Callable[[], None]:
+    """A function that computes the matrix products of a forward pass and nothing else, block by block.
+
+    Where the cores of a CPU share the pass in shards, so they do the products.
+    """
+    config, dtype = vision.config, vision.dtype
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    shards = x86.Shards.of((batch, tokens, width))
+
+    def normal(*shape: int) -> list[mx.array]:
+        return [
+            mx.contiguous(part) for part in shards.split(mx.random.normal(shape, key=mx.random.key(1)).astype(dtype))
+        ]
+
+    def one_per_head() -> list[mx.array]:
+        whole = split_heads(mx.random.normal((batch, tokens, width), key=mx.random.key(1)).astype(dtype), heads)
+        return [mx.contiguous(part) for part in shards.split(whole)]
+
+    x, gated = normal(batch, tokens, width), normal(batch, tokens, inner)
+    patches = normal(batch, tokens, config.num_channels * config.patch_size**2)
+    queries, keys, values = (one_per_head() for _ in range(3))
+    if shards.axis == x86.TOKENS:
+        keys, values = ([shards.join(parts)] * len(parts) for parts in (keys, values))
+    scores = normal(batch, heads, tokens, tokens)
+    conv = vision.patch_embed.proj.weight.reshape(width, -1)
+    mx.eval(x, gated, patches, queries, keys, values, scores, conv)
+
+    def products(block: Block, x, gated, q, k, v, scores) -> list[mx.array]:  # type: ignore[no-untyped-def]
+        attn, mlp = block.attn, block.mlp
+        return [
+            *(_product(x, layer) for layer in (attn.qkv, attn.proj, mlp.gate, mlp.up)),
+            _product(gated, mlp.down),
+            q @ k.swapaxes(-1, -2),
+            scores @ v,
+        ]
+
+    def run() -> None:
+        mx.async_eval(*shards.run(lambda part: part @ conv.T, patches))  # type: ignore[no-untyped-call]
+        for block in vision.blocks:
+            results = shards.run(partial(products, block), x, gated, queries, keys, values, scores)
+            mx.async_eval(*results)  # type: ignore[no-untyped-call]
+        for stream in shards.streams:
+            mx.synchronize(stream)
+
+    return run
+
+
+def _product(x: mx.array, layer: nn.Module) -> mx.array:
+    return x @ layer.weight.T if isinstance(layer, nn.Linear) else layer(x)
+
+
+def _alternating(first: Callable[[], None], second: Callable[[], None], *, runs: int) -> tuple[float, float]:
+    """Medians of the seconds of both, run in turn, so that whatever disturbs one disturbs the other."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for work, seconds in zip((first, second), times, strict=True):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(times[0]), statistics.median(times[1])

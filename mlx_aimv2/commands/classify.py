@@ -8,8 +8,8 @@ import json
 from mlx_aimv2.cli import say, show, typed
 from mlx_aimv2.commands.flags import MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.config import LIT_CHECKPOINT
+from mlx_aimv2.files import expand_user, read_text
 from mlx_aimv2.loading import load
-from mlx_aimv2.safe_read import expand_user, read_text
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
 
 MAX_LABEL_BYTES = 1 << 20

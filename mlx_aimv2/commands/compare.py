@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--images",
         metavar="DIR",
-        help=f"take {fidelity.MOST_IMAGES} images of this folder (default: four bundled photographs)",
+        help=f"take {fidelity.MAX_IMAGES} images of this folder (default: four bundled photographs)",
     )
     add("--revision", metavar="NAME", help=f"of REFERENCE: {REVISION} (default: Apple's release, pinned)")
 

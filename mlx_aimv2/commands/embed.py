@@ -18,7 +18,7 @@ from mlx_aimv2.commands.flags import (
     add_revision,
     policy_of,
 )
-from mlx_aimv2.safe_read import expand_user
+from mlx_aimv2.files import expand_user
 
 HELP = "embed folders of images into an index, for search"
 
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
     from mlx_aimv2.embed.encode import Settings
     from mlx_aimv2.embed.job import Options, update_index
-    from mlx_aimv2.images import reuse_decoding_memory
+    from mlx_aimv2.images.open import reuse_decoding_memory
 
     reuse_decoding_memory()
     started = time.monotonic()

@@ -16,13 +16,13 @@ from mlx_aimv2.commands.caption_flags import (
     add_schedule_arguments,
     augmentation_of,
 )
-from mlx_aimv2.commands.flags import MODEL, add_seed
+from mlx_aimv2.commands.flags import MODEL, RESUME, add_seed
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
-from mlx_aimv2.embed.distributed import Ranks
+from mlx_aimv2.files import read_json
 from mlx_aimv2.loading import load
 from mlx_aimv2.pretrain.captioned import open_data
-from mlx_aimv2.pretrain.lit import LitSettings, lit
-from mlx_aimv2.safe_read import read_json
+from mlx_aimv2.pretrain.lit_tuning import lit
+from mlx_aimv2.pretrain.settings import LitSettings
 from mlx_aimv2.tokenizer import Tokenizer
 
 HELP = "tune a text encoder to a frozen image encoder (LiT), to find images by words"
@@ -56,13 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_crop_arguments(add)
 
-    add_seed(parser.add_argument_group("run").add_argument)
+    add = parser.add_argument_group("run").add_argument
+    add_seed(add)
+    add("--save-every", type=int, default=500, metavar="N", help="steps between two states (default: %(default)s)")
+    add("--resume", action="store_true", help=RESUME)
 
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
 
 
-@x86_training.prepared(x86_training.WIDE_SIGHT)
+@x86_training.prepared(x86_training.WIDE_SIGHT)  # before the encoder is loaded: MLX reads its width once
 def run(arguments: argparse.Namespace) -> int:
     """Trains and writes; losses go to stderr."""
     data = open_data(arguments.data)
@@ -85,11 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
             weight_decay=arguments.weight_decay,
             views=arguments.views,
             first_caption=arguments.first_caption,
+            save_every=arguments.save_every,
             seed=arguments.seed,
             augmentation=augmentation_of(arguments),
         ),
         tokenizer=tokenizer,
-        group=Ranks().group,
+        resume=arguments.resume,
         report=say,
     )
     show(str(arguments.output))

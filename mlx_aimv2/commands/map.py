@@ -18,11 +18,10 @@ from mlx_aimv2.commands import flags
 from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.embed.encode import FAST
 from mlx_aimv2.embed.loader import MAX_PATCHES
+from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import Policy
 from mlx_aimv2.loading import load
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_file, check_file, stems_below
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,8 +8,7 @@ from contextlib import ExitStack
 
 from mlx_aimv2.cli import say, show
 from mlx_aimv2.commands.flags import MODEL, add_dtype
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import check_target
+from mlx_aimv2.files import check_target, expand_user
 
 HELP = "say what a trained head sees in images"
 

@@ -21,14 +21,12 @@ from mlx_aimv2.commands.caption_flags import (
 from mlx_aimv2.commands.flags import DTYPE, RESUME, add_seed
 from mlx_aimv2.config import DTYPES, WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.device import AUTO
-from mlx_aimv2.embed.distributed import Ranks
+from mlx_aimv2.files import read_json
 from mlx_aimv2.pretrain.captioned import open_data
-from mlx_aimv2.pretrain.decoder import DecoderConfig
-from mlx_aimv2.pretrain.grids import PATCHES
-from mlx_aimv2.pretrain.losses import ALPHA
+from mlx_aimv2.pretrain.examples import PATCHES
+from mlx_aimv2.pretrain.objective import ALPHA, DecoderConfig
+from mlx_aimv2.pretrain.pretraining import pretrain
 from mlx_aimv2.pretrain.settings import Schedule, Settings
-from mlx_aimv2.pretrain.train import pretrain
-from mlx_aimv2.safe_read import read_json
 from mlx_aimv2.tokenizer import Tokenizer
 
 HELP = "train an encoder from images with captions, by the paper's objective"
@@ -116,9 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
             validate=arguments.validate_every, save=arguments.save_every, samples=arguments.samples_every
         ),
         tokenizer=tokenizer,
-        start=arguments.start,
         resume=arguments.resume,
-        group=Ranks().group,
         report=say,
     )
     show(str(arguments.output))
@@ -146,6 +142,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         seed=arguments.seed,
         dtype=dtype,
         patches=tuple(arguments.patches),
+        start=arguments.start,
         first_caption=arguments.first_caption,
         augmentation=augmentation_of(arguments),
     )

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             policy=policy_of(arguments),
         )
         started = time.perf_counter()
-        matches = index.search(query, arguments.top, once=True)
+        matches = index.search(query, arguments.top)
         seconds = time.perf_counter() - started
         if page is not None or arguments.open:
             text = arguments.query if image is None else None

@@ -1,31 +1,74 @@
 """Reports the fidelity of a model to its reference: cosines of the features, range of activations, size.
 
-The reference runs in float32, the other model in its own dtype, on the same images.
+The reference runs in float32, the other model in its own dtype, on the same images, each block by block in the memory
+of one: the weights are loaded lazily, all images pass a block, then its weights are freed. So a 3B model in float32
+needs the memory of one block, and the two are never in memory together.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
-from mlx_aimv2 import __version__
-from mlx_aimv2.conversion.blockwise import BlockwiseRun, Floats, cosines, run_blockwise, token_cosines
+from mlx_aimv2 import __version__, bundled
+from mlx_aimv2.config import dtype_name
 from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
 from mlx_aimv2.find_images import list_images
+from mlx_aimv2.loading import AnyModel, Source, read_source
+from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, run_blocks, unit_length
+from mlx_aimv2.processor import Aimv2Processor
 
 FILE = REPORT
 
-LIMITS = {"float32": 3.4028234663852886e38, "bfloat16": 3.3895313892515355e38, "float16": FLOAT16_LARGEST}
-"""The largest number of each dtype."""
-
-MOST_IMAGES = 32
+MAX_IMAGES = 32
 """Of a folder with more images this many are taken, evenly spread over their sorted names."""
+
+TEXTS = (
+    "a photo of a cat",
+    "an astronaut in front of a flag",
+    "a cup of coffee on a wooden table",
+    "a rocket on its launch pad at night",
+    "an empty street",
+)
+"""What a LiT model's text encoder is run on."""
+
+Floats: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BlockwiseRun:
+    """The features and the range of activations of one model.
+
+    `tokens` one (N, D) for each image, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
+    gives them; `text_vectors` (T, E) and `logits` (B, T) for LiT alone. `peaks` the largest absolute value of each
+    block's output, or of everything between its layers too. `stored_bytes` of all tensors on disk.
+    """
+
+    name: str
+    dtype: str
+    parameters: int
+    stored_bytes: int
+    tokens: list[Floats]
+    vectors: Floats
+    peaks: dict[str, float]
+    text_vectors: Floats | None = None
+    logits: Floats | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk for each number of the model, scales included."""
+        return 8 * self.stored_bytes / self.parameters
 
 
 def compare(
@@ -40,29 +83,17 @@ def compare(
     `images` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
     whole. Raises ValueError where the two give features of different shapes.
     """
-    images = list(images) if images is not None else list(choose_images(None))
-    return compare_with(run_reference(reference, images, revision=revision), other, images)
+    images = images if images is not None else choose_images(None)
+    run = run_reference(read_source(reference, revision=revision), images)
+    return report(run, run_blockwise(read_source(other), images), images)
 
 
-def compare_with(
-    reference: BlockwiseRun,
-    other: str | os.PathLike[str],
-    images: Sequence[str | os.PathLike[str]],
-    *,
-    name: str | None = None,
-) -> dict[str, Any]:
-    """Runs a model and compares it with its reference: `-> the content of fidelity.json`; `name` is the model's."""
-    return report(reference, run_blockwise(other, images, name=name), images)
+def run_reference(source: Source, images: Sequence[str | os.PathLike[str]]) -> BlockwiseRun:
+    """Runs the reference in float32, using up its weights.
 
-
-def run_reference(
-    path_or_hf_repo: str | os.PathLike[str],
-    images: Sequence[str | os.PathLike[str]],
-    *,
-    revision: str | None = None,
-) -> BlockwiseRun:
-    """Runs the reference in float32. Raises ValueError, with the first block where it happens, for NaN or infinity."""
-    run = run_blockwise(path_or_hf_repo, images, revision=revision, dtype="float32", inside=True)
+    Raises ValueError, with the first block where it happens, for NaN or infinity.
+    """
+    run = run_blockwise(source, images, dtype="float32", inside=True)
     for block, peak in run.peaks.items():
         if not np.isfinite(peak):
             raise ValueError(
@@ -72,10 +103,89 @@ def run_reference(
     return run
 
 
+def run_blockwise(
+    source: Source,
+    images: Sequence[str | os.PathLike[str]],
+    *,
+    dtype: str | mx.Dtype | None = None,
+    inside: bool = False,
+    name: str | None = None,
+) -> BlockwiseRun:
+    """Runs a checkpoint on images, using up its weights: `Source, B images -> BlockwiseRun`.
+
+    With `inside` the peaks include the inputs and outputs of the layers in a block. `name` is the model's name in
+    reports, else the repository's or the folder's name.
+    """
+    stored_bytes, parameters = source.stored_bytes, source.parameters
+    name = name or source.origin.repo or source.origin.folder.resolve().name
+    loaded = source.load(dtype=dtype, lazy=True)
+    model, processor = loaded.model, loaded.processor
+    peaks: dict[str, float] = {}
+    vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
+    states = [vision.embed(processor(os.fspath(image))) for image in images]
+    states = _run_encoder(vision, states, peaks, inside=inside, prefix=prefix)
+    vectors = mx.concatenate([_image_vector(model, state) for state in states])
+    text_vectors = logits = None
+    if isinstance(model, Aimv2Model):
+        ids = text_ids(model, processor)
+        text = model.text_model
+        texts = _run_encoder(text, [text.embed(row) for row in ids], peaks, inside=inside, prefix="text_model.")
+        # Nothing is padded, so EOS is the last token.
+        embeds = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
+        logits = _float64(model.logits(unit_length(vectors), unit_length(embeds)))
+        text_vectors = _float64(embeds)
+    tokens, kind = [_float64(state[0]) for state in states], dtype_name(model.dtype)
+    return BlockwiseRun(name, kind, parameters, stored_bytes, tokens, _float64(vectors), peaks, text_vectors, logits)
+
+
+def _run_encoder(
+    encoder: Aimv2VisionModel | Aimv2TextModel,
+    states: list[mx.array],
+    peaks: dict[str, float],
+    *,
+    inside: bool = False,
+    prefix: str = "",
+) -> list[mx.array]:
+    """Runs embedded inputs through an encoder and its final norm, freeing each block: `[(1, N, D), …] -> the same`.
+
+    The encoder's blocks are removed. `peaks` gets the largest absolute value of each block.
+    """
+    causal = isinstance(encoder, Aimv2TextModel)
+    mx.eval(states)
+    for i, block in enumerate(encoder.blocks):
+        found: list[mx.array] = []
+        if inside:
+            _record_ranges(block, found)
+        highest = 0.0
+        for k, state in enumerate(states):
+            states[k] = next(run_blocks([block], state, causal=causal))
+            highest = max(highest, _largest([*found, mx.abs(states[k]).max()]))
+            found.clear()
+        peaks[f"{prefix}blocks.{i}"] = highest
+        encoder.blocks[i] = nn.Identity()
+        del block
+        mx.clear_cache()
+    return [encoder.norm(state) for state in states]
+
+
+def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
+    """`TEXTS` as ids, each without padding: `[(1, L), …]`; without a tokenizer, ids spread over the vocabulary."""
+    end = model.config.text_config.eos_token_id
+    longest = model.config.text_config.max_position_embeddings
+    rows: list[list[int]]
+    try:
+        rows = [np.array(processor.tokenize(text))[0].tolist() for text in TEXTS]
+        rows = [row[: row.index(end) + 1] for row in rows]
+    except FileNotFoundError:
+        spread = [[end * (7 * i + k) // 53 % end for k in range(4 + i)] for i in range(len(TEXTS))]
+        rows = [[*row[: longest - 1], end] for row in spread]
+    return [mx.array([row]) for row in rows]
+
+
 def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
     """Two runs on the same images as the content of fidelity.json."""
     _check_comparable(reference, other)
-    tokens = token_cosines(reference.tokens, other.tokens)
+    tokens = np.concatenate([cosines(*pair) for pair in zip(reference.tokens, other.tokens, strict=True)])
     found: dict[str, Any] = {
         "reference": _about(reference),
         "model": _about(other),
@@ -90,7 +200,7 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
     block = max(reference.peaks, key=lambda name: reference.peaks[name])
     found["largest_activation"] = {"block": block, "value": _finite(reference.peaks[block])}
     found["activations"] = {name: _finite(peak) for name, peak in reference.peaks.items()}
-    found["limit"] = LIMITS[other.dtype]
+    found["limit"] = mx.finfo(getattr(mx, other.dtype)).max
     found["warnings"] = _warnings(reference, other)
     found["versions"] = {"mlx_aimv2": __version__, "mlx": version("mlx")}
     return found
@@ -99,31 +209,29 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
 def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
     """The images to compare on: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
     if folder is None:
-        from mlx_aimv2 import bundled
-
         return bundled.photographs()
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: wanted a folder of images, there is none")
     files = [Path(file) for file in list_images([folder]).files]
     if not files:
         raise FileNotFoundError(f"{folder}: no images in this folder")
-    if len(files) > MOST_IMAGES:
-        files = [files[i * len(files) // MOST_IMAGES] for i in range(MOST_IMAGES)]
+    if len(files) > MAX_IMAGES:
+        files = [files[i * len(files) // MAX_IMAGES] for i in range(MAX_IMAGES)]
     return files
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The small table, `fidelity.json -> [(what, value), …]`, for the terminal and the model card."""
     model, largest = found["model"], found["largest_activation"]
-    token, image = found["token_cosine"], found["image_cosine"]
+    token, image, count = found["token_cosine"], found["image_cosine"], len(found["images"])
     table = [
-        ("token cosine, mean", _cosine(token["mean"])),
-        ("token cosine, least", _cosine(token["min"])),
-        ("image vector cosine, least", _cosine(image["min"])),
+        ("token cosine, mean", f"{token['mean']:.6f}"),
+        ("token cosine, least", f"{token['min']:.6f}"),
+        ("image vector cosine, least", f"{image['min']:.6f}"),
     ]
     if "text_cosine" in found:
         table += [
-            ("text vector cosine, least", _cosine(found["text_cosine"]["min"])),
+            ("text vector cosine, least", f"{found['text_cosine']['min']:.6f}"),
             ("largest difference of logits", f"{found['largest_logit_difference']:.4g}"),
         ]
     table += [
@@ -133,7 +241,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("size", f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight"),
         ("size of the reference", f"{_megabytes(found['reference']['bytes'])}"),
-        ("measured on", f"{_counted(len(found['images']), 'image')}, {found['tokens']} tokens, against float32"),
+        ("measured on", f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, against float32"),
     ]
     return table
 
@@ -167,8 +275,8 @@ def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
         remedy = "its weights are damaged" if other.dtype == "float32" else "use bfloat16 or float32"
         warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; {remedy}")
     for name, peak in reference.peaks.items():
-        if peak * HEADROOM > LIMITS["float16"]:
-            times = LIMITS["float16"] / peak
+        if peak * HEADROOM > FLOAT16_LARGEST:
+            times = FLOAT16_LARGEST / peak
             warnings.append(
                 f"{name}: an activation of {peak:.4g} leaves float16 (up to 65504) a factor of {times:.2f}; "
                 "prefer bfloat16 or float32"
@@ -200,13 +308,49 @@ def _text(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _cosine(value: float) -> str:
-    return f"{value:.6f}"
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
-
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def cosines(a: Floats, b: Floats) -> Floats:
+    """Cosines row by row, `(N, D), (N, D) -> (N,)`; 0 for a row that is not finite."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (a * b).sum(axis=-1) / lengths
+    clipped: Floats = np.clip(np.where(np.isfinite(values), values, 0.0), -1.0, 1.0)
+    return clipped
+
+
+def _image_vector(model: AnyModel, state: mx.array) -> mx.array:
+    """What `encode_image` gives, from the tokens: `(1, N, D) -> (1, D)` or `(1, E)`."""
+    if isinstance(model, Aimv2Model):
+        return model.visual_projection(model.vision.head(state))
+    return state.astype(mx.float32).mean(axis=1)
+
+
+def _record_ranges(block: nn.Module, found: list[mx.array]) -> None:
+    """Replaces each linear layer of a block by one that also records the range of its input and output."""
+    for part, name in ((block.attn, "qkv"), (block.attn, "proj"), *((block.mlp, n) for n in ("gate", "up", "down"))):
+        setattr(part, name, _Recorder(getattr(part, name), found))
+
+
+class _Recorder:
+    """Calls a layer and records the largest absolute value of its input and of its output."""
+
+    def __init__(self, layer: nn.Module, found: list[mx.array]) -> None:
+        self.layer, self.found = layer, found
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.layer(x)
+        self.found += [mx.abs(x).max(), mx.abs(y).max()]
+        return y
+
+
+def _largest(peaks: list[mx.array]) -> float:
+    """The largest of some absolute values; infinity for NaN too."""
+    largest: float = mx.stack([peak.astype(mx.float32) for peak in peaks]).max().item()  # type: ignore[assignment]
+    return math.inf if math.isnan(largest) else largest
+
+
+def _float64(array: mx.array) -> Floats:
+    return np.array(array.astype(mx.float32)).astype(np.float64)

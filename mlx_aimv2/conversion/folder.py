@@ -1,20 +1,28 @@
-"""The files of an MLX folder: weights in one file or in numbered shards, their index, config.json, auxiliary files."""
+"""The folders that conversions and trainings write, for MLX, or for PyTorch in the layouts of transformers and Apple.
+
+Weights in one file or in numbered shards, their index, config.json, and the files that belong beside them.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
+from mlx_aimv2.config import APPLE_NAMES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig, dtype_name
 from mlx_aimv2.conversion import safetensors_file
-from mlx_aimv2.safe_read import check_size, read_bytes
-from mlx_aimv2.safe_write import write_json
+from mlx_aimv2.files import check_size, read_bytes, write_json
+
+if TYPE_CHECKING:
+    from mlx_aimv2.loading import Source
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""
@@ -24,22 +32,22 @@ CARD_FILE = "README.md"
 WRITTEN = (CONFIG_FILE, INDEX_FILE, "model*.safetensors", CARD_FILE, "fidelity.json", *AUXILIARY_FILES)
 """Files that a converted folder may hold."""
 
-METADATA = {"format": "mlx"}
+MLX, PYTORCH = "mlx", "pt"
+"""Whose readers a file is for, as its header says."""
 
 
 def save_weights(
     folder: Path,
     weights: Iterable[tuple[str, mx.array]],
     *,
-    metadata: dict[str, str] = METADATA,
+    reader: str = MLX,
     shard_bytes: int = SHARD_BYTES,
     total_parameters: int | None = None,
-    index_one_file: bool = True,
 ) -> int:
     """Writes lazy tensors as one file or as numbered shards, with the index; returns the bytes of all tensors.
 
     One tensor after another is computed, written and freed. `total_parameters` is for the index where packed tensors
-    hold more numbers than they have elements. PyTorch's readers want no index beside one file (`index_one_file`).
+    hold more numbers than they have elements. PyTorch's readers want no index beside one file.
     """
     shards: list[dict[str, mx.array]] = [{}]
     held = total_size = elements = 0
@@ -56,17 +64,35 @@ def save_weights(
     for i, shard in enumerate(shards):
         file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
-        safetensors_file.write(folder / file, shard, metadata=metadata)
-    if count == 1 and not index_one_file:
-        return total_size
-    about = {"total_size": total_size, "total_parameters": total_parameters or elements}
-    write_json(folder / INDEX_FILE, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
+        safetensors_file.write(folder / file, shard, metadata={"format": reader})
+    if count > 1 or reader == MLX:
+        about = {"total_size": total_size, "total_parameters": total_parameters or elements}
+        write_json(folder / INDEX_FILE, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
     return total_size
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:
     """Writes config.json with sorted keys."""
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
+
+
+def save_pytorch(
+    config: AnyConfig, weights: Iterable[tuple[str, mx.array]], folder: Path, *, layout: str, dtype: mx.Dtype
+) -> dict[str, Any]:
+    """Writes a model's weights and sizes for PyTorch, dense: `sizes, (target name, array), … -> config.json`."""
+    dense = ((name, array.astype(dtype)) for name, array in weights)
+    match = layout_for(layout, pair=isinstance(config, Aimv2Config))
+    save_weights(folder, match.to_source(dense), reader=PYTORCH)
+    written = config_for(config, layout) | {"torch_dtype": dtype_name(dtype)}
+    save_config(folder, written)
+    return written
+
+
+def save_beside(folder: Path, source: Source) -> None:
+    """Puts beside the weights what belongs to their checkpoint, and always how its images are prepared."""
+    copy_auxiliary_files(source.origin.folder, folder)
+    if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
+        source.processor().save_to(folder)
 
 
 def is_own(folder: Path) -> bool:
@@ -101,10 +127,45 @@ def copy_auxiliary_files(source: Path, folder: Path) -> None:
 def _is_inside(file: Path, source: Path) -> bool:
     """Whether a file, or what it is a link to, lies in the checkpoint.
 
-    That is its folder, the one in which its config.json really lies, or the repository in the Hub's cache: a link in a
-    stranger's folder could lead to a private file, which would be published with the result.
+    That is its folder, the one in which its config.json really lies, or the repository in the Hub's cache: a link in an
+    untrusted folder could lead to a private file, which would be published with the result.
     """
     roots = {Path(os.path.realpath(source)), Path(os.path.realpath(source / CONFIG_FILE)).parent}
     repository = Path(os.path.realpath(source)).parents[1:2]
     roots |= {place for place in repository if place.name.startswith("models--")}
     return not roots.isdisjoint(Path(os.path.realpath(file)).parents)
+
+
+def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:
+    """The content of config.json in one of `PYTORCH_LAYOUTS`."""
+    return PYTORCH_LAYOUTS[layout](config)
+
+
+def _transformers(config: AnyConfig) -> dict[str, Any]:
+    architecture = "Aimv2Model" if isinstance(config, Aimv2Config) else "Aimv2VisionModel"
+    return {"architectures": [architecture], **config.to_dict()}
+
+
+def _apple(config: AnyConfig) -> dict[str, Any]:
+    common = {"architectures": ["AIMv2Model"], "model_type": "aimv2"}
+    if isinstance(config, Aimv2VisionConfig):
+        return common | _apple_sizes(config)
+    return common | {
+        "projection_dim": config.projection_dim,
+        "max_logit_scale": config.max_logit_scale,
+        "init_temperature": 0.07,
+        "vision_config": _apple_sizes(config.vision_config) | {"num_queries": 1, "is_causal": False},
+        "text_config": _apple_sizes(config.text_config) | {"is_causal": True},
+    }
+
+
+def _apple_sizes(config: Aimv2VisionConfig | Aimv2TextConfig) -> dict[str, Any]:
+    """An encoder's sizes in Apple's names, which say native by leaving `image_size` out and nothing of the head."""
+    names = {field: name for name, field in APPLE_NAMES.items()}
+    sizes = {names.get(key, key): value for key, value in asdict(config).items() if value is not None}
+    fixed = {"attention_dropout": 0.0, "projection_dropout": 0.0, "qkv_bias": False, "use_bias": False}
+    return fixed | {key: value for key, value in sizes.items() if key not in ("is_native", "use_head")}
+
+
+PYTORCH_LAYOUTS: dict[str, Callable[[AnyConfig], dict[str, Any]]] = {"transformers": _transformers, "apple": _apple}
+"""The layouts to export, and how each writes config.json."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.config import Aimv2Config
+from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.conversion.fidelity import rows
+from mlx_aimv2.files import read_start
 from mlx_aimv2.loading import Source
-from mlx_aimv2.safe_read import read_start
 
 FILE = "README.md"
 
@@ -79,50 +79,53 @@ def write(
     `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
     compared, `hub_name` the repository it will be uploaded to, None for a folder that stays.
     """
-    from huggingface_hub import ModelCardData
-
-    layout = _layout(config)
-    head = ModelCardData(**front_matter(place, source=source, config=config)).to_yaml()
-    name = hub_name or _HERE
-    title = hub_name.rpartition("/")[2] if hub_name else f"{_origin_name(source)} for {'PyTorch' if layout else 'MLX'}"
+    layout, card, origin = _layout(config), _source_card(source), source.origin
+    name = origin.repo or origin.folder.absolute().name
+    title = hub_name.rpartition("/")[2] if hub_name else f"{name} for {'PyTorch' if layout else 'MLX'}"
+    link = f"[{name}]({_address(name)})" if origin.repo else name
+    at = f" (commit `{origin.commit}`)" if origin.commit else ""
+    target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
-    snippet = _snippet(source, layout).format(**_sizes(source), name=name)
     parts = [
-        f"---\n{head.strip()}\n---",
+        front_matter(_head(place, source, config, card)),
         f"# {title}",
-        _introduction(source, config, layout),
-        f"## Use\n\nWith {package} installed:\n\n```python\n{snippet}```",
+        f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
+        f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name or _HERE)}```",
         _fidelity(report),
-        _licence(place, source),
+        _licence(place, card),
     ]
     (place / FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def front_matter(place: Path, *, source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The YAML at the head of the card, as a dictionary."""
-    is_lit = isinstance(source.config, Aimv2Config)
-    is_mlx = _layout(config) is None
-    card = _source_card(source)
+def front_matter(head: Mapping[str, Any]) -> str:
+    """The head of a model card between its two rules, as YAML that the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**head).to_yaml().strip()}\n---"
+
+
+def _head(place: Path, source: Source, config: Mapping[str, Any], card: Mapping[str, str]) -> dict[str, Any]:
+    is_mlx, origin = _layout(config) is None, source.origin
     head: dict[str, Any] = {
         "library_name": "mlx" if is_mlx else "transformers",
-        "pipeline_tag": TASKS[is_lit],
+        "pipeline_tag": TASKS[isinstance(source.config, Aimv2Config)],
         "tags": ["mlx", "aimv2", "vision"] if is_mlx else ["aimv2", "vision"],
     }
-    if base := source.origin.repo or card.get("base_model"):
+    if base := origin.repo or card.get("base_model"):
         head["base_model"] = base
         if "quantization" in config:
             head["base_model_relation"] = "quantized"
     head |= {key: card[key] for key in LICENCE_KEYS if key in card}
     link = head.get("license_link")
-    if source.origin.repo and isinstance(link, str) and "://" not in link and not (place / link).is_file():
-        head["license_link"] = f"{_address(source.origin.repo)}/blob/{source.origin.commit}/{link}"
+    if origin.repo and isinstance(link, str) and "://" not in link and not (place / link).is_file():
+        head["license_link"] = f"{_address(origin.repo)}/blob/{origin.commit}/{link}"
     return head
 
 
 def _source_card(source: Source) -> dict[str, str]:
     """What the source's card says at its head of its terms and its base model, where that is one short line each.
 
-    No YAML is read: a stranger's may unfold to any size or make any object.
+    No YAML is read: an untrusted one may unfold to any size or make any object.
     """
     try:
         text = read_start(source.origin.folder / FILE, max_bytes=HEAD_BYTES).decode("utf-8-sig", "replace")
@@ -146,15 +149,6 @@ def _plain_scalar(text: str) -> str | None:
     return value if is_plain and len(value) <= LONGEST and value.isprintable() and ": " not in value else None
 
 
-def _introduction(source: Source, config: Mapping[str, Any], layout: str | None) -> str:
-    origin = source.origin
-    name = _origin_name(source)
-    link = f"[{name}]({_address(name)})" if origin.repo else name
-    at = f" (commit `{origin.commit}`)" if origin.commit else ""
-    target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
-    return f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}."
-
-
 def _precision(config: Mapping[str, Any]) -> str:
     if packed := config.get("quantization"):
         own = sum(isinstance(value, Mapping) for value in packed.values())
@@ -164,17 +158,11 @@ def _precision(config: Mapping[str, Any]) -> str:
     return f"dense, {config.get('torch_dtype', 'float32')}"
 
 
-def _snippet(source: Source, layout: str | None) -> str:
-    if layout is not None:
-        return _PYTORCH[layout]
-    return _MLX_LIT if isinstance(source.config, Aimv2Config) else _MLX_VISION
-
-
-def _sizes(source: Source) -> dict[str, Any]:
-    vision = source.config.vision_config if isinstance(source.config, Aimv2Config) else source.config
-    count = vision.num_patches
-    tokens = f"(1, {count}, {vision.hidden_size})" if count else f"(1, tokens, {vision.hidden_size})"
-    return {"tokens": tokens, "width": vision.hidden_size}
+def _snippet(config: AnyConfig, layout: str | None, name: str) -> str:
+    """What loads the folder and runs it, with the shapes that come out."""
+    width, count = config.vision.hidden_size, config.vision.num_patches or "tokens"
+    code = _PYTORCH[layout] if layout else _MLX_LIT if isinstance(config, Aimv2Config) else _MLX_VISION
+    return code.format(name=name, tokens=f"(1, {count}, {width})", width=width)
 
 
 def _fidelity(report: Mapping[str, Any] | None) -> str:
@@ -187,8 +175,8 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
     return "\n\n".join([title, table, *(["\n".join(warnings)] if warnings else [])])
 
 
-def _licence(place: Path, source: Source) -> str:
-    name = _source_card(source).get("license_name") or _source_card(source).get("license")
+def _licence(place: Path, card: Mapping[str, str]) -> str:
+    name = card.get("license_name") or card.get("license")
     files = sorted(file.name for file in place.iterdir() if file.name.upper().startswith(("LICEN", "NOTICE")))
     terms = f"The weights keep the terms of their source: {name}." if name else "The source's card names no licence."
     return f"## Licence\n\n{terms}" + (f" See {', '.join(files)}." if files else "")
@@ -198,10 +186,6 @@ def _layout(config: Mapping[str, Any]) -> str | None:
     """The PyTorch layout of the folder, None for an MLX folder: only the former names an architecture."""
     architecture = (config.get("architectures") or [None])[0]
     return {None: None, "AIMv2Model": "apple"}.get(architecture, "transformers")
-
-
-def _origin_name(source: Source) -> str:
-    return source.origin.repo or source.origin.folder.absolute().name
 
 
 def _address(repo: str) -> str:

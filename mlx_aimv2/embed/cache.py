@@ -21,22 +21,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.files import cache_folder
+
 Array: TypeAlias = NDArray[Any]
 
 KEY_BYTES = 32
 
-ENVIRONMENT = "MLX_AIMV2_CACHE"
-"""Variable that names another folder."""
-
 SETTLED_NS = 2_000_000_000
 """A file that was changed this recently may change again within the clock's step: it is not remembered."""
-
-
-def cache_folder() -> Path:
-    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if given := os.environ.get(ENVIRONMENT):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-aimv2"
 
 
 class KnownFiles:
@@ -147,8 +139,8 @@ class FeatureCache:
     def reserve(self, count: int) -> None:
         """Raises OSError where the disk has no room for so many rows more."""
         wanted = count * (self.row_bytes + KEY_BYTES)
-        if wanted > shutil.disk_usage(self.rows_file.parent).free:
-            raise self._full(f", which need {wanted:,} bytes")
+        if wanted > (free := shutil.disk_usage(self.rows_file.parent).free):
+            raise self._full(f", which need {wanted:,} bytes where {free:,} are free")
 
     def append(self, rows: Iterable[tuple[bytes, Array]]) -> None:
         """Writes rows and then their keys; a key that is there already is passed over.

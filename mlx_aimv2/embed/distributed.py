@@ -74,6 +74,24 @@ class Ranks:
         self._gather(json.dumps([result]).encode())
         return result
 
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Each number's mean over the ranks, on every rank."""
+        if self._group is None:
+            return values
+        total: Any = mx.distributed.all_sum(mx.array(list(values.values()), mx.float32), group=self._group).tolist()
+        return {name: value / self.size for name, value in zip(values, total, strict=True)}
+
+    def rows(self, x: mx.array) -> mx.array:
+        """Rows of every rank, in the order of the ranks: `(B, …) -> (ranks * B, …)`."""
+        return x if self._group is None else mx.distributed.all_gather(x, group=self._group)
+
+    def each(self, number: int) -> list[int]:
+        """A number of every rank, in the order of the ranks, on every rank."""
+        if self._group is None:
+            return [number]
+        numbers: Any = mx.distributed.all_gather(mx.array([number]), group=self._group).tolist()
+        return numbers
+
     def gather(self, result: Result) -> list[Result]:
         """What each rank has, in the order of the ranks; on every rank."""
         if self._group is None:

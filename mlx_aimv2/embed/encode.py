@@ -17,6 +17,7 @@ from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import Policy
 from mlx_aimv2.index.reader import Embedding
+from mlx_aimv2.loading import Loaded, read_source
 
 if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
@@ -137,7 +138,7 @@ class Settings:
 class Embedder:
     """A model with its settings; `description` says of them what JSON holds and `provenance.differences` compares."""
 
-    loaded: provenance.Loaded
+    loaded: Loaded
     pooling: Pooling
     max_patches: int
     description: dict[str, Any]
@@ -145,7 +146,7 @@ class Embedder:
     @classmethod
     def load(cls, settings: Settings, *, decode: str = "fast") -> Embedder:
         """Loads the checkpoint and records `decode`. Raises ValueError for settings that it cannot meet."""
-        loaded = provenance.load_with_origin(settings.model or "", revision=settings.revision, dtype=settings.dtype)
+        loaded = read_source(settings.model or "", revision=settings.revision).load(dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         max_patches = settings.max_patches or MAX_PATCHES
         description = provenance.describe(loaded, pooling, max_patches=max_patches, decode=decode)

@@ -21,7 +21,6 @@ from mlx_aimv2.images import Policy
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import is_empty
 from mlx_aimv2.index.writer import IndexWriter
-from mlx_aimv2.stopping import finishing
 
 Report = Callable[[str], None]
 """Takes a sentence about an image that failed or a folder without images."""
@@ -135,8 +134,7 @@ def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: Settings) -> Summ
         update.commit()
         raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
     except KeyboardInterrupt:
-        with finishing(f"{job.output} to be written"):
-            update.commit()
+        update.commit()
         raise
     return job.summary(update) if ranks.rank == 0 else None
 

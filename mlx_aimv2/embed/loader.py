@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.image_array import Levels
-from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
+from mlx_aimv2.images.pixels import Levels
 
 if TYPE_CHECKING:
     from mlx_aimv2.processor import Aimv2Processor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,9 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.checkpoint import read as checkpoint
-from mlx_aimv2.config import dtype_name
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.schema import damaged
-from mlx_aimv2.loading import AnyModel, load
+from mlx_aimv2.loading import AnyModel, Loaded
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.pooling import Pooling
@@ -58,38 +56,6 @@ SAMPLES = 4
 
 TOLERANCE = 2.0**-8
 """Twice what rounding to bfloat16 can change."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model with its processor, and where they came from."""
-
-    model: AnyModel
-    processor: Any
-    origin: Description
-
-
-def load_with_origin(name: str, *, revision: str | None = None, dtype: str | None = None) -> Loaded:
-    """Loads a checkpoint like `load`, and says which one it was: `path or Hub name -> Loaded`."""
-    path, repo, commit = checkpoint.find(name, revision=revision)
-    model, processor, config = load(path, dtype=dtype, return_config=True)
-    origin = {
-        "checkpoint": repo or str(path.absolute()),
-        "commit": commit,
-        "dtype": dtype_name(model.dtype),
-        "quantization": _bits(config.get("quantization")),
-    }
-    return Loaded(model, processor, origin)
-
-
-def _bits(section: Mapping[str, Any] | None) -> Description | None:
-    """The shared bits of an MLX folder, and a short digest of what single layers have instead."""
-    if not section or not isinstance(section, Mapping):  # in a foreign config.json it may mean something else
-        return None
-    shared = {key: section[key] for key in ("bits", "group_size", "mode") if key in section}
-    if own := {key: value for key, value in section.items() if key not in shared}:
-        shared["recipe"] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
-    return shared
 
 
 def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int, decode: str = "fast") -> Description:

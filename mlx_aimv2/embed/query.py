@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.embed.encode import FAST, Embedder, Settings, raise_failure
 from mlx_aimv2.embed.provenance import differences, made_by
+from mlx_aimv2.files import expand_user
 from mlx_aimv2.find_images import has_suffix
 from mlx_aimv2.images import Policy
 from mlx_aimv2.index.reader import Index
-from mlx_aimv2.safe_read import expand_user
 
 
 def image_path(query: str) -> str | None:

@@ -3,7 +3,8 @@
 `vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
 tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
 npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each image.
-Files are written beside their target and take its name when they are complete; memory holds one image at a time.
+Files are written beside their target and take its name when they are complete. Memory holds one image at a time, for
+safetensors all vectors.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
+from mlx_aimv2.files import atomic_file, check_file
 from mlx_aimv2.index.reader import Index
-from mlx_aimv2.safe_write import atomic_file, check_file
 
 
 def export(index: Index, path: Path, *, kind: str) -> None:
@@ -37,11 +39,11 @@ def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable
     path = output.with_suffix(f".{kind}")
     if output.suffix.lower() == f".{kind}" or (path.exists() and output.exists() and path.samefile(output)):
         raise ValueError(f"-o {output} is the name of its export: give the index another one, {output.stem}.db")
-    start, signature = SIGNATURES[kind]
+    start, signatures = SIGNATURES[kind]
     check_file(
         path,
         option="the export",
-        is_own=lambda head: head[start:].startswith(signature),
+        is_own=lambda head: head[start:].startswith(signatures),
         overwrite=overwrite,
         inputs=[output, *inputs],
     )
@@ -67,23 +69,14 @@ def _npz(index: Index, file: BinaryIO) -> None:
 
 def _safetensors(index: Index, file: BinaryIO) -> None:
     paths, shapes = _contents(index)
-    rows = _rows(index, shapes)
-    size = rows * index.width * 4
-    header: dict[str, Any] = {
-        "__metadata__": {"paths": json.dumps(paths), "provenance": json.dumps(index.provenance)},
-        "vectors": {"dtype": "F32", "shape": [rows, index.width], "data_offsets": [0, size]},
-    }
-    tail = b""
-    if index.axes > 1:
-        tail = shapes.astype("<i8").tobytes()
-        offsets = [size, size + len(tail)]
-        header["shapes"] = {"dtype": "I64", "shape": list(shapes.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    vectors = np.empty((_rows(index, shapes), index.width), np.float32)
+    done = 0
     for entry in index.embeddings():
-        file.write(entry.vector.astype("<f4").tobytes())
-    file.write(tail)
+        part = entry.vector.reshape(-1, index.width)
+        vectors[done : done + len(part)] = part
+        done += len(part)
+    arrays = {"vectors": vectors} | ({"shapes": shapes} if index.axes > 1 else {})
+    save_file(arrays, file.name, {"paths": json.dumps(paths), "provenance": json.dumps(index.provenance)})
 
 
 def _jsonl(index: Index, file: BinaryIO) -> None:
@@ -96,11 +89,12 @@ WRITERS: dict[str, Callable[[Index, BinaryIO], None]] = {"npz": _npz, "safetenso
 
 
 SIGNATURES = {
-    "npz": (30, b"vectors.npy"),
-    "safetensors": (8, b'{"__metadata__": {"paths": '),
-    "jsonl": (0, b'{"path": '),
+    "npz": (30, (b"vectors.npy",)),
+    # The second is that of releases which wrote the format themselves.
+    "safetensors": (8, (b'{"__metadata__":{"p', b'{"__metadata__": {"paths": ')),
+    "jsonl": (0, (b'{"path": ',)),
 }
-"""Kind -> by which bytes, and where, a file is known as an export."""
+"""Kind -> by which bytes, one or the other, and where, a file is known as an export."""
 
 
 def _contents(index: Index) -> tuple[list[str], NDArray[Any]]:

@@ -17,10 +17,9 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+from mlx_aimv2.files import atomic_file, check_file, expand_user
 from mlx_aimv2.images import Policy, open_image
 from mlx_aimv2.index.reader import Index, Match
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_file, check_file
 
 THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""

@@ -7,17 +7,13 @@ again in float64, so they do not depend on the device.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-
-Candidates: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""Ids, rows in float32 and scores."""
 
 TILE = 1024
 """Rows whose best score is taken together when the finalists are chosen."""
@@ -125,60 +121,6 @@ class Vectors:
             parts.append(np.array(rows[mx.array(here)].astype(mx.float32)))
             start += len(rows)
         return np.concatenate(parts)
-
-
-def nearest_in(
-    blocks: Iterable[tuple[bytes, bytes]], query: NDArray[Any], k: int, *, width: int, dtype: str
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """What `Vectors.nearest` finds, from blocks that are read once and not kept: for a single search."""
-    best = _Best(query, k, width, dtype)
-    pending: deque[Future[Candidates]] = deque()
-    with ThreadPoolExecutor(2) as pool:
-        for members, raw in blocks:
-            pending.append(pool.submit(best.candidates, members, raw))
-            if len(pending) > READ_AHEAD:
-                best.take(pending.popleft().result())
-        while pending:
-            best.take(pending.popleft().result())
-    return Vectors(best.identities, best.rows).nearest(query, k)
-
-
-class _Best:
-    """The rows seen so far that can be among the k nearest."""
-
-    def __init__(self, query: NDArray[Any], k: int, width: int, dtype: str) -> None:
-        self.query, self.k, self.width, self.dtype = query.astype(np.float32), k, width, dtype
-        self.identities, self.rows, self.scores = (
-            np.empty(0, "<i8"),
-            np.empty((0, width), np.float32),
-            np.empty(0, "f4"),
-        )
-        self.lowest = np.float32(-np.inf)
-
-    def candidates(self, members: bytes, raw: bytes) -> Candidates:
-        """A block's rows that are not out of the question yet; any thread may ask."""
-        identities = np.frombuffer(members, "<i8")
-        rows = np.empty((len(identities), self.width), np.float32)
-        _widen(np.frombuffer(raw, self.dtype).reshape(rows.shape), rows)
-        # No BLAS here: its own threads, waiting in a loop, would take turns with these.
-        scores = np.einsum("pd,d->p", rows, self.query)
-        kept = scores >= self.lowest
-        return identities[kept], rows[kept], scores[kept]
-
-    def take(self, more: Candidates) -> None:
-        """Adds candidates, and drops those that can no longer win when there are many."""
-        self._keep(*(np.concatenate(pair) for pair in zip(self._held, more, strict=True)))
-        if len(self.scores) > max(4 * self.k, TILE):
-            self.lowest = np.partition(self.scores, -self.k)[-self.k] - np.float32(SLACK)
-            kept = self.scores >= self.lowest
-            self._keep(*(array[kept] for array in self._held))
-
-    @property
-    def _held(self) -> Candidates:
-        return self.identities, self.rows, self.scores
-
-    def _keep(self, identities: NDArray[Any], rows: NDArray[Any], scores: NDArray[Any]) -> None:
-        self.identities, self.rows, self.scores = identities, rows, scores
 
 
 def _finalists(scores: NDArray[Any], k: int) -> NDArray[Any]:

@@ -176,12 +176,11 @@ class Index:
                 vector = self._restored(*place)
                 yield Embedding(self._name(path), stamp.size, stamp.mtime_ns, stamp.sha256, vector)
 
-    def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12, *, once: bool = False) -> list[Match]:
+    def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
-        vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index. With
-        `once` they are read for this search alone and not kept.
+        vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index.
         """
         query = np.asarray(vector, np.float64)
         if query.shape != (self.width,):
@@ -191,7 +190,7 @@ class Index:
         if k < 1:
             raise ValueError(f"k is how many images to find, at least 1; got {k}")
         query = query / np.linalg.norm(query)
-        identities, scores = self._nearest_on_disk(query, k) if once else self.read_vectors().nearest(query, k)
+        identities, scores = self.read_vectors().nearest(query, k)
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
             for (path,) in self._all("SELECT path FROM images WHERE id = ?", identity):
@@ -209,32 +208,20 @@ class Index:
         """Brings all vectors into memory, if they are not there yet, ready for searches."""
         from mlx_aimv2.index.nearest import Vectors  # whoever does not search needs no MLX
 
-        with self._lock:
-            if self._vectors is None:
-                with self._all_blocks() as (blocks, count):
-                    self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
-            return self._vectors
-
-    def _nearest_on_disk(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        from mlx_aimv2.index.nearest import nearest_in
-
-        with self._all_blocks() as (blocks, _):
-            return nearest_in(blocks, query, k, width=self.width, dtype=self.dtype)
-
-    @contextlib.contextmanager
-    def _all_blocks(self) -> Iterator[tuple[Iterator[tuple[bytes, bytes]], int]]:
-        """All blocks and the number of images, both of the same moment."""
         self.check_search()
         with self._lock, plain_errors(self.path):
-            self._db.execute("BEGIN")
-            try:
-                count = self._db.execute("SELECT count(*) FROM images").fetchone()[0]
-                yield self._whole(self._db.execute("SELECT images, vectors FROM blocks ORDER BY id"), count), count
-            except FloatingPointError as error:
-                raise damaged(self.path, str(error)) from None
-            finally:
-                if self._db.in_transaction:  # a file that is no longer readable may have ended it
-                    self._db.execute("COMMIT")
+            if self._vectors is None:
+                self._db.execute("BEGIN")  # so that the count and the blocks are of the same moment
+                try:
+                    count = self._db.execute("SELECT count(*) FROM images").fetchone()[0]
+                    blocks = self._whole(self._db.execute("SELECT images, vectors FROM blocks ORDER BY id"), count)
+                    self._vectors = Vectors.read(blocks, count, width=self.width, dtype=self.dtype)
+                except FloatingPointError as error:
+                    raise damaged(self.path, str(error)) from None
+                finally:
+                    if self._db.in_transaction:  # a file that is no longer readable may have ended it
+                        self._db.execute("COMMIT")
+            return self._vectors
 
     def _whole(self, blocks: Iterable[tuple[bytes, bytes]], count: int) -> Iterator[tuple[bytes, bytes]]:
         """The same blocks, provided that there are ids and vectors for `count` images."""
@@ -270,8 +257,7 @@ class Index:
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
     ) -> NDArray[Any]:
-        with self._lock:
-            raw = self._stored(identity, block)
+        raw = self._stored(identity, block)
         try:
             vector = np.frombuffer(raw, self.dtype).astype(np.float32)
             vector = vector.reshape(*(axis for axis in (rows, columns) if axis is not None), self.width)
@@ -284,20 +270,18 @@ class Index:
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
         try:
-            return self._read_stored(identity, block)
+            with self._lock:
+                members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
+                if identity not in members:  # ids are never used again, so one that is there has the same vector still
+                    ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
+                    members = np.frombuffer(raw, "<i8")
+                    while len(self._blocks) >= BLOCKS_HELD:
+                        self._blocks.pop(next(iter(self._blocks)))
+                    self._blocks[block] = members, vectors
+            place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
+            return vectors[place * size : (place + 1) * size]
         except (ArithmeticError, LookupError, TypeError, ValueError):
             raise damaged(self.path, "an image whose vector is missing or broken") from None
-
-    def _read_stored(self, identity: int, block: int) -> bytes:
-        members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
-        if identity not in members:  # ids are never used again, so one that is there has the same vector still
-            ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
-            members = np.frombuffer(raw, "<i8")
-            while len(self._blocks) >= BLOCKS_HELD:
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[block] = members, vectors
-        place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
-        return vectors[place * size : (place + 1) * size]
 
     def _next_rows(self, cursor: sqlite3.Cursor) -> list[Any]:
         with self._lock, plain_errors(self.path):

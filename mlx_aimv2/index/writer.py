@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_aimv2.files import temporary_folder
 from mlx_aimv2.index.reader import AXES, STORED, Embedding, Index, connect, is_empty, plain_errors
 from mlx_aimv2.index.schema import SCRIPT, damaged
-from mlx_aimv2.safe_write import remove_abandoned, take_free_name, temporary_folder
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
@@ -78,18 +78,10 @@ class IndexWriter(Index):
                     db.execute("COMMIT")
             finally:
                 db.close()
-            if path.exists():
-                (beside / "index").replace(path)
-            else:
-                take_free_name(beside / "index", path)
+            if not is_empty(path):  # somebody made it meanwhile
+                raise FileExistsError(f"{path} already exists: open it, or choose another name")
+            (beside / "index").replace(path)
         return cls.open(path)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> IndexWriter:
-        """Opens an index to change it; what a process that was killed while making it left beside it goes."""
-        index = super().open(path)
-        remove_abandoned(index.path)
-        return index
 
     def add(self, images: Iterable[Embedding | Copy | Move]) -> None:
         """Stores images, replacing those of the same path.

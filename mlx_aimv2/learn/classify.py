@@ -14,12 +14,14 @@ import numpy as np
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import augment, label_files, metrics
+from mlx_aimv2.learn import label_files, metrics
 from mlx_aimv2.learn.data import Dataset, Sample
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.knn import KnnHead
+from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.probe import fit_linear
 from mlx_aimv2.learn.task import Defaults, Labelled
+from mlx_aimv2.train.augment import Augmentation
 
 if TYPE_CHECKING:
     from mlx_aimv2.learn.task import Arrays
@@ -40,6 +42,12 @@ DEFAULT_TYPE = "linear"
 METRIC = "top1"
 NEEDS_SIZE = False
 TAKES_MASK = True
+
+MIN_AREA = 0.5
+"""Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
+
+OPERATIONS = 2
+"""Of RandAugment, on each training image."""
 
 SHOWN = 5
 """Labels that a prediction tells."""
@@ -84,7 +92,8 @@ def example(
     """`pixels` (H, W, 3) and the class of a sample, its image changed at random by `chance`."""
     image: Any = sample.path
     if chance is not None:
-        image = augment.augmented(sample.path, chance, size=processor.preprocessing.final_size, flip=flip)
+        changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
+        image = changed(to_rgb(sample.path), canvas_size(processor), chance)
     return {"pixels": processor.pixels(image), **targets(sample, processor)}
 
 

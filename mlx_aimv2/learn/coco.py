@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_aimv2.files import read_text
 from mlx_aimv2.learn.average_precision import Found, Truth
 from mlx_aimv2.learn.coco_layout import FOLDER, ROBOFLOW, files_by_part, folder_of
 from mlx_aimv2.learn.data import (
@@ -27,7 +28,6 @@ from mlx_aimv2.learn.data import (
     without_val,
 )
 from mlx_aimv2.learn.label_files import MAX_BYTES
-from mlx_aimv2.safe_read import read_text
 
 TOLERANCE = 1.0
 """Pixels by which a box may stick out of its image, as rounding makes it; it is cut there."""

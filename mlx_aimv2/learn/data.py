@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.embed.cache import KnownFiles
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.find_images import has_suffix
-from mlx_aimv2.image_file import read_image_file
 from mlx_aimv2.images import open_image, to_rgb
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

@@ -16,14 +16,13 @@ import numpy as np
 
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
 from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.task import Task
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target, stems_below
 
 
 @dataclass(frozen=True)

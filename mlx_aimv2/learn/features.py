@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_aimv2.embed.cache import Array, Features, cache_folder, open_features
+from mlx_aimv2.embed.cache import Array, Features, open_features
 from mlx_aimv2.embed.encode import FAST, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.provenance import fingerprint
+from mlx_aimv2.files import cache_folder
 from mlx_aimv2.learn.data import DataError, Sample
 from mlx_aimv2.learn.learner import grid_of
 from mlx_aimv2.model import Aimv2VisionModel

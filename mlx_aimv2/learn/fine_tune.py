@@ -10,14 +10,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.batches import Batches
 from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_learner
 from mlx_aimv2.learn.features import compute_features
 from mlx_aimv2.learn.learner import Learner, grid_of
-from mlx_aimv2.learn.optimizer import layer_wise
 from mlx_aimv2.learn.run import Run, Trained
-from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.optimizer import FROZEN, Table, freeze, layer_decay
 
 
 def fine_tune(run: Run) -> Trained:
@@ -28,19 +26,22 @@ def fine_tune(run: Run) -> Trained:
     if layers > depth:
         raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
     head = _first_head(run)  # before the encoder has adapters
-    adapters = _prepare(run, layers)
+    adapters = _with_adapters(run, layers)
     learner = Learner(run.encoder, head)
+    decay = defaults.layer_decay if options.layer_decay is None else options.layer_decay
+    groups = _groups(depth, layers, decay) if adapters is None else []  # adapters have frozen all but themselves
+    freeze(learner, groups)
     drop_path = defaults.drop_path if options.drop_path is None else options.drop_path
     rows, columns = grid_of(run.processor)
     hidden = round(options.mask_ratio * rows * columns)
 
-    def make(sample: Sample, chance: np.random.Generator) -> dict[str, Any]:
-        example = run.task.example(sample, run.processor, chance=chance if options.augment else None, flip=options.flip)
+    def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        example = run.task.example(sample, run.processor, chance=rng if options.augment else None, flip=options.flip)
         if hidden:
-            example["patch_mask"] = random_mask(rows * columns, hidden, chance)
+            example["patch_mask"] = random_mask(rows * columns, hidden, rng)
         return example
 
-    def forward(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+    def loss(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
         pixels, other, share = batch["pixels"], batch, 1.0
         if options.mixup:
             share, order = mixing(options.mixup, len(pixels), key)
@@ -57,50 +58,40 @@ def fine_tune(run: Run) -> Trained:
         return losses if share == 1 else share * losses + (1 - share) * run.task.loss(outputs, other)
 
     def evaluate(model: Any) -> float:
-        val = run.dataset.splits["val"] or run.dataset.splits["test"]
-        predictions = decoded(run.task, val, outputs_of_learner(model, run.task, val, run.processor))
-        return run.task.score(val, predictions, run.dataset.classes)[run.task.METRIC]
+        predictions = decoded(run.task, run.val, outputs_of_learner(model, run.task, run.val, run.processor))
+        return run.task.score(run.val, predictions, run.dataset.classes)[run.task.METRIC]
 
-    batches = Batches(
-        run.dataset.splits["train"],
-        make,
-        batch_size=run.batch_size(),
-        seed=options.seed,
-        rank=run.ranks.rank,
-        ranks=run.ranks.size,
-    )
-    decay = defaults.layer_decay if options.layer_decay is None else options.layer_decay
     rate = options.learning_rate or defaults.learning_rates[0]
     weight_decay = defaults.weight_decays[0] if options.weight_decay is None else options.weight_decay
-    progressed = run.train(
+    progress = run.train(
         learner,
-        forward,
-        batches,
+        loss,
+        make,
         evaluate=evaluate,
-        groups=layer_wise(depth, decay),
+        groups=groups,
         learning_rate=rate,
         weight_decay=weight_decay,
     )
     return Trained(
         learner.head,
         lambda part: outputs_of_learner(learner, run.task, part, run.processor),
-        settings={"learning_rate": rate, "weight_decay": weight_decay, "step": progressed.best_step},
-        history=progressed.history,
+        settings={"learning_rate": rate, "weight_decay": weight_decay, "step": progress.best_step},
+        history=progress.history,
         adapters=adapters,
     )
 
 
-def random_mask(patches: int, hidden: int, chance: np.random.Generator) -> np.ndarray[Any, Any]:
+def random_mask(patches: int, hidden: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     """Which patches of an image are hidden, `(N,)` of bool with `hidden` of them true."""
     mask = np.zeros(patches, bool)
-    mask[chance.permutation(patches)[:hidden]] = True
+    mask[rng.permutation(patches)[:hidden]] = True
     return mask
 
 
 def mixing(alpha: float, batch: int, key: mx.array) -> tuple[float, mx.array]:
     """How much of each image stays, and which other one is mixed in (mixup; Zhang et al. 2018)."""
-    chance = np.random.default_rng(np.array(key))
-    return float(chance.beta(alpha, alpha)), mx.array(chance.permutation(batch))
+    rng = np.random.default_rng(np.array(key))
+    return float(rng.beta(alpha, alpha)), mx.array(rng.permutation(batch))
 
 
 def _first_head(run: Run) -> nn.Module:
@@ -125,12 +116,10 @@ def _first_head(run: Run) -> nn.Module:
     return head
 
 
-def _prepare(run: Run, layers: int) -> dict[str, Any] | None:
-    """Freezes what is not trained and adds adapters; returns their configuration."""
+def _with_adapters(run: Run, layers: int) -> dict[str, Any] | None:
+    """Adds the adapters of `lora` and `dora` to the encoder; returns their configuration, None for `full`."""
     encoder, options = run.encoder, run.options
-    encoder.freeze()
     if run.kind not in lora.KINDS:
-        _unfreeze(encoder, layers)
         return None
     if options.adapter_path is not None:
         return lora.load_adapters(encoder, Path(options.adapter_path))
@@ -144,11 +133,9 @@ def _prepare(run: Run, layers: int) -> dict[str, Any] | None:
     return lora.config_of(run.kind, **settings)
 
 
-def _unfreeze(encoder: Aimv2VisionModel, layers: int) -> None:
-    """Trains the last blocks and the final norm; with all blocks also patches and positions."""
-    for block in encoder.blocks[len(encoder.blocks) - layers :]:
-        block.unfreeze()
-    encoder.norm.unfreeze()
-    if layers == len(encoder.blocks):
-        encoder.patch_embed.unfreeze()
-        encoder.unfreeze(recurse=False, keys=["pos_embed"])
+def _groups(depth: int, layers: int, decay: float) -> Table:
+    """The last blocks, the final norm and the head learn; with all blocks also patches and positions."""
+    first = depth - layers
+    frozen = [r"encoder\.head\..*", *(rf"encoder\.blocks\.{i}\..*" for i in range(first))]
+    frozen += [r"encoder\.(patch_embed|pos_embed).*"] if first else []
+    return [*((pattern, FROZEN) for pattern in frozen), *layer_decay(depth, decay)]

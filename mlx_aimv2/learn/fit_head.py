@@ -20,24 +20,19 @@ import mlx.core as mx
 from mlx_aimv2 import __version__, x86_training
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
-from mlx_aimv2.embed.provenance import load_with_origin
+from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.learn import card, head_folder
 from mlx_aimv2.learn import options as asked
 from mlx_aimv2.learn.data import DataError, Dataset, listed, one_image
 from mlx_aimv2.learn.evaluation import decoded
 from mlx_aimv2.learn.fine_tune import fine_tune
 from mlx_aimv2.learn.frozen import train_on_features
-from mlx_aimv2.learn.image_size import at_size
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.options import Options
 from mlx_aimv2.learn.run import Run
-from mlx_aimv2.learn.state import StateFile
 from mlx_aimv2.learn.task import Task, find_task, guess_task
-from mlx_aimv2.safe_read import expand_user
-from mlx_aimv2.safe_write import atomic_folder, check_target
-
-TRAINING = ".training"
-"""How the folder beside HEAD is called in which the state of a run lies until it is complete."""
+from mlx_aimv2.loading import at_size, read_source
+from mlx_aimv2.train.state import StateFile, check_training_folder
 
 
 @dataclass(frozen=True)
@@ -87,16 +82,16 @@ def fit(
     check_target(target)
     found, kind = _task(source, task, fine_tune_type, say)
     asked.check(options, found, kind)
-    training = target.with_name(f"{target.name}{TRAINING}")
-    _check_training(training, resume)
+    training = check_training_folder(target, resume=resume)
     dataset = _dataset(found, source, labels, say)
     ranks = Ranks()
-    loaded = load_with_origin(os.fspath(model), revision=revision, dtype=_dtype(kind, dtype))
+    loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
     vision, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.NEEDS_SIZE)
     config = vision.config
     rows, columns = grid_of(processor)
     if config.num_patches is None and rows * columns < MIN_PATCHES:
         say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
+    encoder = head_folder.describe_encoder(loaded, processor)  # before the encoder is changed
     run = Run(
         task=found,
         kind=kind,
@@ -105,15 +100,14 @@ def fit(
         processor=processor,
         options=options,
         defaults=asked.RECIPES[options.recipe] if options.recipe else found.DEFAULTS[kind],
-        state=None
-        if not found.DEFAULTS[kind].learning_rates
-        else StateFile(training, _identity(kind, dataset, options)),
+        state=StateFile(training, _identity(kind, encoder, dataset, options))
+        if found.DEFAULTS[kind].learning_rates
+        else None,
         ranks=ranks,
         cache=Path(cache) if cache is not None else None,
         say=say if ranks.rank == 0 else lambda line: None,
         progress=progress if ranks.rank == 0 else lambda total, unit: lambda count: None,
     )
-    encoder = head_folder.describe_encoder(loaded, processor)  # before the encoder is changed
     mx.random.seed(options.seed)
     trained = train_on_features(run) if kind in found.FROZEN else fine_tune(run)
     if ranks.rank > 0:
@@ -209,16 +203,9 @@ def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callab
     return dataset
 
 
-def _check_training(training: Path, resume: bool) -> None:
-    there = (training / "state.safetensors").is_file()
-    if there and not resume:
-        raise FileExistsError(f"{training} holds a run that was stopped: go on with --resume, or remove that folder")
-    if resume and not there:
-        raise FileNotFoundError(f"nothing to resume: {training} holds no state; leave --resume out")
-
-
-def _identity(kind: str, dataset: Dataset, options: Options) -> dict[str, Any]:
+def _identity(kind: str, encoder: dict[str, Any], dataset: Dataset, options: Options) -> dict[str, Any]:
     """What must be the same when a run is resumed; the learning rate may be lowered."""
     content = hashlib.sha256(b"".join(sample.sha256 for sample in dataset.splits["train"])).hexdigest()
     kept = {name: value for name, value in asdict(options).items() if name not in ("learning_rate", "patience")}
-    return {"fine_tune_type": kind, "train_images": content[:16], **kept}
+    about = {"fine_tune_type": kind, "encoder": encoder["weights"]["digest"][:16], "train_images": content[:16]}
+    return about | kept

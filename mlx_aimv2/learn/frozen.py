@@ -10,15 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.learn.batches import Batches
 from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_head
 from mlx_aimv2.learn.features import Array, Features, compute_features
 from mlx_aimv2.learn.heads import AttentiveHead
 from mlx_aimv2.learn.learner import grid_of
-from mlx_aimv2.learn.optimizer import Group, groups_of
 from mlx_aimv2.learn.probe import SMALLEST_STD
 from mlx_aimv2.learn.run import Run, Trained
+from mlx_aimv2.train.optimizer import Group
 
 STEP = 64
 """Images whose tokens are in memory at a time."""
@@ -107,42 +106,31 @@ def _train_candidates(run: Run, features: Features, grid: tuple[int, int]) -> Tr
         settings.append((min(rates), decays[0]))
     model = Candidates(heads)
     base_rate, base_decay = rates[0], decays[0]
-    groups = groups_of(
-        {
-            f"heads.{i}": Group(rate / base_rate, decay / base_decay if base_decay else 1.0, clip_with=f"{i}")
-            for i, (rate, decay) in enumerate(settings)
-        }
-    )
+    groups = [
+        (rf"heads\.{i}\..*", Group(rate / base_rate, decay / base_decay if base_decay else 1.0, clip_with=f"{i}"))
+        for i, (rate, decay) in enumerate(settings)
+    ]
 
-    def make(sample: Sample, chance: np.random.Generator) -> dict[str, Any]:
+    def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         row = np.asarray(features[sample.sha256], np.float32)
         return {"tokens": row if row.ndim == 2 else row[None], **run.task.targets(sample, run.processor)}
 
-    def forward(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+    def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
         losses = [run.task.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
         total: mx.array = sum(losses[1:], losses[0])
         return total
 
     def scores(candidates: Any) -> list[float]:
-        val = run.dataset.splits["val"] or run.dataset.splits["test"]
         found = []
         for head in candidates.heads:
-            predictions = decoded(run.task, val, outputs_of_head(head, val, features, grid))
-            found.append(run.task.score(val, predictions, run.dataset.classes)[run.task.METRIC])
+            predictions = decoded(run.task, run.val, outputs_of_head(head, run.val, features, grid))
+            found.append(run.task.score(run.val, predictions, run.dataset.classes)[run.task.METRIC])
         return found
 
-    batches = Batches(
-        run.dataset.splits["train"],
-        make,
-        batch_size=run.batch_size(),
-        seed=options.seed,
-        rank=run.ranks.rank,
-        ranks=run.ranks.size,
-    )
-    progressed = run.train(
+    progress = run.train(
         model,
-        forward,
-        batches,
+        loss,
+        make,
         evaluate=lambda candidates: max(scores(candidates)),
         groups=groups,
         learning_rate=base_rate,
@@ -156,6 +144,6 @@ def _train_candidates(run: Run, features: Features, grid: tuple[int, int]) -> Tr
     return Trained(
         head,
         lambda part: outputs_of_head(head, part, features, grid),
-        settings={"learning_rate": rate, "weight_decay": decay, "step": progressed.best_step},
-        history=progressed.history,
+        settings={"learning_rate": rate, "weight_decay": decay, "step": progress.best_step},
+        history=progress.history,
     )

@@ -20,19 +20,20 @@ from mlx.utils import tree_flatten
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
-from mlx_aimv2.embed.provenance import Loaded, differences, fingerprint, load_with_origin
+from mlx_aimv2.embed.provenance import differences, fingerprint
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_text, write_json
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.image_size import at_size
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
-from mlx_aimv2.loading import read_source
+from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.safe_read import expand_user, read_text
-from mlx_aimv2.safe_write import atomic_folder, check_target, write_json
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
+
+POSITIONS = "timm"
+"""How positions are resampled for another image size (`loading.resample_positions`), where that was needed."""
 
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
@@ -114,12 +115,12 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     wanted = info["encoder"]
     name = model or str(wanted.get("checkpoint"))
     try:
-        loaded = load_with_origin(
-            name, revision=None if model else wanted.get("commit"), dtype=dtype or wanted.get("dtype")
-        )
+        source = read_source(name, revision=None if model else wanted.get("commit"))
+        loaded = source.load(dtype=dtype or wanted.get("dtype"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
     check_encoder(folder, wanted, loaded)
+    _check_positions(folder, info, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.NEEDS_SIZE)
     if info["fine_tune_type"] in lora.KINDS:
         lora.load_adapters(vision, folder)
@@ -156,7 +157,7 @@ def fuse(
     if name is None:
         raise ValueError(f"{source_folder} does not say which encoder it is for: give --model")
     revision = revision or (info["encoder"].get("commit") if info and model is None else None)
-    loaded = load_with_origin(name, revision=revision)
+    loaded = read_source(name, revision=revision).load()
     if info:
         check_encoder(source_folder, info["encoder"], loaded)
     if info.get("fine_tune_type") == "full":
@@ -170,15 +171,13 @@ def fuse(
     else:
         lora.load_adapters(loaded.model.vision, source_folder)
         lora.remove_adapters(loaded.model.vision)
-    source = read_source(name, revision=revision)
+    source = loaded.source
     with atomic_folder(target) as place:
         weights: Any = tree_flatten(loaded.model.parameters())
         mlx_folder.save_weights(place, iter(sorted(weights)))
         config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         mlx_folder.save_config(place, config)
-        mlx_folder.copy_auxiliary_files(source.origin.folder, place)
-        if not (place / "preprocessor_config.json").is_file():
-            source.processor().save_to(place)
+        mlx_folder.save_beside(place, source)
         model_card.write(place, source=source, config=config, report=None, hub_name=None)
     return target
 
@@ -204,7 +203,9 @@ def make_head(task: Task, info: Mapping[str, Any], loaded: Loaded) -> nn.Module:
 def describe_encoder(loaded: Loaded, processor: Aimv2Processor) -> dict[str, Any]:
     """What head.json keeps of an encoder, so that no other one is taken for it."""
     preprocessing = json.loads(json.dumps(asdict(processor.preprocessing)))
-    return {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
+    described = {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
+    own, final = loaded.model.vision.config.image_size, processor.preprocessing.final_size
+    return described | ({"positions": POSITIONS} if own is not None and final != (own, own) else {})
 
 
 def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> None:
@@ -216,6 +217,16 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
+
+
+def _check_positions(folder: Path, info: Mapping[str, Any], loaded: Loaded) -> None:
+    """Raises ValueError for a head whose encoder got its positions for another image size by another rule than ours."""
+    own, size = loaded.model.vision.config.image_size, info["image_size"]
+    if own not in (None, size) and info["encoder"].get("positions") != POSITIONS:
+        raise ValueError(
+            f"{folder} was fitted on images of {size} pixels, its encoder is for {own}, and its positions came from "
+            "another rule (earlier versions did not antialias them): fit it again with mlx-aimv2 fit"
+        )
 
 
 def _save_arrays(file: Path, parameters: Any) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mlx_aimv2.files import read_text
 from mlx_aimv2.learn.data import (
     SPLITS,
     DataError,
@@ -24,7 +25,6 @@ from mlx_aimv2.learn.data import (
     straddling,
     without_val,
 )
-from mlx_aimv2.safe_read import read_text
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 """Names of the files by which Hugging Face's `imagefolder` knows its images."""

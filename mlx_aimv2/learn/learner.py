@@ -78,5 +78,5 @@ def grid_of(processor: Aimv2Processor) -> tuple[int, int]:
     """Rows and columns of patches of every image from a processor with one final size."""
     size = processor.preprocessing.final_size
     if size is None:
-        raise ValueError("images of one batch need one size: make the processor with image_size.at_size")
+        raise ValueError("images of one batch need one size: make the processor with loading.at_size")
     return size[0] // processor.patch_size, size[1] // processor.patch_size

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.files import read_text
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.safe_read import read_text
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.image_file import read_image_file
+from mlx_aimv2.files import read_image_file, read_text
 from mlx_aimv2.learn.data import (
     SPLITS,
     DataError,
@@ -29,7 +29,6 @@ from mlx_aimv2.learn.data import (
     without_val,
 )
 from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.safe_read import read_text
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 MASKS = ("masks", "ann_dir", "SegmentationClass", "annotations", "labels", "mask")

@@ -1,6 +1,6 @@
 """Lays an image of any shape on the square that the encoder takes, and brings boxes and masks along.
 
-The whole image is stretched to the square, as the processor of `image_size.at_size` does it: no patch is spent on
+The whole image is stretched to the square, as the processor of `loading.at_size` does it: no patch is spent on
 padding. For training it is drawn larger or smaller, a little out of shape, and its colours are changed.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn.augment import GREY
+from mlx_aimv2.train.augment import GREY, jittered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,7 +100,7 @@ def on_canvas(
     image = to_rgb(path)
     place = placed((image.height, image.width), canvas_size(processor), chance, flip=flip)
     if chance is not None:
-        image = recoloured(image, chance)
+        image = jittered(image, COLOUR, chance)
     return processor.pixels(place.draw(image, fill=GREY, resample=processor.preprocessing.resample)), place
 
 
@@ -108,7 +108,7 @@ def canvas_size(processor: Aimv2Processor) -> tuple[int, int]:
     """(height, width) of the images that a processor with one size makes."""
     size = processor.preprocessing.final_size
     if size is None:
-        raise ValueError("images of one batch need one size: make the processor with image_size.at_size")
+        raise ValueError("images of one batch need one size: make the processor with loading.at_size")
     return size
 
 
@@ -123,12 +123,3 @@ def random(
     left, top = np.minimum(free, 0) + chance.random(2) * np.abs(free)
     mirrored = bool(flip and chance.random() < 0.5)
     return Placement(size, canvas, float(scale_x), float(scale_y), float(left), float(top), mirrored)
-
-
-def recoloured(image: Image.Image, chance: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and colour changed at random."""
-    from PIL import ImageEnhance
-
-    for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = kind(image).enhance(float(chance.uniform(1 - COLOUR, 1 + COLOUR)))
-    return image

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlx_aimv2.learn.optimizer import Groups
-from mlx_aimv2.learn.train import LossError, Progressed, Settings, train
+from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
+from mlx_aimv2.train.loop import Plan, Progress, Watch, train
+from mlx_aimv2.train.optimizer import Table
+from mlx_aimv2.train.state import StateFile
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.distributed import Ranks
-    from mlx_aimv2.learn.batches import Batches
     from mlx_aimv2.learn.data import Dataset, Sample
     from mlx_aimv2.learn.options import Options
-    from mlx_aimv2.learn.state import StateFile
     from mlx_aimv2.learn.task import Defaults, Task
-    from mlx_aimv2.learn.train import Forward
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
 
@@ -59,73 +60,54 @@ class Run:
             options=head_options,
         )
 
-    def batch_size(self) -> int:
-        """Images of a batch over all ranks, no more than there are for training."""
-        wanted = self.options.batch_size or self.defaults.batch_size
-        size = min(wanted, len(self.dataset.splits["train"]))
-        return max(self.ranks.size, size - size % self.ranks.size)
-
-    def _patience(self) -> int:
-        """Evaluations without a better one before training stops: heads alone are trained to the end in seconds."""
-        if self.options.patience is not None:
-            return self.options.patience
-        return 0 if self.kind in self.task.FROZEN else PATIENCE
+    @property
+    def val(self) -> list[Sample]:
+        """The images that the best state is chosen on."""
+        return self.dataset.splits["val"] or self.dataset.splits["test"]
 
     def train(
         self,
         model: nn.Module,
-        forward: Forward,
-        batches: Batches,
+        loss: Callable[[Any, dict[str, mx.array], mx.array], mx.array],
+        make: Callable[[Sample, np.random.Generator], Arrays],
         *,
-        evaluate: Callable[[nn.Module], float],
-        groups: Groups,
+        evaluate: Callable[[Any], float],
+        groups: Table,
         learning_rate: float,
         weight_decay: float,
-    ) -> Progressed:
-        """The loop with this run's settings."""
-        options, defaults = self.options, self.defaults
-        accumulate = options.grad_accumulation_steps
-        per_epoch = max(1, batches.per_epoch // accumulate)
+    ) -> Progress:
+        """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
+        options, defaults, ranks = self.options, self.defaults, self.ranks
+        samples = self.dataset.splits["train"]
+        size = min(options.batch_size or defaults.batch_size, len(samples))
+        size = max(ranks.size, size - size % ranks.size)
+        order = Shuffled(samples, batch_size=size, seed=options.seed, rank=ranks.rank, ranks=ranks.size)
+        per_epoch = max(1, order.per_epoch // options.grad_accumulation_steps)
         steps = options.iters or (options.epochs or defaults.epochs) * per_epoch
-        settings = Settings(
+        patience = 0 if self.kind in self.task.FROZEN else PATIENCE  # heads alone are trained to the end in seconds
+        plan = Plan(
             steps=steps,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             warm_up=min(defaults.warm_up_epochs * per_epoch, max(1, steps // 5)),
-            accumulate=accumulate,
+            groups=groups,
+            accumulate=options.grad_accumulation_steps,
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),
-            patience=self._patience(),
+            patience=patience if options.patience is None else options.patience,
             seed=options.seed,
         )
-        advance = self.progress(steps, "steps")
+        watch = Watch(evaluate=evaluate, say=self.say, advance=self.progress(steps, "steps"))
+        batches = Batches(order, lambda item: make(*item))
         try:
             return train(
                 model,
-                forward,
+                lambda model, batch, key: {"loss": loss(model, batch, key).mean()},
                 batches,
-                settings=settings,
-                evaluate=evaluate,
-                groups=groups,
+                plan,
                 state=self.state,
-                ranks=self.ranks,
-                say=self.say,
-                advance=advance,
+                ranks=ranks,
+                watch=watch,
             )
-        except LossError as error:
-            kept = self.state is not None and self.state.path.is_file()
-            raise LossError(
-                f"{error}: stopped; "
-                + (
-                    f"the state of the last evaluation is kept, go on with --resume and less than --learning-rate "
-                    f"{learning_rate:g}"
-                    if kept
-                    else f"try less than --learning-rate {learning_rate:g}"
-                )
-            ) from None
-        except KeyboardInterrupt:
-            if self.state is not None and self.state.path.is_file():
-                self.say("stopped; the state of the last evaluation is kept, go on with --resume")
-            raise
         finally:
             batches.close()
 

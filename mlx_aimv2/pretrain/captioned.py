@@ -19,8 +19,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mlx_aimv2.files import expand_user, read_text
 from mlx_aimv2.find_images import has_suffix
-from mlx_aimv2.safe_read import expand_user, read_text
 
 METADATA = "metadata.jsonl"
 MAX_METADATA_BYTES = 1 << 32

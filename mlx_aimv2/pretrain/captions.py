@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2.safe_write import write_json
+from mlx_aimv2.files import write_json
 from mlx_aimv2.tokenizer import BOS, EOS, Tokenizer, clip_backend
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ import numpy as np
 
 from mlx_aimv2.embed.cache import Array, Features, open_features
 from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, Known, run_ahead
-from mlx_aimv2.image_array import Levels
 from mlx_aimv2.images import OpenImage, open_image
+from mlx_aimv2.images.pixels import Levels
 from mlx_aimv2.learn.features import KINDS, cache_key
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.augment import Augmentation
 from mlx_aimv2.pretrain.captioned import Data, Example
 from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.train.augment import Augmentation
 
 REPORT_EVERY = 1024
 """Images between two lines that say how far it is."""

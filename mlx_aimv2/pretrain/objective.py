@@ -1,4 +1,12 @@
-"""Encoder, decoder and losses together: what a pre-training step minimises."""
+"""The objective of pre-training on one page (arXiv 2411.14402, section 3): prefix attention, decoder, losses.
+
+    pixels -> encoder, the first M patches seen by all -> features  \
+                                                  caption -> tokens  > decoder, causal -> next patch, next token -> loss
+
+Apple released no decoder. This one follows the paper: the encoder's blocks (SwiGLU, RMSNorm), the features projected
+linearly to its width, two linear heads on its last state. The paper does not say how the caption's positions are
+coded: here by a learned table, as in LiT's text encoder.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +19,119 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain import losses
-from mlx_aimv2.pretrain.decoder import Decoder, DecoderConfig
-from mlx_aimv2.pretrain.prefix import prefix_mask
-from mlx_aimv2.x86_training import by_images
+from mlx_aimv2 import layers, x86, x86_training
+from mlx_aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.model import Aimv2VisionModel, run_blocks
+
+ALPHA = 0.4
+"""Weight of the image loss beside the text loss (arXiv 2411.14402, section 3.1)."""
+
+EPS = 1e-6
+"""Added to a patch's variance (He et al. 2021, arXiv 2111.06377, their code)."""
+
+
+def draw_lengths(count: int, patches: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """A prefix length for each image, uniform in 1 … I - 1: `(B,)`. Raises ValueError for images of one patch."""
+    if patches < 2:
+        raise ValueError(f"pre-training predicts patches from patches: an image needs two at least, it has {patches}")
+    return rng.integers(1, patches, count, dtype=np.int32)
+
+
+def prefix_mask(lengths: mx.array, patches: int) -> mx.array:
+    """Which patch attends to which: prefix lengths `(B,) -> (B, I, I)` boolean, rows attend to columns."""
+    position = mx.arange(patches)
+    in_prefix = position[None, None, :] < lengths[:, None, None]  # (B, 1, I)
+    before = position[None, :] <= position[:, None]  # (I, I)
+    return in_prefix | before[None]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the decoder; the defaults are the paper's, the same for encoders of all sizes."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        Aimv2TextConfig(**vars(self), eos_token_id=0)  # the same bounds as any transformer of this package
+
+
+class Decoder(nn.Module):
+    """Features of patches and a caption's ids to predictions: `(B, I, D), (B, T) -> (B, I - 1, P), (B, T, V)`.
+
+    P is the number of values in a patch, V the size of the vocabulary. Output i of the first predicts patch i + 1,
+    output t of the second token t + 1.
+    """
+
+    def __init__(self, config: DecoderConfig, *, feature_size: int, patch_values: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.from_features = nn.Linear(feature_size, width, bias=False)
+        self.token_embed = nn.Embedding(config.vocab_size, width)
+        self.pos_embed = mx.zeros((config.max_position_embeddings, width))
+        sizes = (width, config.intermediate_size, config.num_attention_heads, config.rms_norm_eps)
+        self.blocks = [layers.Block(*sizes) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(width, config.rms_norm_eps)
+        self.patch_head = nn.Linear(width, patch_values)
+        self.token_head = nn.Linear(width, config.vocab_size)
+
+    def __call__(self, features: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
+        patches = features.shape[1]
+        text = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]
+        x = mx.concatenate([self.from_features(features), text.astype(features.dtype)], axis=1)  # (B, I + T, width)
+        *_, x = run_blocks(self.blocks, x, causal=True)
+        x = self.norm(x)
+        return self.patch_head(x[:, : patches - 1]), self.token_head(x[:, patches:])
+
+
+def patches_of(pixels: mx.array, patch_size: int) -> mx.array:
+    """Images cut into patches, row by row: `(B, H, W, C) -> (B, I, patch_size * patch_size * C)`."""
+    batch, height, width, channels = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = pixels[:, : rows * patch_size, : columns * patch_size]
+    x = x.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+def normalised(patches: mx.array) -> mx.array:
+    """Each patch with mean 0 and variance 1 over its values, in float32: `(B, I, P) -> (B, I, P)`."""
+    x = patches.astype(mx.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    variance = mx.square(x - mean).mean(axis=-1, keepdims=True)
+    return (x - mean) * mx.rsqrt(variance + EPS)
+
+
+def image_loss(predicted: mx.array, patches: mx.array, lengths: mx.array) -> mx.array:
+    """Mean squared error over the patches after each prefix: `(B, I - 1, P), (B, I, P), (B,) -> (B,)`."""
+    target = normalised(patches[:, 1:])
+    error = mx.square(predicted.astype(mx.float32) - target).mean(axis=-1)  # (B, I - 1)
+    counts = mx.arange(1, patches.shape[1])[None] >= lengths[:, None]
+    return (error * counts).sum(axis=1) / counts.sum(axis=1)
+
+
+def text_loss(logits: mx.array, targets: mx.array, counts: mx.array) -> mx.array:
+    """Cross-entropy per caption, the mean over its tokens: `(B, T, V), (B, T), (B, T) boolean -> (B,)`.
+
+    `counts` leaves out the filling after the end of text.
+    """
+    each = cross_entropy(logits.astype(mx.float32), targets)
+    return (each * counts).sum(axis=1) / mx.maximum(counts.sum(axis=1), 1)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """`-log softmax(logits)[target]`: `(B, T, V), (B, T) -> (B, T)`."""
+    return x86_training.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
+
+
+def is_counted(targets: mx.array, eos: int) -> mx.array:
+    """Tokens up to and with the first end of text: `(B, T) -> (B, T)` boolean."""
+    ends = (targets == eos).astype(mx.int32)
+    return mx.cumsum(ends, axis=1) - ends == 0
 
 
 @dataclass(frozen=True)
@@ -49,14 +164,12 @@ class Pretraining(nn.Module):
         """Image loss and text loss of each example: `Batch -> (B,), (B,)`."""
         patches, tokens = self.predict(batch)
         targets = batch.ids[:, 1:]
-        image = losses.image_loss(
-            patches, losses.patches_of(batch.pixels, self.encoder.config.patch_size), batch.lengths
-        )
-        text = losses.text_loss(tokens, targets, losses.is_counted(targets, self.eos))
+        image = image_loss(patches, patches_of(batch.pixels, self.encoder.config.patch_size), batch.lengths)
+        text = text_loss(tokens, targets, is_counted(targets, self.eos))
         return image, text
 
-    def loss(self, batch: Batch, alpha: float = losses.ALPHA) -> tuple[mx.array, mx.array, mx.array]:
-        """`L_text + alpha * L_image`, then both alone, each the mean over the examples.
+    def losses(self, batch: Batch, alpha: float = ALPHA) -> dict[str, mx.array]:
+        """`loss = text_loss + alpha * image_loss`, and both alone, each the mean over the examples.
 
         Means of means, so that accumulated steps and several ranks of equal batches give what one large batch gives.
         """
@@ -64,8 +177,8 @@ class Pretraining(nn.Module):
         def each(pixels: mx.array, ids: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
             return self(Batch(pixels, ids, lengths))
 
-        image, text = (x.mean() for x in by_images(each, batch.pixels, batch.ids, batch.lengths))
-        return text + alpha * image, image, text
+        image, text = (x.mean() for x in x86_training.by_images(each, batch.pixels, batch.ids, batch.lengths))
+        return {"loss": text + alpha * image, "image_loss": image, "text_loss": text}
 
 
 def initialise(model: nn.Module, depth: int, *, seed: int) -> None:
@@ -73,7 +186,7 @@ def initialise(model: nn.Module, depth: int, *, seed: int) -> None:
 
     What a block writes into the residual is smaller by `(2 depth) ** -0.5`; tables have deviation 0.02.
     """
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     writes = ("attn.proj.weight", "mlp.down.weight")
     tables = ("pos_embed", "token_embed.weight", "cls_token")
 
@@ -83,7 +196,7 @@ def initialise(model: nn.Module, depth: int, *, seed: int) -> None:
         spread = 0.02 if name.endswith(tables) else math.prod(weight.shape[1:]) ** -0.5
         if name.endswith(writes):
             spread *= (2 * depth) ** -0.5
-        return mx.array(chance.normal(0, spread, weight.shape).astype(np.float32))
+        return mx.array(rng.normal(0, spread, weight.shape).astype(np.float32))
 
     parameters: Any = tree_flatten(model.parameters())
     model.load_weights([(name, start(name, weight)) for name, weight in parameters])

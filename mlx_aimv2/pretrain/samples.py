@@ -7,10 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_aimv2.files import atomic_file
 from mlx_aimv2.preprocessing import CLIP_MEAN, CLIP_STD
-from mlx_aimv2.pretrain.losses import EPS, patches_of
-from mlx_aimv2.pretrain.objective import Batch, Pretraining
-from mlx_aimv2.safe_write import atomic_file
+from mlx_aimv2.pretrain.objective import EPS, Batch, Pretraining, patches_of
 
 
 def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:

@@ -1,14 +1,28 @@
-"""Everything that decides what a run of pre-training computes, checked, and what it does beside."""
+"""Everything that decides what a run of pre-training or LiT tuning computes, checked, and what it does beside."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain import losses, optimise
-from mlx_aimv2.pretrain.augment import Augmentation
-from mlx_aimv2.pretrain.decoder import DecoderConfig
-from mlx_aimv2.pretrain.grids import PATCHES
+from mlx_aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.pretrain.examples import PATCHES
+from mlx_aimv2.pretrain.objective import ALPHA, DecoderConfig
+from mlx_aimv2.train.augment import Augmentation
+from mlx_aimv2.train.loop import Plan
+from mlx_aimv2.train.optimizer import Group, Table
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 1e-4
+PAPER_BATCH = 8192
+PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
+"""Width -> learning rate at batch 8192. The paper gives the ends, 1e-3 (large) and 4e-4 (3B); between, our reading."""
+
+MAX_NORM = 1.0
+"""Gradients longer than this are scaled down to it."""
+
+GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
+"""Positions are not decayed, as norms and biases are not."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +32,7 @@ class Settings:
     `learning_rate` None is the paper's, scaled by the batch; `warm_up` None is a tenth of the steps. `batch` counts
     the examples of a step on all ranks, in `accumulate` parts on each. `first_caption` is how often the first of an
     example's captions is taken; otherwise all are drawn alike. `patches` are the fewest and the most of an image, for
-    native encoders.
+    native encoders. `start` is an earlier result, whose weights go on in this run, at another resolution for example.
     """
 
     vision: Aimv2VisionConfig
@@ -28,12 +42,13 @@ class Settings:
     steps: int = 1000
     learning_rate: float | None = None
     warm_up: int | None = None
-    weight_decay: float = optimise.WEIGHT_DECAY
-    alpha: float = losses.ALPHA
+    weight_decay: float = WEIGHT_DECAY
+    alpha: float = ALPHA
     seed: int = 0
     dtype: str = "float32"
     first_caption: float = 0.0
     patches: tuple[int, int] = PATCHES
+    start: str | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -53,7 +68,24 @@ class Settings:
         """The highest learning rate."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return optimise.scaled_rate(self.vision.hidden_size, self.batch)
+        return scaled_rate(self.vision.hidden_size, self.batch)
+
+    def plan(self, schedule: Schedule) -> Plan:
+        """How the loop trains."""
+        return Plan(
+            steps=self.steps,
+            learning_rate=self.rate,
+            weight_decay=self.weight_decay,
+            betas=BETAS,
+            warm_up=self.steps // 10 if self.warm_up is None else self.warm_up,
+            clip=MAX_NORM,
+            groups=GROUPS,
+            accumulate=self.accumulate,
+            dtype=self.dtype,
+            keep="last",
+            save_every=schedule.save,
+            seed=self.seed,
+        )
 
     def part(self, ranks: int) -> int:
         """Examples in one part of a step on one rank. Raises ValueError for a batch that does not divide."""
@@ -72,3 +104,52 @@ class Schedule:
     validate: int = 500
     save: int = 500
     samples: int = 1000
+
+
+@dataclass(frozen=True)
+class LitSettings:
+    """Sizes of the text side and how it is trained; the text encoder's defaults are aimv2-large-patch14-224-lit's.
+
+    `views` is how many crops of each image are kept: the whole image, and random ones. `first_caption` is how often a
+    caption is an example's first one; otherwise all are drawn alike.
+    """
+
+    text: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
+    projection_dim: int = 768
+    batch: int = 256
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warm_up: int | None = None
+    weight_decay: float = WEIGHT_DECAY
+    views: int = 1
+    first_caption: float = 0.0
+    log_every: int = 50
+    save_every: int = 500
+    seed: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "views"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+    def plan(self) -> Plan:
+        """How the loop trains."""
+        return Plan(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=BETAS,
+            warm_up=self.steps // 10 if self.warm_up is None else self.warm_up,
+            clip=MAX_NORM,
+            groups=GROUPS,
+            keep="average",
+            save_every=self.save_every,
+            seed=self.seed,
+        )
+
+
+def scaled_rate(width: int, batch: int) -> float:
+    """The paper's learning rate for a width, scaled by the square root of the batch, as Adam's noise goes."""
+    rate = next((rate for size, rate in PAPER_RATES.items() if width <= size), PAPER_RATES[3072])
+    return rate * math.sqrt(batch / PAPER_BATCH)

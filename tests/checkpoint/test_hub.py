@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_aimv2.checkpoint.hub import download
 from mlx_aimv2.config import RELEASED
 from tests.loopback import TOKEN, Hub, serve
+from tests.programs import HANGS
 from tests.small_models import FIXED
 
 NAME = "apple/aimv2-large-patch14-224"
@@ -57,7 +58,7 @@ def run(hub: Hub, home: Path, code: str, *arguments: object, **environment: str)
         capture_output=True,
         text=True,
         env=inherited | hub.environment(home, **environment),
-        timeout=60,
+        timeout=HANGS,
     )
 
 
@@ -318,3 +319,42 @@ def test_without_a_network_the_cache_serves(released, tmp_path):
     assert run(released, tmp_path / "home", READ, NAME).returncode == 0
     result = run(released, tmp_path / "home", READ, NAME, HF_ENDPOINT="http://no-such-host.invalid")
     assert result.returncode == 0, result.stderr
+
+
+CONVERT = """
+import json
+import mlx.core
+import safetensors
+read = []
+def noted(name, function):
+    def note(path, *rest, **more):
+        read.extend([name] * ("/snapshots/" in str(path)))
+        return function(path, *rest, **more)
+    return note
+def note(event, arguments):
+    if event == "open" and "/snapshots/" in str(arguments[0]):
+        read.append(str(arguments[0]).rpartition("/")[2])
+sys.addaudithook(note)
+mlx.core.load, safetensors.safe_open = noted("weights", mlx.core.load), noted("header", safetensors.safe_open)
+from mlx_aimv2.convert import convert
+convert(argv[1], argv[2])
+print(json.dumps(read))
+"""
+
+
+@pytest.mark.slow
+def test_a_conversion_resolves_its_source_once_whatever_is_pushed_meanwhile(hub, tmp_path):
+    folder = Path(shutil.copytree(FIXED, tmp_path / "released", ignore=shutil.ignore_patterns("*.npz")))
+    hub.publish("some/body", PIN, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: array * np.float32(1.5) for name, array in tensors.items()}, folder / "model.safetensors")
+    hub.on_request = lambda: len(hub.requests) == 2 and hub.publish("some/body", MAIN, folder)
+    result = run(hub, tmp_path / "home", CONVERT, "some/body", tmp_path / "mlx")
+    assert result.returncode == 0, result.stderr
+    assert sum("/revision/" in path for _, path in hub.requests) == 1
+    read = json.loads(result.stdout)
+    assert (read.count("config.json"), read.count("header")) == (1, 1)
+    assert read.count("weights") == 2  # once more to write them: the reference frees each block's as it goes
+    report = json.loads((tmp_path / "mlx" / "fidelity.json").read_text())
+    assert report["token_cosine"]["min"] == pytest.approx(1, abs=1e-12)
+    assert PIN in (tmp_path / "mlx" / "README.md").read_text()

@@ -15,7 +15,7 @@ from mlx_aimv2 import load
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, layout_for
 from mlx_aimv2.checkpoint.read import read
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig
-from mlx_aimv2.conversion.pytorch_folder import config_for
+from mlx_aimv2.conversion.folder import config_for
 from tests.small_models import FIXED, LIT, random_weights, write
 
 VISION = Aimv2VisionConfig(256, 13, 2, 2, image_size=15, patch_size=5)  # two heads of 128: timm does not say how many

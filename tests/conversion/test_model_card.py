@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.conversion.fidelity import compare, rows
-from mlx_aimv2.conversion.pytorch_folder import config_for
+from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 from tests.small_models import FIXED, pair_with_words

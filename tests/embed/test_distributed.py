@@ -1,10 +1,7 @@
 """Two processes on the loopback interface make the same index as one, and keep what was done when one dies."""
 
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,16 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mlx_aimv2
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, _packed, _unpacked, my_chunks
 from mlx_aimv2.embed.encode import Result
 from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Embedding, Index
+from tests.programs import launched, needs_launch
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(mlx_aimv2.__file__).parents[1])}
 IMAGES = 3 * CHUNK + 7
 
 # What `mlx-aimv2` does, except that rank 1 dies when rank 0 has taken its first chunk.
@@ -48,8 +43,6 @@ update.Update.take = marked
 sys.exit(cli.main(sys.argv[1:]))
 """
 
-needs_launch = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -69,19 +62,7 @@ def folder(tmp_path, monkeypatch):
 
 def launch(*command: str, ranks: int = 2) -> tuple[str, str]:
     """Runs a command under mlx.launch: -> (stdout, stderr). The launcher itself always exits with 0."""
-    port = random.randrange(20000, 60000)
-    launcher = [sys.executable, str(LAUNCH), "-n", str(ranks), "--backend", "ring", "-p", str(port)]
-    process = subprocess.Popen(
-        [*launcher, sys.executable, *command],
-        stdin=subprocess.PIPE,  # an end of input would keep the launcher busy
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    with process:
-        process.wait(timeout=120)
-        out, err = process.stdout.read(), process.stderr.read()
+    out, err = launched(*command, ranks=ranks)
     return out, "\n".join(line for line in err.splitlines() if "mlx-aimv2: " in line)
 
 

@@ -14,6 +14,8 @@ from mlx_aimv2.embed.loader import BATCH_TOKENS, CHUNK, Decoder, split_into_chun
 from mlx_aimv2.embed.pooling import Pooling
 from tests.image_files import image
 
+pytestmark = pytest.mark.rounding
+
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
 

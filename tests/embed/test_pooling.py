@@ -6,6 +6,8 @@ import pytest
 from mlx_aimv2.embed.encode import embed
 from tests.image_files import image
 
+pytestmark = pytest.mark.rounding
+
 
 def test_lit_gives_what_texts_are_compared_with(folder, lit):
     model, processor = lit

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_aimv2.convert import convert
 from mlx_aimv2.embed.pooling import Pooling
-from mlx_aimv2.embed.provenance import describe, differences, load_with_origin
+from mlx_aimv2.embed.provenance import describe, differences
+from mlx_aimv2.loading import read_source
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
@@ -16,7 +17,7 @@ REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 def described(
     name: object = REFERENCE / "fixed", *, dtype: str | None = None, max_patches: int = 4096, **pooling: object
 ):
-    loaded = load_with_origin(str(name), dtype=dtype)
+    loaded = read_source(name).load(dtype=dtype)
     description = describe(loaded, Pooling.of(loaded.model, **pooling), max_patches=max_patches)
     return json.loads(json.dumps(description))  # as it comes back from an index
 
@@ -82,7 +83,7 @@ def test_other_weights_are_refused(fixed, name):
 
 
 def test_weights_trained_a_little_further_are_refused(fixed):
-    loaded = load_with_origin(str(REFERENCE / "fixed"))
+    loaded = read_source(REFERENCE / "fixed").load()
     for block in loaded.model.blocks:
         block.attn.proj.weight = block.attn.proj.weight * mx.array(1.001)
     description = describe(loaded, Pooling.of(loaded.model), max_patches=4096)

@@ -37,12 +37,11 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("command", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_search_in_a_damaged_index_says_so_and_finds_nothing(photos, command, once):
+def test_a_search_in_a_damaged_index_says_so_and_finds_nothing(photos, command):
     change(photos, command)
     with pytest.raises(ValueError, match=r"^photos\.db is damaged \(.*embed anew$"), Index.open(photos) as index:
-        index.search(np.ones(index.width), once=once)
+        index.search(np.ones(index.width))
 
 
 @pytest.mark.parametrize("name", ["empty blocks", "deleted blocks", "broken ids", "an image without vector"])
@@ -69,9 +68,8 @@ def test_vectors_that_are_not_finite_are_not_ranked(photos, bits):
         numbers[WIDTH + 2] = bits
         db.execute("UPDATE blocks SET vectors = ?", (numbers.tobytes(),))
     db.close()
-    for once in (False, True):
-        with pytest.raises(ValueError, match="vectors that are not finite"), Index.open(photos) as index:
-            index.search(np.ones(WIDTH), once=once)
+    with pytest.raises(ValueError, match="vectors that are not finite"), Index.open(photos) as index:
+        index.search(np.ones(WIDTH))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 from mlx_aimv2.index.html import result_page, thumbnail
 from mlx_aimv2.index.reader import Match
 from tests.image_files import noise
+from tests.programs import HANGS
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 
@@ -130,7 +131,7 @@ def test_a_browser_shows_twelve_images_and_has_nothing_to_complain_of(tmp_path):
     image = tmp_path / "page.png"
     command += ["--window-size=1200,1300", f"--screenshot={image}", "--dump-dom", page.as_uri()]
     own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # it aborts with our OpenBLAS
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=own)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True, env=own)
     assert "CONSOLE" not in run.stderr  # where a script's errors and refusals of the page's own rules would be
     dom = Page(run.stdout)
     assert len(dom.all("li")) == 12

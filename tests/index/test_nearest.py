@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.index.nearest import TILE, Vectors
-from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.reader import Embedding
 from mlx_aimv2.index.writer import BLOCK, IndexWriter
 
 WIDTH = 7
@@ -110,14 +110,17 @@ def test_the_gpus_way_finds_the_same_as_the_cpus(monkeypatch, dtype="float16"):
 
 
 @pytest.mark.parametrize("k", [1, 13, 5000])
-def test_a_single_search_finds_the_same_without_keeping_anything(index, k):
+def test_the_best_of_several_blocks_are_found_and_equal_ones_by_name(index, k):
     index.add(some(4 * BLOCK + 3))
-    index.add([replace(one, path=f"/again{one.path}") for one in some(300)])  # equal scores
+    index.add([replace(one, path=f"/again{one.path}") for one in some(300)])
+    stored = list(index.embeddings())
     for query in (np.arange(1.0, WIDTH + 1), some(1)[0].vector):
-        once = index.search(query, k, once=True)
-        assert index._vectors is None
-        with Index.open(index.path) as other:
-            assert once == other.search(query, k)
+        cosines = np.sort(unit(stored) @ (query / np.linalg.norm(query)))[::-1]
+        found = index.search(query, k)
+        np.testing.assert_allclose([one.score for one in found], cosines[:k], atol=1e-6)
+        assert found == sorted(found, key=lambda one: (-one.score, one.path))
+        scores = {one.path: one.score for one in found}
+        assert all(scores.get(f"/again{path}", score) == score for path, score in scores.items())
 
 
 def test_widening_is_exact_for_every_float16():

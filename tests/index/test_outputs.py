@@ -17,10 +17,10 @@ from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import main, progress, say
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.files import atomic_file
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
-from mlx_aimv2.safe_write import atomic_file
 from tests.small_index import WIDTH, change
 
 MODEL = str(emoji_checkpoint())
@@ -176,9 +176,10 @@ def test_a_page_never_replaces_an_image_that_is_not_among_the_results(images_in_
     assert "which never happens" in capsys.readouterr().err
 
 
-def test_an_export_replaces_a_strangers_file_only_when_told_to(images_in_an_index, capsys):
-    Path("photos.jsonl").write_text("somebody's")
-    command = ["embed", "a.jpg", "-o", "photos.db", "--export", "jsonl"]
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "jsonl"])
+def test_an_export_replaces_an_untrusted_file_only_when_told_to(images_in_an_index, capsys, kind):
+    Path(f"photos.{kind}").write_text("somebody's")
+    command = ["embed", "a.jpg", "-o", "photos.db", "--export", kind]
     assert main(command) == 2
     assert "or add --overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0

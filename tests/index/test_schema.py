@@ -13,9 +13,9 @@ import pytest
 
 import mlx_aimv2
 from mlx_aimv2.cli import main
+from mlx_aimv2.files import UNFINISHED
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
-from mlx_aimv2.safe_write import UNFINISHED
 from tests.small_models import FIXED
 
 WIDTH = 7

@@ -15,7 +15,9 @@ from mlx_aimv2.embed.loader import Decoder
 from mlx_aimv2.learn import detect, segment
 from mlx_aimv2.learn.average_precision import Truth
 from mlx_aimv2.learn.data import Sample
-from mlx_aimv2.learn.image_size import at_size
+from mlx_aimv2.loading import at_size
+
+pytestmark = pytest.mark.rounding
 
 SIZE = (67, 43)  # height and width of the one image
 BOX = (11, 23, 37, 59)

@@ -8,6 +8,8 @@ import pytest
 
 from mlx_aimv2.learn import fcos
 
+pytestmark = pytest.mark.rounding
+
 
 def assigned(boxes, *, grid=(8, 8), labels=None, crowd=None):
     boxes = np.array(boxes, float).reshape(-1, 4)

@@ -17,6 +17,8 @@ from mlx_aimv2.learn.metrics import confusion
 from mlx_aimv2.learn.probe import fit_linear
 from mlx_aimv2.model import unit_length
 
+pytestmark = pytest.mark.rounding
+
 
 def blobs(seed: int, count: int = 211):
     chance = np.random.default_rng(seed)

@@ -14,6 +14,8 @@ from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.learn import fit, fuse, lora
 
+pytestmark = pytest.mark.rounding
+
 
 def encoder_with(kind: str, *, num_layers: int = 4, seed: int = 3):
     """The small encoder with adapters whose every number is random."""

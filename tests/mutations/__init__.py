@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault: `old`, which stands once in `file`, becomes `new`, and one of `tests` (files or node ids) must fail."""
+    """A fault: `old`, which stands once in all of the package, becomes `new`, and one of `tests` must fail.
+
+    `tests` are files or node ids. Where the code moves to another file the fault goes with it.
+    """
 
     name: str
-    file: str
     old: str
     new: str
     tests: tuple[str, ...]

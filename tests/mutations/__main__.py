@@ -1,7 +1,7 @@
 """`python -m tests.mutations`: breaks a copy of the package in one place at a time, and says which test notices.
 
-It prints a table in Markdown and ends with 1 if a fault was not noticed. `--only WORDS` tries those whose names hold
-the words.
+It prints a table in Markdown and ends with 1 if a fault was not noticed, or could not be tried because the code has
+changed. `--only WORDS` tries those whose names hold the words.
 """
 
 from __future__ import annotations
@@ -22,22 +22,46 @@ from tests.mutations import Mutation
 from tests.mutations.checkpoints import CHECKPOINTS
 from tests.mutations.learning import LEARNING
 from tests.mutations.network import NETWORK
+from tests.mutations.training import TRAINING
 
 ROOT = Path(__file__).parents[2]
 
-MUTATIONS = (*NETWORK, *CHECKPOINTS, *LEARNING)
+PACKAGE = "mlx_aimv2"
+
+MUTATIONS = (*NETWORK, *CHECKPOINTS, *LEARNING, *TRAINING)
 
 SECONDS = 120
 """A fault that keeps its tests running longer than this counts as noticed."""
+
+UNBROKEN_SECONDS = 1800
+"""What all tests together may take before anything is broken."""
 
 SURVIVED = "SURVIVED"
 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 
-def counted(mutation: Mutation, root: Path) -> int:
-    """How often the text that is to be replaced stands in its file: it must be once."""
-    return (root / mutation.file).read_text(encoding="utf-8").count(mutation.old)
+class MisfitError(Exception):
+    """A mutation does not fit the code or the tests as they are now."""
+
+
+def file_of(mutation: Mutation, root: Path) -> Path:
+    """The file that a mutation changes. Raises MisfitError where it would change no one place, or leave no program."""
+    sources = {file: file.read_text(encoding="utf-8") for file in sorted((root / PACKAGE).rglob("*.py"))}
+    found = {file: count for file, text in sources.items() if (count := text.count(mutation.old))}
+    if sum(found.values()) != 1:
+        places = ", ".join(str(file.relative_to(root)) for file in found) or "nowhere"
+        raise MisfitError(f"its text must stand once in {PACKAGE}/, it stands {sum(found.values())} times: {places}")
+    (file,) = found
+    try:
+        compile(sources[file].replace(mutation.old, mutation.new), str(file), "exec")
+    except SyntaxError as error:
+        raise MisfitError(f"{file.relative_to(root)} is no program with it: {error}") from None
+    for test in mutation.tests:
+        path, _, name = test.partition("::")
+        if not (root / path).exists() or f"def {name}" not in (root / path).read_text(encoding="utf-8"):
+            raise MisfitError(f"there is no test {test}")
+    return file
 
 
 def copied(root: Path, target: Path) -> None:
@@ -49,7 +73,7 @@ def copied(root: Path, target: Path) -> None:
             shutil.copyfile(root / name, target / name)
 
 
-def run_tests(place: Path, tests: Iterable[str]) -> str | None:
+def run_tests(place: Path, tests: Iterable[str], *, seconds: int = SECONDS) -> str | None:
     """The first test that fails, None if all pass. Raises RuntimeError where they cannot be run at all."""
     # A mutated file may have the size and the second of the file before: nothing compiled is kept.
     environment = os.environ | {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -67,9 +91,9 @@ def run_tests(place: Path, tests: Iterable[str]) -> str | None:
         *tests,
     ]
     try:
-        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"not finished after {SECONDS} s"
+        return f"not finished after {seconds} s"
     if run.returncode == 0:
         return None
     if run.returncode != 1 or (found := FAILED.search(run.stdout)) is None:
@@ -77,9 +101,8 @@ def run_tests(place: Path, tests: Iterable[str]) -> str | None:
     return found[1].split("[")[0]
 
 
-def tried(mutation: Mutation, place: Path) -> str:
-    """The test that notices a mutation, or `SURVIVED`; the file is as before when this ends."""
-    file = place / mutation.file
+def tried(mutation: Mutation, file: Path, place: Path) -> str:
+    """The test that notices a mutation of the file, or `SURVIVED`; the file is as before when this ends."""
     before = file.read_text(encoding="utf-8")
     try:
         Path(cache_from_source(str(file))).unlink(missing_ok=True)
@@ -89,32 +112,44 @@ def tried(mutation: Mutation, place: Path) -> str:
         file.write_text(before, encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, root: Path = ROOT, mutations: Sequence[Mutation] = MUTATIONS) -> int:
     """Runs the tests without a mutation and then with each; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="WORDS", help="mutations whose names hold these words")
     only = parser.parse_args(argv).only
-    chosen = [mutation for mutation in MUTATIONS if only in mutation.name]
+    chosen = [mutation for mutation in mutations if only in mutation.name]
     if not chosen:
         parser.error(f"no mutation's name holds {only!r}")
-    if wrong := [mutation.name for mutation in chosen if counted(mutation, ROOT) != 1]:
-        parser.error(f"the text to replace must stand once in its file, it does not for: {'; '.join(wrong)}")
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         place = Path(folder)
-        copied(ROOT, place)
-        if (failed := run_tests(place, sorted({test for mutation in chosen for test in mutation.tests}))) is not None:
+        copied(root, place)
+        files: dict[str, Path] = {}
+        misfits: list[str] = []
+        for mutation in chosen:
+            try:
+                if mutation.name in files:
+                    raise MisfitError("another mutation has this name")
+                files[mutation.name] = file_of(mutation, place)
+            except MisfitError as error:
+                misfits.append(f"{mutation.name}: {error}")
+        fitting = [mutation for mutation in chosen if mutation.name in files]
+        tests = sorted({test for mutation in fitting for test in mutation.tests})
+        if tests and (failed := run_tests(place, tests, seconds=UNBROKEN_SECONDS)) is not None:
             print(f"{failed} fails without any mutation: mend that first", file=sys.stderr)
             return 2
         print("| Fault | File | Noticed by | Seconds |\n|---|---|---|---|", flush=True)
         survivors = 0
-        for mutation in chosen:
+        for mutation in fitting:
             began = time.monotonic()
-            by = tried(mutation, place)
+            file = files[mutation.name]
+            by = tried(mutation, file, place)
             survivors += by == SURVIVED
             seconds = time.monotonic() - began
-            print(f"| {mutation.name} | `{mutation.file}` | `{by}` | {seconds:.1f} |", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} noticed", file=sys.stderr)
-    return 1 if survivors else 0
+            print(f"| {mutation.name} | `{file.relative_to(place)}` | `{by}` | {seconds:.1f} |", flush=True)
+    print(f"{len(fitting) - survivors} of {len(chosen)} noticed", file=sys.stderr)
+    for misfit in misfits:
+        print(f"not tried, {misfit}", file=sys.stderr)
+    return 1 if survivors or misfits else 0
 
 
 if __name__ == "__main__":

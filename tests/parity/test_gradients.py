@@ -16,8 +16,8 @@ from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.learner import Learner
-from mlx_aimv2.learn.optimizer import AdamW, Group
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.optimizer import GroupedAdamW, groups_of
 
 MOST = 1e-4
 """Largest difference of a parameter's gradient, relative to its largest entry."""
@@ -140,9 +140,12 @@ def test_adamw_is_torchs():
     start, gradients = chance.normal(size=(5, 3)), chance.normal(size=(9, 5, 3))
     parameter = torch.nn.Parameter(torch.from_numpy(start.astype(np.float32)))
     wanted = torch.optim.AdamW([parameter], lr=0.03, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.2)
-    mine, optimizer = {"w": mx.array(start.astype(np.float32))}, AdamW(weight_decay=0.2)
+    model = nn.Linear(3, 5, bias=False)
+    model.weight = mx.array(start.astype(np.float32))
+    groups = groups_of(model, [])
+    optimizer = GroupedAdamW(model, groups, schedule=lambda step: mx.array(0.03), weight_decay=0.2, betas=(0.9, 0.999))
     for gradient in gradients.astype(np.float32):
         parameter.grad = torch.from_numpy(gradient)
         wanted.step()
-        mine = optimizer.updated(mine, {"w": mx.array(gradient)}, 0.03, lambda path: Group())
-    np.testing.assert_allclose(np.array(mine["w"]), parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+        optimizer.update(model, {"weight": mx.array(gradient)})
+    np.testing.assert_allclose(np.array(model.weight), parameter.detach().numpy(), rtol=1e-5, atol=1e-6)

@@ -16,9 +16,13 @@ from torch.nn import functional as F  # noqa: E402
 
 from mlx_aimv2.cli import main  # noqa: E402
 from mlx_aimv2.config import Aimv2VisionConfig  # noqa: E402
-from mlx_aimv2.pretrain.decoder import DecoderConfig  # noqa: E402
-from mlx_aimv2.pretrain.objective import Batch, Pretraining, initialise  # noqa: E402
-from mlx_aimv2.pretrain.train import write_encoder  # noqa: E402
+from mlx_aimv2.pretrain.objective import (  # noqa: E402
+    Batch,
+    DecoderConfig,
+    Pretraining,
+    initialise,
+)
+from mlx_aimv2.pretrain.pretraining import write_checkpoint  # noqa: E402
 
 VISION = Aimv2VisionConfig(22, 13, 3, 2, image_size=15, patch_size=5)
 DECODER = DecoderConfig(26, 17, 2, 2, vocab_size=31, max_position_embeddings=11)
@@ -84,7 +88,7 @@ def test_loss_and_gradients_are_those_of_torch(alpha):
     initialise(model, 1, seed=3)
     pixels = np.random.default_rng(5).normal(size=(3, 15, 15, 3)).astype(np.float32)
     batch = Batch(mx.array(pixels), mx.array(IDS), mx.array(LENGTHS))
-    value, gradient = nn.value_and_grad(model, lambda batch: model.loss(batch, alpha)[0])(batch)
+    value, gradient = nn.value_and_grad(model, lambda batch: model.losses(batch, alpha)["loss"])(batch)
 
     weights = {name: torch.tensor(np.array(x, np.float64)) for name, x in tree_flatten(model.parameters())}
     for weight in weights.values():
@@ -106,7 +110,7 @@ def test_loss_and_gradients_are_those_of_torch(alpha):
 def test_transformers_loads_what_was_trained(tmp_path):
     model = Pretraining(VISION, DECODER, eos=EOS).encoder
     initialise(model, 3, seed=3)
-    write_encoder(model, tmp_path / "out")
+    write_checkpoint(model, tmp_path / "out")
     assert main(["convert", "--model", str(tmp_path / "out"), "--mlx-path", str(tmp_path / "torch_model"),
                  "--export-layout", "transformers"]) == 0  # fmt: skip
     torch_model = transformers.Aimv2VisionModel.from_pretrained(tmp_path / "torch_model")

@@ -78,5 +78,5 @@ def test_anything_but_weights_is_refused_in_one_line(folder, content, tmp_path, 
 
 def test_double_precision_is_refused_by_name(folder):
     torch.save({name: tensor.double() for name, tensor in weights().items()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"must be float32, float16 or bfloat16, got preprocessor.*float64"):
+    with pytest.raises(ValueError, match=r"must be float32, float16, bfloat16, got preprocessor.*float64"):
         read_source(folder)

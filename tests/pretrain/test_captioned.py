@@ -11,12 +11,12 @@ from PIL import Image
 
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain.augment import Augmentation, random_crop
-from mlx_aimv2.pretrain.batches import Preparation, Stream
 from mlx_aimv2.pretrain.captioned import ImageFolder, Shards, open_data, shuffled
 from mlx_aimv2.pretrain.captions import as_tokenizer, save_tokenizer, train_tokenizer
-from mlx_aimv2.pretrain.grids import grid_of, middle_grid
+from mlx_aimv2.pretrain.examples import Preparation, Stream, grid_of, middle_grid
 from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.train.augment import Augmentation, random_crop
+from mlx_aimv2.train.batches import Batches
 
 
 def png(level):
@@ -152,15 +152,21 @@ def test_the_buffer_bounds_what_is_held():
 GRID = (2, 2)
 
 
-def stream_of(folder, **options):
+def taken(folder, size, **options):
+    """The first examples of a stream."""
     vision = Aimv2VisionConfig(22, 13, 2, 2, image_size=10, patch_size=5)
     prepare = Preparation(vision, seed=3, augmentation=Augmentation())
-    return Stream(open_data(folder), prepare, seed=3, **options)
+    order = Stream(open_data(folder), lambda number: GRID, size=size, seed=3, **options)
+    batches = Batches(order, lambda item: prepare(*item), collate=list)
+    try:
+        return batches(0)[0]
+    finally:
+        batches.close()
 
 
 def test_a_stream_that_starts_later_gives_what_the_whole_one_gives(tmp_path):
     folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": [f"{i}", "x"]} for i in range(5)])
-    whole, later = stream_of(folder).take(13, GRID), stream_of(folder, start=6).take(7, GRID)
+    whole, later = taken(folder, 13), taken(folder, 7, start=6)
     for one, other in zip(whole[6:], later, strict=True):
         assert (one.name, one.caption, one.length) == (other.name, other.caption, other.length)
         assert (one.pixels == other.pixels).all()
@@ -168,8 +174,8 @@ def test_a_stream_that_starts_later_gives_what_the_whole_one_gives(tmp_path):
 
 def test_ranks_share_the_stream(tmp_path):
     folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": f"{i}"} for i in range(5)])
-    whole = [one.number for one in stream_of(folder).take(12, GRID)]
-    parts = [[one.number for one in stream_of(folder, rank=rank, ranks=3).take(4, GRID)] for rank in range(3)]
+    whole = [one.number for one in taken(folder, 12)]
+    parts = [[one.number for one in taken(folder, 4, rank=rank, ranks=3)] for rank in range(3)]
     assert sorted(number for part in parts for number in part) == whole
 
 
@@ -177,7 +183,7 @@ def test_an_image_that_cannot_be_read_is_passed_over(tmp_path):
     folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": f"{i}"} for i in range(3)])
     (folder / "1.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match=r"1\.png.*passed over"):
-        assert {one.name for one in stream_of(folder).take(6, GRID)} == {"0.png", "2.png"}
+        assert {one.name for one in taken(folder, 6)} == {"0.png", "2.png"}
 
 
 def test_only_unreadable_images_are_an_error(tmp_path):
@@ -185,7 +191,7 @@ def test_only_unreadable_images_are_an_error(tmp_path):
     (folder / "0.png").write_bytes(b"broken")
     with warnings.catch_warnings(), pytest.raises(ValueError, match="in a row cannot be read"):
         warnings.simplefilter("ignore")
-        stream_of(folder).take(1, GRID, most=5)
+        taken(folder, 1)
 
 
 def test_crops_have_the_area_and_lie_inside():

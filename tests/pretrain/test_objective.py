@@ -3,14 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain import losses, optimise
-from mlx_aimv2.pretrain.decoder import DecoderConfig
-from mlx_aimv2.pretrain.objective import Batch, Pretraining, initialise
-from mlx_aimv2.pretrain.prefix import draw_lengths, prefix_mask
+from mlx_aimv2.pretrain import objective
+from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise, prefix_mask
+
+pytestmark = pytest.mark.rounding
 
 VISION = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
 DECODER = DecoderConfig(26, 17, 2, 2, vocab_size=31, max_position_embeddings=11)
@@ -113,14 +112,14 @@ def test_the_losses_are_those_of_an_independent_computation(model, batch):
 
 
 def test_alpha_weighs_the_image_loss(model, batch):
-    total, image, text = (float(x.item()) for x in model.loss(batch))
+    total, image, text = (float(x.item()) for x in model.losses(batch).values())
     assert total == pytest.approx(text + 0.4 * image, abs=1e-6)
-    assert float(model.loss(batch, 0.0)[0].item()) == pytest.approx(text, abs=1e-6)
+    assert float(model.losses(batch, 0.0)["loss"].item()) == pytest.approx(text, abs=1e-6)
 
 
 def test_patches_are_cut_row_by_row():
     pixels = mx.arange(2 * 6 * 9 * 2).reshape(2, 6, 9, 2)
-    patches = np.array(losses.patches_of(pixels, 3))
+    patches = np.array(objective.patches_of(pixels, 3))
     assert patches.shape == (2, 6, 18)
     assert (patches[1, 4] == np.array(pixels)[1, 3:6, 3:6].reshape(-1)).all()
 
@@ -140,16 +139,6 @@ def test_a_mask_of_all_is_full_attention(model, batch):
     everything = mx.ones((3, PATCHES, PATCHES), mx.bool_)
     masked = np.array(model.encoder(batch.pixels, mask=everything).last_hidden_state)
     assert np.abs(masked - np.array(model.encoder(batch.pixels).last_hidden_state)).max() < 1e-5
-
-
-def test_gradients_of_parts_are_those_of_the_whole(model, batch):
-    whole = optimise.gradients(model, model.loss, [batch], dtype=mx.float32)
-    parts = [Batch(batch.pixels[i : i + 1], batch.ids[i : i + 1], batch.lengths[i : i + 1]) for i in range(3)]
-    apart = optimise.gradients(model, model.loss, parts, dtype=mx.float32)
-    assert apart[0] == pytest.approx(whole[0], abs=1e-5)
-    for (name, one), (_, other) in zip(tree_flatten(whole[1]), tree_flatten(apart[1]), strict=True):
-        assert float(mx.abs(one - other).max().item()) < 1e-5, name
-    assert optimise.clipped({"a": mx.array([3.0, 4.0])})["a"].tolist() == pytest.approx([0.6, 0.8], abs=1e-5)
 
 
 def test_the_same_seed_makes_the_same_weights():

@@ -1,0 +1,425 @@
+"""Reads untrusted files within bounds, and writes files and folders whole or not at all.
+
+What is read is a regular file of no more bytes than expected, without ever waiting for one that is something else. What
+is written takes its name when it is complete. An input is never replaced, nor is anything but a regular file or a
+folder of ours; what stands at the target and is not ours is refused unless `overwrite` says otherwise. A process that
+is killed leaves a hidden temporary behind; the next one that writes to the same target removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import stat
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_TEXT_BYTES = 1 << 26
+"""64 MiB: the largest text file of a released checkpoint, a tokenizer.json, has 3 MB."""
+
+MAX_IMAGE_BYTES = 1 << 30
+
+CACHE_VARIABLE = "MLX_AIMV2_CACHE"
+"""The environment variable that names another folder for what may be computed again, and for locks."""
+
+UNFINISHED = ".unfinished"
+"""How the name of a hidden file or folder ends while it is being written."""
+
+PREVIOUS = "previous"
+"""In the hidden folder, a folder that is being replaced, until its successor has the name."""
+
+NAME_LENGTH = 50
+"""Characters of the target's name in that of the temporary: file systems allow 255 bytes, and a suffix is added."""
+
+PATIENCE = 10.0
+"""Seconds that another process may take to finish what it writes to the same target."""
+
+TRIES = 100
+"""Times that an unfinished folder is removed, while another thread may still be writing into it."""
+
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+"""How the system says that a folder cannot take a name because something has it."""
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and `~name` replaced by the home folder; a name that no user has stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for ~nobody
+
+
+def cache_folder() -> Path:
+    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return expand_user(given)
+    return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2"
+
+
+# Reading
+
+
+def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most `max_bytes`.
+
+    Raises FileNotFoundError, ValueError for a folder, pipe, device or larger file, and OSError for one that cannot be
+    read; each names the file.
+    """
+    content, size = _read(path, max_bytes + 1)
+    if max(size, len(content)) > max_bytes:
+        raise ValueError(f"{path} has {max(size, len(content)):,} bytes; at most {max_bytes:,} are read of such a file")
+    return content
+
+
+def _read(path: Path, count: int) -> tuple[bytes, int]:
+    """The first bytes of a regular file, and how long it is said to be."""
+    try:
+        with _regular_file(path) as (file, about):
+            return file.read(count), about.st_size
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except PermissionError:
+        raise PermissionError(f"{path} may not be read: permission denied") from None
+    except OSError as error:
+        if error.errno is None:
+            raise ValueError(f"{path}: wanted a file, got {str(error).removeprefix('is ')}") from None
+        raise OSError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _regular_file(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A regular file, open, and how it was then. Raises OSError without a number, such as `is a device`, for others."""
+    try:
+        # O_NONBLOCK: opening a named pipe would wait for somebody to write into it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO or error.errno == errno.EOPNOTSUPP:  # sockets cannot be opened at all
+            raise OSError("is a socket") from None
+        raise
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            kind = KINDS.get(stat.S_IFMT(about.st_mode), "something else")
+            raise (IsADirectoryError if stat.S_ISDIR(about.st_mode) else OSError)(f"is {kind}")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:  # which fails for a folder and leaves it open
+            yield file, about
+    finally:
+        os.close(descriptor)
+
+
+def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The content of a UTF-8 file, with or without a byte order mark; errors as `read_bytes`, ValueError if no text."""
+    try:
+        return read_bytes(path, max_bytes=max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_start(path: Path, *, max_bytes: int) -> bytes:
+    """The first `max_bytes` of a regular file, however long it is; errors as `read_bytes`."""
+    return _read(path, max_bytes)[0]
+
+
+def check_link(path: Path) -> None:
+    """Raises FileNotFoundError for a link that leads to nothing, as in a cache whose download broke off."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: fetch it again"  # noqa: PTH115
+        )
+
+
+def check_size(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Raises ValueError for a file that is larger than such files are."""
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read of such a file")
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, ValueError or OSError that names the file."""
+    check_link(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
+    text = read_text(path, max_bytes=max_bytes)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: wanted an object, got a {type(content).__name__}")
+    return content
+
+
+def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes]:
+    """Content of a regular file, and how the file was before it was read, so that a change during it shows later.
+
+    Raises OSError without a name in it: FileNotFoundError, IsADirectoryError and PermissionError as the system does,
+    else a reason that continues a sentence which starts with the path.
+    """
+    try:
+        with _regular_file(path) as (file, about):
+            if about.st_size > MAX_IMAGE_BYTES:
+                raise OSError(f"has {about.st_size:,} bytes, more than an image of {MAX_IMAGE_BYTES:,} bytes")
+            return about, _bounded(file, about.st_size)
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(f"{error}, not an image") from None
+        raise
+
+
+def read_stream(stream: BinaryIO) -> bytes:
+    """Everything in an open file, from its start where it can go there; its place is the end afterwards."""
+    if hasattr(stream, "seek"):
+        with contextlib.suppress(OSError):  # a pipe that the caller opened is read from where it is
+            stream.seek(0)
+    return _bounded(stream)
+
+
+def _bounded(file: BinaryIO, size: int | None = None) -> bytes:
+    # Asked for all that is allowed, a file would reserve that much memory: slower by far than reading a small one.
+    size = MAX_IMAGE_BYTES if size is None else size
+    data = file.read(size + 1)
+    if not isinstance(data, bytes):
+        raise OSError(f"gives {type(data).__name__} instead of bytes: open it in mode 'rb'")
+    if size < len(data) <= MAX_IMAGE_BYTES:
+        data += file.read(MAX_IMAGE_BYTES + 1 - len(data))
+    if len(data) > MAX_IMAGE_BYTES:  # it has grown, or its size was not reported
+        raise OSError(f"has more than {MAX_IMAGE_BYTES:,} bytes, more than an image")
+    return data
+
+
+# Writing
+
+
+def check_target(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    is_own: Callable[[Path], bool] = lambda folder: False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Raises OSError where a folder cannot be written: something stands there, or nothing can be written there.
+
+    With `overwrite` a folder for which `is_own` says yes is replaced, unless it is or holds one of the `inputs`, or
+    lies in one.
+    """
+    there = path.exists() or path.is_symlink()
+    if there and not overwrite:
+        raise FileExistsError(f"Cannot save to the path {path} as it already exists. Remove it or choose another.")
+    if there:
+        if path.is_symlink() or not path.is_dir() or not is_own(path):
+            raise FileExistsError(f"Cannot save to the path {path}: only a folder written by convert is overwritten.")
+        if near := next((str(one) for one in inputs if _overlap(path, Path(one))), None):
+            raise FileExistsError(f"Cannot save to the path {path}: {near} is read, and lies in it or around it.")
+    parent = path.absolute().parent
+    existing = next(place for place in (parent, *parent.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"Cannot save to the path {path}: {existing} cannot be written to. Choose another place.")
+
+
+def check_file(
+    path: Path,
+    *,
+    option: str,
+    is_own: Callable[[bytes], bool],
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    head: int = 4096,
+) -> None:
+    """Raises ValueError or OSError where a file cannot or must not be written; `option` is the flag to change.
+
+    An input is never replaced, whatever name it is given by. A file is replaced if `is_own` says of its first `head`
+    bytes that an earlier run wrote it, if it is empty, or with `overwrite`.
+    """
+    folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} {path}: {folder} does not exist; make that folder first")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder: name a file")
+    if path.exists():
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise FileExistsError(f"{option} {path} is a pipe or a device: name a file")
+        for one in inputs:
+            if _is_same_file(one, about):
+                raise FileExistsError(
+                    f"{option} {path} would replace {os.fspath(one)}, which never happens: choose another name"
+                )
+        if about.st_size and not overwrite:
+            with path.open("rb") as file:
+                known = is_own(file.read(head))
+            if not known:
+                raise FileExistsError(
+                    f"{option} {path} is there already and mlx-aimv2 did not write it: choose another name, "
+                    "or add --overwrite"
+                )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {path}: {folder} cannot be written to; choose another")
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    is_own: Callable[[Path], bool] = lambda folder: False,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+) -> Iterator[Path]:
+    """A folder to write into that takes the name `path` only if the block ends well, and vanishes otherwise."""
+    inputs = list(inputs)
+    check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path) as beside:
+        folder = beside / "folder"
+        folder.mkdir()
+        yield folder
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
+        try:
+            if overwrite and path.exists():
+                path.rename(beside / PREVIOUS)  # from where it comes back if its successor does not take its name
+            folder.rename(path)
+        except OSError as error:
+            if error.errno in TAKEN:
+                raise FileExistsError(
+                    f"Cannot save to the path {path} as it already exists. Another process made it meanwhile."
+                ) from None
+            raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write beside `path`, which takes its name when the block ends well and is deleted when it does not.
+
+    Where `path` is a link, the file that it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
+    with temporary_folder(path) as beside:
+        with (beside / "file").open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        (beside / "file").replace(path)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` that goes with the block; one process at a time has it, others wait for a moment.
+
+    What a killed process left there goes first. Errors of the system that name no other file end as one line with the
+    target's name.
+    """
+    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
+
+    target = path.absolute()
+    beside = _beside(target)
+    lock = FileLock(_lock_file(target))
+    try:
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise FileExistsError(
+                f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
+            ) from None
+        _remove_unfinished(target)
+        _mine.add(target)  # known before there is anything: a signal may come at any moment
+        beside.mkdir(0o700)
+        yield beside
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        inside = error.filename is None or str(error.filename).startswith(str(beside))
+        what = f"Cannot save to the path {path}" if inside else error.filename
+        raise type(error)(f"{what}: {error.strerror}.") from None
+    finally:
+        if target in _mine:
+            _remove_unfinished(target)
+            _mine.discard(target)
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
+        lock.release()
+
+
+def discard_unfinished() -> None:
+    """Removes what this process has not finished writing, before it ends without running to its end."""
+    for target in list(_mine):
+        for _ in range(TRIES):  # another thread may still be writing into it
+            _remove_unfinished(target)
+            if not _beside(target).exists():
+                break
+
+
+def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
+    """How what is written of each file begins: its path below the folder that was given, without suffix.
+
+    Where several folders or files were given it is the path below the folder that all lie in. The suffix stays where
+    another file has the rest of the name, in any case of letters.
+    """
+    folders = [os.path.normpath(expand_user(one).absolute()) for one in given if expand_user(one).is_dir()]
+    others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]
+    common = os.path.commonpath([*folders, *others]) if files else ""
+    names = {file: Path(os.path.relpath(file, common)) for file in files}
+    shared = Counter(str(name.with_suffix("")).casefold() for name in names.values())
+    is_shared = {file: shared[str(name.with_suffix("")).casefold()] > 1 for file, name in names.items()}
+    return {file: name if is_shared[file] else name.with_suffix("") for file, name in names.items()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON as the ecosystem does: four spaces, a newline at the end."""
+    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_mine: set[Path] = set()
+"""What this process is writing to."""
+
+
+def _lock_file(target: Path) -> Path:
+    """Among what may be computed again, not beside the target; in the system's temporary folder where that fails."""
+    folder = cache_folder() / "locks"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        folder = Path(tempfile.gettempdir())
+    real = Path(os.path.realpath(target.parent)) / target.name
+    return folder / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
+
+
+def _beside(target: Path) -> Path:
+    """The hidden folder, whose name only those processes share that share its lock: on one machine, with one cache."""
+    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
+    return target.parent / f".{target.name[:NAME_LENGTH]}.{shared}{UNFINISHED}"
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Removes the hidden folder; a folder that was moved there, to be replaced, gets its name back first."""
+    beside = _beside(target)
+    if (beside / PREVIOUS).exists() and not target.exists():
+        (beside / PREVIOUS).rename(target)
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_same_file(place: str | os.PathLike[str], about: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(place), about)  # noqa: PTH116 - a Path each would cost more than the call
+    except (OSError, ValueError):
+        return False
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether one of two folders lies in the other, or both are one."""
+    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
+    return first == second or first in second.parents or second in first.parents

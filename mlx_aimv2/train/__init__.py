@@ -1,0 +1,1 @@
+"""The training engine of `fit`, `pretrain` and `lit`: one loop, one optimizer, one schedule, one state file."""

@@ -1,0 +1,177 @@
+"""Random changes of training images: crop, flip, colours, and RandAugment's operations (Cubuk et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAGNITUDE = 0.5
+"""Of each operation's full strength, as 9 to 15 of RandAugment's 30 steps are for most models."""
+
+ASPECT = (3 / 4, 4 / 3)
+"""Width over height of a crop, as torchvision's RandomResizedCrop draws it."""
+
+ATTEMPTS = 10
+
+GREY = (124, 116, 104)
+"""What comes in at the edge: the mean colour of photographs, nearly zero after normalisation."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What may happen to a training image; the defaults are the paper's for pre-training.
+
+    `min_area` is the smallest crop as a share of the image; `flip` mirrors half of the images; `jitter` is the largest
+    change of brightness, contrast and saturation as a share; `grey` the share of images that lose their colours;
+    `operations` how many of RandAugment's are drawn for each image.
+    """
+
+    min_area: float = 0.4
+    flip: bool = True
+    jitter: float = 0.0
+    grey: float = 0.0
+    operations: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("min_area", 0.01), ("jitter", 0.0), ("grey", 0.0)):
+            if not low <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from {low} to 1, got {getattr(self, name)}")
+
+    def __call__(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        rng: np.random.Generator,
+        *,
+        aspects: tuple[float, float] = ASPECT,
+    ) -> Image.Image:
+        """An RGB image of any size -> one of `size` (height, width), the same for the same state of `rng`."""
+        from PIL import Image, ImageOps
+
+        box = random_crop(image.width, image.height, self.min_area, rng, aspects=aspects)
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+        if self.flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        if self.jitter:
+            image = jittered(image, self.jitter, rng)
+        if self.grey and rng.random() < self.grey:
+            image = ImageOps.grayscale(image).convert("RGB")
+        return rand_augment(image, self.operations, rng)
+
+
+def random_crop(
+    width: int,
+    height: int,
+    min_area: float,
+    rng: np.random.Generator,
+    *,
+    aspects: tuple[float, float] = ASPECT,
+) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) of a crop of random area, shape and place.
+
+    Where none fits in ten attempts, the largest centred one of the nearest shape.
+    """
+    for _ in range(ATTEMPTS):
+        area = rng.uniform(min_area, 1) * width * height
+        aspect = math.exp(rng.uniform(math.log(aspects[0]), math.log(aspects[1])))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, aspects[0]), aspects[1])
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def jittered(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation changed by up to `amount` to either side of 1."""
+    from PIL import ImageEnhance
+
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = change(image).enhance(float(rng.uniform(1 - amount, 1 + amount)))
+    return image
+
+
+def rand_augment(image: Image.Image, operations: int, rng: np.random.Generator) -> Image.Image:
+    """So many operations of the table, each as strong as `MAGNITUDE` says, to either side."""
+    names = list(TABLE)
+    for number in rng.integers(0, len(names), operations):
+        image = TABLE[names[number]](image, MAGNITUDE * float(rng.choice((-1.0, 1.0))))
+    return image
+
+
+def _enhanced(name: str) -> Callable[[Any, float], Any]:
+    def change(image: Image.Image, strength: float) -> Image.Image:
+        from PIL import ImageEnhance
+
+        return getattr(ImageEnhance, name)(image).enhance(1 + 0.9 * strength)
+
+    return change
+
+
+def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[[Any, float], Any]:
+    """An operation by Pillow's matrix, which says where each pixel of the result comes from."""
+
+    def change(image: Image.Image, strength: float) -> Image.Image:
+        from PIL import Image
+
+        data = matrix(strength, image.width, image.height)
+        return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=GREY)
+
+    return change
+
+
+def _rotated(image: Image.Image, strength: float) -> Image.Image:
+    from PIL import Image
+
+    return image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=GREY)
+
+
+def _posterized(image: Image.Image, strength: float) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.posterize(image, round(8 - 4 * abs(strength)))
+
+
+def _solarized(image: Image.Image, strength: float) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.solarize(image, round(256 * (1 - abs(strength))))
+
+
+def _autocontrast(image: Image.Image, strength: float) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.autocontrast(image)
+
+
+def _equalized(image: Image.Image, strength: float) -> Image.Image:
+    from PIL import ImageOps
+
+    return ImageOps.equalize(image)
+
+
+TABLE: dict[str, Callable[[Any, float], Any]] = {
+    "identity": lambda image, strength: image,
+    "autocontrast": _autocontrast,
+    "equalize": _equalized,
+    "rotate": _rotated,
+    "solarize": _solarized,
+    "posterize": _posterized,
+    "colour": _enhanced("Color"),
+    "contrast": _enhanced("Contrast"),
+    "brightness": _enhanced("Brightness"),
+    "sharpness": _enhanced("Sharpness"),
+    "shear x": _affine(lambda s, width, height: (1, 0.3 * s, -0.15 * s * height, 0, 1, 0)),
+    "shear y": _affine(lambda s, width, height: (1, 0, 0, 0.3 * s, 1, -0.15 * s * width)),
+    "translate x": _affine(lambda s, width, height: (1, 0, 0.45 * s * width, 0, 1, 0)),
+    "translate y": _affine(lambda s, width, height: (1, 0, 0, 0, 1, 0.45 * s * height)),
+}
+"""Name of an operation -> function of an image and a strength from -1 to 1 (RandAugment's fourteen)."""

@@ -1,0 +1,214 @@
+"""What `pretrain` and `lit` are promised to do, as tables of facts over both, through the command alone."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_aimv2.cli import main
+from tests.small_training import (
+    TINY,
+    CaptionWorkshop,
+    length_of_moments,
+    moved,
+    result,
+    stopped_by,
+    weights,
+)
+
+VERBS = ("pretrain", "pretrain --native", "lit")
+
+STILL = ("--learning-rate", TINY, "--weight-decay", 0)
+"""Nothing is learned: the losses are those of the start."""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return CaptionWorkshop(tmp_path_factory.mktemp("shop"))
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(shop, verb):
+    again = shop.new()
+    assert main([*shop.words(verb), "-o", str(again)]) == 0
+    assert result(again) == shop.bits(verb) != shop.bits(verb, "--seed", 6)
+
+
+# A run that is stopped
+
+
+def stopped(shop, verb, *flags, steps=5, at=3):
+    """The output of a run that is stopped as it says its losses of step `at`, the state of the step before saved."""
+    output = shop.new()
+    schedule = ["--steps", steps, "--save-every", 1]
+    schedule += [] if verb == "lit" else ["--validation", shop.data[1], "--validate-every", at]
+    words = [str(word) for word in (*shop.words(verb, *flags), *schedule)]
+    with stopped_by(f"step {at} "):
+        assert main([*words, "-o", str(output)]) != 0
+    assert not output.exists()
+    return output, words
+
+
+@pytest.mark.parametrize("flags", [(), ("--jitter", 0.5, "--grey", 0.5)], ids=["plain", "changed"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(shop, verb, flags, capsys):
+    steps, at = (52, 50) if verb == "lit" else (5, 3)  # `lit` says its losses every 50 steps
+    output, words = stopped(shop, verb, *flags, steps=steps, at=at)
+    assert main([*words, "-o", str(output)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*words, "-o", str(output), "--resume"]) == 0
+    assert result(output) == shop.bits(verb, *flags, "--steps", steps)
+
+
+def test_an_epoch_that_was_begun_is_gone_on_with(shop):
+    """Seven images in batches of three: the second epoch begins within a batch."""
+    output, words = stopped(shop, "pretrain", steps=6, at=4)
+    assert main([*words, "-o", str(output), "--resume"]) == 0
+    assert result(output) == shop.bits("pretrain", "--steps", 6)
+
+
+# What options do
+
+SHARED = [
+    ("--batch", 2),
+    ("--steps", 5),
+    ("--learning-rate", 1e-3),
+    ("--warm-up", 3),
+    ("--weight-decay", 0.5),
+    ("--min-area", 0.1),
+    ("--no-flip",),
+    ("--jitter", 0.9),
+    ("--grey", 1.0),
+]
+CHANGES = {
+    "pretrain": [*SHARED, ("--alpha", 3.0), ("--dtype", "bfloat16")],
+    "pretrain --native": [("--patches", 4, 9), ("--min-area", 0.1)],
+    "lit": SHARED,
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [pytest.param(verb, flags, id=f"{verb} {flags[0]}") for verb, table in CHANGES.items() for flags in table],
+)
+def test_an_option_changes_what_is_learned(shop, verb, flags):
+    views = ("--views", 3) if verb == "lit" else ()
+    assert shop.bits(verb, *views) != shop.bits(verb, *views, *flags)
+
+
+def test_views_change_what_lit_learns(shop):
+    assert shop.bits("lit") != shop.bits("lit", "--views", 2) != shop.bits("lit", "--views", 3)
+
+
+def test_without_further_views_no_crop_is_taken(shop):
+    assert shop.bits("lit") == shop.bits("lit", "--min-area", 0.1, "--jitter", 0.5)
+
+
+def test_parts_of_a_batch_give_what_the_whole_gives(shop):
+    went = moved(shop.weights("pretrain"), shop.weights("pretrain", "--accumulate", 3))
+    assert max(went.values()) < 1e-5
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_the_first_caption_alone_is_as_if_there_were_no_others(shop, verb):
+    tokenizer = ("--tokenizer", shop.run("pretrain", captions=3))
+    one, first, all_of_them = (
+        shop.bits(verb, *tokenizer, "--first-caption", share, captions=count)
+        for share, count in ((0, 1), (1, 3), (0, 3))
+    )
+    assert one == first != all_of_them
+
+
+# The optimizer
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_the_rate_falls_towards_the_end(shop, verb):
+    rate, steps = 1e-5, 20
+    flags = ("--weight-decay", 0, "--batch", 7, "--steps", steps, "--min-area", 1, "--no-flip")
+    start = shop.weights(verb, *flags, "--learning-rate", TINY)
+    went = moved(start, shop.weights(verb, *flags, "--learning-rate", rate))
+    assert 0.3 * rate * steps < max(went.values()) < 0.75 * rate * steps
+
+
+def test_gradients_are_cut_to_one_length(shop):
+    one, other = (
+        length_of_moments(state_of(stopped(shop, "pretrain", "--alpha", alpha, at=2)[0])) for alpha in (1e4, 1e5)
+    )
+    assert other == pytest.approx(one, rel=1e-3)
+
+
+def state_of(output):
+    return output.with_name(f"{output.name}.training") / "state.safetensors"
+
+
+def test_the_trunk_is_frozen_and_the_rest_is_not(shop):
+    start, end = shop.weights("lit", *STILL), shop.weights("lit")
+    went = moved(start, end)
+    trunk = weights(shop.encoder)
+    for name, far in went.items():
+        path = name.removeprefix("vision_model.")
+        if path in trunk and name != path:
+            assert far == 0 and (trunk[path] == end[name]).all()
+    learned = [far for name, far in went.items() if name.removeprefix("vision_model.") not in trunk]
+    assert len(learned) > len(trunk) / 2 and min(learned) > 0
+
+
+def test_everything_is_trained_in_pretraining(shop):
+    went = moved(shop.weights("pretrain", *STILL), shop.weights("pretrain"))
+    assert min(went.values()) > 0
+
+
+# Order and examples
+
+
+def last_loss(shop, verb, *flags, name="loss"):
+    return [entry[name] for entry in shop.log(verb, *flags) if name in entry][-1]
+
+
+def losses_by_step(shop, verb, steps, *flags, name="loss"):
+    return [last_loss(shop, verb, *flags, "--steps", step, name=name) for step in steps]
+
+
+def test_every_epoch_of_pretraining_takes_each_image_once_in_another_order(tmp_path):
+    """Where all images look alike, it is the caption that decides its loss, and the prefix hardly."""
+    shop = CaptionWorkshop(tmp_path, count=5)
+    for file in shop.data[1].glob("*.png"):
+        Image.new("RGB", (15, 15), (124, 116, 104)).save(file)
+    losses = losses_by_step(shop, "pretrain", range(1, 11), *STILL, "--batch", 1, name="text_loss")
+    epochs = np.array(losses).reshape(2, 5)
+    apart = np.diff(np.sort(epochs[0])).min()
+    np.testing.assert_allclose(np.sort(epochs[1]), np.sort(epochs[0]), atol=apart / 2)
+    assert np.argsort(epochs[1]).tolist() != np.argsort(epochs[0]).tolist()
+
+
+def test_every_epoch_of_lit_takes_other_images_together(tmp_path):
+    shop = CaptionWorkshop(tmp_path, count=6)
+    losses = losses_by_step(shop, "lit", range(1, 7), *STILL, "--batch", 2)
+    assert losses[:3] != losses[3:]
+
+
+def test_held_out_images_are_neither_cropped_nor_changed(shop):
+    flags = (*STILL, "--steps", 1, "--validation", shop.data[3], "--validate-every", 1)
+    one, other = (
+        last_loss(shop, "pretrain", *flags, *more, name="validation_image_loss")
+        for more in ((), ("--min-area", 0.1, "--jitter", 1, "--grey", 1))
+    )
+    assert one == other
+    assert last_loss(shop, "pretrain", *flags, name="image_loss") != last_loss(
+        shop, "pretrain", *flags, "--min-area", 0.1, "--jitter", 1, "--grey", 1, name="image_loss"
+    )
+
+
+def test_views_of_the_whole_image_change_nothing_however_many_there_are(shop):
+    """1,400 views are more than are computed at a time; that they all are one image, training does not notice."""
+    flags = ("--min-area", 1, "--no-flip")
+    went = moved(shop.weights("lit", *flags), shop.weights("lit", *flags, "--views", 200))
+    assert max(went.values()) < 1e-4
+
+
+def test_losses_are_logged_beside_the_result(shop):
+    entries = shop.log("pretrain", "--validation", shop.data[1], "--validate-every", 2)
+    assert [entry["step"] for entry in entries if "validation_text_loss" in entry] == [2, 4]

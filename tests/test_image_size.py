@@ -1,0 +1,168 @@
+"""An encoder at another image size: positions resampled as timm does it, by one rule; everything else stays."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_aimv2 import load
+from mlx_aimv2.convert import convert
+from mlx_aimv2.learn import fit
+from mlx_aimv2.learn.head_folder import load_head
+from mlx_aimv2.loading import at_size, resample_positions
+from tests.labelled import CHECKPOINT, write_digits
+from tests.small_models import FIXED, NATIVE, pair_with_words
+
+EPS = float(np.finfo(np.float32).eps)
+
+# First, middle and last row of torch's interpolate(mode="bicubic", antialias=True, align_corners=False) in float64.
+TORCH = {
+    ((3, 5), (7, 11)): [
+        [0.051969276, 1.145548168, -0.898346058],
+        [0.92347002, 0.193502963, 0.936472535],
+        [-1.268508521, 1.367852899, 0.947668781],
+    ],
+    ((7, 5), (3, 2)): [
+        [0.061398441, -0.171981914, -0.169353445],
+        [0.172880303, 0.212376859, 0.178594502],
+        [-0.361147192, -0.029666254, 0.113147352],
+    ],
+    ((4, 4), (6, 6)): [
+        [0.001506819, 1.013906083, -0.91636971],
+        [-1.014823838, 0.188332763, -0.282140221],
+        [1.113329949, -1.188250689, -0.539220377],
+    ],
+}
+
+
+def waves(rows: int, columns: int) -> mx.array:
+    """A table of positions that every machine makes alike, `-> (rows * columns, 3)`."""
+    return mx.array(np.sin(np.arange(rows * columns * 3) ** 2).reshape(-1, 3).astype(np.float32))
+
+
+@pytest.mark.parametrize(("grid", "target"), TORCH, ids=lambda size: "x".join(map(str, size)))
+def test_positions_are_resampled_as_torch_does_it_with_antialiasing(grid, target):
+    found = np.array(resample_positions(waves(*grid), grid, target))
+    assert found.shape == (target[0] * target[1], 3)
+    wanted = np.array(TORCH[grid, target])
+    np.testing.assert_allclose(found[[0, len(found) // 2, -1]], wanted, rtol=0, atol=16 * EPS)
+
+
+def test_resampling_to_the_same_grid_changes_nothing():
+    assert mx.array_equal(resample_positions(waves(3, 5), (3, 5), (3, 5)), waves(3, 5))
+
+
+def test_rows_and_columns_keep_their_order():
+    row, column = np.mgrid[0:4, 0:6]
+    table = mx.array(np.stack([row, column], axis=2).reshape(24, 2).astype(np.float32))
+    found = np.array(resample_positions(table, (4, 6), (8, 6))).reshape(8, 6, 2)
+    np.testing.assert_allclose(found[2:6, 3, 0], [0.75, 1.25, 1.75, 2.25], atol=0.1)
+    np.testing.assert_allclose(found[3, :, 1], np.arange(6), atol=32 * EPS)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_is_resampled_in_float32_and_rounded_once(dtype):
+    table = waves(4, 4).astype(dtype)
+    wanted = resample_positions(table.astype(mx.float32), (4, 4), (6, 6)).astype(dtype)
+    assert mx.array_equal(resample_positions(table, (4, 4), (6, 6)), wanted)
+
+
+def test_a_fixed_encoder_takes_the_new_size_and_the_old_one_stays():
+    model, processor = load(FIXED)
+    own, patch = model.config.image_size, model.config.patch_size
+    side = own + 2 * patch
+    larger, resized = at_size(model.vision, processor, side)
+    image = np.zeros((own, 2 * own, 3), np.uint8)
+    assert larger(resized(image)).last_hidden_state.shape[1] == (side // patch) ** 2
+    assert larger.blocks[0].attn.qkv.weight.tolist() == model.blocks[0].attn.qkv.weight.tolist()
+    assert model(processor(image)).last_hidden_state.shape[1] == (own // patch) ** 2
+
+
+def test_the_own_size_changes_nothing():
+    model, processor = load(FIXED)
+    for size in (None, model.config.image_size):
+        assert at_size(model.vision, processor, size) == (model.vision, processor)
+
+
+def test_whole_images_are_stretched_and_others_cut():
+    model, processor = load(FIXED)
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 20:] = 255
+    image[:, :2] = 255
+    _, whole = at_size(model.vision, processor, None, whole=True)
+    cut, all_of_it = (p.pixels(image)[5, 0].mean() for p in (processor, whole))
+    assert cut < 0 < all_of_it
+
+
+def test_a_native_encoder_gets_a_square():
+    model, processor = load(NATIVE)
+    same, resized = at_size(model.vision, processor, 6 * model.config.patch_size, whole=True)
+    assert same is model.vision
+    assert resized.preprocessing.final_size == (6 * model.config.patch_size,) * 2
+    assert at_size(model.vision, processor, None, whole=True)[1].preprocessing.final_size[0] in range(434, 449)
+
+
+@pytest.mark.parametrize("size", [1, 57, 10**6])
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(size):
+    model, processor = load(FIXED)
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of the patch of \d+ pixels.* take \d+"):
+        at_size(model.vision, processor, size)
+
+
+def test_load_gives_an_encoder_for_the_size_asked_for():
+    model, processor = load(FIXED, image_size=70)
+    assert (model.config.image_size, processor.preprocessing.final_size) == (70, (70, 70))
+    image = np.zeros((50, 90, 3), np.uint8)
+    assert model(processor(image)).last_hidden_state.shape == (1, 25, 96)
+    own, side = load(FIXED)[0].pos_embed, (3, 3)
+    assert mx.array_equal(model.pos_embed, resample_positions(own, side, (5, 5)))
+
+
+def test_load_gives_a_pair_for_the_size_asked_for_with_its_tokenizer(tmp_path):
+    folder = pair_with_words(tmp_path / "lit")
+    model, processor = load(folder, image_size=25)
+    assert model.config.vision_config.image_size == model.vision.config.image_size == 25
+    assert model.encode_image(processor(np.zeros((30, 41, 3), np.uint8))).shape == (1, 19)
+    assert model.encode_text(processor.tokenize(["a cat"])).shape == (1, 19)
+
+
+@pytest.mark.parametrize("settings", [{"lazy": True}, {"keep_quantized": True}, {"dtype": "float16"}], ids=str)
+def test_the_size_goes_together_with_every_other_setting(tmp_path, settings):
+    folder = convert(FIXED, tmp_path / "8bit", quantize=True, q_bits=8, q_group_size=32, verify=False)
+    model, processor = load(folder, image_size=70, **settings)
+    assert model(processor(np.zeros((50, 90, 3), np.uint8))).last_hidden_state.shape == (1, 25, 96)
+
+
+def test_load_refuses_a_size_that_is_no_multiple_of_the_patch():
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of the patch of 14 pixels.*take 56 or 70"):
+        load(FIXED, image_size=60)
+
+
+@pytest.fixture
+def head_at_84(tmp_path, monkeypatch):
+    """A head that was fitted on images of 84 pixels, its checkpoint's being 56."""
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    fit(write_digits(tmp_path / "digits"), CHECKPOINT, tmp_path / "head", fine_tune_type="knn", image_size=84)
+    return tmp_path / "head"
+
+
+def test_a_head_at_another_size_says_how_its_positions_came_about_and_is_read_again(head_at_84):
+    assert json.loads((head_at_84 / "head.json").read_text())["encoder"]["positions"] == "timm"
+    assert load_head(head_at_84).learner.encoder.config.image_size == 84
+
+
+def test_a_head_at_another_size_whose_positions_came_from_the_old_rule_is_refused_in_one_line(head_at_84):
+    info = json.loads((head_at_84 / "head.json").read_text())
+    del info["encoder"]["positions"]
+    (head_at_84 / "head.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"head was fitted on images of 84 pixels.* is for 56.*fit it again") as caught:
+        load_head(head_at_84)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_at_its_checkpoints_own_size_needs_no_rule(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    fit(write_digits(tmp_path / "digits"), CHECKPOINT, tmp_path / "head", fine_tune_type="knn", image_size=56)
+    assert "positions" not in json.loads((tmp_path / "head" / "head.json").read_text())["encoder"]
+    load_head(tmp_path / "head")
