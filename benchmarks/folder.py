@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +30,9 @@ from PIL import Image
 
 from mlx_aimv2 import device
 from mlx_aimv2.bundled import ASSETS
-from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_chunks, split_into_chunks
+from mlx_aimv2.embed.encode import embed_chunks
+from mlx_aimv2.embed.loader import Decoder, ahead, images_at_once, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
-from mlx_aimv2.embed.prefetch import Decoder
 from mlx_aimv2.embed.update import Plan, Update
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.index.writer import IndexWriter
@@ -74,7 +73,7 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
     if model.vision.config.is_native:
         raise SystemExit("a native model makes a batch of its own for each size; give a model of one size")
     pixels = mx.array(np.stack([processor.pixels(file) for file in chunks[0]]))
-    at_once = BATCH_TOKENS // model.vision.config.num_patches
+    at_once = images_at_once(model.vision.config.num_patches)
     batches = [
         pixels[: len(chunk[first : first + at_once])] for chunk in chunks for first in range(0, len(chunk), at_once)
     ]
@@ -94,8 +93,8 @@ def measure(kind: str, folder: Path, model_folder: str, threads: int) -> dict[st
 
 
 def _decode(decoder: Decoder, files: list[str], threads: int) -> dict[str, float]:
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in decoder.ahead(files, pool, 4 * threads):
+    with ahead(files, decoder, count=4 * threads, threads=threads) as coming:
+        for _ in coming:
             pass
     return {}
 
@@ -116,9 +115,9 @@ def _embed(chunks, model, processor, pooling, threads) -> dict[str, float]:  # t
             return IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16")
 
         update = Update(Plan(chunks=chunks), None, create)
-        for chunk in embed_chunks(chunks, model, processor, pooling=pooling, threads=threads):
-            update.take(chunk)
-            done += len(chunk)
+        for result in embed_chunks(chunks, Decoder(processor), model, pooling, threads=threads):
+            update.take(result.embeddings)
+            done += len(result.embeddings)
             if done >= 1000:
                 memory.setdefault("MB after 1,000", resident())
         update.finish()

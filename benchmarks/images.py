@@ -23,9 +23,9 @@ import numpy as np
 from mlx_aimv2 import device, load
 from mlx_aimv2.cli import one_line_errors
 from mlx_aimv2.commands.flags import MODEL, add_dtype, add_policy_arguments, policy_of
-from mlx_aimv2.embed.pipeline import BATCH_TOKENS, embed_chunks, split_into_chunks
+from mlx_aimv2.embed.encode import embed_chunks
+from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, images_at_once, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
-from mlx_aimv2.embed.prefetch import MAX_PATCHES
 from mlx_aimv2.files import read_image_file
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import OpenImage, Policy, open_image
@@ -123,15 +123,8 @@ def measure_folder(
     model_seconds = _model_seconds(prepared, model, processor, pooling)
     del prepared
     began = time.perf_counter()
-    for _ in embed_chunks(
-        split_into_chunks(chosen),
-        model,
-        processor,
-        pooling=pooling,
-        max_patches=max_patches,
-        threads=threads,
-        policy=policy,
-    ):
+    decoder = Decoder(processor, max_patches=max_patches, policy=policy)
+    for _ in embed_chunks(split_into_chunks(chosen), decoder, model, pooling, threads=threads):
         pass
     together = time.perf_counter() - began
     return FolderSpeed(
@@ -161,7 +154,7 @@ def _model_seconds(images: list[Levels], model: AnyModel, processor: Aimv2Proces
         groups.setdefault(levels.shape, []).append(levels)
     batches = []
     for (height, width, _), group in groups.items():
-        at_once = max(1, BATCH_TOKENS // ((height // patch) * (width // patch)))
+        at_once = images_at_once((height // patch) * (width // patch))
         batches += [mx.array(np.stack(group[start : start + at_once])) for start in range(0, len(group), at_once)]
     mx.eval(batches, pooling(model, processor.normalised(batches[0])))
     began = time.perf_counter()

@@ -20,7 +20,7 @@ from convert.report import FAIL, MEASURED, NOT_DONE, PASS, Finding, Step, Subjec
 from convert.verify_numbers import cast, dtypes_here
 from mlx_aimv2 import bundled, device
 from mlx_aimv2.embed import embed
-from mlx_aimv2.embed.pipeline import FAST
+from mlx_aimv2.embed.encode import FAST
 from mlx_aimv2.index import Index
 from mlx_aimv2.learn import fit
 

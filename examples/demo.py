@@ -24,7 +24,7 @@ from examples.titled import titled
 from mlx_aimv2 import bundled, load, plot, zero_shot
 from mlx_aimv2.index import Index
 from mlx_aimv2.learn import fit, predict
-from mlx_aimv2.learn.drawing import below, contact_sheet
+from mlx_aimv2.plot import below, contact_sheet
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn.drawing import contact_sheet
+from mlx_aimv2.plot import contact_sheet
 
 parser = argparse.ArgumentParser(description="Rank images by their similarity to the first one.")
 parser.add_argument("images", nargs="*", help="the query, then the images to rank")

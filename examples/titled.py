@@ -5,7 +5,6 @@ from __future__ import annotations
 from PIL import Image, ImageDraw
 
 from mlx_aimv2 import plot
-from mlx_aimv2.learn import drawing
 
 
 def titled(image: Image.Image, title: str, *, subtitle: str = "", size: int = 22) -> Image.Image:
@@ -13,8 +12,8 @@ def titled(image: Image.Image, title: str, *, subtitle: str = "", size: int = 22
     band = round(size * 1.7) + (round(size * 1.05) if subtitle else 0)
     canvas = Image.new("RGB", (image.width, image.height + band), plot.PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((10, size * 0.4), title, plot.INK, drawing.font(size))
+    draw.text((10, size * 0.4), title, plot.INK, plot.font(size))
     if subtitle:
-        draw.text((10, size * 1.65), subtitle, drawing.FAINT, drawing.font(round(size * 0.72)))
+        draw.text((10, size * 1.65), subtitle, plot.FAINT, plot.font(round(size * 0.72)))
     canvas.paste(image, (0, band))
     return canvas

@@ -17,7 +17,8 @@ import platform
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -354,6 +355,21 @@ def discard_unfinished() -> None:
             _remove_unfinished(target)
             if not _beside(target).exists():
                 break
+
+
+def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
+    """How what is written of each file begins: its path below the folder that was given, without suffix.
+
+    Where several folders or files were given it is the path below the folder that all lie in. The suffix stays where
+    another file has the rest of the name, in any case of letters.
+    """
+    folders = [os.path.normpath(expand_user(one).absolute()) for one in given if expand_user(one).is_dir()]
+    others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]
+    common = os.path.commonpath([*folders, *others]) if files else ""
+    names = {file: Path(os.path.relpath(file, common)) for file in files}
+    shared = Counter(str(name.with_suffix("")).casefold() for name in names.values())
+    is_shared = {file: shared[str(name.with_suffix("")).casefold()] > 1 for file, name in names.items()}
+    return {file: name if is_shared[file] else name.with_suffix("") for file, name in names.items()}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""Draws dense features as PIL images: colour maps, heat maps, and both beside the image.
+"""Draws as PIL images: maps of dense features, masks and boxes over images, confusion matrices, images in rows.
 
 Every square of a map is one token; nothing is smoothed, so that what is drawn is what the model said.
 """
@@ -7,15 +7,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.learn.metrics import IGNORED
+
 if TYPE_CHECKING:
     from PIL import Image
 
+Colour: TypeAlias = tuple[int, int, int]
+
 INK, PAPER = (34, 36, 42), (255, 255, 255)
+FAINT = (120, 124, 132)
+
+CLASSES = (
+    (214, 69, 65),
+    (56, 120, 190),
+    (44, 150, 90),
+    (236, 150, 30),
+    (130, 85, 175),
+    (0, 155, 170),
+    (190, 90, 140),
+    (120, 130, 40),
+    (105, 85, 70),
+    (90, 105, 130),
+)
+"""Ten colours that are easy to tell apart on white."""
+
+BACKGROUND = ("background", "_background_", "__background__", "unlabeled", "unlabelled")
+"""Names of a first class that stays bare in overlays."""
+
+OPACITY = 0.55
+
+LARGEST = 1600
+"""Pixels of the longer side of an overlay; larger images are drawn smaller."""
+
+SMALLEST = 448
+"""Small images are drawn larger, so that names can be read."""
+
+CELL = 28
+MAX_CLASSES = 40
+"""Pixels of a cell of a confusion matrix, and the classes that it shows: the most confused ones."""
 
 HEAT = ((16, 18, 52), (62, 38, 120), (140, 46, 116), (214, 84, 80), (248, 158, 66), (252, 236, 152))
 """From unlike to alike; lightness rises all the way, so the order survives in grey."""
@@ -143,6 +178,170 @@ def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
     return pasted(images, [(int(left), 0) for left in places[:-1]], size)
 
 
+def below(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
+    """Images in a column as they are, their left edges in line."""
+    places = np.cumsum([0, *(image.height + gap for image in images)])
+    size = (max(image.width for image in images), int(places[-1]) - gap)
+    return pasted(images, [(0, int(top)) for top in places[:-1]], size)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    frames: Sequence[Sequence[Colour | None]] | None = None,
+    side: int = 96,
+    gap: int = 10,
+) -> Image.Image:
+    """Images in rows on white, each fitted into a square of `side` pixels.
+
+    `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
+    """
+    from PIL import Image, ImageDraw, ImageOps
+
+    text = max(11, side // 8) if captions else 0
+    step = (side + gap, side + gap + (text + 6 if captions else 0))
+    columns = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            left, top = gap + c * step[0], gap + r * step[1]
+            fitted = ImageOps.contain(image.convert("RGB"), (side, side), sampling(image, side))
+            place = (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2)
+            canvas.paste(fitted, place)
+            if frames and (colour := frames[r][c]):
+                edges = (place[0] - 3, place[1] - 3, place[0] + fitted.width + 2, place[1] + fitted.height + 2)
+                draw.rectangle(edges, outline=colour, width=3)
+            if captions:
+                draw.text((left + side / 2, top + side + 5), captions[r][c], INK, font(text), anchor="mt")
+    return canvas
+
+
+def font(size: int) -> Any:
+    """Pillow's own font in `size` pixels."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+@lru_cache
+def palette() -> bytes:
+    """The 256 colours of PASCAL VOC's masks, as every viewer of such masks knows them: bits of the class, shuffled.
+
+    0 is black, 255 nearly white.
+    """
+    colours = []
+    for value in range(256):
+        rest, colour = value, [0, 0, 0]
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                colour[channel] |= (rest >> channel & 1) << bit
+            rest >>= 3
+        colours += colour
+    return bytes(colours)
+
+
+def palette_image(labels: NDArray[Any]) -> Image.Image:
+    """Class numbers as a palette image whose values they are: `(H, W) uint8 -> image of mode P`."""
+    from PIL import Image
+
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette(palette())
+    return image
+
+
+def class_colour(label: int) -> Colour:
+    """The colour of a class in overlays: ten that are easy to tell apart, then the palette's."""
+    if label < len(CLASSES):
+        return CLASSES[label]
+    red, green, blue = palette()[3 * (label % 256) : 3 * (label % 256) + 3]
+    return red, green, blue
+
+
+def with_mask(image: Image.Image, labels: NDArray[Any], classes: Sequence[str]) -> Image.Image:
+    """An image under its coloured mask, names at the middle of what they name: `image, (H, W) -> image`.
+
+    A first class called background stays bare, as do pixels that nobody labelled.
+    """
+    from PIL import Image
+
+    bare = [IGNORED, *([0] if classes and classes[0].lower() in BACKGROUND else [])]
+    laid, mask = _sized(image), Image.fromarray(labels.astype(np.uint8))
+    mask = mask.resize(laid.size, Image.Resampling.NEAREST)
+    values = np.asarray(mask)
+    table = np.array([class_colour(value) for value in range(256)], np.float64)
+    opacity = np.where(np.isin(values, bare), 0, OPACITY)[..., None]
+    pixels = np.asarray(laid, np.float64)
+    laid = Image.fromarray(np.rint(pixels + opacity * (table[values] - pixels)).astype(np.uint8))
+    for label in np.unique(values):
+        if label in bare or label >= len(classes):
+            continue
+        rows, columns = np.nonzero(values == label)
+        if len(rows) >= values.size // 400:
+            middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
+            _name(laid, (int(columns[middle]), int(rows[middle])), classes[label], class_colour(int(label)), "mm")
+    return laid
+
+
+def with_boxes(
+    image: Image.Image,
+    boxes: NDArray[Any],
+    labels: NDArray[Any],
+    classes: Sequence[str],
+    *,
+    scores: NDArray[Any] | None = None,
+) -> Image.Image:
+    """An image with frames around objects and their names, scores in percent: `image, (n, 4), (n,) -> image`."""
+    from PIL import ImageDraw
+
+    laid = _sized(image)
+    scale = laid.width / image.width
+    draw = ImageDraw.Draw(laid)
+    line = max(2, round(min(laid.size) / 200))
+    for i in range(len(boxes) - 1, -1, -1):  # the surest on top
+        left, top, right, bottom = (float(n) * scale for n in boxes[i])
+        colour = class_colour(int(labels[i]))
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
+        text = classes[labels[i]] if scores is None else f"{classes[labels[i]]} {100 * scores[i]:.0f}"
+        _name(laid, (left, top), text, colour, "lb" if top > 24 else "lt")
+    return laid
+
+
+def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image:
+    """The matrix as an image: rows are the labels, columns what was predicted, dark is often."""
+    from PIL import Image, ImageDraw
+
+    shown = np.arange(len(classes))
+    if len(classes) > MAX_CLASSES:
+        mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+        shown = np.sort(np.argsort(-mistaken, kind="stable")[:MAX_CLASSES])
+    counts = counts[np.ix_(shown, shown)]
+    names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (classes[int(i)] for i in shown)]
+    large, small = font(13), font(11)
+    left = round(max(large.getlength(name) for name in names)) + 34
+    side = CELL * len(names)
+    canvas = Image.new("RGB", (left + side + 12, left + side + 28), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    for r, c in np.ndindex(counts.shape):
+        x, y = left + c * CELL, left + r * CELL
+        colour = (30, 110, 60) if r == c else (190, 40, 30)
+        ink = tuple(round(255 + (part - 255) * float(shares[r, c]) ** 0.5) for part in colour)
+        draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), fill=ink, outline=(225, 225, 225))
+        if counts[r, c]:
+            text = INK if shares[r, c] < 0.4 else PAPER
+            draw.text((x + CELL / 2, y + CELL / 2), f"{counts[r, c]}", text, small, anchor="mm")
+    for i, name in enumerate(names):
+        draw.text((left - 8, left + (i + 0.5) * CELL), name, INK, large, anchor="rm")
+        strip = Image.new("RGB", (left - 8, CELL), PAPER)
+        ImageDraw.Draw(strip).text((0, CELL / 2), name, INK, large, anchor="lm")
+        canvas.paste(strip.rotate(90, expand=True), (left + i * CELL, 0))
+    words = "rows: the label, columns: what was predicted"
+    draw.text((left + side, left + side + 6), words, FAINT, small, anchor="rt")
+    return canvas
+
+
 def _check_grid(tokens: NDArray[Any], grid: tuple[int, int]) -> None:
     if tokens.ndim != 2 or len(tokens) != math.prod(grid):
         raise ValueError(
@@ -172,3 +371,19 @@ def sampling(image: Image.Image, side: int) -> Any:
     from PIL import Image
 
     return Image.Resampling.NEAREST if 4 * max(image.size) <= side else Image.Resampling.LANCZOS
+
+
+def _sized(image: Image.Image) -> Image.Image:
+    """A copy in RGB whose longer side is between `SMALLEST` and `LARGEST`."""
+    longer = max(image.size)
+    scale = min(LARGEST / longer, 1) if longer > SMALLEST else SMALLEST / longer
+    return image.convert("RGB").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
+
+
+def _name(image: Image.Image, place: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
+    from PIL import ImageDraw
+
+    draw = ImageDraw.Draw(image)
+    box = draw.textbbox(place, text, font=font(16), anchor=anchor)
+    draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
+    draw.text(place, text, PAPER, font(16), anchor=anchor)

@@ -5,10 +5,9 @@ labels x templates -> texts -> one unit vector per label; image -> unit vector; 
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,18 +15,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.config import LIT_CHECKPOINT
-from mlx_aimv2.images import POLICY, ImageInput, Policy
+from mlx_aimv2.embed.loader import images_at_once, run_ahead, split_into_chunks
+from mlx_aimv2.images import POLICY, ImageInput, Policy, open_image
+from mlx_aimv2.images.pixels import Levels
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.processor import Aimv2Processor, Pixels, are_apart, as_list
+from mlx_aimv2.processor import Aimv2Processor, are_apart, as_list
 
 TEMPLATES = ("a photo of a {}",)
 """Sentences that a label is put into unless others are given."""
 
 PLACE = "{}"
 """Where in a template the label goes."""
-
-TOKENS_AT_ONCE = 4096
-"""Tokens in one call of the model: enough to fill a GPU, and much larger batches are slower."""
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
@@ -97,27 +95,44 @@ class ZeroShotClassifier:
         `policy` says what is accepted, and whether a JPEG is decoded exactly or fast. Images are
         decoded in other threads while the model works on those before them.
         """
-        tokens = self._model.vision.config.num_patches
-        size = TOKENS_AT_ONCE // tokens or 1 if tokens else 1
-        with ThreadPoolExecutor(min(size, os.cpu_count() or 1) if are_apart(images) else 1) as pool:
-            ahead = self._submit(pool, images[:size], policy)
-            for start in range(0, len(images), size):
-                decoded = [future.result() for future in ahead]
-                ahead = self._submit(pool, images[start + size : start + 2 * size], policy)
-                arrays = [array for array in decoded if isinstance(array, np.ndarray)]
-                predictions = iter(self.predict(mx.array(np.stack(arrays))) if arrays else ())
-                for array in decoded:
-                    yield next(predictions) if isinstance(array, np.ndarray) else array
+        config, processor = self._model.vision.config, self._processor
+
+        def prepare(image: ImageInput) -> _Read:
+            try:
+                opened = open_image(image, policy=policy)
+                return _Read(processor.levels(opened), notes=[f"{opened.name} {note}" for note in opened.notes])
+            except (OSError, ValueError) as error:
+                return _Read(error=error)
+
+        for chunk in run_ahead(
+            split_into_chunks(images),
+            prepare,
+            lambda levels: self._compare(processor.normalised(levels)),
+            patch=config.patch_size,
+            tokens=config.num_patches,
+            threads=None if are_apart(images) else 1,
+        ):
+            for image, outputs in chunk:
+                for note in image.notes:
+                    warnings.warn(note, stacklevel=2)
+                if outputs is not None:
+                    yield self._prediction(outputs)
+                elif image.error is not None:
+                    yield image.error
 
     def predict(self, pixels: mx.array) -> list[Prediction]:
         """What the processor made of images, `(B, H, W, 3) -> B predictions`."""
-        logits = self._model.logits(unit_length(self._model.encode_image(pixels)), self.text_embeds)  # (B, T)
-        _check_finite(logits, self._model)
-        pairs = zip(np.array(logits), np.array(mx.softmax(logits, axis=-1)), strict=True)
-        return [Prediction(self.labels, *pair) for pair in pairs]
+        outputs = {name: np.array(array) for name, array in self._compare(pixels).items()}
+        return [self._prediction({name: array[i] for name, array in outputs.items()}) for i in range(len(pixels))]
 
-    def _submit(self, pool: ThreadPoolExecutor, images: Sequence[ImageInput], policy: Policy) -> list[Future[Any]]:
-        return [pool.submit(_pixels_or_error, self._processor, image, policy) for image in images]
+    def _compare(self, pixels: mx.array) -> dict[str, mx.array]:
+        """Logits and probabilities, `(B, H, W, 3) -> (B, T)` each."""
+        logits = self._model.logits(unit_length(self._model.encode_image(pixels)), self.text_embeds)
+        return {"logits": logits, "probabilities": mx.softmax(logits, axis=-1)}
+
+    def _prediction(self, outputs: dict[str, Floats]) -> Prediction:
+        _check_finite(outputs["logits"], self._model)
+        return Prediction(self.labels, **outputs)
 
     def _read(self) -> mx.array:
         """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
@@ -128,7 +143,7 @@ class ZeroShotClassifier:
         _check_distinct(ids, self.labels, self.templates)
         vectors = encode_ids(self._model, ids).reshape(len(self.labels), len(self.templates), -1)
         text_embeds = unit_length(mx.array(vectors.mean(axis=1)))
-        _check_finite(text_embeds, self._model)
+        _check_finite(np.array(text_embeds), self._model)
         return text_embeds
 
 
@@ -158,7 +173,7 @@ def encode_ids(model: Aimv2Model, ids: np.ndarray[Any, Any]) -> Floats:
     start = 0
     while start < len(ids):
         length = lengths[order[start]]
-        rows = order[start : start + max(1, TOKENS_AT_ONCE // length)]
+        rows = order[start : start + images_at_once(length)]
         vectors[rows] = np.array(unit_length(model.encode_text(mx.array(ids[rows, :length]))))
         start += len(rows)
     return vectors
@@ -207,14 +222,16 @@ def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str], templates:
                 )
 
 
-def _check_finite(numbers: mx.array, model: Aimv2Model) -> None:
-    if not mx.isfinite(numbers).all().item():
+def _check_finite(numbers: Floats, model: Aimv2Model) -> None:
+    if not np.isfinite(numbers).all():
         name = str(model.dtype).removeprefix("mlx.core.")
         raise ValueError(f"the model gave numbers that are not finite in {name}: load it with dtype float32")
 
 
-def _pixels_or_error(processor: Aimv2Processor, image: ImageInput, policy: Policy) -> Pixels | OSError | ValueError:
-    try:
-        return processor.pixels(image, policy=policy)
-    except (OSError, ValueError) as error:
-        return error
+@dataclass
+class _Read:
+    """An image's levels (H, W, 3) and what is unusual about it, or why it has none."""
+
+    levels: Levels | None = None
+    error: OSError | ValueError | None = None
+    notes: Sequence[str] = ()

@@ -6,7 +6,7 @@ from PIL import Image
 
 from examples import tsne
 from mlx_aimv2 import plot
-from mlx_aimv2.learn.drawing import below, contact_sheet
+from mlx_aimv2.plot import below, contact_sheet
 
 ROWS, COLUMNS, WIDTH = 3, 5, 7
 

@@ -13,7 +13,7 @@ from PIL import Image
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed import embed
-from mlx_aimv2.embed.prefetch import Budget, Decoder
+from mlx_aimv2.embed.loader import Budget, Decoder
 from mlx_aimv2.images import Policy, open_image, to_rgb
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.preprocessing import Preprocessing, published

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.pipeline import CHUNK
+from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Index
 from tests.programs import running
 
@@ -27,15 +27,15 @@ KILLS = 20
 DRIVER = """
 import sys, time
 from mlx_aimv2 import cli
-from mlx_aimv2.embed import prefetch
+from mlx_aimv2.embed import loader
 from mlx_aimv2.embed import update
-import mlx_aimv2.embed.pipeline, mlx_aimv2.embed.provenance, mlx_aimv2.index.writer
+import mlx_aimv2.embed.encode, mlx_aimv2.embed.provenance, mlx_aimv2.index.writer
 update.COMMIT_SECONDS = 0
-read = prefetch.read_image_file
+read = loader.read_image_file
 def slowly(path):
     time.sleep(0.003)
     return read(path)
-prefetch.read_image_file = slowly
+loader.read_image_file = slowly
 print("ready", flush=True)
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -130,11 +130,11 @@ def test_one_ctrl_c_stops_a_run_and_a_second_one_a_slow_decoder(tmp_path):
     code = f"""
 import sys, time
 from mlx_aimv2 import cli, images
-from mlx_aimv2.embed import prefetch
+from mlx_aimv2.embed import loader
 def slowly(*_, **__):
     print("decoding", flush=True)
     time.sleep({SLOW})
-prefetch.open_image = slowly
+loader.open_image = slowly
 sys.exit(cli.main(["embed", {PHOTOGRAPH!r}, "-m", {str(FIXED)!r}, "-o", "photos.db"]))
 """
     with programs.running(sys.executable, "-c", code, cwd=tmp_path) as run:

@@ -110,7 +110,7 @@ def test_small_batches_give_what_one_batch_gives(lit_pair, noise_images, monkeyp
     encode_text, encode_image = model.encode_text, model.encode_image
     monkeypatch.setattr(model, "encode_text", lambda ids: tokens.append(ids.size) or encode_text(ids), raising=False)
     monkeypatch.setattr(model, "encode_image", lambda p: rows.append(len(p)) or encode_image(p), raising=False)
-    monkeypatch.setattr("mlx_aimv2.zero_shot_classifier.TOKENS_AT_ONCE", 25)
+    monkeypatch.setattr("mlx_aimv2.embed.loader.BATCH_TOKENS", 25)
     parts = ZeroShotClassifier(*lit_pair, labels, templates=templates)
     assert roundings(parts.text_embeds, whole.text_embeds) <= NEAR
     assert roundings([prediction.logits for prediction in parts(noise_images)], wanted) <= NEAR
@@ -133,14 +133,14 @@ def test_one_image_an_array_of_images_and_no_image(lit_pair, noise_images):
 
 def test_open_images_are_decoded_by_one_thread_and_files_by_several(lit_pair, noise_images, monkeypatch):
     model, processor = lit_pair
-    threads, pixels = set(), processor.pixels
+    threads, levels = set(), processor.levels
 
     def slowly(image: object, **keywords: object) -> np.ndarray:
         threads.add(threading.get_ident())
         time.sleep(0.01)
-        return pixels(image, **keywords)
+        return levels(image, **keywords)
 
-    monkeypatch.setattr(processor, "pixels", slowly)
+    monkeypatch.setattr(processor, "levels", slowly)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     classifier = ZeroShotClassifier(model, processor, LABELS)
     image = Image.open(noise_images[0])
@@ -156,7 +156,7 @@ def test_pixels_from_the_processor_serve_too(lit_pair, noise_images):
 
 
 def test_an_image_that_cannot_be_read_gives_its_error_in_its_place(lit_pair, noise_images, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.zero_shot_classifier.TOKENS_AT_ONCE", 18)
+    monkeypatch.setattr("mlx_aimv2.embed.loader.BATCH_TOKENS", 18)
     classifier = ZeroShotClassifier(*lit_pair, LABELS)
     results = list(classifier.each([noise_images[0], "nowhere.png", "gone.png", *noise_images[1:]]))
     assert [isinstance(result, FileNotFoundError) for result in results] == [False, True, True, *[False] * 4]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from mlx_aimv2.cli import progress, say, show
@@ -105,35 +105,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
-    from mlx_aimv2.embed.job import update_index
+    from mlx_aimv2.embed.encode import Settings
+    from mlx_aimv2.embed.job import Options, update_index
     from mlx_aimv2.images.open import reuse_decoding_memory
 
     reuse_decoding_memory()
     started = time.monotonic()
     output = expand_user(arguments.output)
+    given = vars(arguments) | {"policy": policy_of(arguments)}
+    settings = Settings(**{one.name: given[one.name] for one in fields(Settings)})
+    options = Options(**{one.name: given[one.name] for one in fields(Options)})
     try:
         with progress("images") as on_progress:
-            summary = update_index(
-                arguments.paths,
-                output,
-                model=arguments.model,
-                revision=arguments.revision,
-                dtype=arguments.dtype,
-                pool=arguments.pool,
-                layer=arguments.layer,
-                norm=arguments.norm,
-                max_patches=arguments.max_patches,
-                threads=arguments.threads,
-                store=arguments.store,
-                export_kind=arguments.export,
-                exclude=arguments.exclude,
-                include=arguments.include,
-                prune=arguments.prune,
-                overwrite=arguments.overwrite,
-                policy=policy_of(arguments),
-                report=say,
-                on_progress=on_progress,
-            )
+            summary = update_index(arguments.paths, output, settings, options, report=say, on_progress=on_progress)
     except ConnectionError as error:  # another rank is gone
         say(error)
         return 1

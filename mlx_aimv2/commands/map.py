@@ -16,9 +16,9 @@ from mlx_aimv2 import plot
 from mlx_aimv2.cli import say, show_progress
 from mlx_aimv2.commands import flags
 from mlx_aimv2.commands.flags import MODEL, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.embed.pipeline import FAST
-from mlx_aimv2.embed.prefetch import MAX_PATCHES
-from mlx_aimv2.files import atomic_file, check_file, expand_user
+from mlx_aimv2.embed.encode import FAST
+from mlx_aimv2.embed.loader import MAX_PATCHES
+from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import Policy
 from mlx_aimv2.loading import load
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed += [f"{name} {reason}" for name, reason in found.problems]
     if found.files:
         kind = "pca" if arguments.patch is None else "patch"
-        targets = list(_targets(found.files, arguments.output, kind, overwrite=arguments.overwrite))
+        targets = list(_targets(arguments.images, found.files, arguments.output, kind, overwrite=arguments.overwrite))
         model, processor = load(arguments.model, revision=arguments.revision)
         for file, target in zip(found.files, targets, strict=True):
             try:
@@ -140,8 +140,8 @@ def _seen(pixels: mx.array, processor: Aimv2Processor) -> Image.Image:
     return plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
 
 
-def _targets(files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
-    """Where each image's map goes; two images of one name in different folders get numbers."""
+def _targets(given: list[str], files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
+    """Where each image's map goes: in a folder below the path that the image has in the one that was given."""
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
@@ -150,15 +150,8 @@ def _targets(files: list[str], output: str | None, kind: str, *, overwrite: bool
     folder = expand_user(output or ".")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
-    taken: set[str] = set()
-    for file in files:
-        stem = name = Path(file).stem
-        number = 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        yield _checked(folder / f"{name}-{kind}{ENDING}", files, overwrite=overwrite)
+    for stem in stems_below(given, files).values():
+        yield _checked(folder / f"{stem}-{kind}{ENDING}", files, overwrite=overwrite)
 
 
 def _checked(target: Path, files: list[str], *, overwrite: bool) -> Path:

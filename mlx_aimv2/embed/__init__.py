@@ -1,5 +1,5 @@
 """Turns folders of images into vectors."""
 
-from mlx_aimv2.embed.pipeline import embed
+from mlx_aimv2.embed.encode import embed
 
 __all__ = ["embed"]

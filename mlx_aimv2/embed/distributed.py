@@ -10,26 +10,17 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_aimv2.embed.encode import Result
 from mlx_aimv2.index.reader import Embedding
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch (ring, jaccl, nccl) or by mpirun: without one of them this is a single process."""
-
-
-@dataclass
-class Result:
-    """What one rank made of its chunk: embeddings, and what failed or deserves a note as pairs (path, reason)."""
-
-    embeddings: list[Embedding] = field(default_factory=list)
-    failures: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 class RankLostError(ConnectionError):

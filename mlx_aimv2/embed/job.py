@@ -12,9 +12,8 @@ from typing import Any
 
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.device import is_slow_here
-from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, my_chunks
-from mlx_aimv2.embed.embedder import Embedder, Settings
-from mlx_aimv2.embed.pipeline import FAST
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
+from mlx_aimv2.embed.encode import FAST, Embedder, Result, Settings
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.embed.update import Plan, Update, make_plan
 from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
@@ -52,54 +51,52 @@ class Summary:
     is_made: bool
 
 
+@dataclass(frozen=True)
+class Options:
+    """How an index is brought up to date.
+
+    `threads` decode, by default one for each core; `policy` says how images are read. `store` is the dtype of the
+    vectors in a new index, float16 or float32; `export` writes everything beside the index too (npz, safetensors or
+    jsonl), where `overwrite` lets it replace what is no export. `exclude` and `include` are glob patterns
+    (`exclude.Rules`). Images whose files may come back, on a drive that is not plugged in, stay in the index unless
+    `prune` is set.
+    """
+
+    threads: int | None = None
+    policy: Policy = FAST
+    store: str | None = None
+    export: str | None = None
+    exclude: Sequence[str] = ()
+    include: Sequence[str] = ()
+    prune: bool = False
+    overwrite: bool = False
+
+
 def update_index(
     paths: Iterable[str],
     output: Path,
+    settings: Settings,
+    options: Options,
     *,
-    model: str | None = None,
-    revision: str | None = None,
-    dtype: str | None = None,
-    pool: str | None = None,
-    layer: int | None = None,
-    norm: bool = False,
-    max_patches: int | None = None,
-    threads: int | None = None,
-    store: str | None = None,
-    export_kind: str | None = None,
-    exclude: Sequence[str] = (),
-    include: Sequence[str] = (),
-    prune: bool = False,
-    overwrite: bool = False,
-    policy: Policy = FAST,
-    report: Report | None = None,
-    on_progress: OnProgress | None = None,
+    report: Report = warnings.warn,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Summary | None:
     """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
 
-    A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. Images whose
-    files may come back, on a drive that is not plugged in, stay in the index unless `prune` is set. `exclude` and
-    `include` are glob patterns (`exclude.Rules`).
-
-    `-` among the paths reads names from stdin. Without a model, and where other settings are left out, an index that
-    exists keeps its own. `store` is the dtype of the vectors in a new index, float16 or float32; `export_kind` writes
-    everything beside the index too (npz, safetensors or jsonl), where `overwrite` lets it replace what is no export.
-    `policy` says how images are read.
+    A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. `-` among the
+    paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
 
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Images that fail go to `report`, notes
     are warnings. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
     was done until then is kept.
     """
-    for name, count in (("--threads", threads), ("--max-patches", max_patches)):
+    for name, count in (("--threads", options.threads), ("--max-patches", settings.max_patches)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     ranks = Ranks()
-    given = {"model": model, "revision": revision, "dtype": dtype, "pool": pool, "layer": layer}
-    given |= {"norm": norm, "max_patches": max_patches}
-    listing = {"exclude": tuple(exclude), "include": tuple(include)}
-    report, on_progress = report or warnings.warn, on_progress or (lambda done, total: None)
-    job = _Job(output, ranks, store, export_kind, listing, prune, overwrite, report, on_progress)
+    job = _Job(output, ranks, options, report, on_progress)
     try:
-        return _run(job, ranks, paths, given, threads, policy)
+        return _run(job, ranks, paths, settings)
     except RankLostError as error:
         kept = f"; {job.kept()}" if ranks.rank == 0 else ""
         raise RankLostError(f"rank {ranks.rank}: {error}{kept}; run it again to go on") from None
@@ -111,12 +108,10 @@ def update_index(
             job.index.close()
 
 
-def _run(
-    job: _Job, ranks: Ranks, paths: Iterable[str], given: dict[str, Any], threads: int | None, policy: Policy
-) -> Summary | None:
+def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: Settings) -> Summary | None:
     prepared = ranks.first(lambda: job.prepare(paths, given))
     settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-    embedder = Embedder.load(settings, decode=policy.decode)
+    embedder = Embedder.load(settings, decode=job.options.policy.decode)
     if plan.chunks and ranks.rank == 0 and is_slow_here(embedder.loaded.model.dtype):
         job.report(
             f"note: MLX computes {dtype_name(embedder.loaded.model.dtype)} slowly on a CPU; --dtype auto takes float32"
@@ -125,24 +120,13 @@ def _run(
     if digest != embedder.description["weights"]["digest"]:
         raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
     update = Update(plan, job.index, lambda: job.create(embedder.description, embedder.pooling.axes))
-    mine = Result()
-    results = embedder(
-        my_chunks(plan.chunks, ranks),
-        threads=threads,
-        policy=policy,
-        on_failure=lambda path, reason: mine.failures.append((path, reason)),
-        on_note=lambda path, note: mine.notes.append((path, note)),
-        known=plan.known,
-    )
+    threads, policy = job.options.threads, job.options.policy
     try:
-        for embeddings in results:
-            mine.embeddings = embeddings
+        for mine in embedder(my_chunks(plan.chunks, ranks), policy=policy, known=plan.known, threads=threads):
             for result in ranks.gather(mine):
                 if ranks.rank == 0:
                     job.take(result, update)
-            mine.failures.clear()
-            mine.notes.clear()
-        ranks.first(lambda: job.finish(update, mine))
+        ranks.first(lambda: job.finish(update))
     except RankLostError:
         update.commit()
         raise
@@ -161,11 +145,7 @@ class _Job:
 
     output: Path
     ranks: Ranks
-    store: str | None
-    export_kind: str | None
-    rules: dict[str, tuple[str, ...]]
-    prune: bool
-    overwrite: bool
+    options: Options
     report: Report
     on_progress: OnProgress
     index: IndexWriter | None = None
@@ -179,14 +159,13 @@ class _Job:
         count = len(self.index) if self.index is not None else 0
         return f"{self.output} keeps {count:,} images" if count else "nothing is stored yet"
 
-    def prepare(self, paths: Iterable[str], given: dict[str, Any]) -> dict[str, Any]:
+    def prepare(self, paths: Iterable[str], given: Settings) -> dict[str, Any]:
         """The settings and the plan, for all ranks."""
         self._check_output()
         settings = self._settings(given)
         listing = self._list(paths)
-        if self.export_to is not None and self.export_kind is not None:  # once more, now that the images are known
-            target(self.output, self.export_kind, overwrite=self.overwrite, inputs=listing.files)
-        plan = make_plan(listing, self.index, prune=self.prune)
+        self._check_export(listing.files)  # once more, now that the images are known
+        plan = make_plan(listing, self.index, prune=self.options.prune)
         self.passed_over = {**listing.suffixes, **listing.excluded}
         return {"settings": asdict(settings), "plan": asdict(plan)}
 
@@ -200,25 +179,26 @@ class _Job:
             raise FileNotFoundError(f"{folder} does not exist: make that folder first, or choose another -o")
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
             raise PermissionError(f"{folder} cannot be written to: choose another -o")
-        if self.export_kind is not None:
-            known = self.index.paths() if self.index is not None else ()
-            self.export_to = target(self.output, self.export_kind, overwrite=self.overwrite, inputs=known)
+        self._check_export(self.index.paths() if self.index is not None else ())
 
-    def _settings(self, given: dict[str, Any]) -> Settings:
+    def _check_export(self, inputs: Iterable[str]) -> None:
+        """Notes where the export goes, if one is wanted; none of the inputs is replaced."""
+        if (kind := self.options.export) is not None:
+            self.export_to = target(self.output, kind, overwrite=self.options.overwrite, inputs=inputs)
+
+    def _settings(self, given: Settings) -> Settings:
         """The given settings and, where they say nothing, those of the index."""
         if self.index is None:
-            if given["model"] is None:
+            if given.model is None:
                 raise ValueError(f"{self.output} does not exist yet: say with which model to make it, -m MODEL")
-            return Settings(**given)
+            return given
         stored = made_by(self.index)
-        if self.store is not None and self.store != self.index.dtype:
+        if self.options.store not in (None, self.index.dtype):
             raise ValueError(f"{self.output} stores {self.index.dtype}: leave --store out, or choose another -o")
         kept = {name: stored[name] for name in ("pool", "layer", "norm", "max_patches")}
-        if given["model"] is None:
+        if given.model is None:
             kept |= {"model": stored["checkpoint"], "revision": stored["commit"], "dtype": stored["dtype"]}
-        return Settings(
-            **(kept | {name: value for name, value in given.items() if value is not None and value is not False})
-        )
+        return Settings(**(kept | {name: value for name, value in asdict(given).items() if value not in (None, False)}))
 
     def _list(self, paths: Iterable[str]) -> Listing:
         names: list[str] = []
@@ -229,14 +209,14 @@ class _Job:
                 raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
             else:
                 names += read_list(sys.stdin.buffer.read())
-        listing = list_images(names, **self.rules)
+        listing = list_images(names, exclude=self.options.exclude, include=self.options.include)
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
-        missing = [path for path in listing.missing if not (self.prune and self._holds(path))]
+        missing = [path for path in listing.missing if not (self.options.prune and self._holds(path))]
         self._fail([(path, "does not exist") for path in missing])
         self._fail(listing.problems)
-        if not listing.files and not listing.problems and not self.prune:
+        if not listing.files and not listing.problems and not self.options.prune:
             raise FileNotFoundError(f"no images found: looked for names that end in {' '.join(SUFFIXES)}")
         return listing
 
@@ -263,7 +243,7 @@ class _Job:
 
     def create(self, description: dict[str, Any], axes: int) -> IndexWriter:
         """Makes the index, when the first embeddings are there."""
-        dtype, width = self.store or "float16", description["width"]
+        dtype, width = self.options.store or "float16", description["width"]
         try:
             self.index = IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
         except FileExistsError:
@@ -281,10 +261,8 @@ class _Job:
         self.done += len(result.embeddings) + len(result.failures)
         self.on_progress(self.done, update.plan.images)
 
-    def finish(self, update: Update, last: Result) -> bool:
+    def finish(self, update: Update) -> bool:
         """Writes what is left and the export, and says which images have no file."""
-        last.embeddings = []
-        self.take(last, update)
         update.finish()
         if kept := update.kept:
             self.report(
@@ -292,8 +270,8 @@ class _Job:
                 f"as {kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune forgets what is "
                 "not there"
             )
-        if self.export_to is not None and self.export_kind is not None and self.index is not None:
-            export(self.index, self.export_to, kind=self.export_kind)
+        if self.export_to is not None and self.index is not None:
+            export(self.index, self.export_to, kind=self.export_to.suffix[1:])
         return True
 
     def summary(self, update: Update) -> Summary:

@@ -14,16 +14,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx import nn
 
-POOLS = {
-    "mean": "the mean over the tokens, (D,)",
-    "head": "the checkpoint's own attention head, in LiT projected to the space it shares with text, (E,)",
-    "tokens": "every token, (N, D)",
-    "map": "every token at its place, (rows, columns, D)",
-}
-"""Name of a pooling -> what it gives for one image."""
+POOLS = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
+"""Name of a pooling -> axes of the result for one image.
 
-AXES = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
-"""Name of a pooling -> axes of the result for one image."""
+`mean` is the mean over the tokens, (D,); `head` the checkpoint's own attention head, in LiT projected to the space it
+shares with text, (E,); `tokens` every token, (N, D); `map` every token at its place, (rows, columns, D).
+"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Pooling:
     @property
     def axes(self) -> int:
         """1 for one vector an image, 2 for tokens, 3 for a map."""
-        return AXES[self.pool]
+        return POOLS[self.pool]
 
     def width(self, model: nn.Module) -> int:
         """D or E, the length of each vector."""

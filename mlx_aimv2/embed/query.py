@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.embed.embedder import Embedder, Settings
-from mlx_aimv2.embed.pipeline import FAST
+from mlx_aimv2.embed.encode import FAST, Embedder, Settings, raise_failure
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.files import expand_user
 from mlx_aimv2.find_images import has_suffix
@@ -64,8 +63,12 @@ def query_vector(
     if image is None:
         loaded = embedder.loaded
         return np.array(loaded.model.encode_text(loaded.processor.tokenize([text]))[0].tolist())
-    (chunk,) = embedder([[image]], policy=policy)
-    vector: NDArray[Any] = chunk[0].vector
+    (result,) = embedder([[image]], policy=policy)
+    for path, note in result.notes:
+        warnings.warn(f"{path} {note}", stacklevel=2)
+    for path, reason in result.failures:
+        raise_failure(path, reason)
+    vector: NDArray[Any] = result.embeddings[0].vector
     return vector
 
 

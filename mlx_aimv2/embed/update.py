@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_aimv2.embed.pipeline import split_into_chunks
+from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.find_images import Listing, identity, is_gone, is_under
 from mlx_aimv2.index.reader import Embedding, Index, Stamp
 from mlx_aimv2.index.writer import Copy, IndexWriter, Move

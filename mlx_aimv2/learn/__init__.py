@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_aimv2.learn.evaluation import evaluate
+    from mlx_aimv2.learn.evaluation import evaluate, predict
     from mlx_aimv2.learn.fit_head import fit
-    from mlx_aimv2.learn.fuse_adapters import fuse
-    from mlx_aimv2.learn.prediction import predict
+    from mlx_aimv2.learn.head_folder import fuse
 
 __all__ = ["evaluate", "fit", "fuse", "predict"]
 
-_HOME = {"evaluate": "evaluation", "fit": "fit_head", "fuse": "fuse_adapters", "predict": "prediction"}
+_HOME = {"evaluate": "evaluation", "fit": "fit_head", "fuse": "head_folder", "predict": "evaluation"}
 """Public name -> the file that it is defined in."""
 
 

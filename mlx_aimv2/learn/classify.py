@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import classify_card, label_files
+from mlx_aimv2.learn import label_files, metrics
 from mlx_aimv2.learn.data import Dataset, Sample
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.knn import KnnHead
@@ -22,8 +24,6 @@ from mlx_aimv2.learn.task import Defaults, Labelled
 from mlx_aimv2.train.augment import Augmentation
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mlx_aimv2.learn.task import Arrays
     from mlx_aimv2.processor import Aimv2Processor
 
@@ -51,6 +51,9 @@ OPERATIONS = 2
 
 SHOWN = 5
 """Labels that a prediction tells."""
+
+MISTAKES = 12
+"""Images on the model card that were called what they are not."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,6 @@ def example(
     return {"pixels": processor.pixels(image), **targets(sample, processor)}
 
 
-def pixels(path: str, processor: Aimv2Processor) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
-    """An image's pixels (H, W, 3), and its own (height, width)."""
-    image = to_rgb(path)
-    return processor.pixels(image), (image.height, image.width)
-
-
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
     """The number of the class, ()."""
     return {"label": np.array(sample.target, np.int32)}
@@ -134,13 +131,12 @@ def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Cla
 
 def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> dict[str, float]:
     """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes."""
-    labels = np.array([sample.target for sample in samples])
-    ranked = np.array([prediction.best(5) for prediction in predictions])
-    right = ranked[:, 0] == labels
-    scores = {"top1": float(right.mean())}
+    counts = _confusion(samples, predictions, classes)
+    scores = {"top1": metrics.accuracy(counts)}
     if len(classes) > 5:
-        scores["top5"] = float((ranked == labels[:, None]).any(axis=1).mean())
-    scores["mean_class"] = float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+        pairs = zip(samples, predictions, strict=True)
+        scores["top5"] = float(np.mean([sample.target in prediction.best(5) for sample, prediction in pairs]))
+    scores["mean_class"] = metrics.mean_recall(counts)
     return scores
 
 
@@ -156,15 +152,60 @@ def as_text(prediction: Classification, classes: Sequence[str]) -> str:
     return "\n".join(f"{100 * prediction.probabilities[i]:7.2f} %  {classes[i]}" for i in prediction.best())
 
 
-def save_prediction(prediction: Classification, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
-    """A label is nothing to see: no file."""
-    return []
+def save_prediction(path: str, prediction: Classification, classes: Sequence[str], stem: Path) -> list[str]:
+    """A label is nothing to see, so no file: `[path, best label, its probability]`."""
+    best = prediction.best(1)[0]
+    return [path, classes[best], f"{prediction.probabilities[best]:.6f}"]
 
 
-def save_all(predictions: Sequence[tuple[str, Classification]], classes: Sequence[str], folder: Path) -> None:
+def save_all(records: Sequence[list[str]], classes: Sequence[str], folder: Path) -> None:
     """`predictions.csv`: the best label and its probability for each image."""
-    classify_card.write_csv(predictions, classes, folder / "predictions.csv")
+    with (folder / "predictions.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        csv.writer(stream).writerows([["path", "label", "probability"], *records])
 
 
-card = classify_card.card
-table = classify_card.table
+def card(
+    samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str], folder: Path
+) -> list[tuple[str, str]]:
+    """`confusion.png` and, if there are any, `mistakes.png`."""
+    plot.confusion_image(_confusion(samples, predictions, classes), classes).save(folder / "confusion.png")
+    images = [("Confusion matrix", "confusion.png")]
+    pairs = zip(samples, predictions, strict=True)
+    mistakes = [(sample, found.best(1)[0], found) for sample, found in pairs if found.best(1)[0] != sample.target]
+    mistakes.sort(key=lambda mistake: -mistake[2].probabilities[mistake[1]])
+    shown = [
+        (to_rgb(sample.path), f"{classes[sample.target][:9]}, not {classes[label][:9]}")
+        for sample, label, _ in mistakes[:MISTAKES]
+    ]
+    if shown:
+        rows = [shown[start : start + 6] for start in range(0, len(shown), 6)]
+        sheet = plot.contact_sheet(
+            [[image for image, _ in row] for row in rows],
+            captions=[[caption for _, caption in row] for row in rows],
+            side=128,
+            gap=14,
+        )
+        sheet.save(folder / "mistakes.png")
+        images.append(("Worst mistakes", "mistakes.png"))
+    return images
+
+
+def table(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> list[list[str]]:
+    """Images, precision, recall and F1 of each class, the header first."""
+    counts = _confusion(samples, predictions, classes)
+    rows = [["class", "images", "precision", "recall", "F1"]]
+    for i, name in enumerate(classes):
+        right, called, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        rows.append([name, f"{there}", _share(right, called), _share(right, there), _share(2 * right, called + there)])
+    return rows
+
+
+def _confusion(
+    samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]
+) -> np.ndarray[Any, Any]:
+    labels = np.array([sample.target for sample in samples], np.int64)
+    return metrics.confusion(labels, np.array([found.best(1)[0] for found in predictions], np.int64), len(classes))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "none"

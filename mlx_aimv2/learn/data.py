@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_aimv2.embed.cache import KnownFiles
 from mlx_aimv2.files import read_image_file
 from mlx_aimv2.find_images import has_suffix
-from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn.cache import KnownFiles
+from mlx_aimv2.images import open_image, to_rgb
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Name of a folder -> the part that it holds."""
@@ -93,8 +93,8 @@ def _checked(path: str) -> bytes | str:
 
 def image_size(path: str) -> tuple[int, int]:
     """(height, width) of an image as it is seen upright; raises ValueError or OSError with one line."""
-    image = to_rgb(path)
-    return image.height, image.width
+    width, height = open_image(path).size  # of its header: nothing is decoded
+    return height, width
 
 
 def parts(data: Path) -> dict[str, Path]:

@@ -13,10 +13,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import average_precision, boxes, coco, fcos, overlay, placement
+from mlx_aimv2.learn import average_precision, boxes, coco, fcos, placement
+from mlx_aimv2.learn import card as cards
 from mlx_aimv2.learn.average_precision import Found, Truth
-from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.detect_head import DetectHead
 from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.task import Defaults
@@ -52,9 +54,6 @@ SURE = 0.3
 VISIBLE = 0.3
 """Share of an object that a training image must show; with less nobody says what its place should answer."""
 
-SHOWN = 6
-"""Images on the model card."""
-
 
 @dataclass(frozen=True)
 class Detections(Found):
@@ -66,7 +65,6 @@ class Detections(Found):
 
 recognise = coco.recognise
 read = coco.read
-pixels = placement.whole
 
 
 def make_head(
@@ -90,8 +88,7 @@ def example(
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
     """`label` and `distances` alone, of the image unchanged."""
-    image = to_rgb(sample.path)
-    place = placement.plain((image.height, image.width), canvas_size(processor))
+    place = placement.plain(image_size(sample.path), canvas_size(processor))
     return _targets(sample.target, place, processor.patch_size)
 
 
@@ -165,31 +162,33 @@ def as_text(prediction: Detections, classes: Sequence[str]) -> str:
     return "\n".join(lines) or f"no object with a score of {100 * SURE:.0f} % or more"
 
 
-def save_prediction(prediction: Detections, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
+def save_prediction(
+    path: str, prediction: Detections, classes: Sequence[str], stem: Path
+) -> tuple[str, tuple[int, int], Detections]:
     """`STEM-overlay.jpg`: the image with the boxes from `SURE` on."""
-    file = stem.with_name(f"{stem.name}-overlay.jpg")
-    _drawn(image, prediction, classes).save(file, quality=92)
-    return [file]
+    _drawn(to_rgb(path), prediction, classes).save(f"{stem}-overlay.jpg", quality=92)
+    return path, prediction.size, prediction
 
 
-def save_all(predictions: Sequence[tuple[str, Detections]], classes: Sequence[str], folder: Path) -> None:
+def save_all(records: Sequence[tuple[str, tuple[int, int], Detections]], classes: Sequence[str], folder: Path) -> None:
     """`predictions.coco.json`: all boxes of all images with their scores."""
-    results = coco.as_results([(path, found.size, found) for path, found in predictions], classes)
+    results = coco.as_results(records, classes)
     (folder / "predictions.coco.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 
 def card(
     samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str], folder: Path
 ) -> list[tuple[str, str]]:
-    """`overlays.jpg`: images with the truth above and the prediction below, the worst first."""
-    pairs = list(zip(samples, predictions, strict=True))
-    order = sorted(range(len(pairs)), key=lambda i: _precision(*pairs[i], len(classes)))[:SHOWN]
-    columns = []
-    for sample, prediction in (pairs[i] for i in order):
-        image, truth = to_rgb(sample.path), sample.target
-        labelled = overlay.with_boxes(image, truth.boxes, truth.labels, classes)
-        columns.append([labelled, _drawn(image, prediction, classes)])
-    overlay.grid(columns).save(folder / "overlays.jpg", quality=92)
+    """`overlays.jpg`: images with the ground truth above and the prediction below, the worst first."""
+
+    def draw(image: Image.Image, sample: Sample, prediction: Detections) -> list[Image.Image]:
+        labelled = plot.with_boxes(image, sample.target.boxes, sample.target.labels, classes)
+        return [labelled, _drawn(image, prediction, classes)]
+
+    def quality(sample: Sample, prediction: Detections) -> float:
+        return _precision(sample, prediction, len(classes))
+
+    cards.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with the lowest precision: labelled above, predicted below", "overlays.jpg")]
 
 
@@ -200,7 +199,7 @@ def _precision(sample: Sample, prediction: Detections, classes: int) -> float:
 
 def _drawn(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
     sure = found.scores >= SURE
-    return overlay.with_boxes(image, found.boxes[sure], found.labels[sure], classes, scores=found.scores[sure])
+    return plot.with_boxes(image, found.boxes[sure], found.labels[sure], classes, scores=found.scores[sure])
 
 
 def table(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> list[list[str]]:

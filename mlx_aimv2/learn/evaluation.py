@@ -1,11 +1,11 @@
-"""Runs a head over labelled images and scores it: the last step of `fit`, and `evaluate` on new data."""
+"""Runs a head over images: the last step of `fit`, `evaluate` on labelled images, `predict` on new ones."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
+from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
 from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.features import Features
-from mlx_aimv2.learn.head_folder import load_head
-from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.head_folder import Head, load_head
+from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.task import Task
 from mlx_aimv2.processor import Aimv2Processor
-
-BATCH_TOKENS = 4096
-"""Tokens of one batch: 16 images at 224 pixels."""
-
-Outputs = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,54 +45,81 @@ def evaluate(
 ) -> Evaluation:
     """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
 
-    Of DATA with parts `test` counts, else `val`; without parts all images. `card` is a folder for the card's images.
-    DataError, a ValueError, lists everything that is wrong with DATA, labels that the head does not know among it.
+    Of DATA with parts `test` counts, else `val`; without parts all images. `card` is a folder for the card's images,
+    which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels that the head
+    does not know among it.
     """
+    if card is not None:
+        check_target(expand_user(card))
     loaded = load_head(head, model=model, dtype=dtype)
-    dataset = loaded.task.read(Path(data), classes=loaded.classes)
+    task, classes = loaded.task, loaded.classes
+    dataset = task.read(expand_user(data), classes=classes)
     part = "test" if dataset.splits["test"] else "val"
     samples = dataset.splits[part]
-    outputs = outputs_of_learner(loaded.learner, loaded.task, samples, loaded.processor)
-    predictions = decoded(loaded.task, samples, outputs)
+    predictions = decoded(task, samples, outputs_of_learner(loaded.learner, task, samples, loaded.processor))
     if card is not None:
-        Path(card).mkdir(parents=True, exist_ok=True)
-        loaded.task.card(samples, predictions, loaded.classes, Path(card))
-    return Evaluation(
-        loaded.task.score(samples, predictions, loaded.classes),
-        len(samples),
-        part,
-        loaded.task.table(samples, predictions, loaded.classes),
-    )
+        with atomic_folder(expand_user(card)) as folder:
+            task.card(samples, predictions, classes, folder)
+    scores, table = task.score(samples, predictions, classes), task.table(samples, predictions, classes)
+    return Evaluation(scores, len(samples), part, table)
+
+
+def predict(
+    head: str | os.PathLike[str] | Head,
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    on_failure: OnFailure | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
+
+    The prediction is the task's own; for `classify` it has `probabilities` (classes,). An image that cannot be read
+    raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out.
+    """
+    fail = on_failure or raise_failure
+    loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
+    for image, outputs in _outputs_of_files(listed_files(images, fail), loaded.learner, loaded.processor):
+        if image.failure is not None:
+            fail(image.path, image.failure)
+        elif outputs is not None:
+            yield image.path, loaded.task.decode(outputs, None, image.upright)
 
 
 def outputs_of_head(
     head: nn.Module, samples: Sequence[Sample], features: Features, grid: tuple[int, int]
 ) -> Iterator[Outputs]:
     """A head's outputs on stored features, image after image."""
-    step = max(1, BATCH_TOKENS // math.prod(grid))
-    for start in range(0, len(samples), step):
-        tokens = features.of(samples[start : start + step])
-        yield from _apart(head(mx.array(tokens if tokens.ndim == 3 else tokens[:, None]), grid))
+    for part in split_into_chunks(samples, images_at_once(math.prod(grid))):
+        tokens = features.of(part)
+        outputs = head(mx.array(tokens if tokens.ndim == 3 else tokens[:, None]), grid)
+        arrays = {name: np.array(array.astype(mx.float32)) for name, array in outputs.items()}
+        yield from ({name: array[row] for name, array in arrays.items()} for row in range(len(part)))
 
 
 def outputs_of_learner(
     learner: Learner, task: Task, samples: Sequence[Sample], processor: Aimv2Processor
 ) -> Iterator[Outputs]:
     """The outputs of encoder and head on images as they are, image after image."""
-    rows, columns = processor.preprocessing.final_size or (0, 0)
-    tokens = max(1, (rows // processor.patch_size) * (columns // processor.patch_size))
-    step = max(1, BATCH_TOKENS // tokens)
-    with ThreadPoolExecutor(os.cpu_count() or 1, "decode") as pool:
+    for image, outputs in _outputs_of_files([sample.path for sample in samples], learner, processor):
+        if outputs is None:
+            raise_failure(image.path, image.failure or "")
+        else:
+            yield outputs
 
-        def submitted(start: int) -> list[Any]:
-            batch = samples[start : start + step]
-            return [pool.submit(task.pixels, sample.path, processor) for sample in batch]
 
-        coming = submitted(0)
-        for start in range(0, len(samples), step):
-            now, coming = coming, submitted(start + step)
-            pixels = np.stack([future.result()[0] for future in now])
-            yield from _apart(learner(mx.array(pixels)))
+def _outputs_of_files(
+    files: Sequence[str], learner: Learner, processor: Aimv2Processor
+) -> Iterator[tuple[Decoded, Outputs | None]]:
+    tokens = math.prod(grid_of(processor))
+    for chunk in run_ahead(
+        split_into_chunks(files, images_at_once(tokens)),
+        Decoder(processor),
+        lambda levels: learner(processor.normalised(levels)),
+        patch=processor.patch_size,
+        tokens=tokens,
+    ):
+        yield from chunk
 
 
 def decoded(task: Task, samples: Sequence[Sample], outputs: Iterator[Outputs]) -> list[Any]:
@@ -103,8 +128,23 @@ def decoded(task: Task, samples: Sequence[Sample], outputs: Iterator[Outputs]) -
     return [task.decode(output, sample, size) for sample, output, size in zip(samples, outputs, sizes, strict=True)]
 
 
-def _apart(outputs: dict[str, mx.array]) -> Iterator[Outputs]:
-    """Outputs of a batch as those of each image."""
-    arrays = {name: np.array(array.astype(mx.float32)) for name, array in outputs.items()}
-    for i in range(len(next(iter(arrays.values())))):
-        yield {name: array[i] for name, array in arrays.items()}
+@contextmanager
+def saving(
+    head: Head, given: Iterable[str | os.PathLike[str]], files: Sequence[str], output: Path
+) -> Iterator[Callable[[str, Any], None]]:
+    """A function that writes a file's prediction, `(path, prediction)`, into the folder `output`.
+
+    A file below a folder that was `given` keeps its path in there. The folder must not exist yet, and appears when all
+    is written.
+    """
+    stems = stems_below(given, files)
+    records: list[Any] = []
+    with atomic_folder(output) as folder:
+
+        def save(path: str, prediction: Any) -> None:
+            stem = folder / stems[path]
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            records.append(head.task.save_prediction(path, prediction, head.classes, stem))
+
+        yield save
+        head.task.save_all(records, head.classes, folder)

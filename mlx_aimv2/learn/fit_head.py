@@ -19,9 +19,9 @@ import mlx.core as mx
 
 from mlx_aimv2 import __version__, x86_training
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.embed.prefetch import MIN_PATCHES
+from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
-from mlx_aimv2.learn import head_card, head_folder
+from mlx_aimv2.learn import card, head_folder
 from mlx_aimv2.learn import options as asked
 from mlx_aimv2.learn.data import DataError, Dataset, listed, one_image
 from mlx_aimv2.learn.evaluation import decoded
@@ -135,7 +135,7 @@ def fit(
     with atomic_folder(target) as place:
         learner = Learner(vision, trained.head)
         head_folder.save(place, info, learner, adapters=trained.adapters)
-        head_card.write(place, info, found, held_out[final], predictions[final], part=final, name=target.name)
+        card.write(place, info, found, held_out[final], predictions[final], part=final, name=target.name)
     shutil.rmtree(training, ignore_errors=True)
     return Fitted(target, scores, images, line)
 

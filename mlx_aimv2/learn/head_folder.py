@@ -1,4 +1,4 @@
-"""The folder that training leaves: head, classes, scores, the encoder that it needs, and a model card.
+"""The folder that training leaves: head, classes, scores, the encoder that it needs; `fuse` makes it a checkpoint.
 
 `head.json` and `head.safetensors`; for lora and dora mlx-lm's adapter files; for full `encoder.safetensors` with the
 weights that changed; `README.md` with its images.
@@ -17,8 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.config import dtype_name
+from mlx_aimv2.conversion import folder as mlx_folder
+from mlx_aimv2.conversion import model_card
 from mlx_aimv2.embed.provenance import differences, fingerprint
-from mlx_aimv2.files import expand_user, read_text
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_text, write_json
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
@@ -35,6 +38,9 @@ POSITIONS = "timm"
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
 ENCODER_FILE = "encoder.safetensors"
+
+FUSED = "fused_model"
+"""Where a fused model goes by default."""
 
 FIELDS: dict[str, type] = {
     "task": str,
@@ -61,17 +67,14 @@ class Head:
 
 def save(folder: Path, info: Mapping[str, Any], learner: Learner, *, adapters: Mapping[str, Any] | None) -> None:
     """Writes everything but the card into an existing folder."""
-    flat: Any = tree_flatten(learner.head.parameters())
-    _save_arrays(folder / HEAD_FILE, dict(flat))
-    if info["fine_tune_type"] in lora.KINDS:
-        tensors: Any = tree_flatten(learner.encoder.trainable_parameters())
-        _save_arrays(folder / lora.WEIGHTS_FILE, dict(tensors))
+    kind = info["fine_tune_type"]
+    _save_arrays(folder / HEAD_FILE, learner.head.parameters())
+    if kind in (*lora.KINDS, "full"):
+        file = ENCODER_FILE if kind == "full" else lora.WEIGHTS_FILE
+        _save_arrays(folder / file, learner.encoder.trainable_parameters())
+    if kind in lora.KINDS:
         lora.save_config(folder, adapters or {})
-    elif info["fine_tune_type"] == "full":
-        changed: Any = tree_flatten(learner.encoder.trainable_parameters())
-        _save_arrays(folder / ENCODER_FILE, dict(changed))
-    text = json.dumps({"format_version": FORMAT, **info}, indent=4, ensure_ascii=False) + "\n"
-    (folder / INFO_FILE).write_text(text, encoding="utf-8")
+    write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -131,6 +134,54 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     return Head(task, tuple(info["classes"]), learner, processor, info)
 
 
+def fuse(
+    adapter_path: str | os.PathLike[str],
+    save_path: str | os.PathLike[str] = FUSED,
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Adapters, or a head folder of a fine-tuned encoder, to an MLX folder: `HEAD -> folder`, whose path is returned.
+
+    A head folder knows its encoder; `model` is for adapters alone, or for another place. The result is dense, without
+    the head. Raises FileExistsError where `save_path` exists, ValueError where nothing was fine-tuned or the encoder
+    is another one.
+    """
+    source_folder, target = (expand_user(path) for path in (adapter_path, save_path))
+    check_target(target)
+    is_head = (source_folder / INFO_FILE).is_file()
+    info: dict[str, Any] = read_info(source_folder) if is_head else {}
+    if info and info["fine_tune_type"] not in (*lora.KINDS, "full"):
+        raise ValueError(f"{source_folder} left the encoder as it is ({info['fine_tune_type']}): nothing to fuse")
+    name = model or info.get("encoder", {}).get("checkpoint")
+    if name is None:
+        raise ValueError(f"{source_folder} does not say which encoder it is for: give --model")
+    revision = revision or (info["encoder"].get("commit") if info and model is None else None)
+    loaded = read_source(name, revision=revision).load()
+    if info:
+        check_encoder(source_folder, info["encoder"], loaded)
+    if info.get("fine_tune_type") == "full":
+        own = loaded.model.vision.config.image_size
+        if own not in (None, info["image_size"]):
+            raise ValueError(
+                f"{source_folder} was trained in full on images of {info['image_size']} pixels, its checkpoint takes "
+                f"{own}: train it without --image-size, or by lora, whose adapters fit any size"
+            )
+        load_encoder(source_folder, loaded.model.vision)
+    else:
+        lora.load_adapters(loaded.model.vision, source_folder)
+        lora.remove_adapters(loaded.model.vision)
+    source = loaded.source
+    with atomic_folder(target) as place:
+        weights: Any = tree_flatten(loaded.model.parameters())
+        mlx_folder.save_weights(place, iter(sorted(weights)))
+        config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
+        mlx_folder.save_config(place, config)
+        mlx_folder.save_beside(place, source)
+        model_card.write(place, source=source, config=config, report=None, hub_name=None)
+    return target
+
+
 def load_encoder(folder: Path, vision: Aimv2VisionModel) -> None:
     """Puts the weights that `full` has changed into an encoder."""
     _load_arrays(folder / ENCODER_FILE, vision, partly=True)
@@ -178,9 +229,10 @@ def _check_positions(folder: Path, info: Mapping[str, Any], loaded: Loaded) -> N
         )
 
 
-def _save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
+def _save_arrays(file: Path, parameters: Any) -> None:
+    flat: Any = tree_flatten(parameters)
     try:
-        mx.save_safetensors(str(file), arrays, metadata={"format": "mlx"})
+        mx.save_safetensors(str(file), dict(flat), metadata={"format": "mlx"})
     except RuntimeError as error:  # a full disk
         raise OSError(f"{file.name} cannot be written: {error}") from None
 

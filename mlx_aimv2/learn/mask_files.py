@@ -28,7 +28,7 @@ from mlx_aimv2.learn.data import (
     straddling,
     without_val,
 )
-from mlx_aimv2.learn.mean_iou import IGNORED
+from mlx_aimv2.learn.metrics import IGNORED
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 MASKS = ("masks", "ann_dir", "SegmentationClass", "annotations", "labels", "mask")

@@ -93,12 +93,6 @@ def placed(
     return plain(size, canvas) if chance is None else random(size, canvas, chance, flip=flip)
 
 
-def whole(path: str, processor: Aimv2Processor) -> tuple[NDArray[Any], tuple[int, int]]:
-    """The whole image's pixels (H, W, 3), and its own (height, width)."""
-    image = to_rgb(path)
-    return processor.pixels(image), (image.height, image.width)
-
-
 def on_canvas(
     path: str, processor: Aimv2Processor, chance: np.random.Generator | None, *, flip: bool = False
 ) -> tuple[NDArray[Any], Placement]:

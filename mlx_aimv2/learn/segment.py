@@ -12,10 +12,12 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import mask_files, mean_iou, overlay, placement
+from mlx_aimv2.learn import card as cards
+from mlx_aimv2.learn import mask_files, metrics, placement
 from mlx_aimv2.learn.data import Sample
-from mlx_aimv2.learn.mean_iou import IGNORED
+from mlx_aimv2.learn.metrics import IGNORED
 from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.segment_head import DecoderSegmentHead, LinearSegmentHead
 from mlx_aimv2.learn.task import Defaults
@@ -45,9 +47,6 @@ TAKES_MASK = False
 BLOCK = 1 << 24
 """Numbers that are interpolated at a time."""
 
-SHOWN = 6
-"""Images on the model card."""
-
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -59,7 +58,6 @@ class Segmentation:
 
 recognise = mask_files.recognise
 read = mask_files.read
-pixels = placement.whole
 
 
 def make_head(
@@ -141,7 +139,8 @@ def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Seg
 
 def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> dict[str, float]:
     """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks."""
-    return mean_iou.summary(_maps(samples, predictions), len(classes))
+    counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
+    return {"mIoU": metrics.mean_iou(counts), "pixel_accuracy": metrics.accuracy(counts)}
 
 
 def as_json(prediction: Segmentation, classes: Sequence[str]) -> dict[str, Any]:
@@ -169,15 +168,13 @@ def _shares(prediction: Segmentation, classes: Sequence[str]) -> list[dict[str, 
     ]
 
 
-def save_prediction(prediction: Segmentation, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
+def save_prediction(path: str, prediction: Segmentation, classes: Sequence[str], stem: Path) -> None:
     """`STEM-mask.png`, a palette PNG whose values are the classes, and `STEM-overlay.jpg`."""
-    mask, shown = (stem.with_name(f"{stem.name}-{end}") for end in ("mask.png", "overlay.jpg"))
-    overlay.palette_image(prediction.labels).save(mask)
-    overlay.with_mask(image, prediction.labels, classes).save(shown, quality=92)
-    return [mask, shown]
+    plot.palette_image(prediction.labels).save(f"{stem}-mask.png")
+    plot.with_mask(to_rgb(path), prediction.labels, classes).save(f"{stem}-overlay.jpg", quality=92)
 
 
-def save_all(predictions: Sequence[tuple[str, Segmentation]], classes: Sequence[str], folder: Path) -> None:
+def save_all(records: Sequence[None], classes: Sequence[str], folder: Path) -> None:
     """`classes.txt`: the class of each value of the masks, one a line."""
     (folder / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
 
@@ -185,35 +182,27 @@ def save_all(predictions: Sequence[tuple[str, Segmentation]], classes: Sequence[
 def card(
     samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str], folder: Path
 ) -> list[tuple[str, str]]:
-    """`overlays.jpg`: images with the truth above and the prediction below, the worst first."""
-    pairs = list(zip(samples, predictions, strict=True))
-    order = sorted(range(len(pairs)), key=lambda i: _accuracy(*pairs[i]))[:SHOWN]
-    columns = []
-    for sample, prediction in (pairs[i] for i in order):
-        image = to_rgb(sample.path)
-        columns.append(
-            [
-                overlay.with_mask(image, mask, classes)
-                for mask in (mask_files.read_mask(sample.target), prediction.labels)
-            ]
-        )
-    overlay.grid(columns).save(folder / "overlays.jpg", quality=92)
+    """`overlays.jpg`: images with the ground truth above and the prediction below, the worst first."""
+
+    def quality(sample: Sample, prediction: Segmentation) -> float:
+        return metrics.accuracy(metrics.pixel_confusion(_maps([sample], [prediction]), len(classes)))
+
+    def draw(image: Image.Image, sample: Sample, prediction: Segmentation) -> list[Image.Image]:
+        masks = (mask_files.read_mask(sample.target), prediction.labels)
+        return [plot.with_mask(image, mask, classes) for mask in masks]
+
+    cards.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with most wrong pixels: labelled above, predicted below", "overlays.jpg")]
-
-
-def _accuracy(sample: Sample, prediction: Segmentation) -> float:
-    counts = mean_iou.confusion(mask_files.read_mask(sample.target), prediction.labels, 256)
-    return float(np.diag(counts).sum() / max(counts.sum(), 1))
 
 
 def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> list[list[str]]:
     """Of each class: images that have it, its share of the labelled pixels, IoU."""
-    counts = mean_iou.total_confusion(_maps(samples, predictions), len(classes))
+    counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
     images = np.zeros(len(classes), int)
     for sample in samples:
         present = np.unique(mask_files.read_mask(sample.target))
         images[present[present != IGNORED]] += 1
-    ious = mean_iou.iou_by_class(counts)
+    ious = metrics.iou_by_class(counts)
     shares = counts.sum(axis=1) / max(counts.sum(), 1)
     rows = [
         [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]

@@ -15,7 +15,6 @@ from mlx_aimv2.learn.data import DataError, Dataset, Sample
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
-    from PIL import Image
 
     from mlx_aimv2.processor import Aimv2Processor
 
@@ -82,9 +81,6 @@ class Task(Protocol):
     ) -> Arrays:
         """`pixels` (H, W, 3) and the targets of a sample, changed at random by `chance` if there is one."""
 
-    def pixels(self, path: str, processor: Aimv2Processor) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
-        """An image as it is: pixels (H, W, 3), and the (height, width) of the original."""
-
     def targets(self, sample: Sample, processor: Aimv2Processor) -> Arrays:
         """The targets alone, unchanged."""
 
@@ -108,11 +104,11 @@ class Task(Protocol):
     def as_text(self, prediction: Any, classes: Sequence[str]) -> str:
         """A prediction for people, one or more lines."""
 
-    def save_prediction(self, prediction: Any, image: Image.Image, classes: Sequence[str], stem: Path) -> list[Path]:
-        """Writes what can be seen of a prediction beside `stem`; returns what was written."""
+    def save_prediction(self, path: str, prediction: Any, classes: Sequence[str], stem: Path) -> Any:
+        """Writes what can be seen of an image's prediction as `STEM-…`; returns what `save_all` wants of it."""
 
-    def save_all(self, predictions: Sequence[tuple[str, Any]], classes: Sequence[str], folder: Path) -> None:
-        """Writes what holds all predictions, if there is such a file."""
+    def save_all(self, records: Sequence[Any], classes: Sequence[str], folder: Path) -> None:
+        """Writes what holds all predictions, or tells how to read them."""
 
     def card(
         self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str], folder: Path

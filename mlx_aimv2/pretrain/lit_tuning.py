@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from mlx_aimv2.files import check_target
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.pretrain.captions import save_tokenizer
-from mlx_aimv2.pretrain.feature_cache import Features, cache_features
+from mlx_aimv2.pretrain.feature_cache import CaptionedFeatures, cache_features
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import Log, tokenizer_for, write_checkpoint
 from mlx_aimv2.pretrain.settings import LitSettings
@@ -65,10 +66,10 @@ def lit(
     if ranks.rank == 0:
         save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
     model = pair_with(encoder, settings, tokenizer)
-    file = folder / f"features-{ranks.rank}.npy"
+    kept = folder / f"features-{ranks.rank}"
     try:
         features = cache_features(
-            encoder, processor, data, file, views=settings.views, augmentation=settings.augmentation,
+            encoder, processor, data, kept, views=settings.views, augmentation=settings.augmentation,
             seed=settings.seed, report=report,
         )  # fmt: skip
         if len(features.texts) < settings.batch:
@@ -78,7 +79,7 @@ def lit(
             )
         _train(model, features, tokenizer, settings, state, report)
     finally:
-        file.unlink(missing_ok=True)
+        shutil.rmtree(kept, ignore_errors=True)
     if ranks.rank == 0:
         write_checkpoint(model, output, tokenizer=tokenizer)
         state.path.unlink(missing_ok=True)
@@ -110,7 +111,7 @@ class Pair:
 
 def _train(
     model: Aimv2Model,
-    features: Features,
+    features: CaptionedFeatures,
     tokenizer: Tokenizer,
     settings: LitSettings,
     state: StateFile,
@@ -124,7 +125,7 @@ def _train(
         image, rng = item
         view, texts = int(rng.integers(settings.views)), features.texts[image]
         chosen = 0 if rng.random() < settings.first_caption else int(rng.integers(len(texts)))
-        return Pair(features.array[image, view], texts[chosen], keys[texts[0]])
+        return Pair(features.take([image], [view])[0], texts[chosen], keys[texts[0]])
 
     def collate(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array, mx.array]:
         x = mx.array(np.stack([pair.features for pair in pairs])).astype(model.dtype)

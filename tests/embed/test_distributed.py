@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.distributed import RankLostError, Ranks, Result, _packed, _unpacked, my_chunks
-from mlx_aimv2.embed.pipeline import CHUNK
+from mlx_aimv2.embed.distributed import RankLostError, Ranks, _packed, _unpacked, my_chunks
+from mlx_aimv2.embed.encode import Result
+from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Embedding, Index
 from tests.programs import launched, needs_launch
 
@@ -22,19 +23,18 @@ IMAGES = 3 * CHUNK + 7
 DIES = """
 import os, signal, sys, time
 from mlx_aimv2 import cli
-from mlx_aimv2.embed import pipeline
+from mlx_aimv2.embed import encode
 from mlx_aimv2.embed import update
 update.COMMIT_SECONDS = 1e9  # so that nothing is on disk yet but what is put there on the way out
-finish, count = pipeline._finished, 0
-def deadly(*arguments):
-    global count
-    count += 1
-    if os.environ["MLX_RANK"] == "1" and count == 2:
-        while not os.path.exists("taken"):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return finish(*arguments)
-pipeline._finished = deadly
+results = encode.Embedder.__call__
+def deadly(*arguments, **options):
+    for count, chunk in enumerate(results(*arguments, **options), start=1):
+        if os.environ["MLX_RANK"] == "1" and count == 2:
+            while not os.path.exists("taken"):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield chunk
+encode.Embedder.__call__ = deadly
 take = update.Update.take
 def marked(*arguments):
     take(*arguments)

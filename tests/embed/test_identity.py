@@ -26,7 +26,7 @@ def embed(folder, embed_command):
 @pytest.fixture
 def no_decoding(monkeypatch):
     """From now on nothing can be decoded."""
-    return lambda: monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", None)
+    return lambda: monkeypatch.setattr("mlx_aimv2.embed.loader.open_image", None)
 
 
 def names() -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.pipeline import CHUNK
+from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.index.reader import Index
 from tests.image_files import image
@@ -81,7 +81,7 @@ def test_wrong_use_is_one_line(folder, embed_command, arguments, model, message)
 
 
 def test_an_output_that_cannot_be_is_reported_before_the_model_is_read(folder, embed_command, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.embed.embedder.read_source", None)
+    monkeypatch.setattr("mlx_aimv2.embed.encode.read_source", None)
     assert main(["embed", "in", "-m", "x", "-o", "nowhere/photos.db"]) == 2
     (tmp_path / "photos.db").write_text("my own notes")
     code, _, err = embed_command("in")

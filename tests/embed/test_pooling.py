@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_aimv2.embed.pipeline import embed
+from mlx_aimv2.embed.encode import embed
 from tests.image_files import image
 
 pytestmark = pytest.mark.rounding

@@ -29,7 +29,7 @@ def colours(tmp_path, monkeypatch):
 
 
 def test_an_image_of_the_index_is_found_without_a_model(photo_index, search, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.embed.embedder.read_source", None)
+    monkeypatch.setattr("mlx_aimv2.embed.encode.read_source", None)
     code, out, err = search("in/2.png", "-k", "3")
     assert (code, err) == (0, "")
     lines = out.splitlines()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_aimv2.embed.pipeline import CHUNK
+from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.embed.update import make_plan
 from mlx_aimv2.find_images import list_images
 from mlx_aimv2.index.reader import Embedding, Index
@@ -62,7 +62,7 @@ def test_moved_and_touched_files_are_known_by_their_content(folder, embed_comman
     (folder / "1.png").rename(folder / "moved.png")
     shutil.copy(folder / "moved.png", folder / "twice.png")
     os.utime(folder / "5.png", ns=(1, 1))
-    monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", None)  # nothing is decoded
+    monkeypatch.setattr("mlx_aimv2.embed.loader.open_image", None)  # nothing is decoded
     _, out, _ = embed_command("in", "--json")
     assert counts(out) == {"images": 8, "recognised": 2, "moved": 1, "unchanged": 5}
     after = contents()

@@ -10,8 +10,8 @@ import pytest
 from labelled import write_digits
 from PIL import Image
 
+from mlx_aimv2.embed.cache import KnownFiles
 from mlx_aimv2.learn import classify, data, label_files
-from mlx_aimv2.learn.cache import KnownFiles
 from mlx_aimv2.learn.data import DataError, Sample
 from mlx_aimv2.learn.task import find_task, guess_task
 

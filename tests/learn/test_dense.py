@@ -11,6 +11,7 @@ from PIL import Image
 from small_models import FIXED, NATIVE
 
 from mlx_aimv2 import load
+from mlx_aimv2.embed.loader import Decoder
 from mlx_aimv2.learn import detect, segment
 from mlx_aimv2.learn.average_precision import Truth
 from mlx_aimv2.learn.data import Sample
@@ -80,10 +81,11 @@ def test_an_image_goes_through_to_a_loss_and_back_to_its_own_pixels(task, source
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_pixels_are_those_of_the_example(task, samples):
+def test_the_loader_gives_the_pixels_of_the_example(task, samples):
     _, processor = encoder()
-    pixels, size = task.pixels(samples[task].path, processor)
-    assert size == SIZE
+    decoded = Decoder(processor)(samples[task].path)
+    assert decoded.upright == SIZE
+    pixels = np.array(processor.normalised(mx.array(decoded.levels)))
     np.testing.assert_array_equal(pixels, task.example(samples[task], processor, chance=None)["pixels"])
 
 
@@ -197,10 +199,9 @@ def test_what_is_found_can_be_seen(task, samples, tmp_path):
         prediction = segment.Segmentation(np.where(labels == 255, 0, labels), np.ones(SIZE, np.float32))
     else:
         prediction = detect.Detections(truth.boxes, truth.labels, np.array([0.75]), SIZE)
-    image = Image.open(samples[task].path)
-    written = task.save_prediction(prediction, image, classes, tmp_path / "out")
-    task.save_all([(samples[task].path, prediction)], classes, tmp_path)
-    with Image.open(next(file for file in written if "overlay" in file.name)) as overlay:
+    record = task.save_prediction(samples[task].path, prediction, classes, tmp_path / "out")
+    task.save_all([record], classes, tmp_path)
+    with Image.open(tmp_path / "out-overlay.jpg") as overlay:
         assert max(overlay.size) == 448
         shown = np.asarray(overlay.convert("RGB").resize(SIZE[::-1])).astype(int)
     # The colour of the class lies within the box or at its edge, and nowhere outside.
@@ -219,7 +220,7 @@ def test_what_is_found_can_be_seen(task, samples, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_card_shows_truth_and_prediction(task, samples, tmp_path):
     model, processor = encoder(patches=8)
-    pixels = mx.array(task.pixels(samples[task].path, processor)[0][None])
+    pixels = mx.array(task.example(samples[task], processor, chance=None)["pixels"][None])
     outputs = outputs_of(task, head_of(task, model), model, pixels)
     prediction = task.decode({name: np.array(array[0]) for name, array in outputs.items()}, None, SIZE)
     classes = ("sky", "sea", "land")

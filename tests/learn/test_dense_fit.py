@@ -1,14 +1,19 @@
 """`fit`, `predict` and `evaluate` on masks and boxes, from a folder of scenes to overlays."""
 
 import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from small_models import FIXED
 from test_examples import FOLDER, imported
 
 from mlx_aimv2.cli import main
+from mlx_aimv2.learn import fit
 from tests.small_encoder import small_encoder
 
 KINDS = {"segment": "masks", "detect": "boxes"}
@@ -79,8 +84,6 @@ def test_a_head_for_boxes_and_masks_is_made_used_and_scored(task, kind, scenes, 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_data_that_is_wrong_ends_in_one_line_before_anything_is_trained(task, scenes, tmp_path, capsys):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(scenes / KINDS[task], data)
     image = sorted((data / "train").rglob("*.jpg"))[0]
@@ -105,3 +108,55 @@ def test_hidden_patches_are_refused(task, scenes, capsys):
     flags = ["--fine-tune-type", "full", "--mask-ratio", "0.5"]
     assert main(["fit", str(scenes / KINDS[task]), "-m", str(small_encoder()), "-o", "head", *flags]) == 2
     assert "--mask-ratio does not go with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_a_frozen_encoder_sees_each_image_once_for_all_epochs(task, scenes, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(scenes / KINDS[task], data)
+    for file in data.rglob("*.jpg"):
+        os.utime(file, (1e9, 1e9))  # what has just changed is not remembered as a good image
+    settings = {"image_size": 42, "fine_tune_type": "decoder", "batch_size": 8, "steps_per_eval": 2}
+    fit(data, small_encoder(), tmp_path / "first", iters=1, **settings)
+    decoded, load = Counter(), ImageFile.ImageFile.load_prepare
+
+    def counted(image):
+        if image.format == "JPEG":
+            decoded[image.fp.getvalue()] += 1
+        load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", counted)
+    fit(data, small_encoder(), tmp_path / "head", epochs=4, cache=tmp_path / "new", **settings)
+    # The four test images are drawn on the model card, too.
+    assert sorted(decoded.values()) == [1] * 12 + [2] * 4
+
+
+def test_predictions_keep_the_paths_of_their_images_and_replace_nothing(scenes, tmp_path, capsys):
+    run(capsys, "fit", scenes / "boxes", "-m", small_encoder(), "-o", "head", "--image-size", 42, "--iters", 1)
+    first, second = sorted((scenes / "boxes" / "val").rglob("*.jpg"))[:2]
+    for name, source in {
+        "in/a/x.jpg": first,
+        "in/b/x.jpg": second,
+        "in/x.v1.jpg": first,
+        "in/x.v1.png": second,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(source).save(tmp_path / name)
+    run(capsys, "predict", "head", "in", "-o", "out")
+    names = {str(file.relative_to("out")) for file in Path("out").rglob("*") if file.is_file()}
+    overlays = {"a/x-overlay.jpg", "b/x-overlay.jpg", "x.v1.jpg-overlay.jpg", "x.v1.png-overlay.jpg"}
+    assert names == overlays | {"predictions.coco.json"}
+    run(capsys, "predict", "head", "in/a/x.jpg", "in/b/x.jpg", "-o", "two")
+    assert {str(file.relative_to("two")) for file in Path("two").rglob("*.jpg")} == {
+        "a/x-overlay.jpg",
+        "b/x-overlay.jpg",
+    }
+    before = sorted(file.read_bytes() for file in Path("in").rglob("*.*"))
+    for output in ("in", "out", "in/a/x.jpg"):
+        assert main(["predict", "nowhere", "in", "-o", output]) == 2
+        assert f"Cannot save to the path {output} as it already exists" in capsys.readouterr().err
+        assert main(["evaluate", "nowhere", str(scenes / "boxes"), "--card", output]) == 2
+        assert f"Cannot save to the path {output} as it already exists" in capsys.readouterr().err
+    assert before == sorted(file.read_bytes() for file in Path("in").rglob("*.*"))
+    run(capsys, "evaluate", "head", scenes / "boxes", "--card", "card")
+    assert [file.name for file in Path("card").iterdir()] == ["overlays.jpg"]

@@ -638,7 +638,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_head(shop, tmp_path, monkeypatch)
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"no space left .*choose another --cache"):
         patch.setattr(os, "fsync", full)
         fit(shop.data["classify"], shop.encoder, tmp_path / "head", **keywords)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"need .* GB.*choose another --cache"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"need .* bytes.*choose another --cache"):
         patch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
         fit(shop.data["classify"], shop.encoder, tmp_path / "head", **keywords | {"cache": tmp_path / "other"})
     assert not (tmp_path / "head").exists()

@@ -1,8 +1,10 @@
 """`fit`, `predict` and `evaluate` end to end, and what ends in one line instead."""
 
+import errno
 import json
 import re
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from small_models import NATIVE
 
 from mlx_aimv2.cli import main
+from mlx_aimv2.embed.cache import open_features
 from mlx_aimv2.learn import evaluate, fit, predict
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.options import RECIPES
@@ -121,6 +124,56 @@ def test_no_head_and_half_a_head_are_told(head, tmp_path):
     (head / "head.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match=r"head.safetensors is damaged"):
         load_head(head)
+
+
+def computed(*arguments, **settings):
+    """How many images `fit` has the encoder see: what its progress counts after the images that the cache has."""
+    counts = []
+    fit(*arguments, **settings, progress=lambda total, unit: counts.append if unit == "images" else lambda count: None)
+    return sum(counts[1:])
+
+
+def test_features_are_computed_once(digits, tmp_path):
+    assert computed(digits, CHECKPOINT, tmp_path / "one") == 36
+    assert computed(digits, CHECKPOINT, tmp_path / "two", fine_tune_type="knn") == 0
+
+
+def test_an_interrupted_cache_goes_on_where_it_was(digits, tmp_path):
+    fit(digits, CHECKPOINT, tmp_path / "one")
+    rows = next((tmp_path / "cache" / "features").rglob("rows.bin"))
+    keys = rows.with_name("keys.bin")
+    whole = {keys.read_bytes()[32 * i : 32 * i + 32]: rows.read_bytes()[512 * i : 512 * i + 512] for i in range(36)}
+    rows.write_bytes(rows.read_bytes()[: 512 * 20 + 100])  # killed within the 21st row
+    keys.write_bytes(keys.read_bytes()[: 32 * 19 + 5])
+    assert computed(digits, CHECKPOINT, tmp_path / "two") == 36 - 19
+    again = {keys.read_bytes()[32 * i : 32 * i + 32]: rows.read_bytes()[512 * i : 512 * i + 512] for i in range(36)}
+    assert again.keys() == whole.keys()
+    for key, row in whole.items():
+        np.testing.assert_allclose(np.frombuffer(again[key], "<f4"), np.frombuffer(row, "<f4"), atol=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_head(digits, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    line = r"no space left for the features in .*rows\.bin: free some, or choose another --cache; what was done is kept"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=line):
+        patched.setattr("os.fsync", full)
+        fit(digits, CHECKPOINT, tmp_path / "head")
+    assert not (tmp_path / "head").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "other"))
+    with pytest.raises(OSError, match=r"rows\.bin, which need 19,584 bytes where 10 are free: free some"):
+        fit(digits, CHECKPOINT, tmp_path / "head")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_rows_that_do_not_fit_have_no_keys(tmp_path):
+    with open_features(tmp_path, (2000,), np.dtype("<f4")) as cache:
+        cache.rows_file = Path("/dev/full")
+        with pytest.raises(OSError, match="no space left for the features in /dev/full: free some, or choose another"):
+            cache.append([(b"k" * 32, np.ones(2000, np.float32))])
+    assert (tmp_path / "keys.bin").read_bytes() == b""
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.learn import classify
 from mlx_aimv2.learn.classify import Classification
-from mlx_aimv2.learn.classify_card import confusion
 from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.knn import vote
 from mlx_aimv2.learn.logistic import fit_logistic, minimize
+from mlx_aimv2.learn.metrics import confusion
 from mlx_aimv2.learn.probe import fit_linear
 from mlx_aimv2.model import unit_length
 

@@ -158,9 +158,9 @@ CHECKPOINTS = (
     ),
     Mutation(
         "the images of a batch get each other's vectors",
-        "batches.append((features, places))",
-        "batches.append((features, places[::-1]))",
-        ("tests/embed/test_pipeline.py",),
+        "batches.append(_Batch(outputs, indices, shape))",
+        "batches.append(_Batch(outputs, indices[::-1], shape))",
+        ("tests/embed/test_encode.py",),
     ),
     Mutation(
         "an unchanged file is read again",

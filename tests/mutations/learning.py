@@ -9,7 +9,7 @@ PRECISION = (
     "tests/learn/test_average_precision.py::test_half_of_the_objects_found_is_half_of_the_recalls",
 )
 IOU, GEOMETRY, PLACES = (
-    ("tests/learn/test_mean_iou.py",),
+    ("tests/learn/test_metrics.py",),
     ("tests/learn/test_boxes.py",),
     ("tests/learn/test_placement.py",),
 )
@@ -54,8 +54,8 @@ LEARNING = (
     ),
     Mutation(
         "pixels without a label count",
-        "known = truth != IGNORED",
-        "truth = np.where(truth == IGNORED, 0, truth)\n    known = truth != IGNORED",
+        "known = labels != IGNORED",
+        "labels = np.where(labels == IGNORED, 0, labels)\n        known = labels != IGNORED",
         IOU,
     ),
     Mutation(

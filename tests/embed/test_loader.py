@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.embed.prefetch import Decoder
+from mlx_aimv2.embed.loader import Decoder
 from tests.image_files import image
 
 
@@ -46,5 +46,5 @@ def test_whatever_a_decoder_raises_is_that_images_failure(tmp_path, fixed, monke
     def broken(data, **_):
         raise RuntimeError("decoder\nexploded")
 
-    monkeypatch.setattr("mlx_aimv2.embed.prefetch.open_image", broken)
+    monkeypatch.setattr("mlx_aimv2.embed.loader.open_image", broken)
     assert Decoder(fixed[1])(str(image(tmp_path / "a.jpg", (9, 9)))).failure == "decoder exploded"

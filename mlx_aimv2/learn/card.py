@@ -1,16 +1,25 @@
-"""The model card of a head folder: the result, the table by class, images, and how to use it."""
+"""The model card of a head folder: the result, the table by class, images of the worst, and how to use it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mlx_aimv2 import plot
+from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.data import Sample
-from mlx_aimv2.learn.task import Task
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_aimv2.learn.task import Task
 
 TITLES = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
 PIPELINE_TAGS = {"classify": "image-classification", "segment": "image-segmentation", "detect": "object-detection"}
+
+SHOWN = 6
+"""Images whose overlays are shown."""
 
 
 def write(
@@ -82,3 +91,18 @@ def _score_rows(metrics: Mapping[str, Mapping[str, float]], images: Mapping[str,
         values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
         rows.append([part, f"{images[part]:,}", *values])
     return rows
+
+
+def worst(
+    samples: Sequence[Sample],
+    predictions: Sequence[Any],
+    quality: Callable[[Sample, Any], float],
+    draw: Callable[[Image.Image, Sample, Any], Sequence[Image.Image]],
+) -> Image.Image:
+    """The images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
+    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:SHOWN]
+    columns = []
+    for sample, prediction in pairs:
+        drawn = draw(to_rgb(sample.path), sample, prediction)
+        columns.append(plot.below([plot.to_height(image, 300) for image in drawn], gap=8))
+    return plot.beside(columns, gap=8)

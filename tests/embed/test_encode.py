@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import load
-from mlx_aimv2.embed.pipeline import BATCH_TOKENS, CHUNK, embed, embed_chunks, split_into_chunks
+from mlx_aimv2.embed.encode import embed, embed_chunks
+from mlx_aimv2.embed.loader import BATCH_TOKENS, CHUNK, Decoder, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from tests.image_files import image
 
@@ -70,9 +71,10 @@ def test_stopping_early_stops_the_threads(folder, fixed):
 
 
 def test_a_batch_holds_so_many_tokens(folder, fixed, monkeypatch):
-    monkeypatch.setattr("mlx_aimv2.embed.pipeline.BATCH_TOKENS", 3 * fixed[0].config.num_patches + 1)
+    monkeypatch.setattr("mlx_aimv2.embed.loader.BATCH_TOKENS", 3 * fixed[0].config.num_patches + 1)
     noted = Noted()
-    list(embed_chunks(split_into_chunks([str(folder / f"{n}.png") for n in range(7)]), *fixed, pooling=noted))
+    chunks = split_into_chunks([str(folder / f"{n}.png") for n in range(7)])
+    list(embed_chunks(chunks, Decoder(fixed[1]), fixed[0], noted))
     assert [shape[0] for shape in noted.shapes] == [3, 3, 1]
     assert BATCH_TOKENS == 4096
 
@@ -81,8 +83,8 @@ def test_images_of_one_grid_share_a_batch_and_none_is_padded(tmp_path, native):
     sizes = [(140, 168), (168, 140), (140, 168), (150, 170), (14 * 70, 14 * 50), (168, 140), (14 * 70, 14 * 50)]
     files = [str(image(tmp_path / f"{n}.png", size, n)) for n, size in enumerate(sizes)]
     noted = Noted()
-    (chunk,) = embed_chunks([files], *native, pooling=noted)
-    assert [one.path for one in chunk] == files
+    (result,) = embed_chunks([files], Decoder(native[1]), native[0], noted)
+    assert [one.path for one in result.embeddings] == files
     # Without its remainder 150 x 170 is 140 x 168; two images of 3,500 tokens are too many for a batch.
     assert sorted(noted.shapes) == [(1, 700, 980, 3), (1, 700, 980, 3), (2, 140, 168, 3), (3, 168, 140, 3)]
 
@@ -90,15 +92,15 @@ def test_images_of_one_grid_share_a_batch_and_none_is_padded(tmp_path, native):
 def test_a_batch_never_crosses_a_chunk(tmp_path, fixed):
     files = [str(image(tmp_path / f"{n:03d}.png", (42, 42), n)) for n in range(CHUNK + 3)]
     noted = Noted()
-    chunks = list(embed_chunks(split_into_chunks(files), *fixed, pooling=noted))
-    assert [len(chunk) for chunk in chunks] == [CHUNK, 3]
+    chunks = list(embed_chunks(split_into_chunks(files), Decoder(fixed[1]), fixed[0], noted))
+    assert [len(chunk.embeddings) for chunk in chunks] == [CHUNK, 3]
     assert [shape[0] for shape in noted.shapes] == [CHUNK, 3]
 
 
 def test_empty_chunks_stay_in_their_places(tmp_path, fixed):
     file = str(image(tmp_path / "a.png", (42, 42)))
-    chunks = list(embed_chunks([[], [file], []], *fixed, pooling=Pooling.of(fixed[0])))
-    assert [len(chunk) for chunk in chunks] == [0, 1, 0]
+    chunks = list(embed_chunks([[], [file], []], Decoder(fixed[1]), fixed[0], Pooling.of(fixed[0])))
+    assert [len(chunk.embeddings) for chunk in chunks] == [0, 1, 0]
 
 
 def test_small_native_images_give_a_warning(tmp_path, native):

@@ -1,0 +1,189 @@
+"""Keeps on this machine what is costly to compute again: which files are good images, and features of images.
+
+Features lie in a folder named after everything that decides the numbers. In it `rows.bin` holds one row of numbers for
+each image or view of one, and `keys.bin` the 32 bytes that say of what content it is, in the same order. A row is
+written before its key, so a run that is interrupted anywhere leaves whole rows, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_aimv2.files import cache_folder
+
+Array: TypeAlias = NDArray[Any]
+
+KEY_BYTES = 32
+
+SETTLED_NS = 2_000_000_000
+"""A file that was changed this recently may change again within the clock's step: it is not remembered."""
+
+
+class KnownFiles:
+    """Remembers the SHA-256 of files that were decoded without fault, by name, size and time of change."""
+
+    def __init__(self) -> None:
+        self.path = cache_folder() / "files.db"
+
+    def look_up(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The SHA-256 of those files that are as they were."""
+        if not self.path.is_file():
+            return {}
+        known = {}
+        try:
+            with closing(self._connect()) as database:
+                for path in paths:
+                    about = _about(path)
+                    row = (
+                        about
+                        and database.execute(
+                            "SELECT sha256 FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
+                            (os.fsencode(Path(path).absolute()), *about),
+                        ).fetchone()
+                    )
+                    if row:
+                        known[path] = bytes(row[0])
+        except sqlite3.Error:
+            return {}  # a cache that cannot be read is no cache
+        return known
+
+    def remember(self, files: Iterable[tuple[str, bytes]]) -> None:
+        """Keeps pairs of path and SHA-256, as far as the disk lets it."""
+        settled = time.time_ns() - SETTLED_NS
+        rows = [
+            (os.fsencode(Path(path).absolute()), *about, sha256)
+            for path, sha256 in files
+            if (about := _about(path)) and about[1] < settled
+        ]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as database, database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS files"
+                    " (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB) WITHOUT ROWID"
+                )
+                database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+        except (sqlite3.Error, OSError):
+            return
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self.path, timeout=5)
+        database.execute("PRAGMA trusted_schema = OFF")
+        return database
+
+
+def _about(path: str) -> tuple[int, int] | None:
+    try:
+        about = Path(path).stat()
+    except OSError:
+        return None
+    return about.st_size, about.st_mtime_ns
+
+
+class WithContent(Protocol):
+    """What features are asked for by: the SHA-256 of an image."""
+
+    @property
+    def sha256(self) -> bytes: ...
+
+
+class Features:
+    """Features of images by their content, read as they are asked for: `features[sample.sha256]` is (D,) or (N, D)."""
+
+    def __init__(self, rows: Array, index: dict[bytes, int]) -> None:
+        self.rows = rows
+        self.index = index
+
+    def __getitem__(self, key: bytes) -> Array:
+        return self.rows[self.index[key]]
+
+    def of(self, samples: Sequence[WithContent]) -> Array:
+        """Those of several samples as one array, `(n, …)` float32."""
+        return self.take([sample.sha256 for sample in samples])
+
+    def take(self, keys: Sequence[bytes]) -> Array:
+        """Those of several keys as one array, `(n, …)` float32."""
+        return np.asarray(self.rows[[self.index[key] for key in keys]], np.float32)
+
+
+class FeatureCache:
+    """The rows of one folder, which this process alone may add to: `open_features` makes one.
+
+    `index` is the row of each key, `advice` what to do about a full disk.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any], advice: str) -> None:
+        self.shape, self.dtype, self.advice = shape, dtype, advice
+        self.rows_file, self.keys_file = folder / "rows.bin", folder / "keys.bin"
+        self.row_bytes = int(np.prod(shape)) * dtype.itemsize
+        for file in (self.rows_file, self.keys_file):
+            file.touch()
+        count = min(self.rows_file.stat().st_size // self.row_bytes, self.keys_file.stat().st_size // KEY_BYTES)
+        os.truncate(self.rows_file, count * self.row_bytes)  # what an interrupted run left unfinished
+        os.truncate(self.keys_file, count * KEY_BYTES)
+        keys = self.keys_file.read_bytes()
+        self.index = {keys[KEY_BYTES * row : KEY_BYTES * (row + 1)]: row for row in range(count)}
+
+    def reserve(self, count: int) -> None:
+        """Raises OSError where the disk has no room for so many rows more."""
+        wanted = count * (self.row_bytes + KEY_BYTES)
+        if wanted > (free := shutil.disk_usage(self.rows_file.parent).free):
+            raise self._full(f", which need {wanted:,} bytes where {free:,} are free")
+
+    def append(self, rows: Iterable[tuple[bytes, Array]]) -> None:
+        """Writes rows and then their keys; a key that is there already is passed over.
+
+        Raises OSError with one line where that fails.
+        """
+        new = {key: row for key, row in rows if key not in self.index}
+        try:
+            with self.rows_file.open("ab") as file:
+                for row in new.values():
+                    file.write(row.astype(self.dtype).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            with self.keys_file.open("ab") as file:
+                file.write(b"".join(new))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full() from None
+            raise OSError(f"{self.rows_file} cannot be written: {error.strerror}") from None
+        self.index |= {key: row for row, key in enumerate(new, start=len(self.index))}
+
+    def features(self) -> Features:
+        """What is there so far."""
+        shape = (len(self.index), *self.shape)
+        rows = np.memmap(self.rows_file, self.dtype, "r", shape=shape) if self.index else np.empty(shape, self.dtype)
+        return Features(rows, dict(self.index))
+
+    def _full(self, need: str = "") -> OSError:
+        return OSError(f"no space left for the features in {self.rows_file}{need}: free some, or {self.advice}")
+
+
+@contextmanager
+def open_features(
+    folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, advice: str = "choose another --cache"
+) -> Iterator[FeatureCache]:
+    """The features of rows of this shape in a folder; another process that adds to it is waited for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OSError(f"features cannot be kept in {folder}: {error.strerror}; {advice}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield FeatureCache(folder, shape, dtype, advice)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,325 @@
+"""Reads and decodes images ahead of the model and gives it batches of one size: the one loop of the package.
+
+    items -> threads: bytes, SHA-256, levels (H, W, 3) uint8 -> batches of about 4096 tokens -> outputs in order
+
+Nothing in a file raises: what is wrong with it is reported. A batch never crosses a chunk of items: which images meet
+in a batch depends on the chunks alone, not on where an earlier run was interrupted or on how many Macs share the work,
+so the numbers come out the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2.files import read_image_file
+from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
+from mlx_aimv2.images.pixels import Levels
+
+if TYPE_CHECKING:
+    from mlx_aimv2.processor import Aimv2Processor
+
+BATCH_TOKENS = 4096
+"""Tokens of one batch: 16, 8 or 4 images at 224, 336 or 448."""
+
+CHUNK = 32
+"""Consecutive names whose images may share a batch."""
+
+IN_FLIGHT = 2
+"""Batches that the device has been given and not finished: it computes one while the next is put together."""
+
+MIN_PATCHES = 112
+MAX_PATCHES = 4096
+"""Native checkpoints were trained on images of 112 to 4096 patches."""
+
+FILE_BYTES = 64 << 20
+"""Content of files that wait to be decoded, all threads together; a single file may have more."""
+
+DECODING_BYTES = 160 << 20
+"""What is decoded at one time, all threads together; a single image may take more."""
+
+Known: TypeAlias = Callable[[str, bytes], bool]
+"""Whether the embedding of this file, by its path and the SHA-256 digest of its content, needs no pixels."""
+
+Outputs: TypeAlias = dict[str, np.ndarray[Any, Any]]
+"""What the model says of one image, by name, in float32."""
+
+
+class WithLevels(Protocol):
+    """What a thread makes of an item: levels (…, H, W, 3) uint8, taken out when the model gets them, or None."""
+
+    levels: Levels | None
+
+
+Item = TypeVar("Item")
+Ready = TypeVar("Ready")
+Image = TypeVar("Image", bound=WithLevels)
+
+
+def split_into_chunks(items: Sequence[Item], size: int = CHUNK) -> list[Sequence[Item]]:
+    """Cuts a list into chunks of `size`, the last one shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def images_at_once(tokens: int) -> int:
+    """How many images of so many tokens make a batch, one at least."""
+    return max(1, BATCH_TOKENS // max(1, tokens))
+
+
+@contextmanager
+def ahead(
+    items: Iterable[Item], prepare: Callable[[Item], Ready], *, count: int, threads: int | None = None
+) -> Iterator[Iterator[Ready]]:
+    """`prepare(item)` of each item in order, done by threads for `count` items ahead of the one that is asked for.
+
+    `threads` is one for each core by default. Items are taken one after another by the caller's own thread.
+    """
+    pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, "decode")
+
+    def in_order() -> Iterator[Ready]:
+        coming: deque[Future[Ready]] = deque()
+        for item in items:
+            coming.append(pool.submit(prepare, item))
+            if len(coming) > count:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+    wait = True
+    try:
+        yield in_order()
+    except KeyboardInterrupt:
+        wait = False  # whoever stops the run does not wait for a slow decoder
+        raise
+    finally:
+        pool.shutdown(wait=wait, cancel_futures=True)
+
+
+def run_ahead(
+    chunks: Iterable[Sequence[Item]],
+    prepare: Callable[[Item], Image],
+    compute: Callable[[mx.array], dict[str, mx.array]],
+    *,
+    patch: int,
+    tokens: int | None = None,
+    threads: int | None = None,
+) -> Iterator[list[tuple[Image, Outputs | None]]]:
+    """What `prepare` and the model make of each chunk's items, in order: `items -> (image, outputs or None) …`.
+
+    `compute` gets levels (B, …, H, W, 3) uint8 of one size, about `BATCH_TOKENS` tokens of `patch` pixels a side at a
+    time, and gives `{name: (B, …)}`; where `prepare` left no levels the outputs are None. `tokens` is how many each
+    item has, if they all have the same number.
+    """
+    threads = threads or os.cpu_count() or 1
+    # Enough to feed the threads and the next two batches; a native image may take ten megabytes.
+    count = 2 * threads + min(CHUNK, 2 * images_at_once(tokens or BATCH_TOKENS // 8))
+    ends = chain.from_iterable((*chunk, None) for chunk in chunks)  # None after the last item of each chunk
+    before: tuple[list[Image], list[_Batch]] | None = None
+    shapes: set[tuple[int, ...]] = set()
+    with ahead(ends, lambda item: None if item is None else prepare(item), count=count, threads=threads) as coming:
+        for first in coming:
+            rest = iter(coming.__next__, None)
+            chunk = cast("Iterable[Image]", () if first is None else chain([first], rest))
+            now = _submitted(chunk, compute, patch)
+            if before is not None:  # read now that the device has more to do
+                yield _read(*before)
+            before = now
+            sizes = {batch.shape for batch in now[1]}
+            if shapes and sizes != shapes:
+                mx.clear_cache()  # buffers of shapes that may not come again
+            shapes = sizes
+        if before is not None:
+            yield _read(*before)
+
+
+@dataclass
+class _Batch:
+    """Outputs of a batch, the index of each of its images in the chunk, and the shape of one of them."""
+
+    outputs: dict[str, mx.array]
+    indices: list[int]
+    shape: tuple[int, ...]
+
+
+def _submitted(
+    chunk: Iterable[Image], compute: Callable[[mx.array], dict[str, mx.array]], patch: int
+) -> tuple[list[Image], list[_Batch]]:
+    """Gives a chunk's images to the device, those of one size together, a batch as soon as it is full."""
+    images: list[Image] = []
+    batches: list[_Batch] = []
+    groups: dict[tuple[int, ...], list[int]] = {}
+
+    def submit(shape: tuple[int, ...]) -> None:
+        indices = groups.pop(shape)
+        # One byte a level goes to the device, a quarter of what the pixels made of it there would take.
+        outputs = compute(mx.array(_stacked(images, indices)))
+        if len(batches) >= IN_FLIGHT:
+            mx.eval(batches[-IN_FLIGHT].outputs)
+        mx.async_eval(outputs)  # type: ignore[no-untyped-call]
+        batches.append(_Batch(outputs, indices, shape))
+
+    for index, image in enumerate(chunk):
+        images.append(image)
+        if image.levels is None:
+            continue
+        shape = image.levels.shape
+        groups.setdefault(shape, []).append(index)
+        *several, height, width, _ = shape
+        tokens = math.prod(several) * (height // patch) * (width // patch)
+        if (len(groups[shape]) + 1) * tokens > BATCH_TOKENS:
+            submit(shape)
+    for shape in list(groups):
+        submit(shape)
+    return images, batches
+
+
+def _stacked(images: Sequence[WithLevels], indices: list[int]) -> np.ndarray[Any, Any]:
+    """The levels at these indices as one array (B, …, H, W, 3), taken out so that they are freed."""
+    arrays = [images[index].levels for index in indices]
+    for index in indices:
+        images[index].levels = None
+    return np.stack([array for array in arrays if array is not None])
+
+
+def _read(images: list[Image], batches: list[_Batch]) -> list[tuple[Image, Outputs | None]]:
+    """Reads a chunk's outputs from the device."""
+    outputs: dict[int, Outputs] = {}
+    while batches:
+        batch = batches.pop(0)
+        arrays = {name: np.array(array.astype(mx.float32)) for name, array in batch.outputs.items()}
+        for row, index in enumerate(batch.indices):
+            outputs[index] = {name: array[row] for name, array in arrays.items()}
+    return [(image, outputs.get(index)) for index, image in enumerate(images)]
+
+
+@dataclass
+class Decoded:
+    """A file read and hashed, with its levels (H, W, 3), with None where its content is known, or with a failure.
+
+    `failure` and `note` continue a sentence that starts with the path; `upright` is the image's own (height, width).
+    """
+
+    path: str
+    size: int = 0
+    mtime_ns: int = 0
+    sha256: bytes = b""
+    levels: Levels | None = None
+    upright: tuple[int, int] = (0, 0)
+    failure: str | None = None
+    note: str | None = None
+
+
+class Budget:
+    """So many bytes, which threads take and give back; one that wants more than all of it waits until it is alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.taken = 0
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        """Waits until so many bytes are free."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + wanted <= self.size)
+            self.taken += wanted
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= wanted
+                self.changed.notify_all()
+
+
+class Decoder:
+    """Turns files into levels for one checkpoint; any thread may call it."""
+
+    def __init__(
+        self,
+        processor: Aimv2Processor,
+        *,
+        max_patches: int = MAX_PATCHES,
+        known: Known | None = None,
+        policy: Policy = POLICY,
+    ) -> None:
+        """`max_patches` counts where images may have any size; what is `known` gets no levels."""
+        if max_patches < 1:
+            raise ValueError(f"max_patches is a number of patches, at least 1; got {max_patches}")
+        self.processor = processor
+        self.max_patches = max_patches if processor.any_size else None
+        self.known = known
+        self.policy = policy
+        # A thread takes the bytes of its file first and those for decoding it second, and never the other way round.
+        self.files, self.decoding = Budget(FILE_BYTES), Budget(DECODING_BYTES)
+
+    def __call__(self, path: str) -> Decoded:
+        """One file, `path -> Decoded`."""
+        try:
+            with self.files.take(_size_of(path)):
+                about, data = read_image_file(path)
+                found = self.content(path, data)
+                found.size, found.mtime_ns = about.st_size, about.st_mtime_ns
+                return found
+        except OSError as error:
+            return Decoded(path, failure=_reason(error))
+
+    def content(self, name: str, data: bytes) -> Decoded:
+        """The content of a file, `name, bytes -> Decoded`."""
+        found = Decoded(name, sha256=hashlib.sha256(data).digest())
+        if self.known is None or not self.known(name, found.sha256):
+            self._decode(found, data)
+        return found
+
+    def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
+        """What the model gets to see of an image, (…, H, W, 3); `sha256` is that of its file."""
+        return self.processor.levels(opened, max_patches=self.max_patches)
+
+    def _decode(self, found: Decoded, data: bytes) -> None:
+        name = found.path
+        try:
+            opened = open_image(data, policy=self.policy, name=name)
+            with self.decoding.take(self.processor.decoding_bytes(opened, max_patches=self.max_patches)):
+                levels = self.levels(opened, found.sha256)
+        except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
+            found.failure = " ".join((str(error) or type(error).__name__).split()).removeprefix(f"{name} ")
+            return
+        notes = opened.notes
+        if self.max_patches is not None:
+            patch = self.processor.patch_size
+            rows, columns = levels.shape[0] // patch, levels.shape[1] // patch
+            # Without the remainder, which the model drops, all images of one grid have one size.
+            levels = np.ascontiguousarray(levels[: rows * patch, : columns * patch])
+            if rows * columns < MIN_PATCHES:
+                notes.append(f"has {rows}x{columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
+        found.levels = levels
+        found.upright = (opened.size[1], opened.size[0])
+        found.note = "; ".join(notes) or None
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - once for each of many files
+    except (OSError, ValueError):
+        return 0
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "was deleted before it could be read"
+    if isinstance(error, PermissionError):
+        return "may not be read: permission denied"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder"
+    return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
