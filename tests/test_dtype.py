@@ -69,7 +69,7 @@ def test_the_converters_report_is_read(tmp_path):
 
 def test_the_policy_and_the_reports_warning_draw_one_line():
     assert device.REPORT == fidelity.FILE
-    assert (fidelity.LIMITS["float16"], fidelity.HEADROOM) == (device.FLOAT16_LARGEST, device.HEADROOM)
+    assert (fidelity.FLOAT16_LARGEST, fidelity.HEADROOM) == (device.FLOAT16_LARGEST, device.HEADROOM)
 
 
 @pytest.fixture

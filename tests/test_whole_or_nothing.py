@@ -121,8 +121,8 @@ with atomic_folder(Path({str(tmp_path / "mlx")!r})) as place:
 
 
 def test_two_at_once_end_with_one_whole_folder(tmp_path):
-    code = "import sys; from mlx_aimv2.convert import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "--model", str(ENCODER), "--mlx-path", str(tmp_path / "mlx"), "--no-verify"]
+    command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(ENCODER), "--mlx-path", str(tmp_path / "mlx")]
+    command += ["--no-verify"]
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [run.communicate()[1].splitlines()[-1] for run in runs]
     codes = [run.returncode for run in runs]
