@@ -58,7 +58,7 @@ class Source:
     quantization: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
-        self._names = tuple(self.weights)
+        self._shapes = {name: tuple(array.shape) for name, array in self.weights.items()}
 
     @property
     def layout(self) -> str:
@@ -82,7 +82,14 @@ class Source:
 
     def reopened(self) -> Source:
         """The same files with all tensors lazy again, neither resolved nor checked again: a Hub is not asked."""
-        return replace(self, weights=self.match.to_target(checkpoint.read_tensors(self.origin.files), self._names))
+        tensors = checkpoint.read_tensors(self.origin.files)
+        try:
+            again = replace(self, weights=self.match.to_target(tensors, self._shapes))
+        except (KeyError, ValueError):  # a tensor that is gone, or has other axes
+            again = None
+        if again is None or again._shapes != self._shapes:
+            raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
+        return again
 
     def processor(self) -> Aimv2Processor:
         """The processor that the checkpoint's files describe."""

@@ -124,6 +124,18 @@ def test_the_source_is_opened_once_whatever_becomes_of_it_meanwhile(tmp_path):
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["min"] == pytest.approx(1, abs=1e-12)
 
 
+def test_a_source_that_is_replaced_meanwhile_is_one_line(tmp_path):
+    source = Path(shutil.copytree(FIXED, tmp_path / "source"))
+
+    def replace(line):
+        if "Using dtype" in line:
+            shutil.copy(ENCODER / "model.safetensors", source / "model.safetensors")
+
+    with pytest.raises(ValueError, match=r"source: its weights were changed while they were read; run it again"):
+        convert(source, tmp_path / "mlx", log=replace)
+    assert not (tmp_path / "mlx").exists()
+
+
 def test_any_thread_may_convert(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 

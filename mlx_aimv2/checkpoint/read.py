@@ -250,6 +250,8 @@ def _check_safetensors(file: Path) -> None:
 
 
 def _read_weights(file: Path) -> dict[str, mx.array]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} vanished while it was read")
     if file.suffix in PICKLES:
         return _read_pickle(file)
     try:

@@ -279,7 +279,7 @@ sys.exit(one_line_errors(work))
 """
 
 
-CONVERT = "from mlx_aimv2.convert import main; sys.exit(main(argv[1:]))"
+CONVERT = "from mlx_aimv2.cli import main; sys.exit(main(['convert', *argv[1:]]))"
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_without_a_network_the_cache_serves(released, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-CONVERT = """
+CONVERT_AND_NOTE = """
 import json
 import mlx.core
 import safetensors
@@ -349,7 +349,7 @@ def test_a_conversion_resolves_its_source_once_whatever_is_pushed_meanwhile(hub,
     tensors = load_file(folder / "model.safetensors")
     save_file({name: array * np.float32(1.5) for name, array in tensors.items()}, folder / "model.safetensors")
     hub.on_request = lambda: len(hub.requests) == 2 and hub.publish("some/body", MAIN, folder)
-    result = run(hub, tmp_path / "home", CONVERT, "some/body", tmp_path / "mlx")
+    result = run(hub, tmp_path / "home", CONVERT_AND_NOTE, "some/body", tmp_path / "mlx")
     assert result.returncode == 0, result.stderr
     assert sum("/revision/" in path for _, path in hub.requests) == 1
     read = json.loads(result.stdout)
