@@ -78,7 +78,7 @@ def update_index(
 
     A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. Images whose
     files may come back, on a drive that is not plugged in, stay in the index unless `prune` is set. `exclude` and
-    `include` are glob patterns (`exclude.Rules`).
+    `include` are glob patterns (`find_images.Rules`).
 
     `-` among the paths reads names from stdin. Without a model, and where other settings are left out, an index that
     exists keeps its own. `store` is the dtype of the vectors in a new index, float16 or float32; `export_kind` writes
@@ -163,7 +163,7 @@ class _Job:
     ranks: Ranks
     store: str | None
     export_kind: str | None
-    rules: dict[str, tuple[str, ...]]
+    rules: dict[str, Any]
     prune: bool
     overwrite: bool
     report: Report
@@ -187,7 +187,7 @@ class _Job:
         if self.export_to is not None and self.export_kind is not None:  # once more, now that the images are known
             target(self.output, self.export_kind, overwrite=self.overwrite, inputs=listing.files)
         plan = make_plan(listing, self.index, prune=self.prune)
-        self.passed_over = {**listing.suffixes, **listing.excluded}
+        self.passed_over = listing.passed_over
         return {"settings": asdict(settings), "plan": asdict(plan)}
 
     def _check_output(self) -> None:
