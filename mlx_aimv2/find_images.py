@@ -261,8 +261,8 @@ class Scan:
             for path, reason in listing.problems:
                 if Path(path).is_dir() and os.access(path, os.R_OK):
                     self.note(path, f"{reason}: passed over")  # what lies in it is listed, or it would be a circle
-                else:
-                    self.faults.append(f"{path} {reason}")
+                elif (line := f"{path} {reason}") not in self.faults:
+                    self.faults.append(line)
         return self._listings[folder, deep]
 
     @staticmethod
@@ -290,7 +290,7 @@ class Rules:
     def excluded_by(self, path: str, *, is_folder: bool, parent: str) -> str | None:
         """The pattern or the name on the list because of which a relative path is passed over; None if it is not.
 
-        `parent` is the name of the folder that it lies in.
+        `parent` is the folder that it lies in.
         """
         if self.includes(path, is_folder=is_folder):
             return None
@@ -334,7 +334,7 @@ def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> 
 def _on_list(name: str, parent: str) -> str | None:
     if (known := _NAMES.get(name.lower())) is not None:
         return known
-    if name in EXCLUDED_IN_LIBRARIES and parent.lower().endswith(LIBRARIES):
+    if name in EXCLUDED_IN_LIBRARIES and PurePath(parent).name.lower().endswith(LIBRARIES):
         return f"{name} of a photo library"
     return next((f"*{suffix}" for suffix in EXCLUDED_SUFFIXES if name.lower().endswith(suffix)), None)
 
@@ -449,7 +449,7 @@ class _Lister:
             if not self.rules.includes(below, is_folder=entry.is_dir()):
                 return
         is_folder = entry.is_dir()
-        by = self.rules.excluded_by(below, is_folder=is_folder, parent=Path(folder.path).name)
+        by = self.rules.excluded_by(below, is_folder=is_folder, parent=folder.path)
         if by is not None:
             self.found.excluded[by] = self.found.excluded.get(by, 0) + 1
         elif is_folder:

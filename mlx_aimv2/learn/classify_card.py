@@ -17,7 +17,7 @@ from mlx_aimv2.learn import drawing
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_aimv2.learn.data import Sample
+    from mlx_aimv2.learn.samples import Sample
 
 CELL = 28
 MAX_CLASSES = 40

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import average_precision, boxes, coco, fcos, overlay, placement
 from mlx_aimv2.learn.average_precision import Found, Truth
-from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.detect_head import DetectHead
 from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.task import Defaults
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ def example(
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
     """`label` and `distances` alone, of the image unchanged."""
-    image = to_rgb(sample.path)
-    place = placement.plain((image.height, image.width), canvas_size(processor))
+    place = placement.plain(sample.size, canvas_size(processor))
     return _targets(sample.target, place, processor.patch_size)
 
 

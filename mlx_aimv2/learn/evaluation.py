@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.samples import Sample, seen
 from mlx_aimv2.learn.task import Task
 from mlx_aimv2.processor import Aimv2Processor
 
@@ -29,12 +29,13 @@ Outputs = dict[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, of how many images, and the parts of DATA that they are from."""
+    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA."""
 
     scores: dict[str, float]
     images: int
     part: str
     table: list[list[str]]
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -47,13 +48,13 @@ def evaluate(
 ) -> Evaluation:
     """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
 
-    Of DATA with parts `test` counts, else `val`; without parts all images. `card` is a folder for the card's images.
-    DataError, a ValueError, lists everything that is wrong with DATA, labels that the head does not know among it.
+    Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
+    card's images. DataError, a ValueError, lists everything that is wrong with DATA, labels that the head does not know
+    among it.
     """
     loaded = load_head(head, model=model, dtype=dtype)
     dataset = loaded.task.read(Path(data), classes=loaded.classes)
-    part = "test" if dataset.splits["test"] else "val"
-    samples = dataset.splits[part]
+    part, samples = dataset.to_score()
     outputs = outputs_of_learner(loaded.learner, loaded.task, samples, loaded.processor)
     predictions = decoded(loaded.task, samples, outputs)
     if card is not None:
@@ -64,6 +65,7 @@ def evaluate(
         len(samples),
         part,
         loaded.task.table(samples, predictions, loaded.classes),
+        (*dataset.notes, *seen(samples, loaded.trained_on)),
     )
 
 
@@ -99,8 +101,7 @@ def outputs_of_learner(
 
 def decoded(task: Task, samples: Sequence[Sample], outputs: Iterator[Outputs]) -> list[Any]:
     """A prediction for each sample from its outputs."""
-    sizes = ((image_size(sample.path) if task.NEEDS_SIZE else (0, 0)) for sample in samples)
-    return [task.decode(output, sample, size) for sample, output, size in zip(samples, outputs, sizes, strict=True)]
+    return [task.decode(output, sample, sample.size) for sample, output in zip(samples, outputs, strict=True)]
 
 
 def _apart(outputs: dict[str, mx.array]) -> Iterator[Outputs]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.task import Task
 
 TITLES = {"classify": "classification", "segment": "segmentation", "detect": "detection"}

@@ -1,7 +1,7 @@
 """The folder that training leaves: head, classes, scores, the encoder that it needs, and a model card.
 
-`head.json` and `head.safetensors`; for lora and dora mlx-lm's adapter files; for full `encoder.safetensors` with the
-weights that changed; `README.md` with its images.
+`head.json`, `head.safetensors` and `trained_on.sha256`; for lora and dora mlx-lm's adapter files; for full
+`encoder.safetensors` with the weights that changed; `README.md` with its images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.embed.provenance import differences, fingerprint
-from mlx_aimv2.files import expand_user, read_text
+from mlx_aimv2.files import expand_user, read_bytes, read_text
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
@@ -35,6 +35,8 @@ POSITIONS = "timm"
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
 ENCODER_FILE = "encoder.safetensors"
+TRAINED_ON_FILE = "trained_on.sha256"
+"""Holds `samples.digests` of the training images."""
 
 FIELDS: dict[str, type] = {
     "task": str,
@@ -57,10 +59,19 @@ class Head:
     learner: Learner
     processor: Aimv2Processor
     info: dict[str, Any]
+    trained_on: bytes = b""
+    """`samples.digests` of the training images; empty where the folder has none."""
 
 
-def save(folder: Path, info: Mapping[str, Any], learner: Learner, *, adapters: Mapping[str, Any] | None) -> None:
-    """Writes everything but the card into an existing folder."""
+def save(
+    folder: Path,
+    info: Mapping[str, Any],
+    learner: Learner,
+    *,
+    adapters: Mapping[str, Any] | None,
+    trained_on: bytes = b"",
+) -> None:
+    """Writes everything but the card into an existing folder; `trained_on` are digests of the training images."""
     flat: Any = tree_flatten(learner.head.parameters())
     _save_arrays(folder / HEAD_FILE, dict(flat))
     if info["fine_tune_type"] in lora.KINDS:
@@ -70,6 +81,7 @@ def save(folder: Path, info: Mapping[str, Any], learner: Learner, *, adapters: M
     elif info["fine_tune_type"] == "full":
         changed: Any = tree_flatten(learner.encoder.trainable_parameters())
         _save_arrays(folder / ENCODER_FILE, dict(changed))
+    (folder / TRAINED_ON_FILE).write_bytes(trained_on)
     text = json.dumps({"format_version": FORMAT, **info}, indent=4, ensure_ascii=False) + "\n"
     (folder / INFO_FILE).write_text(text, encoding="utf-8")
 
@@ -128,7 +140,9 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
         load_encoder(folder, vision)
     learner = Learner(vision, head)
     learner.eval()
-    return Head(task, tuple(info["classes"]), learner, processor, info)
+    digests = folder / TRAINED_ON_FILE
+    trained_on = read_bytes(digests) if digests.is_file() else b""
+    return Head(task, tuple(info["classes"]), learner, processor, info, trained_on)
 
 
 def load_encoder(folder: Path, vision: Aimv2VisionModel) -> None:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import mask_files, mean_iou, overlay, placement
-from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.mean_iou import IGNORED
 from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.segment_head import DecoderSegmentHead, LinearSegmentHead
 from mlx_aimv2.learn.task import Defaults
 from mlx_aimv2.learn.upsample import linear_weights
