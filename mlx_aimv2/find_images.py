@@ -1,4 +1,4 @@
-"""Finds the image files that a user means by folders, files, patterns and lists.
+"""Finds the image files that a user means by folders, files, patterns and lists: the one scan of every verb.
 
 PATH … -> Listing: absolute names in one fixed order, each file once, what cannot be an image with the reason, and what
 was passed over.
@@ -10,12 +10,16 @@ import codecs
 import errno
 import glob
 import os
+import re
 import stat
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
-from mlx_aimv2.exclude import Rules
+from pathspec import GitIgnoreSpec
+
 from mlx_aimv2.files import expand_user
 
 SUFFIXES = (
@@ -39,11 +43,61 @@ SUFFIXES = (
 )
 """Endings, in any case, by which an image is recognised inside a folder; a file given by name needs none of them."""
 
+EXCLUDED_FOLDERS = {
+    "@eaDir": "thumbnails and metadata of a Synology NAS",
+    "@tmp": "temporary files of a Synology NAS",
+    "#recycle": "recycle bin of a Synology NAS",
+    "#snapshot": "snapshots of a Synology NAS",
+    "@Recycle": "recycle bin of a QNAP NAS",
+    "@Recently-Snapshot": "snapshots of a QNAP NAS",
+    "@__thumb": "thumbnails of a QNAP NAS",
+    "$RECYCLE.BIN": "recycle bin of Windows",
+    "RECYCLER": "recycle bin of Windows XP",
+    "System Volume Information": "Windows' own",
+    "__MACOSX": "resource forks in a zip archive from a Mac",
+    "lost+found": "fragments that a file system check found",
+}
+"""Folders that are passed over wherever they lie -> what they hold. Hidden names, such as .Trashes, always are."""
+
+OWN_FILES = (
+    ("head.json",),
+    ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json"),
+    ("state.safetensors",),
+)
+"""What a folder holds that this package wrote, a head, a model or the state of a run: its pictures are no data."""
+
+OWN = "of mlx-aimv2's own folders"
+"""What they are called where they are counted."""
+
+LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary", ".lrlibrary", "iphoto library")
+"""How the name of a photo library ends, in lower case."""
+
+EXCLUDED_IN_LIBRARIES = ("resources", "Thumbnails", "Previews", "Caches", "database", "Database", "private", "scopes")
+"""Folders directly inside a photo library that hold smaller copies of its images."""
+
+EXCLUDED_SUFFIXES = (".lrdata", ".cocatalogdb")
+"""How the name of a folder with a photo program's previews ends."""
+
+_NAMES = {name.lower(): name for name in EXCLUDED_FOLDERS}
+
 PACKAGES = {".photoslibrary": "originals"}
 """Folders that macOS shows as one document -> the only folder in them that holds the images themselves."""
 
 EVICTED = ".icloud"
 """What macOS appends to the name of an image that it moved to iCloud; a dot goes before it."""
+
+SHOWN = 8
+"""Kinds of files that were passed over, named where they are counted."""
+
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
+
+ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
+    ".jxl": "JPEG XL, export it as JPEG",
+    ".mpo": "--include '*.mpo' takes its first image",
+    ".apng": "--include '*.apng' takes its first frame",
+}
+"""Suffix -> what to do about it."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -60,10 +114,11 @@ class Listing:
 
     `files` sorted by their bytes, each file once, however many names lead to it; `problems` pairs of (name, reason)
     where the reason continues a sentence that starts with the name; `missing` what was asked for and names nothing;
-    `roots` the folders that were walked and hold images; `empty` the folders asked for that hold none.
+    `roots` the folders that were scanned and hold images; `empty` the folders asked for that hold none.
 
     What was passed over in folders: `excluded` folders and files by the pattern or name that excluded them, `suffixes`
-    other files by their suffix; `evicted` are the names of images that are in iCloud and not on this disk.
+    other files by their suffix; `evicted` are the names of images that are in iCloud and not on this disk. `folders`
+    are those in which the scan ended because it was not to go deep.
     """
 
     files: list[str] = field(default_factory=list)
@@ -74,6 +129,12 @@ class Listing:
     excluded: dict[str, int] = field(default_factory=dict)
     suffixes: dict[str, int] = field(default_factory=dict)
     evicted: set[str] = field(default_factory=set)
+    folders: list[str] = field(default_factory=list)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files and folders were not looked at, by suffix or by what excluded them."""
+        return {**self.suffixes, **self.excluded}
 
 
 def list_images(
@@ -81,18 +142,20 @@ def list_images(
     *,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
+    deep: bool = True,
 ) -> Listing:
     """Finds the images: `one path or several files, folders and patterns -> Listing`.
 
-    Folders are walked to the bottom; in them only names with one of `SUFFIXES` count, hidden names are passed over, and
-    so are the folders of `exclude.EXCLUDED_FOLDERS` and what `exclude` names; `include` takes all the same what it
-    names (`exclude.Rules`). Links to folders are followed after everything else, so that a folder reached twice is
-    listed under its own name and no circle is walked. Names that exist are never taken for patterns.
+    Folders are scanned to the bottom, or without `deep` for the files right in them. Of files only names with one of
+    `SUFFIXES` count; passed over are hidden names, the folders of `EXCLUDED_FOLDERS`, those that this package wrote
+    and what `exclude` names; `include` takes all the same what it names (`Rules`). Links to folders are followed after
+    everything else, so that a folder reached twice is listed under its own name and no circle is scanned. Names that
+    exist are never taken for patterns.
     """
-    walk = _Walk(Rules(tuple(exclude), tuple(include)))
+    lister = _Lister(Rules(exclude, include), deep=deep)
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        walk.argument(os.fspath(path))
-    return walk.finish()
+        lister.argument(os.fspath(path))
+    return lister.finish()
 
 
 def read_list(data: bytes) -> list[str]:
@@ -134,20 +197,168 @@ def has_suffix(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def counted(passed_over: Mapping[str, int], *, advice: Mapping[str, str] = ADVICE) -> str:
+    """`12 .mov, 3 .dng (raw, export it as JPEG), 2 @eaDir`, the most frequent first."""
+    order = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {name}{f' ({advice[name]})' if name in advice else ''}" for name, count in order[:SHOWN]]
+    more = sum(count for _, count in order[SHOWN:])
+    return ", ".join([*parts, *([f"{more:,} others"] if more else [])])
+
+
+class Scan:
+    """Scans the folders of one collection, labelled images or captions, and keeps account of what it does not hold.
+
+    `faults` are lines about what cannot be an image; `notes` tell what was passed over, each kind once.
+    """
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self._listings: dict[tuple[Path, bool], Listing] = {}
+        self._notes: dict[str, tuple[str, int]] = {}
+
+    def images(self, folder: Path) -> list[str]:
+        """The images in a folder and below it, sorted, their names beginning as the folder's does."""
+        return self._named(folder, self._listing(folder, deep=True).files)
+
+    def loose(self, folder: Path) -> list[str]:
+        """The images right in a folder."""
+        return self._named(folder, self._listing(folder, deep=False).files)
+
+    def folders(self, folder: Path) -> list[Path]:
+        """The folders right in a folder that images are looked for in, sorted."""
+        return [Path(name) for name in self._named(folder, self._listing(folder, deep=False).folders)]
+
+    def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
+        """Notes the images in a folder that a file does not list, where `names` are those that it does."""
+        if file.parent == folder:
+            self._listing(folder, deep=True).suffixes.pop(file.suffix.lower(), None)  # it was not passed over
+        if rest := sorted(set(self.images(folder)).difference(names)):
+            self.note(rest[0], f"is not listed in {file.name}: passed over", len(rest))
+
+    def note(self, name: str, reason: str, count: int = 1) -> None:
+        """Keeps that `name`, or so many things of which it is the first, was passed over or changed, and why."""
+        first, before = self._notes.get(reason, (name, 0))
+        self._notes[reason] = (first, before + count)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each reason, with the first name and how many more; then what no scan takes, by its kind."""
+        lines = [
+            f"{first} {reason}{f' (and {count - 1:,} more)' if count > 1 else ''}"
+            for reason, (first, count) in self._notes.items()
+        ]
+        scanned = [str(folder) for folder, deep in self._listings if deep]
+        total = Counter[str]()
+        for (folder, deep), listing in self._listings.items():
+            if not is_under(str(folder), scanned) and (deep or str(folder) not in scanned):
+                # Other files right in DATA may well be what describes it.
+                total.update(listing.passed_over if deep else listing.excluded)
+        return [*lines, *([f"passed over: {counted(total, advice={})}"] if total else [])]
+
+    def _listing(self, folder: Path, *, deep: bool) -> Listing:
+        if (folder, deep) not in self._listings:
+            listing = self._listings[folder, deep] = list_images(folder, deep=deep)
+            for path, reason in listing.problems:
+                if Path(path).is_dir() and os.access(path, os.R_OK):
+                    self.note(path, f"{reason}: passed over")  # what lies in it is listed, or it would be a circle
+                elif (line := f"{path} {reason}") not in self.faults:
+                    self.faults.append(line)
+        return self._listings[folder, deep]
+
+    @staticmethod
+    def _named(folder: Path, names: list[str]) -> list[str]:
+        start = len(os.path.normpath(folder.absolute()))
+        return [f"{folder}{name[start:]}" for name in names]
+
+
+class Rules:
+    """What is passed over (`exclude`) and what is taken all the same (`include`), as patterns of .gitignore.
+
+    A pattern without a slash is compared with the name of a file or folder at any depth; one with a slash with the path
+    below the folder that was asked for; a slash at the end stands for folders alone. Of several patterns the last that
+    matches decides, and `!` before one takes back what those before it said. Letter case does not count. An included
+    file needs no image's suffix. Raises ValueError for what is no pattern.
+    """
+
+    def __init__(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> None:
+        self._exclude, self._include = _compiled(exclude, "--exclude"), _compiled(include, "--include")
+
+    def includes(self, path: str, *, is_folder: bool = False) -> bool:
+        """Whether --include names this path, which is relative to the folder that was asked for."""
+        return _last_match(self._include, path, is_folder=is_folder) is not None
+
+    def excluded_by(self, path: str, *, is_folder: bool, parent: str) -> str | None:
+        """The pattern or the name on the list because of which a relative path is passed over; None if it is not.
+
+        `parent` is the folder that it lies in.
+        """
+        if self.includes(path, is_folder=is_folder):
+            return None
+        pattern = _last_match(self._exclude, path, is_folder=is_folder)
+        return _on_list(PurePath(path).name, parent) if pattern is None and is_folder else pattern
+
+
+def _compiled(patterns: Iterable[str], flag: str) -> list[tuple[str, Any]]:
+    """Each pattern with pathspec's reading of it, in lower case."""
+    found = []
+    for pattern in patterns:
+        # "#recycle" is a name here: a line of .gitignore would be a comment.
+        line = f"\\{pattern}" if pattern.startswith("#") else pattern
+        is_empty = not pattern.strip("/! ")
+        reason = "is an empty pattern" if is_empty else "is no pattern"
+        try:
+            rules = [rule for rule in GitIgnoreSpec.from_lines([line.lower()]).patterns if rule.include is not None]
+        except (ValueError, re.error) as error:
+            rules, reason = [], reason if is_empty else f"{reason} ({error})"
+        if is_empty or not rules:
+            raise ValueError(f"{flag} {pattern!r} {reason}: give one such as '*.png' or 'Trash/'")
+        found.append((pattern, rules[0]))
+    return found
+
+
+def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> str | None:
+    """The pattern that decides about a path; None where none does or it begins with `!`."""
+    if not rules:
+        return None
+    name = f"{path.lower()}/" if is_folder else path.lower()
+    for pattern, rule in reversed(rules):
+        found = rule.match_file(name)
+        # pathspec marks with this group what is matched because it lies in a folder of that name.
+        if found is not None and found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name):
+            continue
+        if found is not None:
+            return pattern if rule.include else None
+    return None
+
+
+def _on_list(name: str, parent: str) -> str | None:
+    if (known := _NAMES.get(name.lower())) is not None:
+        return known
+    if name in EXCLUDED_IN_LIBRARIES and PurePath(parent).name.lower().endswith(LIBRARIES):
+        return f"{name} of a photo library"
+    return next((f"*{suffix}" for suffix in EXCLUDED_SUFFIXES if name.lower().endswith(suffix)), None)
+
+
+def is_junk(name: str) -> bool:
+    """Whether a path in an archive is one that a scan passes over: hidden, as a Mac's `._` files, or on the list."""
+    return any(part.startswith(".") or part.lower() in _NAMES for part in PurePosixPath(name).parts)
+
+
 @dataclass(frozen=True)
 class _Folder:
-    """A folder to walk: its path, its device and inode, and its path below the folder that was asked for."""
+    """A folder to scan: its path, its device and inode, and its path below the folder that was asked for."""
 
     path: str
     about: os.stat_result
     below: str = ""
 
 
-class _Walk:
+class _Lister:
     """The state of one listing."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, *, deep: bool) -> None:
         self.rules = rules
+        self.deep = deep
         self.found = Listing()
         self.files: dict[tuple[int, int] | str, tuple[bool, bytes, str]] = {}
         """Identity of a file -> the best name so far: links last, then by its bytes."""
@@ -169,7 +380,7 @@ class _Walk:
             return
         if stat.S_ISDIR(about.st_mode):
             self.roots[path] = None
-            self.walk(_Folder(path, about))
+            self.scan(_Folder(path, about))
         else:
             self.file(path, about)
 
@@ -188,14 +399,15 @@ class _Walk:
             if target == here or is_under(here, [target]):
                 self.problem(link.path, "is a link back to a folder that it lies in")
             else:
-                self.walk(link)
+                self.scan(link)
         found = self.found
+        found.folders.sort(key=os.fsencode)
         found.files = [name for _, _, name in sorted(self.files.values(), key=lambda best: best[1])]
         for root in self.roots:
             (found.roots if any(is_under(file, [root]) for file in found.files) else found.empty).append(root)
         return found
 
-    def walk(self, folder: _Folder) -> None:
+    def scan(self, folder: _Folder) -> None:
         pending = [folder]
         while pending:
             folder = pending.pop()
@@ -210,12 +422,24 @@ class _Walk:
             except OSError as error:
                 self.problem(path, _reason(error))
                 continue
+            if folder.below and not self.enters(folder, path, {entry.name for entry in entries}):
+                continue
             for entry in entries:
                 try:
                     self.entry(entry, folder, pending)
                 except OSError as error:
                     if has_suffix(entry.name) or error.errno == errno.ELOOP:
                         self.problem(entry.path, _reason(error, is_link=entry.is_symlink()))
+
+    def enters(self, folder: _Folder, path: str, names: Collection[str]) -> bool:
+        """Whether what lies in a folder below the one asked for is wanted; counts or lists the folder if not."""
+        is_own = any(all(name in names for name in files) for files in OWN_FILES)
+        if is_own and not self.rules.includes(folder.below.rstrip("/"), is_folder=True):
+            self.found.excluded[OWN] = self.found.excluded.get(OWN, 0) + 1
+            return False
+        if not self.deep:
+            self.found.folders.append(path)
+        return self.deep
 
     def entry(self, entry: os.DirEntry[str], folder: _Folder, pending: list[_Folder]) -> None:
         name, below = entry.name, f"{folder.below}{entry.name}"
@@ -225,7 +449,7 @@ class _Walk:
             if not self.rules.includes(below, is_folder=entry.is_dir()):
                 return
         is_folder = entry.is_dir()
-        by = self.rules.excluded_by(below, is_folder=is_folder, parent=Path(folder.path).name)
+        by = self.rules.excluded_by(below, is_folder=is_folder, parent=folder.path)
         if by is not None:
             self.found.excluded[by] = self.found.excluded.get(by, 0) + 1
         elif is_folder:

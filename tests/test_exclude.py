@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_aimv2.exclude import EXCLUDED_FOLDERS, Rules
+from mlx_aimv2.find_images import EXCLUDED_FOLDERS, Rules
 
 
 def excluded(path: str, *patterns: str, is_folder: bool = False, include: tuple[str, ...] = ()) -> bool:
@@ -50,7 +50,26 @@ def test_small_copies_in_photo_libraries_are_passed_over(library):
     assert not excluded("x/Thumbnails", is_folder=True), "an ordinary folder may be called so"
 
 
-@pytest.mark.parametrize("pattern", ["", "/", "//"])
+def test_the_last_pattern_that_matches_decides_and_a_mark_takes_back():
+    assert excluded("b.png", "*.png", "!keep.png") and not excluded("d/keep.png", "*.png", "!keep.png")
+    assert excluded("keep.png", "!keep.png", "*.png")
+    assert not excluded("x.jpg", "!keep.png")
+
+
+def test_a_file_is_not_included_because_its_folder_is():
+    rules = Rules((), ("@eaDir", "raw/**"))
+    assert rules.includes("a/@eaDir", is_folder=True) and not rules.includes("a/@eaDir/x.txt")
+    assert rules.includes("raw/x.txt")
+
+
+@pytest.mark.parametrize("pattern", ["[z-a]", "[a", "x[z-a].png"])
+@pytest.mark.parametrize("flag", ["--exclude", "--include"])
+def test_what_is_no_pattern_is_refused_in_one_line(pattern, flag):
+    with pytest.raises(ValueError, match=rf"{flag} .* is no pattern.*give one such as"):
+        Rules(**{flag[2:]: (pattern,)})
+
+
+@pytest.mark.parametrize("pattern", ["", "/", "//", "!", " "])
 def test_an_empty_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match=r"--exclude .* is an empty pattern: give one such as"):
         Rules((pattern,))

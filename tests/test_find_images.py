@@ -135,6 +135,24 @@ def test_of_a_photos_library_only_the_originals_count(tree):
     assert found == ["a/Photos Library.photoslibrary/originals/0/7.heic"]
 
 
+@pytest.mark.parametrize("files", [("head.json",), ("config.json", "model.safetensors"), ("state.safetensors",)])
+def test_folders_that_this_package_wrote_are_passed_over_unless_they_are_meant(tree, files):
+    for file in files:
+        (tree / "a" / "b" / file).touch()
+    listing = list_images([tree / "a"])
+    assert names(listing, tree) == ["a/1.jpg"]
+    assert listing.passed_over["of mlx-aimv2's own folders"] == 1
+    assert "a/b/2.PNG" in names(list_images([tree / "a"], include=["b"]), tree)
+    assert "a/b/2.PNG" in names(list_images([tree / "a" / "b"]), tree)
+
+
+def test_a_shallow_scan_lists_the_folders_that_it_did_not_enter(tree):
+    (tree / "a" / "@eaDir").mkdir()
+    listing = list_images([tree / "a"], deep=False)
+    assert names(listing, tree) == ["a/1.jpg"]
+    assert listing.folders == [str(tree / "a" / "b")]
+
+
 def test_a_list_is_cut_at_nul_or_at_lines():
     assert read_list(b"a.jpg\nb c.jpg\n\n") == ["a.jpg", "b c.jpg"]
     assert read_list(b"a\nb.jpg\0c\xff.jpg\0") == ["a\nb.jpg", os.fsdecode(b"c\xff.jpg")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from mlx_aimv2.commands.flags import Add
-from mlx_aimv2.pretrain.captions import VOCAB_SIZE
 from mlx_aimv2.pretrain.settings import WEIGHT_DECAY
+from mlx_aimv2.tokenizer import VOCAB_SIZE
 from mlx_aimv2.train.augment import Augmentation
 
 DATA = "folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset"

@@ -27,18 +27,6 @@ EXAMPLE = "~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
 
-SHOWN = 8
-"""Kinds of files that were passed over, named in the summary."""
-
-RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
-
-ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
-    ".jxl": "JPEG XL, export it as JPEG",
-    ".mpo": "--include '*.mpo' takes its first image",
-    ".apng": "--include '*.apng' takes its first frame",
-}
-"""Suffix -> what to do about it."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
@@ -107,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
     from mlx_aimv2.embed.encode import Settings
     from mlx_aimv2.embed.job import Options, update_index
+    from mlx_aimv2.find_images import counted
     from mlx_aimv2.images.open import reuse_decoding_memory
 
     reuse_decoding_memory()
@@ -126,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     counts = asdict(summary)
     is_made, passed_over = counts.pop("is_made"), counts.pop("passed_over")
     if passed_over:
-        say(f"passed over: {_counted(passed_over)}")
+        say(f"passed over: {counted(passed_over)}")
     if arguments.json:
         print(
             json.dumps(
@@ -144,11 +133,3 @@ def run(arguments: argparse.Namespace) -> int:
     if not is_made:
         say(f"no image could be embedded; {output} was not made")
     return 1 if summary.failed else 0
-
-
-def _counted(passed_over: dict[str, int]) -> str:
-    """`12 .mov, 3 .dng (raw: export them as JPEG), 2 @eaDir`, the most frequent first."""
-    most = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count:,} {name}{f' ({ADVICE[name]})' if name in ADVICE else ''}" for name, count in most[:SHOWN]]
-    more = sum(count for _, count in most[SHOWN:])
-    return ", ".join([*parts, *([f"{more:,} others"] if more else [])])

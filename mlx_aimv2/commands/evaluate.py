@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mlx_aimv2.cli import show
+from mlx_aimv2.cli import say, show
 from mlx_aimv2.commands.flags import MODEL, add_dtype
 
 HELP = "score a trained head on labelled images"
@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.learn import evaluate
 
     found = evaluate(arguments.head, arguments.data, model=arguments.model, dtype=arguments.dtype, card=arguments.card)
+    for note in found.notes:
+        say(f"note: {note}")
     if arguments.json:
         print(json.dumps({"part": found.part, "images": found.images, **found.scores}))
         return 0

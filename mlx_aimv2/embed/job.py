@@ -166,7 +166,7 @@ class _Job:
         listing = self._list(paths)
         self._check_export(listing.files)  # once more, now that the images are known
         plan = make_plan(listing, self.index, prune=self.options.prune)
-        self.passed_over = {**listing.suffixes, **listing.excluded}
+        self.passed_over = listing.passed_over
         return {"settings": asdict(settings), "plan": asdict(plan)}
 
     def _check_output(self) -> None:

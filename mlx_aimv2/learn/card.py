@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.samples import Sample
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,11 +15,11 @@ import numpy as np
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import label_files, metrics
-from mlx_aimv2.learn.data import Dataset, Sample
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.knn import KnnHead
 from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.probe import fit_linear
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.task import Defaults, Labelled
 from mlx_aimv2.train.augment import Augmentation
 
@@ -68,11 +68,7 @@ class Classification:
 
 
 recognise = label_files.recognise
-
-
-def read(data: Path, *, classes: Sequence[str] | None = None) -> Dataset:
-    """DATA read and checked: a folder per label or a metadata file, with or without train, val and test."""
-    return label_files.read(data, classes=classes)
+read = label_files.read
 
 
 def make_head(

@@ -1,86 +1,46 @@
-"""Reads and writes boxes as COCO JSON: one file per part in `annotations`, or Roboflow's beside each part's images."""
+"""Reads and writes boxes as COCO JSON: one file per part in `annotations`, or Roboflow's beside each part's images.
+
+Classes are the categories in the order of their ids. Roboflow's root category, which no object has and others name as
+their own, is left out. The target of a sample is a `Truth`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from os import cpu_count
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_aimv2.files import read_text
-from mlx_aimv2.learn.average_precision import Found, Truth
-from mlx_aimv2.learn.coco_layout import FOLDER, ROBOFLOW, files_by_part, folder_of
-from mlx_aimv2.learn.data import (
-    DataError,
-    Dataset,
-    Sample,
-    check_images,
-    image_size,
-    one_image,
-    split,
-    straddling,
-    without_val,
-)
+from mlx_aimv2.find_images import Scan
+from mlx_aimv2.learn import samples
+from mlx_aimv2.learn.average_precision import Found as Boxes
+from mlx_aimv2.learn.average_precision import Truth
 from mlx_aimv2.learn.label_files import MAX_BYTES
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Size, part_of, same_form
 
-TOLERANCE = 1.0
-"""Pixels by which a box may stick out of its image, as rounding makes it; it is cut there."""
+ROBOFLOW = "_annotations.coco.json"
+
+FOLDER = "annotations"
+"""Folder of the JSON files in COCO's own layout."""
+
+MIN_VISIBLE = 0.5
+"""Share of a box that must lie in its image: less is no rounding and no object at the edge, but a wrong number."""
 
 
 def recognise(data: Path) -> str | None:
     """Which COCO JSON was found, else None."""
-    files = files_by_part(data)
-    return f"{next(iter(files.values()))[0].name}" if files else None
+    files = _files_by_part(data, Scan()) if data.is_dir() else {}
+    return next((file.name for file, _ in files.values()), None)
 
 
-def read(data: Path, *, classes: Sequence[str] | None = None) -> Dataset:
-    """DATA read and checked; DataError lists all that is wrong.
-
-    Classes are the categories in the order of their ids. Roboflow's root category, which no object has and others name
-    as their own, is left out.
-    """
-    files = files_by_part(data)
-    if not files:
-        raise DataError([f"{data} has no COCO JSON: wanted {FOLDER}/*.json or {ROBOFLOW} beside the images"])
-    wrong: list[str] = []
-    parts = {part: _Part(file, folders, wrong) for part, (file, folders) in files.items()}
-    names, notes = _classes(parts, wrong)
-    wrong += (
-        []
-        if classes is None
-        else [
-            f"{data} has objects of the class {name}, which is not in the list" for name in names if name not in classes
-        ]
-    )
-    order = list(names) if classes is None else list(classes)
-    hashes, unreadable = check_images([path for part in parts.values() for path in part.paths.values()])
-    wrong += unreadable
-    samples = {part: content.samples(order, hashes, wrong) for part, content in parts.items()}
-    if not wrong and not any(len(sample.target.boxes) for found in samples.values() for sample in found):
-        wrong.append(f"{data}: no image has an object")
-    if wrong:
-        raise DataError(wrong)
-    if set(samples) == {""}:
-        splits = split(samples[""], [_stratum(sample, len(order)) for sample in samples[""]])
-        notes.append(f"{one_image(len(samples['']))}, split by content: {_counts(splits)}")
-    else:
-        splits = {part: samples.get(part, []) for part in ("train", "val", "test")}
-        if wrong := straddling(splits):
-            raise DataError(wrong)
-        if splits["train"] and not splits["val"]:
-            strata = [_stratum(sample, len(order)) for sample in splits["train"]]
-            splits["train"], splits["val"] = without_val(splits["train"], strata)
-            notes.append(f"{one_image(len(splits['val']))} of train serve as val")
-    return Dataset("detect", tuple(order), splits, tuple(notes))
-
-
-def as_results(predictions: Sequence[tuple[str, tuple[int, int], Found]], classes: Sequence[str]) -> dict[str, Any]:
+def as_results(predictions: Sequence[tuple[str, tuple[int, int], Boxes]], classes: Sequence[str]) -> dict[str, Any]:
     """Predictions as a COCO file with scores: `(path, (height, width), boxes), … -> JSON`; category ids start at 1."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -97,158 +57,202 @@ def as_results(predictions: Sequence[tuple[str, tuple[int, int], Found]], classe
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-class _Part:
-    """One JSON file: its images, categories and annotations, checked for all that needs no image."""
+def _files_by_part(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
+    """JSON files by part, each with the folders in which its images may lie; the part is empty where DATA says none."""
+    if (data / ROBOFLOW).is_file():
+        return {"": (data / ROBOFLOW, [data])}
+    folders = samples.parts_of(data, scan, lambda folder: (folder / ROBOFLOW).is_file())
+    return {part: (folder / ROBOFLOW, [folder]) for part, folder in folders.items() if part} or _plain_files(data)
 
-    def __init__(self, file: Path, folders: Sequence[Path], wrong: list[str]) -> None:
-        self.file = file
-        content = _content(file, wrong)
-        images = [entry for entry in content["images"] if self._has(entry, ("id", "file_name"), "images", wrong)]
-        self.folder = folder_of(images, folders)
-        self.images = {entry["id"]: entry for entry in images}
-        if len(self.images) < len(images):
-            double = [name for name, count in Counter(entry["id"] for entry in images).items() if count > 1]
-            wrong.append(f"{file} has more than one image with the id {double[0]}")
-        self.paths: dict[Any, str] = {}
-        for key, entry in self.images.items():
-            path = self.folder / str(entry["file_name"])
-            if path.is_file():
-                self.paths[key] = str(path)
-            else:
-                wrong.append(f"{file} names {entry['file_name']!s}, but {path} does not exist")
-        self.categories = {
-            entry["id"]: entry
+
+def _plain_files(data: Path) -> dict[str, tuple[Path, list[Path]]]:
+    """COCO's own layout: `annotations/instances_train2017.json` beside `train2017/` or `images/train2017/`."""
+    files = sorted(file for file in (data / FOLDER).glob("*.json") if not file.name.startswith("."))
+    files = [file for file in files if file.stem.startswith("instances")] or files
+    found: dict[str, tuple[Path, list[Path]]] = {}
+    for file in files:
+        part = part_of(file.stem) or ""
+        if part in found:
+            raise DataError([f"{found[part][0]} and {file} both mean {part or 'all images'}: keep one"])
+        word = next((word for word in re.split(r"[^A-Za-z0-9]+", file.stem) if part_of(word)), part)
+        names = dict.fromkeys([word, part, ""])
+        found[part] = (file, [place / name for name in names for place in (data, data / "images")])
+    if "" in found and len(found) > 1:
+        raise DataError([f"{found[''][0]} names no part (train, val, test), but other files do: rename it"])
+    return found
+
+
+@dataclass
+class _Objects:
+    """What a file says of one image: its size as it is stated, and pairs of an annotation and its category."""
+
+    file: Path
+    stated: tuple[Any, Any]
+    entries: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+
+def _find(data: Path, scan: Scan) -> Found:
+    files = _files_by_part(data, scan)
+    if not files:
+        raise DataError([f"{data} has no COCO JSON: wanted {FOLDER}/*.json or {ROBOFLOW} beside the images"])
+    found = Found({})
+    names: dict[str, None] = {}
+    above: set[str] = set()
+    for part in sorted(files, key=lambda part: part != "train"):  # the classes are those of training
+        file, folders = files[part]
+        content = _content(file, found.faults)
+        categories = {str(entry["id"]): same_form(str(entry["name"])) for entry in content["categories"]}
+        if part in ("train", ""):
+            names |= dict.fromkeys(categories[key] for key in samples.in_order(categories))
+        above |= {
+            name
             for entry in content["categories"]
-            if self._has(entry, ("id", "name"), "categories", wrong)
+            if (name := same_form(str(entry.get("supercategory", "")))) != categories[str(entry["id"])]
         }
-        self.annotations = [
-            entry
-            for entry in content["annotations"]
-            if self._has(entry, ("image_id", "category_id", "bbox"), "annotations", wrong)
-        ]
-        for entry in self.annotations:
-            for key, known in (("image_id", self.images), ("category_id", self.categories)):
-                if entry[key] not in known:
-                    wrong.append(
-                        f"{file}: annotation {entry.get('id', '?')} has the {key} {entry[key]!r:.40}, "
-                        f"which is not among its {'images' if key == 'image_id' else 'categories'}"
-                    )
-
-    def _has(self, entry: Any, keys: Sequence[str], section: str, wrong: list[str]) -> bool:
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        named = [key for key in keys if key.endswith("id") and key not in missing]
-        bad = missing or [key for key in named if not isinstance(entry[key], (int, str))]
-        if bad:
-            wrong.append(f"{self.file}: an entry of {section} has no usable {bad[0]}: {entry!r:.80}")
-        return not bad
-
-    def samples(self, classes: Sequence[str], hashes: dict[str, bytes], wrong: list[str]) -> list[Sample]:
-        """An image with its objects for each entry; boxes are checked against the image itself."""
-        of_image: dict[Any, list[dict[str, Any]]] = {}
-        for entry in self.annotations:
-            of_image.setdefault(entry["image_id"], []).append(entry)
-        readable = {key: path for key, path in self.paths.items() if path in hashes}  # the others are said elsewhere
-        with ThreadPoolExecutor(cpu_count() or 1, "sizes") as pool:
-            sizes = list(pool.map(image_size, readable.values()))
-        result = []
-        for (key, path), size in zip(readable.items(), sizes, strict=True):
-            entry = self.images[key]
-            stated = (entry.get("height", size[0]), entry.get("width", size[1]))
-            if stated != size:
-                wrong.append(
-                    f"{path} has {size[0]}x{size[1]} pixels upright (height x width), "
-                    f"but {self.file.name} says {stated[0]}x{stated[1]}: its boxes would not fit"
-                )
-                continue
-            result.append(Sample(path, hashes[path], self._truth(of_image.get(key, []), size, path, classes, wrong)))
-        return result
-
-    def _truth(
-        self, entries: list[dict[str, Any]], size: tuple[int, int], path: str, classes: Sequence[str], wrong: list[str]
-    ) -> Truth:
-        boxes, labels, crowd, area = [], [], [], []
-        for entry in entries:
-            category = self.categories.get(entry["category_id"])
-            reason = _fault(entry["bbox"], size)
-            if reason is not None:
-                wrong.append(f"{path}: the box of annotation {entry.get('id', '?')} in {self.file.name} {reason}")
-            elif category is not None and category["name"] in classes:
-                left, top, width, height = (float(n) for n in entry["bbox"])
-                boxes.append([left, top, left + width, top + height])
-                labels.append(classes.index(category["name"]))
-                crowd.append(bool(entry.get("iscrowd", 0)))
-                own = entry.get("area")
-                area.append(float(own) if isinstance(own, (int, float)) and own > 0 else width * height)
-        limits = np.array([size[1], size[0]] * 2, np.float64)
-        table = np.array(boxes, np.float64).reshape(-1, 4).clip(0, limits)
-        return Truth(table, np.array(labels, int), np.array(crowd, bool), np.array(area, np.float64))
+        found.parts[part] = list(_objects(file, folders, content, categories, scan, found.faults).items())
+    used = {name for pairs in found.parts.values() for _, objects in pairs for _, name in objects.entries}
+    for name in (name for name in names if name not in used):
+        is_root = name in above
+        reason = "stands above others and no object has it: left out" if is_root else "is the class of no object"
+        scan.note(f"category {name}", reason)
+    found.classes = [name for name in names if name in used or name not in above]
+    return found
 
 
-def _content(file: Path, wrong: list[str]) -> dict[str, list[Any]]:
-    empty: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": []}
+def _content(file: Path, faults: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The entries of a file's lists that have what they need."""
+    wanted = {
+        "images": ("id", "file_name"),
+        "annotations": ("image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
     try:
         content = json.loads(read_text(file, max_bytes=MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        wrong.append(f"{file} cannot be read as JSON: {error}")
-        return empty
-    missing = [key for key in empty if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+        faults.append(f"{file} cannot be read as JSON: {error}")
+        return {section: [] for section in wanted}
+    missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
-        wrong.append(f"{file} is no COCO JSON: it has no list of {' and of '.join(missing)}")
-        return empty
-    return {key: content[key] for key in empty}
+        faults.append(f"{file} is no COCO JSON: it has no list of {' and of '.join(missing)}")
+        return {section: [] for section in wanted}
+    found: dict[str, list[dict[str, Any]]] = {section: [] for section in wanted}
+    for section, keys in wanted.items():
+        for entry in content[section]:
+            bad = [
+                key
+                for key in keys
+                if not isinstance(entry, dict)
+                or key not in entry
+                or (key.endswith("id") and not isinstance(entry[key], (int, str)))
+            ]
+            if bad:
+                faults.append(f"{file}: an entry of {section} has no usable {bad[0]}: {entry!r:.80}")
+            else:
+                found[section].append(entry)
+    return found
 
 
-def _fault(box: Any, size: tuple[int, int]) -> str | None:
-    """What is wrong with a box of COCO's form, to follow its name; None if nothing is."""
+def _objects(
+    file: Path,
+    folders: Sequence[Path],
+    content: dict[str, list[dict[str, Any]]],
+    categories: Mapping[str, str],
+    scan: Scan,
+    faults: list[str],
+) -> dict[str, _Objects]:
+    """The objects of each image by its path, those without any included."""
+    images = content["images"]
+    folder = _folder_of(images, folders)
+    known: dict[str, _Objects] = {}
+    found: dict[str, _Objects] = {}
+    for entry in images:
+        path = str(folder / str(entry["file_name"]))
+        if str(entry["id"]) in known:
+            faults.append(f"{file} has more than one image with the id {entry['id']}")
+        if path in found:
+            scan.note(path, f"stands more than once in {file.name}: its objects are taken together")
+        elif Path(path).is_file():
+            found[path] = _Objects(file, (entry.get("height"), entry.get("width")))
+        else:
+            faults.append(f"{file} names {entry['file_name']!s}, but {path} does not exist")
+        known[str(entry["id"])] = found.get(path) or _Objects(file, (None, None))
+    for entry in content["annotations"]:
+        for key, others in (("image_id", known), ("category_id", categories)):
+            if str(entry[key]) not in others:
+                faults.append(
+                    f"{file}: annotation {entry.get('id', '?')} has the {key} {entry[key]!r:.40}, "
+                    f"which is not among its {'images' if key == 'image_id' else 'categories'}"
+                )
+        if (objects := known.get(str(entry["image_id"]))) and (name := categories.get(str(entry["category_id"]))):
+            objects.entries.append((entry, name))
+    scan.unlisted(folder, file, found)
+    return found
+
+
+def _folder_of(images: Sequence[dict[str, Any]], folders: Sequence[Path]) -> Path:
+    """The first folder that holds one of the first images, or the first that there is."""
+    for folder in folders:
+        if any((folder / str(entry["file_name"])).is_file() for entry in images[:5]):
+            return folder
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def _labels(marked: Sequence[tuple[str, _Objects, Size]], scan: Scan) -> Iterator[Labels | list[str]]:
+    """The class of each box, with its boxes, whether it is a crowd, and its area; checked against the image's size."""
+    for path, objects, size in marked:
+        stated = [int(side) if str(side).isdigit() else own for side, own in zip(objects.stated, size, strict=True)]
+        if tuple(stated) != size:
+            yield [
+                f"{path} has {size[0]}x{size[1]} pixels upright (height x width), "
+                f"but {objects.file.name} says {stated[0]}x{stated[1]}: its boxes would not fit"
+            ]
+            continue
+        limits = np.array([size[1], size[0]] * 2, np.float64)
+        rows: dict[tuple[Any, ...], float] = {}
+        faults = []
+        for entry, name in objects.entries:
+            where = f"{path}: the box of annotation {entry.get('id', '?')} in {objects.file.name}"
+            box = _corners(entry["bbox"])
+            if box is None:
+                faults.append(f"{where} is {entry['bbox']!r:.60}, not four numbers: left, top, width, height")
+                continue
+            cut = box.clip(0, limits)
+            area, visible = (float(np.prod(np.maximum(corners[2:] - corners[:2], 0))) for corners in (box, cut))
+            if area == 0:
+                scan.note(where, "has no width or no height: left out")
+            elif visible < MIN_VISIBLE * area:
+                faults.append(
+                    f"{where} goes from {box[0]:g},{box[1]:g} to {box[2]:g},{box[3]:g}, "
+                    f"most of it out of the image of {size[1]}x{size[0]} (width x height)"
+                )
+            else:
+                row = (*cut.tolist(), name, bool(entry.get("iscrowd", 0)))
+                if row in rows:
+                    scan.note(where, "is there already, with the same class: left out")
+                if max(-box[0], -box[1], box[2] - size[1], box[3] - size[0]) > 1:
+                    scan.note(where, "sticks out of its image: cut at the edge")
+                own = entry.get("area")
+                rows.setdefault(row, float(own) if isinstance(own, (int, float)) and own > 0 else area)
+        yield faults or Labels([row[4] for row in rows], rows)
+
+
+def _corners(box: Any) -> np.ndarray[Any, Any] | None:
+    """COCO's left, top, width, height as left, top, right, bottom; None for what is no box."""
     if (
         not isinstance(box, list)
         or len(box) != 4
         or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)
     ):
-        return f"is {box!r:.60}, not four numbers: left, top, width, height"
+        return None
     left, top, width, height = box
-    if width <= 0 or height <= 0:
-        return f"is {width:g} wide and {height:g} high: nothing in it"
-    out = max(-left, -top, left + width - size[1], top + height - size[0])
-    if out > TOLERANCE:
-        return (
-            f"goes from {left:g},{top:g} to {left + width:g},{top + height:g}, "
-            f"{out:g} pixels out of the image of {size[1]}x{size[0]} (width x height)"
-        )
-    return None
+    return np.array([left, top, left + max(width, 0), top + max(height, 0)], np.float64)
 
 
-def _classes(parts: dict[str, _Part], wrong: list[str]) -> tuple[list[str], list[str]]:
-    """Names of the classes in the order of their ids, and notes; all parts must mean the same."""
-    named: dict[Any, str] = {}
-    used: set[str] = set()
-    above: set[str] = set()
-    for part in parts.values():
-        counts = Counter(str(entry["name"]) for entry in part.categories.values())
-        wrong += [f"{part.file} has more than one category called {n}" for n, count in counts.items() if count > 1]
-        for key, entry in part.categories.items():
-            name = named.setdefault(key, str(entry["name"]))
-            if name != str(entry["name"]):
-                wrong.append(f"{part.file} calls category {key} {entry['name']}, another file {name}")
-            above.add(str(entry.get("supercategory", "")))
-        used |= {
-            str(part.categories[e["category_id"]]["name"])
-            for e in part.annotations
-            if e["category_id"] in part.categories
-        }
-    order = sorted(named, key=lambda key: (isinstance(key, str), key))
-    roots = {named[key] for key in order if named[key] in above and named[key] not in used}
-    names = [named[key] for key in order if named[key] not in roots]
-    notes = [f"category {name} is left out: it stands above others and no object has it" for name in sorted(roots)]
-    notes += [f"no object is of the class {name}" for name in names if name not in used]
-    return names, notes
+def _target(labels: Labels, numbers: Mapping[str, int]) -> Truth:
+    rows = labels.value
+    boxes = np.array([row[:4] for row in rows], np.float64).reshape(-1, 4)
+    classes = np.array([numbers[name] for name in labels.names], int)
+    return Truth(boxes, classes, np.array([row[5] for row in rows], bool), np.array(list(rows.values()), np.float64))
 
 
-def _stratum(sample: Sample, classes: int) -> int:
-    """The class that most objects of an image have; `classes` where it has none."""
-    labels = sample.target.labels
-    return int(np.bincount(labels).argmax()) if len(labels) else classes
-
-
-def _counts(splits: dict[str, list[Sample]]) -> str:
-    return ", ".join(f"{len(found):,} {part}" for part, found in splits.items())
+read = partial(samples.read, form=Format(_find, _labels, _target, noun="object", min_classes=1))

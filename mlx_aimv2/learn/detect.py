@@ -18,9 +18,9 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import average_precision, boxes, coco, fcos, placement
 from mlx_aimv2.learn import card as cards
 from mlx_aimv2.learn.average_precision import Found, Truth
-from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.detect_head import DetectHead
 from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.task import Defaults
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def example(
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
     """`label` and `distances` alone, of the image unchanged."""
-    place = placement.plain(image_size(sample.path), canvas_size(processor))
+    place = placement.plain(sample.size, canvas_size(processor))
     return _targets(sample.target, place, processor.patch_size)
 
 

@@ -17,22 +17,23 @@ import numpy as np
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
-from mlx_aimv2.learn.data import Sample, image_size
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import Learner, grid_of
+from mlx_aimv2.learn.samples import Sample, seen
 from mlx_aimv2.learn.task import Task
 from mlx_aimv2.processor import Aimv2Processor
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, of how many images, and the parts of DATA that they are from."""
+    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA."""
 
     scores: dict[str, float]
     images: int
     part: str
     table: list[list[str]]
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -45,23 +46,22 @@ def evaluate(
 ) -> Evaluation:
     """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
 
-    Of DATA with parts `test` counts, else `val`; without parts all images. `card` is a folder for the card's images,
-    which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels that the head
-    does not know among it.
+    Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
+    card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
+    that the head does not know among it.
     """
     if card is not None:
         check_target(expand_user(card))
     loaded = load_head(head, model=model, dtype=dtype)
     task, classes = loaded.task, loaded.classes
     dataset = task.read(expand_user(data), classes=classes)
-    part = "test" if dataset.splits["test"] else "val"
-    samples = dataset.splits[part]
+    part, samples = dataset.to_score()
     predictions = decoded(task, samples, outputs_of_learner(loaded.learner, task, samples, loaded.processor))
     if card is not None:
         with atomic_folder(expand_user(card)) as folder:
             task.card(samples, predictions, classes, folder)
     scores, table = task.score(samples, predictions, classes), task.table(samples, predictions, classes)
-    return Evaluation(scores, len(samples), part, table)
+    return Evaluation(scores, len(samples), part, table, (*dataset.notes, *seen(samples, loaded.trained_on)))
 
 
 def predict(
@@ -124,8 +124,7 @@ def _outputs_of_files(
 
 def decoded(task: Task, samples: Sequence[Sample], outputs: Iterator[Outputs]) -> list[Any]:
     """A prediction for each sample from its outputs."""
-    sizes = ((image_size(sample.path) if task.NEEDS_SIZE else (0, 0)) for sample in samples)
-    return [task.decode(output, sample, size) for sample, output, size in zip(samples, outputs, sizes, strict=True)]
+    return [task.decode(output, sample, sample.size) for sample, output in zip(samples, outputs, strict=True)]
 
 
 @contextmanager

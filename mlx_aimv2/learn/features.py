@@ -17,8 +17,8 @@ from mlx_aimv2.embed.loader import Decoder, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import cache_folder
-from mlx_aimv2.learn.data import DataError, Sample
 from mlx_aimv2.learn.learner import grid_of
+from mlx_aimv2.learn.samples import DataError, Sample
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
 

@@ -10,11 +10,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_learner
 from mlx_aimv2.learn.features import compute_features
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.run import Run, Trained
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.train.optimizer import FROZEN, Table, freeze, layer_decay
 
 

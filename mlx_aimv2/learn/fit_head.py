@@ -23,13 +23,13 @@ from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.learn import card, head_folder
 from mlx_aimv2.learn import options as asked
-from mlx_aimv2.learn.data import DataError, Dataset, listed, one_image
 from mlx_aimv2.learn.evaluation import decoded
 from mlx_aimv2.learn.fine_tune import fine_tune
 from mlx_aimv2.learn.frozen import train_on_features
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.options import Options
 from mlx_aimv2.learn.run import Run
+from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
 from mlx_aimv2.learn.task import Task, find_task, guess_task
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, check_training_folder
@@ -83,7 +83,7 @@ def fit(
     found, kind = _task(source, task, fine_tune_type, say)
     asked.check(options, found, kind)
     training = check_training_folder(target, resume=resume)
-    dataset = _dataset(found, source, labels, say)
+    dataset = _dataset(found, source, labels, say, decode=kind not in found.FROZEN)
     ranks = Ranks()
     loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
     vision, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.NEEDS_SIZE)
@@ -134,7 +134,8 @@ def fit(
     }
     with atomic_folder(target) as place:
         learner = Learner(vision, trained.head)
-        head_folder.save(place, info, learner, adapters=trained.adapters)
+        digests_of_train = digests(dataset.splits["train"])
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests_of_train)
         card.write(place, info, found, held_out[final], predictions[final], part=final, name=target.name)
     shutil.rmtree(training, ignore_errors=True)
     return Fitted(target, scores, images, line)
@@ -192,9 +193,12 @@ def _others(task: Task) -> list[str]:
     return [kind for kind in task.TYPES if kind != task.DEFAULT_TYPE]
 
 
-def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None]) -> Dataset:
-    dataset = task.read(source)
-    if labels is not None and (unknown := [name for name in dataset.classes if name not in labels]):
+def _dataset(
+    task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], *, decode: bool
+) -> Dataset:
+    dataset = task.read(source, decode=decode)
+    allowed = [same_form(name) for name in labels or dataset.classes]
+    if labels is not None and (unknown := [name for name in dataset.classes if name not in allowed]):
         raise DataError([f"the label {name} is not in the list {listed(labels)}" for name in unknown])
     counts = ", ".join(f"{len(samples):,} {part}" for part, samples in dataset.splits.items() if samples)
     say(f"{one_image(len(dataset.classes), 'label')}: {listed(dataset.classes)}; {counts}")

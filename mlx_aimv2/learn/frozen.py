@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_head
 from mlx_aimv2.learn.features import Array, Features, compute_features
 from mlx_aimv2.learn.heads import AttentiveHead
 from mlx_aimv2.learn.learner import grid_of
 from mlx_aimv2.learn.probe import SMALLEST_STD
 from mlx_aimv2.learn.run import Run, Trained
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.train.optimizer import Group
 
 STEP = 64

@@ -1,7 +1,7 @@
 """The folder that training leaves: head, classes, scores, the encoder that it needs; `fuse` makes it a checkpoint.
 
-`head.json` and `head.safetensors`; for lora and dora mlx-lm's adapter files; for full `encoder.safetensors` with the
-weights that changed; `README.md` with its images.
+`head.json`, `head.safetensors` and `trained_on.sha256`; for lora and dora mlx-lm's adapter files; for full
+`encoder.safetensors` with the weights that changed; `README.md` with its images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.embed.provenance import differences, fingerprint
-from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_text, write_json
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_text, write_json
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
@@ -38,6 +38,8 @@ POSITIONS = "timm"
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
 ENCODER_FILE = "encoder.safetensors"
+TRAINED_ON_FILE = "trained_on.sha256"
+"""Holds `samples.digests` of the training images."""
 
 FUSED = "fused_model"
 """Where a fused model goes by default."""
@@ -63,10 +65,19 @@ class Head:
     learner: Learner
     processor: Aimv2Processor
     info: dict[str, Any]
+    trained_on: bytes = b""
+    """`samples.digests` of the training images; empty where the folder has none."""
 
 
-def save(folder: Path, info: Mapping[str, Any], learner: Learner, *, adapters: Mapping[str, Any] | None) -> None:
-    """Writes everything but the card into an existing folder."""
+def save(
+    folder: Path,
+    info: Mapping[str, Any],
+    learner: Learner,
+    *,
+    adapters: Mapping[str, Any] | None,
+    trained_on: bytes = b"",
+) -> None:
+    """Writes everything but the card into an existing folder; `trained_on` are digests of the training images."""
     kind = info["fine_tune_type"]
     _save_arrays(folder / HEAD_FILE, learner.head.parameters())
     if kind in (*lora.KINDS, "full"):
@@ -74,6 +85,7 @@ def save(folder: Path, info: Mapping[str, Any], learner: Learner, *, adapters: M
         _save_arrays(folder / file, learner.encoder.trainable_parameters())
     if kind in lora.KINDS:
         lora.save_config(folder, adapters or {})
+    (folder / TRAINED_ON_FILE).write_bytes(trained_on)
     write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
 
 
@@ -131,7 +143,9 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
         load_encoder(folder, vision)
     learner = Learner(vision, head)
     learner.eval()
-    return Head(task, tuple(info["classes"]), learner, processor, info)
+    digests = folder / TRAINED_ON_FILE
+    trained_on = read_bytes(digests) if digests.is_file() else b""
+    return Head(task, tuple(info["classes"]), learner, processor, info, trained_on)
 
 
 def fuse(

@@ -1,4 +1,7 @@
-"""Reads the labels of images: a folder for each label, or `metadata.csv` or `metadata.jsonl` beside the images."""
+"""Reads the labels of images: a folder for each label, or `metadata.csv` or `metadata.jsonl` beside the images.
+
+The target of a sample is the number of its class.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +9,36 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mlx_aimv2.files import read_text
-from mlx_aimv2.learn.data import (
-    SPLITS,
-    DataError,
-    Dataset,
-    Sample,
-    check_images,
-    images_in,
-    listed,
-    one_image,
-    parts,
-    split,
-    straddling,
-    without_val,
-)
+from mlx_aimv2.find_images import Scan
+from mlx_aimv2.learn import samples
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, one_image, part_of, same_form
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 """Names of the files by which Hugging Face's `imagefolder` knows its images."""
 
+MAX_BYTES = 1 << 32
+"""Of a list of labels or captions: COCO's own annotations have 450 MB."""
+
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""
-
-MAX_BYTES = 1 << 30
-"""Of a list of labels: COCO's own annotations have 450 MB."""
 
 
 def recognise(data: Path) -> str | None:
     """Why `data` has a label for each image, a phrase; None where it has none."""
-    for folder in [data, *parts(data).values()]:
+    scan = Scan()
+    for folder in _parts(data, scan).values():
         if (file := metadata_file(folder)) is not None:
             rows, _ = metadata_rows(file)
             return f"labels in {file.name}" if rows and "label" in rows[0] else None
-    folders = label_folders(next(iter(parts(data).values()), data))
-    return f"a folder for each of {one_image(len(folders), 'label')}" if folders else None
-
-
-def read(data: Path, *, classes: Sequence[str] | None = None) -> Dataset:
-    """Labelled images, checked: `folder -> Dataset`.
-
-    Without `classes` these are the labels of the training part, and DATA without parts is split. With them, as for
-    `evaluate`, nothing is split: what lies in no part counts as `test`. DataError lists everything that is wrong.
-    """
-    found, wrong = _found(data)
-    names = tuple(classes) if classes is not None else tuple(_sorted({label for _, label in found["train"]}))
-    every = [pair for labelled in found.values() for pair in labelled]
-    hashes, unreadable = check_images([path for path, _ in every])
-    wrong += unreadable
-    wrong += _unknown(found, names)
-    if classes is None:
-        wrong += _too_few(found["train"], names, hashes, data)
-    elif not every:
-        wrong.append(f"{data} has no labelled images in it")
-    if wrong:
-        raise DataError(wrong)
-    number = {name: i for i, name in enumerate(names)}
-    splits = {
-        part: [Sample(path, hashes[path], number[label]) for path, label in labelled]
-        for part, labelled in found.items()
-    }
-    if classes is not None:
-        if not (splits["val"] or splits["test"]):
-            splits = {"train": [], "val": [], "test": splits["train"]}
-        return Dataset("classify", names, splits)
-    notes = _contradictions([sample for samples in splits.values() for sample in samples], names)
-    if not (splits["val"] or splits["test"]):
-        splits = split(splits["train"], [sample.target for sample in splits["train"]])
-        counts = ", ".join(f"{len(samples):,} {part}" for part, samples in splits.items())
-        notes.append(f"split by content, the same each time: {counts}")
-    elif not splits["val"]:
-        train, val = without_val(splits["train"], [sample.target for sample in splits["train"]])
-        splits = {"train": train, "val": val, "test": splits["test"]}
-        notes.append(f"{one_image(len(val))} of train taken as val, by content")
-    if overlap := straddling(splits):
-        notes.append(f"{one_image(len(overlap))} in two parts, which flatters the result: {listed(overlap, most=3)}")
-    return Dataset("classify", names, splits, tuple(notes))
-
-
-def label_folders(folder: Path) -> list[Path]:
-    """The folders right in `folder` that hold images, by name."""
-    return sorted(
-        place for place in folder.iterdir() if place.is_dir() and place.name[0] != "." and any(images_in(place))
-    )
+        if count := len({same_form(place.name) for place in scan.folders(folder) if scan.images(place)}):
+            return f"a folder for each of {one_image(count, 'label')}"
+    return None
 
 
 def metadata_file(folder: Path) -> Path | None:
@@ -103,36 +50,36 @@ def metadata_file(folder: Path) -> Path | None:
 
 
 def metadata_rows(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a metadata file, each a dictionary with `file_name`, and what is wrong with the others."""
+    """The rows of a metadata file, each with `file_name` and its line under "", and what is wrong with the others."""
     try:
         text = read_text(file, max_bytes=MAX_BYTES)
     except UnicodeDecodeError as error:
         return [], [f"{file} is not UTF-8 text: {error}"]
-    rows, wrong = [], []
-    numbered = _csv_rows(text) if file.suffix == ".csv" else _json_rows(text)
+    rows, faults = [], []
+    numbered = _csv_rows(file, text) if file.suffix == ".csv" else _json_rows(text)
     for line, row in numbered:
         if not isinstance(row, dict):
-            wrong.append(f"{file}, line {line}: not a JSON object")
+            faults.append(f'{file}, line {line}: wanted {{"file_name": …}}, got no JSON object')
         elif not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            wrong.append(f"{file}, line {line}: no file_name")
+            faults.append(f"{file}, line {line}: no file_name")
         else:
             rows.append({**row, "": line})
-    if not rows and not wrong:
-        wrong.append(f"{file} has no rows")
-    return rows, wrong
+    if not rows and not faults:
+        faults.append(f"{file} has no rows")
+    return rows, faults
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
+def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
-        raise DataError([f"metadata.csv, line {reader.line_num}: {error}"]) from None
+        raise DataError([f"{file}, line {reader.line_num}: {error}"]) from None
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -140,93 +87,76 @@ def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
                 yield number, None
 
 
-def _found(data: Path) -> tuple[dict[str, Labelled], list[str]]:
-    """The images of each part with their labels, and what is wrong."""
-    if not data.is_dir():
-        raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
-    found: dict[str, Labelled] = {"train": [], "val": [], "test": []}
-    folders = parts(data)
-    wrong: list[str] = []
-    if (file := metadata_file(data)) is not None:
-        labelled, wrong = _by_metadata(file)
-        for path, label in labelled:
-            first = Path(path).relative_to(data).parts[0].lower() if Path(path).is_relative_to(data) else ""
-            found[SPLITS.get(first, "train")].append((path, label))
-        return found, wrong
-    for part, folder in (folders or {"train": data}).items():
+def _parts(data: Path, scan: Scan) -> dict[str, Path]:
+    """The parts of DATA: folders with a metadata file or a folder for each label."""
+
+    def holds(folder: Path) -> bool:
+        return metadata_file(folder) is not None or any(scan.images(place) for place in scan.folders(folder))
+
+    return {"": data} if metadata_file(data) is not None else samples.parts_of(data, scan, holds)
+
+
+def _find(data: Path, scan: Scan) -> Found:
+    found = Found({})
+    for part, folder in _parts(data, scan).items():
         if (file := metadata_file(folder)) is not None:
-            found[part], more = _by_metadata(file)
-            wrong += more
+            labelled, faults = _by_metadata(file, scan)
+            found.faults += faults
+            found.parts |= {part: labelled} if part else _parts_of_rows(labelled, folder, scan)
             continue
-        for place in sorted(folder.iterdir()):
-            if not place.is_dir() or place.name.startswith("."):
-                continue
-            images = images_in(place)
-            found[part] += [(path, place.name) for path in images]
+        found.parts[part] = []
+        places = scan.folders(folder)
+        if not part and places and all(part_of(place.name) for place in places):
+            found.faults += [f"{place} is a part of the data without a folder for each label" for place in places]
+            continue
+        for place in places:
+            images = scan.images(place)
+            found.parts[part] += [(path, same_form(place.name)) for path in images]
             if not images:
-                wrong.append(f"{place} is a label without images")
-    return found, wrong
+                found.faults.append(f"{place} is a label without images")
+        if loose := scan.loose(folder):
+            scan.note(loose[0], "lies in no label's folder: passed over", len(loose))
+    return found
 
 
-def _by_metadata(file: Path) -> tuple[Labelled, list[str]]:
-    rows, wrong = metadata_rows(file)
+def _by_metadata(file: Path, scan: Scan) -> tuple[Labelled, list[str]]:
+    rows, faults = metadata_rows(file)
     labelled = []
     for row in rows:
         where = f"{file}, line {row['']}"
         path, label = file.parent / row["file_name"], row.get("label")
         if label is None or isinstance(label, (dict, list, float)) or str(label).strip() == "":
-            wrong.append(f"{where}: {row['file_name']} has no label; wanted a column called label")
+            faults.append(f"{where}: {row['file_name']} has no label; wanted a column called label")
         elif not path.is_file():
-            wrong.append(f"{where}: {row['file_name']} does not exist")
+            faults.append(f"{where}: {row['file_name']} does not exist")
         else:
-            labelled.append((str(path), str(label).strip()))
+            labelled.append((str(path), same_form(str(label))))
     twice = [path for path, count in Counter(path for path, _ in labelled).items() if count > 1]
-    return labelled, wrong + [f"{file}: {path} is listed more than once" for path in twice]
+    faults += [f"{file}: {path} is listed more than once" for path in twice]
+    scan.unlisted(file.parent, file, [path for path, _ in labelled])
+    return labelled, faults
 
 
-def _sorted(labels: set[str]) -> list[str]:
-    """Labels by name, by number where all are whole numbers."""
-    if all(label.isascii() and label.isdigit() for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)
+def _parts_of_rows(labelled: Labelled, folder: Path, scan: Scan) -> dict[str, Labelled]:
+    """Rows by the part that a folder in their path names, if all have one or several parts are named."""
+    found: dict[str, Labelled] = {}
+    for path, label in labelled:
+        inside = Path(path).relative_to(folder).parent.parts if Path(path).is_relative_to(folder) else ()
+        part = next((part for name in inside if (part := part_of(name))), "")
+        found.setdefault(part, []).append((path, label))
+    if "" in found and len(found) == 2:
+        return {"": labelled}  # a class that is called like a part
+    if len(found) > 2 and (rest := found.pop("", [])):
+        scan.note(rest[0][0], "lies in no part of the labelled data (train, val, test): passed over", len(rest))
+    return found
 
 
-def _unknown(found: dict[str, Labelled], classes: Sequence[str]) -> list[str]:
-    """What is wrong with labels that are not among the classes."""
-    known = set(classes)
-    counts = Counter(label for labelled in found.values() for _, label in labelled if label not in known)
-    return [
-        f"the label {label} ({one_image(count)}) is not in the list {listed(classes)}"
-        for label, count in sorted(counts.items())
-    ]
+def _labels(marked: Sequence[tuple[str, str, samples.Size]], scan: Scan) -> list[Labels]:
+    return [Labels((label,), None) for _, label, _ in marked]
 
 
-def _too_few(train: Labelled, classes: Sequence[str], hashes: dict[str, bytes], data: Path) -> list[str]:
-    """What is missing for training: two labels, and of each two images that are not copies of each other."""
-    if len(classes) < 2:
-        one = f"only one label, {classes[0]}" if classes else "no labelled images"
-        return [f"{data} has {one}: a classifier needs at least two labels"]
-    contents: dict[str, set[bytes]] = {label: set() for label in classes}
-    for path, label in train:
-        contents[label].add(
-            hashes.get(path, path.encode(errors="surrogateescape"))
-        )  # unreadable ones are reported apart
-    counts = Counter(label for _, label in train)
-    return [
-        f"the label {label} has one image{f' in {counts[label]} copies' if counts[label] > 1 else ''}: "
-        "it needs at least two"
-        for label in classes
-        if len(contents[label]) == 1
-    ]
+def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
+    return numbers[labels.names[0]]
 
 
-def _contradictions(samples: Sequence[Sample], classes: Sequence[str]) -> list[str]:
-    """A note where the same image has two labels."""
-    first: dict[bytes, Sample] = {}
-    lines = []
-    for sample in samples:
-        other = first.setdefault(sample.sha256, sample)
-        if other.target != sample.target:
-            labels = f"{classes[other.target]} and {classes[sample.target]}"
-            lines.append(f"{other.path} and {sample.path} are the same image, called {labels}")
-    return [f"{one_image(len(lines))} with two labels: {listed(lines, most=3)}"] if lines else []
+read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2))

@@ -1,34 +1,29 @@
-"""Reads images with masks: a folder of images beside one of masks, or folders with the field's other names for them."""
+"""Reads images with masks: a folder of images beside one of masks, or folders with the field's other names for them.
+
+Every image needs a mask of the same name and size. Parts are folders around `images` and `masks` or within both.
+Without `classes.txt`, whose first line is the class of the value 0, the values are their own names. The target of a
+sample is what `read_mask` takes.
+"""
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.files import read_image_file, read_text
-from mlx_aimv2.learn.data import (
-    SPLITS,
-    DataError,
-    Dataset,
-    Sample,
-    check_images,
-    image_size,
-    images_in,
-    listed,
-    one_image,
-    split,
-    straddling,
-    without_val,
-)
+from mlx_aimv2.find_images import Scan
+from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.metrics import IGNORED
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Size, listed, same_form
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 MASKS = ("masks", "ann_dir", "SegmentationClass", "annotations", "labels", "mask")
@@ -41,81 +36,28 @@ CLASSES_FILE = "classes.txt"
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes in which a pixel is one number."""
 
+Names: TypeAlias = "tuple[str, ...] | None"
+"""The class of each value, from 0 on; None where the values are their own names."""
+
+MaskTarget: TypeAlias = "str | tuple[str, tuple[tuple[int, int], ...]]"
+"""The file of a mask whose values are the numbers of the classes; or the file, and pairs of a value and its class."""
+
 
 def recognise(data: Path) -> str | None:
     """`images/ beside masks/` where DATA has masks, else None."""
-    if not data.is_dir():
-        return None
-    for folder in [data, *(data / name for name in _names(data) if name.lower() in SPLITS)]:
-        pair = _pair(folder)
-        if pair is not None:
-            return f"{pair[1].name}/ beside {pair[0].name}/"
-    return None
+    folders = samples.parts_of(data, Scan(), _holds).values() if data.is_dir() else ()
+    pair = next((pair for folder in folders if (pair := _pair(folder)) is not None), None)
+    return f"{pair[1].name}/ beside {pair[0].name}/" if pair else None
 
 
-def read(data: Path, *, classes: Sequence[str] | None = None) -> Dataset:
-    """DATA read and checked: every image needs a mask of the same name and size; DataError lists all that is wrong.
-
-    Parts are folders around `images` and `masks` or within both; where there are none, images are split by content.
-    Classes are the lines of `classes.txt`, the first for the value 0; without it the values are their own names.
-    """
-    found = _parts(data)
-    if not found:
-        raise DataError([f"{data} has no masks: put images in {data / IMAGES[0]} and their masks in {MASKS[0]}/"])
-    wrong: list[str] = []
-    pairs = {part: _pairs(*folders, wrong) for part, folders in found.items()}
-    hashes, unreadable = check_images([image for part in pairs.values() for image, _ in part])
-    wrong += unreadable
-    values: Counter[int] = Counter()
-    names = _class_names(data) if classes is None else list(classes)
-    for part in pairs.values():
-        readable = [pair for pair in part if pair[0] in hashes]
-        with ThreadPoolExecutor(cpu_count() or 1, "masks") as pool:
-            for pair, result in zip(readable, pool.map(_values, readable), strict=True):
-                if isinstance(result, str):
-                    wrong.append(result)
-                    continue
-                values.update(result)
-                if names is not None and (unknown := [v for v in result if v >= len(names)]):
-                    where = "classes" if classes is not None else CLASSES_FILE
-                    wrong.append(
-                        f"{pair[1]} has the value{'s' if len(unknown) > 1 else ''} {listed(map(str, unknown))}, "
-                        f"but {where} has {len(names)} lines, from 0 to {len(names) - 1} ({IGNORED} is ignored)"
-                    )
-    if not wrong and not values:
-        wrong.append(f"{data}: no pixel of the masks is labelled, all are {IGNORED}")
-    if not wrong and classes is None and len(values) == 1:
-        wrong.append(f"{data}: all masks have one value, {next(iter(values))}: two classes are the least")
-    if wrong:
-        raise DataError(wrong)
-    names = names or [str(value) for value in range(max(values) + 1)]
-    return _dataset(pairs, hashes, names)
-
-
-def _dataset(pairs: dict[str, list[tuple[str, str]]], hashes: dict[str, bytes], names: list[str]) -> Dataset:
-    samples = {part: [Sample(image, hashes[image], mask) for image, mask in found] for part, found in pairs.items()}
-    if set(samples) == {""}:
-        splits = split(samples[""], [0] * len(samples[""]))
-        counts = ", ".join(f"{len(splits[part]):,} {part}" for part in splits)
-        note = f"{one_image(len(samples['']))}, split by content: {counts}"
-    else:
-        splits = {part: samples.get(part, []) for part in ("train", "val", "test")}
-        if wrong := straddling(splits):
-            raise DataError(wrong)
-        note = ""
-        if splits["train"] and not splits["val"]:
-            splits["train"], splits["val"] = without_val(splits["train"], [0] * len(splits["train"]))
-            note = f"{one_image(len(splits['val']))} of train serve as val"
-    return Dataset("segment", tuple(names), splits, (note,) if note else ())
-
-
-def read_mask(path: str) -> NDArray[Any]:
-    """The values of a mask, `-> (H, W) uint8`; raises ValueError or OSError with one line.
+def read_mask(mask: MaskTarget) -> NDArray[Any]:
+    """The classes of a mask's pixels, `-> (H, W) uint8`; raises ValueError or OSError with one line.
 
     Grey and palette images hold class numbers; white of a black and white image is class 1.
     """
     from PIL import Image
 
+    path, numbers = (mask, ()) if isinstance(mask, str) else mask
     try:
         _, data = read_image_file(path)
         with Image.open(io.BytesIO(data)) as image:
@@ -130,74 +72,115 @@ def read_mask(path: str) -> NDArray[Any]:
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
     if values.max() > IGNORED:
-        raise ValueError(f"{path} has the value {values.max()}: classes go from 0 to 254, {IGNORED} is ignored")
-    return values.astype(np.uint8)
-
-
-def _values(pair: tuple[str, str]) -> list[int] | str:
-    """The classes of a mask, ascending; or what is wrong with it."""
-    try:
-        mask, size = read_mask(pair[1]), image_size(pair[0])
-    except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
-    if mask.shape != size:
-        return (
-            f"{pair[1]} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), "
-            f"its image {size[0]}x{size[1]}: they must be equal"
+        raise ValueError(
+            f"{path} has the value {values.max()}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored"
         )
-    return [int(value) for value in np.unique(mask) if value != IGNORED]
+    classes = np.arange(IGNORED + 1, dtype=np.uint8)
+    for value, number in numbers:
+        classes[value] = number
+    return classes[values.astype(np.uint8)] if numbers else values.astype(np.uint8)
 
 
-def _parts(data: Path) -> dict[str, tuple[Path, Path]]:
+def _parts(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     """Folders of images and masks by part; the part is empty where DATA says none."""
-    around = {SPLITS[name.lower()]: _pair(data / name) for name in _names(data) if name.lower() in SPLITS}
-    if found := {part: pair for part, pair in around.items() if pair is not None}:
-        return found
-    pair = _pair(data)
-    if pair is None:
-        return {}
-    within = {
-        SPLITS[name.lower()]: (pair[0] / name, pair[1] / name)
-        for name in _names(pair[0])
-        if name.lower() in SPLITS and (pair[1] / name).is_dir()
-    }
-    return within or {"": pair}
+    around = samples.parts_of(data, scan, _holds)
+    pairs = {part: pair for part, folder in around.items() if (pair := _pair(folder)) is not None}
+    if "" not in pairs:
+        return pairs
+    images, masks = pairs[""]
+    within = samples.parts_of(images, scan, lambda folder: (masks / folder.relative_to(images)).is_dir())
+    return {part: (folder, masks / folder.relative_to(images)) for part, folder in within.items()}
+
+
+def _holds(folder: Path) -> bool:
+    return _pair(folder) is not None
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
-    names = _names(folder)
-    images, masks = (next((name for name in known if name in names), None) for known in (IMAGES, MASKS))
-    return (folder / images, folder / masks) if images and masks else None
+    images, masks = (
+        next((folder / name for name in names if (folder / name).is_dir()), None) for names in (IMAGES, MASKS)
+    )
+    return (images, masks) if images and masks else None
 
 
-def _names(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+def _find(data: Path, scan: Scan) -> Found:
+    folders = _parts(data, scan)
+    if not folders:
+        raise DataError([f"{data} has no masks: put images in {data / IMAGES[0]} and their masks in {MASKS[0]}/"])
+    names = _class_names(data)
+    found = Found({}, list(names) if names else None)
+    for part, (images, masks) in folders.items():
+        found.parts[part] = [(image, (mask, names)) for image, mask in _pairs(images, masks, scan)]
+        if not found.parts[part]:
+            found.faults.append(f"no image in {images} has a mask of its name in {masks}")
+    return found
 
 
-def _pairs(images: Path, masks: Path, wrong: list[str]) -> list[tuple[str, str]]:
-    """Images with the masks of the same name below the other folder; what has none or no image is wrong."""
-    by_stem: dict[Path, Path] = {}
-    for mask in sorted(masks.rglob("*")):
-        if mask.suffix.lower() in MASK_SUFFIXES and not mask.name.startswith("."):
-            by_stem[mask.relative_to(masks).with_suffix("")] = mask
-    pairs, missing = [], Path()
-    for image in images_in(images):
+def _pairs(images: Path, masks: Path, scan: Scan) -> list[tuple[str, str]]:
+    """Images with the masks of the same name below the other folder; what has none or no image is left out."""
+    by_stem = {
+        Path(mask).relative_to(masks).with_suffix(""): mask
+        for mask in scan.images(masks)
+        if mask.lower().endswith(MASK_SUFFIXES)
+    }
+    pairs: list[tuple[str, str]] = []
+    for image in scan.images(images):
         stem = Path(image).relative_to(images).with_suffix("")
-        if (mask := by_stem.pop(stem, missing)) is missing:
-            wrong.append(f"{image} has no mask: {masks / stem.with_suffix('.png')} does not exist")
+        if (mask := by_stem.pop(stem, None)) is None:
+            scan.note(image, f"has no mask of its name in {masks}: left out")
         else:
-            pairs.append((image, str(mask)))
-    wrong += [f"{mask!s} has no image in {images!s}" for mask in by_stem.values()]
+            pairs.append((image, mask))
+    for mask in by_stem.values():
+        scan.note(mask, f"has no image of its name in {images}: left out")
     return pairs
 
 
-def _class_names(data: Path) -> list[str] | None:
+def _class_names(data: Path) -> Names:
     """The lines of `classes.txt`, None where there is no such file."""
     file = data / CLASSES_FILE
     if not file.is_file():
         return None
-    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if double := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError([f"{file} names {listed(double)} twice"])
-    return names
+    names = [same_form(line) for line in read_text(file).splitlines() if line.strip()]
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError([f"{file} names {listed(duplicates)} twice"])
+    return tuple(names)
+
+
+def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -> Iterator[Labels | list[str]]:
+    with ThreadPoolExecutor(cpu_count() or 1, "masks") as pool:
+        yield from pool.map(_labels_of_one, marked)
+
+
+def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str]:
+    """The classes in a mask, each once, in the order of their values; or what is wrong with it."""
+    _, (path, names), size = marked
+    try:
+        mask = read_mask(path)
+    except (ValueError, OSError) as error:
+        return [" ".join(str(error).split())]
+    if mask.shape != size:
+        return [
+            f"{path} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), "
+            f"its image {size[0]}x{size[1]}: they must be equal"
+        ]
+    values = [int(value) for value in np.unique(mask) if value != IGNORED]
+    if names is not None and (unknown := [str(value) for value in values if value >= len(names)]):
+        return [
+            f"{path} has the value{'s' if len(unknown) > 1 else ''} {listed(unknown)}, "
+            f"but {CLASSES_FILE} has {len(names)} lines, from 0 to {len(names) - 1} ({IGNORED} is ignored)"
+        ]
+    return Labels([names[value] if names else str(value) for value in values], (path, values))
+
+
+def _target(labels: Labels, numbers: Mapping[str, int]) -> MaskTarget:
+    path, values = labels.value
+    pairs = tuple(zip(values, (numbers[name] for name in labels.names), strict=True))
+    return path if all(value == number for value, number in pairs) else (path, pairs)
+
+
+def _all_values(names: set[str]) -> list[str]:
+    """Every value up to the highest, so that the numbers of the classes are the values."""
+    return [str(value) for value in range(max(map(int, names), default=-1) + 1)]
+
+
+read = partial(samples.read, form=Format(_find, _labels, _target, in_order=_all_values, stratified=False))

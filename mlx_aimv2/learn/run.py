@@ -18,8 +18,8 @@ from mlx_aimv2.train.state import StateFile
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.distributed import Ranks
-    from mlx_aimv2.learn.data import Dataset, Sample
     from mlx_aimv2.learn.options import Options
+    from mlx_aimv2.learn.samples import Dataset, Sample
     from mlx_aimv2.learn.task import Defaults, Task
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor

@@ -16,9 +16,9 @@ from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import card as cards
 from mlx_aimv2.learn import mask_files, metrics, placement
-from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.metrics import IGNORED
 from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.segment_head import DecoderSegmentHead, LinearSegmentHead
 from mlx_aimv2.learn.task import Defaults
 from mlx_aimv2.learn.upsample import linear_weights

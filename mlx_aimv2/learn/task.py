@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
-from mlx_aimv2.learn.data import DataError, Dataset, Sample
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -68,8 +68,8 @@ class Task(Protocol):
     def recognise(self, data: Path) -> str | None:
         """Why DATA is for this task, a phrase; None where it is not."""
 
-    def read(self, data: Path, *, classes: Sequence[str] | None = None) -> Dataset:
-        """DATA read and checked; DataError with everything that is wrong. Labels outside `classes` are wrong."""
+    def read(self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True) -> Dataset:
+        """DATA read and checked by `samples.read`; DataError with everything that is wrong."""
 
     def make_head(
         self, kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]

@@ -1,6 +1,7 @@
 """Streams images with captions: Hugging Face's imagefolder, or WebDataset tar shards; in bounded memory.
 
     FOLDER/metadata.jsonl: {"file_name": "cat.jpg", "text": "a cat"}      text may be a list: one is drawn each time
+    FOLDER/metadata.csv with the columns file_name and text
     SHARD.tar: 0001.jpg, 0001.txt (or 0001.json with "text" or "caption"), 0002.jpg, …
 
 What cannot be used (a caption missing or empty, an image without a caption, a broken shard) is passed over with a note
@@ -14,16 +15,16 @@ import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
 
-from mlx_aimv2.files import expand_user, read_text
-from mlx_aimv2.find_images import has_suffix
+from mlx_aimv2.files import expand_user
+from mlx_aimv2.find_images import Scan, has_suffix, is_junk
+from mlx_aimv2.learn.label_files import METADATA, metadata_file, metadata_rows
+from mlx_aimv2.learn.samples import DataError
 
-METADATA = "metadata.jsonl"
-MAX_METADATA_BYTES = 1 << 32
 MAX_MEMBER_BYTES = 1 << 28
 """Of one file within a shard."""
 
@@ -49,15 +50,17 @@ class Data(Protocol):
 
 
 def open_data(path: str | Path) -> Data:
-    """The data at a path: a folder with metadata.jsonl, a folder of .tar shards, or one shard."""
+    """The data at a path: a folder with metadata, a folder of .tar shards, or one shard."""
     place = expand_user(path)
-    if place.is_dir() and (place / METADATA).is_file():
+    if place.is_dir() and metadata_file(place) is not None:
         return ImageFolder(place)
-    shards = sorted(place.glob("*.tar")) if place.is_dir() else [place] if place.suffix == ".tar" else []
+    found = sorted(place.glob("*.tar")) if place.is_dir() else [place] if place.suffix == ".tar" else []
+    shards = [file for file in found if not is_junk(file.name)]
+    wanted = f"wanted a folder with {' or '.join(METADATA)} (file_name, text) or .tar shards"
     if not place.exists():
-        raise FileNotFoundError(f"{place} does not exist; wanted a folder with {METADATA}, or .tar shards")
+        raise FileNotFoundError(f"{place} does not exist; {wanted}")
     if not shards:
-        raise ValueError(f"{place}: wanted a folder with {METADATA} (file_name, text) or .tar shards, found neither")
+        raise ValueError(f"{place}: {wanted}, found neither")
     return Shards(shards)
 
 
@@ -66,34 +69,25 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        notes = _Notes()
         self.rows: list[tuple[str, tuple[str, ...]]] = []
-        listed: set[str] = set()
-        text = read_text(folder / METADATA, max_bytes=MAX_METADATA_BYTES)
-        for number, line in enumerate(text.splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name = row["file_name"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f'{folder / METADATA}, line {number}: wanted {{"file_name": …, "text": …}}, got {line!r:.80}'
-                ) from None
-            listed.add(name)
-            texts = captions_of(row.get("text"))
+        file = metadata_file(folder)
+        rows, faults = metadata_rows(file) if file is not None else ([], [f"{folder} has no {METADATA}"])
+        if faults:
+            raise DataError(faults)
+        scan = Scan()
+        for row in rows:
+            name, texts = row["file_name"], captions_of(row.get("text", row.get("caption")))
             if not texts:
-                notes.add("has no caption", name)
+                scan.note(str(folder / name), "has no caption: passed over")
             elif not (folder / name).is_file():
-                notes.add("is listed but not there", name)
+                scan.note(str(folder / name), "is listed but not there: passed over")
             else:
                 self.rows.append((name, texts))
-        for file in folder.iterdir():
-            if has_suffix(file.name) and file.name not in listed:
-                notes.add(f"is not listed in {METADATA}, so it has no caption", file.name)
-        notes.warn(folder)
+        if file is not None:
+            scan.unlisted(folder, file, [str(folder / row["file_name"]) for row in rows])
+        warn_of(scan, set())
         if not self.rows:
-            raise ValueError(f"{folder / METADATA} lists no image with a caption")
+            raise ValueError(f"{file} lists no image with a caption")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,13 +105,14 @@ class Shards:
     def __init__(self, files: list[Path], *, buffer: int = SHUFFLE_BUFFER) -> None:
         self.files = files
         self.buffer = buffer
+        self._said: set[str] = set()
 
     def epoch(self, chance: np.random.Generator | None) -> Iterator[Example]:
-        notes = _Notes()
+        scan = Scan()
         order = range(len(self.files)) if chance is None else chance.permutation(len(self.files))
-        found = (example for i in order for example in read_shard(self.files[int(i)], notes))
+        found = (example for i in order for example in read_shard(self.files[int(i)], scan))
         yield from found if chance is None else shuffled(found, chance, self.buffer)
-        notes.warn(self.files[0].parent)
+        warn_of(scan, self._said)
 
 
 def shuffled(examples: Iterable[Example], chance: np.random.Generator, buffer: int) -> Iterator[Example]:
@@ -134,41 +129,43 @@ def shuffled(examples: Iterable[Example], chance: np.random.Generator, buffer: i
         yield held[int(i)]
 
 
-def read_shard(file: Path, notes: _Notes) -> Iterator[Example]:
+def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
     """The examples of one tar file in its order: files of one key follow each other. A broken end is passed over."""
     key, parts = "", dict[str, bytes]()
     try:
         with tarfile.open(file, "r|*") as archive:
             for member in archive:
-                if not member.isfile():
+                if not member.isfile() or is_junk(member.name):
                     continue
-                stem, _, ending = member.name.rpartition("/")[2].partition(".")
-                own = f"{member.name.rpartition('/')[0]}/{stem}"
+                path = PurePosixPath(member.name)
+                stem, _, ending = path.name.partition(".")
+                own = str(path.parent / stem)
                 if own != key:
-                    yield from _example(file, key, parts, notes)
+                    yield from _example(file, key, parts, scan)
                     key, parts = own, {}
                 if member.size > MAX_MEMBER_BYTES:
-                    notes.add("is too large", f"{file.name}:{member.name}")
+                    scan.note(f"{file}:{member.name}", "is too large: passed over")
                     continue
                 content = archive.extractfile(member)
                 if content is not None:
                     parts[ending.lower()] = content.read()
     except (tarfile.TarError, OSError, EOFError) as error:
-        notes.add("is a broken shard, used up to the fault", f"{file.name} ({error})")
+        scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
         return  # the last example may be cut
-    yield from _example(file, key, parts, notes)
+    yield from _example(file, key, parts, scan)
 
 
-def _example(file: Path, key: str, parts: dict[str, bytes], notes: _Notes) -> Iterator[Example]:
+def _example(file: Path, key: str, parts: dict[str, bytes], scan: Scan) -> Iterator[Example]:
     if not parts:
         return
     name = f"{file.name}:{key.lstrip('/')}"
-    image = next((content for ending, content in parts.items() if has_suffix(f"x.{ending}")), None)
+    exact_first = sorted(parts, key=lambda ending: "." in ending)  # 0.jpg before 0.depth.png
+    image = next((parts[ending] for ending in exact_first if has_suffix(f"x.{ending}")), None)
     texts = _texts(parts)
     if image is None:
-        notes.add("has no image", name)
+        scan.note(f"{file.parent / name}", "has no image: passed over")
     elif not texts:
-        notes.add("has no caption", name)
+        scan.note(f"{file.parent / name}", "has no caption: passed over")
     else:
         yield Example(name, image, texts)
 
@@ -189,17 +186,9 @@ def captions_of(text: object) -> tuple[str, ...]:
     return tuple(one.strip() for one in texts if isinstance(one, str) and one.strip())
 
 
-class _Notes:
-    """What was passed over, counted by reason; the first of each kind is named."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, tuple[str, int]] = {}
-
-    def add(self, reason: str, name: str) -> None:
-        first, count = self.found.get(reason, (name, 0))
-        self.found[reason] = (first, count + 1)
-
-    def warn(self, place: Path) -> None:
-        for reason, (first, count) in self.found.items():
-            more = f" (and {count - 1:,} more)" if count > 1 else ""
-            warnings.warn(f"{place}: {first} {reason}{more}; passed over", stacklevel=3)
+def warn_of(scan: Scan, said: set[str]) -> None:
+    """Gives what was passed over as warnings, but for those that were `said` before."""
+    for note in scan.notes:
+        if note not in said:
+            said.add(note)
+            warnings.warn(note, stacklevel=3)

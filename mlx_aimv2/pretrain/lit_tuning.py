@@ -23,13 +23,12 @@ from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import check_target
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.captioned import Data
-from mlx_aimv2.pretrain.captions import save_tokenizer
 from mlx_aimv2.pretrain.feature_cache import CaptionedFeatures, cache_features
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import Log, tokenizer_for, write_checkpoint
 from mlx_aimv2.pretrain.settings import LitSettings
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.tokenizer import Tokenizer, save_tokenizer
 from mlx_aimv2.train.batches import Batches, Shuffled
 from mlx_aimv2.train.loop import Watch, is_due, train
 from mlx_aimv2.train.optimizer import FROZEN, flat, freeze

@@ -25,7 +25,6 @@ from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain.captioned import Data
-from mlx_aimv2.pretrain.captions import VOCAB_SIZE, as_tokenizer, save_tokenizer, train_tokenizer
 from mlx_aimv2.pretrain.examples import (
     Grid,
     Preparation,
@@ -40,7 +39,7 @@ from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining, initialise
 from mlx_aimv2.pretrain.samples import draw_samples
 from mlx_aimv2.pretrain.settings import Schedule, Settings
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, as_tokenizer, save_tokenizer, train_tokenizer
 from mlx_aimv2.train.batches import Batches
 from mlx_aimv2.train.loop import Watch, is_due, number_of, train
 from mlx_aimv2.train.optimizer import flat

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mlx_aimv2.learn import coco
 from mlx_aimv2.learn.average_precision import Found
-from mlx_aimv2.learn.data import DataError
+from mlx_aimv2.learn.samples import DataError
 
 
 def content(count=5, name="{}.png", first=0, **changes):
@@ -95,15 +95,14 @@ def test_roboflows_root_category_is_left_out_aloud(tmp_path):
     write(tmp_path / "valid" / "_annotations.coco.json", content(2, first=7, categories=names))
     found = coco.read(tmp_path)
     assert found.classes == ("cat", "dog")
-    assert any("category pets is left out" in note for note in found.notes)
+    assert any("category pets stands above others and no object has it" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
     ("box", "words"),
     [
-        ([25, 3, 11, 13], "5 pixels out of the image of 31x23 (width x height)"),
-        ([-3, 3, 11, 13], "3 pixels out of the image"),
-        ([2, 3, 0, 13], "is 0 wide and 13 high: nothing in it"),
+        ([26, 3, 11, 13], "goes from 26,3 to 37,16, most of it out of the image of 31x23 (width x height)"),
+        ([-8, 3, 11, 13], "most of it out of the image"),
         ([2, 3, 11], "not four numbers"),
         ([2, 3, "x", 5], "not four numbers"),
         ([2, 3, float("nan"), 5], "not four numbers"),
@@ -125,6 +124,64 @@ def test_a_box_is_cut_where_rounding_makes_it_stick_out(tmp_path):
     write(tmp_path / "train" / "_annotations.coco.json", data)
     write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
     assert coco.read(tmp_path).splits["train"][0].target.boxes.tolist() == [[0, 3, 31, 23]]
+
+
+def test_a_box_at_the_edge_is_cut_and_an_empty_one_left_out_aloud(tmp_path):
+    data = content(3)
+    for entry, box in zip(data["annotations"], ([25, 3, 11, 13], [2, 3, 0, 13], [2, 3, 7, 0]), strict=True):
+        entry["bbox"] = box
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    found = coco.read(tmp_path)
+    assert [sample.target.boxes.tolist() for sample in found.splits["train"]] == [[[25, 3, 31, 16]], [], []]
+    assert "annotation 70 in _annotations.coco.json sticks out of its image: cut at the edge" in "\n".join(found.notes)
+    assert "has no width or no height: left out (and 1 more)" in "\n".join(found.notes)
+
+
+def test_a_box_that_is_there_twice_counts_once(tmp_path):
+    data = content(2)
+    data["annotations"] += [{**entry, "id": 90} for entry in data["annotations"]]
+    data["annotations"] += [{**data["annotations"][0], "category_id": 4}]
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    found = coco.read(tmp_path)
+    assert [sample.target.labels.tolist() for sample in found.splits["train"]] == [[0, 1], [1]]
+    assert "is there already, with the same class: left out (and 1 more)" in "\n".join(found.notes)
+
+
+def test_names_and_ids_may_be_numbers_or_text(tmp_path):
+    names = [{"id": 4, "name": 7}, {"id": "3", "name": "cat"}]
+    write(tmp_path / "train" / "_annotations.coco.json", content(2, categories=names))
+    write(tmp_path / "valid" / "_annotations.coco.json", content(2, first=7, categories=names))
+    found = coco.read(tmp_path)
+    assert found.classes == ("cat", "7")
+    assert [sample.target.labels.tolist() for sample in found.splits["train"]] == [[0], [1]]
+
+
+def test_categories_of_one_name_are_one_class_though_the_root_be_called_so(tmp_path):
+    names = [{"id": 0, "name": "cat", "supercategory": "none"}]
+    names += [{"id": n, "name": name, "supercategory": "cat"} for n, name in ((3, "cat"), (4, "dog"))]
+    write(tmp_path / "train" / "_annotations.coco.json", content(2, categories=names))
+    write(tmp_path / "valid" / "_annotations.coco.json", content(2, first=7, categories=names))
+    assert coco.read(tmp_path).classes == ("cat", "dog")
+
+
+def test_a_class_above_itself_is_no_root(tmp_path):
+    names = [{"id": n, "name": name, "supercategory": name} for n, name in ((3, "cat"), (4, "dog"))]
+    write(tmp_path / "train" / "_annotations.coco.json", content(1, categories=names))
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7, categories=names))
+    assert coco.read(tmp_path).classes == ("cat", "dog")
+
+
+def test_an_image_that_stands_twice_keeps_all_its_objects(tmp_path):
+    data = content(2)
+    data["images"].append({**data["images"][0], "id": 9})
+    data["annotations"].append({"id": 5, "image_id": 9, "category_id": 4, "bbox": [1, 1, 5, 5]})
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    found = coco.read(tmp_path)
+    assert [len(sample.target.boxes) for sample in found.splits["train"]] == [2, 1]
+    assert "0.png stands more than once in _annotations.coco.json" in "\n".join(found.notes)
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path):
@@ -153,7 +210,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
 
 def test_a_class_outside_the_list_is_wrong(tmp_path):
     write(tmp_path / "train" / "_annotations.coco.json", content(2))
-    assert "objects of the class dog, which is not in the list" in lines(tmp_path, classes=("cat", "cow"))[0]
+    assert "the label dog (1 object) is not in the list cat, cow" in lines(tmp_path, classes=("cat", "cow"))[0]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +225,7 @@ def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, words):
 
 def test_no_object_at_all_is_wrong(tmp_path):
     write(tmp_path / "train" / "_annotations.coco.json", content(2, annotations=[]))
-    assert "no image has an object" in lines(tmp_path)[0]
+    assert "has no labelled images" in lines(tmp_path)[0]
 
 
 def test_two_files_for_one_part_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from mlx_aimv2 import load
 from mlx_aimv2.embed.loader import Decoder
 from mlx_aimv2.learn import detect, segment
 from mlx_aimv2.learn.average_precision import Truth
-from mlx_aimv2.learn.data import Sample
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.loading import at_size
 
 pytestmark = pytest.mark.rounding
@@ -36,7 +36,7 @@ def samples(tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     path = str(tmp_path / "image.png")
     truth = Truth(np.array([BOX], float), np.array([2]))
-    return {segment: Sample(path, b"", str(tmp_path / "mask.png")), detect: Sample(path, b"", truth)}
+    return {segment: Sample(path, b"", SIZE, str(tmp_path / "mask.png")), detect: Sample(path, b"", SIZE, truth)}
 
 
 def encoder(source=FIXED, patches=None):

@@ -7,7 +7,6 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.learn import classify
 from mlx_aimv2.learn.classify import Classification
-from mlx_aimv2.learn.data import Sample
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
@@ -15,6 +14,7 @@ from mlx_aimv2.learn.knn import vote
 from mlx_aimv2.learn.logistic import fit_logistic, minimize
 from mlx_aimv2.learn.metrics import confusion
 from mlx_aimv2.learn.probe import fit_linear
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.model import unit_length
 
 pytestmark = pytest.mark.rounding
@@ -111,7 +111,7 @@ def test_the_attentive_head_starts_as_the_linear_probe():
 
 def test_statistics_of_tokens_are_those_of_all_at_once():
     rows = np.random.default_rng(4).normal(5, 2, (131, 3, 7)).astype(np.float16)
-    samples = [Sample("", bytes([i]) * 32, 0) for i in range(131)]
+    samples = [Sample("", bytes([i]) * 32, (1, 2), 0) for i in range(131)]
     features = Features(rows, {sample.sha256: i for i, sample in enumerate(samples)})
     mean, std = token_statistics(features, samples)
     exact = rows.reshape(-1, 7).astype(np.float64)
@@ -124,7 +124,7 @@ def scored(seed: int, classes: int):
     chance = np.random.default_rng(seed)
     labels = chance.integers(0, classes, 97)
     predictions = [Classification(row) for row in chance.dirichlet(np.ones(classes), 97)]
-    samples = [Sample("", b"", int(label)) for label in labels]
+    samples = [Sample("", b"", (1, 2), int(label)) for label in labels]
     return classify.score(samples, predictions, [str(i) for i in range(classes)]), labels, predictions
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain.captioned import ImageFolder, Shards, open_data, shuffled
-from mlx_aimv2.pretrain.captions import as_tokenizer, save_tokenizer, train_tokenizer
 from mlx_aimv2.pretrain.examples import Preparation, Stream, grid_of, middle_grid
-from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.tokenizer import Tokenizer, as_tokenizer, save_tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation, random_crop
 from mlx_aimv2.train.batches import Batches
 
@@ -63,7 +62,7 @@ def test_an_image_folder_has_one_caption_or_several(tmp_path):
 @pytest.mark.parametrize("text", [None, "", "  ", [], 3])
 def test_a_missing_or_empty_caption_is_passed_over_by_name(tmp_path, text):
     rows = [{"file_name": "good.png", "text": "good"}, {"file_name": "bad.png", "text": text}, {"file_name": "no.png"}]
-    with pytest.warns(UserWarning, match=r"bad\.png has no caption \(and 1 more\); passed over"):
+    with pytest.warns(UserWarning, match=r"bad\.png has no caption: passed over \(and 1 more\)"):
         data = open_data(image_folder(tmp_path / "in", rows))
     assert names(data) == ["good.png"]
 
@@ -111,6 +110,37 @@ def test_shards_are_read_in_order_with_either_kind_of_caption(tmp_path):
     found = list(open_data(tmp_path).epoch(None))
     assert [example.texts[0] for example in found] == ["caption 0", "caption 1", "seven", "eight"]
     assert [example.name for example in found] == ["0.tar:000", "0.tar:001", "1.tar:x/7", "1.tar:8"]
+
+
+def test_a_macs_own_entries_in_a_shard_are_passed_over(tmp_path):
+    entries = [entry for name, data in members(0, 3) for entry in ((f"./._{name}", b"\0\5\x16\7"), (f"./{name}", data))]
+    shard(tmp_path / "0.tar", [("__MACOSX/000.png", b"x"), *entries])
+    shard(tmp_path / "._0.tar", [])
+    assert names(open_data(tmp_path)) == ["0.tar:000", "0.tar:001", "0.tar:002"]
+
+
+def test_the_image_of_a_key_is_the_one_that_is_called_like_it(tmp_path):
+    shard(tmp_path / "0.tar", [("0.depth.png", b"depth"), ("0.jpg", b"image"), ("0.txt", b"text")])
+    assert [example.image for example in open_data(tmp_path).epoch(None)] == [b"image"]
+
+
+def test_what_was_said_of_shards_is_not_said_again_each_epoch(tmp_path):
+    shard(tmp_path / "0.tar", [("1.png", png(1)), *members(3, 1)])
+    data = open_data(tmp_path)
+    with pytest.warns(UserWarning, match=r"0\.tar:1 has no caption"):
+        names(data)
+    assert names(data) == ["0.tar:003"]  # a warning would be an error
+
+
+def test_captions_lie_in_csv_too_and_a_line_ends_at_a_newline_alone(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "a.png", "caption": "one\u2028two"}, {"file_name": "b.png"}])
+    text = json.dumps({"file_name": "a.png", "caption": "one\u2028two"}, ensure_ascii=False)
+    (folder / "b.png").unlink()
+    (folder / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
+    assert [example.texts for example in open_data(folder).epoch(None)] == [("one\u2028two",)]
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\na.png,three\n")
+    assert [example.texts for example in open_data(folder).epoch(None)] == [("three",)]
 
 
 def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):

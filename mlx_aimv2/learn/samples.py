@@ -1,0 +1,399 @@
+"""Reads labelled images: one set of rules for labels, masks and boxes.
+
+DATA -> a format's own reader -> Found: images by part, with what is said of each -> checks, classes, parts -> Dataset
+
+A format (`label_files`, `mask_files`, `coco`) says where its images lie and what they are labelled with. Decided here,
+for all of them: which folder is which part, what becomes of copies and of classes that training does not know, what is
+left out with a note, what is refused, and how DATA without parts is divided. What is refused is told all at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from mlx_aimv2.embed.cache import Known, KnownFiles
+from mlx_aimv2.files import read_image_file
+from mlx_aimv2.find_images import Scan
+from mlx_aimv2.images.open import open_image, warn_of
+
+PARTS = {
+    "train": {"train", "training"},
+    "val": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+"""Part -> the words in a folder's name that mean it, Hugging Face's."""
+
+HELD_OUT = 0.15
+"""Share of the images that become `val`, and as many `test`, where DATA does not say."""
+
+MAX_LINES = 20
+"""Lines of what is wrong that a message shows; the rest is counted."""
+
+DIGEST_BYTES = 8
+"""What is kept of the SHA-256 of an image that a head was trained on."""
+
+Size: TypeAlias = "tuple[int, int]"
+"""(height, width) of an image in pixels, upright."""
+
+
+class DataError(ValueError):
+    """Everything that is wrong with the data, a line each; the message holds the first of them."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        more = f"; and {len(lines) - MAX_LINES:,} more" if len(lines) > MAX_LINES else ""
+        counted = f"{len(lines):,} things are wrong with the data: " if len(lines) > 1 else ""
+        super().__init__(f"{counted}{'; '.join(lines[:MAX_LINES])}{more}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with what is known of it.
+
+    `size` is its (height, width), upright; `target` the task's own: the number of the class, the mask's file, boxes.
+    """
+
+    path: str
+    sha256: bytes
+    size: Size
+    target: Any
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Checked samples of each part (`train`, `val`, `test`; some may be empty), and notes for the user."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[Sample]]
+    notes: tuple[str, ...] = ()
+
+    def to_score(self) -> tuple[str, list[Sample]]:
+        """The part that a head is scored on, and its samples; of a Dataset that was read with the head's classes."""
+        return next((part, self.splits[part]) for part in ("test", "val", "train") if self.splits[part])
+
+
+class Labels(NamedTuple):
+    """What an image is labelled with: `names` of classes, each as often as it occurs, and a value of the format's."""
+
+    names: Sequence[str]
+    value: Any
+
+
+@dataclass
+class Found:
+    """What a format found in DATA: by part, or under "" where DATA names none, an image's path and its mark.
+
+    `classes` are the names in their order, where the format lists them. A line of `faults` refuses DATA.
+    """
+
+    parts: dict[str, list[tuple[str, Any]]]
+    classes: list[str] | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Labels by name, by number where all are whole numbers."""
+    names = list(names)
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How labelled images of one kind are read.
+
+    `find(data, scan)` lists the images without opening one. `labels(marked, scan)` gives the labels of each, or the
+    lines that say what is wrong with it; `marked` are its path, mark and size. `target(labels, numbers)` is what
+    training compares with, where `numbers` are those of the classes.
+
+    At least `min_classes` must occur in training, each in `min_images` different images. `in_order` gives the names of
+    the classes, where the format lists none, from those that occur in training. Where DATA is split, images of each
+    class are divided alike, if `stratified`.
+    """
+
+    find: Callable[[Path, Scan], Found]
+    labels: Callable[[Sequence[tuple[str, Any, Size]], Scan], Iterable[Labels | list[str]]]
+    target: Callable[[Labels, Mapping[str, int]], Any]
+    in_order: Callable[[set[str]], list[str]] = in_order
+    noun: str = "image"
+    min_classes: int = 2
+    min_images: int = 1
+    stratified: bool = True
+
+
+def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, decode: bool = True) -> Dataset:
+    """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
+
+    Without `classes` these are the ones that the format lists, else those of the training images, and DATA without
+    parts is split. With the `classes` of a head, whose names are looked up, only the part that is scored is read:
+    `test`, else `val`, else what lies in no part, as `test`, else `train`, with a note.
+
+    Without `decode` only the headers of images are read: for a caller that decodes all of them before it trusts them.
+    """
+    if not data.is_dir():
+        raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
+    scan = Scan()
+    found = form.find(data, scan)
+    scored = next((part for part in ("test", "val", "", "train") if found.parts.get(part)), "")
+    if classes is not None:
+        found.parts = {scored: found.parts.get(scored, [])}
+    images, unreadable = check_images([path for pairs in found.parts.values() for path, _ in pairs], decode=decode)
+    faults = [*scan.faults, *found.faults, *unreadable]
+    labelled: dict[str, dict[str, Labels]] = {}
+    for part, pairs in found.parts.items():
+        marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
+        results = list(zip(marked, form.labels(marked, scan), strict=True))
+        labelled[part] = {path: labels for (path, _, _), labels in results if isinstance(labels, Labels)}
+        faults += [line for _, lines in results if not isinstance(lines, Labels) for line in lines]
+    training = labelled.get("train", labelled.get("", {}))
+    names = list(
+        classes or found.classes or form.in_order({name for labels in training.values() for name in labels.names})
+    )
+    numbers = {same_form(name): number for number, name in enumerate(names)}
+    faults += _unknown(labelled, names, numbers, form)
+    faults += [f"the label {name!r} is not UTF-8: rename it" for name in names if not _is_text(name)]
+    if classes is None and (training or not faults):
+        faults += _too_few(training, names, images, data, form)
+    if classes is None and not labelled.keys() & {"train", ""}:
+        faults.append(f"{data} has {' and '.join(labelled)} but no train folder: add it, or give one folder")
+    if not faults and not any(labels.names for pairs in labelled.values() for labels in pairs.values()):
+        faults.append(f"{data} has no labelled images in it")
+    if faults:
+        raise DataError(faults)
+    samples = {
+        part: [
+            Sample(path, images[path].sha256, images[path].size, form.target(labels, numbers))
+            for path, labels in pairs.items()
+        ]
+        for part, pairs in labelled.items()
+    }
+    if classes is not None:
+        splits: dict[str, list[Sample]] = {part: [] for part in PARTS} | {scored or "test": samples[scored]}
+        told = f"{data} has no part but train: its images are scored, which a head may have learned"
+        return Dataset(tuple(names), splits, (*([told] if scored == "train" else []), *scan.notes))
+    every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
+
+    def stratum(sample: Sample) -> int:
+        """The class that occurs most often in an image; one number more where it has none."""
+        own = [numbers[name] for name in every[sample.path]] if form.stratified else []
+        return int(np.bincount(own).argmax()) if own else len(names)
+
+    splits, notes = _divided(samples, stratum)
+    return Dataset(tuple(names), splits, (*notes, *_copies(splits, every), *scan.notes))
+
+
+def _divided(
+    samples: Mapping[str, list[Sample]], stratum: Callable[[Sample], int]
+) -> tuple[dict[str, list[Sample]], list[str]]:
+    """The parts that training needs, those that DATA does not have taken from the others, and notes that say so."""
+    splits = {part: samples.get(part, []) for part in PARTS}
+    if not (splits["val"] or splits["test"]):
+        whole = samples.get("", splits["train"])
+        splits = split(whole, [stratum(sample) for sample in whole])
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
+        return splits, [f"{one_image(len(whole))}, split by content, the same each time: {counts}"]
+    if splits["val"]:
+        return splits, []
+    parts = split(splits["train"], [stratum(sample) for sample in splits["train"]])
+    train = sorted([*parts["train"], *parts["test"]], key=lambda sample: sample.path)
+    note = f"{one_image(len(parts['val']))} of train serve as val, chosen by content"
+    return {"train": train, "val": parts["val"], "test": splits["test"]}, [note]
+
+
+def split(samples: Sequence[Sample], strata: Sequence[int]) -> dict[str, list[Sample]]:
+    """Stratified parts, 70 : 15 : 15, by content hash: `samples and the class of each -> {"train": …}`.
+
+    Images of equal content stay together, and adding an image moves hardly any other one. Of a class with two
+    different images one is for training and one for `val`; from three on each part has at least one.
+    """
+    groups: dict[int, dict[bytes, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    owner: dict[bytes, int] = {}
+    for sample, stratum in zip(samples, strata, strict=True):
+        groups[owner.setdefault(sample.sha256, stratum)][sample.sha256].append(sample)
+    result: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    for stratum in sorted(groups):
+        order = sorted(groups[stratum])
+        held = max(1, round(HELD_OUT * len(order))) if len(order) > 1 else 0
+        for_test = held if len(order) > 2 else 0
+        for index, key in enumerate(order):
+            part = "val" if index < held else "test" if index < held + for_test else "train"
+            result[part] += groups[stratum][key]
+    return {part: sorted(found, key=lambda sample: sample.path) for part, found in result.items()}
+
+
+def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str, Path]:
+    """The folders of DATA that are its parts, `{"train": DATA/train, …}`; `{"": DATA}` where there is none.
+
+    A folder is a part if its name says so and it `holds` what the format wants: a class may be called like a part. Of
+    a part that holds nothing but one more folder of its kind, as in `seg_train/seg_train`, the inner one counts.
+    Images beside parts are named in a note. Raises DataError where two folders mean the same part.
+    """
+    found: dict[str, Path] = {}
+    others: list[Path] = []
+    for folder in scan.folders(data):
+        part = part_of(folder.name)
+        inner = scan.folders(folder) if part else []
+        if len(inner) == 1 and part_of(inner[0].name) == part and holds(inner[0]):
+            folder = inner[0]
+        if part is None or not holds(folder):
+            others.append(folder)
+        elif part in found:
+            raise DataError([f"{found[part]} and {folder} both mean {part}: keep one of them"])
+        else:
+            found[part] = folder
+    if not found:
+        return {"": data}
+    for folder, images in [(data, scan.loose(data)), *((folder, scan.images(folder)) for folder in others)]:
+        if images:
+            where = f"{folder} itself" if folder is data else str(folder)
+            scan.note(
+                f"{where}, with {one_image(len(images))},", f"is no part of {data} (train, val, test): passed over"
+            )
+    return found
+
+
+def part_of(name: str) -> str | None:
+    """The part that a name means, by one of its words: `seg_train -> train`; None for no part or several."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    found = [part for part, meant in PARTS.items() if words & meant]
+    return found[0] if len(found) == 1 else None
+
+
+def same_form(name: str) -> str:
+    """A label in the one form that is compared: without blanks around it, in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str, Known], list[str]]:
+    """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, what is wrong with which)`.
+
+    A file that was good before and has not been changed since is not read again.
+    """
+    known_files = KnownFiles()
+    known = known_files.look_up(paths, decoded=decode)
+    others = [path for path in dict.fromkeys(paths) if path not in known]
+    found: dict[str, Known] = {}
+    faults: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1, "check") as pool:
+        for path, result in zip(others, pool.map(lambda path: _checked(path, decode), others), strict=True):
+            if isinstance(result, Known):
+                found[path] = result
+            else:
+                faults.append(result)
+    known_files.remember(found.items())
+    return known | found, faults
+
+
+def _checked(path: str, decode: bool) -> Known | str:
+    """What is known of an image that can be read, or what is wrong with it."""
+    try:
+        _, data = read_image_file(path)
+        image = open_image(data, name=path)
+        width, height = image.size
+        if (width, height) == (1, 1):
+            return f"{path} is a single pixel: nothing to see"
+        if decode:
+            warn_of(image)
+            image.rgb()
+        return Known(hashlib.sha256(data).digest(), (height, width), decode)
+    except OSError as error:
+        return str(error) if path in str(error) else f"{path} {error.strerror or error}"
+    except Exception as error:  # decoders raise whatever they meet
+        return " ".join(str(error).split()) or f"{path} cannot be read"
+
+
+def _is_text(name: str) -> bool:
+    """Whether a label can be written: names of folders may hold bytes that are no text."""
+    return name.encode(errors="ignore").decode() == name
+
+
+def _unknown(
+    labelled: Mapping[str, Mapping[str, Labels]], classes: Sequence[str], numbers: Mapping[str, int], form: Format
+) -> list[str]:
+    """What is wrong with labels that are not among the classes."""
+    counts = Counter(
+        name for pairs in labelled.values() for labels in pairs.values() for name in labels.names if name not in numbers
+    )
+    return [
+        f"the label {name} ({one_image(count, form.noun)}) is not in the list {listed(classes)}"
+        for name, count in sorted(counts.items())
+    ]
+
+
+def _too_few(
+    training: Mapping[str, Labels], classes: Sequence[str], images: Mapping[str, Known], data: Path, form: Format
+) -> list[str]:
+    """What is missing for training: classes, and of each class images that are not copies of each other."""
+    contents: dict[str, set[bytes]] = defaultdict(set)
+    counts: Counter[str] = Counter()
+    for path, labels in training.items():
+        for name in set(labels.names):
+            contents[name].add(images[path].sha256)
+            counts[name] += 1
+    if len(contents) < form.min_classes:
+        one = f"only one label, {next(iter(contents))}" if contents else "no labelled images"
+        return [f"{data} has {one}: training needs at least {one_image(form.min_classes, 'label')}"]
+    return [
+        f"the label {name} has one image{f' in {counts[name]} copies' if counts[name] > 1 else ''}: "
+        f"it needs at least {form.min_images}"
+        for name in classes
+        if 0 < len(contents[name]) < form.min_images
+    ]
+
+
+def _copies(splits: Mapping[str, Sequence[Sample]], names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Notes about images of equal content: in two parts, or with other labels."""
+    first: dict[bytes, tuple[str, str]] = {}
+    astray: list[str] = []
+    contrary: list[str] = []
+    for part, samples in splits.items():
+        for sample in samples:
+            other, path = first.setdefault(sample.sha256, (part, sample.path))
+            if other != part:
+                astray.append(f"{sample.path} in {part} is the same image as {path} in {other}")
+            one, two = (sorted(names[each]) for each in (path, sample.path))
+            if one != two:
+                called = " and ".join(listed(dict.fromkeys(each), shown=3) or "nothing" for each in (one, two))
+                contrary.append(f"{path} and {sample.path} are the same image, called {called}")
+    return [
+        f"{one_image(len(lines))} {what}: {listed(lines, shown=3)}"
+        for lines, what in ((astray, "in two parts, which flatters the result"), (contrary, "with two labels"))
+        if lines
+    ]
+
+
+def digests(samples: Iterable[Sample]) -> bytes:
+    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
+    return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
+
+
+def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
+    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
+    known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
+    count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
+    line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
+    return [f"{line}, which flatters the result"] if count else []
+
+
+def one_image(count: int, noun: str = "image") -> str:
+    """`1 image`, `2 images`, `1,197 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[str], *, shown: int = 8) -> str:
+    """`a, b, c`, or the first of them and how many more."""
+    names = list(names)
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
