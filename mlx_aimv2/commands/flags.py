@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.config import DTYPES, Aimv2TextConfig
 from mlx_aimv2.images import DECODE, TRUNCATED, Policy
+from mlx_aimv2.train.settings import flag, flagged
 
 Add: TypeAlias = Callable[..., Any]
 """`add_argument` of a parser or of a group of flags."""
+
+Settings = TypeVar("Settings")
 
 MODEL = "Hub name, folder or weight file"
 
@@ -19,8 +23,6 @@ REVISION = "branch, tag or commit"
 MAX_PATCHES = "native checkpoints: scale larger images down"
 
 REPEATED = "may be repeated"
-
-RESUME = "go on with a run that was stopped"
 
 DTYPE = "float32, float16, bfloat16 or auto"
 
@@ -35,9 +37,17 @@ def add_dtype(add: Add, default: str = "the checkpoint's") -> None:
     add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{DTYPE} (default: {default})")
 
 
-def add_seed(add: Add) -> None:
-    """Adds --seed."""
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+def add_resume(add: Add) -> None:
+    """Adds --resume."""
+    add("--resume", action="store_true", help="go on with a run that was stopped")
+
+
+def add_captions(add: Add) -> None:
+    """Adds DATA with captions, and what reads them: --vocab-size and --tokenizer."""
+    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset")
+    vocabulary = "largest vocabulary trained on the captions (default: %(default)s)"
+    add("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=vocabulary)
+    add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
 
 
 def add_policy_arguments(add: Add) -> None:
@@ -61,3 +71,40 @@ def add_policy_arguments(add: Add) -> None:
 def policy_of(arguments: argparse.Namespace) -> Policy:
     """What the flags say, as the library takes it."""
     return Policy(decode=arguments.decode, max_pixels=arguments.max_pixels, truncated=arguments.truncated)
+
+
+def groups(parser: argparse.ArgumentParser, *titles: str) -> dict[str, Add]:
+    """Groups of flags in the order of the help, `{title: its add_argument}`."""
+    return {title: parser.add_argument_group(title).add_argument for title in titles}
+
+
+def add_settings(add: Mapping[str, Add], *kinds: type) -> None:
+    """A flag for each field of these dataclasses that has one, in its group, of the type of its annotation."""
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for one in flagged(kind):
+            about, types = one.metadata, get_args(hints[one.name]) or (hints[one.name],)
+            type_, words = next(type_ for type_ in types if type_ is not NoneType), about["help"]
+            if type_ is bool:
+                action = "store_false" if one.default else "store_true"
+                add[about["group"]](flag(one), dest=one.name, action=action, help=words)
+                continue
+            if one.default is not None and "(default" not in words:
+                shown = one.default if isinstance(one.default, tuple) else (one.default,)
+                words += f" (default: {' '.join(f'{value:g}' for value in shown)})"
+            add[about["group"]](
+                flag(one),
+                type=type_,
+                nargs=2 if isinstance(one.default, tuple) else None,
+                default=one.default,
+                choices=about["choices"],
+                metavar=about["metavar"] or {int: "N", float: "X"}.get(type_, "NAME"),
+                help=words,
+            )
+
+
+def settings_of(kind: type[Settings], arguments: argparse.Namespace, **others: Any) -> Settings:
+    """The dataclass that the flags say; `others` are the fields that have none."""
+    given = {one.name: getattr(arguments, one.name) for one in flagged(kind)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return kind(**given, **others)
