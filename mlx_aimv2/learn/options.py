@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.task import Defaults, Task
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
@@ -115,4 +114,4 @@ def _meaningful(task: Task, kind: str) -> set[str]:
     if kind in task.FROZEN:
         return IN_LOOP
     adapter = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
-    return ON_ENCODER | (adapter if kind in lora.KINDS else {"layer_decay"})
+    return ON_ENCODER | ({"layer_decay"} if kind == "full" else adapter)
