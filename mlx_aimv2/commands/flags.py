@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from types import NoneType
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 from mlx_aimv2.config import DTYPES, Aimv2TextConfig
@@ -24,8 +23,6 @@ MAX_PATCHES = "native checkpoints: scale larger images down"
 
 REPEATED = "may be repeated"
 
-DTYPE = "float32, float16, bfloat16 or auto"
-
 
 def add_revision(add: Add, default: str = "Apple's release, pinned") -> None:
     """Adds --revision; `default` says what None means."""
@@ -34,7 +31,7 @@ def add_revision(add: Add, default: str = "Apple's release, pinned") -> None:
 
 def add_dtype(add: Add, default: str = "the checkpoint's") -> None:
     """Adds --dtype for computing; `default` says what None means."""
-    add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{DTYPE} (default: {default})")
+    add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{', '.join(DTYPES)} or auto (default: {default})")
 
 
 def add_resume(add: Add) -> None:
@@ -44,7 +41,7 @@ def add_resume(add: Add) -> None:
 
 def add_captions(add: Add) -> None:
     """Adds DATA with captions, and what reads them: --vocab-size and --tokenizer."""
-    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or .tar shards of WebDataset")
+    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar files")
     vocabulary = "largest vocabulary trained on the captions (default: %(default)s)"
     add("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=vocabulary)
     add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
@@ -83,20 +80,22 @@ def add_settings(add: Mapping[str, Add], *kinds: type) -> None:
     for kind in kinds:
         hints = get_type_hints(kind)
         for one in flagged(kind):
-            about, types = one.metadata, get_args(hints[one.name]) or (hints[one.name],)
-            type_, words = next(type_ for type_ in types if type_ is not NoneType), about["help"]
+            about, words = one.metadata, one.metadata["help"]
+            default: Any = one.default
+            type_, *_ = get_args(hints[one.name]) or (hints[one.name],)  # of int | None and tuple[int, int] the first
             if type_ is bool:
-                action = "store_false" if one.default else "store_true"
+                action = "store_false" if default else "store_true"
                 add[about["group"]](flag(one), dest=one.name, action=action, help=words)
                 continue
-            if one.default is not None and "(default" not in words:
-                shown = one.default if isinstance(one.default, tuple) else (one.default,)
-                words += f" (default: {' '.join(f'{value:g}' for value in shown)})"
+            count = len(default) if isinstance(default, tuple) else None
+            if default is not None and "(default" not in words:
+                shown = " ".join(map(str, default)) if count else f"{default:g}" if type_ is float else default
+                words += f" (default: {shown})"
             add[about["group"]](
                 flag(one),
                 type=type_,
-                nargs=2 if isinstance(one.default, tuple) else None,
-                default=one.default,
+                nargs=count,
+                default=default,
                 choices=about["choices"],
                 metavar=about["metavar"] or {int: "N", float: "X"}.get(type_, "NAME"),
                 help=words,

@@ -15,7 +15,6 @@ RECIPES = {
 }
 """Name -> settings: `paper` is the attentive probe of AIMv2 (arXiv 2411.14402, table A2)."""
 
-
 ADAPTERS = "adapters, of lora and dora"
 
 MAX_RANK = 8192

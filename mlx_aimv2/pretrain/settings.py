@@ -28,7 +28,6 @@ MAX_NORM = 1.0
 GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
 """Positions are not decayed, as norms and biases are not."""
 
-
 AUTO = "auto"
 """bfloat16 on a GPU, float32 on a CPU."""
 

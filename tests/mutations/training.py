@@ -208,8 +208,8 @@ TRAINING = (
     Mutation("--flip is ignored", "flip=options.flip)", "flip=False)", CHANGES),
     Mutation(
         "--no-augment means the contrary",
-        'action = "store_false" if one.default else "store_true"',
-        'action = "store_true" if one.default else "store_false"',
+        'action = "store_false" if default else "store_true"',
+        'action = "store_true" if default else "store_false"',
         (*COMMAND, *SETTINGS),
     ),
     Mutation(
