@@ -41,7 +41,7 @@ def add_resume(add: Add) -> None:
 
 def add_captions(add: Add) -> None:
     """Adds DATA with captions, and what reads them: --vocab-size and --tokenizer."""
-    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar files")
+    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar")
     vocabulary = "largest vocabulary trained on the captions (default: %(default)s)"
     add("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=vocabulary)
     add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
