@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     data = open_data(arguments.data)
     tokenizer = Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
     model, processor = load(arguments.encoder, dtype="float32")
+    if model.vision is not model:
+        say(f"note: of the pair {arguments.encoder} the image encoder alone is used; its text encoder is trained anew")
     lit(
         data,
         model.vision,

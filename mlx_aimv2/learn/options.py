@@ -89,7 +89,8 @@ IN_LOOP = COMMON | {
 ON_ENCODER = (IN_LOOP - {"recipe"}) | {
     "num_layers", "grad_checkpoint", "drop_path", "mask_ratio", "mixup", "augment", "flip",
 }  # fmt: skip
-"""Options that mean something for heads alone that a loop trains, and for an encoder."""
+ADAPTER = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
+"""Options that mean something for heads alone that a loop trains, for an encoder, and for its adapters."""
 
 
 def check(options: Options, task: Task, kind: str) -> None:
@@ -100,9 +101,11 @@ def check(options: Options, task: Task, kind: str) -> None:
         raise ValueError("choose either --iters or --epochs, not both")
     if options.recipe is not None and kind != "attentive":
         raise ValueError(f"--recipe {options.recipe} is for --fine-tune-type attentive, not for {kind}")
-    means, given = _meaningful(task, kind), options.given()
+    means, given, beside = _meaningful(task, kind), options.given(), f"--fine-tune-type {kind}"
+    if "adapter_path" in given and "adapter_path" in means:  # that folder holds the others
+        means, beside = means - ADAPTER - {"num_layers"} | {"adapter_path"}, f"{beside} and --adapter-path"
     if idle := [flag(field) for field in fields(options) if field.name in given and field.name not in means]:
-        raise ValueError(f"{', '.join(idle)} would change nothing with --fine-tune-type {kind}: leave it out")
+        raise ValueError(f"{', '.join(idle)} would change nothing with {beside}: leave it out")
     if options.mask_ratio and not task.TAKES_MASK:
         raise ValueError(f"--mask-ratio does not go with {task.NAME}, whose heads need every patch: leave it out")
 
@@ -112,5 +115,4 @@ def _meaningful(task: Task, kind: str) -> set[str]:
         return COMMON
     if kind in task.FROZEN:
         return IN_LOOP
-    adapter = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
-    return ON_ENCODER | ({"layer_decay"} if kind == "full" else adapter)
+    return ON_ENCODER | ({"layer_decay"} if kind == "full" else ADAPTER)

@@ -86,6 +86,14 @@ def test_the_pair_is_converted_like_any_other(shop, tmp_path):
     assert np.abs(np.array(one[0].encode_text(ids)) - np.array(other[0].encode_text(ids))).max() < 1e-6
 
 
+def test_of_a_pair_the_image_encoder_alone_is_used_and_that_is_said(shop, capsys):
+    pair = shop.run("lit")
+    capsys.readouterr()
+    again = shop.bits("lit", "--encoder", pair)
+    assert f"of the pair {pair} the image encoder alone is used" in capsys.readouterr().err
+    assert again == shop.bits("lit")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
