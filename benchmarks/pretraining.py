@@ -57,7 +57,9 @@ def main() -> None:
     vision, decoder = sizes(arguments.size)
     model = Pretraining(vision, decoder, eos=1)
     initialise(model, vision.num_hidden_layers, seed=0)
-    settings = Settings(vision, decoder, steps=arguments.steps, learning_rate=1e-4, warm_up=1)
+    settings = Settings(
+        vision=vision, decoder=decoder, dtype="float32", iters=arguments.steps, learning_rate=1e-4, warm_up=1
+    )
     update = Step(model, lambda model, batch, key: model.losses(batch), settings.plan(Schedule()))
     patches = vision.num_patches or 0
     chance = np.random.default_rng(0)

@@ -60,10 +60,13 @@ TEXT = {
 # Left and right differ in arrows and hands, so no image is mirrored; colours vary, since styles differ in them.
 SEEN_AS = ("--no-flip", "--jitter", "0.3", "--grey", "0.15", "--min-area", "0.5")
 PRETRAIN = (
-    *("--vocab-size", "2048", "--batch", "64", "--learning-rate", "1.5e-3"),
+    *("--vocab-size", "2048", "--batch-size", "64", "--learning-rate", "1.5e-3"),
     *("--weight-decay", "0.1", "--first-caption", "0.5", "--save-every", "250"),
 )
-LIT = ("--vocab-size", "2048", "--batch", "256", "--learning-rate", "1e-3", "--views", "2", "--first-caption", "0.5")
+LIT = (
+    *("--vocab-size", "2048", "--batch-size", "256", "--learning-rate", "1e-3"),
+    *("--views", "2", "--first-caption", "0.5"),
+)
 PRETRAIN_STEPS, LIT_STEPS = 3800, 1500
 
 SHIPPED = 300
@@ -134,7 +137,7 @@ def train(work: Path, *, steps: int, lit_steps: int) -> None:
     data = str(work / "emoji" / "train")
     again = ["--resume"] if (work / "encoder.training" / STATE_FILE).is_file() else []
     if not (work / "encoder").is_dir():
-        _run("pretrain", data, "-o", work / "encoder", "--size", sizes, "--steps", steps,
+        _run("pretrain", data, "-o", work / "encoder", "--size", sizes, "--iters", steps,
              "--validation", work / "emoji" / make_emoji.UNSEEN, *PRETRAIN, *SEEN_AS, *again)  # fmt: skip
     tune(work, work / "encoder", work / "pair", lit_steps=lit_steps)
 
@@ -143,7 +146,7 @@ def tune(work: Path, encoder: Path, pair: Path, *, lit_steps: int) -> None:
     """LiT tuning, equal for every trunk."""
     if not pair.is_dir():
         _run("lit", work / "emoji" / "train", "--encoder", encoder, "-o", pair, "--config", work / "text.json",
-             "--steps", lit_steps, *LIT, *SEEN_AS)  # fmt: skip
+             "--iters", lit_steps, *LIT, *SEEN_AS)  # fmt: skip
 
 
 def compare_with_random(work: Path, *, lit_steps: int) -> None:

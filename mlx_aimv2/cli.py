@@ -244,15 +244,51 @@ def escape(text: str) -> str:
     return "".join(character if character.isprintable() else _escaped(character) for character in text)
 
 
-@contextmanager
-def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far a long run is: gives a function `(done, total)` to call, which returns at once.
+class Progress:
+    """How far a long run is: on a terminal a bar, in a log a line every ten seconds. A call returns at once."""
 
-    On a terminal it draws a bar, in a log it writes a line every ten seconds. Within it the first ten notes are
-    written, the others counted.
-    """
-    global _bar
-    count = 0
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done."""
+        global _bar
+        from tqdm import tqdm
+
+        if sys.stderr is not None and sys.stderr.isatty():
+            if _bar is None:
+                _bar = tqdm(total=total, unit=f" {self.unit}", file=_Patient(), leave=False, dynamic_ncols=True)
+            _bar.update(done - _bar.n)
+        elif (now := time.monotonic()) - self.last >= SECONDS_IN_LOG:
+            self.last = now
+            say(tqdm.format_meter(done, total, now - self.started, ncols=0, unit=f" {self.unit}").strip())
+
+    def begin(self, total: int, unit: str) -> Callable[[int], None]:
+        """Ends the bar before and begins one of `total` units; gives a function that counts them."""
+        self.close()
+        self.unit, self.started = unit, time.monotonic()
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self(done, total)
+
+        return count
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
+        global _bar
+        if _bar is not None:
+            _bar.close()
+        _bar = None
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Progress]:
+    """Gives what shows the progress of a run. Within it the first ten notes are written, the others counted."""
+    count, shown = 0, Progress(unit)
 
     def note(message: Warning | str, *_: object, **__: object) -> None:
         nonlocal count
@@ -260,52 +296,19 @@ def progress(unit: str) -> Iterator[Callable[[int, int], None]]:
         if count <= NOTES:
             _note(message)
 
-    stream: Any = _Patient()
-    advance = _on_terminal(unit, stream) if stream.isatty() else _in_log(unit)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = note
         try:
-            yield advance
+            yield shown
         finally:
-            if _bar is not None:
-                _bar.close()
-                _bar = None
+            shown.close()
             if count > NOTES:
                 say(f"note: {count - NOTES:,} more notes like these")
 
 
-def _on_terminal(unit: str, stream: Any) -> Callable[[int, int], None]:
-    from tqdm import tqdm
-
-    def advance(done: int, total: int) -> None:
-        global _bar
-        if _bar is None:
-            _bar = tqdm(total=total, unit=f" {unit}", file=stream, leave=False, dynamic_ncols=True)
-        _bar.update(done - _bar.n)
-
-    return advance
-
-
-def _in_log(unit: str) -> Callable[[int, int], None]:
-    from tqdm import tqdm
-
-    started = last = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= SECONDS_IN_LOG:
-            last = now
-            say(tqdm.format_meter(done, total, now - started, ncols=0, unit=f" {unit}").strip())
-
-    return advance
-
-
 class _Patient:
     """Stderr for tqdm, whose writes may fail without an error."""
-
-    def __init__(self) -> None:
-        self.stream = sys.stderr
 
     def write(self, text: str) -> None:
         _attempt(text)
@@ -313,15 +316,8 @@ class _Patient:
     def flush(self) -> None:
         _attempt("")
 
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return self.stream.encoding
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def _attempt(text: str) -> None:

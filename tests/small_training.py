@@ -222,7 +222,8 @@ class CaptionWorkshop:
             ],
             "lit": ["--encoder", self.encoder, "--config", self.text],
         }[verb]  # fmt: skip
-        common = ["--batch", 3, "--steps", 4, "--warm-up", 1, "--learning-rate", 3e-3, "--vocab-size", 700, "--seed", 5]
+        common = ["--batch-size", 3, "--iters", 4, "--warm-up", 1, "--learning-rate", 3e-3, "--seed", 5]
+        common += ["--vocab-size", 700]
         return [str(word) for word in (verb.split()[0], self.data[captions], *own, *common, *flags)]
 
     def run(self, verb: str, *flags: object, captions: int = 1) -> Path:

@@ -152,6 +152,18 @@ def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(monkeypatch, capsys
     assert cli._bar is None
 
 
+def test_bars_that_follow_each_other_count_from_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with cli.progress("images") as bar:
+        for total, unit in ((5, "images"), (7, "steps")):
+            count = bar.begin(total, unit)
+            for _ in range(2):
+                time.sleep(0.15)
+                count(1)
+    err = capsys.readouterr().err
+    assert "2/5" in err and "2/7" in err and "steps/s" in err.split("2/7")[1]
+
+
 def test_the_first_ten_notes_are_written_and_the_others_counted(capsys):
     with cli.progress("images"):
         for number in range(13):

@@ -20,11 +20,14 @@ from tests.loopback import TOKEN, serve
 from tests.programs import HANGS
 
 SMALLER = (
-    ("--steps 20000", "--steps 2"),
-    ("--steps 2000", "--steps 2"),
-    ("--size large --batch 64", "--size tiny.json --batch 4 --vocab-size 600"),  # a caption's tokenizer is trained
-    ("--start encoder --image-size 336", "--start encoder --size tiny.json --image-size 84 --batch 4"),
-    ("--encoder encoder -o pair", "--encoder encoder -o pair --steps 2 --batch 4 --vocab-size 600"),
+    ("--iters 20000", "--iters 2"),
+    ("--iters 2000", "--iters 2"),
+    (
+        "--size large --batch-size 64",
+        "--size tiny.json --batch-size 4 --vocab-size 600",
+    ),  # a caption's tokenizer is trained
+    ("--start encoder --image-size 336", "--start encoder --size tiny.json --image-size 84 --batch-size 4"),
+    ("--encoder encoder -o pair", "--encoder encoder -o pair --iters 2 --batch-size 4 --vocab-size 600"),
 )
 """What a document's training says -> the same in seconds. Everything else runs as it is written."""
 

@@ -159,10 +159,10 @@ def test_fit_on_three_cores_gives_what_it_gives_on_this_machine(three_cores, tmp
 @pytest.mark.parametrize("verb", ["pretrain", "lit"])
 def test_the_others_on_three_cores_give_what_they_give_on_this_machine(three_cores, tmp_path, verb):
     shop = CaptionWorkshop(tmp_path)
-    alone = shop.weights(verb, "--batch", 6)
+    alone = shop.weights(verb, "--batch-size", 6)
     three_cores(blas_threads=1, MIN_SHARD_TOKENS=1)
     shared = shop.new()
-    assert cli.main([*shop.words(verb, "--batch", 6), "-o", str(shared)]) == 0
+    assert cli.main([*shop.words(verb, "--batch-size", 6), "-o", str(shared)]) == 0
     assert max(moved(alone, weights(shared)).values()) < 1e-4
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
-from mlx_aimv2.config import DTYPES
+from mlx_aimv2.config import DTYPES, Aimv2TextConfig
 from mlx_aimv2.images import DECODE, TRUNCATED, Policy
+from mlx_aimv2.train.settings import flag, flagged
 
 Add: TypeAlias = Callable[..., Any]
 """`add_argument` of a parser or of a group of flags."""
+
+Settings = TypeVar("Settings")
 
 MODEL = "Hub name, folder or weight file"
 
@@ -20,10 +23,6 @@ MAX_PATCHES = "native checkpoints: scale larger images down"
 
 REPEATED = "may be repeated"
 
-RESUME = "go on with a run that was stopped"
-
-DTYPE = "float32, float16, bfloat16 or auto"
-
 
 def add_revision(add: Add, default: str = "Apple's release, pinned") -> None:
     """Adds --revision; `default` says what None means."""
@@ -32,12 +31,20 @@ def add_revision(add: Add, default: str = "Apple's release, pinned") -> None:
 
 def add_dtype(add: Add, default: str = "the checkpoint's") -> None:
     """Adds --dtype for computing; `default` says what None means."""
-    add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{DTYPE} (default: {default})")
+    add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{', '.join(DTYPES)} or auto (default: {default})")
 
 
-def add_seed(add: Add) -> None:
-    """Adds --seed."""
-    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+def add_resume(add: Add) -> None:
+    """Adds --resume."""
+    add("--resume", action="store_true", help="go on with a run that was stopped")
+
+
+def add_captions(add: Add) -> None:
+    """Adds DATA with captions, and what reads them: --vocab-size and --tokenizer."""
+    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar")
+    vocabulary = "largest vocabulary trained on the captions (default: %(default)s)"
+    add("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=vocabulary)
+    add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
 
 
 def add_policy_arguments(add: Add) -> None:
@@ -61,3 +68,42 @@ def add_policy_arguments(add: Add) -> None:
 def policy_of(arguments: argparse.Namespace) -> Policy:
     """What the flags say, as the library takes it."""
     return Policy(decode=arguments.decode, max_pixels=arguments.max_pixels, truncated=arguments.truncated)
+
+
+def groups(parser: argparse.ArgumentParser, *titles: str) -> dict[str, Add]:
+    """Groups of flags in the order of the help, `{title: its add_argument}`."""
+    return {title: parser.add_argument_group(title).add_argument for title in titles}
+
+
+def add_settings(add: Mapping[str, Add], *kinds: type) -> None:
+    """A flag for each field of these dataclasses that has one, in its group, of the type of its annotation."""
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for one in flagged(kind):
+            about, words = one.metadata, one.metadata["help"]
+            default: Any = one.default
+            type_, *_ = get_args(hints[one.name]) or (hints[one.name],)  # of int | None and tuple[int, int] the first
+            if type_ is bool:
+                action = "store_false" if default else "store_true"
+                add[about["group"]](flag(one), dest=one.name, action=action, help=words)
+                continue
+            count = len(default) if isinstance(default, tuple) else None
+            if default is not None and "(default" not in words:
+                shown = " ".join(map(str, default)) if count else f"{default:g}" if type_ is float else default
+                words += f" (default: {shown})"
+            add[about["group"]](
+                flag(one),
+                type=type_,
+                nargs=count,
+                default=default,
+                choices=about["choices"],
+                metavar=about["metavar"] or {int: "N", float: "X"}.get(type_, "NAME"),
+                help=words,
+            )
+
+
+def settings_of(kind: type[Settings], arguments: argparse.Namespace, **others: Any) -> Settings:
+    """The dataclass that the flags say; `others` are the fields that have none."""
+    given = {one.name: getattr(arguments, one.name) for one in flagged(kind)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return kind(**given, **others)

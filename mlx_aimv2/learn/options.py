@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
 
-from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.task import Defaults, Task
+from mlx_aimv2.train.settings import MAX_SEED, flag, setting
+from mlx_aimv2.train.settings import check as check_ranges
 
 RECIPES = {
     "paper": Defaults(
@@ -16,34 +15,66 @@ RECIPES = {
 }
 """Name -> settings: `paper` is the attentive probe of AIMv2 (arXiv 2411.14402, table A2)."""
 
+ADAPTERS = "adapters, of lora and dora"
+
+MAX_RANK = 8192
+"""The width of the widest layer of an AIMv2 encoder (3B): wider adapters would hold more than the layer itself."""
+
+MAX_SIDE = 1 << 14
+"""Of an image in pixels: more than a million patches, of which attention compares each with each."""
+
 
 @dataclass(frozen=True)
 class Options:
     """How to train; None takes the task's default for the fine-tune type."""
 
-    batch_size: int | None = None
-    iters: int | None = None
-    epochs: int | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-    num_layers: int | None = None
-    grad_checkpoint: bool = False
-    grad_accumulation_steps: int = 1
-    layer_decay: float | None = None
-    drop_path: float | None = None
-    mask_ratio: float = 0.0
-    mixup: float = 0.0
-    augment: bool = True
-    flip: bool = False
-    lora_rank: int | None = None
-    lora_scale: float | None = None
-    lora_dropout: float | None = None
-    adapter_path: str | None = None
-    image_size: int | None = None
-    recipe: str | None = None
-    steps_per_eval: int | None = None
-    patience: int | None = None
-    seed: int = 0
+    image_size: int | None = setting(
+        None, "data", "side of the images in pixels (default: the checkpoint's)", "at least 1", maximum=MAX_SIDE
+    )
+    recipe: str | None = setting(
+        None, "what is trained", "paper: the attentive probe as AIMv2's authors trained it", choices=tuple(RECIPES)
+    )
+    num_layers: int | None = setting(
+        None,
+        "what is trained",
+        "train the last N blocks alone; -1 for all (default)",
+        "a number of blocks, or -1 for all",
+    )
+    batch_size: int | None = setting(None, "optimisation", "images of a batch, on all ranks", "at least 1")
+    iters: int | None = setting(None, "optimisation", "steps", "at least 1")
+    epochs: int | None = setting(None, "optimisation", "passes through the images, instead of --iters", "at least 1")
+    learning_rate: float | None = setting(
+        None, "optimisation", "highest rate (default: a sweep, or the type's)", "above 0"
+    )
+    weight_decay: float | None = setting(None, "optimisation", "of AdamW (default: the type's)", "at least 0")
+    layer_decay: float | None = setting(
+        None, "optimisation", "full: each block learns X times as fast as the next one", "above 0, at most 1"
+    )
+    grad_checkpoint: bool = setting(False, "optimisation", "less memory: compute each block again for its gradient")
+    grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
+    augment: bool = setting(True, "augmentation", "train on the images as they are")
+    flip: bool = setting(False, "augmentation", "mirror half of the images in training")
+    mixup: float = setting(0.0, "augmentation", "mix images by Beta(X, X) (default: 0, off)", "at least 0")
+    mask_ratio: float = setting(0.0, "augmentation", "share of patches hidden in training", "at least 0, below 1")
+    drop_path: float | None = setting(
+        None, "augmentation", "share of images that skip the last block, less before it", "at least 0, below 1"
+    )
+    lora_rank: int | None = setting(
+        None, ADAPTERS, "width of the adapters (default: 8)", "at least 1", maximum=MAX_RANK
+    )
+    lora_scale: float | None = setting(None, ADAPTERS, "weight of the adapters (default: 20)")
+    lora_dropout: float | None = setting(
+        None, ADAPTERS, "dropout before the adapters (default: 0)", "at least 0, below 1"
+    )
+    adapter_path: str | None = setting(None, ADAPTERS, "begin with the adapters in this folder", metavar="HEAD")
+    steps_per_eval: int | None = setting(
+        None, "run", "steps between evaluations (default: a twentieth of all)", "at least 1"
+    )
+    patience: int | None = setting(None, "run", "stop after N evaluations without a better one; 0: never", "at least 0")
+    seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def given(self) -> list[str]:
         """The names of the options that differ from their defaults."""
@@ -58,47 +89,23 @@ IN_LOOP = COMMON | {
 ON_ENCODER = (IN_LOOP - {"recipe"}) | {
     "num_layers", "grad_checkpoint", "drop_path", "mask_ratio", "mixup", "augment", "flip",
 }  # fmt: skip
-"""Options that mean something for heads alone that a loop trains, and for an encoder."""
-
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "batch_size": (lambda value: value >= 1, "at least 1"),
-    "iters": (lambda value: value >= 1, "at least 1"),
-    "epochs": (lambda value: value >= 1, "at least 1"),
-    "learning_rate": (lambda value: value > 0, "above 0"),
-    "weight_decay": (lambda value: value >= 0, "at least 0"),
-    "num_layers": (lambda value: value == -1 or value >= 1, "a number of blocks, or -1 for all"),
-    "grad_accumulation_steps": (lambda value: value >= 1, "at least 1"),
-    "layer_decay": (lambda value: 0 < value <= 1, "above 0, at most 1"),
-    "drop_path": (lambda value: 0 <= value < 1, "at least 0, below 1"),
-    "mask_ratio": (lambda value: 0 <= value < 1, "at least 0, below 1"),
-    "mixup": (lambda value: value >= 0, "at least 0"),
-    "lora_rank": (lambda value: value >= 1, "at least 1"),
-    "lora_dropout": (lambda value: 0 <= value < 1, "at least 0, below 1"),
-    "steps_per_eval": (lambda value: value >= 1, "at least 1"),
-    "patience": (lambda value: value >= 0, "at least 0"),
-    "seed": (lambda value: value >= 0, "at least 0"),
-    "image_size": (lambda value: value >= 1, "at least 1"),
-}
-"""Option -> what holds for it, and in words."""
+ADAPTER = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
+"""Options that mean something for heads alone that a loop trains, for an encoder, and for its adapters."""
 
 
 def check(options: Options, task: Task, kind: str) -> None:
-    """Raises ValueError for a value out of range, and for an option that would change nothing in silence."""
+    """Raises ValueError for options that contradict each other, and for one that would change nothing in silence."""
     if kind not in task.TYPES:
         raise ValueError(f"--fine-tune-type of {task.NAME} must be {', '.join(task.TYPES)}, got {kind}")
-    for name, (holds, words) in RANGES.items():
-        value = getattr(options, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{flag(name)} must be {words}, got {value}")
     if options.iters is not None and options.epochs is not None:
         raise ValueError("choose either --iters or --epochs, not both")
-    if options.recipe is not None and options.recipe not in RECIPES:
-        raise ValueError(f"--recipe must be {', '.join(RECIPES)}, got {options.recipe}")
     if options.recipe is not None and kind != "attentive":
         raise ValueError(f"--recipe {options.recipe} is for --fine-tune-type attentive, not for {kind}")
-    means = _meaningful(task, kind)
-    if idle := [flag(name) for name in options.given() if name not in means]:
-        raise ValueError(f"{', '.join(idle)} would change nothing with --fine-tune-type {kind}: leave it out")
+    means, given, beside = _meaningful(task, kind), options.given(), f"--fine-tune-type {kind}"
+    if "adapter_path" in given and "adapter_path" in means:  # that folder holds the others
+        means, beside = means - ADAPTER - {"num_layers"} | {"adapter_path"}, f"{beside} and --adapter-path"
+    if idle := [flag(field) for field in fields(options) if field.name in given and field.name not in means]:
+        raise ValueError(f"{', '.join(idle)} would change nothing with {beside}: leave it out")
     if options.mask_ratio and not task.TAKES_MASK:
         raise ValueError(f"--mask-ratio does not go with {task.NAME}, whose heads need every patch: leave it out")
 
@@ -108,10 +115,4 @@ def _meaningful(task: Task, kind: str) -> set[str]:
         return COMMON
     if kind in task.FROZEN:
         return IN_LOOP
-    adapter = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
-    return ON_ENCODER | (adapter if kind in lora.KINDS else {"layer_decay"})
-
-
-def flag(name: str) -> str:
-    """The flag of an option."""
-    return {"augment": "--no-augment"}.get(name, f"--{name.replace('_', '-')}")
+    return ON_ENCODER | ({"layer_decay"} if kind == "full" else ADAPTER)

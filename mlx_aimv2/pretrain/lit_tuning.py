@@ -25,7 +25,7 @@ from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.pretrain.feature_cache import CaptionedFeatures, cache_features
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.pretraining import Log, tokenizer_for, write_checkpoint
+from mlx_aimv2.pretrain.pretraining import Log, check_enough, tokenizer_for, write_checkpoint
 from mlx_aimv2.pretrain.settings import LitSettings
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.tokenizer import Tokenizer, save_tokenizer
@@ -60,7 +60,7 @@ def lit(
     folder = check_training_folder(output, resume=resume)
     tokenizer = tokenizer_for(data, settings.text, tokenizer, folder if resume else None)
     about = {"encoder": fingerprint(encoder)["digest"][:16], "ranks": ranks.size}
-    state = StateFile(folder, asdict(settings) | about)
+    state = StateFile(folder, settings.identity | about)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
         save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
@@ -71,11 +71,7 @@ def lit(
             encoder, processor, data, kept, views=settings.views, augmentation=settings.augmentation,
             seed=settings.seed, report=report,
         )  # fmt: skip
-        if len(features.texts) < settings.batch:
-            raise ValueError(
-                f"the data has {len(features.texts)} images with captions, fewer than a batch of {settings.batch}; "
-                "lower --batch"
-            )
+        check_enough(len(features.texts), settings.batch_size)
         _train(model, features, tokenizer, settings, state, report)
     finally:
         shutil.rmtree(kept, ignore_errors=True)
@@ -140,11 +136,15 @@ def _train(
     log = Log(state.folder / "log.jsonl", report)
 
     def after_step(step: int, losses: dict[str, float]) -> None:
-        if ranks.rank == 0 and (is_due(step, settings.log_every) or step == settings.steps):
+        if ranks.rank == 0 and (is_due(step, settings.steps_per_report) or step == settings.iters):
             log.add(step, **losses)
 
     order = Shuffled(
-        range(len(features.texts)), batch_size=settings.batch, seed=settings.seed, rank=ranks.rank, ranks=ranks.size
+        range(len(features.texts)),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        rank=ranks.rank,
+        ranks=ranks.size,
     )
     batches = Batches(order, make, collate=collate)
     try:

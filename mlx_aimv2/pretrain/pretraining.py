@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -77,7 +78,7 @@ def pretrain(
     start = settings.start
     folder = check_training_folder(output, resume=resume)
     part = settings.part(ranks.size)
-    _check_enough(data, settings.batch)
+    check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
     if start is not None and tokenizer is None and not resume:
         tokenizer = tokenizer_of(Path(start))
     tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else None)
@@ -93,7 +94,7 @@ def pretrain(
 
     order = Stream(
         data,
-        lambda number: grid_of_step(settings, number // settings.accumulate + 1),
+        lambda number: grid_of_step(settings, number // settings.grad_accumulation_steps + 1),
         size=part,
         seed=settings.seed,
         start=state.progress["positions"][ranks.rank] if state.progress is not None else 0,
@@ -148,12 +149,12 @@ def _reports(
     log = Log(folder / "log.jsonl", report)
 
     def after_step(step: int, losses: dict[str, float]) -> None:
-        is_last = step == settings.steps
-        if is_due(step, schedule.log) or is_last:
+        is_last = step == settings.iters
+        if is_due(step, schedule.steps_per_report) or is_last:
             log.add(step, **losses)
-        if held_out and (is_due(step, schedule.validate) or is_last):
-            log.add(step, **validate(model, held_out, tokenizer, settings.batch // settings.accumulate))
-        if is_due(step, schedule.samples) or (is_last and schedule.samples):
+        if held_out and (is_due(step, schedule.steps_per_eval) or is_last):
+            log.add(step, **validate(model, held_out, tokenizer, settings.batch_size))
+        if is_due(step, schedule.samples_every) or (is_last and schedule.samples_every):
             draw_samples(model, collate(shown, tokenizer), folder / f"patches-{step:06d}.png")
 
     return after_step
@@ -221,10 +222,12 @@ def all_captions(data: Data) -> Iterable[str]:
             return
 
 
-def _check_enough(data: Data, batch: int) -> None:
-    found = sum(1 for _, _ in zip(data.epoch(None), range(batch), strict=False))
+def check_enough(found: int, batch: int) -> None:
+    """Raises ValueError for data of fewer examples than a batch."""
     if found < batch:
-        raise ValueError(f"the data has {found} images with captions, fewer than a batch of {batch}; lower --batch")
+        raise ValueError(
+            f"the data has {found} images with captions, fewer than a batch of {batch}; lower --batch-size"
+        )
 
 
 def tokenizer_of(checkpoint: Path) -> Tokenizer | None:

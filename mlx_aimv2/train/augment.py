@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_aimv2.train.settings import check, setting
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -33,16 +35,14 @@ class Augmentation:
     `operations` how many of RandAugment's are drawn for each image.
     """
 
-    min_area: float = 0.4
-    flip: bool = True
-    jitter: float = 0.0
-    grey: float = 0.0
+    min_area: float = setting(0.4, "augmentation", "smallest random crop", "from 0.01 to 1")
+    flip: bool = setting(True, "augmentation", "mirror no images: for data where left and right differ")
+    jitter: float = setting(0.0, "augmentation", "change brightness, contrast, saturation by up to X", "from 0 to 1")
+    grey: float = setting(0.0, "augmentation", "share of crops without colours", "from 0 to 1")
     operations: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("min_area", 0.01), ("jitter", 0.0), ("grey", 0.0)):
-            if not low <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from {low} to 1, got {getattr(self, name)}")
+        check(self)
 
     def __call__(
         self,

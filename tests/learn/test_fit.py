@@ -182,6 +182,10 @@ def test_rows_that_do_not_fit_have_no_keys(tmp_path):
         ({"learning_rate": 0.1}, "--learning-rate would change nothing with --fine-tune-type linear"),
         ({"fine_tune_type": "attentive", "mask_ratio": 0.5}, "--mask-ratio would change nothing"),
         ({"fine_tune_type": "lora", "layer_decay": 0.5}, "--layer-decay would change nothing"),
+        (
+            {"fine_tune_type": "lora", "adapter_path": "before", "lora_rank": 3, "num_layers": 2},
+            "--num-layers, --lora-rank would change nothing with --fine-tune-type lora and --adapter-path",
+        ),
         ({"fine_tune_type": "lora", "iters": 3, "epochs": 3}, "choose either --iters or --epochs"),
         ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers must be at most 4"),
         ({"fine_tune_type": "full", "mask_ratio": 1.0}, "--mask-ratio must be at least 0, below 1, got 1.0"),

@@ -63,7 +63,7 @@ def test_a_rank_that_dies_ends_the_others_and_leaves_the_state(verb, tmp_path):
         settings = SETTINGS | {"iters": 100_000, "steps_per_eval": 5, "fine_tune_type": "lora"}
         command = ["fit", shop.data["classify"], "-m", shop.encoder, "-o", output, *flags(settings)]
     else:
-        steps = ["--steps", 100_000, "--save-every", 5, "--batch", 4]
+        steps = ["--iters", 100_000, "--save-every", 5, "--batch-size", 4]
         command = [*CaptionWorkshop(tmp_path).words("pretrain", *steps), "-o", output]
     launched("-c", DIES, state, *command)
     assert not output.exists()

@@ -29,6 +29,8 @@ RATE, LENGTH = fit("the_rate_falls_towards_the_end"), fit("gradients_are_cut_to_
 BEST = fit("of_several_rates_the_best_is_kept_as_if_it_had_been_the_only_one")
 COMMAND = fit("the_commands_flags_are_the_options")
 
+SETTINGS = ("tests/test_settings.py",)
+
 PRE_CHANGES = pretrain("an_option_changes_what_is_learned")
 PRE_RESUMED = pretrain("a_run_that_was_stopped_and_resumed_equals_one_that_was_not")
 FIRST_CAPTION = pretrain("the_first_caption_alone_is_as_if_there_were_no_others")
@@ -162,9 +164,26 @@ TRAINING = (
     ),
     Mutation("a resumed native run draws other grids", "grids(settings, first + 1)", "grids(settings, 1)", PRE_RESUMED),
     Mutation(
-        "--views is ignored", "            views=arguments.views,\n", "", pretrain("views_change_what_lit_learns")
+        "--views is ignored",
+        "for one in flagged(kind)}",
+        'for one in flagged(kind) if one.name != "views"}',
+        pretrain("views_change_what_lit_learns"),
     ),
-    Mutation("--min-area is ignored", "Augmentation(arguments.min_area, not", "Augmentation(0.4, not", PRE_CHANGES),
+    Mutation(
+        "--min-area is ignored",
+        "for one in flagged(kind)}",
+        'for one in flagged(kind) if one.name != "min_area"}',
+        PRE_CHANGES,
+    ),
+    Mutation(
+        "a state of lit is another one's where it is saved more often",
+        'if name not in ("steps_per_report", "save_every")}',
+        "}",
+        pretrain("how_often_a_run_reports_and_saves_may_change_when_it_goes_on"),
+    ),
+    Mutation("settings may be endless", "not abs(number) <= MAX_FLOAT", "number != number", SETTINGS),
+    Mutation("settings may be no number", "not abs(number) <= MAX_FLOAT", "abs(number) > MAX_FLOAT", SETTINGS),
+    Mutation("ranges of settings are not checked", 'elif not about["holds"](value):', "elif False:", SETTINGS),
     Mutation(
         "the rate of fit does not fall",
         "rate = settings.learning_rate * cosine(done.step, steps=settings.steps, warm_up=settings.warm_up)",
@@ -189,9 +208,9 @@ TRAINING = (
     Mutation("--flip is ignored", "flip=options.flip)", "flip=False)", CHANGES),
     Mutation(
         "--no-augment means the contrary",
-        '"--no-augment", dest="augment", action="store_false"',
-        '"--no-augment", dest="augment", action="store_true"',
-        COMMAND,
+        'action = "store_false" if default else "store_true"',
+        'action = "store_true" if default else "store_false"',
+        (*COMMAND, *SETTINGS),
     ),
     Mutation(
         "--patience is ignored",

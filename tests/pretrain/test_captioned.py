@@ -236,7 +236,7 @@ def test_crops_have_the_area_and_lie_inside():
 
 @pytest.mark.parametrize(("name", "value"), [("min_area", 0.0), ("jitter", 1.5), ("grey", -0.1)])
 def test_an_augmentation_out_of_range_is_an_error(name, value):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
         Augmentation(**{name: value})
 
 

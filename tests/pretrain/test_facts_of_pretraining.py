@@ -42,8 +42,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(shop, verb):
 def stopped(shop, verb, *flags, steps=5, at=3):
     """The output of a run that is stopped as it says its losses of step `at`, the state of the step before saved."""
     output = shop.new()
-    schedule = ["--steps", steps, "--save-every", 1]
-    schedule += [] if verb == "lit" else ["--validation", shop.data[1], "--validate-every", at]
+    schedule = ["--iters", steps, "--save-every", 1, "--steps-per-report", 1]
+    schedule += [] if verb == "lit" else ["--validation", shop.data[1], "--steps-per-eval", at]
     words = [str(word) for word in (*shop.words(verb, *flags), *schedule)]
     with stopped_by(f"step {at} "):
         assert main([*words, "-o", str(output)]) != 0
@@ -54,26 +54,32 @@ def stopped(shop, verb, *flags, steps=5, at=3):
 @pytest.mark.parametrize("flags", [(), ("--jitter", 0.5, "--grey", 0.5)], ids=["plain", "changed"])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(shop, verb, flags, capsys):
-    steps, at = (52, 50) if verb == "lit" else (5, 3)  # `lit` says its losses every 50 steps
-    output, words = stopped(shop, verb, *flags, steps=steps, at=at)
+    output, words = stopped(shop, verb, *flags)
     assert main([*words, "-o", str(output)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main([*words, "-o", str(output), "--resume"]) == 0
-    assert result(output) == shop.bits(verb, *flags, "--steps", steps)
+    assert result(output) == shop.bits(verb, *flags, "--iters", 5)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_how_often_a_run_reports_and_saves_may_change_when_it_goes_on(shop, verb):
+    output, words = stopped(shop, verb)
+    assert main([*words, "-o", str(output), "--resume", "--steps-per-report", "2", "--save-every", "3"]) == 0
+    assert result(output) == shop.bits(verb, "--iters", 5)
 
 
 def test_an_epoch_that_was_begun_is_gone_on_with(shop):
     """Seven images in batches of three: the second epoch begins within a batch."""
     output, words = stopped(shop, "pretrain", steps=6, at=4)
     assert main([*words, "-o", str(output), "--resume"]) == 0
-    assert result(output) == shop.bits("pretrain", "--steps", 6)
+    assert result(output) == shop.bits("pretrain", "--iters", 6)
 
 
 # What options do
 
 SHARED = [
-    ("--batch", 2),
-    ("--steps", 5),
+    ("--batch-size", 2),
+    ("--iters", 5),
     ("--learning-rate", 1e-3),
     ("--warm-up", 3),
     ("--weight-decay", 0.5),
@@ -106,8 +112,9 @@ def test_without_further_views_no_crop_is_taken(shop):
     assert shop.bits("lit") == shop.bits("lit", "--min-area", 0.1, "--jitter", 0.5)
 
 
-def test_parts_of_a_batch_give_what_the_whole_gives(shop):
-    went = moved(shop.weights("pretrain"), shop.weights("pretrain", "--accumulate", 3))
+def test_batches_of_a_step_give_what_one_large_batch_gives(shop):
+    small = shop.weights("pretrain", "--batch-size", 1, "--grad-accumulation-steps", 3)
+    went = moved(shop.weights("pretrain"), small)
     assert max(went.values()) < 1e-5
 
 
@@ -127,7 +134,7 @@ def test_the_first_caption_alone_is_as_if_there_were_no_others(shop, verb):
 @pytest.mark.parametrize("verb", ["pretrain", "lit"])
 def test_the_rate_falls_towards_the_end(shop, verb):
     rate, steps = 1e-5, 12
-    flags = ("--weight-decay", 0, "--batch", 7, "--steps", steps, "--min-area", 1, "--no-flip")
+    flags = ("--weight-decay", 0, "--batch-size", 7, "--iters", steps, "--min-area", 1, "--no-flip")
     start = shop.weights(verb, *flags, "--learning-rate", TINY)
     went = moved(start, shop.weights(verb, *flags, "--learning-rate", rate))
     assert 0.3 * rate * steps < max(went.values()) < 0.75 * rate * steps
@@ -169,7 +176,7 @@ def last_loss(shop, verb, *flags, name="loss"):
 
 
 def losses_by_step(shop, verb, steps, *flags, name="loss"):
-    return [last_loss(shop, verb, *flags, "--steps", step, name=name) for step in steps]
+    return [last_loss(shop, verb, *flags, "--iters", step, name=name) for step in steps]
 
 
 def test_every_epoch_of_pretraining_takes_each_image_once_in_another_order(tmp_path):
@@ -177,7 +184,7 @@ def test_every_epoch_of_pretraining_takes_each_image_once_in_another_order(tmp_p
     shop = CaptionWorkshop(tmp_path, count=4)
     for file in shop.data[1].glob("*.png"):
         Image.new("RGB", (15, 15), (124, 116, 104)).save(file)
-    losses = losses_by_step(shop, "pretrain", range(1, 9), *STILL, "--batch", 1, name="text_loss")
+    losses = losses_by_step(shop, "pretrain", range(1, 9), *STILL, "--batch-size", 1, name="text_loss")
     epochs = np.array(losses).reshape(2, 4)
     apart = np.diff(np.sort(epochs[0])).min()
     np.testing.assert_allclose(np.sort(epochs[1]), np.sort(epochs[0]), atol=apart / 2)
@@ -186,12 +193,12 @@ def test_every_epoch_of_pretraining_takes_each_image_once_in_another_order(tmp_p
 
 def test_every_epoch_of_lit_takes_other_images_together(tmp_path):
     shop = CaptionWorkshop(tmp_path, count=6)
-    losses = losses_by_step(shop, "lit", range(1, 7), *STILL, "--batch", 2)
+    losses = losses_by_step(shop, "lit", range(1, 7), *STILL, "--batch-size", 2)
     assert losses[:3] != losses[3:]
 
 
 def test_held_out_images_are_neither_cropped_nor_changed(shop):
-    flags = (*STILL, "--steps", 1, "--validation", shop.data[3], "--validate-every", 1)
+    flags = (*STILL, "--iters", 1, "--validation", shop.data[3], "--steps-per-eval", 1)
     one, other = (
         last_loss(shop, "pretrain", *flags, *more, name="validation_image_loss")
         for more in ((), ("--min-area", 0.1, "--jitter", 1, "--grey", 1))
@@ -210,5 +217,5 @@ def test_views_of_the_whole_image_change_nothing_however_many_there_are(shop):
 
 
 def test_losses_are_logged_beside_the_result(shop):
-    entries = shop.log("pretrain", "--validation", shop.data[1], "--validate-every", 2)
+    entries = shop.log("pretrain", "--validation", shop.data[1], "--steps-per-eval", 2)
     assert [entry["step"] for entry in entries if "validation_text_loss" in entry] == [2, 4]

@@ -64,7 +64,7 @@ def test_an_unreadable_image_is_as_if_it_were_not_there(shop, capsys):
 
 @pytest.mark.slow
 def test_words_find_the_images_they_were_trained_with(shop):
-    output = shop.run("lit", "--batch", 7, "--steps", 150)
+    output = shop.run("lit", "--batch-size", 7, "--iters", 150)
     model, reader = load(output)
     images = model.encode_image(reader([shop.data[1] / f"{i}.png" for i in range(7)]), normalize=True)
     texts = model.encode_text(reader.tokenize([f"{word} {i}" for i, word in enumerate(WORDS)]), normalize=True)
@@ -86,12 +86,20 @@ def test_the_pair_is_converted_like_any_other(shop, tmp_path):
     assert np.abs(np.array(one[0].encode_text(ids)) - np.array(other[0].encode_text(ids))).max() < 1e-6
 
 
+def test_of_a_pair_the_image_encoder_alone_is_used_and_that_is_said(shop, capsys):
+    pair = shop.run("lit")
+    capsys.readouterr()
+    again = shop.bits("lit", "--encoder", pair)
+    assert f"of the pair {pair} the image encoder alone is used" in capsys.readouterr().err
+    assert again == shop.bits("lit")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--batch", 8), "7 images with captions, fewer than a batch of 8"),
+        (("--batch-size", 8), "7 images with captions, fewer than a batch of 8"),
         (("--views", 0), "--views must be at least 1"),
-        (("--steps", 9, "--learning-rate", 1e30), "the loss is "),
+        (("--iters", 9, "--learning-rate", 1e30), "the loss is "),
     ],
 )
 def test_what_cannot_go_on_is_one_line(shop, capsys, flags, words):
@@ -112,6 +120,6 @@ def test_features_that_do_not_fit_on_the_disk_are_an_error(shop, capsys, monkeyp
 
 def test_the_pair_has_the_average_of_its_weights(shop):
     """The scale rises by the rate itself in the first step, of which the average takes nine elevenths."""
-    flags, rate = ("--batch", 7, "--weight-decay", 0, "--steps", 1), 1e-3
+    flags, rate = ("--batch-size", 7, "--weight-decay", 0, "--iters", 1), 1e-3
     start, end = (float(shop.weights("lit", *flags, "--learning-rate", one)["logit_scale"]) for one in (TINY, rate))
     assert abs(end - start) / rate == pytest.approx(9 / 11, rel=0.05)

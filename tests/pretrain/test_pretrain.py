@@ -48,7 +48,7 @@ def said(shop, capsys, *flags, verb="pretrain", output=None):
 
 @pytest.mark.slow
 def test_seven_pairs_are_learned_by_heart(shop):
-    flags = ("--batch", 7, "--steps", 250, "--learning-rate", 5e-3, "--min-area", 1, "--no-flip")
+    flags = ("--batch-size", 7, "--iters", 250, "--learning-rate", 5e-3, "--min-area", 1, "--no-flip")
     assert shop.log("pretrain", *flags)[-1]["text_loss"] < 0.05
 
 
@@ -88,14 +88,14 @@ def test_half_precision_computes_in_it_and_keeps_the_weights(shop):
 
 def test_a_loss_that_is_no_number_ends_the_run(shop, capsys):
     output = shop.new()
-    line = said(shop, capsys, "--learning-rate", 1e30, "--steps", 9, output=output)
+    line = said(shop, capsys, "--learning-rate", 1e30, "--iters", 9, output=output)
     assert "the loss is " in line and "--learning-rate" in line
     assert not output.exists()
 
 
 def test_a_state_that_cannot_be_written_leaves_the_one_before(shop, capsys):
-    output, flags = shop.new(), ("--steps", 5, "--save-every", 1)
-    checked = ("--validation", shop.data[1], "--validate-every", 3)
+    output, flags = shop.new(), ("--iters", 5, "--save-every", 1)
+    checked = ("--validation", shop.data[1], "--steps-per-eval", 3)
     words = [*shop.words("pretrain", *flags, *checked), "-o", str(output)]
     with stopped_by("step 3 "):
         assert main(words) != 0
@@ -111,14 +111,13 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(shop, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--batch", 8), "7 images with captions, fewer than a batch of 8"),
+        (("--batch-size", 8), "7 images with captions, fewer than a batch of 8"),
         (("--image-size", 17), "17 pixels do not divide into patches of 5"),
-        (("--accumulate", 2), "batch of 3 does not divide into 2 parts"),
         (("--size", "tiny"), "--size is large, huge, 1B, 3B or a config.json, got tiny"),
-        (("--patches", 9, 4), "--patches are the fewest, 2 at least, and the most; got 9 4"),
+        (("--patches", 9, 4), "--patches must be the fewest, 2 at least, and the most, got 9 4"),
         (("--start", "gone"), "gone"),
-        (("--min-area", 0), "min_area must be from 0.01 to 1"),
-        (("--steps", 0), "--steps must be at least 1"),
+        (("--min-area", 0), "--min-area must be from 0.01 to 1"),
+        (("--iters", 0), "--iters must be at least 1"),
     ],
 )
 def test_wrong_options_are_one_line(shop, capsys, flags, words):
@@ -133,7 +132,7 @@ def test_a_native_encoder_of_odd_width_is_one_line(shop, capsys):
 
 
 def test_validation_losses_and_samples_appear(shop):
-    flags = ("--validation", shop.data[1], "--validate-every", 3, "--samples-every", 3, "--steps", 6)
+    flags = ("--validation", shop.data[1], "--steps-per-eval", 3, "--samples-every", 3, "--iters", 6)
     entries = shop.log("pretrain", *flags)
     assert [entry["step"] for entry in entries if "validation_text_loss" in entry] == [3, 6]
     output = shop.run("pretrain", *flags)
@@ -145,7 +144,7 @@ def test_validation_losses_and_samples_appear(shop):
 
 def test_the_rate_is_the_papers_at_its_batch(shop):
     """1e-3 at a batch of 8,192, by the root of the batch; the first step of Adam goes as far as the rate."""
-    flags = ("--weight-decay", 0, "--steps", 2)
+    flags = ("--weight-decay", 0, "--iters", 2)
     words = shop.words("pretrain", *flags)
     place = words.index("--learning-rate")
     del words[place : place + 2]
@@ -160,7 +159,7 @@ def test_the_rate_is_the_papers_at_its_batch(shop):
 
 def test_a_native_encoder_sees_batches_of_many_sizes(shop):
     """The longest side of an image decides how many patches it has: their number changes what is lost."""
-    flags = ("--validation", shop.data[1], "--validate-every", 2)
+    flags = ("--validation", shop.data[1], "--steps-per-eval", 2)
     model, processor = load(shop.run("pretrain --native", *flags))
     assert processor.is_native and model.config.is_native
     few, many = (shop.bits("pretrain --native", "--patches", *patches) for patches in ((4, 6), (20, 30)))
@@ -170,18 +169,18 @@ def test_a_native_encoder_sees_batches_of_many_sizes(shop):
 def test_a_run_goes_on_at_a_higher_resolution(shop):
     first = shop.run("pretrain")
     still = ("--weight-decay", 0, "--learning-rate", TINY)
-    flags = (*still, "--start", first, "--steps", 1)
+    flags = (*still, "--start", first, "--iters", 1)
     one, other = weights(first), shop.weights("pretrain", *flags, "--image-size", 20)
     assert other["pos_embed"].shape == (16, 20)
     assert all(np.abs(one[name] - other[name]).max() < 1e-6 for name in one if name != "pos_embed")
     assert np.abs(other["pos_embed"][[0, 3, 12, 15]] - one["pos_embed"][[0, 2, 6, 8]]).max() < 0.05
-    learned = ("--steps", 15, "--learning-rate", 1e-2)
+    learned = ("--iters", 15, "--learning-rate", 1e-2)
     start, before, after = (
         shop.log("pretrain", *more)[-1]["text_loss"]
         for more in (
-            (*still, "--steps", 1),
+            (*still, "--iters", 1),
             learned,
-            (*still, "--steps", 1, "--start", shop.run("pretrain", *learned), "--image-size", 20),
+            (*still, "--iters", 1, "--start", shop.run("pretrain", *learned), "--image-size", 20),
         )
     )
     assert abs(after - before) < (start - before) / 2  # the decoder goes on too
@@ -198,7 +197,7 @@ def test_a_start_of_other_sizes_is_an_error(shop, capsys):
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")
 @pytest.mark.parametrize("verb", ["pretrain", "lit"])
 def test_two_ranks_give_what_one_gives(shop, verb):
-    flags = ("--batch", 4, "--steps", 20)
+    flags = ("--batch-size", 4, "--iters", 20)
     output = shop.new()
     launch(["-m", "mlx_aimv2", *shop.words(verb, *flags), "-o", str(output)])
     one, two = (dict(tree_flatten(load(folder)[0].parameters())) for folder in (shop.run(verb, *flags), output))
