@@ -120,13 +120,13 @@ class Step:
         return means, position
 
     def _computed(self, parameters: Any, batch: Any, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        """The loss to differentiate, and all of them; computed in the plan's dtype, if it has one."""
+        """The loss to differentiate, and the others; computed in the plan's dtype, if it has one."""
         if self.plan.dtype is not None:
             dtype = getattr(mx, self.plan.dtype)
             parameters = tree_map(lambda x: x.astype(dtype), parameters)
         self.model.update(parameters)
-        found = self._losses(self.model, batch, key)
-        return found["loss"], found
+        others = self._losses(self.model, batch, key)
+        return others.pop("loss"), others
 
     def _accumulated(self, step: int, batches: Batches) -> tuple[dict[str, float], Arrays, int]:
         """Mean losses and mean gradients of a step's batches over all ranks, and the number of the next example."""
@@ -140,10 +140,11 @@ class Step:
                 mx.random.seed(int(rng.integers(1 << 32)))  # dropout draws from here
                 key = mx.random.key(int(rng.integers(1 << 32)))
                 batch, position = batches(number)
-                (_, losses), gradients = self._differentiated(weights, batch, key)
+                (loss, others), gradients = self._differentiated(weights, batch, key)
+                del batch  # or it would stay in memory while the gradients are computed
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
-                mx.eval(losses, total)
-                values.append({name: number_of(loss) for name, loss in losses.items()})
+                mx.eval(loss, others, total)  # what is left out keeps all that it was computed from in memory
+                values.append({name: number_of(one) for name, one in {"loss": loss, **others}.items()})
         finally:
             self.model.update(weights)
         means = {name: sum(one[name] for one in values) / len(values) for name in values[0]}
