@@ -38,7 +38,7 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     from mlx_aimv2 import x86_training
     from mlx_aimv2.config import Aimv2VisionConfig
     from mlx_aimv2.learn import lora
-    from mlx_aimv2.learn.heads import MeanHead
+    from mlx_aimv2.learn.classify.head import MeanHead
     from mlx_aimv2.learn.learner import Learner
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.train.loop import Plan, Step

@@ -333,7 +333,7 @@ def test_fit_says_what_to_do_about_a_loss_that_is_no_number(tmp_path, monkeypatc
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
     digits = write_digits(tmp_path / "digits")
     monkeypatch.setattr(
-        "mlx_aimv2.learn.classify.loss", lambda outputs, targets: outputs["logits"].sum(axis=1) * mx.nan
+        "mlx_aimv2.learn.classify.head.loss", lambda outputs, targets: outputs["logits"].sum(axis=1) * mx.nan
     )
     with pytest.raises(
         ValueError,

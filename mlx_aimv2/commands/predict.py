@@ -52,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
             save = stack.enter_context(saving(head, arguments.images, files, arguments.output))
         for path, found in predict(head, files, on_failure=fail):
             if arguments.json:
-                print(json.dumps({"path": path, **head.task.as_json(found, head.classes)}), flush=True)
+                print(json.dumps({"path": path, **head.task.results.as_json(found, head.classes)}), flush=True)
             else:
-                for line in (path, *head.task.as_text(found, head.classes).split("\n")):
+                for line in (path, *head.task.results.as_text(found, head.classes).split("\n")):
                     show(line)
             if save is not None:
                 save(path, found)

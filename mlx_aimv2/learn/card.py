@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from mlx_aimv2.learn.task import Task
 
-TITLES = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
-PIPELINE_TAGS = {"classify": "image-classification", "segment": "image-segmentation", "detect": "object-detection"}
-
 SHOWN = 6
 """Images whose overlays are shown."""
 
@@ -33,14 +30,14 @@ def write(
     name: str,
 ) -> None:
     """Writes README.md and its images into the folder."""
-    images = task.card(samples, predictions, info["classes"], folder)
+    images = task.results.card(samples, predictions, info["classes"], folder)
     encoder = info["encoder"]
     commit = f" at commit `{encoder['commit']}`" if encoder.get("commit") else ""
     counts = ", ".join(f"{count:,} {which}" for which, count in info["images"].items())
     lines = [
         "---",
         "library_name: mlx",
-        f"pipeline_tag: {PIPELINE_TAGS[info['task']]}",
+        f"pipeline_tag: {task.pipeline_tag}",
         "tags:",
         "- mlx",
         "- aimv2",
@@ -48,7 +45,7 @@ def write(
         "",
         f"# {name}",
         "",
-        f"A head for {TITLES[info['task']]} on `{_name(encoder)}`{commit}, trained with "
+        f"A head for {task.title} on `{_name(encoder)}`{commit}, trained with "
         f"mlx-aimv2 {info['versions']['mlx-aimv2']} (`--fine-tune-type {info['fine_tune_type']}`) on images: {counts}.",
         "The encoder's licence holds for what is made with it; its weights are not in this folder"
         + (", but the changed ones are." if info["fine_tune_type"] == "full" else "."),
@@ -63,7 +60,7 @@ def write(
         "",
         f"## By class, on {part}",
         "",
-        *markdown_table(task.table(samples, predictions, info["classes"])),
+        *markdown_table(task.results.table(samples, predictions, info["classes"])),
         "",
     ]
     for title, file in images:

@@ -54,13 +54,13 @@ def evaluate(
         check_target(expand_user(card))
     loaded = load_head(head, model=model, dtype=dtype)
     task, classes = loaded.task, loaded.classes
-    dataset = task.read(expand_user(data), classes=classes)
+    dataset = task.data.read(expand_user(data), classes=classes)
     part, samples = dataset.to_score()
     predictions = decoded(task, samples, outputs_of_learner(loaded.learner, task, samples, loaded.processor))
     if card is not None:
         with atomic_folder(expand_user(card)) as folder:
-            task.card(samples, predictions, classes, folder)
-    scores, table = task.score(samples, predictions, classes), task.table(samples, predictions, classes)
+            task.results.card(samples, predictions, classes, folder)
+    scores, table = task.results.score(samples, predictions, classes), task.results.table(samples, predictions, classes)
     return Evaluation(scores, len(samples), part, table, (*dataset.notes, *seen(samples, loaded.trained_on)))
 
 
@@ -83,7 +83,7 @@ def predict(
         if image.failure is not None:
             fail(image.path, image.failure)
         elif outputs is not None:
-            yield image.path, loaded.task.decode(outputs, None, image.upright)
+            yield image.path, loaded.task.results.decode(outputs, image.upright)
 
 
 def outputs_of_head(
@@ -124,7 +124,7 @@ def _outputs_of_files(
 
 def decoded(task: Task, samples: Sequence[Sample], outputs: Iterator[Outputs]) -> list[Any]:
     """A prediction for each sample from its outputs."""
-    return [task.decode(output, sample, sample.size) for sample, output in zip(samples, outputs, strict=True)]
+    return [task.results.decode(output, sample.size) for sample, output in zip(samples, outputs, strict=True)]
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def saving(
         def save(path: str, prediction: Any) -> None:
             stem = folder / stems[path]
             stem.parent.mkdir(parents=True, exist_ok=True)
-            records.append(head.task.save_prediction(path, prediction, head.classes, stem))
+            records.append(head.task.results.save_prediction(path, prediction, head.classes, stem))
 
         yield save
-        head.task.save_all(records, head.classes, folder)
+        head.task.results.save_all(records, head.classes, folder)

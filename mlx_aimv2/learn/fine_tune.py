@@ -11,7 +11,6 @@ import numpy as np
 
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_learner
-from mlx_aimv2.learn.features import compute_features
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import Sample
@@ -20,7 +19,7 @@ from mlx_aimv2.train.optimizer import FROZEN, Table, freeze, layer_decay
 
 def fine_tune(run: Run) -> Trained:
     """The encoder and the head of this run, trained on pixels."""
-    options, defaults = run.options, run.defaults
+    options, defaults = run.options, run.type
     depth = len(run.encoder.blocks)
     layers = depth if options.num_layers in (None, -1) else int(options.num_layers or 0)
     if layers > depth:
@@ -36,7 +35,7 @@ def fine_tune(run: Run) -> Trained:
     hidden = round(options.mask_ratio * rows * columns)
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        example = run.task.example(sample, run.processor, chance=rng if options.augment else None, flip=options.flip)
+        example = run.task.data.example(sample, run.processor, rng=rng if options.augment else None, flip=options.flip)
         if hidden:
             example["patch_mask"] = random_mask(rows * columns, hidden, rng)
         return example
@@ -54,12 +53,12 @@ def fine_tune(run: Run) -> Trained:
             drop_path=drop_path,
             key=key,
         )
-        losses = run.task.loss(outputs, batch)
-        return losses if share == 1 else share * losses + (1 - share) * run.task.loss(outputs, other)
+        losses = run.task.head.loss(outputs, batch)
+        return losses if share == 1 else share * losses + (1 - share) * run.task.head.loss(outputs, other)
 
     def evaluate(model: Any) -> float:
         predictions = decoded(run.task, run.val, outputs_of_learner(model, run.task, run.val, run.processor))
-        return run.task.score(run.val, predictions, run.dataset.classes)[run.task.METRIC]
+        return run.score(predictions)
 
     rate = options.learning_rate or defaults.learning_rates[0]
     weight_decay = defaults.weight_decays[0] if options.weight_decay is None else options.weight_decay
@@ -100,19 +99,11 @@ def _first_head(run: Run) -> nn.Module:
     A head that fits the features first keeps the encoder from being bent to a random one (Kumar et al. 2022, LP-FT).
     """
     head = run.head()
-    if run.task.FROZEN.get("linear") != "mean" or run.options.adapter_path is not None:
+    if run.task.solve is None or run.options.adapter_path is not None:
         return head
-    train, val = run.dataset.splits["train"], run.dataset.splits["val"]
-    advance = run.progress(len({sample.sha256 for sample in (*train, *val)}), "images")
-    features = compute_features(
-        [*train, *val], run.encoder, run.processor, kind="mean", folder=run.cache, advance=advance
-    )
-    probe = run.task.solve(
-        "linear", (features.of(train), train), (features.of(val), val), len(run.dataset.classes), say=lambda line: None
-    )
-    if probe is not None:
-        run.say("the head starts as the linear probe")
-        head.update(probe.parameters())
+    features = run.features("mean", [*run.dataset.splits["train"], *run.dataset.splits["val"]])
+    head.update(run.solve(run.task.solve, "linear", features.of).parameters())
+    run.say("the head starts as the linear probe")
     return head
 
 

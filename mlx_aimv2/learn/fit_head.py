@@ -28,10 +28,12 @@ from mlx_aimv2.learn.fine_tune import fine_tune
 from mlx_aimv2.learn.frozen import train_on_features
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.options import Options
-from mlx_aimv2.learn.run import Run
+from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
 from mlx_aimv2.learn.task import Task, find_task, guess_task
 from mlx_aimv2.loading import at_size, read_source
+from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.train.state import StateFile, check_training_folder
 
 
@@ -74,81 +76,101 @@ def fit(
     Nothing stands at HEAD unless the run was complete.
     """
     started = time.monotonic()
-    options = _options(settings)
-    target = expand_user(output)
-    source = expand_user(data)
+    options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
     check_target(target)
     found, kind = _task(source, task, fine_tune_type, say)
     asked.check(options, found, kind)
     training = check_training_folder(target, resume=resume)
-    dataset = _dataset(found, source, labels, say, decode=kind not in found.FROZEN)
-    ranks = Ranks()
-    loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
-    vision, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.NEEDS_SIZE)
-    config = vision.config
-    rows, columns = grid_of(processor)
-    if config.num_patches is None and rows * columns < MIN_PATCHES:
-        say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
-    encoder = head_folder.describe_encoder(loaded, processor)  # before the encoder is changed
+    dataset = _dataset(found, source, labels, say, decode=found.types[kind].features is None)
+    encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
     run = Run(
         task=found,
         kind=kind,
         dataset=dataset,
-        encoder=vision,
+        encoder=encoder,
         processor=processor,
         options=options,
-        defaults=asked.RECIPES[options.recipe] if options.recipe else found.DEFAULTS[kind],
-        state=StateFile(training, _identity(kind, encoder, dataset, options))
-        if found.DEFAULTS[kind].learning_rates
-        else None,
+        type=asked.RECIPES[options.recipe] if options.recipe else found.types[kind],
+        described=described,
+        state=None if found.solved(kind) else StateFile(training, _identity(kind, described, dataset, options)),
         ranks=ranks,
         cache=Path(cache) if cache is not None else None,
         say=say if ranks.rank == 0 else lambda line: None,
         progress=progress if ranks.rank == 0 else lambda total, unit: lambda count: None,
     )
     mx.random.seed(options.seed)
-    trained = train_on_features(run) if kind in found.FROZEN else fine_tune(run)
+    trained = train_on_features(run) if run.type.features else fine_tune(run)
     if ranks.rank > 0:
         return Fitted(target, {}, {}, "")
-    held_out = {part: samples for part, samples in dataset.splits.items() if part != "train" and samples}
-    predictions = {part: decoded(found, samples, trained.outputs(samples)) for part, samples in held_out.items()}
-    scores = {part: found.score(held_out[part], predictions[part], dataset.classes) for part in held_out}
-    final = "test" if "test" in scores else "val"
-    images = {part: len(samples) for part, samples in dataset.splits.items()}
-    line = result_line(found, scores[final], final, images)
+    fitted, predictions = _score(target, run, trained)
+    _write(fitted, run, trained, predictions, seconds=time.monotonic() - started)
+    shutil.rmtree(training, ignore_errors=True)
+    return fitted
+
+
+def _encoder(
+    model: str | os.PathLike[str],
+    task: Task,
+    options: Options,
+    revision: str | None,
+    dtype: str | None,
+    say: Callable[[str], None],
+) -> tuple[Aimv2VisionModel, Aimv2Processor, dict[str, Any]]:
+    """The encoder and its processor at the size that is asked for, and what the head folder keeps of them."""
+    loaded = read_source(model, revision=revision).load(dtype=dtype)
+    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.whole_images)
+    rows, columns = grid_of(processor)
+    if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
+        say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
+    return encoder, processor, head_folder.describe_encoder(loaded, processor)
+
+
+def _score(target: Path, run: Run, trained: Trained) -> tuple[Fitted, list[Any]]:
+    """The scores on each part that was held out, and the predictions on the last of them, which counts."""
+    splits, results, scores = run.dataset.splits, run.task.results, dict[str, dict[str, float]]()
+    predictions: list[Any] = []
+    for part in [name for name, samples in splits.items() if name != "train" and samples]:
+        predictions = decoded(run.task, splits[part], trained.outputs(splits[part]))
+        scores[part] = results.score(splits[part], predictions, run.dataset.classes)
+    images = {part: len(samples) for part, samples in splits.items()}
+    line = result_line(run.task, scores[part], part, images)
+    return Fitted(target, scores, images, line), predictions
+
+
+def _write(fitted: Fitted, run: Run, trained: Trained, predictions: Sequence[Any], *, seconds: float) -> None:
+    """The head folder with its card, whole or not at all."""
     info = {
-        "task": found.NAME,
-        "fine_tune_type": kind,
-        "classes": list(dataset.classes),
+        "task": run.task.name,
+        "fine_tune_type": run.kind,
+        "classes": list(run.dataset.classes),
         "options": trained.head_options,
-        "encoder": encoder,
-        "image_size": (processor.preprocessing.final_size or (0, 0))[0],
-        "images": images,
-        "metrics": scores,
-        "settings": {name: getattr(options, name) for name in options.given()} | trained.settings,
+        "encoder": run.described,
+        "image_size": (run.processor.preprocessing.final_size or (0, 0))[0],
+        "images": fitted.images,
+        "metrics": fitted.scores,
+        "settings": {name: getattr(run.options, name) for name in run.options.given()} | trained.settings,
         "history": trained.history,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
         "versions": {"mlx-aimv2": __version__},
     }
-    with atomic_folder(target) as place:
-        learner = Learner(vision, trained.head)
-        digests_of_train = digests(dataset.splits["train"])
-        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests_of_train)
-        card.write(place, info, found, held_out[final], predictions[final], part=final, name=target.name)
-    shutil.rmtree(training, ignore_errors=True)
-    return Fitted(target, scores, images, line)
+    part, train = list(fitted.scores)[-1], run.dataset.splits["train"]
+    learner = Learner(run.encoder, trained.head)
+    with atomic_folder(fitted.folder) as place:
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(train))
+        samples = run.dataset.splits[part]
+        card.write(place, info, run.task, samples, predictions, part=part, name=fitted.folder.name)
 
 
 def result_line(task: Task, scores: dict[str, float], part: str, images: dict[str, int]) -> str:
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
-    value, count = scores[task.METRIC], images[part]
-    text = f"{task.METRIC} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
-    if task.METRIC == "top1":
+    value, count = scores[task.metric], images[part]
+    text = f"{task.metric} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
+    if task.metric == "top1":
         low, high = wilson(value, count)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    rest = ", ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items() if name != task.METRIC)
+    rest = ", ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
     text += f", {rest}" if rest else ""
     return text + (
         "; chosen on the same images, so a little flattering: a test part would tell" if part == "val" else ""
@@ -183,20 +205,20 @@ def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str],
         task = find_task(name)
     else:
         task, reason = guess_task(source)
-        say(f"task {task.NAME}: {source} has {reason}")
+        say(f"task {task.name}: {source} has {reason}")
     if kind is None:
-        say(f"fine-tune type {task.DEFAULT_TYPE}, the default of {task.NAME}; others: {listed(_others(task))}")
-    return task, kind or task.DEFAULT_TYPE
+        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(_others(task))}")
+    return task, kind or task.default_type
 
 
 def _others(task: Task) -> list[str]:
-    return [kind for kind in task.TYPES if kind != task.DEFAULT_TYPE]
+    return [kind for kind in task.types if kind != task.default_type]
 
 
 def _dataset(
     task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], *, decode: bool
 ) -> Dataset:
-    dataset = task.read(source, decode=decode)
+    dataset = task.data.read(source, decode=decode)
     allowed = [same_form(name) for name in labels or dataset.classes]
     if labels is not None and (unknown := [name for name in dataset.classes if name not in allowed]):
         raise DataError([f"the label {name} is not in the list {listed(labels)}" for name in unknown])

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.learn.classify.head import AttentiveHead
+from mlx_aimv2.learn.classify.probe import SMALLEST_STD
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_head
-from mlx_aimv2.learn.features import Array, Features, compute_features
-from mlx_aimv2.learn.heads import AttentiveHead
+from mlx_aimv2.learn.features import Array, Features
 from mlx_aimv2.learn.learner import grid_of
-from mlx_aimv2.learn.probe import SMALLEST_STD
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.train.optimizer import Group
@@ -34,20 +34,12 @@ class Candidates(nn.Module):
 def train_on_features(run: Run) -> Trained:
     """The head of this run on stored features."""
     samples = [sample for part in run.dataset.splits.values() for sample in part]
-    advance = run.progress(len({sample.sha256 for sample in samples}), "images")
-    features = compute_features(
-        samples, run.encoder, run.processor, kind=run.task.FROZEN[run.kind], folder=run.cache, advance=advance
-    )
-    grid = grid_of(run.processor)
-    if not run.defaults.learning_rates:
-        train, val = run.dataset.splits["train"], run.dataset.splits["val"]
-        solved = run.task.solve(
-            run.kind, (features.of(train), train), (features.of(val), val), len(run.dataset.classes), say=run.say
-        )
-        if solved is not None:
-            own = {"images": len(train)} if run.kind == "knn" else {}
-            return Trained(solved, lambda part: outputs_of_head(solved, part, features, grid), own)
-    return _train_candidates(run, features, grid)
+    features, grid = run.features(run.type.features or "tokens", samples), grid_of(run.processor)
+    if run.task.solve is None or run.type.learning_rates:
+        return _train_candidates(run, features, grid)
+    solved = run.solve(run.task.solve, run.kind, features.of, say=run.say)
+    own = {"images": len(run.dataset.splits["train"])} if run.kind == "knn" else {}
+    return Trained(solved, lambda part: outputs_of_head(solved, part, features, grid), own)
 
 
 def _probe_among(heads: list[nn.Module], run: Run, features: Features) -> nn.Module | None:
@@ -57,18 +49,15 @@ def _probe_among(heads: list[nn.Module], run: Run, features: Features) -> nn.Mod
     followed as it is, without.
     """
     attentive = [head for head in heads if isinstance(head, AttentiveHead)]
-    if not attentive:
+    if not attentive or run.task.solve is None:
         return None
-    train, val = run.dataset.splits["train"], run.dataset.splits["val"]
-    mean, std = (mx.array(array) for array in token_statistics(features, train))
+    mean, std = (mx.array(array) for array in token_statistics(features, run.dataset.splits["train"]))
     for head in attentive:
         head.start(mean, std, None)
     if run.options.recipe is not None:
         return None
-    means = [(mean_tokens(features, part), part) for part in (train, val)]
-    probe = run.task.solve("linear", means[0], means[1], len(run.dataset.classes), say=lambda line: None)
     more = run.head()
-    more.start(mean, std, probe)
+    more.start(mean, std, run.solve(run.task.solve, "linear", lambda part: mean_tokens(features, part)))
     return more
 
 
@@ -94,7 +83,7 @@ def _some_at_a_time(features: Features, samples: Sequence[Sample]) -> Iterator[A
 
 
 def _train_candidates(run: Run, features: Features, grid: tuple[int, int]) -> Trained:
-    options, defaults = run.options, run.defaults
+    options, defaults = run.options, run.type
     rates = (options.learning_rate,) if options.learning_rate is not None else defaults.learning_rates
     decays = (options.weight_decay,) if options.weight_decay is not None else defaults.weight_decays
     settings = list(product(rates, decays))
@@ -113,10 +102,10 @@ def _train_candidates(run: Run, features: Features, grid: tuple[int, int]) -> Tr
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         row = np.asarray(features[sample.sha256], np.float32)
-        return {"tokens": row if row.ndim == 2 else row[None], **run.task.targets(sample, run.processor)}
+        return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
 
     def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
-        losses = [run.task.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
+        losses = [run.task.head.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
         total: mx.array = sum(losses[1:], losses[0])
         return total
 
@@ -124,7 +113,7 @@ def _train_candidates(run: Run, features: Features, grid: tuple[int, int]) -> Tr
         found = []
         for head in candidates.heads:
             predictions = decoded(run.task, run.val, outputs_of_head(head, run.val, features, grid))
-            found.append(run.task.score(run.val, predictions, run.dataset.classes)[run.task.METRIC])
+            found.append(run.score(predictions))
         return found
 
     progress = run.train(

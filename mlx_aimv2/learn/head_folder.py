@@ -133,7 +133,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
         raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
     check_encoder(folder, wanted, loaded)
     _check_positions(folder, info, loaded)
-    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.NEEDS_SIZE)
+    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.whole_images)
     if info["fine_tune_type"] in lora.KINDS:
         lora.load_adapters(vision, folder)
         lora.remove_adapters(vision)
@@ -204,7 +204,7 @@ def load_encoder(folder: Path, vision: Aimv2VisionModel) -> None:
 def make_head(task: Task, info: Mapping[str, Any], loaded: Loaded) -> nn.Module:
     """The head that head.json describes, with weights of the start."""
     config = loaded.model.vision.config
-    return task.make_head(
+    return task.head.make_head(
         info["fine_tune_type"],
         classes=len(info["classes"]),
         width=config.hidden_size,

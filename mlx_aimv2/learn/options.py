@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mlx_aimv2.learn.task import Defaults, Task
+from mlx_aimv2.learn.task import Task, Type
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
 
 RECIPES = {
-    "paper": Defaults(
-        (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1), epochs=100, batch_size=1024, warm_up_epochs=5
+    "paper": Type(
+        "tokens", (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1), epochs=100, batch_size=1024, warm_up_epochs=5
     )
 }
 """Name -> settings: `paper` is the attentive probe of AIMv2 (arXiv 2411.14402, table A2)."""
@@ -95,8 +95,8 @@ ADAPTER = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
 
 def check(options: Options, task: Task, kind: str) -> None:
     """Raises ValueError for options that contradict each other, and for one that would change nothing in silence."""
-    if kind not in task.TYPES:
-        raise ValueError(f"--fine-tune-type of {task.NAME} must be {', '.join(task.TYPES)}, got {kind}")
+    if kind not in task.types:
+        raise ValueError(f"--fine-tune-type of {task.name} must be {', '.join(task.types)}, got {kind}")
     if options.iters is not None and options.epochs is not None:
         raise ValueError("choose either --iters or --epochs, not both")
     if options.recipe is not None and kind != "attentive":
@@ -106,13 +106,13 @@ def check(options: Options, task: Task, kind: str) -> None:
         means, beside = means - ADAPTER - {"num_layers"} | {"adapter_path"}, f"{beside} and --adapter-path"
     if idle := [flag(field) for field in fields(options) if field.name in given and field.name not in means]:
         raise ValueError(f"{', '.join(idle)} would change nothing with {beside}: leave it out")
-    if options.mask_ratio and not task.TAKES_MASK:
-        raise ValueError(f"--mask-ratio does not go with {task.NAME}, whose heads need every patch: leave it out")
+    if options.mask_ratio and not task.takes_mask:
+        raise ValueError(f"--mask-ratio does not go with {task.name}, whose heads need every patch: leave it out")
 
 
 def _meaningful(task: Task, kind: str) -> set[str]:
-    if not task.DEFAULTS[kind].learning_rates:
+    if task.solved(kind):
         return COMMON
-    if kind in task.FROZEN:
+    if task.types[kind].features is not None:
         return IN_LOOP
     return ON_ENCODER | ({"layer_decay"} if kind == "full" else ADAPTER)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
+from mlx_aimv2.learn.features import Features, compute_features
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import Plan, Progress, Watch, train
 from mlx_aimv2.train.optimizer import Table
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from mlx_aimv2.embed.distributed import Ranks
     from mlx_aimv2.learn.options import Options
     from mlx_aimv2.learn.samples import Dataset, Sample
-    from mlx_aimv2.learn.task import Defaults, Task
+    from mlx_aimv2.learn.task import Solve, Task, Type
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
 
@@ -41,7 +43,9 @@ class Run:
     encoder: Aimv2VisionModel
     processor: Aimv2Processor
     options: Options
-    defaults: Defaults
+    type: Type
+    described: dict[str, Any]
+    """What the head folder keeps of the encoder, as it was before."""
     state: StateFile | None
     ranks: Ranks
     cache: Path | None
@@ -51,7 +55,7 @@ class Run:
     def head(self, **head_options: Any) -> nn.Module:
         """A new head for this run's classes."""
         config = self.encoder.config
-        return self.task.make_head(
+        return self.task.head.make_head(
             self.kind,
             classes=len(self.dataset.classes),
             width=config.hidden_size,
@@ -65,6 +69,27 @@ class Run:
         """The images that the best state is chosen on."""
         return self.dataset.splits["val"] or self.dataset.splits["test"]
 
+    def score(self, predictions: Sequence[Any]) -> float:
+        """The score of predictions of `val` that the best state goes by."""
+        return self.task.results.score(self.val, predictions, self.dataset.classes)[self.task.metric]
+
+    def features(self, kind: str, samples: Sequence[Sample]) -> Features:
+        """What the encoder makes of images, `mean` or `tokens` of each, kept on disk."""
+        advance = self.progress(len({sample.sha256 for sample in samples}), "images")
+        return compute_features(samples, self.encoder, self.processor, kind=kind, folder=self.cache, advance=advance)
+
+    def solve(
+        self,
+        solve: Solve,
+        kind: str,
+        features_of: Callable[[Sequence[Sample]], NDArray[Any]],
+        *,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> nn.Module:
+        """The head of a kind that no loop trains, from the mean token of each image."""
+        train, val = ((features_of(part), part) for part in (self.dataset.splits["train"], self.dataset.splits["val"]))
+        return solve(kind, train, val, len(self.dataset.classes), say)
+
     def train(
         self,
         model: nn.Module,
@@ -77,14 +102,14 @@ class Run:
         weight_decay: float,
     ) -> Progress:
         """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
-        options, defaults, ranks = self.options, self.defaults, self.ranks
+        options, defaults, ranks = self.options, self.type, self.ranks
         samples = self.dataset.splits["train"]
         size = min(options.batch_size or defaults.batch_size, len(samples))
         size = max(ranks.size, size - size % ranks.size)
         order = Shuffled(samples, batch_size=size, seed=options.seed, rank=ranks.rank, ranks=ranks.size)
         per_epoch = max(1, order.per_epoch // options.grad_accumulation_steps)
         steps = options.iters or (options.epochs or defaults.epochs) * per_epoch
-        patience = 0 if self.kind in self.task.FROZEN else PATIENCE  # heads alone are trained to the end in seconds
+        patience = 0 if self.type.features else PATIENCE  # heads alone are trained to the end in seconds
         plan = Plan(
             steps=steps,
             learning_rate=learning_rate,

@@ -1,16 +1,17 @@
-"""What a task is: a module with these functions, as a command is one; and the table of the tasks there are."""
+"""What a task is: a folder with its data, its head and loss, and its results, and the object that ties them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample
+from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -18,26 +19,26 @@ if TYPE_CHECKING:
 
     from mlx_aimv2.processor import Aimv2Processor
 
-Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
-
 Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
 """Features of samples, `(n, …)`, and the samples."""
 
-TASKS = {
-    "detect": "mlx_aimv2.learn.detect",
-    "segment": "mlx_aimv2.learn.segment",
-    "classify": "mlx_aimv2.learn.classify",
-}
-"""Name of a task -> its module, in the order in which DATA is tried."""
+Solve: TypeAlias = "Callable[[str, Labelled, Labelled, int, Callable[[str], None]], nn.Module]"
+"""Finds a head without the training loop: `kind, training and validation features, number of classes, say -> head`."""
+
+TASKS = ("detect", "segment", "classify")
+"""Folders beside this file, in the order in which DATA is tried."""
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """How a head or an encoder is trained where no flag says otherwise.
+class Type:
+    """A fine-tune type: how a head or an encoder is trained where no flag says otherwise.
 
-    On a frozen encoder several learning rates and weight decays are tried side by side, and the best on `val` is kept.
+    `features` is what is kept of an image, `mean` or `tokens`, where the encoder stays as it is; None where it is
+    trained too. On a frozen encoder several learning rates and weight decays are tried side by side, and the best on
+    `val` is kept; without learning rates the head is solved for.
     """
 
+    features: str | None = None
     learning_rates: tuple[float, ...] = ()
     weight_decays: tuple[float, ...] = (0.05,)
     epochs: int = 0
@@ -47,23 +48,8 @@ class Defaults:
     drop_path: float = 0.0
 
 
-class Task(Protocol):
-    """The functions and constants of a task's module."""
-
-    NAME: str
-    TYPES: tuple[str, ...]
-    """Values of --fine-tune-type."""
-    FROZEN: dict[str, str]
-    """Those of them that leave the encoder as it is -> what is kept of an image, `mean` or `tokens`."""
-    DEFAULTS: dict[str, Defaults]
-    """How each type is trained."""
-    DEFAULT_TYPE: str
-    METRIC: str
-    """Of the scores, the one that the best state goes by; higher is better."""
-    NEEDS_SIZE: bool
-    """Whether `decode` needs the size of the original image, which is (0, 0) otherwise."""
-    TAKES_MASK: bool
-    """Whether the heads can do without some of the patches."""
+class Data(Protocol):
+    """A task's data: `data.py` of its folder."""
 
     def recognise(self, data: Path) -> str | None:
         """Why DATA is for this task, a phrase; None where it is not."""
@@ -71,28 +57,31 @@ class Task(Protocol):
     def read(self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True) -> Dataset:
         """DATA read and checked by `samples.read`; DataError with everything that is wrong."""
 
+    def example(
+        self, sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
+    ) -> Arrays:
+        """`pixels` (H, W, 3) and the targets of a sample, changed at random by `rng` if there is one."""
+
+    def targets(self, sample: Sample, processor: Aimv2Processor) -> Arrays:
+        """The targets alone, unchanged."""
+
+
+class Head(Protocol):
+    """A task's head and loss: `head.py` of its folder."""
+
     def make_head(
         self, kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
     ) -> nn.Module:
         """A head, `head(tokens (B, N, D), grid) -> {name: (B, …)}`."""
 
-    def example(
-        self, sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
-    ) -> Arrays:
-        """`pixels` (H, W, 3) and the targets of a sample, changed at random by `chance` if there is one."""
-
-    def targets(self, sample: Sample, processor: Aimv2Processor) -> Arrays:
-        """The targets alone, unchanged."""
-
     def loss(self, outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
         """One loss per image: `{name: (B, …)}, {name: (B, …)} -> (B,)`."""
 
-    def solve(
-        self, kind: str, train: Labelled, val: Labelled, classes: int, *, say: Callable[[str], None]
-    ) -> nn.Module | None:
-        """A head that is found without the training loop; None where the loop has to train it."""
 
-    def decode(self, outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Any:
+class Results(Protocol):
+    """What a task says of images, how right that is, and what is shown of it: `results.py` of its folder."""
+
+    def decode(self, outputs: Arrays, size: tuple[int, int]) -> Any:
         """One image's outputs as a prediction in the pixels of the original image of `size` (height, width)."""
 
     def score(self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str]) -> dict[str, float]:
@@ -119,18 +108,49 @@ class Task(Protocol):
         """Rows of the model card's table by class, the header first."""
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task. The first of its `types` is the default; `metric` is the score that the best state goes by.
+
+    `whole_images` are brought to the encoder's size without cutting anything off; `takes_mask` says whether the heads
+    can do without some of the patches. `solve` finds the heads of types without learning rates.
+    """
+
+    name: str
+    title: str
+    pipeline_tag: str
+    types: Mapping[str, Type]
+    metric: str
+    whole_images: bool
+    takes_mask: bool
+    data: Data
+    head: Head
+    results: Results
+    solve: Solve | None = None
+
+    @property
+    def default_type(self) -> str:
+        """The type that is taken where no flag says which."""
+        return next(iter(self.types))
+
+    def solved(self, kind: str) -> bool:
+        """Whether the head of this type is found without the training loop."""
+        return not self.types[kind].learning_rates
+
+
 def find_task(name: str) -> Task:
     """The task of this name. Raises ValueError with the names there are."""
     if name not in TASKS:
         raise ValueError(f"--task must be {', '.join(TASKS)}, got {name}")
-    return cast("Task", import_module(TASKS[name]))
+    task: Task = import_module(f"mlx_aimv2.learn.{name}").TASK
+    return task
 
 
 def guess_task(data: Path) -> tuple[Task, str]:
     """The task that DATA is for and why. Raises DataError where it is like none."""
     for name in TASKS:
         task = find_task(name)
-        if (reason := task.recognise(data)) is not None:
+        if (reason := task.data.recognise(data)) is not None:
             return task, reason
     raise DataError(
         [f"{data} holds no labelled images: make a folder for each label in it, or a metadata.csv; or say --task"]

@@ -14,6 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 
+def as_map(tokens: mx.array, grid: tuple[int, int]) -> mx.array:
+    """Tokens in their grid: `(B, N, D) -> (B, h, w, D)`."""
+    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
+
+
 class Double(nn.Module):
     """Twice as many rows and columns: `(B, h, w, C) -> (B, 2h, 2w, E)`; each position becomes four by a linear map."""
 

@@ -6,8 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn.average_precision import Found, Truth, summary
-from mlx_aimv2.learn.boxes import areas
+from mlx_aimv2.learn.detect.average_precision import Found, Truth, summary
+from mlx_aimv2.learn.detect.boxes import areas
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 

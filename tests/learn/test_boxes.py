@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.learn import boxes
+from mlx_aimv2.learn.detect import boxes
 
 
 def random_boxes(seed, count):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.learn import coco
-from mlx_aimv2.learn.average_precision import Found
+from mlx_aimv2.learn.detect import data as coco
+from mlx_aimv2.learn.detect.average_precision import Found
 from mlx_aimv2.learn.samples import DataError
 
 

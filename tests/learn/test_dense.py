@@ -13,7 +13,8 @@ from small_models import FIXED, NATIVE
 from mlx_aimv2 import load
 from mlx_aimv2.embed.loader import Decoder
 from mlx_aimv2.learn import detect, segment
-from mlx_aimv2.learn.average_precision import Truth
+from mlx_aimv2.learn.detect.average_precision import Truth
+from mlx_aimv2.learn.placement import Placement
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.loading import at_size
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.rounding
 
 SIZE = (67, 43)  # height and width of the one image
 BOX = (11, 23, 37, 59)
-TASKS = (segment, detect)
+TASKS = (segment.TASK, detect.TASK)
 
 
 @pytest.fixture
@@ -36,7 +37,10 @@ def samples(tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     path = str(tmp_path / "image.png")
     truth = Truth(np.array([BOX], float), np.array([2]))
-    return {segment: Sample(path, b"", SIZE, str(tmp_path / "mask.png")), detect: Sample(path, b"", SIZE, truth)}
+    return {
+        segment.TASK: Sample(path, b"", SIZE, str(tmp_path / "mask.png")),
+        detect.TASK: Sample(path, b"", SIZE, truth),
+    }
 
 
 def encoder(source=FIXED, patches=None):
@@ -48,8 +52,8 @@ def encoder(source=FIXED, patches=None):
 def head_of(task, model, kind=None, classes=3):
     config = model.config
     mx.random.seed(5)
-    return task.make_head(
-        kind or task.DEFAULT_TYPE,
+    return task.head.make_head(
+        kind or task.default_type,
         classes=classes,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -66,18 +70,18 @@ def outputs_of(task, head, model, pixels):
 @pytest.mark.parametrize(("source", "patches"), [(FIXED, None), (FIXED, 7), (NATIVE, 5)])
 def test_an_image_goes_through_to_a_loss_and_back_to_its_own_pixels(task, source, patches, samples):
     model, processor = encoder(source, patches)
-    example = task.example(samples[task], processor, chance=None)
-    assert all((example[name] == array).all() for name, array in task.targets(samples[task], processor).items())
+    example = task.data.example(samples[task], processor, rng=None)
+    assert all((example[name] == array).all() for name, array in task.data.targets(samples[task], processor).items())
     batch = {name: mx.array(np.stack([array] * 2)) for name, array in example.items()}
     outputs = outputs_of(task, head_of(task, model), model, batch["pixels"])
-    losses = task.loss(outputs, batch)
+    losses = task.head.loss(outputs, batch)
     assert losses.shape == (2,)
     assert np.isfinite(np.array(losses)).all()
     assert all(array.shape[0] == 2 for array in outputs.values())
-    prediction = task.decode({name: np.array(array[0]) for name, array in outputs.items()}, None, SIZE)
+    prediction = task.results.decode({name: np.array(array[0]) for name, array in outputs.items()}, SIZE)
     classes = ("sky", "sea", "land")
-    assert json.loads(json.dumps(task.as_json(prediction, classes)))["height"] == SIZE[0]
-    assert task.as_text(prediction, classes)
+    assert json.loads(json.dumps(task.results.as_json(prediction, classes)))["height"] == SIZE[0]
+    assert task.results.as_text(prediction, classes)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -86,14 +90,14 @@ def test_the_loader_gives_the_pixels_of_the_example(task, samples):
     decoded = Decoder(processor)(samples[task].path)
     assert decoded.upright == SIZE
     pixels = np.array(processor.normalised(mx.array(decoded.levels)))
-    np.testing.assert_array_equal(pixels, task.example(samples[task], processor, chance=None)["pixels"])
+    np.testing.assert_array_equal(pixels, task.data.example(samples[task], processor, rng=None)["pixels"])
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_example_is_a_function_of_its_chance(task, samples):
     _, processor = encoder()
     first, again, other = (
-        task.example(samples[task], processor, chance=np.random.default_rng(seed), flip=True) for seed in (3, 3, 4)
+        task.data.example(samples[task], processor, rng=np.random.default_rng(seed), flip=True) for seed in (3, 3, 4)
     )
     assert all((first[name] == again[name]).all() for name in first)
     assert not (first["pixels"] == other["pixels"]).all()
@@ -103,12 +107,12 @@ def test_an_example_is_a_function_of_its_chance(task, samples):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_parameter_of_a_head_has_a_gradient(task, samples):
     model, processor = encoder(patches=8)
-    example = task.example(samples[task], processor, chance=None)
+    example = task.data.example(samples[task], processor, rng=None)
     batch = {name: mx.array(array[None]) for name, array in example.items()}
     tokens = model(batch["pixels"]).last_hidden_state
     head = head_of(task, model)
     # Its last layers start from numbers other than zero, so that all layers before them matter.
-    _, gradients = nn.value_and_grad(head, lambda t: task.loss(head(t, (8, 8)), batch).sum())(tokens)
+    _, gradients = nn.value_and_grad(head, lambda t: task.head.loss(head(t, (8, 8)), batch).sum())(tokens)
     idle = [name for name, gradient in tree_flatten(gradients) if not np.array(gradient).any()]
     assert [name for name in idle if not name.startswith(("scales", "smooth", "norms", "half"))] == []
 
@@ -119,18 +123,18 @@ def test_a_head_learns_one_image_by_heart(task, samples):
     import mlx.optimizers as optim
 
     model, processor = encoder(patches=8)
-    example = task.example(samples[task], processor, chance=None)
+    example = task.data.example(samples[task], processor, rng=None)
     batch = {name: mx.array(array[None]) for name, array in example.items()}
     tokens = model(batch["pixels"]).last_hidden_state
     head = head_of(task, model)
-    step, optimizer = nn.value_and_grad(head, lambda t: task.loss(head(t, (8, 8)), batch).sum()), optim.Adam(1e-2)
+    step, optimizer = nn.value_and_grad(head, lambda t: task.head.loss(head(t, (8, 8)), batch).sum()), optim.Adam(1e-2)
     for _ in range(150):
         _, gradients = step(tokens)
         optimizer.update(head, gradients)
         mx.eval(head.parameters(), optimizer.state)
     outputs = {name: np.array(array[0]) for name, array in head(tokens, (8, 8)).items()}
-    found = task.decode(outputs, None, SIZE)
-    assert task.score([samples[task]], [found], ("sky", "sea", "land"))[task.METRIC] > 0.85
+    found = task.results.decode(outputs, SIZE)
+    assert task.results.score([samples[task]], [found], ("sky", "sea", "land"))[task.metric] > 0.85
 
 
 def test_the_linear_segmentation_head_decides_by_patch(samples):
@@ -149,19 +153,19 @@ def test_the_loss_of_masks_is_cross_entropy_and_dice_over_labelled_pixels():
     logits = mx.random.normal((2, 3, 5, 4), key=mx.random.key(1))
     mask = np.random.default_rng(2).integers(0, 3, (2, 3, 5)).astype(np.uint8)
     mask[0, 0] = 255
-    got = segment.loss({"logits": logits}, {"mask": mx.array(mask)})
+    got = segment.head.loss({"logits": logits}, {"mask": mx.array(mask)})
     p = np.array(mx.softmax(logits, axis=-1))[0, 1:].reshape(-1, 4)
     truth = mask[0, 1:].ravel()
     cross = -np.log(p[np.arange(10), truth]).mean()
     dice = [2 * p[truth == c, c].sum() / (p[:, c].sum() + (truth == c).sum()) for c in np.unique(truth)]
     np.testing.assert_allclose(got[0].item(), cross + 1 - np.mean(dice), rtol=1e-5)
-    assert segment.loss({"logits": logits}, {"mask": mx.full((2, 3, 5), 255)}).tolist() == [0, 0]
+    assert segment.head.loss({"logits": logits}, {"mask": mx.full((2, 3, 5), 255)}).tolist() == [0, 0]
 
 
 def test_a_mask_comes_back_at_the_images_own_size():
     logits = np.zeros((8, 6, 3), np.float32)
     logits[:, :3, 0], logits[:, 3:, 2] = 9, 9
-    found = segment.decode({"logits": logits}, None, (31, 60))
+    found = segment.results.decode({"logits": logits}, (31, 60))
     assert found.labels.shape == found.confidence.shape == (31, 60)
     assert (found.labels[:, :28] == 0).all()
     assert (found.labels[:, 32:] == 2).all()
@@ -176,7 +180,7 @@ def test_boxes_come_back_in_the_images_own_pixels():
         "distances": np.array([[8.0, 4, 8, 4], [9, 4, 7, 4], [1, 1, 1, 1]]),
         "canvas": np.array([56.0, 56]),
     }
-    found = detect.decode(outputs, None, (112, 168))
+    found = detect.results.decode(outputs, (112, 168))
     np.testing.assert_allclose(found.boxes, [[60, 20, 108, 36]])  # the double and the unsure one are gone
     assert found.labels.tolist() == [1]
     assert found.scores[0] > 0.99
@@ -184,8 +188,8 @@ def test_boxes_come_back_in_the_images_own_pixels():
 
 def test_an_object_that_is_hardly_seen_is_left_undecided(samples):
     truth = Truth(np.array([[0.0, 0, 20, 20]]), np.array([1]))
-    place = detect.placement.Placement((56, 56), (56, 56), 1, 1, -16, 0)
-    label = detect._targets(truth, place, 14)["label"]
+    place = Placement((56, 56), (56, 56), 1, 1, -16, 0)
+    label = detect.data.assigned(truth, place, 14)["label"]
     assert (label == 1).sum() == 0
     assert (label == -2).any()
 
@@ -194,20 +198,20 @@ def test_an_object_that_is_hardly_seen_is_left_undecided(samples):
 def test_what_is_found_can_be_seen(task, samples, tmp_path):
     classes = ("background", "sea", "land")
     truth = samples[task].target
-    if task is segment:
-        labels = segment.mask_files.read_mask(truth)
-        prediction = segment.Segmentation(np.where(labels == 255, 0, labels), np.ones(SIZE, np.float32))
+    if task is segment.TASK:
+        labels = segment.data.read_mask(truth)
+        prediction = segment.results.Segmentation(np.where(labels == 255, 0, labels), np.ones(SIZE, np.float32))
     else:
-        prediction = detect.Detections(truth.boxes, truth.labels, np.array([0.75]), SIZE)
-    record = task.save_prediction(samples[task].path, prediction, classes, tmp_path / "out")
-    task.save_all([record], classes, tmp_path)
+        prediction = detect.results.Detections(truth.boxes, truth.labels, np.array([0.75]), SIZE)
+    record = task.results.save_prediction(samples[task].path, prediction, classes, tmp_path / "out")
+    task.results.save_all([record], classes, tmp_path)
     with Image.open(tmp_path / "out-overlay.jpg") as overlay:
         assert max(overlay.size) == 448
         shown = np.asarray(overlay.convert("RGB").resize(SIZE[::-1])).astype(int)
     # The colour of the class lies within the box or at its edge, and nowhere outside.
     assert np.abs(shown[5:20] - 40).max() < 30
     assert np.abs(shown[BOX[1] : BOX[3], BOX[0] : BOX[2]] - 220).max() > 60
-    if task is segment:
+    if task is segment.TASK:
         with Image.open(tmp_path / "out-mask.png") as mask:
             assert mask.mode == "P"
             np.testing.assert_array_equal(np.asarray(mask), prediction.labels)
@@ -220,12 +224,12 @@ def test_what_is_found_can_be_seen(task, samples, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_card_shows_truth_and_prediction(task, samples, tmp_path):
     model, processor = encoder(patches=8)
-    pixels = mx.array(task.example(samples[task], processor, chance=None)["pixels"][None])
+    pixels = mx.array(task.data.example(samples[task], processor, rng=None)["pixels"][None])
     outputs = outputs_of(task, head_of(task, model), model, pixels)
-    prediction = task.decode({name: np.array(array[0]) for name, array in outputs.items()}, None, SIZE)
+    prediction = task.results.decode({name: np.array(array[0]) for name, array in outputs.items()}, SIZE)
     classes = ("sky", "sea", "land")
-    ((_, name),) = task.card([samples[task]], [prediction], classes, tmp_path)
+    ((_, name),) = task.results.card([samples[task]], [prediction], classes, tmp_path)
     assert (tmp_path / name).stat().st_size > 1000
-    rows = task.table([samples[task]], [prediction], classes)
+    rows = task.results.table([samples[task]], [prediction], classes)
     assert [row[0] for row in rows] == ["class", *classes]
     assert rows[3][1] == "1"

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn import fcos
+from mlx_aimv2.learn.detect import fcos
 
 pytestmark = pytest.mark.rounding
 

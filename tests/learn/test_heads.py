@@ -6,14 +6,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.learn import classify
-from mlx_aimv2.learn.classify import Classification
+from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead, vote
+from mlx_aimv2.learn.classify.probe import fit_linear, fit_logistic, minimize
+from mlx_aimv2.learn.classify.results import Classification
 from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
-from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
-from mlx_aimv2.learn.knn import vote
-from mlx_aimv2.learn.logistic import fit_logistic, minimize
 from mlx_aimv2.learn.metrics import confusion
-from mlx_aimv2.learn.probe import fit_linear
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.model import unit_length
 
@@ -125,7 +123,7 @@ def scored(seed: int, classes: int):
     labels = chance.integers(0, classes, 97)
     predictions = [Classification(row) for row in chance.dirichlet(np.ones(classes), 97)]
     samples = [Sample("", b"", (1, 2), int(label)) for label in labels]
-    return classify.score(samples, predictions, [str(i) for i in range(classes)]), labels, predictions
+    return classify.results.score(samples, predictions, [str(i) for i in range(classes)]), labels, predictions
 
 
 @pytest.mark.parametrize("classes", [3, 11])
@@ -145,6 +143,6 @@ def test_scores_are_scikit_learns(classes):
 
 
 def test_probabilities_are_the_softmax():
-    found = classify.decode({"logits": np.array([1.0, 3.0, 90.0], np.float32)}, None, (0, 0))
+    found = classify.results.decode({"logits": np.array([1.0, 3.0, 90.0], np.float32)}, (0, 0))
     assert found.probabilities.sum() == pytest.approx(1)
     assert found.best(2) == [2, 1]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.learn import mask_files
 from mlx_aimv2.learn.samples import DataError
+from mlx_aimv2.learn.segment import data as mask_files
 
 
 def image(path, size=(11, 7), seed=None):

@@ -15,7 +15,8 @@ from PIL import Image
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import KnownFiles
 from mlx_aimv2.images import OpenImage
-from mlx_aimv2.learn import classify, detect, evaluate, fit, label_files, samples, segment
+from mlx_aimv2.learn import classify, detect, evaluate, fit, samples, segment
+from mlx_aimv2.learn.classify import data as label_files
 from mlx_aimv2.learn.samples import DataError, Sample
 from mlx_aimv2.learn.task import find_task, guess_task
 
@@ -32,12 +33,12 @@ def digits(tmp_path):
 
 def lines_of(folder: Path, **settings) -> tuple[str, ...]:
     with pytest.raises(DataError) as error:
-        classify.read(folder, **settings)
+        classify.data.read(folder, **settings)
     return error.value.lines
 
 
 def test_a_folder_per_label_is_split_into_three_parts_of_every_class(digits):
-    found = classify.read(digits)
+    found = classify.data.read(digits)
     assert found.classes == ("digit 0", "digit 1", "digit 2")
     assert {part: len(samples) for part, samples in found.splits.items()} == {"train": 24, "val": 6, "test": 6}
     for part in found.splits.values():
@@ -46,10 +47,10 @@ def test_a_folder_per_label_is_split_into_three_parts_of_every_class(digits):
 
 
 def test_the_split_follows_content_not_names(digits, tmp_path):
-    before = {s.sha256: part for part, samples in classify.read(digits).splits.items() for s in samples}
+    before = {s.sha256: part for part, samples in classify.data.read(digits).splits.items() for s in samples}
     for number, file in enumerate(sorted(digits.rglob("*.png"))):
         file.rename(file.with_name(f"renamed-{(7 * number) % 36}.png"))
-    after = {s.sha256: part for part, samples in classify.read(digits).splits.items() for s in samples}
+    after = {s.sha256: part for part, samples in classify.data.read(digits).splits.items() for s in samples}
     assert after == before
 
 
@@ -74,7 +75,7 @@ def test_a_class_is_shared_between_the_parts_by_its_size(count, sizes):
 def test_parts_that_are_there_are_used(digits, tmp_path, name):
     for part in ("train", name, "test"):
         shutil.copytree(digits, tmp_path / "parts" / part)
-    found = classify.read(tmp_path / "parts")
+    found = classify.data.read(tmp_path / "parts")
     assert {part: len(samples) for part, samples in found.splits.items()} == {"train": 36, "val": 36, "test": 36}
     assert any("72 images in two parts" in note for note in found.notes)
 
@@ -82,7 +83,7 @@ def test_parts_that_are_there_are_used(digits, tmp_path, name):
 def test_without_val_a_part_of_train_becomes_val(digits, tmp_path):
     write_digits(tmp_path / "parts" / "train", per_class=10)
     write_digits(tmp_path / "parts" / "test", per_class=2)
-    found = classify.read(tmp_path / "parts")
+    found = classify.data.read(tmp_path / "parts")
     assert [len(found.splits[part]) for part in ("train", "val", "test")] == [24, 6, 6]
 
 
@@ -98,7 +99,7 @@ def test_a_metadata_file_names_images_and_labels(digits, tmp_path, kind):
         text = "".join(json.dumps(row) + "\n" for row in rows)
     (digits / f"metadata.{kind}").write_text(text, encoding="utf-8", newline="")
     assert label_files.recognise(digits) == f"labels in metadata.{kind}"
-    found = classify.read(digits)
+    found = classify.data.read(digits)
     assert found.classes == ("8", "9", "10")
     assert sum(map(len, found.splits.values())) == 36
 
@@ -145,7 +146,7 @@ def test_a_label_outside_the_list_is_wrong_in_any_part(digits, tmp_path):
 
 
 def test_with_given_classes_nothing_is_split(digits):
-    found = classify.read(digits, classes=["digit 0", "digit 1", "digit 2", "digit 9"])
+    found = classify.data.read(digits, classes=["digit 0", "digit 1", "digit 2", "digit 9"])
     assert [len(found.splits[part]) for part in ("train", "val", "test")] == [0, 0, 36]
 
 
@@ -166,7 +167,7 @@ def test_wrong_metadata_is_named_with_its_line(digits, text, words):
 
 def test_an_image_with_two_labels_is_a_note(digits):
     shutil.copy(digits / "digit 0" / "000.png", digits / "digit 1" / "copy.png")
-    assert any("are the same image, called digit 0 and digit 1" in note for note in classify.read(digits).notes)
+    assert any("are the same image, called digit 0 and digit 1" in note for note in classify.data.read(digits).notes)
 
 
 def test_what_is_no_task_is_said(tmp_path):
@@ -204,7 +205,7 @@ def test_a_header_that_was_read_does_not_count_as_a_decoded_image(digits):
 def test_a_cache_that_cannot_be_read_is_no_cache(digits, tmp_path):
     (tmp_path / "cache").mkdir()
     KnownFiles().path.write_bytes(b"garbage" * 100)
-    assert sum(map(len, classify.read(digits).splits.values())) == 36
+    assert sum(map(len, classify.data.read(digits).splits.values())) == 36
 
 
 TASKS = {"classify": classify, "segment": segment, "detect": detect}
@@ -257,7 +258,7 @@ every_task = pytest.mark.parametrize("task", TASKS)
 def test_parts_are_known_by_hugging_faces_names(task, tmp_path, train, val, test):
     for number, part in enumerate((train, val, test)):
         write(task, tmp_path / part, range(20 * number, 20 * number + 5 + number))
-    assert counts(TASKS[task].read(tmp_path)) == (5, 6, 7)
+    assert counts(TASKS[task].data.read(tmp_path)) == (5, 6, 7)
 
 
 @every_task
@@ -267,7 +268,7 @@ def test_a_word_that_only_holds_a_parts_name_is_no_part(task, tmp_path, name):
     write(task, tmp_path / "train", range(9))
     write(task, tmp_path / "val", range(20, 25))
     write(task, tmp_path / name, range(40, 43))
-    found = TASKS[task].read(tmp_path)
+    found = TASKS[task].data.read(tmp_path)
     assert counts(found) == (9, 5, 0)
     assert f"{tmp_path / name}, with " in said(found) and "is no part of" in said(found)
 
@@ -276,7 +277,7 @@ def test_a_word_that_only_holds_a_parts_name_is_no_part(task, tmp_path, name):
 def test_a_folder_within_a_folder_of_the_same_part_is_that_part(task, tmp_path):
     write(task, tmp_path / "seg_train" / "seg_train", range(9))
     write(task, tmp_path / "seg_test" / "seg_test", range(20, 25))
-    assert counts(TASKS[task].read(tmp_path))[2] == 5
+    assert counts(TASKS[task].data.read(tmp_path))[2] == 5
 
 
 @every_task
@@ -284,7 +285,7 @@ def test_two_folders_of_one_part_are_refused(task, tmp_path):
     for number, part in enumerate(("train", "val", "dev")):
         write(task, tmp_path / part, range(20 * number, 20 * number + 5))
     with pytest.raises(DataError, match="both mean val: keep one of them"):
-        TASKS[task].read(tmp_path)
+        TASKS[task].data.read(tmp_path)
 
 
 @every_task
@@ -301,7 +302,7 @@ def test_two_folders_of_one_part_are_refused(task, tmp_path):
 def test_what_a_head_is_scored_on(task, tmp_path, parts, part, count, note):
     for number, (name, images) in enumerate(parts.items()):
         write(task, tmp_path / "d" / name, range(20 * number, 20 * number + images))
-    found = TASKS[task].read(tmp_path / "d", classes=("cat", "dog"))
+    found = TASKS[task].data.read(tmp_path / "d", classes=("cat", "dog"))
     name, chosen = found.to_score()
     assert (name, len(chosen)) == (part, count)
     assert note in said(found) and (note or not found.notes)
@@ -311,7 +312,7 @@ def test_what_a_head_is_scored_on(task, tmp_path, parts, part, count, note):
 def test_a_train_part_alone_is_split_as_a_folder_without_parts_is(task, tmp_path):
     write(task, tmp_path / "one" / "train", range(20))
     write(task, tmp_path / "two", range(20))
-    one, two = (TASKS[task].read(tmp_path / name) for name in ("one", "two"))
+    one, two = (TASKS[task].data.read(tmp_path / name) for name in ("one", "two"))
     assert counts(one) == counts(two) and sum(counts(one)) == 20 and min(counts(one)) >= 3
 
 
@@ -319,14 +320,14 @@ def test_a_train_part_alone_is_split_as_a_folder_without_parts_is(task, tmp_path
 def test_val_without_train_is_refused_for_training(task, tmp_path):
     write(task, tmp_path / "val", range(9))
     with pytest.raises(DataError, match="has val but no train folder"):
-        TASKS[task].read(tmp_path)
+        TASKS[task].data.read(tmp_path)
 
 
 @every_task
 def test_a_copy_in_two_parts_is_a_note(task, tmp_path):
     write(task, tmp_path / "train", range(9))
     write(task, tmp_path / "val", range(8, 13))
-    found = TASKS[task].read(tmp_path)
+    found = TASKS[task].data.read(tmp_path)
     assert counts(found) == (9, 5, 0)
     assert "1 image in two parts, which flatters the result: " in said(found)
 
@@ -339,7 +340,7 @@ def test_one_image_with_two_labels_is_a_note(task, tmp_path):
     words = "called 0 and" if task == "segment" else "called cat and dog"
     if task == "segment":
         Image.fromarray(np.full((11, 17), 1, np.uint8)).save(tmp_path / "val" / "masks" / "8.png")
-    assert words in said(TASKS[task].read(tmp_path))
+    assert words in said(TASKS[task].data.read(tmp_path))
 
 
 @every_task
@@ -347,28 +348,28 @@ def test_a_label_in_two_unicode_forms_is_one(task, tmp_path):
     composed, apart = (unicodedata.normalize(form, "caf\xe9") for form in ("NFC", "NFD"))
     write(task, tmp_path / "train", range(9), names=(composed, "dog"))
     write(task, tmp_path / "val", range(20, 25), names=(apart, "dog"))
-    found = TASKS[task].read(tmp_path)
+    found = TASKS[task].data.read(tmp_path)
     assert found.classes == (composed, "dog")
     write(task, tmp_path / "new", range(9), names=(composed, "dog"))
-    again = TASKS[task].read(tmp_path / "new", classes=(apart, "dog"))
+    again = TASKS[task].data.read(tmp_path / "new", classes=(apart, "dog"))
     assert counts(again) == (0, 0, 9)
 
 
 @every_task
 def test_classes_of_a_head_are_met_by_name(task, tmp_path):
     write(task, tmp_path, range(4), names=("dog", "cat"))  # even seeds are dogs now
-    _, chosen = TASKS[task].read(tmp_path, classes=("ape", "cat", "dog")).to_score()
+    _, chosen = TASKS[task].data.read(tmp_path, classes=("ape", "cat", "dog")).to_score()
     for sample in chosen:
         seed = int(Path(sample.path).stem)
         wanted = 1 + (seed + 1) % 2
         target = sample.target
         if task == "segment":
-            target = int(np.unique(segment.mask_files.read_mask(target))[0])
+            target = int(np.unique(segment.data.read_mask(target))[0])
         elif task == "detect":
             target = int(target.labels[0])
         assert target == wanted
     with pytest.raises(DataError, match=r"the label dog .* is not in the list ape, cat"):
-        TASKS[task].read(tmp_path, classes=("ape", "cat"))
+        TASKS[task].data.read(tmp_path, classes=("ape", "cat"))
 
 
 @every_task
@@ -379,7 +380,7 @@ def test_a_label_that_training_does_not_know_is_refused(task, tmp_path):
         (tmp_path / "classes.txt").unlink()
         Image.fromarray(np.full((11, 17), 2, np.uint8)).save(tmp_path / "val" / "masks" / "21.png")
     with pytest.raises(DataError, match=r"the label (cow|2) \(\d \w+\) is not in the list"):
-        TASKS[task].read(tmp_path)
+        TASKS[task].data.read(tmp_path)
 
 
 @every_task
@@ -391,15 +392,15 @@ def test_a_sample_knows_its_images_size_upright(task, tmp_path):
     (next(tmp_path.rglob("0.png"))).unlink()
     place = {"classify": tmp_path / "cat", "segment": tmp_path / "images", "detect": tmp_path}[task]
     turned.save(place / "0.png", exif=exif)
-    sizes = {sample.size for part in TASKS[task].read(tmp_path, decode=False).splits.values() for sample in part}
+    sizes = {sample.size for part in TASKS[task].data.read(tmp_path, decode=False).splits.values() for sample in part}
     assert sizes == {(11, 17)}
 
 
 @every_task
 def test_training_images_that_are_scored_are_told(task, tmp_path):
     write(task, tmp_path / "d", range(20))
-    found = TASKS[task].read(tmp_path / "d")
-    again = TASKS[task].read(tmp_path / "d", classes=found.classes)
+    found = TASKS[task].data.read(tmp_path / "d")
+    again = TASKS[task].data.read(tmp_path / "d", classes=found.classes)
     known = samples.digests(found.splits["train"])
     (line,) = samples.seen(again.splits["test"], known)
     count = len(found.splits["train"])
@@ -419,7 +420,7 @@ def test_junk_of_other_programs_is_neither_an_image_nor_a_label(task, tmp_path):
     own.mkdir()
     (own / "head.json").write_text("{}")
     Image.new("RGB", (5, 5)).save(own / "confusion.png")
-    found = TASKS[task].read(tmp_path / "d")
+    found = TASKS[task].data.read(tmp_path / "d")
     assert sum(counts(found)) == 9
     assert "@eaDir" in said(found) and "1 of mlx-aimv2's own folders" in said(found)
 
@@ -428,7 +429,7 @@ def test_other_files_links_and_loose_images_are_counted(digits, tmp_path):
     (digits / "digit 0" / "film.mov").touch()
     (digits / "digit 1" / "link.png").symlink_to(digits / "digit 0" / "000.png")
     Image.new("RGB", (5, 5)).save(digits / "loose.png")
-    found = classify.read(digits)
+    found = classify.data.read(digits)
     assert sum(counts(found)) == 37
     assert "loose.png lies in no label's folder" in said(found) and "passed over: 1 .mov" in said(found)
 
@@ -436,7 +437,7 @@ def test_other_files_links_and_loose_images_are_counted(digits, tmp_path):
 def test_a_class_may_be_called_like_a_part(digits):
     (digits / "digit 0").rename(digits / "train")
     (digits / "digit 1").rename(digits / "test")
-    assert classify.read(digits).classes == ("digit 2", "test", "train")
+    assert classify.data.read(digits).classes == ("digit 2", "test", "train")
 
 
 def test_parts_without_label_folders_are_no_labels(digits):
@@ -455,7 +456,7 @@ def test_rows_of_a_metadata_file_are_parted_by_their_folders(digits):
         file.rename(digits / part / f"{number}.png")
     (digits / "metadata.csv").write_text("file_name,label\n" + "\n".join(rows) + "\n")
     Image.new("RGB", (5, 5)).save(digits / "seg_test" / "more.png")
-    found = classify.read(digits)
+    found = classify.data.read(digits)
     assert counts(found)[2] == 12 and sum(counts(found)) == 36
     assert "more.png is not listed in metadata.csv: passed over" in said(found)
 
@@ -467,7 +468,7 @@ def test_a_line_of_json_ends_at_a_newline_alone(digits):
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (digits / "metadata.jsonl").write_text(text, encoding="utf-8")
-    assert sum(counts(classify.read(digits))) == 36
+    assert sum(counts(classify.data.read(digits))) == 36
 
 
 def test_a_label_that_is_no_text_is_told_before_training(digits):
@@ -505,4 +506,4 @@ def test_a_frozen_encoder_decodes_a_training_image_once(tmp_path, monkeypatch):
     monkeypatch.setattr(OpenImage, "rgb", counted)
     fit(tmp_path / "d", CHECKPOINT, tmp_path / "head", epochs=2)
     monkeypatch.undo()
-    assert {decoded[Path(sample.path).name] for sample in detect.read(tmp_path / "d").splits["train"]} == {1}
+    assert {decoded[Path(sample.path).name] for sample in detect.data.read(tmp_path / "d").splits["train"]} == {1}

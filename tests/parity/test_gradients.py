@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
+from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import GroupedAdamW, groups_of

@@ -1,58 +1,37 @@
-"""Detection: boxes around objects with their class, from COCO JSON."""
+"""What a detection says of images: boxes with scores, average precision, and what is shown of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import average_precision, boxes, coco, fcos, placement
 from mlx_aimv2.learn import card as cards
-from mlx_aimv2.learn.average_precision import Found, Truth
-from mlx_aimv2.learn.detect_head import DetectHead
-from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn import placement
+from mlx_aimv2.learn.detect import average_precision, boxes, data
+from mlx_aimv2.learn.detect.average_precision import Found
 from mlx_aimv2.learn.samples import Sample
-from mlx_aimv2.learn.task import Defaults
+from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_aimv2.learn.task import Arrays
-    from mlx_aimv2.processor import Aimv2Processor
-
-NAME = "detect"
-TYPES = ("decoder", "lora", "dora", "full")
-FROZEN = {"decoder": "tokens"}
-DEFAULTS = {
-    "decoder": Defaults((1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
-    "lora": Defaults((5e-4,), epochs=30, batch_size=8),
-    "dora": Defaults((5e-4,), epochs=30, batch_size=8),
-    "full": Defaults((5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
-}
-DEFAULT_TYPE = "decoder"
-METRIC = "AP"
-NEEDS_SIZE = True
-TAKES_MASK = False
-
 LEAST_SCORE = 0.05
+
 CANDIDATES = 1000
+
 MOST = 100
 """What is kept of an image: boxes from this score on, so many before doubles are taken out, and so many after."""
 
 SURE = 0.3
 """Score from which a box is drawn and printed; the JSON file and the scores take all."""
-
-VISIBLE = 0.3
-"""Share of an object that a training image must show; with less nobody says what its place should answer."""
 
 
 @dataclass(frozen=True)
@@ -63,52 +42,7 @@ class Detections(Found):
     """(height, width) of the image."""
 
 
-recognise = coco.recognise
-read = coco.read
-
-
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
-    """The pyramid with FCOS's branches, for every type."""
-    return DetectHead(width, classes, patch_size)
-
-
-def solve(kind: str, train: Any, val: Any, classes: int, *, say: Callable[[str], None]) -> None:
-    """No head is found without the training loop."""
-
-
-def example(
-    sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
-) -> Arrays:
-    """`pixels` (H, W, 3) and what each of the P positions should say: `label` (P,), `distances` (P, 4)."""
-    pixels, place = placement.on_canvas(sample.path, processor, chance, flip=flip)
-    return {"pixels": pixels, **_targets(sample.target, place, processor.patch_size)}
-
-
-def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """`label` and `distances` alone, of the image unchanged."""
-    place = placement.plain(sample.size, canvas_size(processor))
-    return _targets(sample.target, place, processor.patch_size)
-
-
-def _targets(truth: Truth, place: placement.Placement, patch_size: int) -> Arrays:
-    height, width = place.canvas
-    whole = place.boxes(truth.boxes)
-    cut = whole.clip(0, np.array([width, height] * 2, np.float64))
-    there = boxes.areas(cut) > 0
-    hidden = boxes.areas(cut) < VISIBLE * boxes.areas(whole)
-    where = fcos.points((height // patch_size, width // patch_size), patch_size)
-    label, distances = fcos.assign(where, cut[there], truth.labels[there], (truth.crowd | hidden)[there])
-    return {"label": label, "distances": distances}
-
-
-def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
-    """FCOS's loss of each image, `-> (B,)`."""
-    return fcos.loss(outputs, targets["label"], targets["distances"])
-
-
-def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Detections:
+def decode(outputs: Arrays, size: tuple[int, int]) -> Detections:
     """One image's outputs as boxes in its own pixels: best scores, doubles taken out, what is outside cut off."""
     place = placement.plain(size, (int(outputs["canvas"][0]), int(outputs["canvas"][1])))
     classes, centre = (outputs[name].astype(np.float64) for name in ("classes", "centre"))
@@ -135,9 +69,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes:
     """COCO's six average precisions, each from 0 to 1; those of sizes that no object has are left out."""
     found = average_precision.summary([sample.target for sample in samples], predictions, len(classes))
     return {
-        name: 0.0 if np.isnan(value) else value
-        for name, value in found.items()
-        if name == METRIC or not np.isnan(value)
+        name: 0.0 if np.isnan(value) else value for name, value in found.items() if name == "AP" or not np.isnan(value)
     }
 
 
@@ -172,7 +104,7 @@ def save_prediction(
 
 def save_all(records: Sequence[tuple[str, tuple[int, int], Detections]], classes: Sequence[str], folder: Path) -> None:
     """`predictions.coco.json`: all boxes of all images with their scores."""
-    results = coco.as_results(records, classes)
+    results = data.as_results(records, classes)
     (folder / "predictions.coco.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 

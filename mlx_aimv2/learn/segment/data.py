@@ -1,4 +1,4 @@
-"""Reads images with masks: a folder of images beside one of masks, or folders with the field's other names for them.
+"""Images with masks: a folder of images beside one of masks, or folders with the field's other names for them.
 
 Every image needs a mask of the same name and size. Parts are folders around `images` and `masks` or within both.
 Without `classes.txt`, whose first line is the class of the value 0, the values are their own names. The target of a
@@ -14,18 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import cpu_count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.files import read_image_file, read_text
 from mlx_aimv2.find_images import Scan
-from mlx_aimv2.learn import samples
+from mlx_aimv2.learn import placement, samples
 from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Size, listed, same_form
+from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
+from mlx_aimv2.train.batches import Arrays
+
+if TYPE_CHECKING:
+    from mlx_aimv2.processor import Aimv2Processor
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
+
 MASKS = ("masks", "ann_dir", "SegmentationClass", "annotations", "labels", "mask")
 """Names of the two folders; the first are this package's, the others mmsegmentation's, PASCAL VOC's and ADE20K's."""
 
@@ -184,3 +190,24 @@ def _all_values(names: set[str]) -> list[str]:
 
 
 read = partial(samples.read, form=Format(_find, _labels, _target, in_order=_all_values, stratified=False))
+
+
+def example(
+    sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
+) -> Arrays:
+    """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
+    pixels, place = placement.on_canvas(sample.path, processor, rng, flip=flip)
+    return {"pixels": pixels, "mask": _mask(sample, place)}
+
+
+def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
+    """`mask` alone, unchanged."""
+    mask = read_mask(sample.target)
+    return {"mask": _mask(sample, placement.plain(mask.shape, canvas_size(processor)))}
+
+
+def _mask(sample: Sample, place: placement.Placement) -> NDArray[Any]:
+    from PIL import Image
+
+    mask = Image.fromarray(read_mask(sample.target))
+    return np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))

@@ -1,48 +1,28 @@
-"""Segmentation: a class for every pixel, from masks as index or palette PNGs."""
+"""What a segmentation says of images: a class for every pixel, scores, and what is shown of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import card as cards
-from mlx_aimv2.learn import mask_files, metrics, placement
+from mlx_aimv2.learn import metrics
 from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.samples import Sample
-from mlx_aimv2.learn.segment_head import DecoderSegmentHead, LinearSegmentHead
-from mlx_aimv2.learn.task import Defaults
+from mlx_aimv2.learn.segment.data import read_mask
 from mlx_aimv2.learn.upsample import linear_weights
+from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from mlx_aimv2.learn.task import Arrays
-    from mlx_aimv2.processor import Aimv2Processor
-
-NAME = "segment"
-TYPES = ("linear", "decoder", "lora", "dora", "full")
-FROZEN = {"linear": "tokens", "decoder": "tokens"}
-DEFAULTS = {
-    "linear": Defaults((1e-3, 3e-3), epochs=30, batch_size=16, warm_up_epochs=2),
-    "decoder": Defaults((1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
-    "lora": Defaults((5e-4,), epochs=30, batch_size=8),
-    "dora": Defaults((5e-4,), epochs=30, batch_size=8),
-    "full": Defaults((5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
-}
-DEFAULT_TYPE = "decoder"
-METRIC = "mIoU"
-NEEDS_SIZE = True
-TAKES_MASK = False
 
 BLOCK = 1 << 24
 """Numbers that are interpolated at a time."""
@@ -56,71 +36,7 @@ class Segmentation:
     confidence: NDArray[Any]
 
 
-recognise = mask_files.recognise
-read = mask_files.read
-
-
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
-    """The linear head, or for all other types the decoder."""
-    if kind == "linear":
-        return LinearSegmentHead(width, classes, patch_size)
-    return DecoderSegmentHead(width, classes, patch_size)
-
-
-def solve(kind: str, train: Any, val: Any, classes: int, *, say: Callable[[str], None]) -> None:
-    """No head is found without the training loop."""
-
-
-def example(
-    sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
-) -> Arrays:
-    """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
-    pixels, place = placement.on_canvas(sample.path, processor, chance, flip=flip)
-    return {"pixels": pixels, "mask": _mask(sample, place)}
-
-
-def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """`mask` alone, unchanged."""
-    mask = mask_files.read_mask(sample.target)
-    return {"mask": _mask(sample, placement.plain(mask.shape, canvas_size(processor)))}
-
-
-def _mask(sample: Sample, place: placement.Placement) -> NDArray[Any]:
-    from PIL import Image
-
-    mask = Image.fromarray(mask_files.read_mask(sample.target))
-    return np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))
-
-
-def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
-    """Cross-entropy and Dice loss of each image, over its labelled pixels: `(B, H, W, K), (B, H, W) -> (B,)`.
-
-    Cross-entropy alone takes long to leave the answer that all is background; Dice counts small classes as much as
-    large ones (arXiv 1606.04797; the sum is nnU-Net's, arXiv 1809.10486). Its mean is over the classes in the image.
-    """
-    mask = targets["mask"].astype(mx.int32)
-    logits = outputs["logits"].astype(mx.float32)
-    batch, _, _, classes = logits.shape
-    # Classes before pixels: sums over pixels then run along memory, which takes two thirds of the time on a CPU.
-    logits = mx.contiguous(logits.reshape(batch, -1, classes).swapaxes(1, 2))  # (B, K, P)
-    mask = mask.reshape(batch, 1, -1)
-    known = (mask != IGNORED).astype(mx.float32)
-    wanted = (mask == mx.arange(classes)[:, None]).astype(mx.float32)  # all zero where IGNORED
-    largest = mx.stop_gradient(logits.max(axis=1, keepdims=True))  # cancels out
-    weights = mx.exp(logits - largest)
-    sums = weights.sum(axis=1, keepdims=True)
-    picked = (logits * wanted).sum(axis=1, keepdims=True)
-    cross = ((mx.log(sums) + largest) * known - picked).sum(axis=(1, 2)) / mx.maximum(known.sum(axis=(1, 2)), 1)
-    likely = weights / sums * known
-    shared, there = (likely * wanted).sum(axis=2), wanted.sum(axis=2)  # (B, K)
-    dice = 2 * shared / mx.maximum(likely.sum(axis=2) + there, 1)
-    present = (there > 0).astype(mx.float32)
-    return cross + ((1 - dice) * present).sum(axis=1) / mx.maximum(present.sum(axis=1), 1)
-
-
-def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Segmentation:
+def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
     """One image's logits (h, w, K) at its own size, by linear interpolation of the probabilities."""
     probabilities = mx.softmax(mx.array(outputs["logits"]).astype(mx.float32), axis=-1)
     high, wide = probabilities.shape[:2]
@@ -188,7 +104,7 @@ def card(
         return metrics.accuracy(metrics.pixel_confusion(_maps([sample], [prediction]), len(classes)))
 
     def draw(image: Image.Image, sample: Sample, prediction: Segmentation) -> list[Image.Image]:
-        masks = (mask_files.read_mask(sample.target), prediction.labels)
+        masks = (read_mask(sample.target), prediction.labels)
         return [plot.with_mask(image, mask, classes) for mask in masks]
 
     cards.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
@@ -200,7 +116,7 @@ def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classe
     counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
     images = np.zeros(len(classes), int)
     for sample in samples:
-        present = np.unique(mask_files.read_mask(sample.target))
+        present = np.unique(read_mask(sample.target))
         images[present[present != IGNORED]] += 1
     ious = metrics.iou_by_class(counts)
     shares = counts.sum(axis=1) / max(counts.sum(), 1)
@@ -212,4 +128,4 @@ def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classe
 
 
 def _maps(samples: Sequence[Sample], predictions: Sequence[Segmentation]) -> Any:
-    return ((mask_files.read_mask(s.target), p.labels) for s, p in zip(samples, predictions, strict=True))
+    return ((read_mask(s.target), p.labels) for s, p in zip(samples, predictions, strict=True))

@@ -1,53 +1,20 @@
-"""Classification: a label for each image, from folders named after labels or from a list in a metadata file."""
+"""What a classification says of images: probabilities, scores, and what is shown of them."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import label_files, metrics
-from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
-from mlx_aimv2.learn.knn import KnnHead
-from mlx_aimv2.learn.placement import canvas_size
-from mlx_aimv2.learn.probe import fit_linear
+from mlx_aimv2.learn import metrics
 from mlx_aimv2.learn.samples import Sample
-from mlx_aimv2.learn.task import Defaults, Labelled
-from mlx_aimv2.train.augment import Augmentation
-
-if TYPE_CHECKING:
-    from mlx_aimv2.learn.task import Arrays
-    from mlx_aimv2.processor import Aimv2Processor
-
-NAME = "classify"
-TYPES = ("linear", "attentive", "knn", "lora", "dora", "full")
-FROZEN = {"linear": "mean", "attentive": "tokens", "knn": "mean"}
-DEFAULTS = {
-    "linear": Defaults(),
-    "knn": Defaults(),
-    "attentive": Defaults((1e-3, 3e-3, 1e-2), epochs=30, batch_size=64, warm_up_epochs=2),
-    "lora": Defaults((3e-4,), epochs=10, batch_size=16),
-    "dora": Defaults((3e-4,), epochs=10, batch_size=16),
-    "full": Defaults((1e-4,), epochs=10, batch_size=16, layer_decay=0.75, drop_path=0.1),
-}
-DEFAULT_TYPE = "linear"
-METRIC = "top1"
-NEEDS_SIZE = False
-TAKES_MASK = True
-
-MIN_AREA = 0.5
-"""Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
-
-OPERATIONS = 2
-"""Of RandAugment, on each training image."""
+from mlx_aimv2.train.batches import Arrays
 
 SHOWN = 5
 """Labels that a prediction tells."""
@@ -67,58 +34,7 @@ class Classification:
         return [int(i) for i in np.argsort(-self.probabilities, kind="stable")[:count]]
 
 
-recognise = label_files.recognise
-read = label_files.read
-
-
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
-    """The attentive probe, the neighbours' vote, or for the other types one linear layer on the mean token."""
-    if kind == "attentive":
-        return AttentiveHead(width, heads, classes)
-    if kind == "knn":
-        return KnnHead(width, classes, options["images"])
-    return MeanHead(width, classes)
-
-
-def example(
-    sample: Sample, processor: Aimv2Processor, *, chance: np.random.Generator | None, flip: bool = False
-) -> Arrays:
-    """`pixels` (H, W, 3) and the class of a sample, its image changed at random by `chance`."""
-    image: Any = sample.path
-    if chance is not None:
-        changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
-        image = changed(to_rgb(sample.path), canvas_size(processor), chance)
-    return {"pixels": processor.pixels(image), **targets(sample, processor)}
-
-
-def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """The number of the class, ()."""
-    return {"label": np.array(sample.target, np.int32)}
-
-
-def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
-    """Cross-entropy of each image, `(B, classes), (B,) -> (B,)`."""
-    return nn.losses.cross_entropy(outputs["logits"].astype(mx.float32), targets["label"])
-
-
-def solve(kind: str, train: Labelled, val: Labelled, classes: int, *, say: Callable[[str], None]) -> nn.Module | None:
-    """The linear probe by L-BFGS and the neighbours' vote, which no loop trains."""
-    (features, labels), held_out = (_with_labels(part) for part in (train, val))
-    if kind == "linear":
-        head, penalty = fit_linear((features, labels), held_out, classes, say=say)
-        say(f"penalty {penalty:g} is the best on val")
-        return head
-    return KnnHead.of(features, labels, classes) if kind == "knn" else None
-
-
-def _with_labels(part: Labelled) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    features, samples = part
-    return features, np.array([sample.target for sample in samples])
-
-
-def decode(outputs: Arrays, sample: Sample | None, size: tuple[int, int]) -> Classification:
+def decode(outputs: Arrays, size: tuple[int, int]) -> Classification:
     """The softmax of one image's logits."""
     logits = outputs["logits"].astype(np.float64)
     weights = np.exp(logits - logits.max())

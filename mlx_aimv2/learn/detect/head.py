@@ -7,13 +7,14 @@ class scores, the distances to the four sides of its object, and how near the ob
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2.learn.fcos import LEVELS, points
-from mlx_aimv2.learn.segment_head import as_map
-from mlx_aimv2.learn.upsample import Double, Refine, halve
+from mlx_aimv2.learn.detect import fcos
+from mlx_aimv2.learn.detect.fcos import LEVELS, points
+from mlx_aimv2.learn.upsample import Double, Refine, as_map, halve
 
 WIDTH = 256
 """Channels of the pyramid, or half the encoder's width where that is less."""
@@ -89,3 +90,15 @@ class DetectHead(nn.Module):
         half = halve(x)
         maps = [self.double(x), self.same(x), self.half(half), self.half(halve(half))]
         return [smooth(norm(level)) for level, norm, smooth in zip(maps, self.norms, self.smooth, strict=True)]
+
+
+def make_head(
+    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """The pyramid with FCOS's branches, for every type."""
+    return DetectHead(width, classes, patch_size)
+
+
+def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
+    """FCOS's loss of each image, `-> (B,)`."""
+    return fcos.loss(outputs, targets["label"], targets["distances"])

@@ -1,15 +1,17 @@
-"""Heads that give every pixel a class: one linear map, or a small decoder that doubles the patch map twice."""
+"""Heads that give every pixel a class, one linear map or a small decoder that doubles the patch map; their loss."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2.learn.upsample import Double, Refine, bilinear
+from mlx_aimv2.learn.metrics import IGNORED
+from mlx_aimv2.learn.upsample import Double, Refine, as_map, bilinear
 
 WIDTH = 256
 """Channels of the decoder, or half the encoder's width where that is less."""
-
 
 CONTEXT = 3
 """Convolutions on the patch map, where they cost least: they tell each pixel what lies around it."""
@@ -59,11 +61,41 @@ class DecoderSegmentHead(nn.Module):
         return _outputs(self.linear(nn.relu(self.norm(x))), grid, self.patch_size)
 
 
-def as_map(tokens: mx.array, grid: tuple[int, int]) -> mx.array:
-    """Tokens in their grid: `(B, N, D) -> (B, h, w, D)`."""
-    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
-
-
 def _outputs(logits: mx.array, grid: tuple[int, int], patch_size: int) -> dict[str, mx.array]:
     rows, columns = grid
     return {"logits": bilinear(logits, (rows * patch_size, columns * patch_size))}
+
+
+def make_head(
+    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """The linear head, or for all other types the decoder."""
+    if kind == "linear":
+        return LinearSegmentHead(width, classes, patch_size)
+    return DecoderSegmentHead(width, classes, patch_size)
+
+
+def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
+    """Cross-entropy and Dice loss of each image, over its labelled pixels: `(B, H, W, K), (B, H, W) -> (B,)`.
+
+    Cross-entropy alone takes long to leave the answer that all is background; Dice counts small classes as much as
+    large ones (arXiv 1606.04797; the sum is nnU-Net's, arXiv 1809.10486). Its mean is over the classes in the image.
+    """
+    mask = targets["mask"].astype(mx.int32)
+    logits = outputs["logits"].astype(mx.float32)
+    batch, _, _, classes = logits.shape
+    # Classes before pixels: sums over pixels then run along memory, which takes two thirds of the time on a CPU.
+    logits = mx.contiguous(logits.reshape(batch, -1, classes).swapaxes(1, 2))  # (B, K, P)
+    mask = mask.reshape(batch, 1, -1)
+    known = (mask != IGNORED).astype(mx.float32)
+    wanted = (mask == mx.arange(classes)[:, None]).astype(mx.float32)  # all zero where IGNORED
+    largest = mx.stop_gradient(logits.max(axis=1, keepdims=True))  # cancels out
+    weights = mx.exp(logits - largest)
+    sums = weights.sum(axis=1, keepdims=True)
+    picked = (logits * wanted).sum(axis=1, keepdims=True)
+    cross = ((mx.log(sums) + largest) * known - picked).sum(axis=(1, 2)) / mx.maximum(known.sum(axis=(1, 2)), 1)
+    likely = weights / sums * known
+    shared, there = (likely * wanted).sum(axis=2), wanted.sum(axis=2)  # (B, K)
+    dice = 2 * shared / mx.maximum(likely.sum(axis=2) + there, 1)
+    present = (there > 0).astype(mx.float32)
+    return cross + ((1 - dice) * present).sum(axis=1) / mx.maximum(present.sum(axis=1), 1)

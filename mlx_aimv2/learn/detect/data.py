@@ -1,4 +1,4 @@
-"""Reads and writes boxes as COCO JSON: one file per part in `annotations`, or Roboflow's beside each part's images.
+"""Boxes as COCO JSON: one file per part in `annotations`, or Roboflow's beside each part's images.
 
 Classes are the categories in the order of their ids. Roboflow's root category, which no object has and others name as
 their own, is left out. The target of a sample is a `Truth`.
@@ -13,17 +13,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_aimv2.files import read_text
 from mlx_aimv2.find_images import Scan
-from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.average_precision import Found as Boxes
-from mlx_aimv2.learn.average_precision import Truth
-from mlx_aimv2.learn.label_files import MAX_BYTES
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Size, part_of, same_form
+from mlx_aimv2.learn import placement, samples
+from mlx_aimv2.learn.detect import boxes, fcos
+from mlx_aimv2.learn.detect.average_precision import Found as Boxes
+from mlx_aimv2.learn.detect.average_precision import Truth
+from mlx_aimv2.learn.metadata import MAX_BYTES
+from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
+from mlx_aimv2.train.batches import Arrays
+
+if TYPE_CHECKING:
+    from mlx_aimv2.processor import Aimv2Processor
 
 ROBOFLOW = "_annotations.coco.json"
 
@@ -32,6 +38,9 @@ FOLDER = "annotations"
 
 MIN_VISIBLE = 0.5
 """Share of a box that must lie in its image: less is no rounding and no object at the edge, but a wrong number."""
+
+VISIBLE = 0.3
+"""Share of an object that a training image must show; with less nobody says what its place should answer."""
 
 
 def recognise(data: Path) -> str | None:
@@ -256,3 +265,28 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> Truth:
 
 
 read = partial(samples.read, form=Format(_find, _labels, _target, noun="object", min_classes=1))
+
+
+def example(
+    sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
+) -> Arrays:
+    """`pixels` (H, W, 3) and what each of the P positions should say: `label` (P,), `distances` (P, 4)."""
+    pixels, place = placement.on_canvas(sample.path, processor, rng, flip=flip)
+    return {"pixels": pixels, **assigned(sample.target, place, processor.patch_size)}
+
+
+def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
+    """`label` and `distances` alone, of the image unchanged."""
+    place = placement.plain(sample.size, canvas_size(processor))
+    return assigned(sample.target, place, processor.patch_size)
+
+
+def assigned(truth: Truth, place: placement.Placement, patch_size: int) -> Arrays:
+    height, width = place.canvas
+    whole = place.boxes(truth.boxes)
+    cut = whole.clip(0, np.array([width, height] * 2, np.float64))
+    there = boxes.areas(cut) > 0
+    hidden = boxes.areas(cut) < VISIBLE * boxes.areas(whole)
+    where = fcos.points((height // patch_size, width // patch_size), patch_size)
+    label, distances = fcos.assign(where, cut[there], truth.labels[there], (truth.crowd | hidden)[there])
+    return {"label": label, "distances": distances}

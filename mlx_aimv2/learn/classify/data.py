@@ -1,32 +1,39 @@
-"""Reads the labels of images: a folder for each label, or `metadata.csv` or `metadata.jsonl` beside the images.
+"""Images with a label each, from folders named after labels, or from `metadata.csv` or `metadata.jsonl` beside them.
 
 The target of a sample is the number of its class.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mlx_aimv2.files import read_text
+import numpy as np
+
 from mlx_aimv2.find_images import Scan
+from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, one_image, part_of, same_form
+from mlx_aimv2.learn.metadata import metadata_file, metadata_rows
+from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, one_image, part_of, same_form
+from mlx_aimv2.train.augment import Augmentation
+from mlx_aimv2.train.batches import Arrays
 
-METADATA = ("metadata.csv", "metadata.jsonl")
-"""Names of the files by which Hugging Face's `imagefolder` knows its images."""
+if TYPE_CHECKING:
+    from mlx_aimv2.processor import Aimv2Processor
 
-MAX_BYTES = 1 << 32
-"""Of a list of labels or captions: COCO's own annotations have 450 MB."""
 
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""
+
+MIN_AREA = 0.5
+"""Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
+
+OPERATIONS = 2
+"""Of RandAugment, on each training image."""
 
 
 def recognise(data: Path) -> str | None:
@@ -39,52 +46,6 @@ def recognise(data: Path) -> str | None:
         if count := len({same_form(place.name) for place in scan.folders(folder) if scan.images(place)}):
             return f"a folder for each of {one_image(count, 'label')}"
     return None
-
-
-def metadata_file(folder: Path) -> Path | None:
-    """The metadata file right in a folder, if there is one. DataError if there are two."""
-    files = [folder / name for name in METADATA if (folder / name).is_file()]
-    if len(files) > 1:
-        raise DataError([f"{folder} has {files[0].name} and {files[1].name}: keep one of them"])
-    return files[0] if files else None
-
-
-def metadata_rows(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a metadata file, each with `file_name` and its line under "", and what is wrong with the others."""
-    try:
-        text = read_text(file, max_bytes=MAX_BYTES)
-    except UnicodeDecodeError as error:
-        return [], [f"{file} is not UTF-8 text: {error}"]
-    rows, faults = [], []
-    numbered = _csv_rows(file, text) if file.suffix == ".csv" else _json_rows(text)
-    for line, row in numbered:
-        if not isinstance(row, dict):
-            faults.append(f'{file}, line {line}: wanted {{"file_name": …}}, got no JSON object')
-        elif not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            faults.append(f"{file}, line {line}: no file_name")
-        else:
-            rows.append({**row, "": line})
-    if not rows and not faults:
-        faults.append(f"{file} has no rows")
-    return rows, faults
-
-
-def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, {key: value for key, value in row.items() if key is not None}
-    except csv.Error as error:
-        raise DataError([f"{file}, line {reader.line_num}: {error}"]) from None
-
-
-def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                yield number, None
 
 
 def _parts(data: Path, scan: Scan) -> dict[str, Path]:
@@ -160,3 +121,19 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
 
 
 read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2))
+
+
+def example(
+    sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
+) -> Arrays:
+    """`pixels` (H, W, 3) and the class of a sample, its image changed at random by `rng`."""
+    image: Any = sample.path
+    if rng is not None:
+        changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
+        image = changed(to_rgb(sample.path), canvas_size(processor), rng)
+    return {"pixels": processor.pixels(image), **targets(sample, processor)}
+
+
+def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
+    """The number of the class, ()."""
+    return {"label": np.array(sample.target, np.int32)}

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.learn.boxes import areas, giou_of_distances
+from mlx_aimv2.learn.detect.boxes import areas, giou_of_distances
 
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 """Patches from one position to the next, level by level: 7, 14, 28 and 56 pixels, as FCOS's levels P3 to P6."""

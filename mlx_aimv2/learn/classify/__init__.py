@@ -1,0 +1,25 @@
+"""Classification: a label for each image, from folders named after labels or from a list in a metadata file."""
+
+from mlx_aimv2.learn.classify import data, head, probe, results
+from mlx_aimv2.learn.task import Task, Type
+
+TASK = Task(
+    name="classify",
+    title="classification",
+    pipeline_tag="image-classification",
+    types={
+        "linear": Type("mean"),
+        "attentive": Type("tokens", (1e-3, 3e-3, 1e-2), epochs=30, batch_size=64, warm_up_epochs=2),
+        "knn": Type("mean"),
+        "lora": Type(None, (3e-4,), epochs=10, batch_size=16),
+        "dora": Type(None, (3e-4,), epochs=10, batch_size=16),
+        "full": Type(None, (1e-4,), epochs=10, batch_size=16, layer_decay=0.75, drop_path=0.1),
+    },
+    metric="top1",
+    whole_images=False,
+    takes_mask=True,
+    data=data,
+    head=head,
+    results=results,
+    solve=probe.solve,
+)
