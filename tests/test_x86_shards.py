@@ -16,6 +16,7 @@ from mlx_aimv2.commands import bench
 from mlx_aimv2.model import run_blocks
 from mlx_aimv2.x86 import IMAGES, TOKENS, Shards
 from tests.exact import ALLOWED, NEAR, error, pair, roundings
+from tests.programs import HANGS, running
 
 pytestmark = pytest.mark.rounding
 
@@ -63,14 +64,19 @@ def test_a_blas_of_several_threads_and_a_gpu_leave_one_shard(three_cores, monkey
     assert Shards.of((8, 256, 7)).streams == [None]
 
 
-def test_no_more_shards_than_mlx_runs_side_by_side(monkeypatch):
-    """In a thread of its own, which has not seen its cores before."""
-    for name, value in {"on_x86_cpu": True, "cpu_count": 64, "blas_threads": 1}.items():
-        monkeypatch.setattr(x86, name, lambda value=value: value)
-    with ThreadPoolExecutor(1) as pool:
-        own, default = pool.submit(lambda: (Shards.of((64, 256, 7)).streams, mx.default_stream(mx.cpu))).result()
-    assert len(own) == x86.MAX_STREAMS
-    assert default not in own, "a shard would wait for what the default stream adds up"
+def test_no_more_shards_than_mlx_runs_side_by_side():
+    """In a program of its own, which has not seen its cores before: a process gives few of its threads several."""
+    program = """
+import mlx.core as mx
+from mlx_aimv2 import x86
+x86.on_x86_cpu, x86.cpu_count, x86.blas_threads = lambda: True, lambda: 64, lambda: 1
+own = x86.Shards.of((64, 256, 7)).streams
+print(len(own), mx.default_stream(mx.cpu) in own)
+"""
+    with running(sys.executable, "-c", program) as process:
+        count, has_default = process.communicate(timeout=HANGS)[0].split()
+    assert int(count) == x86.MAX_STREAMS
+    assert has_default == "False", "a shard would wait for what the default stream adds up"
 
 
 def test_each_shard_is_a_core_of_its_own(three_cores):

@@ -138,6 +138,14 @@ def test_a_run_is_resumed_with_its_own_settings_alone(shop):
             fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords | other)
 
 
+def test_a_run_is_resumed_with_its_own_encoder_and_images_alone(shop, tmp_path):
+    output, keywords = begun(shop)
+    with pytest.raises(ValueError, match="begun with encoder "):
+        fit(shop.data["classify"], write_encoder(tmp_path / "other", seed=4), output, resume=True, **keywords)
+    with pytest.raises(ValueError, match="begun with train-images "):
+        fit(write_labels(tmp_path / "labels", seed=12), shop.encoder, output, resume=True, **keywords)
+
+
 def test_a_state_that_is_damaged_is_one_line(shop):
     output, keywords = begun(shop)
     training = output.with_name(f"{output.name}.training")

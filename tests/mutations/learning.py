@@ -6,8 +6,16 @@ DATA = (
     "tests/learn/test_samples.py::test_a_folder_per_label_is_split_into_three_parts_of_every_class",
     "tests/learn/test_samples.py::test_equal_content_never_lies_in_two_parts",
 )
+SAMPLES = ("tests/learn/test_samples.py",)
+PARTS = tuple(
+    f"{SAMPLES[0]}::test_{name}" for name in ("what_a_head_is_scored_on", "with_given_classes_nothing_is_split")
+)
+PREDICTIONS = (
+    "tests/learn/test_dense_fit.py::test_predictions_keep_the_paths_of_their_images_and_replace_nothing",
+    "tests/test_files.py",
+)
 HEADS = ("tests/learn/test_heads.py",)
-FACTS = "tests/learn/test_facts_of_training.py"
+FACTS, PRE_FACTS = "tests/learn/test_facts_of_training.py", "tests/pretrain/test_facts_of_pretraining.py"
 PRECISION = (
     "tests/learn/test_average_precision.py::test_it_is_pycocotools_on_some_random_sets",
     "tests/learn/test_average_precision.py::test_half_of_the_objects_found_is_half_of_the_recalls",
@@ -46,13 +54,13 @@ LEARNING = (
     ),
     Mutation(
         "fine-tuning keeps the step that is best on the training images",
-        'val = run.dataset.splits["val"] or run.dataset.splits["test"]\n        predictions',
-        'val = run.dataset.splits["train"]\n        predictions',
+        'return self.dataset.splits["val"] or self.dataset.splits["test"]',
+        'return self.dataset.splits["train"]',
         (f"{FACTS}::test_the_best_step_is_chosen_on_val",),
     ),
     Mutation(
         "training keeps its last state, not its best",
-        "    _put(model, best)\n",
+        '    if plan.keep != "last":\n        model.update(tree_unflatten(list(kept.items())))\n',
         "",
         (f"{FACTS}::test_the_state_with_the_best_score_is_the_one_that_is_written",),
     ),
@@ -142,26 +150,26 @@ LEARNING = (
     ),
     Mutation(
         "layer decay is reversed",
-        "decay ** (depth + 1 - _layer(path, depth))",
-        "decay ** _layer(path, depth)",
+        "Group(rate=decay ** (depth + 1 - i))",
+        "Group(rate=decay**i)",
         (f"{FACTS}::test_layers_learn_the_slower_the_nearer_to_the_pixels",),
     ),
     Mutation(
         "the learning rate rises where it should fall",
-        "0.5 * (1 + math.cos(",
-        "0.5 * (1 - math.cos(",
+        "0.5 * (1 + mx.cos(",
+        "0.5 * (1 - mx.cos(",
         (f"{FACTS}::test_the_rate_falls_towards_the_end",),
     ),
     Mutation(
         "norms and biases are decayed",
-        "if parameter.ndim >= 2:",
-        "if parameter.ndim >= 1:",
+        "group if array.ndim >= 2 else",
+        "group if array.ndim >= 1 else",
         (f"{FACTS}::test_matrices_alone_are_decayed",),
     ),
     Mutation(
-        "the second moment is unbiased without a root",
-        "math.sqrt(unbias2)",
-        "unbias2",
+        "moments stay biased towards the zero they begin with",
+        "bias_correction=True",
+        "bias_correction=False",
         (f"{FACTS}::test_the_first_step_goes_as_far_as_the_rate_says",),
     ),
     Mutation(
@@ -207,15 +215,9 @@ LEARNING = (
         OBJECTIVE,
     ),
     Mutation(
-        "gradients of parts are added and not averaged",
-        "total if count == 1 else tree_map(lambda x: x / count, total)",
-        "total",
-        OBJECTIVE,
-    ),
-    Mutation(
         "a resumed run sees its last example again",
-        "self.position = number + 1",
-        "self.position = number",
+        "self.position = n + 1",
+        "self.position = n",
         ("tests/pretrain/test_captioned.py", "tests/pretrain/test_pretrain.py"),
     ),
     Mutation(
@@ -232,14 +234,57 @@ LEARNING = (
     ),
     Mutation(
         "LiT tuning trains the trunk",
-        "    model.vision_model.freeze()\n",
+        "    freeze(model, FROZEN_TRUNK)\n",
         "",
-        TUNING,
+        (f"{PRE_FACTS}::test_the_trunk_is_frozen_and_the_rest_is_not",),
     ),
     Mutation(
         "LiT tuning gives the last weights, not their average",
-        "average[name] = keep * average[name] + (1 - keep) * array",
-        "average[name] = array",
+        "name: share * average[name] + (1 - share) * x for",
+        "name: x for",
         TUNING,
+    ),
+    Mutation(
+        "val is scored where there is test",
+        '("test", "val", "", "train")',
+        '("val", "test", "", "train")',
+        PARTS,
+    ),
+    Mutation(
+        "evaluate scores a part of a folder without parts",
+        "    if classes is not None:\n        splits:",
+        "    if classes is not None and scored:\n        splits:",
+        PARTS,
+    ),
+    Mutation(
+        "an image whose header was read counts as decoded",
+        "AND decoded >= ?",
+        "AND 1 >= ?",
+        ("tests/learn/test_samples.py::test_a_header_that_was_read_does_not_count_as_a_decoded_image",),
+    ),
+    Mutation("an image in two parts is no note", "if other != part:", "if other is None:", SAMPLES),
+    Mutation(
+        "hidden files are images and labels",
+        'if name.startswith("."):',
+        'if name == ".":',
+        ("tests/learn/test_samples.py::test_junk_of_other_programs_is_neither_an_image_nor_a_label",),
+    ),
+    Mutation(
+        "the pictures of a head's card are data",
+        '    ("head.json",),\n',
+        "",
+        ("tests/test_find_images.py", *SAMPLES),
+    ),
+    Mutation(
+        "predictions lie flat in their folder",
+        "Path(os.path.relpath(file, common))",
+        "Path(Path(file).name)",
+        PREDICTIONS,
+    ),
+    Mutation(
+        "predictions of a.jpg and a.png are one file",
+        "casefold()] > 1 for file",
+        "casefold()] > 9 for file",
+        PREDICTIONS,
     ),
 )

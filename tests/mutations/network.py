@@ -235,7 +235,7 @@ NETWORK = (
         "6: turn.ROTATE_90",
         (f"{SOURCES[0]}::test_a_photograph_is_turned_upright_as_its_exif_tag_says",),
     ),
-    Mutation("what is transparent becomes black", "(255, 255, 255)", "(0, 0, 0)", SOURCES),
+    Mutation("what is transparent becomes black", "image.size, (255, 255, 255))", "image.size, (0, 0, 0))", SOURCES),
     Mutation(
         "a long text loses its end of text",
         "[self.bos, *encoding.ids[: self.context - 2], self.eos]",

@@ -25,6 +25,9 @@ EPOCHS = fit("every_epoch_takes_each_image_once_in_another_order")
 MIXUP = fit("images_that_are_mixed_take_their_share_of_the_targets_with_them")
 RESUMED = fit("a_run_that_was_stopped_and_resumed_equals_one_that_was_not")
 CHANGES = fit("an_option_changes_what_is_learned")
+OWN = fit("a_run_is_resumed_with_its_own_encoder_and_images_alone")
+CUT_OFF = fit("features_that_were_cut_off_are_computed_and_the_others_are_not")
+WIRED = ("tests/test_x86_training.py::test_on_a_mac_memory_is_wired_while_a_training_runs",)
 RATE, LENGTH = fit("the_rate_falls_towards_the_end"), fit("gradients_are_cut_to_one_length")
 BEST = fit("of_several_rates_the_best_is_kept_as_if_it_had_been_the_only_one")
 COMMAND = fit("the_commands_flags_are_the_options")
@@ -51,8 +54,8 @@ TRAINING = (
     ),
     Mutation(
         "the cache of features ignores the preprocessing",
-        '"preprocessing": asdict(processor.preprocessing),\n    }\n    return hashlib',
-        "}\n    return hashlib",
+        '"preprocessing": asdict(processor.preprocessing),\n        **more',
+        "**more",
         FEATURES,
     ),
     Mutation(
@@ -82,8 +85,8 @@ TRAINING = (
     ),
     Mutation(
         "every epoch of lit is in the same order",
-        "np.random.default_rng((seed, 4, epoch))",
-        "np.random.default_rng((seed, 4, 0))",
+        "np.random.default_rng([self.seed, epoch]).permutation",
+        "np.random.default_rng([self.seed, 0]).permutation",
         pretrain("every_epoch_of_lit_takes_other_images_together"),
     ),
     Mutation(
@@ -100,27 +103,27 @@ TRAINING = (
     ),
     Mutation(
         "the share of patches that is to be hidden is what is seen",
-        "mask[chance.permutation(patches)[:hidden]] = True",
-        "mask[chance.permutation(patches)[hidden:]] = True",
+        "mask[rng.permutation(patches)[:hidden]] = True",
+        "mask[rng.permutation(patches)[hidden:]] = True",
         fit("the_mask_hides_its_share_of_the_patches"),
     ),
     Mutation(
         "full trains the first blocks, not the last",
-        "for block in encoder.blocks[len(encoder.blocks) - layers :]:",
-        "for block in encoder.blocks[:layers]:",
+        r'*(rf"encoder\.blocks\.{i}\..*" for i in range(first))',
+        r'*(rf"encoder\.blocks\.{i}\..*" for i in range(layers, depth))',
         fit("the_last_blocks_are_those_that_are_trained"),
     ),
-    Mutation("fit cuts no gradient", "clipped(gradients, settings.clip, groups)", "gradients", LENGTH),
+    Mutation("fit cuts no gradient", "clipped(gradients, self.plan.clip, self.groups)", "gradients", LENGTH),
     Mutation(
         "pretrain cuts no gradient",
-        "optimizer.update(model, optimise.clipped(gradient))\n    weights",
-        "optimizer.update(model, gradient)\n    weights",
+        "clipped(gradients, self.plan.clip, self.groups)",
+        "gradients",
         PRE_LENGTH,
     ),
     Mutation(
         "a model is trained as it is used, without dropout",
-        "        model.train()\n        loss, gradients",
-        "        loss, gradients",
+        "        self.model.train()\n",
+        "",
         CHANGES,
     ),
     Mutation(
@@ -131,8 +134,8 @@ TRAINING = (
     ),
     Mutation(
         "epochs count batches where several make a step",
-        "per_epoch = max(1, batches.per_epoch // accumulate)",
-        "per_epoch = max(1, batches.per_epoch)",
+        "per_epoch = max(1, order.per_epoch // options.grad_accumulation_steps)",
+        "per_epoch = max(1, order.per_epoch)",
         fit("epochs_count_whole_batches_where_they_are_accumulated"),
     ),
     Mutation("all candidates learn at one rate", "Group(rate / base_rate,", "Group(1.0,", BEST),
@@ -144,25 +147,29 @@ TRAINING = (
         fit("a_head_computes_in_the_dtype_that_it_was_trained_in"),
     ),
     Mutation(
-        "held-out images are changed like those for training",
-        "pool.submit(task.pixels, sample.path, processor) for sample",
-        "pool.submit(lambda s: (task.example(s, processor, chance=np.random.default_rng())['pixels'], 0), sample)"
-        " for sample",
+        "held-out images are mirrored as some for training are",
+        "learner(processor.normalised(levels))",
+        "learner(processor.normalised(levels[:, :, ::-1]))",
         fit("what_is_held_out_is_seen_as_it_is", "scores_are_those_of_the_images_as_they_are"),
     ),
     Mutation(
         "held-out images of pretrain are cropped like those for training",
-        "Preparation(settings.vision, seed=settings.seed),",
-        "Preparation(settings.vision, seed=settings.seed, augmentation=settings.augmentation),",
+        "Preparation(settings.vision, seed=settings.seed)",
+        "Preparation(settings.vision, seed=settings.seed, augmentation=settings.augmentation)",
         pretrain("held_out_images_are_neither_cropped_nor_changed"),
     ),
     Mutation(
-        "features of lit beyond what is computed at a time overwrite the first",
-        "done = len(texts) * views - len(pending)",
-        "done = 0",
-        pretrain("views_of_the_whole_image_change_nothing_however_many_there_are"),
+        "the crops that lit keeps of an image have one key",
+        'digest + view.to_bytes(4, "little")',
+        "digest",
+        ("tests/pretrain/test_lit_tuning.py::test_each_of_many_views_is_kept_and_computed_once",),
     ),
-    Mutation("a resumed native run draws other grids", "grids(settings, first + 1)", "grids(settings, 1)", PRE_RESUMED),
+    Mutation(
+        "all steps of a native run have one grid",
+        "grid_of_step(settings, number // settings.grad_accumulation_steps + 1)",
+        "grid_of_step(settings, 1)",
+        ("tests/pretrain/test_pretrain.py::test_a_native_encoder_sees_batches_of_many_sizes",),
+    ),
     Mutation(
         "--views is ignored",
         "for one in flagged(kind)}",
@@ -186,14 +193,14 @@ TRAINING = (
     Mutation("ranges of settings are not checked", 'elif not about["holds"](value):', "elif False:", SETTINGS),
     Mutation(
         "the rate of fit does not fall",
-        "rate = settings.learning_rate * cosine(done.step, steps=settings.steps, warm_up=settings.warm_up)",
-        "rate = settings.learning_rate",
+        "mx.where(step < warm_up, risen, fallen)",
+        "mx.where(step < warm_up, risen, 1.0)",
         RATE,
     ),
     Mutation(
         "the rate of pretrain and lit does not fall",
-        "fall = optim.cosine_decay(rate, max(1, steps - warm_up))",
-        "fall = optim.linear_schedule(rate, rate, 1)",
+        "mx.where(step < warm_up, risen, fallen)",
+        "mx.where(step < warm_up, risen, 1.0)",
         PRE_RATE,
     ),
     Mutation("--lora-rank is ignored", "options.lora_rank or lora.RANK", "lora.RANK", CHANGES),
@@ -204,7 +211,7 @@ TRAINING = (
         CHANGES,
     ),
     Mutation("--lora-dropout is ignored", "options.lora_dropout or lora.DROPOUT", "lora.DROPOUT", CHANGES),
-    Mutation("--no-augment is ignored", "chance=chance if options.augment else None", "chance=chance", CHANGES),
+    Mutation("--no-augment is ignored", "chance=rng if options.augment else None", "chance=rng", CHANGES),
     Mutation("--flip is ignored", "flip=options.flip)", "flip=False)", CHANGES),
     Mutation(
         "--no-augment means the contrary",
@@ -214,42 +221,48 @@ TRAINING = (
     ),
     Mutation(
         "--patience is ignored",
-        "return settings.patience > 0 and done.stale >= settings.patience",
+        "return plan.patience > 0 and done.stale >= plan.patience",
         "return False",
         fit("patience_ends_a_run_that_gets_no_better"),
     ),
     Mutation(
         "evaluate --card draws nothing",
-        "loaded.task.card(samples, predictions, loaded.classes, Path(card))",
+        "task.card(samples, predictions, classes, folder)",
         "pass",
         fit("evaluate_draws_the_cards_images_where_it_is_told"),
     ),
     Mutation(
         "--first-caption is ignored by pretrain",
-        "chance.random() < self.first_caption",
-        "chance.random() < 0",
+        "rng.random() < self.first_caption",
+        "rng.random() < 0",
         FIRST_CAPTION,
     ),
     Mutation(
-        "--first-caption is ignored by lit", "chance.random() < first_caption", "chance.random() < 0", FIRST_CAPTION
+        "--first-caption is ignored by lit", "rng.random() < settings.first_caption", "rng.random() < 0", FIRST_CAPTION
     ),
     Mutation(
-        "a resumed run of fit counts its steps from zero",
-        'found.second, found.progress["step"]',
-        "found.second, 0",
+        "the rate of a resumed run begins anew",
+        'parts["optimizer"], step=done.step)',
+        'parts["optimizer"])',
         RESUMED,
     ),
     Mutation(
         "a resumed run of fit forgets the best state",
-        "best, done = found.best, Progressed",
-        "done = Progressed",
+        'parts["kept" if plan.keep != "last" else "model"]',
+        'parts["model"]',
         fit("the_best_state_outlives_an_interruption"),
     ),
     Mutation(
         "gradients of accumulated batches are added",
-        "tree_map(lambda gradient: gradient / settings.accumulate, total)",
+        "tree_map(lambda gradient: gradient / plan.accumulate, total)",
         "total",
         fit("what_is_accumulated_is_the_mean_over_its_parts"),
+    ),
+    Mutation(
+        "gradients of pretrain's accumulated batches are added",
+        "tree_map(lambda gradient: gradient / plan.accumulate, total)",
+        "total",
+        pretrain("batches_of_a_step_give_what_one_large_batch_gives"),
     ),
     Mutation(
         "--grad-checkpoint is ignored",
@@ -259,8 +272,8 @@ TRAINING = (
     ),
     Mutation(
         "a resumed run of pretrain begins its moments anew",
-        "    optimizer.state = state\n    mx.eval",
-        "    mx.eval",
+        'lay_out(model, parts["optimizer"], step=done.step)',
+        "lay_out(model, step=done.step)",
         PRE_RESUMED,
     ),
     Mutation(
@@ -274,5 +287,54 @@ TRAINING = (
         "copy.size, copy.mtime_ns, sha256)",
         "copy.size, copy.mtime_ns, bytes(32))",
         INDEX,
+    ),
+    Mutation(
+        "what was cut off in a cache of features counts as whole",
+        "count = min(self.rows_file.stat()",
+        "count = max(self.rows_file.stat()",
+        ("tests/learn/test_fit.py::test_rows_that_do_not_fit_have_no_keys", *CUT_OFF),
+    ),
+    Mutation(
+        "what is added to a cache of features takes the keys of what was there",
+        "start=len(self.index))}",
+        "start=0)}",
+        CUT_OFF,
+    ),
+    Mutation(
+        "memory stays free to be swapped on a Mac",
+        'mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))',
+        "0",
+        WIRED,
+    ),
+    Mutation("memory stays wired after a training", "mx.set_wired_limit(wired)", "pass", WIRED),
+    Mutation(
+        "a run of fit goes on with another encoder",
+        '"encoder": encoder["weights"]["digest"][:16], ',
+        "",
+        OWN,
+    ),
+    Mutation(
+        "a run of fit goes on with other images",
+        ', "train_images": content[:16]}',
+        "}",
+        OWN,
+    ),
+    Mutation(
+        "a run of lit goes on with another encoder",
+        '"encoder": fingerprint(encoder)["digest"][:16], ',
+        "",
+        pretrain("lit_goes_on_with_its_own_encoder_alone"),
+    ),
+    Mutation(
+        "lit saves no state",
+        "settings.plan(), state=state,",
+        "settings.plan(), state=None,",
+        PRE_RESUMED,
+    ),
+    Mutation(
+        "lit leaves its state beside the finished pair",
+        "        state.path.unlink(missing_ok=True)\n",
+        "",
+        ("tests/pretrain/test_lit_tuning.py::test_the_pair_is_all_that_is_left",),
     ),
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_aimv2 import load
 from mlx_aimv2.cli import main
 from tests.small_training import (
     TINY,
@@ -13,6 +14,7 @@ from tests.small_training import (
     result,
     stopped_by,
     weights,
+    write_encoder,
 )
 
 VERBS = ("pretrain", "pretrain --native", "lit")
@@ -66,6 +68,13 @@ def test_how_often_a_run_reports_and_saves_may_change_when_it_goes_on(shop, verb
     output, words = stopped(shop, verb)
     assert main([*words, "-o", str(output), "--resume", "--steps-per-report", "2", "--save-every", "3"]) == 0
     assert result(output) == shop.bits(verb, "--iters", 5)
+
+
+def test_lit_goes_on_with_its_own_encoder_alone(shop, tmp_path, capsys):
+    output, words = stopped(shop, "lit")
+    other = write_encoder(tmp_path / "other", load(shop.encoder)[0].config, seed=4)
+    assert main([*words, "--encoder", str(other), "-o", str(output), "--resume"]) == 2
+    assert "was begun with encoder " in capsys.readouterr().err
 
 
 def test_an_epoch_that_was_begun_is_gone_on_with(shop):
