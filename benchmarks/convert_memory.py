@@ -25,7 +25,7 @@ from mlx_aimv2 import Aimv2Processor
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import WIDTHS, released
 from mlx_aimv2.conversion import folder as folders
-from mlx_aimv2.conversion import safetensors_file
+from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.preprocessing import published
 
@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     folders.save_config(folder, folders.config_for(config, "apple"))
     Aimv2Processor(published(224)).save_to(folder)
     tensors = {name: mx.random.normal(shape, scale=0.02) for name, shape in shapes.items()}
-    safetensors_file.write(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
     return folder
 
 

@@ -28,7 +28,7 @@ from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.checkpoint.layouts import Match
 from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
-from mlx_aimv2.empty_layers import empty
+from mlx_aimv2.layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.threads import mark_lazy

@@ -15,7 +15,6 @@ import numpy as np
 
 from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.empty_layers import Embedding, Linear
 from mlx_aimv2.threads import any_thread
 
 
@@ -179,7 +178,7 @@ class Aimv2TextModel(nn.Module):
     def __init__(self, config: Aimv2TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embed = Embedding(config.vocab_size, config.hidden_size)
+        self.token_embed = layers.Embedding(config.vocab_size, config.hidden_size)
         self.pos_embed = mx.zeros((config.max_position_embeddings, config.hidden_size))
         self.blocks = _blocks(config)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -237,8 +236,8 @@ class Aimv2Model(nn.Module):
         self.config = config
         self.vision_model = Aimv2VisionModel(config.vision_config)
         self.text_model = Aimv2TextModel(config.text_config)
-        self.visual_projection = Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = layers.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = layers.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = mx.array(math.log(1 / 0.07))
 
     @property

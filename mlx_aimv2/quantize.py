@@ -18,7 +18,6 @@ from mlx.utils import tree_unflatten
 
 from mlx_aimv2 import x86
 from mlx_aimv2.checkpoint.detect import listed
-from mlx_aimv2.empty_layers import quantized
 
 Quantization = Mapping[str, Any]
 """The `quantization` section of config.json: group_size, bits, mode, and per layer path an own object or false."""
@@ -150,9 +149,26 @@ def apply_structure(model: nn.Module, quantization: Quantization, stored: Contai
     replaced: dict[str, nn.Module] = {}
     for path, layer in layers(model).items():
         if (path in quantization or f"{path}.scales" in stored) and (settings := settings_at(path, quantization)):
-            replaced[path] = quantized(layer, settings)
+            replaced[path] = _quantized(layer, settings)
     modules: Any = tree_unflatten(list(replaced.items()))
     model.update_modules(modules)
+
+
+def _quantized(layer: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """The layer with its weight packed, as `layer.to_quantized` makes it, without random numbers."""
+    kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
+    packed: Any = kind.__new__(kind)
+    nn.Module.__init__(packed)
+    packed.group_size, packed.bits, packed.mode = settings["group_size"], settings["bits"], settings["mode"]
+    if isinstance(layer, nn.Embedding):
+        packed.num_embeddings, packed.dims = layer.weight.shape
+    packed.weight, packed.scales, *biases = mx.quantize(layer.weight, **settings)
+    packed.biases = biases[0] if biases else None
+    if "bias" in layer:
+        packed.bias = layer.bias
+    packed.freeze()
+    result: nn.Module = packed
+    return result
 
 
 def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:

@@ -6,6 +6,7 @@ this package's own layout, the source any other.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,29 +24,17 @@ MLX = "mlx-aimv2"
 
 @dataclass(frozen=True)
 class AxisOrder:
-    """How the axes of one tensor differ between source and target, as functions of arrays and of shapes."""
+    """How the axes of one tensor differ between source and target; one of other axes is left for the comparison."""
 
-    array_to_target: Callable[[mx.array], mx.array] = lambda x: x
-    array_to_source: Callable[[mx.array], mx.array] = lambda x: x
-    shape_to_target: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
-    shape_to_source: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda s: s
+    to_target: Callable[[mx.array], mx.array] = lambda x: x
+    to_source: Callable[[mx.array], mx.array] = lambda x: x
 
 
 AS_IS = AxisOrder()
 # PyTorch's convolution is (out, channels, height, width), MLX's has the channels last.
-OIHW = AxisOrder(
-    lambda x: x.transpose(0, 2, 3, 1),
-    lambda x: x.transpose(0, 3, 1, 2),
-    lambda s: (s[0], s[2], s[3], s[1]) if len(s) == 4 else s,
-    lambda s: (s[0], s[3], s[1], s[2]),
-)
+OIHW = AxisOrder(lambda x: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x, lambda x: x.transpose(0, 3, 1, 2))
 # A position table with an axis for the batch.
-BATCHED = AxisOrder(
-    lambda x: x[0],
-    lambda x: x[None],
-    lambda s: s[1:] if len(s) == 3 else s,
-    lambda s: (1, *s),
-)
+BATCHED = AxisOrder(lambda x: x[0] if x.ndim == 3 else x, lambda x: x[None])
 
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
 """Where a tensor's name has the number of its block, in every layout."""
@@ -107,6 +96,16 @@ class Row:
     target: str
     sources: tuple[str, ...]
     axes: AxisOrder = AS_IS
+
+    def to_target(self, parts: list[mx.array]) -> mx.array:
+        """The target's tensor from those of the source, lazily."""
+        return self.axes.to_target(mx.concatenate(parts) if len(parts) > 1 else parts[0])
+
+    def to_source(self, array: mx.array) -> Iterator[tuple[str, mx.array]]:
+        """The source's tensors from that of the target, lazily: `-> (name, array), …`."""
+        whole = self.axes.to_source(array)
+        parts = mx.split(whole, len(self.sources)) if len(self.sources) > 1 else [whole]
+        yield from zip(self.sources, parts, strict=True)
 
 
 @dataclass(frozen=True)
@@ -212,22 +211,17 @@ class Match:
             if pattern not in target_of:
                 continue
             row = self.row(target_of[pattern].replace("{i}", number))
-            parts = [found[name] for name in row.sources if name in found]
-            if len(parts) == len(row.sources) and all(len(part) == len(parts[0]) for part in parts):
-                joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 and parts[0] else parts[0]
-                shapes[row.target] = row.axes.shape_to_target(joined)
+            if all(name in found for name in row.sources):
+                with contextlib.suppress(ValueError):  # parts that do not join: the strict comparison names them
+                    shapes[row.target] = row.to_target([mx.zeros(found[name]) for name in row.sources]).shape
         return shapes
 
     def source_shapes(self, target: Shapes) -> dict[str, tuple[int, ...]]:
         """What a source in this layout must hold, exactly: `{target name: shape} -> {source name: shape}`."""
         if self.is_target:  # also for the scales and biases of quantized layers, which no row lists
             return {self.prefix + name: shape for name, shape in target.items()}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in target.items():
-            row = self.row(name)
-            whole, count = row.axes.shape_to_source(shape), len(row.sources)
-            shapes |= dict.fromkeys(row.sources, (whole[0] // count, *whole[1:]) if count > 1 else whole)
-        return shapes
+        zeros = self.to_source((name, mx.zeros(shape)) for name, shape in target.items())  # never computed
+        return {name: array.shape for name, array in zeros}
 
     def to_target(self, tensors: dict[str, mx.array], wanted: Iterable[str]) -> dict[str, mx.array]:
         """Translates lazily: `{source name: array} -> {target name: array}` for the names wanted.
@@ -236,20 +230,13 @@ class Match:
         """
         if self.is_target:
             return {name: tensors.pop(self.prefix + name) for name in wanted}
-        arrays: dict[str, mx.array] = {}
-        for name in wanted:
-            row = self.row(name)
-            parts = [tensors.pop(part) for part in row.sources]
-            arrays[name] = row.axes.array_to_target(mx.concatenate(parts) if len(parts) > 1 else parts[0])
-        return arrays
+        rows = map(self.row, wanted)
+        return {row.target: row.to_target([tensors.pop(part) for part in row.sources]) for row in rows}
 
     def to_source(self, arrays: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
         """Translates back, one tensor at a time: `(target name, array), … -> (source name, array), …`."""
         for name, array in arrays:
-            row = self.row(name)
-            whole = row.axes.array_to_source(array)
-            parts = mx.split(whole, len(row.sources)) if len(row.sources) > 1 else [whole]
-            yield from zip(row.sources, parts, strict=True)
+            yield from self.row(name).to_source(array)
 
 
 def layout_for(name: str, *, pair: bool) -> Match:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,18 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     Nothing of the weights is in memory yet. Raises FileNotFoundError for what is not there, ValueError for what is not
     a checkpoint, ConnectionError for a Hub that cannot be asked; each message names the file or repository.
     """
-    path, repo, commit = find(path_or_hf_repo, revision=revision)
+    from mlx_aimv2.checkpoint import hub
+
+    path, repo, commit = _find(path_or_hf_repo, revision=revision)
+    folder, index = (path.parent, None) if path.is_file() else (path, _Index.of(path))
+
+    def fetch(names: Iterable[str]) -> None:
+        """From the Hub at the one commit, so that a branch that moves meanwhile is not taken half."""
+        if repo is not None:
+            hub.download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
+
     try:
-        folder, files = _weight_files(path)
+        files = [path] if path.is_file() else _weight_files(folder, index, fetch)
     except FileNotFoundError as error:
         if repo is None:
             raise
@@ -106,8 +115,8 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     for file in files:
         _check_safetensors(file)
     tensors = read_tensors(files)
-    if not path.is_file():
-        _check_index(folder, files, tensors)
+    if index is not None and (absent := index.tensors_of(files) - set(tensors)):
+        raise ValueError(f"{index.file}: lists tensors that no shard holds: {listed(absent)}")
     return Checkpoint(path, folder, files, config, tensors, repo, commit)
 
 
@@ -122,13 +131,14 @@ def read_tensors(files: Iterable[Path]) -> dict[str, mx.array]:
     return tensors
 
 
-def find(
-    path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
-) -> tuple[Path, str | None, str | None]:
+def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> tuple[Path, str | None, str | None]:
     """Where a checkpoint lies: `path or Hub name -> (path on disk, repository or None, commit or None)`.
 
-    A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit.
+    A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit. From the Hub
+    comes all but the weights.
     """
+    from mlx_aimv2.checkpoint import hub
+
     path = expand_user(path_or_hf_repo)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
         raise ValueError(f"{path}: not a weight file; wanted {', '.join(WEIGHT_SUFFIXES)}, or a checkpoint's folder")
@@ -142,7 +152,7 @@ def find(
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name{hint}")
     pinned = RELEASED.get(name.removeprefix("apple/")) if name.startswith("apple/") else None
-    folder = _download(name, revision or (pinned.commit if pinned else None))
+    folder = hub.download(name, revision=revision or (pinned.commit if pinned else None), patterns=HUB_FILES)
     return folder, name, folder.name
 
 
@@ -162,74 +172,64 @@ def _in_cache(path: Path) -> Path:
     return repository / "snapshots" / commit
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    """Fetches a checkpoint, never the same weights twice, and of a larger model only the encoder."""
-    from mlx_aimv2.checkpoint import hub
-
-    folder = hub.download(repo, revision=revision, patterns=HUB_FILES)
-    commit = folder.name  # from here on, so that a branch that moves meanwhile is not taken half
-    if (index := _index(folder)) is not None:
-        return hub.download(repo, revision=commit, patterns=(CONFIG_FILE, *_shards_of_encoder(index)))
-    for name in WEIGHT_FILES:
-        hub.download(repo, revision=commit, patterns=(CONFIG_FILE, name))
-        if (folder / name).is_file():
-            break
-    return folder
-
-
-def _weight_files(path: Path) -> tuple[Path, list[Path]]:
-    """The folder and the files that hold the weights."""
-    if path.is_file():
-        return path.parent, [path]
-    if (index := _index(path)) is not None:
-        needed = _shards_of_encoder(index)
+def _weight_files(folder: Path, index: _Index | None, fetch: Callable[[Iterable[str]], None]) -> list[Path]:
+    """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here."""
+    if index is not None:
+        needed = index.shards_of_encoder()
+        fetch(needed)
         for name in needed:
-            check_link(path / name)
-        if missing := [name for name in needed if not (path / name).is_file()]:
-            raise FileNotFoundError(f"{path}: {index.name} names shards that are not there: {', '.join(missing)}")
-        return path, [path / name for name in needed]
-    for name in WEIGHT_FILES:
-        check_link(path / name)
-        if (path / name).is_file():
-            return path, [path / name]
-    if any(path.glob("model-*-of-*.safetensors")):
-        raise FileNotFoundError(f"{path}: has shards but no {INDEX_FILE} that lists them")
-    raise FileNotFoundError(f"{path}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
-
-
-def _index(folder: Path) -> Path | None:
-    for name in INDEX_FILES:
+            check_link(folder / name)
+        if missing := [name for name in needed if not (folder / name).is_file()]:
+            raise FileNotFoundError(
+                f"{folder}: {index.file.name} names shards that are not there: {', '.join(missing)}"
+            )
+        return [folder / name for name in needed]
+    for name in WEIGHT_FILES:  # in turn, so that the same weights are never fetched twice
+        fetch([name])
         check_link(folder / name)
-    return next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+        if (folder / name).is_file():
+            return [folder / name]
+    if any(folder.glob("model-*-of-*.safetensors")):
+        raise FileNotFoundError(f"{folder}: has shards but no {INDEX_FILE} that lists them")
+    raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
 
 
-def _shards_of_encoder(index: Path) -> list[str]:
-    """The shards that hold the encoder, which may be a small part of a large model; all if no encoder is recognised."""
-    weight_map = _weight_map(index)
-    try:
-        prefix = recognise(dict.fromkeys(weight_map, ())).prefix
-    except ValueError:  # said better once the shapes are known
-        prefix = ""
-    return sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
+@dataclass(frozen=True)
+class _Index:
+    """A list of shards: which file holds each tensor, and the file that says so."""
 
+    file: Path
+    weight_map: Mapping[str, str]
 
-def _weight_map(index: Path) -> Mapping[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index}: no weight_map of tensor names to file names")
-    if outside := [name for name in weight_map.values() if Path(name).name != name]:
-        raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r:.200}")
-    if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # it is asked of the Hub
-        raise ValueError(f"{index}: names {other[0]!r:.200}, which is no file of weights")
-    return weight_map
+    @classmethod
+    def of(cls, folder: Path) -> _Index | None:
+        """The folder's own, checked; None where it has none."""
+        for name in INDEX_FILES:
+            check_link(folder / name)
+        index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+        if index is None:
+            return None
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: no weight_map of tensor names to file names")
+        if outside := [name for name in weight_map.values() if Path(name).name != name]:
+            raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r:.200}")
+        if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # it is asked of the Hub
+            raise ValueError(f"{index}: names {other[0]!r:.200}, which is no file of weights")
+        return cls(index, weight_map)
 
+    def shards_of_encoder(self) -> list[str]:
+        """Those of the encoder, which may be a small part of a large model; all if no encoder is recognised."""
+        try:
+            prefix = recognise(dict.fromkeys(self.weight_map, ())).prefix
+        except ValueError:  # said better once the shapes are known
+            prefix = ""
+        return sorted({file for name, file in self.weight_map.items() if name.startswith(prefix)})
 
-def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, mx.array]) -> None:
-    if (index := _index(folder)) is None:
-        return
-    read = {file.name for file in files}
-    if absent := {name for name, file in _weight_map(index).items() if file in read} - set(tensors):
-        raise ValueError(f"{index}: lists tensors that no shard holds: {listed(absent)}")
+    def tensors_of(self, files: Iterable[Path]) -> set[str]:
+        """The tensors that these files should hold."""
+        read = {file.name for file in files}
+        return {name for name, file in self.weight_map.items() if file in read}
 
 
 def _check_safetensors(file: Path) -> None:

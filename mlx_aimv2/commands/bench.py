@@ -23,12 +23,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import bundled, device, x86
-from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.cli import log
 from mlx_aimv2.commands.flags import MODEL, add_revision
-from mlx_aimv2.config import Aimv2VisionConfig, released
+from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
 from mlx_aimv2.layers import Block, split_heads
-from mlx_aimv2.loading import load, parse_dtype
+from mlx_aimv2.loading import AnyModel, Source, load, parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
 HELP = "time a model beside bare matrix products"
@@ -37,8 +36,6 @@ EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
 
 MAX_BATCH, MAX_SIDE, MAX_RUNS = 4096, 3584, 100_000
 """What may be asked for: more fits no machine's memory or no day."""
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 """A CPU's half-precision products are so slow in MLX that they are measured only when asked for."""
@@ -147,15 +144,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model or f"random {arguments.random}",
         "runs": arguments.runs,
     }
+    source = None
     if arguments.model:
-        path, _, _ = checkpoint.find(arguments.model, revision=arguments.revision)
-        files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
+        source = read_source(arguments.model, revision=arguments.revision)
+        if arguments.keep_quantized and source.quantization is None:
+            raise ValueError(
+                f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out"
+            )
+        path = source.origin.path
         _tell("loading")
-        found["loading"] = measure_loading(lambda: load(path), files, runs=arguments.runs)
+        found["loading"] = measure_loading(lambda: load(path), source.origin.files, runs=arguments.runs)
         _tell("first embedding in a fresh process")
         image, dtype = bundled.photographs()[0], (arguments.dtype or ["auto"])[0]
         found["first_embedding"] = measure_first_embedding(str(path), image, dtype=dtype)
-    speeds = _speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind])
+    speeds = _speeds(arguments, source, arguments.dtype or DEFAULT_DTYPES[on.kind])
     found["speed"] = [asdict(speed) | speed.rates for speed in speeds]
     return found
 
@@ -183,25 +185,18 @@ def table(found: dict[str, Any], *, runs: int) -> str:
     return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
 
 
-def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[Speed]:
+def _speeds(arguments: argparse.Namespace, source: Source | None, dtypes: tuple[str, ...]) -> Iterator[Speed]:
     for dtype in dtypes:
         for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
-            model = _model(arguments, dtype, keep_quantized=weights == "packed")
+            model: AnyModel
+            if source is None:
+                model = random_model(released(arguments.random).vision, parse_dtype(dtype))
+            else:
+                model = source.reopened().load(dtype=dtype, keep_quantized=weights == "packed").model
             for batch in arguments.batch:
                 _tell(f"{dtype} {weights}, {batch} images")
                 pixels = random_pixels(model.vision.config, batch=batch, side=arguments.side)
                 yield measure_speed(model, pixels, runs=arguments.runs, weights=weights)
-
-
-def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
-    if arguments.random:
-        return random_model(released(arguments.random).vision, parse_dtype(dtype))
-    model, _, config = load(
-        arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
-    )
-    if keep_quantized and not isinstance(config.get("quantization"), dict):
-        raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
-    return model
 
 
 def _tell(step: str) -> None:
@@ -277,7 +272,7 @@ def matrix_flops(config: Aimv2VisionConfig, *, batch: int, tokens: int) -> int:
     return 2 * batch * (tokens * (patches + config.num_hidden_layers * block + head) + last)
 
 
-def measure_speed(model: Any, pixels: mx.array, *, runs: int, weights: str = "dense") -> Speed:
+def measure_speed(model: AnyModel, pixels: mx.array, *, runs: int, weights: str = "dense") -> Speed:
     """Times the vision encoder on images `(B, H, W, 3)`, in turn with its bare matrix products."""
     vision = model.vision
     rows, columns = vision.grid(pixels)
@@ -300,7 +295,7 @@ def measure_speed(model: Any, pixels: mx.array, *, runs: int, weights: str = "de
     peak = mx.get_peak_memory() - before
     seconds, bare_seconds = _alternating(forward, bare, runs=runs)
     return Speed(
-        str(vision.dtype).rpartition(".")[2],
+        dtype_name(vision.dtype),
         weights,
         sum(array.nbytes for _, array in parameters),
         batch,

@@ -1,24 +1,27 @@
 """The folders that conversions and trainings write, for MLX, or for PyTorch in the layouts of transformers and Apple.
 
-Weights in one file or in numbered shards, their index, config.json, and the files that belong beside them.
+Weights in one file or in numbered shards, their index, config.json, and the files that belong beside them. A file is
+written one tensor after another, so that its weights are never in memory together.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.config import APPLE_NAMES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig, dtype_name
-from mlx_aimv2.conversion import safetensors_file
 from mlx_aimv2.files import check_size, read_bytes, write_json
 
 if TYPE_CHECKING:
@@ -34,6 +37,22 @@ WRITTEN = (CONFIG_FILE, INDEX_FILE, "model*.safetensors", CARD_FILE, "fidelity.j
 
 MLX, PYTORCH = "mlx", "pt"
 """Whose readers a file is for, as its header says."""
+
+CODES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+"""safetensors' names of the dtypes that a checkpoint may hold."""
+
+AHEAD = 4
+"""How many tensors are computed while one is written: a quantized layer has three."""
+
+CACHE_BYTES = 1 << 30
+"""Freed buffers that MLX may keep meanwhile. A 3B model uses some 0.5 GB of it; with less every tensor's memory is
+requested from the system again, which took as long as casting it. Metal sets no limit, so they would pile up."""
 
 
 def save_weights(
@@ -64,11 +83,72 @@ def save_weights(
     for i, shard in enumerate(shards):
         file = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
-        safetensors_file.write(folder / file, shard, metadata={"format": reader})
+        write_safetensors(folder / file, shard, metadata={"format": reader})
     if count > 1 or reader == MLX:
         about = {"total_size": total_size, "total_parameters": total_parameters or elements}
         write_json(folder / INDEX_FILE, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
     return total_size
+
+
+def write_safetensors(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> None:
+    """Writes lazy arrays as one safetensors file and empties `tensors`; memory holds a few of them at a time.
+
+    MLX's own writer takes a whole file's tensors at once, so a shard of 5 GB needs 5 GB. The shapes and dtypes of lazy
+    arrays are known before they are computed, so the header can be written first and each tensor computed, written and
+    freed in turn. The format is safetensors': the header's length in eight bytes, the header as JSON, the tensors.
+
+    Raises OSError when the disk takes no more, or when the file behind a lazy array can no longer be read.
+    """
+    # The wider numbers come first, as in safetensors' own files: bytes of an odd length put what follows at odd places.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.size, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ends = list(itertools.accumulate((tensors[name].nbytes for name in order), initial=0))
+    for name, start, end in zip(order, ends, ends[1:], strict=False):
+        array = tensors[name]
+        header[name] = {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    limit = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for array in _computed(order, tensors):
+                file.write(memoryview(cast("Any", array)))
+    finally:
+        _settle()
+        mx.set_cache_limit(limit)
+        mx.clear_cache()
+
+
+def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.array]:
+    """Each array in turn, the next ones under way while this one is written."""
+    name = ""
+    try:
+        ahead: deque[mx.array] = deque()
+        for name in order:
+            ahead.append(mx.contiguous(tensors.pop(name)))
+            mx.async_eval(ahead[-1])  # type: ignore[no-untyped-call]
+            if len(ahead) > AHEAD:
+                mx.eval(ahead[0])
+                yield ahead.popleft()
+        while ahead:
+            mx.eval(ahead[0])
+            yield ahead.popleft()
+    except RuntimeError as error:
+        _settle()
+        raise OSError(
+            f"the source can no longer be read at {name}: was it truncated or changed meanwhile? ({error})"
+        ) from None
+
+
+def _settle() -> None:
+    """Waits for what is under way. Reads that fail after the first would else raise in some later call of MLX."""
+    for _ in range(AHEAD + 1):
+        try:
+            mx.synchronize()
+        except RuntimeError:
+            continue
+        return
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:

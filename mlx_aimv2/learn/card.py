@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import plot
+from mlx_aimv2.conversion.model_card import front_matter
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.samples import Sample
 
@@ -35,13 +36,7 @@ def write(
     commit = f" at commit `{encoder['commit']}`" if encoder.get("commit") else ""
     counts = ", ".join(f"{count:,} {which}" for which, count in info["images"].items())
     lines = [
-        "---",
-        "library_name: mlx",
-        f"pipeline_tag: {task.pipeline_tag}",
-        "tags:",
-        "- mlx",
-        "- aimv2",
-        "---",
+        front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]}),
         "",
         f"# {name}",
         "",

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from mlx_aimv2.conversion import safetensors_file
+from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.files import UNFINISHED
 
 Arrays: TypeAlias = dict[str, mx.array]
@@ -69,7 +69,7 @@ class StateFile:
         beside = self.folder / f".{STATE_FILE}{UNFINISHED}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            safetensors_file.write(beside, tensors, metadata=metadata)
+            write_safetensors(beside, tensors, metadata=metadata)
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
             beside.replace(self.path)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from mlx_aimv2.conversion import safetensors_file
+from mlx_aimv2.conversion.folder import write_safetensors
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def tensors():
 
 def test_mlx_and_safetensors_read_what_was_written(tensors, tmp_path):
     wanted, file = dict(tensors), tmp_path / "x.safetensors"
-    safetensors_file.write(file, tensors, metadata={"format": "mlx", "note": "ü"})
+    write_safetensors(file, tensors, metadata={"format": "mlx", "note": "ü"})
     assert not tensors
     found, metadata = mx.load(str(file), return_metadata=True)
     assert metadata == {"format": "mlx", "note": "ü"}
@@ -43,7 +43,7 @@ def test_mlx_and_safetensors_read_what_was_written(tensors, tmp_path):
 
 def test_no_tensor_lies_at_an_odd_address(tensors, tmp_path):
     sizes = {name: array.dtype.size for name, array in tensors.items()}
-    safetensors_file.write(tmp_path / "x.safetensors", tensors, metadata={})
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata={})
     data = (tmp_path / "x.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     assert length % 8 == 0
@@ -53,11 +53,11 @@ def test_no_tensor_lies_at_an_odd_address(tensors, tmp_path):
 
 
 def test_an_empty_file_is_a_file(tmp_path):
-    safetensors_file.write(tmp_path / "x.safetensors", {}, metadata={"format": "pt"})
+    write_safetensors(tmp_path / "x.safetensors", {}, metadata={"format": "pt"})
     assert mx.load(str(tmp_path / "x.safetensors")) == {}
 
 
 def test_mlxs_cache_is_limited_only_meanwhile(tensors, tmp_path):
     before = mx.set_cache_limit(123)
-    safetensors_file.write(tmp_path / "x.safetensors", tensors, metadata={})
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata={})
     assert mx.set_cache_limit(before) == 123
