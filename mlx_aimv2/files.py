@@ -89,14 +89,17 @@ def _read(path: Path, count: int) -> tuple[bytes, int]:
     try:
         with _regular_file(path) as (file, about):
             return file.read(count), about.st_size
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except PermissionError:
-        raise PermissionError(f"{path} may not be read: permission denied") from None
     except OSError as error:
-        if error.errno is None:
-            raise ValueError(f"{path} {error}") from None
-        raise OSError(f"{path} cannot be read: {error.strerror}") from None
+        raise (ValueError if error.errno is None else type(error))(f"{path} {reason_of(error)}") from None
+
+
+def reason_of(error: OSError) -> str:
+    """Why something cannot be read, going on with a sentence that starts with its name."""
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if isinstance(error, PermissionError):
+        return "may not be read: permission denied"
+    return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
-from mlx_aimv2.files import read_image_file, read_stream
+from mlx_aimv2.files import read_image_file, read_stream, reason_of
 from mlx_aimv2.images.pixels import Box, flattened, from_array, turned, turned_box
 from mlx_aimv2.images.trim import TrimError, orientation_in, trimmed
 
@@ -212,7 +212,7 @@ def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: 
         try:
             return _from_bytes(read_stream(cast("BinaryIO", image)), name, policy)
         except OSError as error:
-            raise _named(error, name) from None
+            raise type(error)(f"{name} {reason_of(error)}") from None
     array = as_array(image)
     if array is None:
         kind = type(image).__name__
@@ -247,17 +247,7 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
             raise ValueError(
                 f"{_short(text, 40)} is an image as base64, not a file: give its bytes, base64.b64decode(text)"
             ) from None
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{name} does not exist") from None
-        raise _named(error, name) from None
-
-
-def _named(error: OSError, name: str) -> OSError:
-    if isinstance(error, PermissionError):
-        return PermissionError(f"{name} may not be read: permission denied")
-    if error.errno is None:
-        return type(error)(f"{name} {error}")
-    return OSError(f"{name} cannot be read: {error.strerror}")
+        raise type(error)(f"{name} {reason_of(error)}") from None
 
 
 def _check_is_path(text: str, name: str) -> None:
