@@ -165,7 +165,7 @@ def advice(on: Machine) -> str | None:
                 f"this chip's matrix units are idle: MLX was built for macOS {built_for}; "
                 "on macOS 26.2 or later run pip install --force-reinstall mlx mlx-metal"
             )
-        if _macos() < (26, 2):
+        if tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) < (26, 2):
             return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
     if on.kind == "cpu" and platform.system() == "Linux":
         one_thread = " OPENBLAS_NUM_THREADS=1" if prefers_one_blas_thread() else ""
@@ -190,10 +190,6 @@ def _wheel_macos() -> int | None:
         return None
     found = re.search(r"macosx_(\d+)_", tags)
     return int(found[1]) if found else None
-
-
-def _macos() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
 
 
 # Processes and threads

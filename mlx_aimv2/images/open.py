@@ -173,17 +173,16 @@ def name_of(image: object) -> str:
     return f"image of {len(image)} bytes" if is_content else f"image ({type(image).__name__})"  # type: ignore[arg-type]
 
 
-def to_rgb(image: ImageInput, *, policy: Policy = POLICY, wanted: tuple[int, int] | None = None) -> Image.Image:
+def to_rgb(image: ImageInput, *, policy: Policy = POLICY) -> Image.Image:
     """Any image -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
 
     16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1. `wanted` is the
-    (width, height) beyond which no detail is needed, for a policy that decodes fast. Raises ValueError or OSError with
-    one line that names the image; warns of what is unusual about it.
+    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1. Raises ValueError
+    or OSError with one line that names the image; warns of what is unusual about it.
     """
     opened = open_image(image, policy=policy)
     warn_of(opened)
-    return opened.rgb(wanted)[0]
+    return opened.rgb()[0]
 
 
 def warn_of(opened: OpenImage) -> None:
