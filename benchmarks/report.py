@@ -1,7 +1,7 @@
 """Writes the speed benchmarks of this machine as one page.
 
 `python -m benchmarks.report [SIZE …] [--dtype …] [--batch B …] [--beside NAME …] [--rounds N] [--runs N]`: for each
-size its fraction of matmul peak, as `mlx-aimv2 bench` measures it, and its time beside other packages, as
+size its fraction of matmul peak, as `forward` measures it, and its time beside other packages, as
 `side_by_side` measures it. The defaults depend on the machine: on a GPU large at 224 and 448 and 3B at 448 pixels, in
 float16 and bfloat16; on a CPU large in float32. The page is Markdown, for `results/NAME.md`.
 """
@@ -25,14 +25,14 @@ HEAD = (
 )
 
 
-def bench(size: str, dtypes: list[str], batches: list[int], *, runs: int) -> dict[str, Any]:
-    """The JSON of `mlx-aimv2 bench` for a size, in a process with the same BLAS as in `side_by_side`."""
-    command = [sys.executable, "-m", "mlx_aimv2", "bench", "--random", size, "--json", "--runs", str(runs)]
+def forward(size: str, dtypes: list[str], batches: list[int], *, runs: int) -> dict[str, Any]:
+    """The JSON of `forward` for a size, in a process with the same BLAS as in `side_by_side`."""
+    command = [sys.executable, "-m", "benchmarks.forward", "--random", size, "--runs", str(runs)]
     command += ["--dtype", *dtypes, "--batch", *map(str, batches)]
     environment = side_by_side.environment(side_by_side.PACKAGE)
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode:
-        sys.exit(finished.returncode)  # bench has printed why
+        sys.exit(finished.returncode)  # it has printed why
     found: dict[str, Any] = json.loads(finished.stdout)
     return found
 
@@ -53,9 +53,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"# {side_by_side.machine(arguments.beside)}\n\nRandom weights of the released sizes.", flush=True)
     for number, size in enumerate(arguments.sizes):
-        found = bench(size, arguments.dtype, arguments.batch, runs=arguments.runs)
+        found = forward(size, arguments.dtype, arguments.batch, runs=arguments.runs)
         if number == 0:
-            note = f" Note: {found['note']}." if found["advice"] else ""
+            note = f" Note: {found['advice']}." if found["advice"] else ""
             how = "A forward pass alternates with its matrix products alone"
             print(f"{how}; medians of {arguments.runs} runs.{note}\n\n{HEAD}")
         print(*(row(size, speed) for speed in found["speed"]), sep="\n", flush=True)

@@ -1,7 +1,7 @@
 """Measures how the cost of a forward pass grows with the tokens, the batch and the width of the model.
 
 `python -m benchmarks.scaling [--along tokens batch width] [--blocks N] [--runs N] [--dtype …]`: random weights of the
-released sizes, each forward pass alternating with its matrix products alone, as in `mlx-aimv2 bench`. The tables are
+released sizes, each forward pass alternating with its matrix products alone, as in `benchmarks.forward`. The tables are
 Markdown. `--blocks N` runs N of the 24 blocks, for machines on which all of them take too long. `benchmarks.folder`
 measures how the cost of embedding a folder grows with its images.
 """
@@ -9,9 +9,11 @@ measures how the cost of embedding a folder grows with its images.
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
+from benchmarks import forward
 from mlx_aimv2 import device
 from mlx_aimv2.commands import bench
 from mlx_aimv2.config import DTYPES, WIDTHS, released
@@ -49,16 +51,17 @@ def main() -> None:
     print(f"{arguments.blocks} blocks, medians of {arguments.runs} runs")
     for along in arguments.along:
         print(f"\n| {along} {HEAD}")
-        held: tuple[object, object] = (None, None)
+        held: tuple[Any, Any] = (None, None)
         for name, size, batch, side in cases(along):
             config = replace(released(size).vision, num_hidden_layers=arguments.blocks)
             if held[0] != config:
                 held = (None, None)  # the old weights go before the new ones come
                 held = (config, bench.random_model(config, getattr(mx, arguments.dtype)))
             pixels = bench.random_pixels(config, batch=batch, side=side)
-            speed = bench.measure_speed(held[1], pixels, runs=arguments.runs)
-            cells = [name, f"{speed.seconds * 1e3:.1f}", f"{speed.seconds * 1e3 / batch:.1f}"]
-            cells += [f"{speed.flops_per_second / 1e9:.0f}", f"{speed.fraction:.2f}", f"{speed.peak_bytes / 1e6:.0f}"]
+            speed = forward.measure_speed(held[1].vision, pixels, runs=arguments.runs)
+            cells = [name, f"{speed['seconds'] * 1e3:.1f}", f"{speed['milliseconds_per_image']:.1f}"]
+            cells += [f"{speed['flops_per_second'] / 1e9:.0f}", f"{speed['fraction_of_bare']:.2f}"]
+            cells += [f"{speed['peak_bytes'] / 1e6:.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
             mx.clear_cache()
 

@@ -7,17 +7,20 @@ import io
 import os
 import select
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.stopping import Stopped, stoppable
+from mlx_aimv2.files import discard_unfinished
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -56,6 +59,9 @@ SECONDS_IN_LOG = 10.0
 
 NOTES = 10
 """Notes written in full during a long run; the others are counted."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to stop: Ctrl-C, `kill`, a closed terminal."""
 
 TRACEBACK = "MLX_AIMV2_TRACEBACK"
 """The environment variable that shows where an error came from."""
@@ -202,6 +208,53 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except (OSError, ValueError):
         _leave_stdout()
     return code
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; `exit_code` is the shell's for it, 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        """Takes the number of the signal."""
+        super().__init__("stopped" if number == signal.SIGINT else f"stopped ({signal.Signals(number).name})")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it a signal makes the run end in order: what is half written is removed, what is done is kept.
+
+    The first one raises `Stopped` in the main thread, which ends as after any error. A second one does not wait for
+    that, nor for a thread in a slow decoder.
+
+    Signals that the process ignores (as SIGHUP under nohup) stay ignored, and those that somebody else handles stay
+    theirs. Outside the main thread, where Python lets nobody handle signals, nothing changes.
+    """
+    is_stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            discard_unfinished()
+            os._exit(128 + number)
+        is_stopping = True
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+        # Python waits for its threads before it ends, and one may be in a slow decoder: a second signal still ends it.
+        if not (is_stopping and any(not thread.daemon for thread in others)):
+            for number in ours:
+                if signal.getsignal(number) is stop:
+                    signal.signal(number, before[number])
 
 
 def say(message: object) -> None:

@@ -1,9 +1,13 @@
-"""Describes the machine: its chip, MLX's backend, its cores and BLAS, the dtype that suits it, and advice.
+"""Describes the machine, its chip, MLX's backend, cores and BLAS, and where on it MLX may be called.
 
 `auto` is float32 on a CPU, whose half-precision products are slow in MLX. On a GPU it is float16, which has eight times
 the digits of bfloat16, if the checkpoint's fidelity report leaves headroom in float16's range, else bfloat16. Without a
 report it is bfloat16, except on M1 and M2, which compute it slowly: there it is float16. Which of the two is faster on
 a later chip is for `mlx-aimv2 bench` to measure.
+
+A lazy array of MLX belongs to the thread that made it. In the main thread results of models stay lazy, so that
+computing and reading overlap. In any other thread, such as a handler of a web server, they are evaluated before they
+are returned and can then be read anywhere. In a process that was forked after MLX had been used, MLX hangs.
 """
 
 from __future__ import annotations
@@ -12,16 +16,21 @@ import ctypes
 import os
 import platform
 import re
+import threading
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_aimv2.files import read_json
+
+T = TypeVar("T")
 
 AUTO = "auto"
 
@@ -57,33 +66,9 @@ class Machine:
         )
 
 
-_fork = {"mlx_in_use": False, "is_child": False}
-
-
 def is_slow_here(dtype: mx.Dtype) -> bool:
     """Whether MLX computes a dtype much more slowly than float32 on the default device: half precision on a CPU."""
     return dtype in (mx.float16, mx.bfloat16) and mx.default_device().type == mx.DeviceType.cpu
-
-
-def _before_fork() -> None:
-    _fork["mlx_in_use"] = mx.get_peak_memory() > 0
-
-
-def _in_child() -> None:
-    _fork["is_child"] = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
-
-
-def check_process() -> None:
-    """Raises RuntimeError in a process that was forked after MLX had been used: MLX would wait there for ever."""
-    if _fork["is_child"] and _fork["mlx_in_use"]:
-        raise RuntimeError(
-            "this process was forked after MLX had been used, and MLX hangs in it: start it with "
-            'multiprocessing.get_context("spawn")'
-        )
 
 
 def machine() -> Machine:
@@ -180,7 +165,7 @@ def advice(on: Machine) -> str | None:
                 f"this chip's matrix units are idle: MLX was built for macOS {built_for}; "
                 "on macOS 26.2 or later run pip install --force-reinstall mlx mlx-metal"
             )
-        if _macos() < (26, 2):
+        if tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) < (26, 2):
             return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
     if on.kind == "cpu" and platform.system() == "Linux":
         one_thread = " OPENBLAS_NUM_THREADS=1" if prefers_one_blas_thread() else ""
@@ -207,5 +192,81 @@ def _wheel_macos() -> int | None:
     return int(found[1]) if found else None
 
 
-def _macos() -> tuple[int, ...]:
-    return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit())
+# Processes and threads
+
+_fork = {"mlx_in_use": False, "is_child": False}
+
+
+def _before_fork() -> None:
+    _fork["mlx_in_use"] = mx.get_peak_memory() > 0
+
+
+def _in_child() -> None:
+    _fork["is_child"] = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
+def check_process() -> None:
+    """Raises RuntimeError in a process that was forked after MLX had been used: MLX would wait there for ever."""
+    if _fork["is_child"] and _fork["mlx_in_use"]:
+        raise RuntimeError(
+            "this process was forked after MLX had been used, and MLX hangs in it: start it with "
+            'multiprocessing.get_context("spawn")'
+        )
+
+
+_lock = threading.Lock()
+
+
+def mark_lazy(model: nn.Module) -> None:
+    """Remembers that this model's weights are not read yet, and in which thread they can be."""
+    _set_lazy_thread(model, threading.get_ident())
+
+
+def any_thread(method: Callable[..., T]) -> Callable[..., T]:
+    """Makes a method of a model safe to call in any thread.
+
+    Raises RuntimeError in a forked process, and in another thread than the one that loaded a model with `lazy=True`.
+    """
+
+    @wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> T:
+        check_process()
+        _check_weights(self)
+        result = method(self, *args, **kwargs)
+        if threading.current_thread() is not threading.main_thread():
+            _evaluate(result)
+        return result
+
+    return call
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raises RuntimeError if the weights can only be read in another thread."""
+    if getattr(model, "_lazy_thread", None) in (None, threading.get_ident()):
+        return
+    with _lock:  # two threads that evaluate one lazy array crash the process
+        try:
+            mx.eval(model.parameters())
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this model was loaded with lazy=True in another thread, and MLX can read its weights only there: "
+                f"load it with lazy=False, or in the thread that uses it ({error})"
+            ) from None
+        _set_lazy_thread(model, None)
+
+
+def _set_lazy_thread(model: nn.Module, thread: int | None) -> None:
+    for module in model.modules():
+        object.__setattr__(module, "_lazy_thread", thread)
+
+
+def _evaluate(result: object) -> None:
+    arrays = [getattr(result, field.name) for field in fields(result)] if is_dataclass(result) else result
+    try:
+        mx.eval(arrays)
+    except ValueError:  # within mx.compile and mx.vmap nothing can be evaluated
+        return

@@ -27,6 +27,9 @@ MAX_TEXT_BYTES = 1 << 26
 
 MAX_IMAGE_BYTES = 1 << 30
 
+HEAD_BYTES = 4096
+"""Of a file in the way, what is looked at for the mark of the run that wrote it."""
+
 CACHE_VARIABLE = "MLX_AIMV2_CACHE"
 """The environment variable that names another folder for what may be computed again, and for locks."""
 
@@ -79,8 +82,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     read; each names the file.
     """
     content, size = _read(path, max_bytes + 1)
-    if max(size, len(content)) > max_bytes:
-        raise ValueError(f"{path} has {max(size, len(content)):,} bytes; at most {max_bytes:,} are read of such a file")
+    check_size(path, max(size, len(content)), max_bytes=max_bytes)
     return content
 
 
@@ -89,14 +91,17 @@ def _read(path: Path, count: int) -> tuple[bytes, int]:
     try:
         with _regular_file(path) as (file, about):
             return file.read(count), about.st_size
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except PermissionError:
-        raise PermissionError(f"{path} may not be read: permission denied") from None
     except OSError as error:
-        if error.errno is None:
-            raise ValueError(f"{path} {error}") from None
-        raise OSError(f"{path} cannot be read: {error.strerror}") from None
+        raise (ValueError if error.errno is None else type(error))(f"{path} {reason_of(error)}") from None
+
+
+def reason_of(error: OSError) -> str:
+    """Why something cannot be read, going on with a sentence that starts with its name."""
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if isinstance(error, PermissionError):
+        return "may not be read: permission denied"
+    return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
 
 
 @contextlib.contextmanager
@@ -141,18 +146,18 @@ def check_link(path: Path) -> None:
         )
 
 
-def check_size(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
-    """Raises ValueError for a file that is larger than such files are."""
-    if (size := path.stat().st_size) > max_bytes:
+def check_size(path: Path, size: int | None = None, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Raises ValueError for a file that is larger than such files are; `size` is what is known of it in bytes."""
+    if (size := path.stat().st_size if size is None else size) > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read of such a file")
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError, ValueError or OSError that names the file."""
     check_link(path)
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
-    text = read_text(path, max_bytes=max_bytes)
+    text = read_text(path)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -231,12 +236,11 @@ def check_file(
     is_own: Callable[[bytes], bool],
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str]] = (),
-    head: int = 4096,
 ) -> None:
     """Raises ValueError or OSError where a file cannot or must not be written; `option` is the flag to change.
 
-    An input is never replaced, whatever name it is given by. A file is replaced if `is_own` says of its first `head`
-    bytes that an earlier run wrote it, if it is empty, or with `overwrite`.
+    An input is never replaced, whatever name it is given by. A file is replaced if `is_own` says of its first
+    `HEAD_BYTES` bytes that an earlier run wrote it, if it is empty, or with `overwrite`.
     """
     folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
     if not folder.is_dir():
@@ -254,7 +258,7 @@ def check_file(
                 )
         if about.st_size and not overwrite:
             with path.open("rb") as file:
-                known = is_own(file.read(head))
+                known = is_own(file.read(HEAD_BYTES))
             if not known:
                 raise FileExistsError(
                     f"{option} {path} is there already and mlx-aimv2 did not write it: choose another name, "

@@ -20,7 +20,7 @@ from typing import Any
 
 from pathspec import GitIgnoreSpec
 
-from mlx_aimv2.files import expand_user
+from mlx_aimv2.files import KINDS, expand_user, reason_of
 
 SUFFIXES = (
     ".avif",
@@ -98,14 +98,6 @@ ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
     ".apng": "--include '*.apng' takes its first frame",
 }
 """Suffix -> what to do about it."""
-
-KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 @dataclass
@@ -496,6 +488,4 @@ def _reason(error: OSError, *, is_link: bool = False) -> str:
         return "is a link that leads in a circle"
     if error.errno == errno.ENOENT and is_link:
         return "is a link that leads nowhere"
-    if isinstance(error, PermissionError):
-        return "may not be read: permission denied"
-    return f"cannot be read: {error.strerror or error}"
+    return reason_of(error)

@@ -31,7 +31,6 @@ from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_co
 from mlx_aimv2.layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.threads import mark_lazy
 
 NATIVE, NATIVE_WHOLE = 224, 448
 """Pixels of a side for native checkpoints, which take any: for labels of whole images, and for boxes and masks."""
@@ -120,7 +119,7 @@ class Source:
             else:
                 model = vision
         if lazy:
-            mark_lazy(model)
+            device.mark_lazy(model)
         return Loaded(self, model, processor)
 
 

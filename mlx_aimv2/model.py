@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_aimv2 import layers, x86
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.threads import any_thread
+from mlx_aimv2.device import any_thread
 
 
 @dataclass(frozen=True)

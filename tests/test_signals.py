@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2 import load
-from mlx_aimv2.stopping import SIGNALS
+from mlx_aimv2.cli import SIGNALS
 from tests.programs import running
 from tests.small_encoder import small_encoder
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from mlx_aimv2.stopping import SIGNALS, Stopped, stoppable
+from mlx_aimv2.cli import SIGNALS, Stopped, stoppable
 from tests.programs import HANGS, running
 
 SOON = 30
@@ -29,7 +29,7 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 from mlx_aimv2.files import atomic_folder
-from mlx_aimv2.stopping import Stopped, stoppable
+from mlx_aimv2.cli import Stopped, stoppable
 
 def ready():
     print("ready", flush=True)

@@ -1,8 +1,4 @@
-"""`mlx-aimv2 bench`: times a model beside the machine's own matrix products.
-
-An encoder is matrix products. So each forward pass is timed in turn with the bare products of the same shapes, on the
-same weights: the ratio of the two says what is left to gain here, and hardly depends on what else the machine does.
-"""
+"""`mlx-aimv2 bench`: measures the time and the memory of a model on this machine."""
 
 from __future__ import annotations
 
@@ -13,24 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import bundled, device, x86
+from mlx_aimv2 import bundled, device
 from mlx_aimv2.cli import log
 from mlx_aimv2.commands.flags import MODEL, add_revision
-from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
-from mlx_aimv2.layers import Block, split_heads
-from mlx_aimv2.loading import AnyModel, Source, load, parse_dtype, read_source
+from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, released
+from mlx_aimv2.loading import load, parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
-HELP = "time a model beside bare matrix products"
+HELP = "measure the time and the memory of a model"
 
 EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
 
@@ -42,8 +34,7 @@ DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda":
 
 NOTE = (
     "ms, images/s: one forward pass of the vision encoder on pixels in memory, median of {runs} runs. "
-    "peak MB: memory above the weights and the pixels. GFLOP/s: matrix products over the time of the whole pass. "
-    "of bare: time of these products alone, run in turn with the pass, over the time of the pass."
+    "peak MB: memory above the weights and the pixels."
 )
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -56,8 +47,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ms/image": lambda speed: f"{speed['milliseconds_per_image']:.1f}",
     "images/s": lambda speed: f"{speed['images_per_second']:.2f}",
     "peak MB": lambda speed: f"{speed['peak_bytes'] / 1e6:.0f}",
-    "GFLOP/s": lambda speed: f"{speed['flops_per_second'] / 1e9:.0f}",
-    "of bare": lambda speed: f"{speed['fraction_of_bare']:.2f}",
 }
 """What the table shows of each measurement."""
 
@@ -144,21 +133,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model or f"random {arguments.random}",
         "runs": arguments.runs,
     }
-    source = None
     if arguments.model:
-        source = read_source(arguments.model, revision=arguments.revision)
-        if arguments.keep_quantized and source.quantization is None:
-            raise ValueError(
-                f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out"
-            )
-        path = source.origin.path
-        _tell("loading")
-        found["loading"] = measure_loading(lambda: load(path), source.origin.files, runs=arguments.runs)
-        _tell("first embedding in a fresh process")
+        path = read_source(arguments.model, revision=arguments.revision).origin.path
+        log("measuring: first embedding in a fresh process")
         image, dtype = bundled.photographs()[0], (arguments.dtype or ["auto"])[0]
         found["first_embedding"] = measure_first_embedding(str(path), image, dtype=dtype)
-    speeds = _speeds(arguments, source, arguments.dtype or DEFAULT_DTYPES[on.kind])
-    found["speed"] = [asdict(speed) | speed.rates for speed in speeds]
+    found["speed"] = list(_speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind]))
     return found
 
 
@@ -169,9 +149,6 @@ def table(found: dict[str, Any], *, runs: int) -> str:
         ("versions", f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}"),
         ("model", found["model"]),
     ]
-    if read := found.get("loading"):
-        size = f"{read['bytes'] / 1e6:.0f} MB"
-        lines.append(("load", f"{read['seconds']:.2f} s, {read['ratio']:.2f} times reading the {size} (page cache)"))
     if first := found.get("first_embedding"):
         steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
         lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
@@ -185,22 +162,25 @@ def table(found: dict[str, Any], *, runs: int) -> str:
     return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
 
 
-def _speeds(arguments: argparse.Namespace, source: Source | None, dtypes: tuple[str, ...]) -> Iterator[Speed]:
+def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for dtype in dtypes:
         for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
-            model: AnyModel
-            if source is None:
-                model = random_model(released(arguments.random).vision, parse_dtype(dtype))
-            else:
-                model = source.reopened().load(dtype=dtype, keep_quantized=weights == "packed").model
+            model = _model(arguments, dtype, keep_quantized=weights == "packed")
             for batch in arguments.batch:
-                _tell(f"{dtype} {weights}, {batch} images")
+                log(f"measuring: {dtype} {weights}, {batch} images")
                 pixels = random_pixels(model.vision.config, batch=batch, side=arguments.side)
-                yield measure_speed(model, pixels, runs=arguments.runs, weights=weights)
+                yield {"weights": weights} | measure_speed(model.vision, pixels, runs=arguments.runs)
 
 
-def _tell(step: str) -> None:
-    log(f"measuring: {step}")
+def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
+    if arguments.random:
+        return random_model(released(arguments.random).vision, parse_dtype(dtype))
+    model, _, config = load(
+        arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
+    )
+    if keep_quantized and not isinstance(config.get("quantization"), dict):
+        raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
+    return model
 
 
 def _up_to(limit: int) -> Callable[[str], int]:
@@ -211,37 +191,6 @@ def _up_to(limit: int) -> Callable[[str], int]:
         return number
 
     return count
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One forward pass: B images of N tokens, medians over the runs.
-
-    `weights` is dense or packed, `weight_bytes` what they take. `peak_bytes` is the most memory above the weights and
-    the pixels. `flops` are the multiplications and additions of the matrix products, `bare_seconds` what these take
-    alone.
-    """
-
-    dtype: str
-    weights: str
-    weight_bytes: int
-    batch: int
-    tokens: int
-    seconds: float
-    bare_seconds: float
-    flops: int
-    peak_bytes: int
-    runs: int
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """What follows from the times; `fraction_of_bare` is that of the speed of the bare products, from 0 to 1."""
-        return {
-            "milliseconds_per_image": 1e3 * self.seconds / self.batch,
-            "images_per_second": self.batch / self.seconds,
-            "flops_per_second": self.flops / self.seconds,
-            "fraction_of_bare": self.bare_seconds / self.seconds,
-        }
 
 
 def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel:
@@ -262,71 +211,39 @@ def random_pixels(config: Aimv2VisionConfig, *, batch: int, side: int | None = N
     return pixels
 
 
-def matrix_flops(config: Aimv2VisionConfig, *, batch: int, tokens: int) -> int:
-    """Multiplications and additions of all matrix products of a forward pass."""
-    width, inner = config.hidden_size, config.intermediate_size
-    patches = config.num_channels * config.patch_size**2 * width
-    block = width * 3 * width + width * width + 3 * width * inner + 2 * tokens * width
-    head = 2 * width * width + 2 * width if config.use_head else 0
-    last = width * width if config.use_head else 0
-    return 2 * batch * (tokens * (patches + config.num_hidden_layers * block + head) + last)
+def measure_speed(vision: Aimv2VisionModel, pixels: mx.array, *, runs: int) -> dict[str, Any]:
+    """Times the vision encoder on images `(B, H, W, 3)`: the median of the runs, and what follows from it.
 
-
-def measure_speed(model: AnyModel, pixels: mx.array, *, runs: int, weights: str = "dense") -> Speed:
-    """Times the vision encoder on images `(B, H, W, 3)`, in turn with its bare matrix products."""
-    vision = model.vision
+    `weight_bytes` is what the weights take, `peak_bytes` the most memory above them and the pixels.
+    """
     rows, columns = vision.grid(pixels)
-    batch, tokens = pixels.shape[0], rows * columns
     parameters: Any = tree_flatten(vision.parameters())
-    bare = _bare_products(vision, batch=batch, tokens=tokens)
 
-    def forward() -> None:
+    def forward() -> float:
+        began = time.perf_counter()
         mx.eval(vision(pixels).last_hidden_state)
+        return time.perf_counter() - began
 
     warm = time.perf_counter() + (0 if mx.default_device() == mx.cpu else WARM_UP_SECONDS)
-    while True:
+    forward()
+    while time.perf_counter() < warm:
         forward()
-        bare()
-        if time.perf_counter() >= warm:
-            break
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     forward()
     peak = mx.get_peak_memory() - before
-    seconds, bare_seconds = _alternating(forward, bare, runs=runs)
-    return Speed(
-        dtype_name(vision.dtype),
-        weights,
-        sum(array.nbytes for _, array in parameters),
-        batch,
-        tokens,
-        seconds,
-        bare_seconds,
-        matrix_flops(vision.config, batch=batch, tokens=tokens),
-        peak,
-        runs,
-    )
-
-
-def measure_loading(load: Callable[[], Any], files: list[Path], *, runs: int) -> dict[str, float]:
-    """Times `load()` in turn with reading its weight files, both from the page cache, medians over the runs.
-
-    `ratio` is how many times as long as reading the files.
-    """
-
-    def read() -> None:
-        for file in files:
-            file.read_bytes()
-
-    def load_and_free() -> None:
-        load()
-        mx.clear_cache()
-
-    read()
-    load()
-    seconds, reading = _alternating(load_and_free, read, runs=runs)
-    size = sum(file.stat().st_size for file in files)
-    return {"seconds": seconds, "reading_seconds": reading, "bytes": size, "ratio": seconds / reading}
+    seconds, batch = statistics.median(forward() for _ in range(runs)), len(pixels)
+    return {
+        "dtype": str(vision.dtype).rpartition(".")[2],
+        "weight_bytes": sum(array.nbytes for _, array in parameters),
+        "batch": batch,
+        "tokens": rows * columns,
+        "seconds": seconds,
+        "milliseconds_per_image": 1e3 * seconds / batch,
+        "images_per_second": batch / seconds,
+        "peak_bytes": peak,
+        "runs": runs,
+    }
 
 
 def measure_first_embedding(path: str, image: Path, *, dtype: str | None) -> dict[str, float]:
@@ -336,65 +253,3 @@ def measure_first_embedding(path: str, image: Path, *, dtype: str | None) -> dic
     if finished.returncode:
         raise ValueError(f"a fresh process could not embed an image: {finished.stderr.strip().splitlines()[-1]}")
     return dict(zip(("importing", "loading", "embedding"), json.loads(finished.stdout), strict=True))
-
-
-def _bare_products(vision: Aimv2VisionModel, *, batch: int, tokens: int) -> Callable[[], None]:
-    """A function that computes the matrix products of a forward pass and nothing else, block by block.
-
-    Where the cores of a CPU share the pass in shards, so they do the products.
-    """
-    config, dtype = vision.config, vision.dtype
-    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    shards = x86.Shards.of((batch, tokens, width))
-
-    def normal(*shape: int) -> list[mx.array]:
-        return [
-            mx.contiguous(part) for part in shards.split(mx.random.normal(shape, key=mx.random.key(1)).astype(dtype))
-        ]
-
-    def one_per_head() -> list[mx.array]:
-        whole = split_heads(mx.random.normal((batch, tokens, width), key=mx.random.key(1)).astype(dtype), heads)
-        return [mx.contiguous(part) for part in shards.split(whole)]
-
-    x, gated = normal(batch, tokens, width), normal(batch, tokens, inner)
-    patches = normal(batch, tokens, config.num_channels * config.patch_size**2)
-    queries, keys, values = (one_per_head() for _ in range(3))
-    if shards.axis == x86.TOKENS:
-        keys, values = ([shards.join(parts)] * len(parts) for parts in (keys, values))
-    scores = normal(batch, heads, tokens, tokens)
-    conv = vision.patch_embed.proj.weight.reshape(width, -1)
-    mx.eval(x, gated, patches, queries, keys, values, scores, conv)
-
-    def products(block: Block, x, gated, q, k, v, scores) -> list[mx.array]:  # type: ignore[no-untyped-def]
-        attn, mlp = block.attn, block.mlp
-        return [
-            *(_product(x, layer) for layer in (attn.qkv, attn.proj, mlp.gate, mlp.up)),
-            _product(gated, mlp.down),
-            q @ k.swapaxes(-1, -2),
-            scores @ v,
-        ]
-
-    def run() -> None:
-        mx.async_eval(*shards.run(lambda part: part @ conv.T, patches))  # type: ignore[no-untyped-call]
-        for block in vision.blocks:
-            results = shards.run(partial(products, block), x, gated, queries, keys, values, scores)
-            mx.async_eval(*results)  # type: ignore[no-untyped-call]
-        for stream in shards.streams:
-            mx.synchronize(stream)
-
-    return run
-
-
-def _product(x: mx.array, layer: nn.Module) -> mx.array:
-    return x @ layer.weight.T if isinstance(layer, nn.Linear) else layer(x)
-
-
-def _alternating(first: Callable[[], None], second: Callable[[], None], *, runs: int) -> tuple[float, float]:
-    """Medians of the seconds of both, run in turn, so that whatever disturbs one disturbs the other."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs):
-        for work, seconds in zip((first, second), times, strict=True):
-            began = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(times[0]), statistics.median(times[1])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.files import read_image_file
+from mlx_aimv2.files import read_image_file, reason_of
 from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
 from mlx_aimv2.images.pixels import Levels
 
@@ -318,8 +318,6 @@ def _size_of(path: str) -> int:
 def _reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "was deleted before it could be read"
-    if isinstance(error, PermissionError):
-        return "may not be read: permission denied"
     if isinstance(error, IsADirectoryError):
         return "is a folder"
-    return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
+    return reason_of(error)

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
-from mlx_aimv2.files import read_image_file, read_stream
+from mlx_aimv2.files import read_image_file, read_stream, reason_of
 from mlx_aimv2.images.pixels import Box, flattened, from_array, turned, turned_box
 from mlx_aimv2.images.trim import TrimError, orientation_in, trimmed
 
@@ -173,17 +173,16 @@ def name_of(image: object) -> str:
     return f"image of {len(image)} bytes" if is_content else f"image ({type(image).__name__})"  # type: ignore[arg-type]
 
 
-def to_rgb(image: ImageInput, *, policy: Policy = POLICY, wanted: tuple[int, int] | None = None) -> Image.Image:
+def to_rgb(image: ImageInput, *, policy: Policy = POLICY) -> Image.Image:
     """Any image -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
 
     16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1. `wanted` is the
-    (width, height) beyond which no detail is needed, for a policy that decodes fast. Raises ValueError or OSError with
-    one line that names the image; warns of what is unusual about it.
+    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1. Raises ValueError
+    or OSError with one line that names the image; warns of what is unusual about it.
     """
     opened = open_image(image, policy=policy)
     warn_of(opened)
-    return opened.rgb(wanted)[0]
+    return opened.rgb()[0]
 
 
 def warn_of(opened: OpenImage) -> None:
@@ -212,7 +211,7 @@ def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: 
         try:
             return _from_bytes(read_stream(cast("BinaryIO", image)), name, policy)
         except OSError as error:
-            raise _named(error, name) from None
+            raise type(error)(f"{name} {reason_of(error)}") from None
     array = as_array(image)
     if array is None:
         kind = type(image).__name__
@@ -247,17 +246,7 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
             raise ValueError(
                 f"{_short(text, 40)} is an image as base64, not a file: give its bytes, base64.b64decode(text)"
             ) from None
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{name} does not exist") from None
-        raise _named(error, name) from None
-
-
-def _named(error: OSError, name: str) -> OSError:
-    if isinstance(error, PermissionError):
-        return PermissionError(f"{name} may not be read: permission denied")
-    if error.errno is None:
-        return type(error)(f"{name} {error}")
-    return OSError(f"{name} cannot be read: {error.strerror}")
+        raise type(error)(f"{name} {reason_of(error)}") from None
 
 
 def _check_is_path(text: str, name: str) -> None:
