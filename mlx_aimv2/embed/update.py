@@ -16,7 +16,7 @@ from pathlib import Path
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.find_images import Listing, identity, is_gone, is_under
 from mlx_aimv2.index.reader import Embedding, Index, Stamp
-from mlx_aimv2.index.writer import Copy, IndexWriter, Move
+from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
 COMMIT_IMAGES = 1024
@@ -141,7 +141,7 @@ class Update:
         self.index = index
         self.create = create
         self.embedded = self.copied = self.moved = self.gone = 0
-        self._pending: list[Embedding | Copy | Move] = []
+        self._pending: list[Embedding | Copy] = []
         self._stale: list[str] = []
         self._moved: dict[str, str] = {}
         self._committed = time.monotonic()
@@ -185,7 +185,7 @@ class Update:
         """Images in the index whose files are neither there nor moved, and may come back."""
         return [path for path in self.plan.kept if path not in self._moved]
 
-    def _known(self, item: Embedding) -> Copy | Move:
+    def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
         digest = item.sha256.hex()
         if self.plan.changed.get(item.path) == digest:
@@ -195,6 +195,6 @@ class Update:
         if (old := next((name for name in names if name not in self._moved), None)) is not None:
             self._moved[old] = item.path
             self.moved += 1
-            return Move(item.path, item.size, item.mtime_ns, old)
+            return Copy(item.path, item.size, item.mtime_ns, old, is_move=True)
         self.copied += 1
         return Copy(item.path, item.size, item.mtime_ns, self._moved[names[0]])
