@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
@@ -132,6 +132,13 @@ class Settings:
     layer: int | None = None
     norm: bool = False
     max_patches: int | None = None
+
+    def filled(self, made: Mapping[str, Any]) -> Settings:
+        """These settings and, where they say nothing, those that made an index (`provenance.made_by`)."""
+        kept = {name: made[name] for name in ("pool", "layer", "norm", "max_patches")}
+        if self.model is None:
+            kept |= {"model": made["checkpoint"], "revision": made["commit"], "dtype": made["dtype"]}
+        return Settings(**(kept | {name: value for name, value in asdict(self).items() if value not in (None, False)}))
 
 
 @dataclass(frozen=True)

@@ -74,13 +74,8 @@ def query_vector(
 
 def _embedder(index: Index, made: dict[str, Any], model: str | None, revision: str | None) -> Embedder:
     """The model that made the index, or the given one if it gives the same vectors."""
-    kept = {name: made[name] for name in ("pool", "layer", "norm", "max_patches")}
-    if model is None:
-        kept |= {"revision": made["commit"], "dtype": made["dtype"]}
-    if revision is not None:
-        kept["revision"] = revision
     try:
-        embedder = Embedder.load(Settings(model or made["checkpoint"], **kept))
+        embedder = Embedder.load(Settings(model, revision).filled(made))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
     refused, notes = differences(made, embedder.description)
