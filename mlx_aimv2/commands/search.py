@@ -46,11 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     with Index.open(arguments.index) as index:
         image = image_path(arguments.query)
-        page = (
-            check_page(arguments.html, index, image, overwrite=arguments.overwrite)
-            if arguments.html is not None
-            else None
-        )
+        page = None
+        if arguments.html is not None:
+            page = check_page(arguments.html, index, image, overwrite=arguments.overwrite)
         query = query_vector(
             index,
             image=image,
