@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the nearest images, best first."""
-    from mlx_aimv2.embed.query import image_path, query_vector
+    from mlx_aimv2.embed.encode import image_path, query_vector
     from mlx_aimv2.index.html import check_page, write_page
     from mlx_aimv2.index.reader import Index
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from safetensors.numpy import load, save
 
 from mlx_aimv2.embed.encode import Result
 from mlx_aimv2.index.reader import Embedding
@@ -130,24 +131,21 @@ def _ignore_the_launcher() -> None:
 def _packed(result: Result) -> bytes:
     embeddings = result.embeddings
     head = {
-        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex(), one.vector.shape) for one in embeddings],
+        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex()) for one in embeddings],
         "failures": result.failures,
         "notes": result.notes,
     }
-    text = json.dumps(head).encode()
-    vectors = (one.vector.astype("<f4").tobytes() for one in embeddings)
-    return b"".join([len(text).to_bytes(8, "little"), text, *vectors])
+    # In one piece each, as the library writes what lies in memory.
+    vectors = {str(row): np.ascontiguousarray(one.vector, np.float32) for row, one in enumerate(embeddings)}
+    return save(vectors | {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)})
 
 
 def _unpacked(data: bytes) -> Result:
-    start = 8 + int.from_bytes(data[:8], "little")
-    head = json.loads(data[8:start])
-    values = np.frombuffer(data[start:], "<f4")
-    embeddings, done = [], 0
-    for path, size, mtime_ns, sha256, shape in head["embeddings"]:
-        count = int(np.prod(shape))
-        vector = values[done : done + count].reshape(shape)
-        embeddings.append(Embedding(path, size, mtime_ns, bytes.fromhex(sha256), vector))
-        done += count
+    arrays = load(data)
+    head = json.loads(arrays["head"].tobytes())
+    embeddings = [
+        Embedding(path, size, mtime_ns, bytes.fromhex(sha256), arrays[str(row)])
+        for row, (path, size, mtime_ns, sha256) in enumerate(head["embeddings"])
+    ]
     pairs = ([(path, reason) for path, reason in head[kind]] for kind in ("failures", "notes"))
     return Result(embeddings, *pairs)
