@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_learner
-from mlx_aimv2.learn.features import compute_features
+from mlx_aimv2.learn.frozen import compute_features
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import Sample

@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.embed.cache import KINDS, Array, Features, cache_key, open_features
+from mlx_aimv2.embed.encode import FAST, embed_chunks
+from mlx_aimv2.embed.loader import Decoder, split_into_chunks
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.files import cache_folder
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_head
-from mlx_aimv2.learn.features import Array, Features, compute_features
 from mlx_aimv2.learn.heads import AttentiveHead
 from mlx_aimv2.learn.learner import grid_of
 from mlx_aimv2.learn.probe import SMALLEST_STD
 from mlx_aimv2.learn.run import Run, Trained
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.samples import DataError, Sample
+from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.train.optimizer import Group
 
 STEP = 64
 """Images whose tokens are in memory at a time."""
+
+
+def compute_features(
+    samples: Sequence[Sample],
+    model: Aimv2VisionModel,
+    processor: Aimv2Processor,
+    *,
+    kind: str,
+    folder: Path | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Features:
+    """Features of every sample, from the cache where it has them: `samples -> Features`.
+
+    `kind` is one of `KINDS`; `folder` is where caches lie. `advance` gets how many images are done. Raises OSError
+    with one line where the disk is full; what was computed stays.
+    """
+    rows, columns = grid_of(processor)
+    shape = (*(() if kind == "mean" else (rows * columns,)), model.config.hidden_size)
+    own = (folder or cache_folder() / "features") / cache_key(model, processor, kind=kind)
+    unique = {sample.sha256: sample.path for sample in samples}
+    with open_features(own, shape, KINDS[kind], advice="choose another --cache; what was done is kept") as cache:
+        missing = {sha256: path for sha256, path in unique.items() if sha256 not in cache.index}
+        cache.reserve(len(missing))
+        advance(len(unique) - len(missing))
+        failed: list[str] = []
+        decoder, chunks = Decoder(processor, policy=FAST), split_into_chunks(sorted(missing.values()))
+        for result in embed_chunks(chunks, decoder, model, Pooling.of(model, kind)):
+            cache.append((one.sha256, one.vector) for one in result.embeddings if one.sha256 in missing)
+            failed += [f"{path} {reason}" for path, reason in result.failures]
+            advance(len(result.embeddings))
+        if failed:
+            raise DataError(failed)
+        if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:
+            raise DataError([f"{path} was changed while it was read: run it again" for path in changed])
+        return cache.features()
 
 
 class Candidates(nn.Module):

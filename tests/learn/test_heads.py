@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.learn import classify
 from mlx_aimv2.learn.classify import Classification
-from mlx_aimv2.learn.features import Features
 from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
 from mlx_aimv2.learn.heads import AttentiveHead, MeanHead
 from mlx_aimv2.learn.knn import vote
