@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.embed.provenance import fingerprint
-from mlx_aimv2.files import cache_folder
+from mlx_aimv2.files import cache_folder, stat_of
 
 if TYPE_CHECKING:
     from mlx_aimv2.model import Aimv2VisionModel
@@ -114,11 +114,8 @@ def _key(path: str) -> bytes:
 
 
 def _about(path: str) -> tuple[int, int] | None:
-    try:
-        about = os.stat(path)  # noqa: PTH116 - as above
-    except OSError:
-        return None
-    return about.st_size, about.st_mtime_ns
+    about = stat_of(path)
+    return None if about is None else (about.st_size, about.st_mtime_ns)
 
 
 class WithContent(Protocol):

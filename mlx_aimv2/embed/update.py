@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_aimv2.embed.loader import split_into_chunks
+from mlx_aimv2.files import stat_of
 from mlx_aimv2.find_images import Listing, identity, is_gone, is_under
 from mlx_aimv2.index.reader import Embedding, Index, Stamp
 from mlx_aimv2.index.writer import Copy, IndexWriter
@@ -78,22 +79,14 @@ def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
     if not new or not stamps:
         return files
     present = set(files)
-    known = {found: path for path in stamps if path not in present and (found := _identity(path)) is not None}
-    same = {path: known[found] for path in new if (found := _identity(path)) in known}
+    known = {identity(path, about): path for path in stamps if path not in present and (about := stat_of(path))}
+    found = {path: identity(path, about) for path in new if (about := stat_of(path))}
+    same = {path: known[one] for path, one in found.items() if one in known}
     return sorted({same.get(path, path) for path in files}, key=os.fsencode) if same else files
 
 
-def _identity(path: str) -> tuple[int, int] | str | None:
-    try:
-        return identity(path, os.stat(path))  # noqa: PTH116 - as below
-    except OSError:
-        return None
-
-
 def _is_current(path: str, stamp: Stamp | None, plan: Plan, sizes: set[int]) -> bool:
-    try:
-        about = os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
-    except OSError:
+    if (about := stat_of(path)) is None:
         return False  # decoding will say why
     if stamp is not None and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
         plan.unchanged += 1
