@@ -72,6 +72,14 @@ def cache_folder() -> Path:
     return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2"
 
 
+def stat_of(path: str) -> os.stat_result | None:
+    """What the system says of a file, once for each of many; None where it says nothing."""
+    try:
+        return os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
+    except (OSError, ValueError):
+        return None
+
+
 # Reading
 
 

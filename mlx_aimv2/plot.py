@@ -231,15 +231,9 @@ def palette() -> bytes:
 
     0 is black, 255 nearly white.
     """
-    colours = []
-    for value in range(256):
-        rest, colour = value, [0, 0, 0]
-        for bit in range(7, -1, -1):
-            for channel in range(3):
-                colour[channel] |= (rest >> channel & 1) << bit
-            rest >>= 3
-        colours += colour
-    return bytes(colours)
+    steps = np.arange(8)[:, None]  # three bits of the class at a time give one bit of each channel, the highest first
+    bits = np.arange(256)[:, None, None] >> (3 * steps + np.arange(3)) & 1
+    return (bits << (7 - steps)).sum(axis=1).astype(np.uint8).tobytes()
 
 
 def palette_image(labels: NDArray[Any]) -> Image.Image:

@@ -32,20 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
-    add(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help=f"pass over what matches: *.png, Trash/; {REPEATED}",
-    )
-    add(
-        "--include",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help=f"take what matches though excluded, hidden or of another suffix; {REPEATED}",
-    )
+    for name, words in (
+        ("--exclude", "pass over what matches: *.png, Trash/"),
+        ("--include", "take what matches though excluded, hidden or of another suffix"),
+    ):
+        add(name, action="append", default=[], metavar="PATTERN", help=f"{words}; {REPEATED}")
     add("--prune", action="store_true", help="forget images of these paths whose files are not there")
 
     add = parser.add_argument_group("model").add_argument
@@ -117,16 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     if passed_over:
         say(f"passed over: {counted(passed_over)}")
     if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "index": str(output),
-                    **counts,
-                    "passed_over": passed_over,
-                    "seconds": round(time.monotonic() - started, 3),
-                }
-            )
-        )
+        seconds = round(time.monotonic() - started, 3)
+        print(json.dumps({"index": str(output), **counts, "passed_over": passed_over, "seconds": seconds}))
     elif is_made:
         parts = [f"{count:,} {name}" for name, count in counts.items() if name != "images" and count]
         show(f"{output}: {summary.images:,} images ({', '.join(parts) or 'nothing to do'})")

@@ -25,7 +25,6 @@ from mlx_aimv2.loading import load
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
 
     from mlx_aimv2.model import Aimv2VisionModel
     from mlx_aimv2.processor import Aimv2Processor
@@ -68,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
+    from PIL.PngImagePlugin import PngInfo
+
     if arguments.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
     policy = policy_of(arguments)
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         kind = "pca" if arguments.patch is None else "patch"
         targets = list(_targets(arguments.images, found.files, arguments.output, kind, overwrite=arguments.overwrite))
         model, processor = load(arguments.model, revision=arguments.revision)
+        mark = PngInfo()
+        mark.add_text("Software", SOFTWARE)
         for file, target in zip(found.files, targets, strict=True):
             try:
                 image, grid = draw(
@@ -96,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
                 mx.clear_cache()  # each size of a native image would keep buffers of its own
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target) as stream:
-                image.save(stream, "PNG", pnginfo=_mark())
+                image.save(stream, "PNG", pnginfo=mark)
             record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
             show_progress(json.dumps(record) if arguments.json else str(target))
     for line in failed:
@@ -125,19 +128,16 @@ def draw(
     if not np.isfinite(tokens).all():
         raise ValueError(f"{image} gets features that are not finite; is the checkpoint damaged?")
     side, cell = model.config.patch_size, max(1, HEIGHT // rows)
-    seen = _seen(pixels, processor).crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
+    steps = processor.preprocessing
+    scale = 1 / (steps.rescale_factor or 1)
+    seen = plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
+    seen = seen.crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
     seen = plot.to_height(seen, rows * cell)
     if patch is None:
         both = [seen, plot.pca_map(tokens, grid, cell=cell)]
     else:
         both = [plot.framed(seen, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
     return plot.side_by_side(both, height=rows * cell), grid
-
-
-def _seen(pixels: mx.array, processor: Aimv2Processor) -> Image.Image:
-    steps = processor.preprocessing
-    scale = 1 / (steps.rescale_factor or 1)
-    return plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
 
 
 def _targets(given: list[str], files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
@@ -157,20 +157,9 @@ def _targets(given: list[str], files: list[str], output: str | None, kind: str, 
 def _checked(target: Path, files: list[str], *, overwrite: bool) -> Path:
     """The same path. Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
     if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
-        check_file(target, option="--output", is_own=_is_own, overwrite=overwrite, inputs=files)
+        mark = f"Software\0{SOFTWARE}".encode()
+        check_file(target, option="--output", is_own=lambda head: mark in head, overwrite=overwrite, inputs=files)
     return target
-
-
-def _mark() -> PngInfo:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("Software", SOFTWARE)
-    return info
-
-
-def _is_own(head: bytes) -> bool:
-    return f"Software\0{SOFTWARE}".encode() in head
 
 
 def _patch(text: str) -> tuple[int, int]:

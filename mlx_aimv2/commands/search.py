@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the nearest images, best first."""
-    from mlx_aimv2.embed.query import image_path, query_vector
+    from mlx_aimv2.embed.encode import image_path, query_vector
     from mlx_aimv2.index.html import check_page, write_page
     from mlx_aimv2.index.reader import Index
 
@@ -46,11 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     with Index.open(arguments.index) as index:
         image = image_path(arguments.query)
-        page = (
-            check_page(arguments.html, index, image, overwrite=arguments.overwrite)
-            if arguments.html is not None
-            else None
-        )
+        page = None
+        if arguments.html is not None:
+            page = check_page(arguments.html, index, image, overwrite=arguments.overwrite)
         query = query_vector(
             index,
             image=image,

@@ -9,23 +9,36 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.files import cache_folder
+from mlx_aimv2.embed.provenance import fingerprint
+from mlx_aimv2.files import cache_folder, stat_of
+
+if TYPE_CHECKING:
+    from mlx_aimv2.model import Aimv2VisionModel
+    from mlx_aimv2.processor import Aimv2Processor
 
 Array: TypeAlias = NDArray[Any]
 
 KEY_BYTES = 32
+
+FORMAT = 1
+
+KINDS: dict[str, np.dtype[Any]] = {"mean": np.dtype("<f4"), "tokens": np.dtype("<f2")}
+"""What is kept of an image -> its numbers: the mean token (D,), or all tokens (N, D) in half the bytes."""
 
 SETTLED_NS = 2_000_000_000
 """A file that was changed this recently may change again within the clock's step: it is not remembered."""
@@ -101,11 +114,8 @@ def _key(path: str) -> bytes:
 
 
 def _about(path: str) -> tuple[int, int] | None:
-    try:
-        about = os.stat(path)  # noqa: PTH116 - as above
-    except OSError:
-        return None
-    return about.st_size, about.st_mtime_ns
+    about = stat_of(path)
+    return None if about is None else (about.st_size, about.st_mtime_ns)
 
 
 class WithContent(Protocol):
@@ -127,11 +137,7 @@ class Features:
 
     def of(self, samples: Sequence[WithContent]) -> Array:
         """Those of several samples as one array, `(n, …)` float32."""
-        return self.take([sample.sha256 for sample in samples])
-
-    def take(self, keys: Sequence[bytes]) -> Array:
-        """Those of several keys as one array, `(n, …)` float32."""
-        return np.asarray(self.rows[[self.index[key] for key in keys]], np.float32)
+        return np.asarray(self.rows[[self.index[sample.sha256] for sample in samples]], np.float32)
 
 
 class FeatureCache:
@@ -186,6 +192,19 @@ class FeatureCache:
 
     def _full(self, need: str = "") -> OSError:
         return OSError(f"no space left for the features in {self.rows_file}{need}: free some, or {self.advice}")
+
+
+def cache_key(model: Aimv2VisionModel, processor: Aimv2Processor, *, kind: str, **more: Any) -> str:
+    """A name that is the same for equal features alone; `more` is what else decides them."""
+    decides = {
+        "format": FORMAT,
+        "kind": kind,
+        "weights": fingerprint(model)["digest"],
+        "dtype": str(model.dtype),
+        "preprocessing": asdict(processor.preprocessing),
+        **more,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 @contextmanager

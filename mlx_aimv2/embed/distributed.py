@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from safetensors.numpy import load, save
 
 from mlx_aimv2.embed.encode import Result
 from mlx_aimv2.index.reader import Embedding
@@ -32,34 +33,30 @@ class Ranks:
 
     def __init__(self) -> None:
         """Joins the group that `mlx.launch` made, if there is one."""
-        self._group: mx.distributed.Group | None = None
+        self.group: mx.distributed.Group | None = None
+        """MLX's group, None for a single process."""
         if any(name in os.environ for name in LAUNCHED):
             group = mx.distributed.init()
-            self._group = group if group.size() > 1 else None
-        if self._group is not None:
+            self.group = group if group.size() > 1 else None
+        if self.group is not None:
             signal.signal(signal.SIGTERM, _lost)  # how mlx.launch ends the others when one has died
-
-    @property
-    def group(self) -> mx.distributed.Group | None:
-        """MLX's group, None for a single process."""
-        return self._group
 
     @property
     def rank(self) -> int:
         """Which of the processes this is; 0 plans and writes."""
-        return self._group.rank() if self._group is not None else 0
+        return self.group.rank() if self.group is not None else 0
 
     @property
     def size(self) -> int:
         """How many processes there are."""
-        return self._group.size() if self._group is not None else 1
+        return self.group.size() if self.group is not None else 1
 
     def first(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work and every rank gets the result, which must fit JSON.
 
         Where the work raises, rank 0 raises and the others end silently.
         """
-        if self._group is None:
+        if self.group is None:
             return work()
         if self.rank > 0:
             answer = json.loads(self._gather(b"")[0])
@@ -76,38 +73,38 @@ class Ranks:
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Each number's mean over the ranks, on every rank."""
-        if self._group is None:
+        if self.group is None:
             return values
-        total: Any = mx.distributed.all_sum(mx.array(list(values.values()), mx.float32), group=self._group).tolist()
+        total: Any = mx.distributed.all_sum(mx.array(list(values.values()), mx.float32), group=self.group).tolist()
         return {name: value / self.size for name, value in zip(values, total, strict=True)}
 
     def rows(self, x: mx.array) -> mx.array:
         """Rows of every rank, in the order of the ranks: `(B, …) -> (ranks * B, …)`."""
-        return x if self._group is None else mx.distributed.all_gather(x, group=self._group)
+        return x if self.group is None else mx.distributed.all_gather(x, group=self.group)
 
     def each(self, number: int) -> list[int]:
         """A number of every rank, in the order of the ranks, on every rank."""
-        if self._group is None:
+        if self.group is None:
             return [number]
-        numbers: Any = mx.distributed.all_gather(mx.array([number]), group=self._group).tolist()
+        numbers: Any = mx.distributed.all_gather(mx.array([number]), group=self.group).tolist()
         return numbers
 
     def gather(self, result: Result) -> list[Result]:
         """What each rank has, in the order of the ranks; on every rank."""
-        if self._group is None:
+        if self.group is None:
             return [result]
         return [_unpacked(data) for data in self._gather(_packed(result))]
 
     def _gather(self, data: bytes) -> list[bytes]:
         """Bytes of every rank on every rank."""
-        if self._group is None:
+        if self.group is None:
             return [data]
         try:
-            sizes = mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self._group)
+            sizes = mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self.group)
             lengths: Any = sizes.tolist()
             padded = np.zeros(max(1, *lengths), np.uint8)
             padded[: len(data)] = np.frombuffer(data, np.uint8)
-            rows = np.array(mx.distributed.all_gather(mx.array(padded), group=self._group)).reshape(self.size, -1)
+            rows = np.array(mx.distributed.all_gather(mx.array(padded), group=self.group)).reshape(self.size, -1)
         except RuntimeError as error:
             _ignore_the_launcher()
             raise RankLostError(f"another rank is gone ({error})") from None
@@ -134,24 +131,21 @@ def _ignore_the_launcher() -> None:
 def _packed(result: Result) -> bytes:
     embeddings = result.embeddings
     head = {
-        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex(), one.vector.shape) for one in embeddings],
+        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex()) for one in embeddings],
         "failures": result.failures,
         "notes": result.notes,
     }
-    text = json.dumps(head).encode()
-    vectors = (one.vector.astype("<f4").tobytes() for one in embeddings)
-    return b"".join([len(text).to_bytes(8, "little"), text, *vectors])
+    # In one piece each, as the library writes what lies in memory.
+    vectors = {str(row): np.ascontiguousarray(one.vector, np.float32) for row, one in enumerate(embeddings)}
+    return save(vectors | {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)})
 
 
 def _unpacked(data: bytes) -> Result:
-    start = 8 + int.from_bytes(data[:8], "little")
-    head = json.loads(data[8:start])
-    values = np.frombuffer(data[start:], "<f4")
-    embeddings, done = [], 0
-    for path, size, mtime_ns, sha256, shape in head["embeddings"]:
-        count = int(np.prod(shape))
-        vector = values[done : done + count].reshape(shape)
-        embeddings.append(Embedding(path, size, mtime_ns, bytes.fromhex(sha256), vector))
-        done += count
+    arrays = load(data)
+    head = json.loads(arrays["head"].tobytes())
+    embeddings = [
+        Embedding(path, size, mtime_ns, bytes.fromhex(sha256), arrays[str(row)])
+        for row, (path, size, mtime_ns, sha256) in enumerate(head["embeddings"])
+    ]
     pairs = ([(path, reason) for path, reason in head[kind]] for kind in ("failures", "notes"))
     return Result(embeddings, *pairs)

@@ -195,10 +195,7 @@ class _Job:
         stored = made_by(self.index)
         if self.options.store not in (None, self.index.dtype):
             raise ValueError(f"{self.output} stores {self.index.dtype}: leave --store out, or choose another -o")
-        kept = {name: stored[name] for name in ("pool", "layer", "norm", "max_patches")}
-        if given.model is None:
-            kept |= {"model": stored["checkpoint"], "revision": stored["commit"], "dtype": stored["dtype"]}
-        return Settings(**(kept | {name: value for name, value in asdict(given).items() if value not in (None, False)}))
+        return given.filled(stored)
 
     def _list(self, paths: Iterable[str]) -> Listing:
         names: list[str] = []

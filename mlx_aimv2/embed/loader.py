@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.files import read_image_file, reason_of
+from mlx_aimv2.files import read_image_file, reason_of, stat_of
 from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
 from mlx_aimv2.images.pixels import Levels
 
@@ -266,8 +266,9 @@ class Decoder:
 
     def __call__(self, path: str) -> Decoded:
         """One file, `path -> Decoded`."""
+        before = stat_of(path)
         try:
-            with self.files.take(_size_of(path)):
+            with self.files.take(before.st_size if before is not None else 0):
                 about, data = read_image_file(path)
                 found = self.content(path, data)
                 found.size, found.mtime_ns = about.st_size, about.st_mtime_ns
@@ -306,13 +307,6 @@ class Decoder:
         found.levels = levels
         found.upright = (opened.size[1], opened.size[0])
         found.note = "; ".join(notes) or None
-
-
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size  # noqa: PTH116 - once for each of many files
-    except (OSError, ValueError):
-        return 0
 
 
 def _reason(error: OSError) -> str:

@@ -70,23 +70,16 @@ class Pooling:
         """Embeddings of a batch in float32, lazily: `(B, H, W, 3) -> (B, …)` as the pooling says."""
         vision = model.vision
         if self.pool == "head":
-            return self._pooled(model, pixels).astype(mx.float32)
-        tokens = self._tokens(vision, pixels).astype(mx.float32)
+            pooled = None if hasattr(model.config, "projection_dim") else vision(pixels).pooler_output
+            return (model.encode_image(pixels) if pooled is None else pooled).astype(mx.float32)
+        if self.layer is None:
+            tokens = vision(pixels).last_hidden_state
+        else:  # lazy: the blocks after the layer are never computed
+            tokens = vision(pixels, output_hidden_states=True).hidden_states[self.layer]
+            tokens = vision.norm(tokens) if self.norm else tokens
+        tokens = tokens.astype(mx.float32)
         if self.pool == "mean":
             return tokens.mean(axis=1)
         if self.pool == "map":
             return tokens.reshape(len(tokens), *vision.grid(pixels), -1)
         return tokens
-
-    @staticmethod
-    def _pooled(model: nn.Module, pixels: mx.array) -> mx.array:
-        pooled = None if hasattr(model.config, "projection_dim") else model.vision(pixels).pooler_output
-        return model.encode_image(pixels) if pooled is None else pooled
-
-    def _tokens(self, vision: nn.Module, pixels: mx.array) -> mx.array:
-        if self.layer is None:
-            return vision(pixels).last_hidden_state
-        # Lazy: the blocks after the layer are never computed.
-        states = vision(pixels, output_hidden_states=True).hidden_states or ()
-        tokens: mx.array = states[self.layer]
-        return vision.norm(tokens) if self.norm else tokens

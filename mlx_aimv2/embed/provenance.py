@@ -21,8 +21,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.index.reader import Index
-from mlx_aimv2.index.schema import damaged
+from mlx_aimv2.index.reader import Index, damaged
 from mlx_aimv2.loading import AnyModel, Loaded
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_aimv2.embed.loader import split_into_chunks
+from mlx_aimv2.files import stat_of
 from mlx_aimv2.find_images import Listing, identity, is_gone, is_under
 from mlx_aimv2.index.reader import Embedding, Index, Stamp
-from mlx_aimv2.index.writer import Copy, IndexWriter, Move
+from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
 COMMIT_IMAGES = 1024
@@ -78,22 +79,14 @@ def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
     if not new or not stamps:
         return files
     present = set(files)
-    known = {found: path for path in stamps if path not in present and (found := _identity(path)) is not None}
-    same = {path: known[found] for path in new if (found := _identity(path)) in known}
+    known = {identity(path, about): path for path in stamps if path not in present and (about := stat_of(path))}
+    found = {path: identity(path, about) for path in new if (about := stat_of(path))}
+    same = {path: known[one] for path, one in found.items() if one in known}
     return sorted({same.get(path, path) for path in files}, key=os.fsencode) if same else files
 
 
-def _identity(path: str) -> tuple[int, int] | str | None:
-    try:
-        return identity(path, os.stat(path))  # noqa: PTH116 - as below
-    except OSError:
-        return None
-
-
 def _is_current(path: str, stamp: Stamp | None, plan: Plan, sizes: set[int]) -> bool:
-    try:
-        about = os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
-    except OSError:
+    if (about := stat_of(path)) is None:
         return False  # decoding will say why
     if stamp is not None and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
         plan.unchanged += 1
@@ -141,7 +134,7 @@ class Update:
         self.index = index
         self.create = create
         self.embedded = self.copied = self.moved = self.gone = 0
-        self._pending: list[Embedding | Copy | Move] = []
+        self._pending: list[Embedding | Copy] = []
         self._stale: list[str] = []
         self._moved: dict[str, str] = {}
         self._committed = time.monotonic()
@@ -185,7 +178,7 @@ class Update:
         """Images in the index whose files are neither there nor moved, and may come back."""
         return [path for path in self.plan.kept if path not in self._moved]
 
-    def _known(self, item: Embedding) -> Copy | Move:
+    def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
         digest = item.sha256.hex()
         if self.plan.changed.get(item.path) == digest:
@@ -195,6 +188,6 @@ class Update:
         if (old := next((name for name in names if name not in self._moved), None)) is not None:
             self._moved[old] = item.path
             self.moved += 1
-            return Move(item.path, item.size, item.mtime_ns, old)
+            return Copy(item.path, item.size, item.mtime_ns, old, is_move=True)
         self.copied += 1
         return Copy(item.path, item.size, item.mtime_ns, self._moved[names[0]])

@@ -52,10 +52,10 @@ def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable
 
 def _npz(index: Index, file: BinaryIO) -> None:
     npy: Any = np.lib.format  # some versions of NumPy declare no types for it
-    paths, shapes = _contents(index)
+    paths, shapes, count = _contents(index)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("vectors.npy", "w", force_zip64=True) as member:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (_rows(index, shapes), index.width)}
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, index.width)}
             npy.write_array_header_1_0(member, header)
             for entry in index.embeddings():
                 member.write(entry.vector.astype("<f4").tobytes())
@@ -68,8 +68,8 @@ def _npz(index: Index, file: BinaryIO) -> None:
 
 
 def _safetensors(index: Index, file: BinaryIO) -> None:
-    paths, shapes = _contents(index)
-    vectors = np.empty((_rows(index, shapes), index.width), np.float32)
+    paths, shapes, count = _contents(index)
+    vectors = np.empty((count, index.width), np.float32)
     done = 0
     for entry in index.embeddings():
         part = entry.vector.reshape(-1, index.width)
@@ -97,13 +97,10 @@ SIGNATURES = {
 """Kind -> by which bytes, one or the other, and where, a file is known as an export."""
 
 
-def _contents(index: Index) -> tuple[list[str], NDArray[Any]]:
-    """All paths, and how many tokens each image has, `(P, axes - 1)`."""
+def _contents(index: Index) -> tuple[list[str], NDArray[Any], int]:
+    """All paths, how many tokens each image has, `(P, axes - 1)`, and how many all of them have."""
     paths = list(index.paths())
-    if index.axes == 1:
-        return paths, np.empty((len(paths), 0), np.int64)
-    return paths, np.array([index.vector(path).shape[:-1] for path in paths], np.int64).reshape(len(paths), -1)
-
-
-def _rows(index: Index, shapes: NDArray[Any]) -> int:
-    return int(shapes.prod(axis=1).sum())
+    shapes = np.empty((len(paths), 0), np.int64)
+    if index.axes > 1:
+        shapes = np.array([index.vector(path).shape[:-1] for path in paths], np.int64).reshape(len(paths), -1)
+    return paths, shapes, int(shapes.prod(axis=1).sum())

@@ -48,12 +48,8 @@ def check_page(page: Path, index: Index, image: str | None, *, overwrite: bool =
     if page.suffix.lower() not in ENDINGS:
         raise ValueError(f"--html {page} would be a page: give it a name that ends in {' or '.join(ENDINGS)}")
     inputs = [index.path, *([image] if image is not None else []), *(index.paths() if page.exists() else ())]
-    check_file(page, option="--html", is_own=_is_own, overwrite=overwrite, inputs=inputs)
+    check_file(page, option="--html", is_own=lambda head: GENERATOR in head, overwrite=overwrite, inputs=inputs)
     return page
-
-
-def _is_own(head: bytes) -> bool:
-    return GENERATOR in head
 
 
 def write_page(

@@ -99,7 +99,9 @@ class Vectors:
     def nearest(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Ids and exact cosines of the k nearest to a unit vector (D,), and of all that equal the last of them."""
         places = _finalists(self.scores(query), k)
-        exact = np.concatenate([np.empty(0), *(self._exact(part, query) for part in _cut(places, TILE))])
+        exact = np.concatenate(
+            [np.empty(0), *(self._exact(places[i : i + TILE], query) for i in range(0, len(places), TILE))]
+        )
         if len(exact) > k:
             kept = exact >= np.partition(exact, -k)[-k]
             places, exact = places[kept], exact[kept]
@@ -130,10 +132,6 @@ def _finalists(scores: NDArray[Any], k: int) -> NDArray[Any]:
     whole = len(scores) // TILE * TILE
     best = scores[:whole].reshape(-1, TILE).max(axis=1) if whole // TILE >= k else scores
     return np.flatnonzero(scores >= np.partition(best, -k)[-k] - np.float32(SLACK))
-
-
-def _cut(places: NDArray[Any], size: int) -> Iterable[NDArray[Any]]:
-    return (places[start : start + size] for start in range(0, len(places), size))
 
 
 def _check_finite(part: NDArray[Any]) -> None:

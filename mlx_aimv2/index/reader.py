@@ -7,6 +7,9 @@ and maps are stored as they are. `writer.py` writes it.
 
 It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
 and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
+
+A view or a trigger is code: SQLite runs it when a table is read or written, and it may run for ever or delete what is
+there. So only the tables of an index, by their own text, are let in.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,10 +30,41 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.index.schema import check_schema, damaged, is_blank
-
 if TYPE_CHECKING:
     from mlx_aimv2.index.nearest import Vectors
+
+APPLICATION_ID = 0x41494D32
+"""In the file's header, "AIM2": an index is recognised by it."""
+
+VERSION = 1
+
+TABLES = {
+    "about": "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "images": """CREATE TABLE images (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
+    size INTEGER NOT NULL,      -- of the file, in bytes
+    mtime_ns INTEGER NOT NULL,
+    sha256 BLOB NOT NULL,       -- of the file's content
+    length REAL,                -- of the vector before it was scaled to unit length; NULL for tokens and maps
+    rows INTEGER,               -- tokens, or rows of a map; NULL for one vector
+    columns INTEGER,            -- of a map; NULL otherwise
+    block INTEGER NOT NULL
+)""",
+    "blocks": "CREATE TABLE blocks (id INTEGER PRIMARY KEY, images BLOB NOT NULL, vectors BLOB NOT NULL)",
+}
+
+SCRIPT = f"""
+PRAGMA page_size = 32768;  -- a float16 vector of 1024 values fills half of SQLite's usual page
+BEGIN IMMEDIATE;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
+{"".join(f"{table};" for table in TABLES.values())}
+"""
+"""Makes an empty index; the transaction stays open."""
+
+OF_SQLITE = ("sqlite_sequence", "sqlite_stat1", "sqlite_stat4")
+"""Tables that SQLite makes by itself, or for ANALYZE."""
 
 AnyIndex = TypeVar("AnyIndex", bound="Index")
 
@@ -115,14 +150,12 @@ class Index:
             raise IsADirectoryError(f"{path} is a folder, not an index of images")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
-        if not path.stat().st_size:
+        if is_empty(path):
             raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
         db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
         try:
             with plain_errors(path):
-                if is_blank(db):
-                    raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
                 check_schema(db, path)
                 return cls(path, db)
         except BaseException:
@@ -225,15 +258,22 @@ class Index:
 
     def _whole(self, blocks: Iterable[tuple[bytes, bytes]], count: int) -> Iterator[tuple[bytes, bytes]]:
         """The same blocks, provided that there are ids and vectors for `count` images."""
-        found, size = 0, self.width * np.dtype(self.dtype).itemsize
+        found = 0
         for members, vectors in blocks:
-            is_whole = isinstance(members, bytes) and isinstance(vectors, bytes) and len(members) % 8 == 0
-            if not is_whole or len(vectors) != len(members) // 8 * size or found + len(members) // 8 > count:
+            found += self._held(members, vectors)
+            if found > count:
                 raise damaged(self.path, "a block of vectors that does not fit its images")
-            found += len(members) // 8
             yield members, vectors
         if found != count:
             raise damaged(self.path, f"vectors of {found:,} images where there are {count:,}")
+
+    def _held(self, members: object, vectors: object) -> int:
+        """How many images a block is of. Raises ValueError where its ids and its vectors do not belong together."""
+        if isinstance(members, bytes) and isinstance(vectors, bytes) and len(members) % 8 == 0:
+            count, size = len(members) // 8, self.width * np.dtype(self.dtype).itemsize
+            if len(vectors) == count * size or (self.axes > 1 and count == 1 and len(vectors) % size == 0):
+                return count
+        raise damaged(self.path, "a block of vectors that does not fit its images")
 
     def _stamp(self, path: object, values: Sequence[Any]) -> Stamp:
         if [type(value) for value in values] != [int, int, bytes]:
@@ -317,7 +357,8 @@ def is_empty(path: Path) -> bool:
     db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")  # which plays a journal back
     try:
         with plain_errors(path):
-            return is_blank(db)
+            count: int = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            return count == 0 and db.execute("PRAGMA application_id").fetchone()[0] == 0
     finally:
         db.close()
 
@@ -336,3 +377,38 @@ def plain_errors(path: Path) -> Iterator[None]:
         if "already exists" in text:
             raise FileExistsError(f"{path} already exists: open it, or choose another name") from None
         raise OSError(f"{path}: {text}") from None
+
+
+def check_schema(db: sqlite3.Connection, path: Path) -> None:
+    """Raises ValueError for a database that is no index, or an index that holds more or less than its tables."""
+    if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
+        raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
+    if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
+        raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
+    tables = set()
+    for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
+        if kind == "table" and name in TABLES and _plain(sql) == _plain(TABLES[name]):
+            tables.add(name)
+        elif not _is_of_sqlite(kind, name, sql):
+            raise ValueError(
+                f"{path} is damaged or was tampered with: it holds the {kind} {name!r:.60}, which mlx-aimv2 does not "
+                "make and does not run: restore it from a copy, or delete it and embed anew"
+            )
+    if missing := set(TABLES) - tables:
+        raise damaged(path, f"no such table: {', '.join(sorted(missing))}")
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error for an index that cannot be read as it should."""
+    return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed anew")
+
+
+def _is_of_sqlite(kind: object, name: object, sql: object) -> bool:
+    if kind == "index":
+        return str(name).startswith("sqlite_autoindex_") and sql is None
+    return kind == "table" and name in OF_SQLITE and str(sql).startswith("CREATE TABLE")
+
+
+def _plain(sql: object) -> str:
+    """A statement without comments and white space, which earlier releases wrote otherwise."""
+    return re.sub(r"\s+", "", re.sub(r"--[^\n]*", "", str(sql))).lower()

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import AXES, STORED, Embedding, Index, connect, is_empty, plain_errors
-from mlx_aimv2.index.schema import SCRIPT, damaged
+from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_empty, plain_errors
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
@@ -32,22 +31,16 @@ Row = tuple[tuple[Any, ...], bytes]
 
 @dataclass(frozen=True)
 class Copy:
-    """A file with the content of an image that is in the index: it gets the same vector, bit for bit."""
+    """A file with the content of `source`, an image in the index: it gets the same vector, bit for bit.
+
+    With `is_move` the source's file is gone, and its entry gets the name of this one.
+    """
 
     path: str
     size: int
     mtime_ns: int
     source: str
-
-
-@dataclass(frozen=True)
-class Move:
-    """A file with the content of an image whose file is gone: the image's entry gets the file's name."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    source: str
+    is_move: bool = False
 
 
 class IndexWriter(Index):
@@ -83,19 +76,20 @@ class IndexWriter(Index):
             (beside / "index").replace(path)
         return cls.open(path)
 
-    def add(self, images: Iterable[Embedding | Copy | Move]) -> None:
+    def add(self, images: Iterable[Embedding | Copy]) -> None:
         """Stores images, replacing those of the same path.
 
         Raises ValueError for a vector of another shape than the index's and for values beyond its dtype, KeyError for
         a copy or a move of an image that is not in here.
         """
         images = list(images)
-        new = [self._row(item) for item in images if isinstance(item, Embedding)]
+        rows = [self._row(item) for item in images if isinstance(item, Embedding)]
+        copies = [item for item in images if isinstance(item, Copy)]
         with self._transaction():
-            for item in images:
-                if isinstance(item, Move):
+            for item in copies:
+                if item.is_move:
                     self._move(item)
-            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
+            rows += [self._copied(item) for item in copies if not item.is_move]
             self._remove([columns[0] for columns, _ in rows])
             self._append(rows)
 
@@ -126,7 +120,7 @@ class IndexWriter(Index):
         stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
         return (*stamp, *shape), self._stored(identity, block)
 
-    def _move(self, move: Move) -> None:
+    def _move(self, move: Copy) -> None:
         if move.source != move.path:
             self._place(move.source)  # raises KeyError before the target's entry is removed
             self._remove([os.fsencode(move.path)])
@@ -137,7 +131,7 @@ class IndexWriter(Index):
         capacity = BLOCK if self.axes == 1 else 1
         last = self._db.execute("SELECT id, images, vectors FROM blocks ORDER BY id DESC LIMIT 1").fetchone()
         block, members, vectors = last or (0, b"", b"")
-        self._check_block(members, vectors)
+        self._held(members, vectors)
         done = 0
         while done < len(rows):
             free = capacity - len(members) // 8
@@ -160,7 +154,7 @@ class IndexWriter(Index):
         for block, ids in gone.items():
             stored: tuple[bytes, bytes] | None
             stored = self._db.execute("SELECT images, vectors FROM blocks WHERE id = ?", (block,)).fetchone()
-            self._check_block(*(stored or (None, None)))
+            self._held(*(stored or (None, None)))
             raw, vectors = stored or (b"", b"")
             members = np.frombuffer(raw, "<i8")
             kept = ~np.isin(members, ids)
@@ -171,14 +165,6 @@ class IndexWriter(Index):
             else:
                 self._db.execute("DELETE FROM blocks WHERE id = ?", (block,))
         return sum(len(ids) for ids in gone.values())
-
-    def _check_block(self, members: object, vectors: object) -> None:
-        if isinstance(members, bytes) and isinstance(vectors, bytes) and len(members) % 8 == 0:
-            count = len(members) // 8
-            size = self.width * np.dtype(self.dtype).itemsize
-            if len(vectors) == count * size or (self.axes > 1 and count == 1 and len(vectors) % size == 0):
-                return
-        raise damaged(self.path, "a block of vectors that does not fit its images")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

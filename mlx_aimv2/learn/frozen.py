@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.embed.cache import Array, Features
 from mlx_aimv2.learn.classify.head import AttentiveHead
 from mlx_aimv2.learn.classify.probe import SMALLEST_STD
 from mlx_aimv2.learn.evaluation import decoded, outputs_of_head
-from mlx_aimv2.learn.features import Array, Features
 from mlx_aimv2.learn.learner import grid_of
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import Sample

@@ -12,7 +12,13 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.learn.features import Features, compute_features
+from mlx_aimv2.embed.cache import KINDS, Features, cache_key, open_features
+from mlx_aimv2.embed.encode import FAST, embed_chunks
+from mlx_aimv2.embed.loader import Decoder, split_into_chunks
+from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.files import cache_folder
+from mlx_aimv2.learn.learner import grid_of
+from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import Plan, Progress, Watch, train
 from mlx_aimv2.train.optimizer import Table
@@ -74,9 +80,30 @@ class Run:
         return self.task.results.score(self.val, predictions, self.dataset.classes)[self.task.metric]
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
-        """What the encoder makes of images, `mean` or `tokens` of each, kept on disk."""
-        advance = self.progress(len({sample.sha256 for sample in samples}), "images")
-        return compute_features(samples, self.encoder, self.processor, kind=kind, folder=self.cache, advance=advance)
+        """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.
+
+        Raises OSError with one line where the disk is full; what was computed stays.
+        """
+        model, processor, (rows, columns) = self.encoder, self.processor, grid_of(self.processor)
+        shape = (*(() if kind == "mean" else (rows * columns,)), model.config.hidden_size)
+        folder = (self.cache or cache_folder() / "features") / cache_key(model, processor, kind=kind)
+        unique = {sample.sha256: sample.path for sample in samples}
+        advance = self.progress(len(unique), "images")
+        with open_features(folder, shape, KINDS[kind], advice="choose another --cache; what was done is kept") as cache:
+            missing = {sha256: path for sha256, path in unique.items() if sha256 not in cache.index}
+            cache.reserve(len(missing))
+            advance(len(unique) - len(missing))
+            failed: list[str] = []
+            decoder, chunks = Decoder(processor, policy=FAST), split_into_chunks(sorted(missing.values()))
+            for result in embed_chunks(chunks, decoder, model, Pooling.of(model, kind)):
+                cache.append((one.sha256, one.vector) for one in result.embeddings if one.sha256 in missing)
+                failed += [f"{path} {reason}" for path, reason in result.failures]
+                advance(len(result.embeddings))
+            if failed:
+                raise DataError(failed)
+            if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:
+                raise DataError([f"{path} was changed while it was read: run it again" for path in changed])
+            return cache.features()
 
     def solve(
         self,

@@ -13,11 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.embed.cache import Array, Features, open_features
+from mlx_aimv2.embed.cache import KINDS, Array, Features, cache_key, open_features
 from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, Known, run_ahead
 from mlx_aimv2.images import OpenImage, open_image
 from mlx_aimv2.images.pixels import Levels
-from mlx_aimv2.learn.features import KINDS, cache_key
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.captioned import Data, Example
 from mlx_aimv2.processor import Aimv2Processor
@@ -37,7 +36,8 @@ class CaptionedFeatures:
 
     def take(self, images: Sequence[int], views: Sequence[int]) -> Array:
         """A view of each of these images, `(n,), (n,) -> (n, N, D)` float32."""
-        return self.features.take([self.keys[image][view] for image, view in zip(images, views, strict=True)])
+        rows = [self.features[self.keys[image][view]] for image, view in zip(images, views, strict=True)]
+        return np.asarray(rows, np.float32)
 
 
 class Views(Decoder):

@@ -136,7 +136,7 @@ def test_the_index_module_reads_what_the_command_wrote(photo_index):
 
 
 def test_a_word_is_text_although_a_folder_of_that_name_lies_here(tmp_path, monkeypatch):
-    from mlx_aimv2.embed.query import image_path
+    from mlx_aimv2.embed.encode import image_path
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "red").mkdir()
