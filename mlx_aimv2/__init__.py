@@ -5,6 +5,7 @@ The public names are loaded when they are first used, so that importing the pack
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,15 +45,19 @@ _HOME = {
 """Public name -> the file that it is defined in."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+def lazily(module: dict[str, Any], home: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__`, by which its public names are loaded when they are first used."""
 
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # from now on found without this function
-    return value
+    def load_name(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f"{module['__name__']}.{home[name]}"), name)
+        module[name] = value  # from now on found without this function
+        return value
+
+    return load_name, lambda: sorted({*module, *home})
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(globals(), _HOME)

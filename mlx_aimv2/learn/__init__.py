@@ -5,7 +5,9 @@ The public names are loaded when they are first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlx_aimv2 import lazily
 
 if TYPE_CHECKING:
     from mlx_aimv2.learn.evaluation import evaluate, predict
@@ -14,19 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "fit", "fuse", "predict"]
 
-_HOME = {"evaluate": "evaluation", "fit": "fit_head", "fuse": "head_folder", "predict": "evaluation"}
-"""Public name -> the file that it is defined in."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # from now on found without this function
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    globals(), {"evaluate": "evaluation", "fit": "fit_head", "fuse": "head_folder", "predict": "evaluation"}
+)

@@ -6,8 +6,9 @@ loaded when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlx_aimv2 import lazily
 
 if TYPE_CHECKING:
     from mlx_aimv2.pretrain.captioned import open_data
@@ -17,24 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LitSettings", "Schedule", "Settings", "lit", "open_data", "pretrain"]
 
-_HOME = {
-    "LitSettings": "settings",
-    "Schedule": "settings",
-    "Settings": "settings",
-    "lit": "lit_tuning",
-    "open_data": "captioned",
-    "pretrain": "pretraining",
-}
-"""Public name -> the file that it is defined in."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # from now on found without this function
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    globals(),
+    {
+        "LitSettings": "settings",
+        "Schedule": "settings",
+        "Settings": "settings",
+        "lit": "lit_tuning",
+        "open_data": "captioned",
+        "pretrain": "pretraining",
+    },
+)
