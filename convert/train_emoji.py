@@ -20,13 +20,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from convert import make_emoji
 from mlx_aimv2 import bundled, cli
 from mlx_aimv2.conversion import folder as mlx_folder
-from mlx_aimv2.loading import load
-from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
+from mlx_aimv2.loading import load, read_source
+from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from mlx_aimv2.processor import Aimv2Processor
@@ -252,11 +251,9 @@ def write_pair(pair: Path) -> None:
     target = bundled.ASSETS / "emoji"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    model, _ = load(pair, dtype="float16")
-    assert isinstance(model, Aimv2Model)
-    weights: Any = tree_flatten(model.parameters())
-    mlx_folder.save_pytorch(model.config, weights, target, layout="apple", dtype=mx.float16)
-    mlx_folder.copy_auxiliary_files(pair, target)
+    source = read_source(pair)
+    mlx_folder.save_pytorch(source.config, source.weights.items(), target, layout="apple", dtype=mx.float16)
+    mlx_folder.save_beside(target, source)
 
 
 def write_images(unseen: Path) -> None:

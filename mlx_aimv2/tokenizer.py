@@ -73,6 +73,19 @@ class Tokenizer:
         context = config.max_position_embeddings
         return cls(backend, bos=special["bos_token"], eos=special["eos_token"], context=context)
 
+    def save_to(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, as transformers reads CLIP's."""
+        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+        about: dict[str, Any] = {
+            "tokenizer_class": "CLIPTokenizer",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": EOS,
+            "unk_token": EOS,
+            "model_max_length": self.context,
+        }
+        write_json(folder / "tokenizer_config.json", about)
+
     def __call__(self, texts: str | Sequence[str]) -> NDArray[np.int32]:
         """One text or several -> ids (B, L) int32."""
         batch = list(texts) if isinstance(texts, (list, tuple)) else [texts]
@@ -180,7 +193,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return names
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> tokenizers.Tokenizer:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, context: int = CONTEXT) -> Tokenizer:
     """Captions -> a tokenizer of at most `vocab_size` tokens; bytes are tokens, so any text can be written in it.
 
     Raises ValueError where there is no room for the bytes.
@@ -204,26 +217,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> to
     backend.train_from_iterator(texts, trainer)
     # Made anew, because training has marked all that was named as special.
     model = json.loads(backend.to_str())["model"]
-    return clip_backend(model["vocab"], [(left, right) for left, right in model["merges"]])
-
-
-def as_tokenizer(backend: tokenizers.Tokenizer, *, context: int) -> Tokenizer:
-    """The package's tokenizer around it."""
-    bos, eos = (backend.token_to_id(token) for token in (BOS, EOS))
-    if bos is None or eos is None:
-        raise ValueError(f"a tokenizer needs the tokens {BOS} and {EOS}")
-    return Tokenizer(backend, bos=bos, eos=eos, context=context)
-
-
-def save_tokenizer(backend: tokenizers.Tokenizer, folder: Path, *, context: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, as transformers reads CLIP's."""
-    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    about: dict[str, Any] = {
-        "tokenizer_class": "CLIPTokenizer",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
-        "unk_token": EOS,
-        "model_max_length": context,
-    }
-    write_json(folder / "tokenizer_config.json", about)
+    vocab = model["vocab"]
+    backend = clip_backend(vocab, [(left, right) for left, right in model["merges"]])
+    return Tokenizer(backend, bos=vocab[BOS], eos=vocab[EOS], context=context)

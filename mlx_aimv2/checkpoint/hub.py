@@ -42,13 +42,11 @@ def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Pat
 
 def check_upload(repo: str) -> None:
     """Raises ValueError for what is no name of a repository, ConnectionError when the Hub may not be asked."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    try:
+    with _one_line(repo, "", ""):
         validate_repo_id(repo)
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
     _check_settings()
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(f"{repo}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it")

@@ -169,8 +169,22 @@ def save_pytorch(
 
 
 def save_beside(folder: Path, source: Source) -> None:
-    """Puts beside the weights what belongs to their checkpoint, and always how its images are prepared."""
-    copy_auxiliary_files(source.origin.folder, folder)
+    """Puts beside the weights what belongs to their checkpoint (tokenizer, licence) and how its images are prepared.
+
+    Raises FileNotFoundError for a source that is gone.
+    """
+    origin = source.origin.folder
+    for pattern in AUXILIARY_FILES:
+        for file in sorted(origin.glob(pattern)):
+            if not file.is_file() or (folder / file.name).exists():
+                continue
+            if not _is_inside(file, origin):
+                warnings.warn(f"{file} is a link that leads out of the checkpoint: it is left out", stacklevel=2)
+                continue
+            check_size(file)
+            shutil.copyfile(file, folder / file.name)
+    if not (origin / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
+        raise FileNotFoundError(f"{origin} vanished while it was read; nothing was written")
     if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
         source.processor().save_to(folder)
 
@@ -184,24 +198,6 @@ def is_own(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return is_flat and b"by mlx-aimv2 " in card and all(any(map(Path(name).match, WRITTEN)) for name in names)
-
-
-def copy_auxiliary_files(source: Path, folder: Path) -> None:
-    """Copies what belongs to a checkpoint beside its weights (preprocessing, tokenizer, licence).
-
-    Raises FileNotFoundError for a source that is gone.
-    """
-    for pattern in AUXILIARY_FILES:
-        for file in sorted(source.glob(pattern)):
-            if not file.is_file() or (folder / file.name).exists():
-                continue
-            if not _is_inside(file, source):
-                warnings.warn(f"{file} is a link that leads out of the checkpoint: it is left out", stacklevel=2)
-                continue
-            check_size(file)
-            shutil.copyfile(file, folder / file.name)
-    if not (source / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
-        raise FileNotFoundError(f"{source} vanished while it was read; nothing was written")
 
 
 def _is_inside(file: Path, source: Path) -> bool:

@@ -28,7 +28,7 @@ from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import Log, check_enough, tokenizer_for, write_checkpoint
 from mlx_aimv2.pretrain.settings import LitSettings
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.tokenizer import Tokenizer, save_tokenizer
+from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.batches import Batches, Shuffled
 from mlx_aimv2.train.loop import Watch, is_due, train
 from mlx_aimv2.train.optimizer import FROZEN, flat, freeze
@@ -63,7 +63,7 @@ def lit(
     state = StateFile(folder, settings.identity | about)
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
-        save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
+        tokenizer.save_to(folder)
     model = pair_with(encoder, settings, tokenizer)
     kept = folder / f"features-{ranks.rank}"
     try:

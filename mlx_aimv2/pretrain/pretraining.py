@@ -40,7 +40,7 @@ from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining, initialise
 from mlx_aimv2.pretrain.samples import draw_samples
 from mlx_aimv2.pretrain.settings import Schedule, Settings
 from mlx_aimv2.processor import Aimv2Processor
-from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, as_tokenizer, save_tokenizer, train_tokenizer
+from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.batches import Batches
 from mlx_aimv2.train.loop import Watch, is_due, number_of, train
 from mlx_aimv2.train.optimizer import flat
@@ -86,7 +86,7 @@ def pretrain(
     state = StateFile(folder, asdict(settings) | {"ranks": ranks.size})
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
+        tokenizer.save_to(folder)
     model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
     initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
     if start is not None and not resume and not start_from(model, start):
@@ -178,7 +178,7 @@ def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | No
         save_pytorch(model.config, weights, folder, layout="apple", dtype=mx.float32)
         Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size).save_to(folder)
         if tokenizer is not None:
-            save_tokenizer(tokenizer.backend, folder, context=tokenizer.context)
+            tokenizer.save_to(folder)
 
 
 class Log:
@@ -207,7 +207,7 @@ def tokenizer_for(
         given = Tokenizer.from_folder(resumed)
     if given is None:
         size = min(text.vocab_size, VOCAB_SIZE)
-        return as_tokenizer(train_tokenizer(all_captions(data), vocab_size=size), context=context)
+        return train_tokenizer(all_captions(data), vocab_size=size, context=context)
     given.context = context
     return given
 
