@@ -96,9 +96,7 @@ class Ranks:
         return [_unpacked(data) for data in self._gather(_packed(result))]
 
     def _gather(self, data: bytes) -> list[bytes]:
-        """Bytes of every rank on every rank."""
-        if self.group is None:
-            return [data]
+        """Bytes of every rank on every rank, where there are several."""
         try:
             sizes = mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self.group)
             lengths: Any = sizes.tolist()
