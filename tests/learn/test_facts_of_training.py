@@ -5,6 +5,7 @@ what is told is that results differ, are the same to the bit, or stand in a rela
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -347,6 +348,12 @@ def test_patience_ends_a_run_that_gets_no_better(shop):
     assert ends == [9, 1, 3]
 
 
+def test_heads_alone_are_trained_to_the_end_where_an_encoder_stops_by_itself(shop):
+    settings = {"learning_rate": TINY, "weight_decay": 0.0, "iters": 9, "batch_size": 2, "steps_per_eval": 1}
+    ends = [shop.info("classify", kind, **settings)["history"][-1]["step"] for kind in ("attentive", "lora")]
+    assert ends == [9, 8]
+
+
 # Order and examples
 
 
@@ -426,6 +433,14 @@ def test_scores_are_those_of_the_images_as_they_are(shop, tmp_path):
 
 def images_of(shop):
     return sorted(map(str, shop.data["classify"].rglob("*.png")))
+
+
+@pytest.mark.parametrize(("kind", "of_zeros"), [("attentive", 1), ("lora", 0), ("full", 0)])
+def test_training_begins_with_the_linear_probe_and_the_right_labels(shop, kind, of_zeros):
+    """A head of zeros has a loss of log 3 for three classes, as many as there are among the candidates each."""
+    settings = {"learning_rate": TINY, "weight_decay": 0.0} if kind == "attentive" else STILL | {"drop_path": 0.0}
+    (loss,) = shop.losses("classify", kind, iters=1, batch_size=12, **settings)
+    assert loss < (of_zeros + 0.5) * math.log(3)
 
 
 # What is trained and what is frozen
