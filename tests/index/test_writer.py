@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlx_aimv2.index.reader import Index
+from mlx_aimv2.index.reader import Index, connect
 from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter, Move
 from tests.small_index import WIDTH, entry, some
 
@@ -103,6 +103,17 @@ def test_a_full_disk_loses_only_what_did_not_fit(index):
     with pytest.raises(OSError, match=r"a\.db: database or disk is full"):
         index.add(some(20000, seed=2))
     assert contents(index) == before
+
+
+def test_what_appears_while_an_index_is_made_is_not_replaced(tmp_path, monkeypatch):
+    def meanwhile(path, mode):
+        (tmp_path / "b.db").write_bytes(b"somebody's")
+        return connect(path, mode)
+
+    monkeypatch.setattr("mlx_aimv2.index.writer.connect", meanwhile)
+    with pytest.raises(FileExistsError, match=r"b\.db already exists"):
+        IndexWriter.create(tmp_path / "b.db", provenance={}, width=WIDTH, dtype="float16")
+    assert (tmp_path / "b.db").read_bytes() == b"somebody's"
 
 
 def test_nothing_is_created_over_something(index, tmp_path):

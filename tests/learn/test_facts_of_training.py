@@ -18,6 +18,7 @@ from PIL import Image
 
 from mlx_aimv2.cli import main
 from mlx_aimv2.learn import evaluate, fit, predict
+from mlx_aimv2.learn.head_folder import load_head
 from tests.small_training import (
     ENCODER,
     TINY,
@@ -427,6 +428,11 @@ def test_scores_are_those_of_the_images_as_they_are(shop, tmp_path):
     head = shop.head("classify", "lora", **SHORT | STILL)
     info = json.loads((head / "head.json").read_text())
     found = {path: info["classes"][int(p.probabilities.argmax())] for path, p in predict(head, images_of(shop))}
+    own = load_head(head)
+    logits = np.array(own.learner(own.processor(images_of(shop)))["logits"], np.float64)
+    exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    predicted = np.log([p.probabilities for _, p in predict(head, images_of(shop))])
+    assert np.abs(predicted - exact).max() < 1e-3 * np.abs(exact).max()
     accuracy = np.mean([Path(path).parent.name == label for path, label in found.items()])
     assert evaluate(head, shop.data["classify"]).scores["top1"] == pytest.approx(accuracy)
 

@@ -173,7 +173,7 @@ TRAINING = (
         "all steps of a native run have one grid",
         "grid_of_step(settings, number // settings.grad_accumulation_steps + 1)",
         "grid_of_step(settings, 1)",
-        ("tests/pretrain/test_pretrain.py::test_a_native_encoder_sees_batches_of_many_sizes",),
+        pretrain("each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_have_others"),
     ),
     Mutation(
         "--views is ignored",
@@ -262,12 +262,6 @@ TRAINING = (
         "tree_map(lambda gradient: gradient / plan.accumulate, total)",
         "total",
         fit("what_is_accumulated_is_the_mean_over_its_parts"),
-    ),
-    Mutation(
-        "gradients of pretrain's accumulated batches are added",
-        "tree_map(lambda gradient: gradient / plan.accumulate, total)",
-        "total",
-        pretrain("batches_of_a_step_give_what_one_large_batch_gives"),
     ),
     Mutation(
         "--grad-checkpoint is ignored",

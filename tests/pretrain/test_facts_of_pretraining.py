@@ -6,6 +6,7 @@ from PIL import Image
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli import main
+from mlx_aimv2.pretrain.examples import collate
 from tests.small_training import (
     TINY,
     CaptionWorkshop,
@@ -164,6 +165,20 @@ def test_matrices_are_decayed_and_positions_are_not(shop):
 
 def state_of(output):
     return output.with_name(f"{output.name}.training") / "state.safetensors"
+
+
+def test_each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_have_others(shop, monkeypatch):
+    shapes = []
+
+    def noting(examples, tokenizer):
+        batch = collate(examples, tokenizer)
+        shapes.append(batch.pixels.shape[1:3])
+        return batch
+
+    monkeypatch.setattr("mlx_aimv2.pretrain.pretraining.collate", noting)
+    shop.run("pretrain --native", "--grad-accumulation-steps", 2, "--iters", 6)
+    assert shapes[::2] == shapes[1::2] and len(shapes) == 12
+    assert len(set(shapes)) > 2
 
 
 def test_the_trunk_is_frozen_and_the_rest_is_not(shop):
