@@ -19,11 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_aimv2 import device, load, x86
-from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.commands import bench
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, released
 from mlx_aimv2.layers import Block, split_heads
-from mlx_aimv2.loading import parse_dtype
+from mlx_aimv2.loading import parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
 
@@ -155,9 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     found: dict[str, Any] = {"advice": device.advice(device.machine()), "speed": []}
     if arguments.model:
-        path, _, _ = checkpoint.find(arguments.model, revision=None)
-        files = sorted(path.glob("model*.safetensors")) if path.is_dir() else [path]
-        found["loading"] = measure_loading(lambda: load(path), files, runs=arguments.runs)
+        origin = read_source(arguments.model).origin
+        found["loading"] = measure_loading(lambda: load(origin.path), origin.files, runs=arguments.runs)
     for dtype in arguments.dtype:
         if arguments.random:
             vision = bench.random_model(released(arguments.random).vision, parse_dtype(dtype))

@@ -103,6 +103,26 @@ def test_the_best_state_is_kept_and_training_stops_early():
     assert kept == seen[2]
 
 
+def test_the_history_holds_the_mean_loss_up_to_each_evaluation_the_last_step_among_them():
+    means = []
+    watch = Watch(evaluate=score, after_step=lambda step, losses: means.append(losses["loss"]))
+    done = train(Line(), losses, Numbered(batch), plan(steps=7), watch=watch)
+    assert [entry["step"] for entry in done.history] == [0, 3, 6, 7]
+    wanted = [np.mean(part) for part in (means[:3], means[3:6], means[6:])]
+    assert [entry["loss"] for entry in done.history[1:]] == pytest.approx(wanted)
+
+
+def test_every_batch_draws_noise_of_its_own():
+    drawn = []
+
+    def noting(model, batch, key):
+        drawn.append((mx.random.uniform().item(), mx.random.uniform(key=key).item()))
+        return losses(model, batch, key)
+
+    run(losses=noting, steps=3, accumulate=2, evaluate=None)
+    assert [len(set(values)) for values in zip(*drawn, strict=True)] == [6, 6]
+
+
 def test_the_average_runs_along_and_the_last_is_what_the_last_step_left():
     weights = []
 
@@ -143,6 +163,8 @@ def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path):
     run(state=StateFile(tmp_path, {"batch_size": 4}))
     with pytest.raises(ValueError, match="was begun with batch-size 4, now 8: resume with the same"):
         StateFile(tmp_path, {"batch_size": 8})
+    with pytest.raises(ValueError, match="was begun with seed None, now 3"):
+        StateFile(tmp_path, {"batch_size": 4, "seed": 3})
     with pytest.raises(ValueError, match="is of another model"):
         StateFile(tmp_path, {"batch_size": 4}).load({"other": mx.zeros((1, 3))})
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
@@ -299,6 +321,8 @@ def test_a_batch_is_a_function_of_its_number_and_ranks_share_it():
     epochs = [np.concatenate([batch(number)["target"] for number in range(first, first + 3)]) for first in (3, 6)]
     assert [len(set(epoch)) for epoch in epochs] == [12, 12]
     assert epochs[0].tolist() != epochs[1].tolist()
+    drawn = [tuple(row) for number in (6, 7) for row in batch(number)["drawn"]]
+    assert len(set(drawn)) == 8, "every example of every batch is changed in a way of its own"
     with pytest.raises(ValueError, match="--batch-size 4 does not divide by 3 ranks"):
         batch(0, ranks=3)
 

@@ -57,6 +57,7 @@ def test_the_page_shows_every_match_and_needs_nothing_else(photo_index, search):
     assert "http:" not in text
     assert "https:" not in text
     assert "1.000" in page.texts
+    assert [line for line in page.texts if line.isdigit()] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_hostile_name_is_text(photo_index, search):

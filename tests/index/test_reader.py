@@ -30,6 +30,12 @@ def test_float32_is_kept_to_the_last_digits(tmp_path):
             np.testing.assert_allclose(index.vector(one.path), one.vector, rtol=1e-6)
 
 
+def test_a_vector_of_zeros_is_kept_and_like_none(index):
+    index.add([entry("/black.jpg", np.zeros(WIDTH)), *some(2)])
+    assert not index.vector("/black.jpg").any()
+    assert {match.path: match.score for match in index.search(np.ones(WIDTH), 3)}["/black.jpg"] == 0
+
+
 @pytest.mark.parametrize(
     "name", [b"/a\xff\xfe.jpg", b"/new\nline.jpg", "/Größe – 大.jpg".encode(), b'/it\'s "quoted".jpg']
 )
@@ -44,6 +50,7 @@ def test_paths_come_sorted_by_their_bytes(index):
     names = ["/b", "/a", "/é", os.fsdecode(b"/\xff"), "/Z"]
     index.add([entry(name, np.ones(WIDTH)) for name in names])
     assert list(index.paths()) == sorted(names, key=os.fsencode)
+    assert [one.path for one in index.embeddings()] == list(index.paths())
 
 
 def test_tokens_and_maps_come_back_in_their_shapes(tmp_path):

@@ -61,6 +61,19 @@ def test_code_in_the_schema_is_refused_before_it_runs(photos, script, kind, caps
         assert "tampered" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("table", ["images", "blocks"])
+def test_an_index_without_one_of_its_tables_is_damaged_as_soon_as_it_is_opened(photos, table):
+    change(photos, f"DROP TABLE {table}")
+    with pytest.raises(ValueError, match=f"photos.db is damaged .no such table: {table}"):
+        Index.open(photos)
+
+
+def test_another_programs_database_is_not_taken_for_an_index_that_was_begun(tmp_path):
+    change(tmp_path / "other.db", "PRAGMA application_id = 7")
+    with pytest.raises(FileExistsError, match=r"other\.db already exists"):
+        IndexWriter.create(tmp_path / "other.db", provenance={}, width=WIDTH, dtype="float16")
+
+
 def test_what_sqlite_itself_adds_is_no_offence(photos):
     change(photos, "ANALYZE; VACUUM")
     with Index.open(photos) as index:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlx_aimv2.index.reader import Index
-from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
+from mlx_aimv2.index.reader import Index, connect
+from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter, Move
 from tests.small_index import WIDTH, entry, some
 
 
@@ -51,6 +51,23 @@ def test_a_copy_has_the_same_bits(index):
     assert len(index) == 5
 
 
+def test_what_is_moved_keeps_its_vector_and_replaces_what_had_its_name(index):
+    index.add(some(4))
+    before = contents(index)
+    index.add([Move("/images/00001.jpg", 7, 8, "/images/00003.jpg")])
+    moved = before.pop("/images/00003.jpg")
+    assert contents(index) == before | {"/images/00001.jpg": moved}
+    assert (index.stamp("/images/00001.jpg").size, index.stamp("/images/00001.jpg").mtime_ns) == (7, 8)
+
+
+def test_a_copy_may_be_of_what_is_moved_with_it(index):
+    index.add(some(3))
+    before = contents(index)
+    index.add([Copy("/copy.jpg", 5, 6, "/moved.jpg"), Move("/moved.jpg", 5, 6, "/images/00002.jpg")])
+    moved = before.pop("/images/00002.jpg")
+    assert contents(index) == before | {"/copy.jpg": moved, "/moved.jpg": moved}
+
+
 def test_an_addition_that_fails_changes_nothing(index):
     index.add(some(3))
     before = contents(index)
@@ -86,6 +103,17 @@ def test_a_full_disk_loses_only_what_did_not_fit(index):
     with pytest.raises(OSError, match=r"a\.db: database or disk is full"):
         index.add(some(20000, seed=2))
     assert contents(index) == before
+
+
+def test_what_appears_while_an_index_is_made_is_not_replaced(tmp_path, monkeypatch):
+    def meanwhile(path, mode):
+        (tmp_path / "b.db").write_bytes(b"somebody's")
+        return connect(path, mode)
+
+    monkeypatch.setattr("mlx_aimv2.index.writer.connect", meanwhile)
+    with pytest.raises(FileExistsError, match=r"b\.db already exists"):
+        IndexWriter.create(tmp_path / "b.db", provenance={}, width=WIDTH, dtype="float16")
+    assert (tmp_path / "b.db").read_bytes() == b"somebody's"
 
 
 def test_nothing_is_created_over_something(index, tmp_path):

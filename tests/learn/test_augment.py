@@ -36,6 +36,18 @@ def test_an_operation_of_no_strength_changes_nothing(name):
     np.testing.assert_allclose(np.asarray(augment.TABLE[name](image, 0.0)), np.asarray(image), atol=1)
 
 
+def test_a_crop_has_the_height_and_width_asked_for():
+    image = Image.new("RGB", (31, 23))
+    assert augment.Augmentation()(image, (19, 29), np.random.default_rng(0)).size == (29, 19)
+
+
+def test_operations_go_to_either_side():
+    """Of an even grey only a change of brightness moves the middle, half of the time to the dark."""
+    image = Image.new("RGB", (41, 41), (100, 100, 100))
+    seen = {augment.rand_augment(image, 1, np.random.default_rng(seed)).getpixel((20, 20)) for seed in range(99)}
+    assert min(seen) < (100, 100, 100) < max(seen)
+
+
 def test_only_flip_mirrors():
     half = Image.new("RGB", (40, 40))
     half.paste((255, 255, 255), (20, 0, 40, 40))

@@ -5,6 +5,7 @@ what is told is that results differ, are the same to the bit, or stand in a rela
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 
 from mlx_aimv2.cli import main
 from mlx_aimv2.learn import evaluate, fit, predict
+from mlx_aimv2.learn.head_folder import load_head
 from tests.small_training import (
     ENCODER,
     TINY,
@@ -347,6 +349,12 @@ def test_patience_ends_a_run_that_gets_no_better(shop):
     assert ends == [9, 1, 3]
 
 
+def test_heads_alone_are_trained_to_the_end_where_an_encoder_stops_by_itself(shop):
+    settings = {"learning_rate": TINY, "weight_decay": 0.0, "iters": 9, "batch_size": 2, "steps_per_eval": 1}
+    ends = [shop.info("classify", kind, **settings)["history"][-1]["step"] for kind in ("attentive", "lora")]
+    assert ends == [9, 8]
+
+
 # Order and examples
 
 
@@ -420,12 +428,25 @@ def test_scores_are_those_of_the_images_as_they_are(shop, tmp_path):
     head = shop.head("classify", "lora", **SHORT | STILL)
     info = json.loads((head / "head.json").read_text())
     found = {path: info["classes"][int(p.probabilities.argmax())] for path, p in predict(head, images_of(shop))}
+    own = load_head(head)
+    logits = np.array(own.learner(own.processor(images_of(shop)))["logits"], np.float64)
+    exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    predicted = np.log([p.probabilities for _, p in predict(head, images_of(shop))])
+    assert np.abs(predicted - exact).max() < 1e-3 * np.abs(exact).max()
     accuracy = np.mean([Path(path).parent.name == label for path, label in found.items()])
     assert evaluate(head, shop.data["classify"]).scores["top1"] == pytest.approx(accuracy)
 
 
 def images_of(shop):
     return sorted(map(str, shop.data["classify"].rglob("*.png")))
+
+
+@pytest.mark.parametrize(("kind", "of_zeros"), [("attentive", 1), ("lora", 0), ("full", 0)])
+def test_training_begins_with_the_linear_probe_and_the_right_labels(shop, kind, of_zeros):
+    """A head of zeros has a loss of log 3 for three classes, as many as there are among the candidates each."""
+    settings = {"learning_rate": TINY, "weight_decay": 0.0} if kind == "attentive" else STILL | {"drop_path": 0.0}
+    (loss,) = shop.losses("classify", kind, iters=1, batch_size=12, **settings)
+    assert loss < (of_zeros + 0.5) * math.log(3)
 
 
 # What is trained and what is frozen

@@ -14,11 +14,13 @@ from mlx.utils import tree_flatten
 from PIL import Image
 from small_models import NATIVE
 
+from mlx_aimv2 import plot
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import open_features
-from mlx_aimv2.learn import evaluate, fit, predict
+from mlx_aimv2.learn import classify, evaluate, fit, predict
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.options import RECIPES
+from mlx_aimv2.learn.samples import Sample
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +237,35 @@ def test_a_native_encoder_learns_on_images_of_one_size(digits, tmp_path):
     assert side <= 63 and side % load_head(tmp_path / "head").processor.patch_size == 0
     assert load_head(tmp_path / "head").processor.preprocessing.final_size == (side, side)
     assert fitted.images == {"train": 24, "val": 6, "test": 6}
+
+
+def test_a_head_asks_for_the_commit_of_its_encoder_that_it_was_trained_on(head, tmp_path, monkeypatch):
+    copy = shutil.copytree(head, tmp_path / "copy")
+    info = json.loads((copy / "head.json").read_text())
+    info["encoder"] |= {"checkpoint": "somebody/encoder", "commit": "a" * 40}
+    (copy / "head.json").write_text(json.dumps(info))
+    asked = []
+
+    def read_source(name, *, revision=None):
+        asked.append((name, revision))
+        raise FileNotFoundError("offline")
+
+    monkeypatch.setattr("mlx_aimv2.learn.head_folder.read_source", read_source)
+    for model in (None, "other/encoder"):
+        with pytest.raises(FileNotFoundError, match="offline"):
+            list(predict(copy, [], model=model))
+    assert asked == [("somebody/encoder", "a" * 40), ("other/encoder", None)]
+
+
+def test_the_surest_of_the_mistakes_come_first_on_the_card(head, digits, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plot, "contact_sheet", lambda rows, *, captions, **_: shown.extend(captions) or rows[0][0])
+    path = sorted(map(str, Path(digits).rglob("*.png")))[0]
+    samples = [Sample(path, bytes([number]) * 32, (1, 2), 0) for number in range(3)]
+    probabilities = ([0.4, 0.6, 0.0], [0.05, 0.05, 0.9], [0.9, 0.1, 0.0])
+    predictions = [classify.Classification(np.array(row)) for row in probabilities]
+    classify.card(samples, predictions, ("a", "b", "c"), tmp_path)
+    assert shown == [["a, not c", "a, not b"]]
 
 
 def test_a_head_that_is_there_is_not_overwritten(head, digits):

@@ -68,6 +68,13 @@ def test_a_palette_mask_holds_its_indices_and_not_its_colours(tmp_path):
     assert np.unique(mask_files.read_mask(str(tmp_path / "m.png"))).tolist() == [0, 3, 255]
 
 
+def test_what_nobody_labelled_stays_so_where_a_head_numbers_the_classes_otherwise(tmp_path):
+    (folder(tmp_path, values=(0, 1, 2, 255)) / "classes.txt").write_text("sky\nsea\nland\n")
+    found = mask_files.read(tmp_path, classes=("land", "sky", "sea"))
+    values = mask_files.read_mask(found.splits["test"][0].target)
+    assert values.ravel()[:4].tolist() == [1, 2, 0, 255]
+
+
 def test_classes_are_the_lines_of_the_file(tmp_path):
     (folder(tmp_path) / "classes.txt").write_text("sky\nsea\nland\n")
     assert mask_files.read(tmp_path).classes == ("sky", "sea", "land")

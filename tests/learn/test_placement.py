@@ -24,6 +24,19 @@ def test_the_whole_image_fills_the_canvas():
     assert set(np.unique(np.asarray(drawn))) == {0, 255}
 
 
+def test_a_training_image_is_drawn_larger_or_smaller_and_a_little_out_of_shape():
+    fit = placement.plain((67, 101), (56, 70))
+    scales = [placement.random((67, 101), (56, 70), np.random.default_rng(seed)) for seed in range(200)]
+    across, down = (
+        np.array([getattr(one, name) / getattr(fit, name) for one in scales]) for name in ("scale_x", "scale_y")
+    )
+    for found, (low, high) in (
+        (np.sqrt(across * down), placement.ZOOM),
+        (across / down, (1 / placement.STRETCH, placement.STRETCH)),
+    ):
+        assert low < found.min() < (1 + low) / 2 and (1 + high) / 2 < found.max() < high
+
+
 def test_boxes_come_back_from_the_canvas():
     place = placement.plain((67, 101), (56, 70))
     box = np.array([[3.0, 5, 61, 47]])

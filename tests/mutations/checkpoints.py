@@ -229,4 +229,24 @@ CHECKPOINTS = (
         "if again is None:",
         ("tests/test_convert.py",),
     ),
+    Mutation(
+        "a copy is made before the move of what it is a copy of",
+        """            for item in images:
+                if isinstance(item, Move):
+                    self._move(item)
+            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
+""",
+        """            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
+            for item in images:
+                if isinstance(item, Move):
+                    self._move(item)
+""",
+        ("tests/index/test_writer.py",),
+    ),
+    Mutation(
+        "a vector of zeros is divided by its length",
+        "np.float32(length or 1.0)",
+        "np.float32(length)",
+        ("tests/index/test_reader.py",),
+    ),
 )

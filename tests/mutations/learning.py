@@ -38,7 +38,13 @@ LEARNING = (
         "training sees the label of another class",
         '{"label": np.array(sample.target, np.int32)}',
         '{"label": np.array(max(0, sample.target - 1), np.int32)}',
-        ("tests/learn/test_fit.py",),
+        (f"{FACTS}::test_training_begins_with_the_linear_probe_and_the_right_labels",),
+    ),
+    Mutation(
+        "a fine-tuning begins with a head of zeros, not with the linear probe",
+        "        head.update(probe.parameters())\n",
+        "",
+        (f"{FACTS}::test_training_begins_with_the_linear_probe_and_the_right_labels",),
     ),
     Mutation(
         "copies of an image with two labels lie in two parts",
@@ -158,7 +164,7 @@ LEARNING = (
         "the learning rate rises where it should fall",
         "0.5 * (1 + mx.cos(",
         "0.5 * (1 - mx.cos(",
-        (f"{FACTS}::test_the_rate_falls_towards_the_end",),
+        ("tests/test_train.py::test_the_rate_rises_linearly_to_its_peak_and_falls_as_half_a_cosine",),
     ),
     Mutation(
         "norms and biases are decayed",
@@ -286,5 +292,17 @@ LEARNING = (
         "casefold()] > 1 for file",
         "casefold()] > 9 for file",
         PREDICTIONS,
+    ),
+    Mutation(
+        "pixels that nobody labelled are of class 0 where classes have other numbers",
+        "classes = np.arange(IGNORED + 1, dtype=np.uint8)",
+        "classes = np.zeros(IGNORED + 1, dtype=np.uint8)",
+        ("tests/learn/test_mask_files.py",),
+    ),
+    Mutation(
+        "a head takes its encoder's newest commit, not its own",
+        'revision=None if model else wanted.get("commit")',
+        "revision=None",
+        ("tests/learn/test_fit.py::test_a_head_asks_for_the_commit_of_its_encoder_that_it_was_trained_on",),
     ),
 )

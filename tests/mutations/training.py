@@ -16,6 +16,11 @@ def pretrain(*names: str) -> tuple[str, ...]:
     return tuple(f"{PRETRAIN[0]}::test_{name}" for name in names)
 
 
+def train(*names: str) -> tuple[str, ...]:
+    """Facts of the loop by the ends of their names."""
+    return tuple(f"tests/test_train.py::test_{name}" for name in names)
+
+
 FILE_CHANGES = fit("a_file_that_changes_after_it_was_checked_is_checked_again")
 FEATURES = fit(
     "features_are_computed_again_for_whatever_decides_them",
@@ -168,7 +173,7 @@ TRAINING = (
         "all steps of a native run have one grid",
         "grid_of_step(settings, number // settings.grad_accumulation_steps + 1)",
         "grid_of_step(settings, 1)",
-        ("tests/pretrain/test_pretrain.py::test_a_native_encoder_sees_batches_of_many_sizes",),
+        pretrain("each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_have_others"),
     ),
     Mutation(
         "--views is ignored",
@@ -259,12 +264,6 @@ TRAINING = (
         fit("what_is_accumulated_is_the_mean_over_its_parts"),
     ),
     Mutation(
-        "gradients of pretrain's accumulated batches are added",
-        "tree_map(lambda gradient: gradient / plan.accumulate, total)",
-        "total",
-        pretrain("batches_of_a_step_give_what_one_large_batch_gives"),
-    ),
-    Mutation(
         "--grad-checkpoint is ignored",
         "checkpoint=options.grad_checkpoint,",
         "",
@@ -336,5 +335,41 @@ TRAINING = (
         "        state.path.unlink(missing_ok=True)\n",
         "",
         ("tests/pretrain/test_lit_tuning.py::test_the_pair_is_all_that_is_left",),
+    ),
+    Mutation(
+        "all batches of a step draw the same noise",
+        "[plan.seed, number, ranks.rank]",
+        "[plan.seed, step, ranks.rank]",
+        train("every_batch_draws_noise_of_its_own"),
+    ),
+    Mutation(
+        "each batch changes its images as the one before",
+        "np.random.default_rng([self.seed, number, j])",
+        "np.random.default_rng([self.seed, j])",
+        train("a_batch_is_a_function_of_its_number_and_ranks_share_it"),
+    ),
+    Mutation(
+        "a setting that one of two runs lacks may be anything",
+        "before.keys() | self.identity.keys()",
+        "before.keys() & self.identity.keys()",
+        train("a_state_of_other_settings_or_another_model_is_refused"),
+    ),
+    Mutation(
+        "what a block adds is no larger where it is skipped for some",
+        "(run(kept) - kept) / (1 - rate)",
+        "run(kept) - kept",
+        ("tests/learn/test_learner.py",),
+    ),
+    Mutation(
+        "positions are decayed in pretraining",
+        '(r".*pos_embed", Group(decay=0.0))',
+        '(r".*pos_embed", Group(decay=1.0))',
+        pretrain("matrices_are_decayed_and_positions_are_not"),
+    ),
+    Mutation(
+        "held-out losses are too small by the size of a batch",
+        "[number_of(image.sum()), number_of(text.sum())]",
+        "[number_of(image.mean()), number_of(text.mean())]",
+        pretrain("held_out_losses_are_means_over_the_images_and_their_first_captions"),
     ),
 )

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain.captioned import ImageFolder, Shards, open_data, shuffled
+from mlx_aimv2.pretrain.captioned import Example, ImageFolder, Shards, open_data, shuffled
 from mlx_aimv2.pretrain.examples import Preparation, Stream, grid_of, middle_grid
 from mlx_aimv2.tokenizer import Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation, random_crop
@@ -216,6 +216,40 @@ def test_an_image_that_cannot_be_read_is_passed_over(tmp_path):
         assert {one.name for one in taken(folder, 6)} == {"0.png", "2.png"}
 
 
+def test_unreadable_images_are_no_error_while_others_lie_between_them(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": f"{i}.png", "text": f"{i}"} for i in range(13)])
+    for number in range(1, 13):
+        (folder / f"{number}.png").write_bytes(b"broken")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert {one.name for one in taken(folder, 60)} == {"0.png"}
+
+
+def test_each_example_is_changed_in_a_way_of_its_own(tmp_path):
+    found = taken(image_folder(tmp_path / "in", [{"file_name": "0.png", "text": ["a", "b"]}]), 13)
+    assert len({one.length for one in found}) > 1 and {one.caption for one in found} == {"a", "b"}
+
+
+def test_shards_come_in_another_order_each_epoch(tmp_path):
+    files = [shard(tmp_path / f"{number}.tar", members(10 * number, 2)) for number in range(5)]
+    data = Shards(files, buffer=1)
+    firsts = {next(data.epoch(np.random.default_rng(seed))).name for seed in range(20)}
+    assert len(firsts) > 2
+
+
+def test_a_native_encoders_crops_have_the_shape_of_their_grid(tmp_path):
+    vision, seen = Aimv2VisionConfig(28, 13, 2, 7, patch_size=5, is_native=True), []
+
+    def augmentation(image, size, rng, *, aspects):
+        seen.append((size, aspects))
+        return image.resize((size[1], size[0]))
+
+    Image.new("RGB", (17, 13)).save(tmp_path / "0.png")
+    prepare = Preparation(vision, seed=3, augmentation=augmentation)
+    prepare(0, Example("0.png", tmp_path / "0.png", ("a",)), (2, 5))
+    assert seen == [((10, 25), (2.5, 2.5))]
+
+
 def test_only_unreadable_images_are_an_error(tmp_path):
     folder = image_folder(tmp_path / "in", [{"file_name": "0.png", "text": "0"}])
     (folder / "0.png").write_bytes(b"broken")
@@ -274,6 +308,8 @@ def test_a_native_grid_is_drawn_between_the_fewest_and_the_most_patches():
     counts = np.array([rows * columns for rows, columns in grids])
     assert counts.min() >= 13 and counts.max() <= 300 and 50 < np.median(counts) < 90
     assert 0.5 < min(columns / rows for rows, columns in grids) < 0.9
+    narrow = [grid_of(native, chance, patches=(16, 18)) for _ in range(50)]
+    assert max(rows * columns for rows, columns in narrow) <= 18
     fixed = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
     assert grid_of(fixed, chance) == middle_grid(fixed) == (3, 3)
     assert middle_grid(native, patches=(16, 256)) == (8, 8)

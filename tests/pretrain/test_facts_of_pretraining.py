@@ -6,6 +6,7 @@ from PIL import Image
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli import main
+from mlx_aimv2.pretrain.examples import collate
 from tests.small_training import (
     TINY,
     CaptionWorkshop,
@@ -156,8 +157,28 @@ def test_gradients_are_cut_to_one_length(shop):
     assert other == pytest.approx(one, rel=1e-3)
 
 
+def test_matrices_are_decayed_and_positions_are_not(shop):
+    one, other = (shop.weights("pretrain", "--iters", 1, "--weight-decay", decay) for decay in (0, 9))
+    went = moved(one, other)
+    assert all((went[name] > 0) == (array.ndim > 1 and name != "pos_embed") for name, array in one.items())
+
+
 def state_of(output):
     return output.with_name(f"{output.name}.training") / "state.safetensors"
+
+
+def test_each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_have_others(shop, monkeypatch):
+    shapes = []
+
+    def noting(examples, tokenizer):
+        batch = collate(examples, tokenizer)
+        shapes.append(batch.pixels.shape[1:3])
+        return batch
+
+    monkeypatch.setattr("mlx_aimv2.pretrain.pretraining.collate", noting)
+    shop.run("pretrain --native", "--grad-accumulation-steps", 2, "--iters", 6)
+    assert shapes[::2] == shapes[1::2] and len(shapes) == 12
+    assert len(set(shapes)) > 2
 
 
 def test_the_trunk_is_frozen_and_the_rest_is_not(shop):
@@ -216,6 +237,17 @@ def test_held_out_images_are_neither_cropped_nor_changed(shop):
     assert last_loss(shop, "pretrain", *flags, name="image_loss") != last_loss(
         shop, "pretrain", *flags, "--min-area", 0.1, "--jitter", 1, "--grey", 1, name="image_loss"
     )
+
+
+def test_held_out_losses_are_means_over_the_images_and_their_first_captions(shop):
+    flags = (*STILL, "--iters", 1, "--steps-per-eval", 1)
+    for name in ("validation_image_loss", "validation_text_loss"):
+        one, parts, more = (
+            last_loss(shop, "pretrain", *flags, "--validation", shop.data[captions], "--batch-size", size, name=name)
+            for captions, size in ((1, 7), (1, 3), (3, 7))
+        )
+        assert parts == pytest.approx(one, rel=1e-4)
+        assert more == one
 
 
 def test_views_of_the_whole_image_change_nothing_however_many_there_are(shop):

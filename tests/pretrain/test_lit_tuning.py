@@ -47,6 +47,18 @@ def test_each_of_many_views_is_kept_and_computed_once(shop, monkeypatch):
     np.testing.assert_array_equal(again.take([6] * 16, list(range(1, 17))).reshape(16, -1), crops[:16])
 
 
+def test_the_seed_draws_the_crops_and_not_the_image_as_it_is(shop):
+    model, processor = load(shop.encoder)
+    one, other = (
+        cache_features(
+            model, processor, open_data(shop.data[1]), shop.folder / "kept",
+            views=3, augmentation=Augmentation(), seed=seed,
+        ).take([2, 2, 2], [0, 1, 2])
+        for seed in (1, 2)
+    )  # fmt: skip
+    assert [(a == b).all() for a, b in zip(one, other, strict=True)] == [True, False, False]
+
+
 def test_an_unreadable_image_is_as_if_it_were_not_there(shop, capsys):
     """It is the last one, so that all others keep their numbers."""
     tokenizer = ("--tokenizer", shop.run("pretrain"))

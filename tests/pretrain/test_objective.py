@@ -141,6 +141,27 @@ def test_a_mask_of_all_is_full_attention(model, batch):
     assert np.abs(masked - np.array(model.encoder(batch.pixels).last_hidden_state)).max() < 1e-5
 
 
+def test_weights_start_as_wide_as_their_inputs_ask():
+    """What a block writes is the smaller the more blocks write; tables are 0.02 wide."""
+    made = Pretraining(VISION, DECODER, eos=EOS)
+    initialise(made, 2, seed=3)
+    block = made.encoder.blocks[1]
+    for weight, spread in (
+        (block.mlp.up.weight, 22**-0.5),
+        (block.mlp.down.weight, 13**-0.5 / 2),
+        (block.attn.proj.weight, 22**-0.5 / 2),
+        (made.encoder.pos_embed, 0.02),
+        (made.decoder.token_embed.weight, 0.02),
+    ):
+        assert np.array(weight).std() == pytest.approx(spread, rel=4 / (2 * weight.size) ** 0.5)
+
+
+def test_the_place_of_a_token_counts(model, batch):
+    before = np.array(model.predict(batch)[1])
+    model.decoder.pos_embed = model.decoder.pos_embed[::-1]
+    assert np.abs(np.array(model.predict(batch)[1]) - before).max() > 1e-3
+
+
 def test_the_same_seed_makes_the_same_weights():
     made = [Pretraining(VISION, DECODER, eos=EOS) for _ in range(3)]
     for model, seed in zip(made, (3, 3, 4), strict=True):

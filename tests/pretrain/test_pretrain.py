@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import mlx_aimv2
-from mlx_aimv2 import load
+from mlx_aimv2 import Aimv2VisionConfig, load
 from mlx_aimv2.cli import main
+from mlx_aimv2.pretrain import LitSettings, Schedule, Settings
 from tests.small_training import (
     DECODER,
     TINY,
@@ -140,6 +141,17 @@ def test_validation_losses_and_samples_appear(shop):
     assert [file.name for file in images] == ["patches-000003.png", "patches-000006.png"]
     with Image.open(images[0]) as image:
         assert image.size == (2 * 15, 4 * 15)
+
+
+def test_rate_and_warm_up_are_those_of_the_whole_step_and_run():
+    vision = Aimv2VisionConfig(22, 13, 1, 2, image_size=15, patch_size=5)
+    one, other = (
+        Settings(vision=vision, iters=70, batch_size=size, grad_accumulation_steps=parts)
+        for size, parts in ((12, 1), (4, 3))
+    )
+    assert one.rate == other.rate
+    assert [settings.plan(Schedule()).warm_up for settings in (one, other)] == [7, 7]
+    assert LitSettings(iters=90).plan().warm_up == 9
 
 
 def test_the_rate_is_the_papers_at_its_batch(shop):
