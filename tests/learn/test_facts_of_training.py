@@ -52,14 +52,15 @@ TUNED = [
     ("detect", "full"),
 ]
 LOOPED = HEADS + TUNED
+BY_ADAPTERS_AND_IN_FULL = [("classify", "lora"), ("classify", "full"), ("segment", "lora"), ("detect", "lora")]
 
 
-def table(rows, *, quick=()):
-    """Rows of task and type; those beyond classification and the quick ones are slow, and DoRA where LoRA is quick."""
+def table(rows, *, quick=(), slow=("dora",)):
+    """Rows of task and type; of other tasks than classification the quick ones alone are quick, and no slow type is."""
     return [
         pytest.param(
             task, kind, id=f"{task}-{kind}",
-            marks=[] if (task == "classify" and kind != "dora") or (task, kind) in quick else [pytest.mark.slow],
+            marks=[] if (task == "classify" and kind not in slow) or (task, kind) in quick else [pytest.mark.slow],
         )
         for task, kind in rows
     ]  # fmt: skip
@@ -243,7 +244,9 @@ def test_epochs_count_whole_batches_where_they_are_accumulated(shop):
     assert history[-1]["step"] == 2 * 12 // (2 * 3)
 
 
-@pytest.mark.parametrize(("task", "kind"), table([("classify", "lora"), ("classify", "full"), ("detect", "lora")]))
+@pytest.mark.parametrize(
+    ("task", "kind"), table([("classify", "lora"), ("classify", "full"), ("detect", "lora")], slow=["full"])
+)
 def test_blocks_that_are_computed_again_change_nothing_but_rounding(shop, task, kind):
     settings = SHORT | {"learning_rate": TINY}
     plain, again = (shop.losses(task, kind, grad_checkpoint=on, **settings_without(settings)) for on in (False, True))
@@ -324,9 +327,7 @@ def test_matrices_alone_are_decayed(shop):
     assert all((went[name] > 0) == (array.ndim > 1) for name, array in one.items())
 
 
-@pytest.mark.parametrize(
-    ("task", "kind"), table([("classify", "lora"), ("classify", "full"), ("segment", "lora"), ("detect", "lora")])
-)
+@pytest.mark.parametrize(("task", "kind"), table(BY_ADAPTERS_AND_IN_FULL, slow=["full"]))
 def test_the_state_with_the_best_score_is_the_one_that_is_written(shop, task, kind):
     """At a rate that ruins everything that is the start."""
     settings = SHORT | {"learning_rate": 30.0, "weight_decay": 0.0, "iters": 2, "steps_per_eval": 1}
@@ -359,7 +360,7 @@ def test_heads_alone_are_trained_to_the_end_where_an_encoder_stops_by_itself(sho
 
 
 @pytest.mark.parametrize(
-    ("task", "kind"), table([("classify", "attentive"), ("classify", "lora"), ("segment", "decoder")])
+    ("task", "kind"), table([("classify", "attentive"), ("classify", "lora"), ("segment", "decoder")], slow=["lora"])
 )
 def test_every_epoch_takes_each_image_once_in_another_order(shop, task, kind):
     still = {"learning_rate": TINY, "weight_decay": 0.0} if (task, kind) in HEADS else STILL
@@ -369,9 +370,7 @@ def test_every_epoch_takes_each_image_once_in_another_order(shop, task, kind):
     assert not np.allclose(epochs[1], epochs[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("task", "kind"), table([("classify", "lora"), ("classify", "full"), ("segment", "lora"), ("detect", "lora")])
-)
+@pytest.mark.parametrize(("task", "kind"), table(BY_ADAPTERS_AND_IN_FULL, slow=["full"]))
 def test_images_that_are_mixed_take_their_share_of_the_targets_with_them(shop, task, kind):
     """By Beta(0, 0) all of an image is itself or another one: the batch as a whole stays what it was."""
     settings = settings_without(SHORT | STILL | {"iters": 5, "batch_size": 6})
@@ -612,7 +611,7 @@ def other_preprocessing(encoder, folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["linear", "attentive"])
+@pytest.mark.parametrize("kind", ["linear", pytest.param("attentive", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["preprocessing", "dtype", "weights", "size"])
 def test_features_are_computed_again_for_whatever_decides_them(shop, tmp_path, what, kind):
     settings = {} if kind == "linear" else SHORT
