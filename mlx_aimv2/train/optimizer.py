@@ -21,7 +21,7 @@ from mlx_aimv2.x86_training import Balance, columns_first
 
 Arrays: TypeAlias = dict[str, mx.array]
 
-Schedule: TypeAlias = "Callable[[mx.array], mx.array]"
+Rate: TypeAlias = "Callable[[mx.array], mx.array]"
 """The learning rate at a step, which counts from 0."""
 
 
@@ -90,7 +90,7 @@ class GroupedAdamW:
         model: nn.Module,
         groups: Mapping[str, Group],
         *,
-        schedule: Schedule,
+        schedule: Rate,
         weight_decay: float,
         betas: tuple[float, float],
     ) -> None:
@@ -99,7 +99,7 @@ class GroupedAdamW:
         for path, group in groups.items():
             alike[group.rate, group.decay].append(path)
 
-        def times(factor: float) -> Schedule:
+        def times(factor: float) -> Rate:
             return lambda step: factor * schedule(step)
 
         self.parts = [
@@ -155,7 +155,7 @@ def _each_on_its_core(work: Callable[[str, mx.array], mx.array], arrays: Arrays)
     return done
 
 
-def warm_up_cosine(rate: float, *, steps: int, warm_up: int) -> Schedule:
+def warm_up_cosine(rate: float, *, steps: int, warm_up: int) -> Rate:
     """The learning rate: it rises linearly for `warm_up` steps to `rate`, then falls as half a cosine to zero."""
 
     def schedule(step: mx.array) -> mx.array:
