@@ -16,7 +16,7 @@ from mlx_aimv2.train.loop import LossError, Plan, Watch, train
 from mlx_aimv2.train.optimizer import (
     FROZEN,
     Group,
-    GroupedAdamW,
+    Optimizer,
     clipped,
     freeze,
     groups_of,
@@ -231,7 +231,7 @@ def test_adamw_decays_matrices_alone_takes_each_groups_rate_and_leaves_what_is_f
     model.update({"a": {"weight": mx.ones((3, 2)), "bias": mx.ones(3)}, "b": {"weight": mx.ones((3, 2))}})
     groups = groups_of(model, RATES)
     assert sorted(groups) == ["a.bias", "a.weight", "b.bias", "b.weight"]
-    optimizer = GroupedAdamW(model, groups, schedule=lambda step: mx.array(0.1), weight_decay=0.5, betas=(0.9, 0.999))
+    optimizer = Optimizer(model, groups, schedule=lambda step: mx.array(0.1), weight_decay=0.5, betas=(0.9, 0.999))
     optimizer.update(model, {name: mx.zeros_like(x) for name, x in parameters(model).items()})
     new = parameters(model)
     assert new["a.weight"][0, 0].item() == pytest.approx(0.95)
@@ -244,7 +244,7 @@ def test_adamw_by_groups_is_mlxs_adamw():
     freeze(model, RATES)
     mine, theirs = model, parameters(model)
     groups = groups_of(model, RATES)
-    optimizer = GroupedAdamW(model, groups, schedule=lambda step: mx.array(0.1), weight_decay=0.3, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, groups, schedule=lambda step: mx.array(0.1), weight_decay=0.3, betas=(0.9, 0.95))
     others = {
         name: optim.AdamW(
             0.2 if name[0] == "b" else 0.1,

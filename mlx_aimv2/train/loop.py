@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.train.optimizer import Arrays, GroupedAdamW, Table, clipped, flat, groups_of, warm_up_cosine
+from mlx_aimv2.train.optimizer import Arrays, Optimizer, Table, clipped, flat, groups_of, warm_up_cosine
 from mlx_aimv2.train.state import StateFile
 
 Losses: TypeAlias = "Callable[[Any, Any, mx.array], dict[str, mx.array]]"
@@ -100,9 +100,7 @@ class Step:
         self.model, self.plan, self.ranks = model, plan, ranks or Ranks()
         self.groups = groups_of(model, plan.groups)
         rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up)
-        self.optimizer = GroupedAdamW(
-            model, self.groups, schedule=rate, weight_decay=plan.weight_decay, betas=plan.betas
-        )
+        self.optimizer = Optimizer(model, self.groups, schedule=rate, weight_decay=plan.weight_decay, betas=plan.betas)
         self._differentiated = mx.value_and_grad(self._computed)
         self._losses = losses
 
@@ -230,7 +228,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _resumed(model: nn.Module, optimizer: GroupedAdamW, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
+def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
     """Puts back what was saved; returns the kept parameters and the progress."""
     parts, done = state.load(flat(model.trainable_parameters())), Progress(**(state.progress or {}))
     model.update(tree_unflatten(list(parts["model"].items())))

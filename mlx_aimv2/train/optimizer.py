@@ -82,7 +82,7 @@ class AdamW(optim.AdamW):
             return super().apply_single(gradient, parameter, state)
 
 
-class GroupedAdamW:
+class Optimizer:
     """An AdamW for the parameters of each group (Loshchilov and Hutter 2019), biases towards zero corrected."""
 
     def __init__(

@@ -17,7 +17,7 @@ from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.train.optimizer import GroupedAdamW, groups_of
+from mlx_aimv2.train.optimizer import Optimizer, groups_of
 
 MOST = 1e-4
 """Largest difference of a parameter's gradient, relative to its largest entry."""
@@ -143,7 +143,7 @@ def test_adamw_is_torchs():
     model = nn.Linear(3, 5, bias=False)
     model.weight = mx.array(start.astype(np.float32))
     groups = groups_of(model, [])
-    optimizer = GroupedAdamW(model, groups, schedule=lambda step: mx.array(0.03), weight_decay=0.2, betas=(0.9, 0.999))
+    optimizer = Optimizer(model, groups, schedule=lambda step: mx.array(0.03), weight_decay=0.2, betas=(0.9, 0.999))
     for gradient in gradients.astype(np.float32):
         parameter.grad = torch.from_numpy(gradient)
         wanted.step()
