@@ -1,5 +1,7 @@
 """Heads and scores: logistic regression and top-k are scikit-learn's, the neighbours' vote is done by hand."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -58,6 +60,16 @@ def test_the_linear_probe_is_the_one_that_val_likes_best():
     found = 100 * (logits.argmax(axis=1) == labels[val]).mean()
     assert found == pytest.approx(max(accuracies), abs=0.01)
     assert accuracies[[f"penalty {penalty:g}:" in line for line in lines].index(True)] == max(accuracies) > 50
+
+
+def test_of_probes_that_are_right_equally_often_the_surest_is_taken():
+    features, labels = blobs(4)
+    lines = []
+    _, penalty = fit_linear((features[:130], labels[:130]), (features[-9:], labels[-9:]), 5, say=lines.append)
+    found = [[float(one) for one in re.findall(r"val loss ([0-9.]+), val top-1 ([0-9.]+)", line)[0]] for line in lines]
+    best = [loss for loss, accuracy in found if accuracy == max(right for _, right in found)]
+    assert best[0] > min(best) < best[-1]
+    assert f"penalty {penalty:g}: " in lines[[loss for loss, _ in found].index(min(best))]
 
 
 def test_the_neighbours_vote_by_hand():
