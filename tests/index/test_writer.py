@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.index.reader import Index, connect
-from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter, Move
+from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
 from tests.small_index import WIDTH, entry, some
 
 
@@ -54,7 +54,7 @@ def test_a_copy_has_the_same_bits(index):
 def test_what_is_moved_keeps_its_vector_and_replaces_what_had_its_name(index):
     index.add(some(4))
     before = contents(index)
-    index.add([Move("/images/00001.jpg", 7, 8, "/images/00003.jpg")])
+    index.add([Copy("/images/00001.jpg", 7, 8, "/images/00003.jpg", is_move=True)])
     moved = before.pop("/images/00003.jpg")
     assert contents(index) == before | {"/images/00001.jpg": moved}
     assert (index.stamp("/images/00001.jpg").size, index.stamp("/images/00001.jpg").mtime_ns) == (7, 8)
@@ -63,7 +63,7 @@ def test_what_is_moved_keeps_its_vector_and_replaces_what_had_its_name(index):
 def test_a_copy_may_be_of_what_is_moved_with_it(index):
     index.add(some(3))
     before = contents(index)
-    index.add([Copy("/copy.jpg", 5, 6, "/moved.jpg"), Move("/moved.jpg", 5, 6, "/images/00002.jpg")])
+    index.add([Copy("/copy.jpg", 5, 6, "/moved.jpg"), Copy("/moved.jpg", 5, 6, "/images/00002.jpg", is_move=True)])
     moved = before.pop("/images/00002.jpg")
     assert contents(index) == before | {"/copy.jpg": moved, "/moved.jpg": moved}
 

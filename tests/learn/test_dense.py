@@ -174,8 +174,8 @@ def test_a_mask_comes_back_at_the_images_own_size():
 
 def test_a_class_is_as_sure_as_its_own_pixels_are():
     labels = np.array([[1, 1, 1], [0, 0, 1]], np.uint8)
-    found = segment.Segmentation(labels, np.where(labels == 1, 0.9, 0.5).astype(np.float32))
-    shown = segment.as_json(found, ("sea", "land"))["classes"]
+    found = segment.results.Segmentation(labels, np.where(labels == 1, 0.9, 0.5).astype(np.float32))
+    shown = segment.results.as_json(found, ("sea", "land"))["classes"]
     assert [(one["label"], one["share"], one["confidence"]) for one in shown] == [
         ("land", pytest.approx(4 / 6), pytest.approx(0.9)),
         ("sea", pytest.approx(2 / 6), pytest.approx(0.5)),

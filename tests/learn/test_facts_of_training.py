@@ -90,8 +90,8 @@ def test_the_same_seed_gives_the_same_bits(shop, task, kind):
 
 @pytest.mark.parametrize(("task", "kind"), table(LOOPED, quick=[("segment", "linear")]))
 def test_another_seed_gives_other_bits(shop, task, kind):
-    one, other = (shop.bits(task, kind, seed=seed, **SHORT) for seed in (3, 4))
-    assert all(one[file] != other[file] for file in one)
+    """Of an encoder that is no better than before what was before is kept, so that its file may be the same."""
+    assert shop.bits(task, kind, seed=3, **SHORT) != shop.bits(task, kind, seed=4, **SHORT)
 
 
 # A run that is stopped

@@ -263,8 +263,8 @@ def test_the_surest_of_the_mistakes_come_first_on_the_card(head, digits, tmp_pat
     path = sorted(map(str, Path(digits).rglob("*.png")))[0]
     samples = [Sample(path, bytes([number]) * 32, (1, 2), 0) for number in range(3)]
     probabilities = ([0.4, 0.6, 0.0], [0.05, 0.05, 0.9], [0.9, 0.1, 0.0])
-    predictions = [classify.Classification(np.array(row)) for row in probabilities]
-    classify.card(samples, predictions, ("a", "b", "c"), tmp_path)
+    predictions = [classify.results.Classification(np.array(row)) for row in probabilities]
+    classify.results.card(samples, predictions, ("a", "b", "c"), tmp_path)
     assert shown == [["a, not c", "a, not b"]]
 
 
