@@ -19,9 +19,10 @@ SOON = 30
 WORK = {
     "Python": "ready()\nwhile True: pass",
     "a system call": f"ready()\ntime.sleep({HANGS})",
-    "waiting for a thread": (
-        f"thread = threading.Thread(target=time.sleep, args=[{HANGS}], daemon=True)\n"
-        "thread.start()\nready()\nthread.join()"
+    "waiting for a thread": (  # as futures wait; Thread.join releases a lock of the thread's when it is interrupted
+        "done = threading.Event()\n"
+        f"threading.Thread(target=lambda: (time.sleep({HANGS}), done.set()), daemon=True).start()\n"
+        "ready()\ndone.wait()"
     ),
 }
 
