@@ -5,7 +5,7 @@ WORK   ?= emoji-training
 BIN    := $(VENV)/bin
 
 # MLX's Linux wheel multiplies matrices with the reference BLAS; OpenBLAS, where it is installed, is some fifty times
-# faster. On up to eight x86 cores it runs in one thread, because the package uses the cores itself (mlx_aimv2/x86.py).
+# faster. On up to eight x86 cores it runs in one thread, because the package uses the cores itself (mlx_aimv2/backend/x86.py).
 OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
 RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
@@ -14,7 +14,7 @@ RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 # The modules of the API page.
-API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model processor config pretrain)
+API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model images.processor config pretrain)
 
 .PHONY: help demo test test-all rounding coverage mutations parity check fuzz verify train docs format clean
 help:  ## this list

@@ -26,8 +26,8 @@ from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import WIDTHS, released
 from mlx_aimv2.conversion import folder as folders
 from mlx_aimv2.conversion.folder import write_safetensors
+from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.loading import build, parameter_shapes
-from mlx_aimv2.preprocessing import published
 
 CASES = {
     "float16": ["--dtype", "float16"],

@@ -28,13 +28,13 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_aimv2 import device
+from mlx_aimv2.backend import device
 from mlx_aimv2.bundled import ASSETS
 from mlx_aimv2.embed.encode import embed_chunks
 from mlx_aimv2.embed.loader import Decoder, ahead, images_at_once, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.update import Plan, Update
-from mlx_aimv2.find_images import list_images
+from mlx_aimv2.images.find import list_images
 from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.loading import load
 

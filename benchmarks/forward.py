@@ -18,8 +18,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2 import device, load, x86
-from mlx_aimv2.commands import bench
+from mlx_aimv2 import load
+from mlx_aimv2.backend import device, x86
+from mlx_aimv2.cli import bench
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, released
 from mlx_aimv2.layers import Block, split_heads
 from mlx_aimv2.loading import parse_dtype, read_source

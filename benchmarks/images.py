@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2 import device, load
-from mlx_aimv2.cli import one_line_errors
-from mlx_aimv2.commands.flags import MODEL, add_dtype, add_policy_arguments, policy_of
+from mlx_aimv2 import load
+from mlx_aimv2.backend import device
+from mlx_aimv2.cli.flags import MODEL, add_dtype, add_policy_arguments, policy_of
+from mlx_aimv2.cli.main import one_line_errors
 from mlx_aimv2.embed.encode import embed_chunks
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, images_at_once, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.files import read_image_file
-from mlx_aimv2.find_images import list_images
 from mlx_aimv2.images import OpenImage, Policy, open_image
+from mlx_aimv2.images.find import list_images
 from mlx_aimv2.images.pixels import Levels
 
 if TYPE_CHECKING:
+    from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.loading import AnyModel
-    from mlx_aimv2.processor import Aimv2Processor
 
 MAX_IMAGES = 64
 """Of a larger folder so many are taken, evenly spread over their sorted names."""

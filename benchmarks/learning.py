@@ -22,12 +22,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_aimv2 import bundled, preprocessing
+from mlx_aimv2 import bundled
+from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.conversion import folder
+from mlx_aimv2.images import preprocessing
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import fit
-from mlx_aimv2.model import Aimv2VisionModel, run_blocks, visible_patches
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.model import Aimv2VisionModel, visible_patches
 from mlx_aimv2.train.loop import Plan, Watch, train
 
 CONFIG = Aimv2VisionConfig(

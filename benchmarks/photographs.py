@@ -36,13 +36,14 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_aimv2 import bundled, device
-from mlx_aimv2.commands import bench
+from mlx_aimv2 import bundled
+from mlx_aimv2.backend import device
+from mlx_aimv2.cli import bench
 from mlx_aimv2.config import released
 from mlx_aimv2.images import Policy, open_image
+from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load
-from mlx_aimv2.preprocessing import published
-from mlx_aimv2.processor import Aimv2Processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,7 +257,7 @@ def _peak(folder: Path, arguments: argparse.Namespace, flags: list[str]) -> floa
 
 
 def _embed_and_tell_peak(arguments: argparse.Namespace) -> None:
-    from mlx_aimv2.cli import main as run
+    from mlx_aimv2.cli.main import main as run
 
     command = ["embed", str(arguments.folder), "-m", arguments.model, "-o", str(arguments.output), "--dtype", "float32"]
     code = run([*command, "--threads", str(arguments.threads), "--decode", arguments.decode])

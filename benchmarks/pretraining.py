@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2 import x86, x86_training
-from mlx_aimv2.commands.pretrain import sizes
+from mlx_aimv2.backend import x86, x86_training
+from mlx_aimv2.cli.pretrain import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise
 from mlx_aimv2.pretrain.settings import Schedule, Settings

@@ -13,8 +13,8 @@ import sys
 from typing import Any
 
 from benchmarks import side_by_side
-from mlx_aimv2 import device
-from mlx_aimv2.commands.bench import DEFAULT_DTYPES
+from mlx_aimv2.backend import device
+from mlx_aimv2.cli.bench import DEFAULT_DTYPES
 
 SIZES = ("large-patch14-224", "large-patch14-448", "3B-patch14-448")
 SIZES_ON_CPU = SIZES[:2]

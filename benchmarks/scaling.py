@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks import forward
-from mlx_aimv2 import device
-from mlx_aimv2.commands import bench
+from mlx_aimv2.backend import device
+from mlx_aimv2.cli import bench
 from mlx_aimv2.config import DTYPES, WIDTHS, released
 
 SIDES = (224, 448, 672, 896)

@@ -28,12 +28,13 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS, TORCH_DEVICES, numbers
-from mlx_aimv2 import Aimv2Processor, device
+from mlx_aimv2 import Aimv2Processor
+from mlx_aimv2.backend import device
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import released
 from mlx_aimv2.conversion import folder as folders
+from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.loading import build, parameter_shapes
-from mlx_aimv2.preprocessing import published
 
 PACKAGE = "mlx_aimv2"
 OTHERS = tuple(name for name in CONTENDERS if name != PACKAGE)

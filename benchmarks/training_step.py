@@ -35,7 +35,7 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_aimv2 import x86_training
+    from mlx_aimv2.backend import x86_training
     from mlx_aimv2.config import Aimv2VisionConfig
     from mlx_aimv2.learn import lora
     from mlx_aimv2.learn.classify.head import MeanHead

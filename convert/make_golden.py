@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mlx_aimv2.checkpoint.layouts import layout_for
-from mlx_aimv2.cli import one_line_errors
+from mlx_aimv2.cli.main import one_line_errors
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
 from mlx_aimv2.conversion.folder import config_for
+from mlx_aimv2.images.preprocessing import published, to_clip
 from mlx_aimv2.loading import build, parameter_shapes
-from mlx_aimv2.preprocessing import published, to_clip
 
 SIZES: dict[str, AnyConfig] = {
     "fixed": Aimv2VisionConfig(44, 29, 3, 2, image_size=35, patch_size=7),

@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from convert.checkpoints import Row
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel
-from mlx_aimv2.processor import Aimv2Processor
 
 PASS, FAIL, NOT_DONE, MEASURED = "pass", "**FAIL**", "not done", "measured"
 

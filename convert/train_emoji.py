@@ -22,13 +22,14 @@ import mlx.core as mx
 import numpy as np
 
 from convert import make_emoji
-from mlx_aimv2 import bundled, cli
+from mlx_aimv2 import bundled
+from mlx_aimv2.cli.main import main as command_line
 from mlx_aimv2.conversion import folder as mlx_folder
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
-from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.train.state import STATE_FILE
 
 SIZES = {
@@ -274,7 +275,7 @@ def write_images(unseen: Path) -> None:
 
 
 def _run(*words: object) -> None:
-    code = cli.main([str(word) for word in words])
+    code = command_line([str(word) for word in words])
     if code:
         raise SystemExit(code)
 

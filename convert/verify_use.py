@@ -18,7 +18,8 @@ from benchmarks.images import measure_folder
 from convert import power
 from convert.report import FAIL, MEASURED, NOT_DONE, PASS, Finding, Step, Subject
 from convert.verify_numbers import cast, dtypes_here
-from mlx_aimv2 import bundled, device
+from mlx_aimv2 import bundled
+from mlx_aimv2.backend import device
 from mlx_aimv2.embed import embed
 from mlx_aimv2.embed.encode import FAST
 from mlx_aimv2.index import Index

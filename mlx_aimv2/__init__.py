@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+    from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.loading import load
     from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
-    from mlx_aimv2.processor import Aimv2Processor
     from mlx_aimv2.zero_shot_classifier import ZeroShotClassifier, zero_shot
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _HOME = {
     "Aimv2Model": "model",
     "Aimv2TextModel": "model",
     "Aimv2VisionModel": "model",
-    "Aimv2Processor": "processor",
+    "Aimv2Processor": "images.processor",
     "ZeroShotClassifier": "zero_shot_classifier",
     "load": "loading",
     "zero_shot": "zero_shot_classifier",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-C ends in one line from the start
-    from mlx_aimv2.cli import convert_main
+    from mlx_aimv2.cli.main import convert_main
 
     sys.exit(convert_main())
 
@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_aimv2.checkpoint import hub
-from mlx_aimv2.commands import flags
+from mlx_aimv2.cli import flags
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion import fidelity, folder, model_card
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
@@ -229,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
-    from mlx_aimv2.cli import log, show
+    from mlx_aimv2.cli.output import log, show
 
     settings = {name: value for name, value in vars(arguments).items() if name != "verb"}
     show(str(convert(**settings, log=log)))

@@ -23,14 +23,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_aimv2 import device, quantize
+from mlx_aimv2 import quantize
+from mlx_aimv2.backend import device
 from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.checkpoint.layouts import Match
 from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
-from mlx_aimv2.processor import Aimv2Processor
 
 NATIVE, NATIVE_WHOLE = 224, 448
 """Pixels of a side for native checkpoints, which take any: for labels of whole images, and for boxes and masks."""

@@ -6,16 +6,16 @@ Read from top to bottom like the paper (arXiv 2411.14402): patches, blocks, fina
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2 import layers, x86
+from mlx_aimv2 import layers
+from mlx_aimv2.backend import run_blocks
+from mlx_aimv2.backend.device import any_thread
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.device import any_thread
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,6 @@ class Aimv2Output:
     text_embeds: mx.array
     vision_model_output: EncoderOutput
     text_model_output: EncoderOutput
-
-
-def run_blocks(
-    blocks: Iterable[layers.Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
-) -> Iterator[mx.array]:
-    """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`; as `layers.attention`."""
-    if x86.on_x86_cpu():
-        yield from x86.run_blocks(blocks, x, causal=causal, mask=mask)
-        return
-    for block in blocks:
-        x = block(x, causal=causal, mask=mask)
-        yield x
 
 
 class Aimv2VisionModel(nn.Module):

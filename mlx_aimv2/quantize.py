@@ -7,7 +7,6 @@ together they are small, and the head and the projections are the last thing tha
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_aimv2 import x86
+from mlx_aimv2.backend import packing_streams
 from mlx_aimv2.checkpoint.detect import listed
 
 Quantization = Mapping[str, Any]
@@ -187,7 +186,7 @@ def packed(
     `paths` are those of the layers that could be quantized (`layers`). Whatever is not a packed integer is cast to
     `dtype`.
     """
-    paths, streams = set(paths), _streams()
+    paths, streams = set(paths), packing_streams()
     for name, array in weights:
         path, _, kind = name.rpartition(".")
         settings = settings_at(path, quantization) if kind == "weight" and path in paths else {}
@@ -198,14 +197,6 @@ def packed(
                 yield f"{path}.{part}", values
         else:
             yield name, parts[0]
-
-
-def _streams() -> Iterator[mx.Stream]:
-    """Streams in turn: a CPU uses one core for each, so two layers are packed at once; a GPU needs one."""
-    device = mx.default_device()
-    if device.type != mx.DeviceType.cpu:
-        return itertools.repeat(mx.default_stream(device))
-    return itertools.cycle(x86.streams()[:2])
 
 
 def pack(array: mx.array, settings: Mapping[str, Any], dtype: mx.Dtype) -> list[mx.array]:

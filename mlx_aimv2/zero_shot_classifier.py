@@ -18,8 +18,8 @@ from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.loader import images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.images import POLICY, ImageInput, Policy, open_image
 from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.processor import Aimv2Processor, are_apart, as_list
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.processor import Aimv2Processor, are_apart, as_list
 
 TEMPLATES = ("a photo of a {}",)
 """Sentences that a label is put into unless others are given."""

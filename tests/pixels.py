@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mlx_aimv2.preprocessing import CLIP_MEAN, CLIP_STD
+from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD
 
 
 def noise(height: int, width: int, *channels: int, seed: int = 0) -> np.ndarray:

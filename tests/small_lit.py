@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.checkpoint import layouts
 from mlx_aimv2.conversion.folder import config_for
-from mlx_aimv2.preprocessing import published
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.images.processor import Aimv2Processor
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = GOLDEN / "reference" / "lit"

@@ -11,8 +11,9 @@ import pytest
 from safetensors import safe_open
 
 from examples import digits
-from mlx_aimv2 import bundled, cli, load
+from mlx_aimv2 import bundled, load
 from mlx_aimv2 import convert as converter
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.convert import convert
 from tests.small_encoder import small_encoder
 
@@ -222,14 +223,14 @@ def test_a_checkpoint_that_says_nothing_about_images_gets_it_written(tmp_path):
 
 def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, capsys):
     target = str(tmp_path / "mlx")
-    assert cli.main(["convert", "--hf-path", str(ENCODER), "--mlx-path", target, "-q", "--q-mode", "mxfp8"]) == 0
+    assert main(["convert", "--hf-path", str(ENCODER), "--mlx-path", target, "-q", "--q-mode", "mxfp8"]) == 0
     output = capsys.readouterr()
     assert output.out == f"{target}\n"
     assert "token cosine, mean" in output.err
 
 
 def test_the_converters_own_command_is_the_same(tmp_path, capsys):
-    assert cli.main(["convert", "--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
+    assert main(["convert", "--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("mlx-aimv2: these layers do not divide")
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import sizes
-from mlx_aimv2 import cli
+from mlx_aimv2.cli.main import VERBS, main
 from mlx_aimv2.config import RELEASED
 from tests import documents
 from tests.documents import DOCUMENTS, LINKED, OUTPUT, ROOT, RUN
@@ -133,7 +133,7 @@ def test_links_lead_somewhere(document):
 def test_every_verb_flag_target_and_module_exists(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    every_flag = OF_OTHERS.keys() | set().union(*map(flags_of_verb, cli.VERBS), *map(flags_of_scripts, SCRIPTS))
+    every_flag = OF_OTHERS.keys() | set().union(*map(flags_of_verb, VERBS), *map(flags_of_scripts, SCRIPTS))
     for line in documents.commands(document):
         for target in re.findall(r"^make ([a-z][a-z-]*)", line):
             assert target in targets, line
@@ -153,7 +153,7 @@ def known_flags(program):
     """The flags of `mlx-aimv2 VERB` or `python -m MODULE`, None where the module is none of ours."""
     name = program.split()[-1]
     if program.startswith("mlx-aimv2"):
-        assert name in cli.VERBS, program
+        assert name in VERBS, program
         return flags_of_verb(name)
     if name == "mlx_aimv2.convert":
         return flags_of_verb("convert")
@@ -166,7 +166,7 @@ def flags_of_verb(verb):
     """What is written with one or two hyphens in its help."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit, match="0"):
-        cli.main([verb, "--help"])
+        main([verb, "--help"])
     return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text.getvalue()))
 
 

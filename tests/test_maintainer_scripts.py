@@ -18,7 +18,8 @@ from PIL import Image
 from convert import report as lines
 from convert import verify_numbers
 from convert.checkpoints import FILE, Row, choose, read
-from mlx_aimv2 import load, x86
+from mlx_aimv2 import load
+from mlx_aimv2.backend import x86
 from mlx_aimv2.config import RELEASED
 from mlx_aimv2.loading import read_source
 from tests.checkpoint.test_layouts import PARAMETERS

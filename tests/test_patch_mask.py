@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from small_models import FIXED, NATIVE, write_lit
 
 from mlx_aimv2 import load
-from mlx_aimv2.model import run_blocks
+from mlx_aimv2.backend import run_blocks
+from tests.small_models import FIXED, NATIVE, write_lit
 
 pytestmark = pytest.mark.rounding
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.preprocessing import published
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"

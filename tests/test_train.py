@@ -7,7 +7,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from labelled import CHECKPOINT, write_digits
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.learn import fit
@@ -24,6 +23,7 @@ from mlx_aimv2.train.optimizer import (
     warm_up_cosine,
 )
 from mlx_aimv2.train.state import StateFile, check_training_folder
+from tests.labelled import CHECKPOINT, write_digits
 
 
 def plan(**changes) -> Plan:

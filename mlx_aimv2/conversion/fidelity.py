@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__, bundled
+from mlx_aimv2.backend import run_blocks
+from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT
 from mlx_aimv2.config import dtype_name
-from mlx_aimv2.device import FLOAT16_LARGEST, HEADROOM, REPORT
-from mlx_aimv2.find_images import list_images
+from mlx_aimv2.images.find import list_images
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel, Source, read_source
-from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, run_blocks, unit_length
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
 
 FILE = REPORT
 

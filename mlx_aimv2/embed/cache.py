@@ -28,8 +28,8 @@ from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import cache_folder, stat_of
 
 if TYPE_CHECKING:
+    from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.model import Aimv2VisionModel
-    from mlx_aimv2.processor import Aimv2Processor
 
 Array: TypeAlias = NDArray[Any]
 

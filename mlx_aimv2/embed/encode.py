@@ -20,14 +20,14 @@ from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.files import expand_user
-from mlx_aimv2.find_images import has_suffix, list_images
 from mlx_aimv2.images import Policy
+from mlx_aimv2.images.find import has_suffix, list_images
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.loading import Loaded, read_source
 
 if TYPE_CHECKING:
+    from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
-    from mlx_aimv2.processor import Aimv2Processor
 
 FAST = Policy(decode="fast")
 

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_aimv2.backend.device import is_slow_here
 from mlx_aimv2.config import dtype_name
-from mlx_aimv2.device import is_slow_here
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
 from mlx_aimv2.embed.encode import FAST, Embedder, Result, Settings
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.embed.update import Plan, Update, make_plan
-from mlx_aimv2.find_images import SUFFIXES, Listing, is_under, list_images, read_list
 from mlx_aimv2.images import Policy
+from mlx_aimv2.images.find import SUFFIXES, Listing, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import is_empty
 from mlx_aimv2.index.writer import IndexWriter

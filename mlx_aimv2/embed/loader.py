@@ -29,7 +29,7 @@ from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
 from mlx_aimv2.images.pixels import Levels
 
 if TYPE_CHECKING:
-    from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 BATCH_TOKENS = 4096
 """Tokens of one batch: 16, 8 or 4 images at 224, 336 or 448."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.files import stat_of
-from mlx_aimv2.find_images import Listing, identity, is_gone, is_under
+from mlx_aimv2.images.find import Listing, identity, is_gone, is_under
 from mlx_aimv2.index.reader import Embedding, Index, Stamp
 from mlx_aimv2.index.writer import Copy, IndexWriter
 

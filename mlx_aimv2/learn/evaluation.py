@@ -18,11 +18,11 @@ from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.samples import Sample, seen
 from mlx_aimv2.learn.task import Task
-from mlx_aimv2.processor import Aimv2Processor
 
 
 @dataclass(frozen=True)

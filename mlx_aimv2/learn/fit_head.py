@@ -17,10 +17,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2 import __version__, x86_training
+from mlx_aimv2 import __version__
+from mlx_aimv2.backend import prepared
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import card, head_folder
 from mlx_aimv2.learn import options as asked
 from mlx_aimv2.learn.evaluation import decoded
@@ -33,7 +35,6 @@ from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_ima
 from mlx_aimv2.learn.task import Task, find_task, guess_task
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.train.state import StateFile, check_training_folder
 
 
@@ -47,7 +48,7 @@ class Fitted:
     line: str
 
 
-@x86_training.prepared()
+@prepared()
 def fit(
     data: str | os.PathLike[str],
     model: str | os.PathLike[str],

@@ -22,12 +22,12 @@ from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.embed.provenance import differences, fingerprint
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_text, write_json
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.task import Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.processor import Aimv2Processor
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""

@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.model import Aimv2VisionModel, run_blocks
-from mlx_aimv2.processor import Aimv2Processor
+from mlx_aimv2.backend import run_blocks
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.model import Aimv2VisionModel
 
 
 class Learner(nn.Module):

@@ -18,7 +18,7 @@ from mlx_aimv2.train.augment import GREY, jittered
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 ZOOM = (0.7, 1.4)
 """How much larger or smaller than on the plain canvas a training image is drawn."""

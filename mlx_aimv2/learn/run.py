@@ -26,11 +26,11 @@ from mlx_aimv2.train.state import StateFile
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.distributed import Ranks
+    from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.learn.options import Options
     from mlx_aimv2.learn.samples import Dataset, Sample
     from mlx_aimv2.learn.task import Solve, Task, Type
     from mlx_aimv2.model import Aimv2VisionModel
-    from mlx_aimv2.processor import Aimv2Processor
 
 EVALUATIONS = 20
 """Evaluations of a run where no flag says how often."""

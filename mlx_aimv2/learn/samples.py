@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_aimv2.embed.cache import Known, KnownFiles
 from mlx_aimv2.files import read_image_file
-from mlx_aimv2.find_images import Scan
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.open import open_image, warn_of
 
 PARTS = {

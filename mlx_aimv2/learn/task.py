@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
 """Features of samples, `(n, …)`, and the samples."""

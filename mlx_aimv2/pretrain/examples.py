@@ -22,10 +22,10 @@ import numpy as np
 
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.preprocessing import published
+from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.pretrain.captioned import Data, Example
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
-from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll

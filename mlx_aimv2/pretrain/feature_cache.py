@@ -17,9 +17,9 @@ from mlx_aimv2.embed.cache import KINDS, Array, Features, cache_key, open_featur
 from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, Known, run_ahead
 from mlx_aimv2.images import OpenImage, open_image
 from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.captioned import Data, Example
-from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.train.augment import Augmentation
 
 REPORT_EVERY = 1024

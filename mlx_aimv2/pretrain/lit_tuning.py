@@ -16,18 +16,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2 import x86_training
+from mlx_aimv2.backend import WIDE_SIGHT, by_images, prepared
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import check_target
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.pretrain.feature_cache import CaptionedFeatures, cache_features
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import Log, check_enough, tokenizer_for, write_checkpoint
 from mlx_aimv2.pretrain.settings import LitSettings
-from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.batches import Batches, Shuffled
 from mlx_aimv2.train.loop import Watch, is_due, train
@@ -37,7 +37,7 @@ from mlx_aimv2.train.state import StateFile, check_training_folder
 FROZEN_TRUNK = [(r"vision_model\.(?!head\.).*", FROZEN)]
 
 
-@x86_training.prepared(x86_training.WIDE_SIGHT)
+@prepared(WIDE_SIGHT)
 def lit(
     data: Data,
     encoder: Aimv2VisionModel,
@@ -128,7 +128,7 @@ def _train(
 
     def loss(model: Any, batch: tuple[mx.array, mx.array, mx.array], key: mx.array) -> dict[str, mx.array]:
         x, ids, own_keys = batch
-        images, texts = x86_training.by_images(lambda *both: both_sides(model, *both), x, ids)
+        images, texts = by_images(lambda *both: both_sides(model, *both), x, ids)
         images, texts = (of_all_ranks(side, ranks) for side in (images, texts))
         found = contrastive_loss(model.logits(images, texts), same_captions(ranks.rows(own_keys)))
         return {"loss": found, "scale": mx.exp(model.logit_scale)}

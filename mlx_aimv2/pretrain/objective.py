@@ -19,9 +19,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import layers, x86, x86_training
+from mlx_aimv2 import layers
+from mlx_aimv2.backend import by_images, cross_entropy, run_blocks
 from mlx_aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.model import Aimv2VisionModel, run_blocks
+from mlx_aimv2.model import Aimv2VisionModel
 
 ALPHA = 0.4
 """Weight of the image loss beside the text loss (arXiv 2411.14402, section 3.1)."""
@@ -123,11 +124,6 @@ def text_loss(logits: mx.array, targets: mx.array, counts: mx.array) -> mx.array
     return (each * counts).sum(axis=1) / mx.maximum(counts.sum(axis=1), 1)
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """`-log softmax(logits)[target]`: `(B, T, V), (B, T) -> (B, T)`."""
-    return x86_training.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
-
-
 def is_counted(targets: mx.array, eos: int) -> mx.array:
     """Tokens up to and with the first end of text: `(B, T) -> (B, T)` boolean."""
     ends = (targets == eos).astype(mx.int32)
@@ -177,7 +173,7 @@ class Pretraining(nn.Module):
         def each(pixels: mx.array, ids: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
             return self(Batch(pixels, ids, lengths))
 
-        image, text = (x.mean() for x in x86_training.by_images(each, batch.pixels, batch.ids, batch.lengths))
+        image, text = (x.mean() for x in by_images(each, batch.pixels, batch.ids, batch.lengths))
         return {"loss": text + alpha * image, "image_loss": image, "text_loss": text}
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2 import x86_training
+from mlx_aimv2.backend import WIDE_SIGHT, prepared
 from mlx_aimv2.config import Aimv2TextConfig
 from mlx_aimv2.conversion.folder import save_pytorch
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import atomic_folder, check_target
+from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.preprocessing import published
 from mlx_aimv2.pretrain.captioned import Data
 from mlx_aimv2.pretrain.examples import (
     Grid,
@@ -39,7 +40,6 @@ from mlx_aimv2.pretrain.examples import (
 from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining, initialise
 from mlx_aimv2.pretrain.samples import draw_samples
 from mlx_aimv2.pretrain.settings import Schedule, Settings
-from mlx_aimv2.processor import Aimv2Processor
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.batches import Batches
 from mlx_aimv2.train.loop import Watch, is_due, number_of, train
@@ -52,7 +52,7 @@ TOKENIZER_CAPTIONS = 1_000_000
 VALIDATION_EXAMPLES = 512
 
 
-@x86_training.prepared(x86_training.WIDE_SIGHT)
+@prepared(WIDE_SIGHT)
 def pretrain(
     data: Data,
     output: str | Path,

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.files import atomic_file
-from mlx_aimv2.preprocessing import CLIP_MEAN, CLIP_STD
+from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD
 from mlx_aimv2.pretrain.objective import EPS, Batch, Pretraining, patches_of
 
 

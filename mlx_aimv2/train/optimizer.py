@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_aimv2.x86_training import Balance, columns_first
+from mlx_aimv2.backend import Balance, columns_first
 
 Arrays: TypeAlias = dict[str, mx.array]
 

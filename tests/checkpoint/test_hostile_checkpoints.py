@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_aimv2 import cli, load
+import mlx_aimv2
+from mlx_aimv2 import load
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 
@@ -133,7 +135,7 @@ def test_a_quantization_section_of_another_kind(fixed, tmp_path, section):
 
 
 def test_the_home_of_nobody_is_no_traceback(capsys):
-    assert cli.main(["info", "~nosuchuser/x"]) == 2
+    assert main(["info", "~nosuchuser/x"]) == 2
     assert capsys.readouterr().err.startswith("mlx-aimv2: ")
 
 
@@ -193,10 +195,10 @@ def test_a_foreign_quantization_section_is_not_taken_for_ours(fixed, section, tm
     monkeypatch.chdir(tmp_path)
     edit(fixed, quantization=section)
     load(fixed)
-    image = str(Path(cli.__file__).parent / "assets" / "photographs" / "astronaut.jpg")
-    assert cli.main(["info", str(fixed)]) == 0
-    assert cli.main(["embed", image, "-m", str(fixed), "-o", "photos.db"]) == 0
-    assert cli.main(["convert", "--hf-path", str(fixed), "--mlx-path", "mlx", "--no-verify"]) == 0
+    image = str(Path(mlx_aimv2.__file__).parent / "assets" / "photographs" / "astronaut.jpg")
+    assert main(["info", str(fixed)]) == 0
+    assert main(["embed", image, "-m", str(fixed), "-o", "photos.db"]) == 0
+    assert main(["convert", "--hf-path", str(fixed), "--mlx-path", "mlx", "--no-verify"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -244,19 +246,19 @@ def test_yaml_at_the_head_of_a_card_is_not_run(fixed, tmp_path, head):
 
 def test_a_file_of_labels_without_an_end_is_one_line(capsys):
     for file in ("/dev/zero", "/dev/stdin", str(REFERENCE)):
-        assert cli.main(["classify", "a.jpg", "-m", "x", "--labels-file", file]) == 2
+        assert main(["classify", "a.jpg", "-m", "x", "--labels-file", file]) == 2
         assert re.search("is a (device|named pipe|socket|folder), not a file", capsys.readouterr().err)
 
 
 def test_a_file_of_labels_is_bounded_and_may_lie_below_the_home_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "labels.txt").write_text("x\n" * (1 << 20))
-    assert cli.main(["classify", "a.jpg", "-m", "x", "--labels-file", "~/labels.txt"]) == 2
+    assert main(["classify", "a.jpg", "-m", "x", "--labels-file", "~/labels.txt"]) == 2
     assert "at most 1,048,576 are read of such a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--batch", str(10**30)], ["--side", str(10**8)]])
 def test_numbers_beyond_all_memory_are_one_line(fixed, capsys, flags):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["bench", "-m", str(fixed), *flags])
+        main(["bench", "-m", str(fixed), *flags])
     assert capsys.readouterr().err.count("\n") == 1

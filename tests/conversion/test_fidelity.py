@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mlx_aimv2 import bundled, cli, load
+from mlx_aimv2 import bundled, load
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.conversion.fidelity import MAX_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
 from mlx_aimv2.convert import convert
@@ -201,16 +202,16 @@ def test_a_folder_without_images_and_no_folder_at_all_are_named(tmp_path):
 
 
 def test_compare_prints_a_table_or_json(capsys):
-    assert cli.main(["compare", str(ENCODER), str(ENCODER)]) == 0
+    assert main(["compare", str(ENCODER), str(ENCODER)]) == 0
     assert "token cosine, mean          1.000000" in capsys.readouterr().out
-    assert cli.main(["compare", str(ENCODER), str(ENCODER), "--json"]) == 0
+    assert main(["compare", str(ENCODER), str(ENCODER), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["activations"]) == 4
 
 
 @pytest.mark.parametrize("flags", [[], ["-q", "--q-bits", "8"]], ids=["dense", "8 bits"])
 def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, capsys, flags):
     target = tmp_path / "out"
-    assert cli.main(["convert", "--hf-path", str(scaled(np.nan)), "--mlx-path", str(target), *flags]) == 2
+    assert main(["convert", "--hf-path", str(scaled(np.nan)), "--mlx-path", str(target), *flags]) == 2
     assert "blocks.1 gives numbers that are not finite even in float32" in capsys.readouterr().err
     assert not target.exists()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.embed.update import make_plan
-from mlx_aimv2.find_images import list_images
+from mlx_aimv2.images.find import list_images
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
 from tests.image_files import image

@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2 import cli
 from mlx_aimv2.bundled import emoji_checkpoint, photographs
-from mlx_aimv2.cli import main, progress, say
+from mlx_aimv2.cli import output
+from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli.output import progress, say
 from mlx_aimv2.embed import provenance
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.files import atomic_file
@@ -104,7 +105,7 @@ def test_who_comes_second_with_a_new_index_gets_an_error(photos):
 @pytest.mark.parametrize("stream", [Full(), None], ids=["full", "closed"])
 def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(cli, "SECONDS_IN_LOG", -1.0)
+    monkeypatch.setattr(output, "SECONDS_IN_LOG", -1.0)
     say("a line")
     with progress("images") as advance:
         say("a line")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
-from small_models import FIXED, NATIVE
 
 from mlx_aimv2 import load
 from mlx_aimv2.embed.loader import Decoder
@@ -17,6 +16,7 @@ from mlx_aimv2.learn.detect.average_precision import Truth
 from mlx_aimv2.learn.placement import Placement
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.loading import at_size
+from tests.small_models import FIXED, NATIVE
 
 pytestmark = pytest.mark.rounding
 

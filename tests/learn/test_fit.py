@@ -9,18 +9,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from labelled import CHECKPOINT, write_digits
 from mlx.utils import tree_flatten
 from PIL import Image
-from small_models import NATIVE
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli import main
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.embed.cache import open_features
 from mlx_aimv2.learn import classify, evaluate, fit, predict
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.options import RECIPES
 from mlx_aimv2.learn.samples import Sample
+from tests.labelled import CHECKPOINT, write_digits
+from tests.small_models import NATIVE
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel
+from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.learn.learner import run_training_blocks
-from mlx_aimv2.model import run_blocks
 
 pytestmark = pytest.mark.rounding
 

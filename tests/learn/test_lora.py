@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from labelled import CHECKPOINT, write_digits
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli import main
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.learn import fit, fuse, lora
+from tests.labelled import CHECKPOINT, write_digits
 
 pytestmark = pytest.mark.rounding
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from labelled import CHECKPOINT, write_digits
 from PIL import Image
 
-from mlx_aimv2.cli import main
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.embed.cache import KnownFiles
 from mlx_aimv2.images import OpenImage
 from mlx_aimv2.learn import classify, detect, evaluate, fit, samples, segment
 from mlx_aimv2.learn.classify import data as label_files
 from mlx_aimv2.learn.samples import DataError, Sample
 from mlx_aimv2.learn.task import find_task, guess_task
+from tests.labelled import CHECKPOINT, write_digits
 
 
 @pytest.fixture(autouse=True)

@@ -279,7 +279,7 @@ LEARNING = (
         "the pictures of a head's card are data",
         '    ("head.json",),\n',
         "",
-        ("tests/test_find_images.py", *SAMPLES),
+        ("tests/images/test_find_images.py", *SAMPLES),
     ),
     Mutation(
         "predictions lie flat in their folder",

@@ -4,12 +4,12 @@ from tests.mutations import Mutation
 
 REFERENCE, OPERATIONS, SHARDS = (
     ("tests/test_reference.py",),
-    ("tests/test_x86_attention.py",),
-    ("tests/test_x86_shards.py",),
+    ("tests/backend/test_x86_attention.py",),
+    ("tests/backend/test_x86_shards.py",),
 )
-TRAINING = ("tests/test_x86_training.py",)
+TRAINING = ("tests/backend/test_x86_training.py",)
 OWN, LIT, MASK = ("tests/test_model.py",), ("tests/test_lit.py",), ("tests/test_patch_mask.py",)
-PIXELS, SOURCES = ("tests/test_processor.py",), ("tests/test_image_sources.py",)
+PIXELS, SOURCES = ("tests/images/test_processor.py",), ("tests/images/test_image_sources.py",)
 WORDS, LABELS = ("tests/test_tokenizer.py",), ("tests/test_zero_shot_classifier.py",)
 
 NETWORK = (
@@ -202,7 +202,7 @@ NETWORK = (
         "levels on the device are not divided by the standard deviation",
         "(pixels - mx.array(steps.image_mean)) / mx.array(steps.image_std)",
         "pixels - mx.array(steps.image_mean)",
-        ("tests/test_fast_decoding.py::test_levels_normalised_on_the_device_are_the_processors_pixels",),
+        ("tests/images/test_fast_decoding.py::test_levels_normalised_on_the_device_are_the_processors_pixels",),
     ),
     Mutation(
         "the crop is one pixel off",
@@ -221,7 +221,7 @@ NETWORK = (
         "preprocessor_config.json's mean is passed over",
         '_three(fields["image_mean"], "image_mean", file)',
         "CLIP_MEAN",
-        ("tests/test_preprocessing.py",),
+        ("tests/images/test_preprocessing.py",),
     ),
     Mutation(
         "the orientation in EXIF is ignored",

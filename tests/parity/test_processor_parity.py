@@ -13,8 +13,8 @@ from PIL import Image  # noqa: E402
 from transformers.image_utils import load_image  # noqa: E402
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
-from mlx_aimv2.preprocessing import published, to_clip  # noqa: E402
-from mlx_aimv2.processor import Aimv2Processor  # noqa: E402
+from mlx_aimv2.images.preprocessing import published, to_clip  # noqa: E402
+from mlx_aimv2.images.processor import Aimv2Processor  # noqa: E402
 
 PHOTOGRAPHS = ("astronaut", "cat", "coffee", "rocket")  # square and landscape, 300 to 640 pixels
 

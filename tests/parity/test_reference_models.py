@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers.models.aimv2.modeling_aimv2 import Aimv2RMSNorm
 
 from mlx_aimv2 import Aimv2Processor, load
-from mlx_aimv2.preprocessing import published
+from mlx_aimv2.images.preprocessing import published
 
 MOST = 3
 """How many times torch's own float32 error our difference from float64 may be."""

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli import main
+from mlx_aimv2.cli.main import main
 from mlx_aimv2.pretrain.examples import collate
 from tests.small_training import (
     TINY,

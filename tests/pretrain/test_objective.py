@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2 import layers, x86
+from mlx_aimv2 import layers
+from mlx_aimv2.backend import x86
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain import objective
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise, prefix_mask

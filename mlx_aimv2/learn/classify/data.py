@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.find_images import Scan
 from mlx_aimv2.images import to_rgb
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.metadata import metadata_file, metadata_rows
 from mlx_aimv2.learn.placement import canvas_size
@@ -23,7 +23,7 @@ from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
-    from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 
 Labelled: TypeAlias = "list[tuple[str, str]]"

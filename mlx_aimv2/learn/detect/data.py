@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_aimv2.files import read_text
-from mlx_aimv2.find_images import Scan
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import placement, samples
 from mlx_aimv2.learn.detect import boxes, fcos
 from mlx_aimv2.learn.detect.average_precision import Found as Boxes
@@ -29,7 +29,7 @@ from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Si
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
-    from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 ROBOFLOW = "_annotations.coco.json"
 

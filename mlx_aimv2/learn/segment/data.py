@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.files import read_image_file, read_text
-from mlx_aimv2.find_images import Scan
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import placement, samples
 from mlx_aimv2.learn.metrics import IGNORED
 from mlx_aimv2.learn.placement import canvas_size
@@ -28,7 +28,7 @@ from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Si
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
-    from mlx_aimv2.processor import Aimv2Processor
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 

@@ -1,0 +1,53 @@
+"""What differs between machines, behind one door: network, quantization and training ask here and name no processor.
+
+`device` describes the machine. On MLX's CPU backend for x86, `x86` runs the blocks and `x86_training` has what only
+training needs; everywhere else MLX's own operations run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_aimv2.backend import x86, x86_training
+from mlx_aimv2.backend.x86_training import WIDE_SIGHT, Balance, by_images, columns_first, prepared
+from mlx_aimv2.layers import Block
+
+__all__ = [
+    "WIDE_SIGHT",
+    "Balance",
+    "by_images",
+    "columns_first",
+    "cross_entropy",
+    "packing_streams",
+    "prepared",
+    "run_blocks",
+]
+
+
+def run_blocks(
+    blocks: Iterable[Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
+) -> Iterator[mx.array]:
+    """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`; as `layers.attention`."""
+    if x86.on_x86_cpu():
+        yield from x86.run_blocks(blocks, x, causal=causal, mask=mask)
+        return
+    for block in blocks:
+        x = block(x, causal=causal, mask=mask)
+        yield x
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """`-log softmax(logits)[target]`: `(B, T, V), (B, T) -> (B, T)`."""
+    return x86_training.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
+
+
+def packing_streams() -> Iterator[mx.Stream]:
+    """Streams in turn: a CPU uses one core for each, so two layers are packed at once; a GPU needs one."""
+    device = mx.default_device()
+    if device.type != mx.DeviceType.cpu:
+        return itertools.repeat(mx.default_stream(device))
+    return itertools.cycle(x86.streams()[:2])

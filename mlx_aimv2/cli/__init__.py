@@ -1,0 +1,1 @@
+"""The command line: `main` runs it, `output` is what it says, and each verb has a file with its flags and one call."""

@@ -1,0 +1,256 @@
+"""`mlx-aimv2 bench`: measures the time and the memory of a model on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_aimv2 import bundled
+from mlx_aimv2.backend import device
+from mlx_aimv2.cli.flags import MODEL, add_revision
+from mlx_aimv2.cli.output import log
+from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, released
+from mlx_aimv2.loading import load, parse_dtype, read_source
+from mlx_aimv2.model import Aimv2VisionModel
+
+HELP = "measure the time and the memory of a model"
+
+EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
+
+MAX_BATCH, MAX_SIDE, MAX_RUNS = 4096, 3584, 100_000
+"""What may be asked for: more fits no machine's memory or no day."""
+
+DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
+"""A CPU's half-precision products are so slow in MLX that they are measured only when asked for."""
+
+NOTE = (
+    "ms, images/s: one forward pass of the vision encoder on pixels in memory, median of {runs} runs. "
+    "peak MB: memory above the weights and the pixels."
+)
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "dtype": lambda speed: speed["dtype"],
+    "weights": lambda speed: speed["weights"],
+    "MB": lambda speed: f"{speed['weight_bytes'] / 1e6:.0f}",
+    "batch": lambda speed: str(speed["batch"]),
+    "tokens": lambda speed: str(speed["tokens"]),
+    "ms": lambda speed: f"{speed['seconds'] * 1e3:.1f}",
+    "ms/image": lambda speed: f"{speed['milliseconds_per_image']:.1f}",
+    "images/s": lambda speed: f"{speed['images_per_second']:.2f}",
+    "peak MB": lambda speed: f"{speed['peak_bytes'] / 1e6:.0f}",
+}
+"""What the table shows of each measurement."""
+
+NATIVE_SIDE = 224
+"""Pixels along the side of the images that a native model is measured on, if nothing else is asked for."""
+
+WARM_UP_SECONDS = 1.0
+"""Before a GPU is timed: its clock rises with work, and a pass may take milliseconds."""
+
+FIRST_EMBEDDING = """
+import json, sys, time
+began = time.perf_counter()
+from mlx_aimv2 import load
+imported = time.perf_counter()
+model, processor = load(sys.argv[1], dtype=sys.argv[2] or None)
+loaded = time.perf_counter()
+import mlx.core as mx
+mx.eval(model.encode_image(processor([sys.argv[3]])))
+print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loaded]))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group(required=True).add_argument
+    which("-m", "--model", metavar="MODEL", help=MODEL)
+    which("--random", metavar="SIZE", help="random weights of a released size, such as large-patch14-224")
+    add = group.add_argument
+    add_revision(add)
+
+    add = parser.add_argument_group("what is timed").add_argument
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        metavar="NAME",
+        help="float32, float16, bfloat16 (default: float32 on a CPU, else both halves)",
+    )
+    add(
+        "--batch",
+        nargs="+",
+        type=_up_to(MAX_BATCH),
+        default=[1, 4],
+        metavar="N",
+        help="images at once (default: 1 4)",
+    )
+    add(
+        "--side",
+        type=_up_to(MAX_SIDE),
+        metavar="N",
+        help="native checkpoints: side of the images in pixels (default: 224)",
+    )
+    add("--runs", type=_up_to(MAX_RUNS), default=7, metavar="N", help="runs of each measurement (default: %(default)s)")
+    add("--keep-quantized", action="store_true", help="time quantized weights packed, too, not only made dense")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print the measurements as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
+    found = measure(arguments)
+    print(json.dumps(found) if arguments.json else table(found, runs=arguments.runs))
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured, as one dictionary for JSON."""
+    from mlx_aimv2 import __version__
+
+    if arguments.random:
+        released(arguments.random)
+        if arguments.keep_quantized:
+            raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
+    on = device.machine()
+    found: dict[str, Any] = {
+        "device": on.kind,
+        "chip": on.chip,
+        "cores": device.cpu_count(),
+        "mlx": device.mlx_build(),
+        "mlx-aimv2": __version__,
+        "advice": device.advice(on),
+        "model": arguments.model or f"random {arguments.random}",
+        "runs": arguments.runs,
+    }
+    if arguments.model:
+        path = read_source(arguments.model, revision=arguments.revision).origin.path
+        log("measuring: first embedding in a fresh process")
+        image, dtype = bundled.photographs()[0], (arguments.dtype or ["auto"])[0]
+        found["first_embedding"] = measure_first_embedding(str(path), image, dtype=dtype)
+    found["speed"] = list(_speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind]))
+    return found
+
+
+def table(found: dict[str, Any], *, runs: int) -> str:
+    """What was measured, as lines for the terminal."""
+    lines = [
+        ("machine", f"{found['chip']}, {found['device']}, {found['cores']} cores"),
+        ("versions", f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}"),
+        ("model", found["model"]),
+    ]
+    if first := found.get("first_embedding"):
+        steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
+        lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
+    if found["advice"]:
+        lines.append(("advice", found["advice"]))
+    width = max(len(name) for name, _ in lines)
+    head = [f"{name:<{width}}  {value}" for name, value in lines]
+    rows = [list(COLUMNS), *([cell(speed) for cell in COLUMNS.values()] for speed in found["speed"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    body = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
+
+
+def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for dtype in dtypes:
+        for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
+            model = _model(arguments, dtype, keep_quantized=weights == "packed")
+            for batch in arguments.batch:
+                log(f"measuring: {dtype} {weights}, {batch} images")
+                pixels = random_pixels(model.vision.config, batch=batch, side=arguments.side)
+                yield {"weights": weights} | measure_speed(model.vision, pixels, runs=arguments.runs)
+
+
+def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
+    if arguments.random:
+        return random_model(released(arguments.random).vision, parse_dtype(dtype))
+    model, _, config = load(
+        arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
+    )
+    if keep_quantized and not isinstance(config.get("quantization"), dict):
+        raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
+    return model
+
+
+def _up_to(limit: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        number = int(text) if text.isdigit() and len(text) < 10 else 0
+        if not 1 <= number <= limit:
+            raise argparse.ArgumentTypeError(f"a whole number from 1 to {limit} is wanted, got {text:.20}")
+        return number
+
+    return count
+
+
+def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel:
+    """A model of these sizes with random weights: as fast as a trained one, its features mean nothing."""
+    model = Aimv2VisionModel(config)
+    model.set_dtype(dtype)
+    for _, layer in model.named_modules():
+        mx.eval([array for array in layer.values() if isinstance(array, mx.array)])  # one layer's float32 at a time
+    model.eval()
+    return model
+
+
+def random_pixels(config: Aimv2VisionConfig, *, batch: int, side: int | None = None) -> mx.array:
+    """Images of the size the model takes, `(B, H, W, 3)`; `side` is for native models."""
+    side = config.image_size or side or NATIVE_SIDE
+    pixels = mx.random.normal((batch, side, side, config.num_channels), key=mx.random.key(0))
+    mx.eval(pixels)
+    return pixels
+
+
+def measure_speed(vision: Aimv2VisionModel, pixels: mx.array, *, runs: int) -> dict[str, Any]:
+    """Times the vision encoder on images `(B, H, W, 3)`: the median of the runs, and what follows from it.
+
+    `weight_bytes` is what the weights take, `peak_bytes` the most memory above them and the pixels.
+    """
+    rows, columns = vision.grid(pixels)
+    parameters: Any = tree_flatten(vision.parameters())
+
+    def forward() -> float:
+        began = time.perf_counter()
+        mx.eval(vision(pixels).last_hidden_state)
+        return time.perf_counter() - began
+
+    warm = time.perf_counter() + (0 if mx.default_device() == mx.cpu else WARM_UP_SECONDS)
+    forward()
+    while time.perf_counter() < warm:
+        forward()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    forward()
+    peak = mx.get_peak_memory() - before
+    seconds, batch = statistics.median(forward() for _ in range(runs)), len(pixels)
+    return {
+        "dtype": str(vision.dtype).rpartition(".")[2],
+        "weight_bytes": sum(array.nbytes for _, array in parameters),
+        "batch": batch,
+        "tokens": rows * columns,
+        "seconds": seconds,
+        "milliseconds_per_image": 1e3 * seconds / batch,
+        "images_per_second": batch / seconds,
+        "peak_bytes": peak,
+        "runs": runs,
+    }
+
+
+def measure_first_embedding(path: str, image: Path, *, dtype: str | None) -> dict[str, float]:
+    """Seconds of a fresh process: importing, loading, and an image's embedding with all that a first run costs."""
+    command = [sys.executable, "-c", FIRST_EMBEDDING, path, dtype or "", str(image)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise ValueError(f"a fresh process could not embed an image: {finished.stderr.strip().splitlines()[-1]}")
+    return dict(zip(("importing", "loading", "embedding"), json.loads(finished.stdout), strict=True))

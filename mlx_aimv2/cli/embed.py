@@ -1,0 +1,118 @@
+"""`mlx-aimv2 embed`: brings an index up to date with the images that are there now, and prints what was done."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from mlx_aimv2.cli.flags import (
+    MAX_PATCHES,
+    MODEL,
+    REPEATED,
+    add_dtype,
+    add_policy_arguments,
+    add_revision,
+    policy_of,
+)
+from mlx_aimv2.cli.output import progress, say, show
+from mlx_aimv2.files import expand_user
+
+HELP = "embed folders of images into an index, for search"
+
+EXAMPLE = "~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
+
+POOLS = ("mean", "head", "tokens", "map")
+EXPORTS = ("npz", "safetensors", "jsonl")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    add = parser.add_argument_group("input").add_argument
+    add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
+    for name, words in (
+        ("--exclude", "pass over what matches: *.png, Trash/"),
+        ("--include", "take what matches though excluded, hidden or of another suffix"),
+    ):
+        add(name, action="append", default=[], metavar="PATTERN", help=f"{words}; {REPEATED}")
+    add("--prune", action="store_true", help="forget images of these paths whose files are not there")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
+    add_revision(add)
+    add_dtype(add)
+
+    add = parser.add_argument_group("what is stored of an image").add_argument
+    add(
+        "--pool",
+        choices=POOLS,
+        metavar="NAME",
+        help="mean or head, or all: tokens, map (default: head if there is one, else mean)",
+    )
+    add(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="hidden state, as in transformers (default: the last, after the final norm)",
+    )
+    add("--norm", action="store_true", help="with --layer: apply the final norm to it")
+    add(
+        "--store",
+        choices=("float16", "float32"),
+        metavar="NAME",
+        help="float16 or float32, of the vectors (default: float16)",
+    )
+
+    add = parser.add_argument_group("reading images").add_argument
+    add("--max-patches", type=int, metavar="N", help=f"{MAX_PATCHES} (default: 4096)")
+    add("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    add_policy_arguments(add)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
+    add(
+        "--export",
+        choices=EXPORTS,
+        metavar="NAME",
+        help="npz, safetensors or jsonl: write the vectors beside the index, too",
+    )
+    add("--overwrite", action="store_true", help="let --export replace any other file, but no image")
+    add("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Embeds, and prints the summary; returns 1 when some images failed."""
+    from mlx_aimv2.embed.encode import Settings
+    from mlx_aimv2.embed.job import Options, update_index
+    from mlx_aimv2.images.find import counted
+    from mlx_aimv2.images.open import reuse_decoding_memory
+
+    reuse_decoding_memory()
+    started = time.monotonic()
+    output = expand_user(arguments.output)
+    given = vars(arguments) | {"policy": policy_of(arguments)}
+    settings = Settings(**{one.name: given[one.name] for one in fields(Settings)})
+    options = Options(**{one.name: given[one.name] for one in fields(Options)})
+    try:
+        with progress("images") as on_progress:
+            summary = update_index(arguments.paths, output, settings, options, report=say, on_progress=on_progress)
+    except ConnectionError as error:  # another rank is gone
+        say(error)
+        return 1
+    if summary is None:
+        return 0  # mlx.launch would end rank 0 if another one failed before it
+    counts = asdict(summary)
+    is_made, passed_over = counts.pop("is_made"), counts.pop("passed_over")
+    if passed_over:
+        say(f"passed over: {counted(passed_over)}")
+    if arguments.json:
+        seconds = round(time.monotonic() - started, 3)
+        print(json.dumps({"index": str(output), **counts, "passed_over": passed_over, "seconds": seconds}))
+    elif is_made:
+        parts = [f"{count:,} {name}" for name, count in counts.items() if name != "images" and count]
+        show(f"{output}: {summary.images:,} images ({', '.join(parts) or 'nothing to do'})")
+    if not is_made:
+        say(f"no image could be embedded; {output} was not made")
+    return 1 if summary.failed else 0

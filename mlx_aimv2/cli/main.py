@@ -1,0 +1,277 @@
+"""Runs `mlx-aimv2 VERB`: the list of verbs, their parser, and how a run ends, by an error or a signal."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
+from typing import Any, NoReturn
+
+from mlx_aimv2 import __version__
+from mlx_aimv2.cli.output import leave_stdout, log, note, say
+from mlx_aimv2.files import discard_unfinished
+
+VERBS = {
+    "embed": ("use", "mlx_aimv2.cli.embed"),
+    "search": ("use", "mlx_aimv2.cli.search"),
+    "classify": ("use", "mlx_aimv2.cli.classify"),
+    "map": ("use", "mlx_aimv2.cli.map"),
+    "info": ("use", "mlx_aimv2.cli.info"),
+    "convert": ("convert", "mlx_aimv2.convert"),
+    "compare": ("convert", "mlx_aimv2.cli.compare"),
+    "fuse": ("convert", "mlx_aimv2.cli.fuse"),
+    "fit": ("learn", "mlx_aimv2.cli.fit"),
+    "predict": ("learn", "mlx_aimv2.cli.predict"),
+    "evaluate": ("learn", "mlx_aimv2.cli.evaluate"),
+    "pretrain": ("learn", "mlx_aimv2.cli.pretrain"),
+    "lit": ("learn", "mlx_aimv2.cli.lit"),
+    "bench": ("measure", "mlx_aimv2.cli.bench"),
+}
+"""Verb -> its group in the list, and the module with its `HELP`, `EXAMPLE`, `add_arguments` and `run(arguments)`."""
+
+MORE = """\
+mlx-aimv2 VERB --help   shows an example and the flags of a verb
+mlx-aimv2 --version     shows the version
+MLX_AIMV2_TRACEBACK=1   in front of a command shows where an error came from
+README.md and docs/ in the repository explain the verbs."""
+"""Below the list of verbs."""
+
+WIDTH, FLAG_COLUMN = 100, 32
+"""Columns of help at most, however wide the terminal is, and where descriptions begin at the latest: two columns behind
+`--grad-accumulation-steps N`."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to stop: Ctrl-C, `kill`, a closed terminal."""
+
+TRACEBACK = "MLX_AIMV2_TRACEBACK"
+"""The environment variable that shows where an error came from."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's formatter with `-o, --output FILE` for a flag that has two names, as in Python 3.13."""
+
+    def __init__(self, prog: str, **settings: int) -> None:
+        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+        super().__init__(prog, **({"max_help_position": FLAG_COLUMN, "width": width} | settings))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, (action.dest or '').upper())}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with an example and a short usage in its help; its complaints are one line like all others."""
+
+    def __init__(self, *, example: str = "", **settings: Any) -> None:
+        # No abbreviations: a flag half typed must not do what another one means.
+        super().__init__(add_help=False, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+        self.example = example
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        """The help of a verb: an example, which is not wrapped so that it can be copied, what must be given, flags."""
+        given = [f"{one.metavar}{'...' * (one.nargs == '+')}" for one in self._actions if not one.option_strings]
+        given += [_short(one) for one in self._actions if one.option_strings and one.required]
+        either = [group._group_actions for group in self._mutually_exclusive_groups if group.required]
+        given += [f"({' | '.join(map(_short, actions))})" for actions in either]
+        self.usage = " ".join([self.prog, *given, "[flags]"])
+        return f"example: {self.prog} {self.example}\n\n{super().format_help()}"
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong with the arguments and where help is, and exits with 2."""
+        say(f"{message}; see {self.prog} --help")
+        self.exit(2)
+
+
+def _short(action: argparse.Action) -> str:
+    return f"{action.option_strings[0]} {action.metavar}"
+
+
+class ListParser(Parser):
+    """The parser in front of the verbs, whose help lists them in groups."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.verbs = self.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def format_help(self) -> str:
+        """The verbs in groups, one line each."""
+        lines, last = [f"usage: {self.prog} VERB [flags]", "", self.description or ""], ""
+        for verb, parser in self.verbs.choices.items():
+            if (group := VERBS[verb][0]) != last:
+                lines += ["", f"{group}:"]
+                last = group
+            lines.append(f"  {verb:<8}  {parser.description}")
+        return "\n".join([*lines, "", MORE, ""])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: `arguments -> exit code`.
+
+    0 done, 1 some inputs failed or a fault of this program, 2 wrong use; of a run that a signal has stopped, 128 and
+    the signal's number.
+    """
+    return one_line_errors(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+
+
+def convert_main() -> int:
+    """The command `mlx_aimv2.convert`, the same as `mlx-aimv2 convert`."""
+    return main(["convert", *sys.argv[1:]])
+
+
+def parser(verb: str | None = None) -> ListParser:
+    """The parser of the whole command line, or of one verb, whose module alone is imported."""
+    whole = ListParser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
+    whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}", help="show the version")
+    for name in VERBS if verb is None else [verb]:
+        module = import_module(VERBS[name][1])
+        under = whole.verbs.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
+        module.add_arguments(under)
+    return whole
+
+
+def _dispatch(argv: list[str]) -> int:
+    # Only the verb that is asked for is imported; the list of all needs every one's help.
+    whole = parser(argv[0] if argv and argv[0] in VERBS else None)
+    arguments, unknown = whole.parse_known_args(argv)
+    if unknown:
+        advice = "" if unknown[0].startswith("-") else " (words that belong together need quotes)"
+        whole.verbs.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    return int(import_module(VERBS[arguments.verb][1]).run(arguments))
+
+
+def one_line_errors(work: Callable[[], int]) -> int:
+    """Runs `work`; whatever ends it becomes one line on stderr and an exit code, never a traceback.
+
+    Notes (`warnings.warn`) become one line each too. A reader of stdout that has seen enough, as `head` has, ends the
+    run quietly; that of stderr may go without an effect. With MLX_AIMV2_TRACEBACK=1 the traceback comes first.
+    """
+    try:
+        _usable_streams()
+        with stoppable(), warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = note
+            try:
+                return work()
+            finally:
+                sys.stdout.flush()
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            leave_stdout()
+            return 0
+        _trace()
+        say(_sentence(error))
+        code = 2
+    except KeyboardInterrupt as stop:
+        say("; ".join(map(str, stop.args)) or "stopped")
+        code = stop.exit_code if isinstance(stop, Stopped) else 130
+    except MemoryError as error:
+        _trace()
+        say(f"not enough memory{f' ({error})' if str(error) else ''}: smaller images, fewer at once or another model")
+        code = 1
+    except ImportError as error:
+        _trace()
+        say(f"{error}: a package is missing or broken; pip install --force-reinstall mlx-aimv2 fetches all of them")
+        code = 1
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library written in Rust panics with an exception that is no Exception
+        _trace()
+        say(f"a fault of mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 in front of the command shows where")
+        code = 1
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        leave_stdout()
+    return code
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to stop; `exit_code` is the shell's for it, 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        """Takes the number of the signal."""
+        super().__init__("stopped" if number == signal.SIGINT else f"stopped ({signal.Signals(number).name})")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it a signal makes the run end in order: what is half written is removed, what is done is kept.
+
+    The first one raises `Stopped` in the main thread, which ends as after any error. A second one does not wait for
+    that, nor for a thread in a slow decoder.
+
+    Signals that the process ignores (as SIGHUP under nohup) stay ignored, and those that somebody else handles stay
+    theirs. Outside the main thread, where Python lets nobody handle signals, nothing changes.
+    """
+    is_stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            discard_unfinished()
+            os._exit(128 + number)
+        is_stopping = True
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+        # Python waits for its threads before it ends, and one may be in a slow decoder: a second signal still ends it.
+        if not (is_stopping and any(not thread.daemon for thread in others)):
+            for number in ours:
+                if signal.getsignal(number) is stop:
+                    signal.signal(number, before[number])
+
+
+def _sentence(error: Exception) -> str:
+    """The error as its own words say it; the system's errors without their number."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _trace() -> None:
+    """The traceback of the error that is being handled, if the user asked for it."""
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        log(traceback.format_exc())
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads: only then a broken pipe is no failure."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _usable_streams() -> None:
+    """Opens streams that the caller closed, and lets text pass that the terminal's encoding cannot hold."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

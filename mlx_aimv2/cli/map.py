@@ -1,0 +1,169 @@
+"""`mlx-aimv2 map`: draws the dense features of images beside the images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_aimv2 import plot
+from mlx_aimv2.cli import flags
+from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.output import say, show_progress
+from mlx_aimv2.embed.encode import FAST
+from mlx_aimv2.embed.loader import MAX_PATCHES
+from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
+from mlx_aimv2.images import Policy
+from mlx_aimv2.images.find import list_images
+from mlx_aimv2.loading import load
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_aimv2.images.processor import Aimv2Processor
+    from mlx_aimv2.model import Aimv2VisionModel
+
+HELP = "draw the features of images: a colour for each patch, or how alike patches are"
+
+EXAMPLE = "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12"
+
+ENDING = ".png"
+
+SOFTWARE = "mlx-aimv2 map"
+"""Stands in every map, so that a map may replace an earlier one and nothing else."""
+
+HEIGHT = 672
+"""Of the image that is written, in pixels, or a little less: a patch is a whole number of pixels."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    add = parser.add_argument_group("input").add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", required=True, metavar="MODEL", help=MODEL)
+    add_revision(add)
+
+    add = parser.add_argument_group("what is drawn").add_mutually_exclusive_group().add_argument
+    add("--pca", action="store_true", help="three principal components as colours (the default)")
+    add("--patch", type=_patch, metavar="ROW,COL", help="how alike every patch is to this one; 0,0 is at the top left")
+
+    add = parser.add_argument_group("reading images").add_argument
+    add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{flags.MAX_PATCHES} (default: %(default)s)")
+    add_policy_arguments(add)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-o", "--output", metavar="PATH", help=f"{ENDING} file for one image, else a folder (default: this folder)")
+    add("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
+    add("--json", action="store_true", help="print a JSON object for each image, one a line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
+    from PIL.PngImagePlugin import PngInfo
+
+    if arguments.max_patches < 1:
+        raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
+    policy = policy_of(arguments)
+    found = list_images(arguments.images)
+    failed = [f"{name} does not exist" for name in found.missing]
+    failed += [f"{name} holds no image" for name in found.empty]
+    failed += [f"{name} {reason}" for name, reason in found.problems]
+    if found.files:
+        kind = "pca" if arguments.patch is None else "patch"
+        targets = list(_targets(arguments.images, found.files, arguments.output, kind, overwrite=arguments.overwrite))
+        model, processor = load(arguments.model, revision=arguments.revision)
+        mark = PngInfo()
+        mark.add_text("Software", SOFTWARE)
+        for file, target in zip(found.files, targets, strict=True):
+            try:
+                image, grid = draw(
+                    model.vision,
+                    processor,
+                    file,
+                    patch=arguments.patch,
+                    max_patches=arguments.max_patches,
+                    policy=policy,
+                )
+            except (ValueError, OSError) as error:
+                failed.append(str(error))
+                continue
+            finally:
+                mx.clear_cache()  # each size of a native image would keep buffers of its own
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(target) as stream:
+                image.save(stream, "PNG", pnginfo=mark)
+            record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
+            show_progress(json.dumps(record) if arguments.json else str(target))
+    for line in failed:
+        say(line)
+    return 1 if failed else 0
+
+
+def draw(
+    model: Aimv2VisionModel,
+    processor: Aimv2Processor,
+    image: str,
+    *,
+    patch: tuple[int, int] | None,
+    max_patches: int | None = None,
+    policy: Policy = FAST,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The image as the model saw it beside its map, and the grid: `image -> (image, (rows, columns))`."""
+    pixels = mx.array(processor.pixels(image, max_patches=max_patches, policy=policy)[None])
+    rows, columns = grid = model.grid(pixels)
+    if patch is not None and (patch[0] >= rows or patch[1] >= columns):
+        raise ValueError(
+            f"{image} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
+            f"is {rows - 1},{columns - 1}"
+        )
+    tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
+    if not np.isfinite(tokens).all():
+        raise ValueError(f"{image} gets features that are not finite; is the checkpoint damaged?")
+    side, cell = model.config.patch_size, max(1, HEIGHT // rows)
+    steps = processor.preprocessing
+    scale = 1 / (steps.rescale_factor or 1)
+    seen = plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
+    seen = seen.crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
+    seen = plot.to_height(seen, rows * cell)
+    if patch is None:
+        both = [seen, plot.pca_map(tokens, grid, cell=cell)]
+    else:
+        both = [plot.framed(seen, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
+    return plot.side_by_side(both, height=rows * cell), grid
+
+
+def _targets(given: list[str], files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
+    """Where each image's map goes: in a folder below the path that the image has in the one that was given."""
+    if output is not None and output.lower().endswith(ENDING):
+        if len(files) > 1:
+            raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
+        yield _checked(expand_user(output), files, overwrite=overwrite)
+        return
+    folder = expand_user(output or ".")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
+    for stem in stems_below(given, files).values():
+        yield _checked(folder / f"{stem}-{kind}{ENDING}", files, overwrite=overwrite)
+
+
+def _checked(target: Path, files: list[str], *, overwrite: bool) -> Path:
+    """The same path. Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
+    if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
+        mark = f"Software\0{SOFTWARE}".encode()
+        check_file(target, option="--output", is_own=lambda head: mark in head, overwrite=overwrite, inputs=files)
+    return target
+
+
+def _patch(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+),(\d+)", text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"wanted ROW,COL such as 3,5, got {text!r}")
+    return int(found[1]), int(found[2])

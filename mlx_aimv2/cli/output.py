@@ -1,0 +1,168 @@
+"""Writes what a command says: results on stdout, progress and notes on stderr, each one line, escaped here alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SECONDS_IN_LOG = 10.0
+"""Between two lines on progress where stderr is no terminal."""
+
+NOTES = 10
+"""Notes written in full during a long run; the others are counted."""
+
+_bar: tqdm[Any] | None = None
+"""The progress bar on the terminal, above which lines are written."""
+
+
+def say(message: object) -> None:
+    """Writes a message as one line on stderr, above a progress bar; a full disk or a closed stream stops nothing."""
+    if _bar is not None:
+        _bar.clear()
+    _attempt(f"mlx-aimv2: {escape(str(message).strip())}\n")
+    if _bar is not None:
+        _bar.refresh()
+
+
+def log(text: str) -> None:
+    """Writes the lines of a log on stderr as they are, but escaped."""
+    for line in text.splitlines():
+        _attempt(f"{escape(line)}\n")
+
+
+def show(line: str) -> None:
+    """Writes one line of a result on stdout."""
+    print(escape(line), flush=True)
+
+
+def show_progress(line: str) -> None:
+    """Writes a line on stdout about a file that was written; the work goes on when nobody reads it any more."""
+    try:
+        show(line)
+    except BrokenPipeError:
+        leave_stdout()
+
+
+def typed(text: str) -> str:
+    """An argument that is text and not a path: the bytes that were typed as UTF-8, whatever the locale says."""
+    with suppress(UnicodeError):
+        return os.fsencode(text).decode()
+    return text
+
+
+def escape(text: str) -> str:
+    """Text as one line that any terminal and log can hold: what is not printable is escaped, as in `a\\x0ab.jpg`."""
+    return "".join(character if character.isprintable() else _escaped(character) for character in text)
+
+
+class Progress:
+    """How far a long run is: on a terminal a bar, in a log a line every ten seconds. A call returns at once."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done."""
+        global _bar
+        from tqdm import tqdm
+
+        if sys.stderr is not None and sys.stderr.isatty():
+            if _bar is None:
+                _bar = tqdm(total=total, unit=f" {self.unit}", file=_Patient(), leave=False, dynamic_ncols=True)
+            _bar.update(done - _bar.n)
+        elif (now := time.monotonic()) - self.last >= SECONDS_IN_LOG:
+            self.last = now
+            say(tqdm.format_meter(done, total, now - self.started, ncols=0, unit=f" {self.unit}").strip())
+
+    def begin(self, total: int, unit: str) -> Callable[[int], None]:
+        """Ends the bar before and begins one of `total` units; gives a function that counts them."""
+        self.close()
+        self.unit, self.started = unit, time.monotonic()
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self(done, total)
+
+        return count
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
+        global _bar
+        if _bar is not None:
+            _bar.close()
+        _bar = None
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Progress]:
+    """Gives what shows the progress of a run. Within it the first ten notes are written, the others counted."""
+    count, shown = 0, Progress(unit)
+
+    def note(message: Warning | str, *_: object, **__: object) -> None:
+        nonlocal count
+        count += 1
+        if count <= NOTES:
+            note(message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = note
+        try:
+            yield shown
+        finally:
+            shown.close()
+            if count > NOTES:
+                say(f"note: {count - NOTES:,} more notes like these")
+
+
+class _Patient:
+    """Stderr for tqdm, whose writes may fail without an error."""
+
+    def write(self, text: str) -> None:
+        _attempt(text)
+
+    def flush(self) -> None:
+        _attempt("")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def _attempt(text: str) -> None:
+    if sys.stderr is None:  # as it is where the caller closed it
+        return
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):  # a full disk, or a reader that went away
+        with suppress(OSError, ValueError):  # what is still buffered must not fail again as the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def leave_stdout() -> None:
+    """What is still buffered for stdout has nowhere to go, and must not end the interpreter with an error."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
+
+
+def note(message: Warning | str, *_: object, **__: object) -> None:
+    say(f"note: {message}")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as surrogateescape keeps it
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -1,0 +1,165 @@
+"""A signal ends a run at once and in a clean state, and a second one whatever it is waiting for."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from mlx_aimv2.cli.main import SIGNALS, Stopped, stoppable
+from tests.programs import HANGS, running
+
+SOON = 30
+"""Seconds in which a run ends, a tenth of what its work would take: about one, but for a machine that is busy."""
+
+# What the main thread is doing when the signal comes, which is when it has said `ready`.
+WORK = {
+    "Python": "ready()\nwhile True: pass",
+    "a system call": f"ready()\ntime.sleep({HANGS})",
+    "waiting for a thread": (  # as futures wait; Thread.join releases a lock of the thread's when it is interrupted
+        "done = threading.Event()\n"
+        f"threading.Thread(target=lambda: (time.sleep({HANGS}), done.set()), daemon=True).start()\n"
+        "ready()\ndone.wait()"
+    ),
+}
+
+PROGRAM = """
+import sys, threading, time
+from pathlib import Path
+from mlx_aimv2.files import atomic_folder
+from mlx_aimv2.cli.main import Stopped, stoppable
+
+def ready():
+    print("ready", flush=True)
+
+try:
+    with stoppable(), atomic_folder(Path(sys.argv[1]) / "mlx") as place:
+        (place / "half").touch()
+        exec(sys.argv[2])
+except Stopped as stop:
+    print(stop, file=sys.stderr, flush=True)
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Under nohup SIGHUP is ignored, and what is ignored stays so."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def started(folder, work, *before):
+    """The program at its work, for as long as the block lasts."""
+    return running(*before, sys.executable, "-c", PROGRAM, str(folder), work)
+
+
+def is_ready(process):
+    return process.stdout.readline() == "ready\n"
+
+
+@pytest.fixture(scope="module", params=SIGNALS, ids=[number.name for number in SIGNALS])
+def stopped(request, tmp_path_factory):
+    """The signal, and for each kind of work what it came to: (exit code, stderr, folder)."""
+    folders = {kind: tmp_path_factory.mktemp("stopped") for kind in WORK}
+    found = {}
+    with ExitStack() as stack:
+        processes = {kind: stack.enter_context(started(folders[kind], work)) for kind, work in WORK.items()}
+        for process in processes.values():
+            assert is_ready(process)
+            process.send_signal(request.param)
+        for kind, process in processes.items():
+            errors = process.communicate(timeout=SOON)[1]
+            found[kind] = process.returncode, errors, folders[kind]
+    return request.param, found
+
+
+@pytest.mark.parametrize("kind", WORK)
+def test_a_signal_ends_the_run_and_leaves_nothing(stopped, kind):
+    number, runs = stopped
+    exit_code, errors, folder = runs[kind]
+    assert exit_code == 128 + number
+    assert errors == ("stopped\n" if number == signal.SIGINT else f"stopped ({number.name})\n")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_ends_what_the_first_has_not_and_leaves_nothing(tmp_path, first, second):
+    work = f"try: ready(); time.sleep({HANGS})\nfinally: ready(); time.sleep({HANGS})"
+    with started(tmp_path, work) as process:
+        assert is_ready(process)
+        process.send_signal(first)
+        assert is_ready(process)
+        process.send_signal(second)
+        assert process.wait(HANGS) == 128 + second
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_does_not_wait_for_a_thread_in_a_slow_decoder(tmp_path):
+    with started(tmp_path, f"threading.Thread(target=time.sleep, args=[{HANGS}]).start()\n{WORK['Python']}") as process:
+        assert is_ready(process)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "stopped\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(HANGS) == 128 + signal.SIGINT
+        assert process.stderr.read() == ""
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    with started(tmp_path, "ready()\nsys.stdin.readline()\nready()", "nohup") as process:
+        assert is_ready(process)
+        process.send_signal(signal.SIGHUP)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert is_ready(process)
+        assert process.wait(HANGS) == 0
+
+
+def test_handlers_are_as_before_afterwards():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    threads = threading.active_count()
+    with stoppable():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert threading.active_count() == threads
+
+
+def test_in_another_thread_nothing_changes():
+    def work():
+        with stoppable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen: list[object] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_the_handler_of_somebody_else_stays_theirs():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("theirs"))
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["theirs"]
+
+
+def test_a_signal_is_an_interruption_to_whoever_looks_for_one():
+    with pytest.raises(KeyboardInterrupt, match="SIGHUP") as caught, stoppable():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(5)
+    assert isinstance(caught.value, Stopped)
+    assert caught.value.exit_code == 129
