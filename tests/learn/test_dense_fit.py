@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from test_examples import FOLDER, imported
+from tests.test_examples import FOLDER, imported
 
 from mlx_aimv2.cli.main import main
 from mlx_aimv2.learn import fit
