@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.cli.flags import MODEL, add_revision
-from mlx_aimv2.cli.output import show
+from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.files import expand_user, read_start
 
 HELP = "say what an index or a checkpoint holds"
@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     if facts.get("layer", 0) is None:
         facts["layer"] = "last, after the final norm"
         facts.pop("norm", None)
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        show(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+    for line in aligned({name.replace("_", " "): _readable(value) for name, value in facts.items()}):
+        show(line)
     return 0
 
 

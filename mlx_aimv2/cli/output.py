@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,12 @@ def show_progress(line: str) -> None:
         show(line)
     except BrokenPipeError:
         leave_stdout()
+
+
+def aligned(facts: Mapping[str, str]) -> list[str]:
+    """Facts by their names as lines, the values one below the other."""
+    width = max(map(len, facts))
+    return [f"{name:<{width}}  {value}" for name, value in facts.items()]
 
 
 def typed(text: str) -> str:
