@@ -12,7 +12,7 @@ from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.files import expand_user, read_start
 
-HELP = "say what an index or a checkpoint holds"
+HELP = "show what an index or a checkpoint contains"
 
 EXAMPLE = "photos.db"
 
@@ -24,7 +24,7 @@ Facts = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
-    add("target", metavar="INDEX|MODEL", help=f"index that mlx-aimv2 embed wrote; {MODEL}")
+    add("target", metavar="INDEX|MODEL", help=f"index written by mlx-aimv2 embed; {MODEL}")
     add_revision(add)
 
     add = parser.add_argument_group("output").add_argument
