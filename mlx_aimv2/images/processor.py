@@ -103,7 +103,7 @@ class Aimv2Processor:
         max_patches: int | None = None,
         decode: str = "exact",
         max_pixels: int | None = None,
-        truncated: str | None = None,
+        truncated: str = "accept",
     ) -> mx.array:
         """One image or several -> (B, H, W, 3) float32; ValueError where their final sizes differ.
 
