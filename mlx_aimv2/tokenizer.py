@@ -108,43 +108,35 @@ class Tokenizer:
 
 
 def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
+    """The tokenizer in a folder's files, and the file that has its tokens."""
     import tokenizers
 
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            return tokenizers.Tokenizer.from_str(read_text(file)), file
-        except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
-            _check_is_error(error)
-            raise ValueError(f"{file} is not a tokenizer: {error}") from None
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if not vocab.is_file() and not merges.is_file():
+    file, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    if not file.is_file() and not vocab.is_file() and not merges.is_file():
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json (nor vocab.json and merges.txt), so no text can be read"
         )
-    for file in (vocab, merges):
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
+    read = [file] if file.is_file() else [vocab, merges]
+    for one in read:
+        if not one.is_file():
+            raise FileNotFoundError(f"{folder} has no {one.name}, which belongs to {vocab.name} and {merges.name}")
     try:
+        if read == [file]:
+            return tokenizers.Tokenizer.from_str(read_text(file)), file
         check_size(vocab)
         check_size(merges)
         tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
         unknown = _special_tokens(folder)["unk_token"]
         backend = clip_backend(tokens, pairs, unknown=unknown if unknown in tokens else EOS)
-    except BaseException as error:  # as above
-        _check_is_error(error)
-        raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
+        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {error}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
     if lost:  # a file that ends too early would otherwise cut words into letters in silence
         raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are not made by any of its lines")
     return backend, vocab
-
-
-def _check_is_error(error: BaseException) -> None:
-    """Raises it again if it is no error, but somebody who wants to stop."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-        raise error
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknown: str = EOS) -> tokenizers.Tokenizer:
