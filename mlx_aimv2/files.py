@@ -42,14 +42,8 @@ UNFINISHED = ".unfinished"
 PREVIOUS = "previous"
 """In the hidden folder, a folder that is being replaced, until its successor has the name."""
 
-NAME_LENGTH = 50
-"""Characters of the target's name in that of the temporary: file systems allow 255 bytes, and a suffix is added."""
-
 PATIENCE = 10.0
 """Seconds that another process may take to finish what it writes to the same target."""
-
-TRIES = 100
-"""Times that an unfinished folder is removed, while another thread may still be writing into it."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -67,9 +61,8 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 
 def cache_folder() -> Path:
     """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return expand_user(given)
-    return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2"
+    own = os.environ.get(CACHE_VARIABLE)
+    return expand_user(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2")
 
 
 def stat_of(path: str) -> os.stat_result | None:
@@ -128,7 +121,7 @@ def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Itera
     with file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(f"is {KINDS.get(stat.S_IFMT(about.st_mode), 'something else')}, not {wanted}")
+            raise OSError(f"is {KINDS[stat.S_IFMT(about.st_mode)]}, not {wanted}")
         yield file, about
 
 
@@ -245,8 +238,7 @@ def check_file(
     if path.exists():
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            kind = KINDS.get(stat.S_IFMT(about.st_mode), "something else")
-            raise FileExistsError(f"{option} {path} is {kind}: name a file")
+            raise FileExistsError(f"{option} {path} is {KINDS[stat.S_IFMT(about.st_mode)]}: name a file")
         for one in inputs:
             if (other := stat_of(os.fspath(one))) is not None and os.path.samestat(other, about):
                 raise FileExistsError(f"{option} {path} would replace {one}, which never happens: choose another name")
@@ -265,10 +257,9 @@ def atomic_folder(
     *,
     overwrite: bool = False,
     is_own: Callable[[Path], bool] = lambda folder: False,
-    inputs: Iterable[str | os.PathLike[str]] = (),
+    inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
     """A folder to write into that takes the name `path` only if the block ends well, and vanishes otherwise."""
-    inputs = list(inputs)
     check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as beside:
@@ -338,10 +329,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def discard_unfinished() -> None:
     """Removes what this process has not finished writing, before it ends without running to its end."""
     for target, beside in list(_mine.items()):
-        for _ in range(TRIES):  # another thread may still be writing into it
-            _remove_unfinished(target, beside)
-            if not beside.exists():
-                break
+        _remove_unfinished(target, beside)
 
 
 def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
@@ -354,11 +342,9 @@ def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -
     others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]
     common = os.path.commonpath([*folders, *others]) if files else ""
     names = {file: Path(os.path.relpath(file, common)) for file in files}
-    shared = Counter(str(name.with_suffix("")).casefold() for name in names.values())
-    return {
-        file: name if shared[str(name.with_suffix("")).casefold()] > 1 else name.with_suffix("")
-        for file, name in names.items()
-    }
+    stems = {file: name.with_suffix("") for file, name in names.items()}
+    shared = Counter(str(stem).casefold() for stem in stems.values())
+    return {file: names[file] if shared[str(stem).casefold()] > 1 else stem for file, stem in stems.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -383,7 +369,7 @@ def _hidden(target: Path) -> tuple[Path, Path]:
     real = Path(os.path.realpath(target.parent)) / target.name
     lock = locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
     shared = hashlib.sha256(os.fsencode(lock) + platform.node().encode()).hexdigest()[:16]
-    return target.parent / f".{target.name[:NAME_LENGTH]}.{shared}{UNFINISHED}", lock
+    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}", lock  # file systems allow 255 bytes
 
 
 def _remove_unfinished(target: Path, beside: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_aimv2.images.find import EXCLUDED_FOLDERS, Rules
+from mlx_aimv2.images.exclude import EXCLUDED_FOLDERS, Rules
 
 
 def excluded(path: str, *patterns: str, is_folder: bool = False, include: tuple[str, ...] = ()) -> bool:
