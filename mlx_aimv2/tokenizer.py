@@ -53,25 +53,23 @@ class Tokenizer:
         """tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the sizes to agree with."""
         backend, file = _read(folder)
         names = _special_tokens(folder)
-        special: dict[str, int] = {}
+        special: list[int] = []
         for role in ("bos_token", "eos_token"):
-            name = names[role]
-            token_id = backend.token_to_id(name)
-            if token_id is None:
-                raise ValueError(f"{file} has no token {name!r:.80}, which must be its {role}")
-            special[role] = token_id
+            if (number := backend.token_to_id(names[role])) is None:
+                raise ValueError(f"{file} has no token {names[role]!r:.80}, which must be its {role}")
+            special.append(number)
+        bos, eos = special
         if config is None:
-            return cls(backend, bos=special["bos_token"], eos=special["eos_token"])
+            return cls(backend, bos=bos, eos=eos)
         size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         if size > config.vocab_size:
             raise ValueError(f"{file} has {size} tokens, but the text encoder's embedding has {config.vocab_size} rows")
-        if special["eos_token"] != config.eos_token_id:
+        if eos != config.eos_token_id:
             raise ValueError(
-                f"{file} gives {names['eos_token']!r} the id {special['eos_token']}, "
-                f"but config.json's eos_token_id is {config.eos_token_id}"
+                f"{file} gives {names['eos_token']!r} the id {eos}, but config.json's eos_token_id is "
+                f"{config.eos_token_id}"
             )
-        context = config.max_position_embeddings
-        return cls(backend, bos=special["bos_token"], eos=special["eos_token"], context=context)
+        return cls(backend, bos=bos, eos=eos, context=config.max_position_embeddings)
 
     def save_to(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as transformers reads CLIP's."""
@@ -177,10 +175,6 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
-                try:
-                    name.encode()
-                except UnicodeEncodeError:
-                    raise ValueError(f"{file}: {role} is not valid Unicode: {name!r:.80}") from None
                 names[role] = name
     return names
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,30 +62,86 @@ def orientation_in(exif: object, xmp: object = None) -> int:
 
     Pillow's own reading of EXIF gives up, and warns, where any other tag is bad.
     """
-    if isinstance(exif, (bytes, bytearray)) and (found := _in_exif(bytes(exif))) is not None:
-        return found
+    block = bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, (bytes, bytearray)) else b""
+    if block.startswith((b"II*\0", b"MM\0*")):
+        found = next((tag.value for tag in _tags(block) if tag.number == ORIENTATION), 0)
+        if 1 <= found <= 8:
+            return found
     text = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp
     if isinstance(text, (bytes, bytearray)) and (match := re.search(rb'tiff:Orientation(?:="|>)([1-8])', text)):
         return int(match[1])
     return 1
 
 
-def _in_exif(block: bytes) -> int | None:
-    block = block.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    if order is None:
-        return None
-    try:
-        (table,) = struct.unpack_from(order + "I", block, 4)
-        (count,) = struct.unpack_from(order + "H", block, table)
-        for entry in range(table + 2, table + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", block, entry)
-            if tag == ORIENTATION and kind in (1, 3, 4):
-                (value,) = struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], block, entry + 8)
-                return value if 1 <= value <= 8 else None
-    except struct.error:
-        pass
-    return None
+# TIFF, whose table of tags EXIF has, too
+
+_TIFF_KEPT = {
+    *(256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 290, 291, 292, 293, 317, 320, 322, 323, 324, 325, 332),
+    *(338, 339, 340, 341, 347, 50674, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
+}
+"""Tags without which the pixels cannot be read."""
+
+_TIFF_RAW = {50706: "DNG", 37398: "TIFF/EP"}
+"""Tags that only raw photographs have."""
+
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """A tag of a TIFF: its `value`, or where in the file so many values are, each of `width` bytes."""
+
+    number: int
+    value: int
+    count: int
+    width: int
+    entry: bytes
+
+
+def _header(data: bytes) -> tuple[Literal["little", "big"], int, int]:
+    """The order of a TIFF's bytes, how many an offset has, and how many the number of tags; more in a BigTIFF."""
+    return "little" if data[:2] == b"II" else "big", *((8, 8) if 43 in data[2:4] else (4, 2))
+
+
+def _tags(data: bytes) -> Iterator[_Tag]:
+    """The tags of a TIFF's first image; beyond its end a file is taken for zeros."""
+    order, wide, counter = _header(data)
+
+    def number(position: int, length: int = wide) -> int:
+        return int.from_bytes(data[position : position + length], order)
+
+    first, size = number(wide) + counter, 4 + 2 * wide
+    for entry in range(first, first + size * min(number(first - counter, counter), MAX_TAGS), size):
+        width, count = _TYPE_BYTES.get(number(entry + 2, 2), 1), number(entry + 4)
+        # A single short value stands at the left, in either order; what is longer stands elsewhere, at this offset.
+        value = number(entry + 4 + wide, min(width, wide) if count == 1 else wide)
+        yield _Tag(number(entry, 2), value, count, width, data[entry : entry + size])
+
+
+def _tiff(data: bytes) -> Trimmed:
+    order, wide, counter = _header(data)
+    tags = list(_tags(data))
+    values = {tag.number: tag.value for tag in reversed(tags)}
+    raw = next((name for number, name in _TIFF_RAW.items() if number in values), "")
+    if data[8:10] == b"CR" and wide == 4:
+        raw = "CR2"
+    elif values.get(262) in (32803, 34892) or (values.get(254, 0) & 1 and 330 in values):
+        raw = raw or "with a thumbnail first, as NEF, ARW and PEF have it"
+    if raw:
+        raise ValueError(RAW.format(raw))
+    kept = [tag for tag in tags if tag.number in _TIFF_KEPT]
+    parts = max((tag.count for tag in kept if tag.number in (273, 279, 324, 325)), default=0)
+    if parts > MAX_PARTS:
+        raise ValueError(f"is a TIFF of {parts:,} strips or tiles, made to take for ever")
+    if (total := sum(tag.count * tag.width for tag in kept)) > len(data):
+        raise ValueError(f"is a broken TIFF: its tags claim {total:,} bytes of a file of {len(data):,}")
+    # The tags that stay, in a table of their own behind everything else; no further image follows it.
+    padding = bytes(len(data) % 2)
+    new = [(len(data) + len(padding)).to_bytes(wide, order), data[2 * wide :], padding]
+    new += [len(kept).to_bytes(counter, order), *(tag.entry for tag in kept), bytes(wide)]
+    xmp = next((data[tag.value : tag.value + min(tag.count, MAX_TEXT)] for tag in tags if tag.number == 700), b"")
+    orientation = values.get(ORIENTATION) or orientation_in(None, xmp)
+    return Trimmed(data[:wide] + b"".join(new), orientation if 1 <= orientation <= 8 else 1)
 
 
 # JPEG
@@ -170,63 +226,6 @@ def _unpacked(text: bytes) -> bytes:
         return zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)  # behind flags and an empty language
     except zlib.error:
         return text
-
-
-# TIFF
-
-_TIFF_KEPT = {
-    *(256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 290, 291, 292, 293, 317, 320, 322, 323, 324, 325, 332),
-    *(338, 339, 340, 341, 347, 50674, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
-}
-"""Tags without which the pixels cannot be read."""
-
-_TIFF_RAW = {50706: "DNG", 37398: "TIFF/EP"}
-"""Tags that only raw photographs have."""
-
-_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-
-
-def _tiff(data: bytes) -> Trimmed:
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    # BigTIFF has numbers of 8 bytes, and two tables' worth of header.
-    wide, counter = (8, 8) if 43 in data[2:4] else (4, 2)
-
-    def number(position: int, length: int = wide) -> int:
-        return int.from_bytes(data[position : position + length], order)
-
-    if data[8:10] == b"CR" and wide == 4:
-        raise ValueError(RAW.format("CR2"))
-    table = number(wide)
-    first, size = table + counter, 4 + 2 * wide
-    kept: list[bytes] = []
-    values: dict[int, int] = {}
-    total, xmp = 0, b""
-    for entry in range(first, first + size * min(number(table, counter), MAX_TAGS), size):
-        tag, kind, count = number(entry, 2), number(entry + 2, 2), number(entry + 4)
-        width = _TYPE_BYTES.get(kind, 1)
-        # A single short value stands at the left, in either order; what is longer stands elsewhere, at this offset.
-        value = number(entry + 4 + wide, min(width, wide) if count == 1 else wide)
-        values.setdefault(tag, value)
-        if tag == 700:
-            xmp = data[value : value + min(count, MAX_TEXT)]
-        if tag in _TIFF_KEPT:
-            total += count * width
-            if count > MAX_PARTS and tag in (273, 279, 324, 325):
-                raise ValueError(f"is a TIFF of {count:,} strips or tiles, made to take for ever")
-            kept.append(data[entry : entry + size])
-    raw = next((name for tag, name in _TIFF_RAW.items() if tag in values), "")
-    if values.get(262) in (32803, 34892) or (values.get(254, 0) & 1 and 330 in values):
-        raw = raw or "with a thumbnail first, as NEF, ARW and PEF have it"
-    if raw:
-        raise ValueError(RAW.format(raw))
-    if total > len(data):
-        raise ValueError(f"is a broken TIFF: its tags claim {total:,} bytes of a file of {len(data):,}")
-    # The tags that stay, in a table of their own behind everything else; no further image follows it.
-    padding = bytes(len(data) % 2)
-    new = [(len(data) + len(padding)).to_bytes(wide, order), data[2 * wide :], padding]
-    new += [len(kept).to_bytes(counter, order), *kept, bytes(wide)]
-    orientation = values.get(ORIENTATION) or orientation_in(None, xmp)
-    return Trimmed(data[:wide] + b"".join(new), orientation if 1 <= orientation <= 8 else 1)
 
 
 TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {
