@@ -63,7 +63,7 @@ def orientation_in(exif: object, xmp: object = None) -> int:
     Pillow's own reading of EXIF gives up, and warns, where any other tag is bad.
     """
     block = bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, (bytes, bytearray)) else b""
-    if block.startswith((b"II*\0", b"MM\0*")):
+    if block.startswith((b"II", b"MM")):
         found = next((tag.value for tag in _tags(block) if tag.number == ORIENTATION), 0)
         if 1 <= found <= 8:
             return found
@@ -104,14 +104,15 @@ def _header(data: bytes) -> tuple[Literal["little", "big"], int, int]:
 
 
 def _tags(data: bytes) -> Iterator[_Tag]:
-    """The tags of a TIFF's first image; beyond its end a file is taken for zeros."""
+    """The tags of a TIFF's first image, as far as the file goes."""
     order, wide, counter = _header(data)
 
     def number(position: int, length: int = wide) -> int:
         return int.from_bytes(data[position : position + length], order)
 
     first, size = number(wide) + counter, 4 + 2 * wide
-    for entry in range(first, first + size * min(number(first - counter, counter), MAX_TAGS), size):
+    end = first + size * min(number(first - counter, counter), MAX_TAGS)
+    for entry in range(first, min(end, len(data) - size + 1), size):
         width, count = _TYPE_BYTES.get(number(entry + 2, 2), 1), number(entry + 4)
         # A single short value stands at the left, in either order; what is longer stands elsewhere, at this offset.
         value = number(entry + 4 + wide, min(width, wide) if count == 1 else wide)
