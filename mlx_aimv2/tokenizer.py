@@ -168,9 +168,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     """This checkpoint's tokens for begin and end of text and for the unknown: CLIP's, unless a file names others."""
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        if not file.exists():
-            continue
-        fields = read_json(file)
+        fields = read_json(file) if file.exists() else {}
         for role in names:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name

@@ -171,6 +171,8 @@ def name_of(image: object) -> str:
     file = getattr(image, "filename", None) or getattr(image, "name", None)
     if isinstance(file, str) and file:
         return _short(file)
+    if hasattr(image, "read"):
+        return "the open file"
     is_content = isinstance(image, (bytes, bytearray, memoryview))
     return f"image of {len(image)} bytes" if is_content else f"image ({type(image).__name__})"  # type: ignore[arg-type]
 

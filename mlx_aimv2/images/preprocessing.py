@@ -151,17 +151,14 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
     share = _number(fields.get("crop_pct") or 1.0, "crop_pct", file)
     if not 0 < share <= 1:
         raise ValueError(f"{file}: crop_pct must be above 0 and at most 1, not {share}")
-    whole = (
-        _pixels(math.floor(height / share), "input_size / crop_pct", file),
-        _pixels(math.floor(width / share), "input_size / crop_pct", file),
-    )
+    tall, wide = (_pixels(math.floor(side / share), "input_size / crop_pct", file) for side in (height, width))
     mode = fields.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
         raise ValueError(f"{file}: crop_mode must be center or squash, not {mode!r:.80}")
     if mode == "center" and height != width:
         raise ValueError(f"{file}: crop_mode center with an input_size that is not square ({height}x{width})")
     return Preprocessing(
-        resize=whole[0] if mode == "center" else whole,
+        resize=tall if mode == "center" else (tall, wide),
         crop=(height, width),
         resample=_resample(fields.get("interpolation") or "bicubic", "interpolation", file),
         image_mean=_three(fields.get("mean", list(CLIP_MEAN)), "mean", file),
