@@ -27,6 +27,9 @@ MAX_TEXT_BYTES = 1 << 26
 
 MAX_IMAGE_BYTES = 1 << 30
 
+BLOCK = 1 << 20
+"""Bytes that are read at a time where nobody says how many there are."""
+
 HEAD_BYTES = 4096
 """Of a file in the way, what is looked at for the mark of the run that wrote it."""
 
@@ -39,17 +42,8 @@ UNFINISHED = ".unfinished"
 PREVIOUS = "previous"
 """In the hidden folder, a folder that is being replaced, until its successor has the name."""
 
-NAME_LENGTH = 50
-"""Characters of the target's name in that of the temporary: file systems allow 255 bytes, and a suffix is added."""
-
 PATIENCE = 10.0
 """Seconds that another process may take to finish what it writes to the same target."""
-
-TRIES = 100
-"""Times that an unfinished folder is removed, while another thread may still be writing into it."""
-
-TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
-"""How the system says that a folder cannot take a name because something has it."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -67,9 +61,8 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 
 def cache_folder() -> Path:
     """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return expand_user(given)
-    return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2"
+    own = os.environ.get(CACHE_VARIABLE)
+    return expand_user(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2")
 
 
 def stat_of(path: str) -> os.stat_result | None:
@@ -89,16 +82,17 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises FileNotFoundError, ValueError for a folder, pipe, device or larger file, and OSError for one that cannot be
     read; each names the file.
     """
-    content, size = _read(path, max_bytes + 1)
-    check_size(path, max(size, len(content)), max_bytes=max_bytes)
+    content = read_start(path, max_bytes=max_bytes + 1)
+    if len(content) > max_bytes:
+        check_size(path, max_bytes=max_bytes)
     return content
 
 
-def _read(path: Path, count: int) -> tuple[bytes, int]:
-    """The first bytes of a regular file, and how long it is said to be."""
+def read_start(path: Path, *, max_bytes: int) -> bytes:
+    """The first `max_bytes` of a regular file, however long it is; errors as `read_bytes`."""
     try:
-        with _regular_file(path) as (file, about):
-            return file.read(count), about.st_size
+        with _regular_file(path) as (file, _):
+            return file.read(max_bytes)
     except OSError as error:
         raise (ValueError if error.errno is None else type(error))(f"{path} {reason_of(error)}") from None
 
@@ -116,21 +110,19 @@ def reason_of(error: OSError) -> str:
 def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Iterator[tuple[BinaryIO, os.stat_result]]:
     """A regular file, open, and how it was then; of others OSError says without a number: is a device, not a file."""
     try:
-        # O_NONBLOCK: opening a named pipe would wait for somebody to write into it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        # A named pipe would else wait for somebody to write into it.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except IsADirectoryError:
+        raise IsADirectoryError(f"is a folder, not {wanted}") from None
     except OSError as error:
-        if error.errno == errno.ENXIO or error.errno == errno.EOPNOTSUPP:  # sockets cannot be opened at all
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # sockets cannot be opened at all
             raise OSError(f"is a socket, not {wanted}") from None
         raise
-    try:
-        about = os.fstat(descriptor)
+    with file:
+        about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
-            kind = KINDS.get(stat.S_IFMT(about.st_mode), "something else")
-            raise (IsADirectoryError if stat.S_ISDIR(about.st_mode) else OSError)(f"is {kind}, not {wanted}")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:  # which fails for a folder and leaves it open
-            yield file, about
-    finally:
-        os.close(descriptor)
+            raise OSError(f"is {KINDS[stat.S_IFMT(about.st_mode)]}, not {wanted}")
+        yield file, about
 
 
 def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -141,11 +133,6 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_start(path: Path, *, max_bytes: int) -> bytes:
-    """The first `max_bytes` of a regular file, however long it is; errors as `read_bytes`."""
-    return _read(path, max_bytes)[0]
-
-
 def check_link(path: Path) -> None:
     """Raises FileNotFoundError for a link that leads to nothing, as in a cache whose download broke off."""
     if path.is_symlink() and not path.exists():
@@ -154,9 +141,9 @@ def check_link(path: Path) -> None:
         )
 
 
-def check_size(path: Path, size: int | None = None, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
-    """Raises ValueError for a file that is larger than such files are; `size` is what is known of it in bytes."""
-    if (size := path.stat().st_size if size is None else size) > max_bytes:
+def check_size(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Raises ValueError for a file that is larger than such files are."""
+    if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read of such a file")
 
 
@@ -184,7 +171,7 @@ def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes
     with _regular_file(path, "an image") as (file, about):
         if about.st_size > MAX_IMAGE_BYTES:
             raise OSError(f"has {about.st_size:,} bytes, more than an image of {MAX_IMAGE_BYTES:,} bytes")
-        return about, _bounded(file, about.st_size)
+        return about, file.read(about.st_size)
 
 
 def read_stream(stream: BinaryIO) -> bytes:
@@ -192,20 +179,14 @@ def read_stream(stream: BinaryIO) -> bytes:
     if hasattr(stream, "seek"):
         with contextlib.suppress(OSError):  # a pipe that the caller opened is read from where it is
             stream.seek(0)
-    return _bounded(stream)
-
-
-def _bounded(file: BinaryIO, size: int | None = None) -> bytes:
-    # Asked for all that is allowed, a file would reserve that much memory: slower by far than reading a small one.
-    size = MAX_IMAGE_BYTES if size is None else size
-    data = file.read(size + 1)
-    if not isinstance(data, bytes):
-        raise OSError(f"gives {type(data).__name__} instead of bytes: open it in mode 'rb'")
-    if size < len(data) <= MAX_IMAGE_BYTES:
-        data += file.read(MAX_IMAGE_BYTES + 1 - len(data))
-    if len(data) > MAX_IMAGE_BYTES:  # it has grown, or its size was not reported
-        raise OSError(f"has more than {MAX_IMAGE_BYTES:,} bytes, more than an image")
-    return data
+    data = bytearray()
+    while block := stream.read(BLOCK):
+        if not isinstance(block, bytes):
+            raise OSError(f"gives {type(block).__name__} instead of bytes: open it in mode 'rb'")
+        data += block
+        if len(data) > MAX_IMAGE_BYTES:
+            raise OSError(f"has more than {MAX_IMAGE_BYTES:,} bytes, more than an image")
+    return bytes(data)
 
 
 # Writing
@@ -223,16 +204,17 @@ def check_target(
     With `overwrite` a folder for which `is_own` says yes is replaced, unless it is or holds one of the `inputs`, or
     lies in one.
     """
-    there = path.exists() or path.is_symlink()
-    if there and not overwrite:
-        raise FileExistsError(f"Cannot save to the path {path} as it already exists. Remove it or choose another.")
-    if there:
+    if path.exists() or path.is_symlink():
+        if not overwrite:
+            raise FileExistsError(f"Cannot save to the path {path} as it already exists. Remove it or choose another.")
         if path.is_symlink() or not path.is_dir() or not is_own(path):
             raise FileExistsError(f"Cannot save to the path {path}: only a folder written by convert is overwritten.")
-        if near := next((str(one) for one in inputs if _overlap(path, Path(one))), None):
-            raise FileExistsError(f"Cannot save to the path {path}: {near} is read, and lies in it or around it.")
-    parent = path.absolute().parent
-    existing = next(place for place in (parent, *parent.parents) if place.exists())
+        target = Path(os.path.realpath(path))
+        for one in inputs:
+            read = Path(os.path.realpath(one))
+            if target.is_relative_to(read) or read.is_relative_to(target):
+                raise FileExistsError(f"Cannot save to the path {path}: {one} is read, and lies in it or around it.")
+    existing = next(place for place in path.absolute().parents if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"Cannot save to the path {path}: {existing} cannot be written to. Choose another place.")
 
@@ -253,25 +235,18 @@ def check_file(
     folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
     if not folder.is_dir():
         raise FileNotFoundError(f"{option} {path}: {folder} does not exist; make that folder first")
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {path} is a folder: name a file")
     if path.exists():
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise FileExistsError(f"{option} {path} is a pipe or a device: name a file")
+            raise FileExistsError(f"{option} {path} is {KINDS[stat.S_IFMT(about.st_mode)]}: name a file")
         for one in inputs:
-            if _is_same_file(one, about):
-                raise FileExistsError(
-                    f"{option} {path} would replace {os.fspath(one)}, which never happens: choose another name"
-                )
-        if about.st_size and not overwrite:
-            with path.open("rb") as file:
-                known = is_own(file.read(HEAD_BYTES))
-            if not known:
-                raise FileExistsError(
-                    f"{option} {path} is there already and mlx-aimv2 did not write it: choose another name, "
-                    "or add --overwrite"
-                )
+            if (other := stat_of(os.fspath(one))) is not None and os.path.samestat(other, about):
+                raise FileExistsError(f"{option} {path} would replace {one}, which never happens: choose another name")
+        if about.st_size and not overwrite and not is_own(read_start(path, max_bytes=HEAD_BYTES)):
+            raise FileExistsError(
+                f"{option} {path} is there already and mlx-aimv2 did not write it: choose another name, "
+                "or add --overwrite"
+            )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{option} {path}: {folder} cannot be written to; choose another")
 
@@ -282,10 +257,9 @@ def atomic_folder(
     *,
     overwrite: bool = False,
     is_own: Callable[[Path], bool] = lambda folder: False,
-    inputs: Iterable[str | os.PathLike[str]] = (),
+    inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
     """A folder to write into that takes the name `path` only if the block ends well, and vanishes otherwise."""
-    inputs = list(inputs)
     check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as beside:
@@ -295,17 +269,10 @@ def atomic_folder(
         for file in (path for path in folder.rglob("*") if path.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
-        try:
-            if overwrite and path.exists():
-                path.rename(beside / PREVIOUS)  # from where it comes back if its successor does not take its name
-            folder.rename(path)
-        except OSError as error:
-            if error.errno in TAKEN:
-                raise FileExistsError(
-                    f"Cannot save to the path {path} as it already exists. Another process made it meanwhile."
-                ) from None
-            raise
+        check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)  # another process may have made it
+        if overwrite and path.exists():
+            path.rename(beside / PREVIOUS)  # from where it comes back if its successor does not take its name
+        folder.rename(path)
 
 
 @contextlib.contextmanager
@@ -333,19 +300,18 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
 
     target = path.absolute()
-    beside = _beside(target)
-    lock = FileLock(_lock_file(target))
+    beside, lock_file = _hidden(target)
+    lock = FileLock(lock_file)
     try:
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            raise FileExistsError(
-                f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
-            ) from None
-        _remove_unfinished(target)
-        _mine.add(target)  # known before there is anything: a signal may come at any moment
+        lock.acquire(timeout=PATIENCE)
+        _remove_unfinished(target, beside)
+        _mine[target] = beside  # known before there is anything: a signal may come at any moment
         beside.mkdir(0o700)
         yield beside
+    except Timeout:
+        raise FileExistsError(
+            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
+        ) from None
     except OSError as error:
         if error.strerror is None:
             raise
@@ -354,19 +320,16 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         raise type(error)(f"{what}: {error.strerror}.") from None
     finally:
         if lock.is_locked:
-            _remove_unfinished(target)
-            _mine.discard(target)
-            Path(lock.lock_file).unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
+            _remove_unfinished(target, beside)
+            _mine.pop(target, None)
+            lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
             lock.release()
 
 
 def discard_unfinished() -> None:
     """Removes what this process has not finished writing, before it ends without running to its end."""
-    for target in list(_mine):
-        for _ in range(TRIES):  # another thread may still be writing into it
-            _remove_unfinished(target)
-            if not _beside(target).exists():
-                break
+    for target, beside in list(_mine.items()):
+        _remove_unfinished(target, beside)
 
 
 def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
@@ -379,9 +342,9 @@ def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -
     others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]
     common = os.path.commonpath([*folders, *others]) if files else ""
     names = {file: Path(os.path.relpath(file, common)) for file in files}
-    shared = Counter(str(name.with_suffix("")).casefold() for name in names.values())
-    is_shared = {file: shared[str(name.with_suffix("")).casefold()] > 1 for file, name in names.items()}
-    return {file: name if is_shared[file] else name.with_suffix("") for file, name in names.items()}
+    stems = {file: name.with_suffix("") for file, name in names.items()}
+    shared = Counter(str(stem).casefold() for stem in stems.values())
+    return {file: names[file] if shared[str(stem).casefold()] > 1 else stem for file, stem in stems.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -389,43 +352,28 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-_mine: set[Path] = set()
-"""What this process is writing to."""
+_mine: dict[Path, Path] = {}
+"""What this process is writing to -> the hidden folder beside it."""
 
 
-def _lock_file(target: Path) -> Path:
-    """Among what may be computed again, not beside the target; in the system's temporary folder where that fails."""
-    folder = cache_folder() / "locks"
+def _hidden(target: Path) -> tuple[Path, Path]:
+    """The hidden folder beside a target, and its lock among what may be computed again, or in the temporary folder.
+
+    Only those processes share the folder's name that share its lock: on one machine, with one cache.
+    """
+    locks = cache_folder() / "locks"
     with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        folder = Path(tempfile.gettempdir())
+        locks.mkdir(parents=True, exist_ok=True)
+    if not os.access(locks, os.W_OK | os.X_OK):
+        locks = Path(tempfile.gettempdir())
     real = Path(os.path.realpath(target.parent)) / target.name
-    return folder / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
+    lock = locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
+    shared = hashlib.sha256(os.fsencode(lock) + platform.node().encode()).hexdigest()[:16]
+    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}", lock  # file systems allow 255 bytes
 
 
-def _beside(target: Path) -> Path:
-    """The hidden folder, whose name only those processes share that share its lock: on one machine, with one cache."""
-    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
-    return target.parent / f".{target.name[:NAME_LENGTH]}.{shared}{UNFINISHED}"
-
-
-def _remove_unfinished(target: Path) -> None:
+def _remove_unfinished(target: Path, beside: Path) -> None:
     """Removes the hidden folder; a folder that was moved there, to be replaced, gets its name back first."""
-    beside = _beside(target)
     if (beside / PREVIOUS).exists() and not target.exists():
         (beside / PREVIOUS).rename(target)
     shutil.rmtree(beside, ignore_errors=True)
-
-
-def _is_same_file(place: str | os.PathLike[str], about: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.stat(place), about)  # noqa: PTH116 - a Path each would cost more than the call
-    except (OSError, ValueError):
-        return False
-
-
-def _overlap(one: Path, other: Path) -> bool:
-    """Whether one of two folders lies in the other, or both are one."""
-    first, second = Path(os.path.realpath(one)), Path(os.path.realpath(other))
-    return first == second or first in second.parents or second in first.parents

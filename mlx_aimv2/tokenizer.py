@@ -53,25 +53,23 @@ class Tokenizer:
         """tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the sizes to agree with."""
         backend, file = _read(folder)
         names = _special_tokens(folder)
-        special: dict[str, int] = {}
+        special: list[int] = []
         for role in ("bos_token", "eos_token"):
-            name = names[role]
-            token_id = backend.token_to_id(name)
-            if token_id is None:
-                raise ValueError(f"{file} has no token {name!r:.80}, which must be its {role}")
-            special[role] = token_id
+            if (number := backend.token_to_id(names[role])) is None:
+                raise ValueError(f"{file} has no token {names[role]!r:.80}, which must be its {role}")
+            special.append(number)
+        bos, eos = special
         if config is None:
-            return cls(backend, bos=special["bos_token"], eos=special["eos_token"])
+            return cls(backend, bos=bos, eos=eos)
         size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         if size > config.vocab_size:
             raise ValueError(f"{file} has {size} tokens, but the text encoder's embedding has {config.vocab_size} rows")
-        if special["eos_token"] != config.eos_token_id:
+        if eos != config.eos_token_id:
             raise ValueError(
-                f"{file} gives {names['eos_token']!r} the id {special['eos_token']}, "
-                f"but config.json's eos_token_id is {config.eos_token_id}"
+                f"{file} gives {names['eos_token']!r} the id {eos}, but config.json's eos_token_id is "
+                f"{config.eos_token_id}"
             )
-        context = config.max_position_embeddings
-        return cls(backend, bos=special["bos_token"], eos=special["eos_token"], context=context)
+        return cls(backend, bos=bos, eos=eos, context=config.max_position_embeddings)
 
     def save_to(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as transformers reads CLIP's."""
@@ -108,43 +106,35 @@ class Tokenizer:
 
 
 def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
+    """The tokenizer in a folder's files, and the file that has its tokens."""
     import tokenizers
 
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        try:
-            return tokenizers.Tokenizer.from_str(read_text(file)), file
-        except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
-            _check_is_error(error)
-            raise ValueError(f"{file} is not a tokenizer: {error}") from None
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if not vocab.is_file() and not merges.is_file():
+    file, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    if not file.is_file() and not vocab.is_file() and not merges.is_file():
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json (nor vocab.json and merges.txt), so no text can be read"
         )
-    for file in (vocab, merges):
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {file.name}, which belongs to {vocab.name} and {merges.name}")
+    read = [file] if file.is_file() else [vocab, merges]
+    for one in read:
+        if not one.is_file():
+            raise FileNotFoundError(f"{folder} has no {one.name}, which belongs to {vocab.name} and {merges.name}")
     try:
+        if read == [file]:
+            return tokenizers.Tokenizer.from_str(read_text(file)), file
         check_size(vocab)
         check_size(merges)
         tokens, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
         unknown = _special_tokens(folder)["unk_token"]
         backend = clip_backend(tokens, pairs, unknown=unknown if unknown in tokens else EOS)
-    except BaseException as error:  # as above
-        _check_is_error(error)
-        raise ValueError(f"{vocab} and {merges} make no tokenizer: {error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
+        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {error}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
     if lost:  # a file that ends too early would otherwise cut words into letters in silence
         raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are not made by any of its lines")
     return backend, vocab
-
-
-def _check_is_error(error: BaseException) -> None:
-    """Raises it again if it is no error, but somebody who wants to stop."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-        raise error
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknown: str = EOS) -> tokenizers.Tokenizer:
@@ -178,17 +168,11 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     """This checkpoint's tokens for begin and end of text and for the unknown: CLIP's, unless a file names others."""
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        if not file.exists():
-            continue
-        fields = read_json(file)
+        fields = read_json(file) if file.exists() else {}
         for role in names:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
-                try:
-                    name.encode()
-                except UnicodeEncodeError:
-                    raise ValueError(f"{file}: {role} is not valid Unicode: {name!r:.80}") from None
                 names[role] = name
     return names
 

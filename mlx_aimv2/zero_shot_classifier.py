@@ -5,7 +5,6 @@ labels x templates -> texts -> one unit vector per label; image -> unit vector; 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.loader import images_at_once, run_ahead, split_into_chunks
-from mlx_aimv2.images import POLICY, ImageInput, Policy, open_image
+from mlx_aimv2.images.open import POLICY, ImageInput, Policy, open_image, warn_of
 from mlx_aimv2.images.pixels import Levels
 from mlx_aimv2.images.processor import Aimv2Processor, are_apart, as_list
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
@@ -100,7 +99,8 @@ class ZeroShotClassifier:
         def prepare(image: ImageInput) -> _Read:
             try:
                 opened = open_image(image, policy=policy)
-                return _Read(processor.levels(opened), notes=[f"{opened.name} {note}" for note in opened.notes])
+                warn_of(opened)
+                return _Read(processor.levels(opened))
             except (OSError, ValueError) as error:
                 return _Read(error=error)
 
@@ -113,8 +113,6 @@ class ZeroShotClassifier:
             threads=None if are_apart(images) else 1,
         ):
             for image, outputs in chunk:
-                for note in image.notes:
-                    warnings.warn(note, stacklevel=2)
                 if outputs is not None:
                     yield self._prediction(outputs)
                 elif image.error is not None:
@@ -230,8 +228,7 @@ def _check_finite(numbers: Floats, model: Aimv2Model) -> None:
 
 @dataclass
 class _Read:
-    """An image's levels (H, W, 3) and what is unusual about it, or why it has none."""
+    """An image's levels (H, W, 3), or why it has none."""
 
     levels: Levels | None = None
     error: OSError | ValueError | None = None
-    notes: Sequence[str] = ()

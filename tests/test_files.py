@@ -266,9 +266,9 @@ def test_an_input_is_never_replaced_by_whatever_name(tmp_path, name):
 
 
 def test_devices_and_folders_are_no_targets(tmp_path):
-    with pytest.raises(FileExistsError, match="is a pipe or a device"):
+    with pytest.raises(FileExistsError, match="is a device: name a file"):
         check(Path(os.devnull), overwrite=True)
-    with pytest.raises(IsADirectoryError, match="is a folder: name a file"):
+    with pytest.raises(FileExistsError, match="is a folder: name a file"):
         check(tmp_path, overwrite=True)
     with pytest.raises(FileNotFoundError, match="make that folder first"):
         check(tmp_path / "nowhere" / "page")

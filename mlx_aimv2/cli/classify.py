@@ -15,7 +15,7 @@ from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassi
 MAX_LABEL_BYTES = 1 << 20
 """Of a file of labels: ImageNet's 1,000 take 20 kB, and each label is one pass of the text encoder."""
 
-HELP = "say which of your labels fit each image"
+HELP = "rank your labels by how well they fit each image"
 
 EXAMPLE = 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"'
 

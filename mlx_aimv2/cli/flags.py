@@ -60,8 +60,9 @@ def add_policy_arguments(add: Add) -> None:
     add(
         "--truncated",
         choices=TRUNCATED,
+        default="accept",
         metavar="NAME",
-        help="accept or refuse JPEGs cut short (default: accept up to a tenth missing)",
+        help="accept or refuse truncated JPEGs (default: %(default)s)",
     )
 
 

@@ -47,7 +47,7 @@ def embed(
     threads: int | None = None,
     decode: str = "fast",
     max_pixels: int | None = None,
-    truncated: str | None = None,
+    truncated: str = "accept",
     on_failure: OnFailure | None = None,
 ) -> Iterator[Embedding]:
     """Embeds files, folders and patterns one image after another: `paths -> Embedding …`, sorted by name.

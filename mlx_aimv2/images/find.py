@@ -10,79 +10,20 @@ import codecs
 import errno
 import glob
 import os
-import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
-
-from pathspec import GitIgnoreSpec
+from pathlib import Path
 
 from mlx_aimv2.files import KINDS, expand_user, reason_of
+from mlx_aimv2.images.exclude import OWN, OWN_FILES, Rules
 
 SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jfif",
-    ".jp2",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tga",
-    ".tif",
-    ".tiff",
-    ".webp",
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
 )
 """Endings, in any case, by which an image is recognised inside a folder; a file given by name needs none of them."""
-
-EXCLUDED_FOLDERS = {
-    "@eaDir": "thumbnails and metadata of a Synology NAS",
-    "@tmp": "temporary files of a Synology NAS",
-    "#recycle": "recycle bin of a Synology NAS",
-    "#snapshot": "snapshots of a Synology NAS",
-    "@Recycle": "recycle bin of a QNAP NAS",
-    "@Recently-Snapshot": "snapshots of a QNAP NAS",
-    "@__thumb": "thumbnails of a QNAP NAS",
-    "$RECYCLE.BIN": "recycle bin of Windows",
-    "RECYCLER": "recycle bin of Windows XP",
-    "System Volume Information": "Windows' own",
-    "__MACOSX": "resource forks in a zip archive from a Mac",
-    "lost+found": "fragments that a file system check found",
-}
-"""Folders that are passed over wherever they lie -> what they hold. Hidden names, such as .Trashes, always are."""
-
-OWN_FILES = (
-    ("head.json",),
-    ("config.json", "model.safetensors"),
-    ("config.json", "model.safetensors.index.json"),
-    ("state.safetensors",),
-)
-"""What a folder holds that this package wrote, a head, a model or the state of a run: its pictures are no data."""
-
-OWN = "of mlx-aimv2's own folders"
-"""What they are called where they are counted."""
-
-LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary", ".lrlibrary", "iphoto library")
-"""How the name of a photo library ends, in lower case."""
-
-EXCLUDED_IN_LIBRARIES = ("resources", "Thumbnails", "Previews", "Caches", "database", "Database", "private", "scopes")
-"""Folders directly inside a photo library that hold smaller copies of its images."""
-
-EXCLUDED_SUFFIXES = (".lrdata", ".cocatalogdb")
-"""How the name of a folder with a photo program's previews ends."""
-
-_NAMES = {name.lower(): name for name in EXCLUDED_FOLDERS}
-
-PACKAGES = {".photoslibrary": "originals"}
-"""Folders that macOS shows as one document -> the only folder in them that holds the images themselves."""
 
 EVICTED = ".icloud"
 """What macOS appends to the name of an image that it moved to iCloud; a dot goes before it."""
@@ -90,9 +31,10 @@ EVICTED = ".icloud"
 SHOWN = 8
 """Kinds of files that were passed over, named where they are counted."""
 
-RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw")
-
-ADVICE = dict.fromkeys(RAW, "raw, export it as JPEG") | {
+ADVICE = {
+    **dict.fromkeys(
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"), "raw, export it as JPEG"
+    ),
     ".jxl": "JPEG XL, export it as JPEG",
     ".mpo": "--include '*.mpo' takes its first image",
     ".apng": "--include '*.apng' takes its first frame",
@@ -118,8 +60,8 @@ class Listing:
     missing: list[str] = field(default_factory=list)
     roots: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
-    excluded: dict[str, int] = field(default_factory=dict)
-    suffixes: dict[str, int] = field(default_factory=dict)
+    excluded: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
     evicted: set[str] = field(default_factory=set)
     folders: list[str] = field(default_factory=list)
 
@@ -158,12 +100,9 @@ def read_list(data: bytes) -> list[str]:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", errors="replace").encode()
     data = data.removeprefix(codecs.BOM_UTF8)
-    if b"\0" in data:
-        return [os.fsdecode(name) for name in data.split(b"\0") if name]
-    lines = [line for line in data.split(b"\n") if line]
-    if all(line.endswith(b"\r") for line in lines):
-        lines = [line[:-1] for line in lines if line != b"\r"]
-    return [os.fsdecode(line) for line in lines]
+    if b"\0" not in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\0")
+    return [os.fsdecode(name) for name in data.split(b"\0") if name]
 
 
 def identity(path: str, about: os.stat_result) -> tuple[int, int] | str:
@@ -210,15 +149,15 @@ class Scan:
 
     def images(self, folder: Path) -> list[str]:
         """The images in a folder and below it, sorted, their names beginning as the folder's does."""
-        return self._named(folder, self._listing(folder, deep=True).files)
+        return self._listing(folder, deep=True).files
 
     def loose(self, folder: Path) -> list[str]:
         """The images right in a folder."""
-        return self._named(folder, self._listing(folder, deep=False).files)
+        return self._listing(folder, deep=False).files
 
     def folders(self, folder: Path) -> list[Path]:
         """The folders right in a folder that images are looked for in, sorted."""
-        return [Path(name) for name in self._named(folder, self._listing(folder, deep=False).folders)]
+        return [Path(name) for name in self._listing(folder, deep=False).folders]
 
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
@@ -250,90 +189,15 @@ class Scan:
     def _listing(self, folder: Path, *, deep: bool) -> Listing:
         if (folder, deep) not in self._listings:
             listing = self._listings[folder, deep] = list_images(folder, deep=deep)
+            start = len(os.path.normpath(folder.absolute()))
+            for names in (listing.files, listing.folders):
+                names[:] = [f"{folder}{name[start:]}" for name in names]
             for path, reason in listing.problems:
                 if Path(path).is_dir() and os.access(path, os.R_OK):
                     self.note(path, f"{reason}: passed over")  # what lies in it is listed, or it would be a circle
                 elif (line := f"{path} {reason}") not in self.faults:
                     self.faults.append(line)
         return self._listings[folder, deep]
-
-    @staticmethod
-    def _named(folder: Path, names: list[str]) -> list[str]:
-        start = len(os.path.normpath(folder.absolute()))
-        return [f"{folder}{name[start:]}" for name in names]
-
-
-class Rules:
-    """What is passed over (`exclude`) and what is taken all the same (`include`), as patterns of .gitignore.
-
-    A pattern without a slash is compared with the name of a file or folder at any depth; one with a slash with the path
-    below the folder that was asked for; a slash at the end stands for folders alone. Of several patterns the last that
-    matches decides, and `!` before one takes back what those before it said. Letter case does not count. An included
-    file needs no image's suffix. Raises ValueError for what is no pattern.
-    """
-
-    def __init__(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> None:
-        self._exclude, self._include = _compiled(exclude, "--exclude"), _compiled(include, "--include")
-
-    def includes(self, path: str, *, is_folder: bool = False) -> bool:
-        """Whether --include names this path, which is relative to the folder that was asked for."""
-        return _last_match(self._include, path, is_folder=is_folder) is not None
-
-    def excluded_by(self, path: str, *, is_folder: bool, parent: str) -> str | None:
-        """The pattern or the name on the list because of which a relative path is passed over; None if it is not.
-
-        `parent` is the folder that it lies in.
-        """
-        if self.includes(path, is_folder=is_folder):
-            return None
-        pattern = _last_match(self._exclude, path, is_folder=is_folder)
-        return _on_list(PurePath(path).name, parent) if pattern is None and is_folder else pattern
-
-
-def _compiled(patterns: Iterable[str], flag: str) -> list[tuple[str, Any]]:
-    """Each pattern with pathspec's reading of it, in lower case."""
-    found = []
-    for pattern in patterns:
-        # "#recycle" is a name here: a line of .gitignore would be a comment.
-        line = f"\\{pattern}" if pattern.startswith("#") else pattern
-        is_empty = not pattern.strip("/! ")
-        reason = "is an empty pattern" if is_empty else "is no pattern"
-        try:
-            rules = [rule for rule in GitIgnoreSpec.from_lines([line.lower()]).patterns if rule.include is not None]
-        except (ValueError, re.error) as error:
-            rules, reason = [], reason if is_empty else f"{reason} ({error})"
-        if is_empty or not rules:
-            raise ValueError(f"{flag} {pattern!r} {reason}: give one such as '*.png' or 'Trash/'")
-        found.append((pattern, rules[0]))
-    return found
-
-
-def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> str | None:
-    """The pattern that decides about a path; None where none does or it begins with `!`."""
-    if not rules:
-        return None
-    name = f"{path.lower()}/" if is_folder else path.lower()
-    for pattern, rule in reversed(rules):
-        found = rule.match_file(name)
-        # pathspec marks with this group what is matched because it lies in a folder of that name.
-        if found is not None and found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name):
-            continue
-        if found is not None:
-            return pattern if rule.include else None
-    return None
-
-
-def _on_list(name: str, parent: str) -> str | None:
-    if (known := _NAMES.get(name.lower())) is not None:
-        return known
-    if name in EXCLUDED_IN_LIBRARIES and PurePath(parent).name.lower().endswith(LIBRARIES):
-        return f"{name} of a photo library"
-    return next((f"*{suffix}" for suffix in EXCLUDED_SUFFIXES if name.lower().endswith(suffix)), None)
-
-
-def is_junk(name: str) -> bool:
-    """Whether a path in an archive is one that a scan passes over: hidden, as a Mac's `._` files, or on the list."""
-    return any(part.startswith(".") or part.lower() in _NAMES for part in PurePosixPath(name).parts)
 
 
 @dataclass(frozen=True)
@@ -354,7 +218,6 @@ class _Lister:
         self.found = Listing()
         self.files: dict[tuple[int, int] | str, tuple[bool, bytes, str]] = {}
         """Identity of a file -> the best name so far: links last, then by its bytes."""
-        self.roots: dict[str, None] = {}
         self.links: list[_Folder] = []
         self.visited: set[tuple[int, int] | str] = set()
 
@@ -364,38 +227,35 @@ class _Lister:
             about = os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself over 100,000 names
         except OSError as error:
             if os.path.lexists(path) or error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
-                self.problem(path, _reason(error, is_link=Path(path).is_symlink()))
-            elif glob.has_magic(given):
-                self.pattern(given)
-            else:
+                self.problem(path, error)
+                return
+            # An absolute pattern too is one for glob alone.
+            names = sorted(glob.glob(str(expand_user(given)), recursive=True))  # noqa: PTH207
+            for name in names:
+                if Path(name).is_dir() or has_suffix(name):
+                    self.argument(name)
+            if not names:
                 self.found.missing.append(given)
             return
         if stat.S_ISDIR(about.st_mode):
-            self.roots[path] = None
+            self.found.roots.append(path)
             self.scan(_Folder(path, about))
         else:
             self.file(path, about)
 
-    def pattern(self, given: str) -> None:
-        names = sorted(glob.glob(str(expand_user(given)), recursive=True))  # noqa: PTH207 - absolute patterns too
-        if not names:
-            self.found.missing.append(given)
-        for name in names:
-            if Path(name).is_dir() or has_suffix(name):
-                self.argument(name)
-
     def finish(self) -> Listing:
+        found = self.found
         while self.links:
             link = self.links.pop(0)
             target, here = os.path.realpath(link.path), os.path.realpath(Path(link.path).parent)
             if target == here or is_under(here, [target]):
-                self.problem(link.path, "is a link back to a folder that it lies in")
+                found.problems.append((link.path, "is a link back to a folder that it lies in"))
             else:
                 self.scan(link)
-        found = self.found
         found.folders.sort(key=os.fsencode)
         found.files = [name for _, _, name in sorted(self.files.values(), key=lambda best: best[1])]
-        for root in self.roots:
+        asked, found.roots = dict.fromkeys(found.roots), []
+        for root in asked:
             (found.roots if any(is_under(file, [root]) for file in found.files) else found.empty).append(root)
         return found
 
@@ -406,31 +266,29 @@ class _Lister:
             if (known := identity(folder.path, folder.about)) in self.visited:
                 continue
             self.visited.add(known)
-            path = folder.path
-            if (inside := PACKAGES.get(Path(path).suffix)) is not None and (Path(path) / inside).is_dir():
-                path = str(Path(path) / inside)
             try:
-                entries = sorted(os.scandir(path), key=lambda entry: os.fsencode(entry.name))
+                entries = sorted(os.scandir(folder.path), key=lambda entry: os.fsencode(entry.name))
             except OSError as error:
-                self.problem(path, _reason(error))
+                self.problem(folder.path, error)
                 continue
-            if folder.below and not self.enters(folder, path, {entry.name for entry in entries}):
+            if folder.below and not self.enters(folder, {entry.name for entry in entries}):
                 continue
             for entry in entries:
                 try:
                     self.entry(entry, folder, pending)
                 except OSError as error:
                     if has_suffix(entry.name) or error.errno == errno.ELOOP:
-                        self.problem(entry.path, _reason(error, is_link=entry.is_symlink()))
+                        self.problem(entry.path, error)
 
-    def enters(self, folder: _Folder, path: str, names: Collection[str]) -> bool:
+    def enters(self, folder: _Folder, names: set[str]) -> bool:
         """Whether what lies in a folder below the one asked for is wanted; counts or lists the folder if not."""
-        is_own = any(all(name in names for name in files) for files in OWN_FILES)
-        if is_own and not self.rules.includes(folder.below.rstrip("/"), is_folder=True):
-            self.found.excluded[OWN] = self.found.excluded.get(OWN, 0) + 1
+        if any(names.issuperset(files) for files in OWN_FILES) and not self.rules.includes(
+            folder.below.rstrip("/"), is_folder=True
+        ):
+            self.found.excluded[OWN] += 1
             return False
         if not self.deep:
-            self.found.folders.append(path)
+            self.found.folders.append(folder.path)
         return self.deep
 
     def entry(self, entry: os.DirEntry[str], folder: _Folder, pending: list[_Folder]) -> None:
@@ -443,49 +301,37 @@ class _Lister:
         is_folder = entry.is_dir()
         by = self.rules.excluded_by(below, is_folder=is_folder, parent=folder.path)
         if by is not None:
-            self.found.excluded[by] = self.found.excluded.get(by, 0) + 1
+            self.found.excluded[by] += 1
         elif is_folder:
             inside = _Folder(entry.path, entry.stat(), f"{below}/")
             (self.links if entry.is_symlink() else pending).append(inside)
             if has_suffix(name):
-                self.problem(entry.path, "is a folder, not an image")
+                self.found.problems.append((entry.path, "is a folder, not an image"))
         elif has_suffix(name) or self.rules.includes(below):
             if entry.is_file(follow_symlinks=False) and entry.inode():
                 self.add((folder.about.st_dev, entry.inode()), entry.path, is_link=False)
             else:
                 self.file(entry.path, entry.stat(), is_link=entry.is_symlink())
         elif entry.is_file():
-            suffix = Path(name).suffix.lower() or "no suffix"
-            self.found.suffixes[suffix] = self.found.suffixes.get(suffix, 0) + 1
+            self.found.suffixes[Path(name).suffix.lower() or "no suffix"] += 1
 
     def file(self, path: str, about: os.stat_result, *, is_link: bool = False) -> None:
         if stat.S_ISREG(about.st_mode):
             self.add(identity(path, about), path, is_link=is_link)
         else:
-            self.problem(path, f"is {KINDS.get(stat.S_IFMT(about.st_mode), 'something else')}, not an image")
+            self.found.problems.append((path, f"is {KINDS[stat.S_IFMT(about.st_mode)]}, not an image"))
 
     def add(self, known: tuple[int, int] | str, path: str, *, is_link: bool) -> None:
-        best = self.files.get(known)
-        if best is not None and best[2] != path and not _is_same(best[2], path):
-            known = os.path.realpath(path)  # some network and layered file systems give two files one number
-            best = self.files.get(known)
+        if known in self.files and self.files[known][2] != path:
+            # Some network and layered file systems give two entries of a folder one number.
+            known = identity(path, os.stat(path))  # noqa: PTH116
         candidate = (is_link, os.fsencode(path), path)
-        self.files[known] = candidate if best is None else min(best, candidate)
+        self.files[known] = min(self.files.get(known, candidate), candidate)
 
-    def problem(self, path: str, reason: str) -> None:
+    def problem(self, path: str, error: OSError) -> None:
+        reason = reason_of(error)
+        if error.errno == errno.ELOOP:
+            reason = "is a link that leads in a circle"
+        elif error.errno == errno.ENOENT and Path(path).is_symlink():
+            reason = "is a link that leads nowhere"
         self.found.problems.append((path, reason))
-
-
-def _is_same(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)  # noqa: PTH121
-    except OSError:
-        return False
-
-
-def _reason(error: OSError, *, is_link: bool = False) -> str:
-    if error.errno == errno.ELOOP:
-        return "is a link that leads in a circle"
-    if error.errno == errno.ENOENT and is_link:
-        return "is a link that leads nowhere"
-    return reason_of(error)

@@ -5,19 +5,20 @@ path, bytes, open file, PIL image, array -> OpenImage: its size, before anything
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
-import struct
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
 from mlx_aimv2.files import read_image_file, read_stream, reason_of
 from mlx_aimv2.images.pixels import Box, flattened, from_array, turned, turned_box
-from mlx_aimv2.images.trim import TrimError, orientation_in, trimmed
+from mlx_aimv2.images.trim import orientation_in, trimmed
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -29,13 +30,20 @@ ImageInput: TypeAlias = Union[
 """An mx.array counts as a NumPy array. (`Union`, since `|` does not take the name of a class that is not loaded.)"""
 
 DECODE = ("exact", "fast")
-TRUNCATED = ("refuse", "accept")
+TRUNCATED = ("accept", "refuse")
 
-SMALL_LOSS = 0.1
-"""The share of a JPEG that may be missing at its end unless the policy says otherwise."""
+ENDS_EARLY = "ends early: what is missing is grey, or blurred"
+"""The note on a JPEG whose data have no end; where it is progressive, detail is missing everywhere."""
 
 MAX_NAME = 300
 """Characters of a name that errors show: what is longer was hardly meant as one."""
+
+ADDRESSES = {
+    **dict.fromkeys(("http://", "https://"), "is an address: download it first and give the file"),
+    "file:///": "is an address: give the path alone, without file://",
+    "data:": "is a data URL, not a file: give its bytes, base64.b64decode(url.partition(',')[2])",
+}
+"""How texts start that are no paths -> what to do with them."""
 
 BASE64_IMAGE = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AKg|Qk)[A-Za-z0-9+/_\-\s]{24,}={0,2}\s*")
 """JPEG, PNG, GIF, WebP, TIFF or BMP, written as text."""
@@ -64,23 +72,21 @@ class Policy:
     """What is accepted of an untrusted image, and how a JPEG is decoded.
 
     `max_pixels`: more are refused before they are decoded; None for the number at which Pillow itself refuses, twice
-    `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970). `truncated`: "refuse" a JPEG whose data end before its last pixel,
-    "accept" whatever is there, or None to accept where at most a tenth is missing; what is accepted has a note.
-    `decode`: "exact", or "fast" to decode a JPEG at the smallest scale that keeps three times the pixels that are
-    wanted, along each side.
+    `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970). `truncated`: "accept" a JPEG whose data end early, with a note, or
+    "refuse" it. `decode`: "exact", or "fast" to decode a JPEG at the smallest scale that keeps three times the pixels
+    that are wanted, along each side.
     """
 
     max_pixels: int | None = None
-    truncated: str | None = None
+    truncated: str = "accept"
     decode: str = "exact"
 
     def __post_init__(self) -> None:
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ValueError(f"max_pixels (--max-pixels) must be at least 1, got {self.max_pixels}")
-        if self.truncated not in (None, *TRUNCATED):
-            raise ValueError(f"truncated (--truncated) must be one of {', '.join(TRUNCATED)}, got {self.truncated!r}")
-        if self.decode not in DECODE:
-            raise ValueError(f"decode (--decode) must be one of {', '.join(DECODE)}, got {self.decode!r}")
+        for name, known in (("truncated", TRUNCATED), ("decode", DECODE)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} (--{name}) must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 POLICY = Policy()
@@ -134,19 +140,15 @@ class OpenImage:
                 image.draft(None, (width // scale, height // scale))
                 if image.size != (width / scale, height / scale):
                     box = turned_box((width / scale, height / scale), image.size, self.orientation)
-            _load(image, name)
+            try:
+                image.load()
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise whatever they meet in a broken file
+                raise ValueError(f"{name} cannot be read as an image: {error}") from None
             return flattened(turned(image, self.orientation), name), box
         except MemoryError:
             raise ValueError(f"{name} does not fit in memory") from None
-
-
-def _load(image: Image.Image, name: str) -> None:
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they meet in a broken file
-        raise ValueError(f"{name} cannot be read as an image: {error}") from None
 
 
 def reuse_decoding_memory() -> None:
@@ -169,6 +171,8 @@ def name_of(image: object) -> str:
     file = getattr(image, "filename", None) or getattr(image, "name", None)
     if isinstance(file, str) and file:
         return _short(file)
+    if hasattr(image, "read"):
+        return "the open file"
     is_content = isinstance(image, (bytes, bytearray, memoryview))
     return f"image of {len(image)} bytes" if is_content else f"image ({type(image).__name__})"  # type: ignore[arg-type]
 
@@ -202,7 +206,9 @@ def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: 
         return image
     name = name_of(image) if name is None else name
     if isinstance(image, Image.Image):
-        return OpenImage(name, image, _orientation_of(image))
+        with contextlib.suppress(Exception):  # which rgb() will tell
+            image.load()  # Pillow turns a TIFF as it loads it, and a PNG's EXIF may follow its pixels
+        return OpenImage(name, image, 1 if image.format == "TIFF" else _orientation_of(image))
     if isinstance(image, (str, os.PathLike)):
         return _from_bytes(_content(image, name), name, policy)
     if isinstance(image, (bytes, bytearray, memoryview)):
@@ -236,7 +242,11 @@ def as_array(thing: object) -> np.ndarray[Any, Any] | None:
 def _content(path: str | os.PathLike[str], name: str) -> bytes:
     text = os.fspath(path)
     if isinstance(text, str):
-        _check_is_path(text, name)
+        for start, reason in ADDRESSES.items():
+            if text[:8].lower().startswith(start):
+                raise ValueError(f"{_short(text, 100)} {reason}")
+        if "\0" in text:
+            raise ValueError(f"{name!r} holds a NUL, which no path does: give an image's content as bytes, not as text")
     try:
         return read_image_file(path)[1]
     except IsADirectoryError:
@@ -244,23 +254,9 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
     except OSError as error:
         if isinstance(text, str) and BASE64_IMAGE.fullmatch(text):
             raise ValueError(
-                f"{_short(text, 40)} is an image as base64, not a file: give its bytes, base64.b64decode(text)"
+                f"{_short(text, 100)} is an image as base64, not a file: give its bytes, base64.b64decode(text)"
             ) from None
         raise type(error)(f"{name} {reason_of(error)}") from None
-
-
-def _check_is_path(text: str, name: str) -> None:
-    scheme = text[:8].lower()
-    if scheme.startswith(("http://", "https://")):
-        raise ValueError(f"{name} is an address: download it first and give the file")
-    if scheme.startswith("data:"):
-        raise ValueError(
-            f"{_short(text, 40)} is a data URL, not a file: give its bytes, base64.b64decode(url.partition(',')[2])"
-        )
-    if scheme.startswith("file:///"):
-        raise ValueError(f"{name} is an address: give the path alone, without file://")
-    if "\0" in text:
-        raise ValueError(f"{name!r} holds a NUL, which no path does: an image's content is given as bytes, not as text")
 
 
 def _short(name: str, limit: int = MAX_NAME) -> str:
@@ -272,115 +268,61 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
         raise ValueError(f"{name} is empty: no image in it")
     try:
         essential = trimmed(data)
-    except TrimError as error:
-        raise ValueError(f"{name} {error}") from None
-    try:
-        image = _identified(io.BytesIO(essential.data + END_OF_JPEG * essential.cut), name)
-        _check_size(image.size, name, policy)
-        note = _note_of_loss(essential.data, name, policy) if essential.cut else None
+        if essential.ends_early and policy.truncated == "refuse":
+            raise ValueError(
+                "cannot be read as an image: it ends early; --truncated accept (truncated='accept') takes what is there"
+            )
+        image = _identified(essential.data + END_OF_JPEG * essential.ends_early)
+        _check_size(image.size, policy)
     except MemoryError:
         raise ValueError(f"{name} does not fit in memory") from None
-    orientation = essential.orientation
-    if orientation is None:
-        orientation = _orientation_of(image)
-    return OpenImage(name, image, orientation, policy.decode, [note] if note else [])
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    orientation = _orientation_of(image) if essential.orientation is None else essential.orientation
+    return OpenImage(name, image, orientation, policy.decode, [ENDS_EARLY] if essential.ends_early else [])
 
 
-def _identified(stream: IO[bytes], name: str) -> Image.Image:
+def _identified(data: bytes) -> Image.Image:
     """What Image.open does, without its DecompressionBombWarning: filters of warnings belong to all threads."""
+    stream, fault = io.BytesIO(data), ""
+    # Some of Pillow's plugins unpack numbers without asking for the length of what a file starts with.
+    for kind, make in _readers(data[:16].ljust(16, b"\0")):
+        try:
+            stream.seek(0)
+            return make(stream, "")
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            fault = fault or (f"{kind}: {error}" if kind else "")
+    raise ValueError(f"is a broken {fault}" if fault else "is not an image in a format that Pillow reads")
+
+
+def _readers(start: bytes) -> Iterator[tuple[str, Callable[[io.BytesIO, str], Image.Image]]]:
+    """What reads a file that starts so, the most frequent formats first; "" where a format has no start of its own."""
     from PIL import Image
 
-    start = stream.read(16).ljust(16, b"\0")  # some of Pillow's plugins unpack numbers without asking for its length
-    tried, fault = set(NOT_OPENED), ""
+    tried = set(NOT_OPENED)
     for prepare in (Image.preinit, Image.init):
         prepare()
         for kind in [kind for kind in Image.ID if kind not in tried]:
             tried.add(kind)
             make, accept = Image.OPEN[kind]
             # A string tells what Pillow was built without.
-            if accept is not None and (isinstance(answer := accept(start), str) or not answer):
-                continue
-            try:
-                stream.seek(0)
-                return make(stream, name)
-            except (SyntaxError, IndexError, TypeError, struct.error) as error:
-                if accept is not None:  # it began as one of these, so this is the fault to tell
-                    fault = fault or f"{kind}: {error}"
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise ValueError(f"{name} cannot be read as an image: {error}") from None
+            if accept is None or ((answer := accept(start)) and not isinstance(answer, str)):
+                yield kind if accept else "", cast("Callable[[io.BytesIO, str], Image.Image]", make)
     if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
-        return _open_heic(stream, name)
-    raise ValueError(
-        f"{name} is a broken {fault}" if fault else f"{name} is not an image in a format that Pillow reads"
-    )
-
-
-def _open_heic(stream: IO[bytes], name: str) -> Image.Image:
-    try:
-        import pillow_heif
-    except ImportError:
-        raise ValueError(f"{name} is a HEIC image: pip install 'mlx-aimv2[heic]' to read it") from None
-    try:
-        stream.seek(0)
-        # A Pillow image that decodes when it is loaded, so that its size is checked before.
-        return cast("Image.Image", pillow_heif.HeifImageFile(stream, name))
-    except Exception as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from None
+        try:
+            from pillow_heif import HeifImageFile  # decodes when it is loaded, so that its size is checked before
+        except ImportError:
+            raise ValueError("is a HEIC image: pip install 'mlx-aimv2[heic]' to read it") from None
+        yield "HEIC", HeifImageFile
 
 
 def _orientation_of(image: Image.Image) -> int:
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        try:
-            image.load()  # Pillow turns a TIFF as it loads it, and a PNG's EXIF may follow its pixels
-        except Exception:
-            return 1  # rgb() will say what is wrong
-        if image.format == "TIFF":
-            return 1
     return orientation_in(image.info.get("exif"), image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
 
 
-def _note_of_loss(data: bytes, name: str, policy: Policy) -> str | None:
-    """What is missing of a JPEG without its end, None if it is nothing; ValueError if it is too much."""
-    share = _missing(data, name)
-    if share is None:
-        return None
-    lost = (
-        f"about {max(1, round(100 * share))} % of its pixels are missing" if share else "its finest detail is missing"
-    )
-    if share > SMALL_LOSS if policy.truncated is None else policy.truncated == "refuse":
-        raise ValueError(
-            f"{name} cannot be read as an image: it ends early, {lost}; --truncated accept (truncated='accept') "
-            "takes what is there"
-        )
-    return f"ends early: {lost}"
-
-
-def _missing(data: bytes, name: str) -> float | None:
-    """The share of a JPEG's pixels that its data end before, 0 where only detail is missing, None where nothing is.
-
-    Missing is what depends on the bytes that follow the data.
-    """
-    random = np.random.default_rng(0).integers(0, 255, 4096, np.uint8).tobytes()  # no 0xFF, so no marker
-    for scale in (8, 1):  # one pixel a block says where the blocks end, and of a progressive JPEG nothing more
-        levels = []
-        for tail in (b"", random):
-            image = _identified(io.BytesIO(data.rstrip(b"\xff") + tail + END_OF_JPEG), name)
-            image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
-            _load(image, name)
-            levels.append(np.asarray(image))
-        differs = (levels[0] != levels[1]).reshape(*levels[0].shape[:2], -1).any(axis=2)
-        if differs.any():
-            rows, first = len(differs), int(differs.any(axis=1).argmax())
-            band = differs[first : first + 2]  # blocks come in rows of 16 pixels, the first of which is partly there
-            return 0.0 if scale == 1 else (rows - first - len(band) * float(1 - band.any(axis=0).mean())) / rows
-        if not image.info.get("progressive"):
-            return None
-    return None
-
-
-def _check_size(size: tuple[int, int], name: str, policy: Policy) -> None:
+def _check_size(size: tuple[int, int], policy: Policy) -> None:
     """Refuses a decompression bomb before it is decoded."""
     from PIL import Image
 
@@ -390,6 +332,6 @@ def _check_size(size: tuple[int, int], name: str, policy: Policy) -> None:
     width, height = size
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"{name} has {width}x{height} pixels, more than {limit:,}: make it smaller, or raise the limit if you "
-            "trust it, with --max-pixels (max_pixels)"
+            f"has {width}x{height} pixels, more than {limit:,}: make it smaller, or raise the limit if you trust it, "
+            "with --max-pixels (max_pixels)"
         )

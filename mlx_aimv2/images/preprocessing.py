@@ -47,14 +47,9 @@ CLIP_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcesso
 
 # Steps of other image processors: one that is switched on changes the pixels, so it cannot be passed over.
 UNSUPPORTED_STEPS = (
-    "do_pad",
-    "do_thumbnail",
-    "do_align_long_axis",
-    "do_reduce_labels",
-    "do_flip_channel_order",
-    "crop_to_patches",
+    *("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_flip_channel_order"),
+    *("crop_to_patches", "use_square_size"),
 )
-
 
 LARGEST_SIDE = 16384
 """Pixels of a side that a file may ask for: more is a mistake in the file, not an image that is too small."""
@@ -130,9 +125,7 @@ def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
     # A field that is null is not said, so its default counts; transformers 5.24 leaves such a step out.
     fields = CLIP_DEFAULTS | {name: value for name, value in fields.items() if value is not None}
     size = fields["size"]
-    if fields.get("use_square_size"):  # KOSMOS-2's, which transformers takes to mean CLIP's own size as a square
-        size = {"height": CLIP_SIDE, "width": CLIP_SIDE}
-    elif fields.get("default_to_square") and isinstance(size, int) and not isinstance(size, bool):
+    if fields.get("default_to_square") and isinstance(size, int) and not isinstance(size, bool):
         size = {"height": size, "width": size}
     for step in STEPS:
         if not isinstance(fields[step], bool):
@@ -158,16 +151,14 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
     share = _number(fields.get("crop_pct") or 1.0, "crop_pct", file)
     if not 0 < share <= 1:
         raise ValueError(f"{file}: crop_pct must be above 0 and at most 1, not {share}")
-    whole = (math.floor(height / share), math.floor(width / share))
-    if max(whole) > LARGEST_SIDE:
-        raise ValueError(f"{file}: crop_pct {share} asks for more than {LARGEST_SIDE} pixels")
+    tall, wide = (_pixels(math.floor(side / share), "input_size / crop_pct", file) for side in (height, width))
     mode = fields.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
         raise ValueError(f"{file}: crop_mode must be center or squash, not {mode!r:.80}")
     if mode == "center" and height != width:
         raise ValueError(f"{file}: crop_mode center with an input_size that is not square ({height}x{width})")
     return Preprocessing(
-        resize=whole[0] if mode == "center" else whole,
+        resize=tall if mode == "center" else (tall, wide),
         crop=(height, width),
         resample=_resample(fields.get("interpolation") or "bicubic", "interpolation", file),
         image_mean=_three(fields.get("mean", list(CLIP_MEAN)), "mean", file),
@@ -199,10 +190,8 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _pixels(value: object, name: str, file: Path) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{file}: {name} must be in whole pixels above 0, not {value!r:.60}")
-    if value > LARGEST_SIDE:
-        raise ValueError(f"{file}: {name} must be at most {LARGEST_SIDE} pixels, not {value!r:.60}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_SIDE:
+        raise ValueError(f"{file}: {name} must be in whole pixels from 1 to {LARGEST_SIDE}, not {value!r:.60}")
     return value
 
 
@@ -228,12 +217,10 @@ def _resample(value: object, name: str, file: Path) -> int:
 
 
 def _number(value: object, name: str, file: Path, *, above_zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise ValueError(f"{file}: {name} must be a number, not {value!r:.60}")
-    if above_zero and value <= 0:
-        raise ValueError(f"{file}: {name} must be above 0, not {value!r:.60}")
-    if abs(value) > LARGEST_NUMBER or (above_zero and value < 1 / LARGEST_NUMBER):
-        raise ValueError(f"{file}: {name} must be a number that pixels can be scaled by, not {value!r:.60}")
+    low = 1 / LARGEST_NUMBER if above_zero else -LARGEST_NUMBER
+    # NaN is below and above nothing.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= LARGEST_NUMBER:
+        raise ValueError(f"{file}: {name} must be a number from {low:g} to {LARGEST_NUMBER:g}, not {value!r:.60}")
     return float(value)
 
 

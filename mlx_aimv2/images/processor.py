@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MAX_RESIZED_PIXELS = 1 << 27
 
 MAX_ASKED_PATCHES = 1 << 16
-"""Patches that the files of a native checkpoint may ask for in every image: 16 times what Apple's was trained on."""
+"""Patches that the files of a checkpoint that takes any size may ask for: 16 times what Apple's was trained on."""
 
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -81,8 +81,14 @@ class Aimv2Processor:
             )
         patch = 14 if vision is None else vision.patch_size
         any_size = wanted is None if vision is not None else None
-        if any_size:
-            _check_asked(preprocessing, patch, folder)
+        asked = preprocessing.crop or preprocessing.resize or 0
+        height, width = asked if isinstance(asked, tuple) else (asked, asked)
+        if any_size and (patches := (height // patch) * (width // patch)) > MAX_ASKED_PATCHES:
+            raise ValueError(
+                f"{folder}: its preprocessor_config.json asks for {height}x{width} pixels, {patches:,} patches of "
+                f"every image; at most {MAX_ASKED_PATCHES:,} are taken: mend that file (Apple's native checkpoint sets "
+                "do_resize and do_center_crop to false)"
+            )
         tokenizer, missing = None, None
         if text is not None:
             try:
@@ -103,7 +109,7 @@ class Aimv2Processor:
         max_patches: int | None = None,
         decode: str = "exact",
         max_pixels: int | None = None,
-        truncated: str | None = None,
+        truncated: str = "accept",
     ) -> mx.array:
         """One image or several -> (B, H, W, 3) float32; ValueError where their final sizes differ.
 
@@ -116,7 +122,17 @@ class Aimv2Processor:
         batch = as_list(images)
         if not batch:
             raise ValueError("no image to prepare: give one, or a list of them")
-        arrays = self._all_pixels(batch, max_patches, policy)
+
+        def pixels(number: int, image: ImageInput) -> Pixels:
+            try:
+                return self.pixels(image, max_patches=max_patches, policy=policy)
+            except (OSError, ValueError) as error:
+                if len(batch) == 1:
+                    raise
+                raise (type(error) if isinstance(error, OSError) else ValueError)(f"image {number}: {error}") from None
+
+        with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1) if are_apart(batch) else 1) as pool:
+            arrays = list(pool.map(pixels, range(len(batch)), batch))
         first: dict[tuple[int, ...], int] = {}
         for number, array in enumerate(arrays):
             first.setdefault(array.shape, number)
@@ -182,39 +198,33 @@ class Aimv2Processor:
             json.dumps(reading.to_clip(self.preprocessing), indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
 
-    def _all_pixels(self, batch: list[ImageInput], max_patches: int | None, policy: Policy) -> list[Pixels]:
-        if len(batch) == 1:
-            return [self.pixels(batch[0], max_patches=max_patches, policy=policy)]
-
-        def numbered(number: int, image: ImageInput) -> Pixels:
-            try:
-                return self.pixels(image, max_patches=max_patches, policy=policy)
-            except OSError as error:
-                raise type(error)(f"image {number}: {error}") from None
-            except ValueError as error:
-                raise ValueError(f"image {number}: {error}") from None
-
-        with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1) if are_apart(batch) else 1) as pool:
-            return list(pool.map(numbered, range(len(batch)), batch))
-
     def _size(self, opened: OpenImage, max_patches: int | None) -> tuple[int, int]:
         """(width, height) that the image is resized to, before the crop."""
         steps, name, patch = self.preprocessing, opened.name, self.patch_size
         if max_patches is not None and max_patches < 1:
             raise ValueError(f"max_patches (--max-patches) must be at least 1, got {max_patches}")
         width, height = opened.size
-        if steps.resize is not None:
-            height, width = _resized(height, width, steps.resize)
-        final = steps.crop or (height, width)
-        if self.any_size and max_patches is not None:
-            if (final[0] // patch) * (final[1] // patch) > max_patches and not self.is_native:
+        if isinstance(steps.resize, tuple):
+            height, width = steps.resize
+        elif steps.resize is not None:  # the longer edge is rounded down, as in transformers
+            shortest = min(width, height)
+            width, height = int(steps.resize * width / shortest), int(steps.resize * height / shortest)
+        rows, columns = (length // patch for length in steps.crop or (height, width))
+        if self.any_size and max_patches is not None and rows * columns > max_patches:
+            if not self.is_native:
+                final = steps.crop or (height, width)
                 raise ValueError(
-                    f"{name} would have {(final[0] // patch) * (final[1] // patch):,} patches, since the checkpoint's "
-                    f"preprocessor_config.json asks for {final[0]}x{final[1]} pixels, but max_patches (--max-patches) "
-                    f"is {max_patches:,}: change one of them"
+                    f"{name} would have {rows * columns:,} patches, since the checkpoint's preprocessor_config.json "
+                    f"asks for {final[0]}x{final[1]} pixels, but max_patches (--max-patches) is {max_patches:,}: "
+                    "change one of them"
                 )
-            if self.is_native:
-                width, height = _shrunk(opened, max_patches, patch)
+            scale = (max_patches * patch * patch / (width * height)) ** 0.5
+            width, height = int(width * scale), int(height * scale)
+            if min(width, height) < patch:
+                raise ValueError(
+                    f"{name} has {opened.size[1]}x{opened.size[0]} pixels: scaled to {max_patches} patches it is "
+                    "narrower than one patch"
+                )
         if height * width > max(MAX_RESIZED_PIXELS, opened.size[0] * opened.size[1]):
             raise ValueError(
                 f"{name} of {opened.size[1]}x{opened.size[0]} pixels is too narrow: it would grow to {height}x{width}"
@@ -243,43 +253,6 @@ def as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
 def are_apart(images: Iterable[ImageInput]) -> bool:
     """Whether threads may read these at once: an open file or a PIL image may occur twice in a list."""
     return all(isinstance(image, (str, os.PathLike, bytes)) for image in images)
-
-
-def _check_asked(steps: Preprocessing, patch: int, folder: Path) -> None:
-    """A native checkpoint takes any size, so nothing else bounds what its files ask for."""
-    asked = steps.crop or steps.resize
-    if asked is None:
-        return
-    height, width = asked if isinstance(asked, tuple) else (asked, asked)
-    if (patches := (height // patch) * (width // patch)) > MAX_ASKED_PATCHES:
-        raise ValueError(
-            f"{folder}: its preprocessor_config.json asks for {height}x{width} pixels, {patches:,} patches of every "
-            f"image; at most {MAX_ASKED_PATCHES:,} are taken: mend that file (Apple's native checkpoint sets "
-            "do_resize and do_center_crop to false)"
-        )
-
-
-def _shrunk(opened: OpenImage, max_patches: int, patch: int) -> tuple[int, int]:
-    """(width, height) scaled down in their shape until there are at most `max_patches` patches."""
-    width, height = opened.size
-    if (width // patch) * (height // patch) <= max_patches:
-        return width, height
-    scale = (max_patches * patch * patch / (width * height)) ** 0.5
-    less = int(width * scale), int(height * scale)
-    if min(less) < patch:
-        raise ValueError(
-            f"{opened.name} has {height}x{width} pixels: scaled to {max_patches} patches it is narrower than one patch"
-        )
-    return less
-
-
-def _resized(height: int, width: int, size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) after the resize; the longer edge is rounded down, as in transformers."""
-    if isinstance(size, tuple):
-        return size
-    if width <= height:
-        return int(size * height / width), size
-    return size, int(size * width / height)
 
 
 def _scaled(levels: Levels, steps: Preprocessing) -> Pixels:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,45 +19,41 @@ ORIENTATION = 0x0112
 MAX_SCANS = 100
 """Scans of one JPEG, each of which passes over all pixels: encoders write about ten."""
 
-MAX_SCANNED_PIXELS = 1 << 32
-"""Pixels times scans of one JPEG."""
-
 MAX_PARTS = 1 << 18
 """Chunks of a PNG, strips or tiles of a TIFF."""
 
+MAX_TAGS = 1 << 16
+"""Tags of a TIFF that are looked at."""
+
 MAX_TEXT = 1 << 20
-"""Bytes of compressed metadata that are looked at for an orientation."""
+"""Bytes of metadata that are looked at for an orientation."""
 
 RAW = "is a raw photograph ({}), which nothing here develops: export it as JPEG, PNG or TIFF and give that"
 JXL = "is a JPEG XL image, which Pillow does not read: convert it to JPEG or PNG and give that"
 
 
-class TrimError(ValueError):
-    """Why a file is refused before it is decoded; continues a sentence that starts with its name."""
-
-
 @dataclass(frozen=True)
 class Trimmed:
-    """`orientation` is 1 to 8, or None where the format keeps it elsewhere; `cut` tells of a JPEG without its end."""
+    """`orientation` is 1 to 8, or None where the format keeps it elsewhere; a JPEG that `ends_early` has no end."""
 
     data: bytes
     orientation: int | None = None
-    cut: bool = False
+    ends_early: bool = False
 
 
 def trimmed(data: bytes) -> Trimmed:
-    """The file as its decoder should see it. TrimError refuses raw photographs and files made to take for ever."""
+    """The file as its decoder should see it.
+
+    Raises ValueError, which continues a sentence that starts with the file's name, for raw photographs, JPEG XL and
+    files made to take for ever.
+    """
     for start, trim in TRIMS.items():
         if data.startswith(start):
-            try:
-                return trim(data) or Trimmed(data)
-            except (struct.error, IndexError, OverflowError):  # it ends too early for its own format
-                return Trimmed(data)
-    for start, kind in RAW_STARTS.items():
-        if data.startswith(start) or data[4:].startswith(start):
-            raise TrimError(RAW.format(kind))
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
-        raise TrimError(JXL)
+            return trim(data)
+    brand = data[4:] if data[4:8] == b"ftyp" else data  # the length of the first box goes before it
+    for start, reason in REFUSED.items():
+        if brand.startswith(start):
+            raise ValueError(reason)
     return Trimmed(data)
 
 
@@ -66,131 +62,18 @@ def orientation_in(exif: object, xmp: object = None) -> int:
 
     Pillow's own reading of EXIF gives up, and warns, where any other tag is bad.
     """
-    if isinstance(exif, (bytes, bytearray)) and (found := _in_exif(bytes(exif))) is not None:
-        return found
-    if isinstance(xmp, str):
-        xmp = xmp.encode("utf-8", "replace")
-    if isinstance(xmp, (bytes, bytearray)) and (match := re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)):
+    block = bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, (bytes, bytearray)) else b""
+    if block.startswith((b"II", b"MM")):
+        found = next((tag.value for tag in _tags(block) if tag.number == ORIENTATION), 0)
+        if 1 <= found <= 8:
+            return found
+    text = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp
+    if isinstance(text, (bytes, bytearray)) and (match := re.search(rb'tiff:Orientation(?:="|>)([1-8])', text)):
         return int(match[1])
     return 1
 
 
-def _in_exif(block: bytes) -> int | None:
-    block = block.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(block[:2])
-    try:
-        if order is None:
-            return None
-        (place,) = struct.unpack_from(order + "I", block, 4)
-        (count,) = struct.unpack_from(order + "H", block, place)
-        for entry in range(place + 2, place + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", block, entry)
-            if tag == ORIENTATION and kind in (1, 3, 4):
-                value = struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], block, entry + 8)[0]
-                return int(value) if 1 <= value <= 8 else None
-    except struct.error:
-        pass
-    return None
-
-
-# JPEG
-
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # neither a stuffed zero nor one that stands alone, as a restart
-
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-
-_KEPT_SEGMENTS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}
-"""What says what the colours are, how it starts and its least length; all other APPn and comments are metadata."""
-
-
-def _jpeg(data: bytes) -> Trimmed | None:
-    kept: list[bytes | memoryview] = [data[:2]]
-    exif, xmp = b"", b""
-    place, scans, pixels, header = 2, 0, 0, 0
-    end, cut = len(data), True
-    while match := _MARKER.search(data, place):
-        marker, start, following = data[match.end() - 1], match.start(), match.end()
-        if marker == 0xD9:
-            end, cut = following, False
-            break
-        place = following + int.from_bytes(data[following : following + 2], "big")
-        if place < following + 2 or place > len(data):
-            end = start  # the file ends within what describes the next scan
-            break
-        segment = data[following + 2 : place]
-        if marker == 0xDA:
-            header, scans = header or start, scans + 1
-            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
-                raise TrimError(
-                    f"is a JPEG of more than {scans - 1} scans over {pixels:,} pixels, "
-                    f"made to take for ever: encoders write about ten"
-                )
-            continue
-        if marker in _FRAMES:
-            pixels = max(pixels, int.from_bytes(segment[1:3], "big") * int.from_bytes(segment[3:5], "big"))
-        if scans:
-            continue
-        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
-            exif = exif or segment
-        elif marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-            xmp = xmp or segment
-        begin, least = _KEPT_SEGMENTS.get(marker, (b"", 0))
-        is_metadata = (0xE0 <= marker <= 0xEF or marker == 0xFE) and not least
-        if not is_metadata and segment.startswith(begin) and len(segment) >= least:
-            kept.append(data[start:place])
-    if not scans:
-        return None
-    kept.append(memoryview(data)[header:end])
-    return Trimmed(b"".join(kept), orientation_in(exif, xmp), cut)
-
-
-# PNG
-
-_PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-
-_XMP, _RAW_PROFILES = b"XML:com.adobe.xmp", (b"Raw profile type exif", b"Raw profile type APP1")
-"""Names of the texts in which an orientation may stand; the second is ImageMagick's way to keep EXIF."""
-
-
-def _png(data: bytes) -> Trimmed | None:
-    kept, place, parts, kind = [data[:8]], 8, 0, b""
-    texts: dict[bytes, bytes] = {}
-    while place + 8 <= len(data) and kind != b"IEND":
-        length, kind = struct.unpack_from(">I4s", data, place)
-        start, place, parts = place, place + 12 + length, parts + 1
-        if parts > MAX_PARTS:
-            raise TrimError(f"is a PNG of more than {MAX_PARTS:,} chunks, made to take for ever")
-        if kind in _PNG_KEPT:
-            kept.append(data[start:place])
-        elif not (kind[0] & 0x20 and kind.isalpha()):
-            return None  # a chunk that may not be left out, or none at all
-        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-            content = data[start + 8 : min(place - 4, start + 8 + MAX_TEXT)]
-            name, text = (kind, content) if kind == b"eXIf" else content.partition(b"\0")[::2]
-            if name in (b"eXIf", _XMP, *_RAW_PROFILES) and name not in texts:
-                texts[name] = _unpacked(kind, text)
-    profile = next((texts[name] for name in _RAW_PROFILES if name in texts), b"")
-    try:  # a heading of three lines, then hexadecimal digits
-        profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
-    except ValueError:
-        profile = b""
-    return Trimmed(b"".join(kept), orientation_in(texts.get(b"eXIf") or profile, texts.get(_XMP)))
-
-
-def _unpacked(kind: bytes, text: bytes) -> bytes:
-    """What follows a text's name in its chunk, as much of it as an orientation may stand in; b"" where broken."""
-    is_packed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
-    if kind == b"iTXt":
-        text = text[2:].split(b"\0", 2)[-1]
-    elif is_packed:
-        text = text[1:]
-    try:
-        return zlib.decompressobj().decompress(text, MAX_TEXT) if is_packed else text
-    except zlib.error:
-        return b""
-
-
-# TIFF
+# TIFF, whose table of tags EXIF has, too
 
 _TIFF_KEPT = {
     *(256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 290, 291, 292, 293, 317, 320, 322, 323, 324, 325, 332),
@@ -204,64 +87,161 @@ _TIFF_RAW = {50706: "DNG", 37398: "TIFF/EP"}
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
-def _tiff(data: bytes) -> Trimmed | None:
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
-    is_big = 43 in data[2:4]  # BigTIFF, whose numbers have 8 bytes
-    sign, header = "<" if order == "little" else ">", 8 if is_big else 4
-    offset, counter, entry = (sign + layout for layout in (("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")))
-    if data[8:10] == b"CR" and not is_big:
-        raise TrimError(RAW.format("CR2"))
-    (place,) = struct.unpack_from(offset, data, header)
-    (count,) = struct.unpack_from(counter, data, place)
-    if count > 65536:
-        return None
-    first, size = place + struct.calcsize(counter), struct.calcsize(entry)
-    kept: list[bytes] = []
-    values: dict[int, int] = {}
-    total, xmp = 0, b""
-    for start in range(first, first + count * size, size):
-        tag, kind, number, raw = struct.unpack_from(entry, data, start)
+@dataclass(frozen=True)
+class _Tag:
+    """A tag of a TIFF: its `value`, or where in the file so many values are, each of `width` bytes."""
+
+    number: int
+    value: int
+    count: int
+    width: int
+    entry: bytes
+
+
+def _header(data: bytes) -> tuple[Literal["little", "big"], int, int]:
+    """The order of a TIFF's bytes, how many an offset has, and how many the number of tags; more in a BigTIFF."""
+    return "little" if data[:2] == b"II" else "big", *((8, 8) if 43 in data[2:4] else (4, 2))
+
+
+def _tags(data: bytes) -> Iterator[_Tag]:
+    """The tags of a TIFF's first image, as far as the file goes."""
+    order, wide, counter = _header(data)
+
+    def number(position: int, length: int = wide) -> int:
+        return int.from_bytes(data[position : position + length], order)
+
+    first, size = number(wide) + counter, 4 + 2 * wide
+    end = first + size * min(number(first - counter, counter), MAX_TAGS)
+    for entry in range(first, min(end, len(data) - size + 1), size):
+        width, count = _TYPE_BYTES.get(number(entry + 2, 2), 1), number(entry + 4)
         # A single short value stands at the left, in either order; what is longer stands elsewhere, at this offset.
-        value = int.from_bytes(raw[: _TYPE_BYTES[kind]] if kind in (1, 3) and number == 1 else raw, order)
-        values.setdefault(tag, value)
-        if tag == 700:
-            xmp = data[value : value + min(number, MAX_TEXT)]
-        if tag in _TIFF_KEPT:
-            total += number * _TYPE_BYTES.get(kind, 1)
-            if number > MAX_PARTS and tag in (273, 279, 324, 325):
-                raise TrimError(f"is a TIFF of {number:,} strips or tiles, made to take for ever")
-            kept.append(data[start : start + size])
-    for tag, name in _TIFF_RAW.items():
-        if tag in values:
-            raise TrimError(RAW.format(name))
-    if values.get(262) in (32803, 34892) or (values.get(254, 0) & 1 and 330 in values):
-        raise TrimError(RAW.format("with a thumbnail first, as NEF, ARW and PEF have it"))
-    if total > len(data):
-        raise TrimError(f"is a broken TIFF: its tags claim {total:,} bytes of a file of {len(data):,}")
+        value = number(entry + 4 + wide, min(width, wide) if count == 1 else wide)
+        yield _Tag(number(entry, 2), value, count, width, data[entry : entry + size])
+
+
+def _tiff(data: bytes) -> Trimmed:
+    order, wide, counter = _header(data)
+    tags = list(_tags(data))
+    values = {tag.number: tag.value for tag in reversed(tags)}
+    raw = next((name for number, name in _TIFF_RAW.items() if number in values), "")
+    if data[8:10] == b"CR" and wide == 4:
+        raw = "CR2"
+    elif values.get(262) in (32803, 34892) or (values.get(254, 0) & 1 and 330 in values):
+        raw = raw or "with a thumbnail first, as NEF, ARW and PEF have it"
+    if raw:
+        raise ValueError(RAW.format(raw))
+    kept = [tag for tag in tags if tag.number in _TIFF_KEPT]
+    parts = max((tag.count for tag in kept if tag.number in (273, 279, 324, 325)), default=0)
+    if parts > MAX_PARTS:
+        raise ValueError(f"is a TIFF of {parts:,} strips or tiles, made to take for ever")
+    if (total := sum(tag.count * tag.width for tag in kept)) > len(data):
+        raise ValueError(f"is a broken TIFF: its tags claim {total:,} bytes of a file of {len(data):,}")
     # The tags that stay, in a table of their own behind everything else; no further image follows it.
-    body = data[:header] + struct.pack(offset, len(data) + len(data) % 2) + data[header + struct.calcsize(offset) :]
-    table = struct.pack(counter, len(kept)) + b"".join(kept) + struct.pack(offset, 0)
+    padding = bytes(len(data) % 2)
+    new = [(len(data) + len(padding)).to_bytes(wide, order), data[2 * wide :], padding]
+    new += [len(kept).to_bytes(counter, order), *(tag.entry for tag in kept), bytes(wide)]
+    xmp = next((data[tag.value : tag.value + min(tag.count, MAX_TEXT)] for tag in tags if tag.number == 700), b"")
     orientation = values.get(ORIENTATION) or orientation_in(None, xmp)
-    return Trimmed(body + b"\0" * (len(body) % 2) + table, orientation if 1 <= orientation <= 8 else 1)
+    return Trimmed(data[:wide] + b"".join(new), orientation if 1 <= orientation <= 8 else 1)
 
 
-TRIMS: dict[bytes, Callable[[bytes], Trimmed | None]] = {
+# JPEG
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # neither a stuffed zero nor one that stands alone, as a restart
+
+_COLOURS = (b"JFIF\0", b"Adobe")
+"""How the segments start that say what the colours are, in 12 bytes or more; other APPn and comments are metadata."""
+
+
+def _jpeg(data: bytes) -> Trimmed:
+    kept = [data[:2]]
+    exif, xmp = b"", b""
+    position, header, scans = 2, 0, 0
+    end, ends_early = len(data), True
+    while match := _MARKER.search(data, position):
+        marker, start, following = data[match.end() - 1], match.start(), match.end()
+        if marker == 0xD9:
+            end, ends_early = following, False
+            break
+        position = following + int.from_bytes(data[following : following + 2], "big")
+        if position < following + 2 or position > len(data):
+            end = start  # the file ends within what describes the next scan
+            break
+        if marker == 0xDA:
+            header, scans = header or start, scans + 1
+            if scans > MAX_SCANS:
+                raise ValueError(
+                    f"is a JPEG of more than {MAX_SCANS} scans, made to take for ever: encoders write about ten"
+                )
+        if scans:
+            continue
+        segment = data[following + 2 : position]
+        if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
+            exif = exif or segment
+        elif marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+            xmp = xmp or segment
+        is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        if not is_metadata or (segment.startswith(_COLOURS) and len(segment) >= 12):
+            kept.append(data[start:position])
+    if not scans:
+        return Trimmed(data)
+    return Trimmed(b"".join([*kept, memoryview(data)[header:end]]), orientation_in(exif, xmp), ends_early)
+
+
+# PNG
+
+_PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+
+_XMP, _PROFILES = b"XML:com.adobe.xmp", (b"Raw profile type exif", b"Raw profile type APP1")
+"""Names of the texts in which an orientation may stand; the second is ImageMagick's way to keep EXIF."""
+
+
+def _png(data: bytes) -> Trimmed:
+    kept, position, parts, kind = [data[:8]], 8, 0, b""
+    texts: dict[bytes, bytes] = {}
+    while position + 8 <= len(data) and kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, position)
+        start, position, parts = position, position + 12 + length, parts + 1
+        if parts > MAX_PARTS:
+            raise ValueError(f"is a PNG of more than {MAX_PARTS:,} chunks, made to take for ever")
+        if kind in _PNG_KEPT:
+            kept.append(data[start:position])
+        elif not (kind[0] & 0x20 and kind.isalpha()):
+            return Trimmed(data)  # a chunk that may not be left out, or none at all
+        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            content = data[start + 8 : min(position - 4, start + 8 + MAX_TEXT)]
+            name, text = (kind, content) if kind == b"eXIf" else content.partition(b"\0")[::2]
+            if name in (kind, _XMP, *_PROFILES) and name not in texts:
+                texts[name] = _unpacked(text)
+    profile = next((texts[name] for name in _PROFILES if name in texts), b"")
+    try:  # a heading of three lines, then hexadecimal digits
+        profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
+    except ValueError:
+        profile = b""
+    return Trimmed(b"".join(kept), orientation_in(texts.get(b"eXIf") or profile, texts.get(_XMP)))
+
+
+def _unpacked(text: bytes) -> bytes:
+    """What follows a text's name in its chunk, as much of it as an orientation may stand in."""
+    try:
+        return zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)  # behind flags and an empty language
+    except zlib.error:
+        return text
+
+
+TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {
     b"\xff\xd8\xff": _jpeg,
     b"\x89PNG\r\n\x1a\n": _png,
-    b"II*\0": _tiff,
-    b"MM\0*": _tiff,
-    b"II+\0": _tiff,
-    b"MM\0+": _tiff,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _tiff),
 }
 """How a file starts -> what trims it."""
 
-RAW_STARTS = {
-    b"ftypcrx ": "CR3",
-    b"FUJIFILMCCD-RAW": "RAF",
-    b"IIRO": "ORF",
-    b"IIRS": "ORF",
-    b"MMOR": "ORF",
-    b"IIU\0": "RW2",
-    b"FOVb": "X3F",
+REFUSED = {
+    b"ftypcrx ": RAW.format("CR3"),
+    b"FUJIFILMCCD-RAW": RAW.format("RAF"),
+    **dict.fromkeys((b"IIRO", b"IIRS", b"MMOR"), RAW.format("ORF")),
+    b"IIU\0": RAW.format("RW2"),
+    b"FOVb": RAW.format("X3F"),
+    **dict.fromkeys((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"), JXL),
 }
-"""How raw photographs that are no TIFF start, at byte 0 or 4."""
+"""How files that Pillow does not read start -> what is wrong with them."""

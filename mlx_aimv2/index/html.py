@@ -26,7 +26,7 @@ THUMBNAIL = 480
 
 QUALITY = 82
 
-FAST = Policy(decode="fast", truncated="accept")
+FAST = Policy(decode="fast")
 """For a thumbnail, what is there of an image is enough."""
 
 PAGE = Path(__file__).parent / "search_page.html"

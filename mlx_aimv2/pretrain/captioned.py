@@ -21,7 +21,8 @@ from typing import Protocol
 import numpy as np
 
 from mlx_aimv2.files import expand_user
-from mlx_aimv2.images.find import Scan, has_suffix, is_junk
+from mlx_aimv2.images.exclude import is_junk
+from mlx_aimv2.images.find import Scan, has_suffix
 from mlx_aimv2.learn.metadata import METADATA, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError
 

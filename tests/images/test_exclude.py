@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_aimv2.images.find import EXCLUDED_FOLDERS, Rules
+from mlx_aimv2.images.exclude import EXCLUDED_FOLDERS, Rules
 
 
 def excluded(path: str, *patterns: str, is_folder: bool = False, include: tuple[str, ...] = ()) -> bool:
@@ -71,5 +71,5 @@ def test_what_is_no_pattern_is_refused_in_one_line(pattern, flag):
 
 @pytest.mark.parametrize("pattern", ["", "/", "//", "!", " "])
 def test_an_empty_pattern_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"--exclude .* is an empty pattern: give one such as"):
+    with pytest.raises(ValueError, match=r"--exclude .* is no pattern: give one such as"):
         Rules((pattern,))

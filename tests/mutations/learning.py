@@ -289,8 +289,8 @@ LEARNING = (
     ),
     Mutation(
         "predictions of a.jpg and a.png are one file",
-        "casefold()] > 1 for file",
-        "casefold()] > 9 for file",
+        "casefold()] > 1 else stem",
+        "casefold()] > 9 else stem",
         PREDICTIONS,
     ),
     Mutation(

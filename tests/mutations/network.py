@@ -210,7 +210,12 @@ NETWORK = (
         "(image.height - height) // 2 + 1, (image.width - width) // 2",
         PIXELS,
     ),
-    Mutation("the longest edge is resized, not the shortest", "if width <= height:", "if width > height:", PIXELS),
+    Mutation(
+        "the longest edge is resized, not the shortest",
+        "shortest = min(width, height)",
+        "shortest = max(width, height)",
+        PIXELS,
+    ),
     Mutation(
         "colours are in the order blue, green, red",
         "        return np.asarray(image)\n",
