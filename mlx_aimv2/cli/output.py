@@ -109,7 +109,7 @@ def progress(unit: str) -> Iterator[Progress]:
     """Gives what shows the progress of a run. Within it the first ten notes are written, the others counted."""
     count, shown = 0, Progress(unit)
 
-    def note(message: Warning | str, *_: object, **__: object) -> None:
+    def counted(message: Warning | str, *_: object, **__: object) -> None:
         nonlocal count
         count += 1
         if count <= NOTES:
@@ -117,7 +117,7 @@ def progress(unit: str) -> Iterator[Progress]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = note
+        warnings.showwarning = counted
         try:
             yield shown
         finally:
