@@ -30,9 +30,8 @@ from PIL import Image
 
 from mlx_aimv2.backend import device
 from mlx_aimv2.bundled import ASSETS
-from mlx_aimv2.embed.encode import embed_chunks
+from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, ahead, images_at_once, split_into_chunks
-from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.embed.update import Plan, Update
 from mlx_aimv2.images.find import list_images
 from mlx_aimv2.index.writer import IndexWriter

@@ -111,7 +111,7 @@ def update_index(
 def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: Settings) -> Summary | None:
     prepared = ranks.first(lambda: job.prepare(paths, given))
     settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-    embedder = Embedder.load(settings, decode=job.options.policy.decode)
+    embedder = Embedder.load(settings, job.options.policy)
     if plan.chunks and ranks.rank == 0 and is_slow_here(embedder.loaded.model.dtype):
         job.report(
             f"note: MLX computes {dtype_name(embedder.loaded.model.dtype)} slowly on a CPU; --dtype auto takes float32"
@@ -120,9 +120,8 @@ def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: Settings) -> Summ
     if digest != embedder.description["weights"]["digest"]:
         raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
     update = Update(plan, job.index, lambda: job.create(embedder.description, embedder.pooling.axes))
-    threads, policy = job.options.threads, job.options.policy
     try:
-        for mine in embedder(my_chunks(plan.chunks, ranks), policy=policy, known=plan.known, threads=threads):
+        for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=job.options.threads):
             for result in ranks.gather(mine):
                 if ranks.rank == 0:
                     job.take(result, update)

@@ -8,24 +8,17 @@ digest of values from all tensors, which is the same only for the same weights i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_aimv2 import __version__
 from mlx_aimv2.index.reader import Index, damaged
-from mlx_aimv2.loading import AnyModel, Loaded
-
-if TYPE_CHECKING:
-    from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.loading import AnyModel
 
 Description = dict[str, Any]
 
@@ -55,30 +48,6 @@ SAMPLES = 4
 
 TOLERANCE = 2.0**-8
 """Twice what rounding to bfloat16 can change."""
-
-
-def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int, decode: str = "fast") -> Description:
-    """Everything that decides what an embedding is: `-> dictionary for JSON`.
-
-    How JPEGs are decoded (`decode`) is recorded and never compared: it changes features less than float16 does.
-    """
-    model, processor = loaded.model, loaded.processor
-    is_native = model.vision.config.num_patches is None
-    return {
-        **loaded.origin,
-        "pool": pooling.pool,
-        "layer": pooling.layer,
-        "norm": pooling.norm,
-        "width": pooling.width(model),
-        "preprocessing": json.loads(json.dumps(asdict(processor.preprocessing))),
-        "max_patches": max_patches if is_native else None,
-        "decode": decode,
-        "weights": fingerprint(model),
-        "versions": {
-            "mlx-aimv2": __version__,
-            **{name: metadata.version(name) for name in ("mlx", "numpy", "pillow")},
-        },
-    }
 
 
 def made_by(index: Index) -> Description:

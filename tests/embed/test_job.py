@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2.cli.main import main
+from mlx_aimv2.embed.encode import Pooling
 from mlx_aimv2.embed.loader import CHUNK
-from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.index.reader import Index
 from tests.image_files import image
 
