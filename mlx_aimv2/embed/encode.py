@@ -80,11 +80,6 @@ class Pooling:
             raise ValueError(f"this checkpoint has hidden states {-states} to {states - 1}, got layer {layer}")
         return cls(pool, layer, norm)
 
-    @property
-    def axes(self) -> int:
-        """1 for one vector an image, 2 for tokens, 3 for a map."""
-        return POOLS[self.pool]
-
     def width(self, model: nn.Module) -> int:
         """D or E, the length of each vector."""
         hidden = model.vision.config.hidden_size
