@@ -115,14 +115,13 @@ class IndexWriter(Index):
         return (*stamp, length, rows, columns), stored.tobytes()
 
     def _copied(self, copy: Copy) -> Row:
-        identity, *shape, block = self._place(copy.source)
-        ((sha256,),) = self._all("SELECT sha256 FROM images WHERE id = ?", identity)
+        _, _, sha256, identity, *shape, block = self._columns(copy.source)
         stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
         return (*stamp, *shape), self._stored(identity, block)
 
     def _move(self, move: Copy) -> None:
         if move.source != move.path:
-            self._place(move.source)  # raises KeyError before the target's entry is removed
+            self._columns(move.source)  # raises KeyError before the target's entry is removed
             self._remove([os.fsencode(move.path)])
         values = (os.fsencode(move.path), move.size, move.mtime_ns, os.fsencode(move.source))
         self._db.execute("UPDATE images SET path = ?, size = ?, mtime_ns = ? WHERE path = ?", values)
