@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 FAST = Policy(decode="fast")
 
+EXAMPLE = "apple/aimv2-large-patch14-224-lit"
+"""A checkpoint whose index can be searched by images and by words."""
+
 OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
 
@@ -270,6 +273,8 @@ def raise_failure(path: str, reason: str) -> None:
 def image_path(query: str) -> str | None:
     """The absolute path of a query that is an image, None for one that is text. Raises ValueError or OSError."""
     path = expand_user(query)
+    if "://" in query:
+        raise ValueError(f"{query} is a URL: download it first")
     if path.is_file():
         return os.path.normpath(path.absolute())
     if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
@@ -305,8 +310,8 @@ def query_vector(
     if image is None and made["pool"] != "head":
         what = "a folder" if expand_user(text).is_dir() else "no image"
         raise ValueError(
-            f"{text} is {what}, and {index.path} holds {made['pool']} embeddings of images, which "
-            "a text cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"
+            f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by words: "
+            f"give an image, or embed with -m {EXAMPLE}"
         )
     try:
         embedder = Embedder.load(Settings(model, revision).filled(made), policy)

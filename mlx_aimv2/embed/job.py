@@ -20,7 +20,7 @@ from typing import Any
 from mlx_aimv2.backend.device import is_slow_here
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
-from mlx_aimv2.embed.encode import FAST, POOLS, Embedder, Result, Settings
+from mlx_aimv2.embed.encode import EXAMPLE, FAST, POOLS, Embedder, Result, Settings
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.files import stat_of
@@ -33,12 +33,6 @@ from mlx_aimv2.index.writer import Copy, IndexWriter
 COMMIT_SECONDS = 0.5
 COMMIT_IMAGES = 1024
 """Work is put on disk when it is this old or this much, at the end of a chunk."""
-
-Report = Callable[[str], None]
-"""Takes a sentence about an image that failed or a folder without images."""
-
-OnProgress = Callable[[int, int], None]
-"""Takes how many images are done and how many there are to do."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +178,17 @@ def update_index(
     settings: Settings,
     options: Options,
     *,
-    report: Report = warnings.warn,
-    on_progress: OnProgress = lambda done, total: None,
+    report: Callable[[str], None] = warnings.warn,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary | None:
     """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
 
     A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. `-` among the
     paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
 
-    Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Images that fail go to `report`, notes
-    are warnings. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
+    Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
+    folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done and how many
+    there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
     was done until then is kept.
     """
     for name, count in (("--threads", options.threads), ("--max-patches", settings.max_patches)):
@@ -235,8 +230,8 @@ class _Job:
     output: Path
     options: Options
     ranks: Ranks
-    report: Report
-    on_progress: OnProgress
+    report: Callable[[str], None]
+    on_progress: Callable[[int, int], None]
     index: IndexWriter | None = None
     plan: Plan = field(default_factory=Plan)
     summary: Summary = field(default_factory=Summary)
@@ -282,7 +277,7 @@ class _Job:
         """The given settings and, where they say nothing, those of the index."""
         if self.index is None:
             if given.model is None:
-                raise ValueError(f"{self.output} does not exist yet: say with which model to make it, -m MODEL")
+                raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {EXAMPLE}")
             return given
         stored = made_by(self.index)
         if self.options.store not in (None, self.index.dtype):

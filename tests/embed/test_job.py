@@ -65,7 +65,7 @@ def test_all_failed_is_no_success_and_makes_no_file(tmp_path, embed_command):
 @pytest.mark.parametrize(
     ("arguments", "model", "message"),
     [
-        (["in"], None, "say with which model"),
+        (["in"], None, "choose a model, for example -m "),
         (["in", "--threads", "0"], "fixed", "--threads must be at least 1"),
         (["in", "--max-patches", "0"], "native", "--max-patches must be at least 1"),
         (["in", "--pool", "head"], "fixed", "no pooling head"),
