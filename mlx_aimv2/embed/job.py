@@ -188,8 +188,8 @@ def update_index(
 
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
     folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done and how many
-    there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
-    was done until then is kept.
+    there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone;
+    what was done until then is kept.
     """
     for name, count in (("--threads", options.threads), ("--max-patches", settings.max_patches)):
         if count is not None and count < 1:
