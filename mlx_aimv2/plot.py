@@ -136,14 +136,12 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
     return image
 
 
-def seen(
-    pixels: NDArray[Any], *, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float = 255
-) -> Image.Image:
+def seen(pixels: NDArray[Any], *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
     """What the model saw, `(H, W, 3) normalised pixels -> image`, by undoing the processor's last steps."""
     values = np.asarray(pixels, np.float64)
     if mean is not None and std is not None:
         values = values * np.asarray(std) + np.asarray(mean)
-    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.rint(values * 255).clip(0, 255).astype(np.uint8))
 
 
 def overlay(image: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:

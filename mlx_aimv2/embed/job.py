@@ -27,7 +27,7 @@ from mlx_aimv2.files import stat_of
 from mlx_aimv2.images import Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
-from mlx_aimv2.index.reader import Embedding, Index, Stamp, is_empty
+from mlx_aimv2.index.reader import Embedding, Index, Stamp, is_free
 from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
@@ -258,7 +258,7 @@ class _Job:
 
     def _check_output(self) -> None:
         folder = self.output.absolute().parent
-        if self.output.exists() and (self.output.is_dir() or not is_empty(self.output)):
+        if not is_free(self.output):
             self.index = IndexWriter.open(self.output)
             if not os.access(self.output, os.W_OK):
                 raise PermissionError(f"{self.output} cannot be written to")

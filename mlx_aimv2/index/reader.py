@@ -68,9 +68,6 @@ OF_SQLITE = ("sqlite_sequence", "sqlite_stat1", "sqlite_stat4")
 
 AnyIndex = TypeVar("AnyIndex", bound="Index")
 
-SQLITE = b"SQLite format 3\0"
-"""How every database of SQLite starts."""
-
 STORED = ("float16", "float32")
 """Names of the dtypes that vectors may have in the file."""
 
@@ -150,7 +147,7 @@ class Index:
             raise IsADirectoryError(f"{path} is a folder, not an index of images")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
-        if is_empty(path):
+        if is_free(path):
             raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
         db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
@@ -342,24 +339,13 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
             timeout=BUSY_SECONDS,
             check_same_thread=False,  # `Index` has a lock
         )
-        db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from a stranger's file
+        db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from an untrusted file
         return db
 
 
-def is_empty(path: Path) -> bool:
-    """Whether a file holds nothing, or no more than a database without tables, as one whose making broke off."""
-    if not path.is_file() or not path.stat().st_size:
-        return True
-    with path.open("rb") as file:
-        if file.read(len(SQLITE)) != SQLITE:
-            return False
-    db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")  # which plays a journal back
-    try:
-        with plain_errors(path):
-            count: int = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            return count == 0 and db.execute("PRAGMA application_id").fetchone()[0] == 0
-    finally:
-        db.close()
+def is_free(path: Path) -> bool:
+    """Whether an index can be made there: nothing has the name, or an empty file."""
+    return not path.exists() or (path.is_file() and not path.stat().st_size)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_empty, plain_errors
+from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_free, plain_errors
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
@@ -59,7 +59,7 @@ class IndexWriter(Index):
             raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         if axes not in AXES:
             raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
-        if path.is_dir() or not is_empty(path):
+        if not is_free(path):
             raise FileExistsError(f"{path} already exists: open it, or choose another name")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
         with temporary_folder(path) as beside:
@@ -71,7 +71,7 @@ class IndexWriter(Index):
                     db.execute("COMMIT")
             finally:
                 db.close()
-            if not is_empty(path):  # somebody made it meanwhile
+            if not is_free(path):  # somebody made it meanwhile
                 raise FileExistsError(f"{path} already exists: open it, or choose another name")
             (beside / "index").replace(path)
         return cls.open(path)
