@@ -198,12 +198,12 @@ class Index:
         return self._restored(*self._columns(path)[3:])
 
     def embeddings(self) -> Iterator[Embedding]:
-        """All images with their embeddings, sorted by the paths' bytes, without those that go meanwhile."""
+        """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one goes meanwhile."""
         for path in self.paths():
             try:
                 row = self._columns(path)
             except KeyError:
-                continue
+                raise OSError(f"{self.path} was changed while it was read: run it again") from None
             stamp = self._stamp(path, row[:3])
             yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self._restored(*row[3:]))
 
