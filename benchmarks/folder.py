@@ -30,11 +30,11 @@ from PIL import Image
 
 from mlx_aimv2.backend import device
 from mlx_aimv2.bundled import ASSETS
-from mlx_aimv2.embed.encode import embed_chunks
+from mlx_aimv2.embed.encode import Pooling, embed_chunks
+from mlx_aimv2.embed.job import COMMIT_IMAGES
 from mlx_aimv2.embed.loader import Decoder, ahead, images_at_once, split_into_chunks
-from mlx_aimv2.embed.pooling import Pooling
-from mlx_aimv2.embed.update import Plan, Update
 from mlx_aimv2.images.find import list_images
+from mlx_aimv2.index import Embedding
 from mlx_aimv2.index.writer import IndexWriter
 from mlx_aimv2.loading import load
 
@@ -107,20 +107,17 @@ def _encode(work: Callable[[mx.array], mx.array], batches: list[mx.array]) -> di
 
 def _embed(chunks, model, processor, pooling, threads) -> dict[str, float]:  # type: ignore[no-untyped-def]
     memory: dict[str, float] = {}
-    done = 0
+    pending: list[Embedding] = []
     with tempfile.TemporaryDirectory() as temporary:
-
-        def create() -> IndexWriter:
-            target = Path(temporary) / "images.db"
-            return IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16")
-
-        update = Update(Plan(chunks=chunks), None, create)
-        for result in embed_chunks(chunks, Decoder(processor), model, pooling, threads=threads):
-            update.take(result.embeddings)
-            done += len(result.embeddings)
-            if done >= 1000:
-                memory.setdefault("MB after 1,000", resident())
-        update.finish()
+        target = Path(temporary) / "images.db"
+        with IndexWriter.create(target, provenance={}, width=pooling.width(model), dtype="float16") as index:
+            for result in embed_chunks(chunks, Decoder(processor), model, pooling, threads=threads):
+                pending += result.embeddings
+                if len(pending) >= COMMIT_IMAGES:
+                    index.add(pending)
+                    pending = []
+                    memory.setdefault("MB after 1,000", resident())
+            index.add(pending)
         return memory | {"MB at the end": resident()}
 
 

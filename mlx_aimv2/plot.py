@@ -8,15 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mlx_aimv2.learn.metrics import IGNORED
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -127,8 +125,6 @@ def heat(values: NDArray[Any]) -> NDArray[Any]:
 
 def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> Image.Image:
     """A copy of an image with a white frame around one patch of its grid."""
-    from PIL import ImageDraw
-
     image = image.copy()
     high, wide = image.height / grid[0], image.width / grid[1]
     top, left = patch[0] * high, patch[1] * wide
@@ -140,22 +136,16 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
     return image
 
 
-def seen(
-    pixels: NDArray[Any], *, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float = 255
-) -> Image.Image:
+def seen(pixels: NDArray[Any], *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
     """What the model saw, `(H, W, 3) normalised pixels -> image`, by undoing the processor's last steps."""
-    from PIL import Image
-
     values = np.asarray(pixels, np.float64)
     if mean is not None and std is not None:
         values = values * np.asarray(std) + np.asarray(mean)
-    return Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.rint(values * 255).clip(0, 255).astype(np.uint8))
 
 
 def overlay(image: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:
     """A map laid over its image, at the image's size; `opacity` 1 hides the image."""
-    from PIL import Image
-
     laid = map_image.convert("RGB").resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image.convert("RGB"), laid, opacity)
 
@@ -173,16 +163,19 @@ def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int =
 
 def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
     """Images in a row as they are, their tops in line."""
-    places = np.cumsum([0, *(image.width + gap for image in images)])
-    size = (int(places[-1]) - gap, max(image.height for image in images))
-    return pasted(images, [(int(left), 0) for left in places[:-1]], size)
+    widths, heights = zip(*(image.size for image in images), strict=True)
+    canvas = Image.new("RGB", (sum(widths) + gap * (len(images) - 1), max(heights)), PAPER)
+    left = 0
+    for image in images:
+        canvas.paste(image, (left, 0))
+        left += image.width + gap
+    return canvas
 
 
 def below(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
     """Images in a column as they are, their left edges in line."""
-    places = np.cumsum([0, *(image.height + gap for image in images)])
-    size = (max(image.width for image in images), int(places[-1]) - gap)
-    return pasted(images, [(0, int(top)) for top in places[:-1]], size)
+    turned = [image.transpose(Image.Transpose.TRANSPOSE) for image in images]
+    return beside(turned, gap=gap).transpose(Image.Transpose.TRANSPOSE)
 
 
 def contact_sheet(
@@ -197,8 +190,6 @@ def contact_sheet(
 
     `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
     """
-    from PIL import Image, ImageDraw, ImageOps
-
     text = max(11, side // 8) if captions else 0
     step = (side + gap, side + gap + (text + 6 if captions else 0))
     columns = max(len(row) for row in rows)
@@ -208,11 +199,9 @@ def contact_sheet(
         for c, image in enumerate(row):
             left, top = gap + c * step[0], gap + r * step[1]
             fitted = ImageOps.contain(image.convert("RGB"), (side, side), sampling(image, side))
-            place = (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2)
-            canvas.paste(fitted, place)
             if frames and (colour := frames[r][c]):
-                edges = (place[0] - 3, place[1] - 3, place[0] + fitted.width + 2, place[1] + fitted.height + 2)
-                draw.rectangle(edges, outline=colour, width=3)
+                fitted = ImageOps.expand(fitted, 3, colour)
+            canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
                 draw.text((left + side / 2, top + side + 5), captions[r][c], INK, font(text), anchor="mt")
     return canvas
@@ -220,36 +209,30 @@ def contact_sheet(
 
 def font(size: int) -> Any:
     """Pillow's own font in `size` pixels."""
-    from PIL import ImageFont
-
     return ImageFont.load_default(size)
 
 
 @lru_cache
-def palette() -> bytes:
-    """The 256 colours of PASCAL VOC's masks, as every viewer of such masks knows them: bits of the class, shuffled.
+def palette() -> NDArray[Any]:
+    """The colours of PASCAL VOC's masks, as every viewer of such masks knows them: bits of the class, shuffled.
 
-    0 is black, 255 nearly white.
+    `-> (256, 3) uint8`; 0 is black, 255 nearly white.
     """
     steps = np.arange(8)[:, None]  # three bits of the class at a time give one bit of each channel, the highest first
     bits = np.arange(256)[:, None, None] >> (3 * steps + np.arange(3)) & 1
-    return (bits << (7 - steps)).sum(axis=1).astype(np.uint8).tobytes()
+    return (bits << (7 - steps)).sum(axis=1).astype(np.uint8)
 
 
 def palette_image(labels: NDArray[Any]) -> Image.Image:
     """Class numbers as a palette image whose values they are: `(H, W) uint8 -> image of mode P`."""
-    from PIL import Image
-
     image = Image.fromarray(labels.astype(np.uint8))
-    image.putpalette(palette())
+    image.putpalette(palette().tobytes())
     return image
 
 
 def class_colour(label: int) -> Colour:
     """The colour of a class in overlays: ten that are easy to tell apart, then the palette's."""
-    if label < len(CLASSES):
-        return CLASSES[label]
-    red, green, blue = palette()[3 * (label % 256) : 3 * (label % 256) + 3]
+    red, green, blue = CLASSES[label] if label < len(CLASSES) else palette()[label % 256].tolist()
     return red, green, blue
 
 
@@ -258,8 +241,6 @@ def with_mask(image: Image.Image, labels: NDArray[Any], classes: Sequence[str]) 
 
     A first class called background stays bare, as do pixels that nobody labelled.
     """
-    from PIL import Image
-
     bare = [IGNORED, *([0] if classes and classes[0].lower() in BACKGROUND else [])]
     laid, mask = _sized(image), Image.fromarray(labels.astype(np.uint8))
     mask = mask.resize(laid.size, Image.Resampling.NEAREST)
@@ -287,8 +268,6 @@ def with_boxes(
     scores: NDArray[Any] | None = None,
 ) -> Image.Image:
     """An image with frames around objects and their names, scores in percent: `image, (n, 4), (n,) -> image`."""
-    from PIL import ImageDraw
-
     laid = _sized(image)
     scale = laid.width / image.width
     draw = ImageDraw.Draw(laid)
@@ -304,8 +283,6 @@ def with_boxes(
 
 def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image:
     """The matrix as an image: rows are the labels, columns what was predicted, dark is often."""
-    from PIL import Image, ImageDraw
-
     shown = np.arange(len(classes))
     if len(classes) > MAX_CLASSES:
         mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
@@ -345,25 +322,12 @@ def _check_grid(tokens: NDArray[Any], grid: tuple[int, int]) -> None:
 
 def _squares(levels: NDArray[Any], cell: int) -> Image.Image:
     """`(rows, columns, 3)` from 0 to 1 -> an image whose squares are `cell` pixels wide."""
-    from PIL import Image
-
     image = Image.fromarray(np.rint(levels * 255).astype(np.uint8))
     return image.resize((image.width * cell, image.height * cell), Image.Resampling.NEAREST)
 
 
-def pasted(images: Sequence[Image.Image], places: Sequence[tuple[int, int]], size: tuple[int, int]) -> Image.Image:
-    from PIL import Image
-
-    canvas = Image.new("RGB", size, PAPER)
-    for image, place in zip(images, places, strict=True):
-        canvas.paste(image, place)
-    return canvas
-
-
 def sampling(image: Image.Image, side: int) -> Any:
     """Images are smoothed, but one that is enlarged a lot shows its pixels."""
-    from PIL import Image
-
     return Image.Resampling.NEAREST if 4 * max(image.size) <= side else Image.Resampling.LANCZOS
 
 
@@ -375,8 +339,6 @@ def _sized(image: Image.Image) -> Image.Image:
 
 
 def _name(image: Image.Image, place: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
-    from PIL import ImageDraw
-
     draw = ImageDraw.Draw(image)
     box = draw.textbbox(place, text, font=font(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)

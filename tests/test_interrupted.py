@@ -27,10 +27,8 @@ KILLS = 20
 DRIVER = """
 import sys, time
 from mlx_aimv2.cli.main import main
-from mlx_aimv2.embed import loader
-from mlx_aimv2.embed import update
-import mlx_aimv2.embed.encode, mlx_aimv2.embed.provenance, mlx_aimv2.index.writer
-update.COMMIT_SECONDS = 0
+from mlx_aimv2.embed import job, loader
+job.COMMIT_SECONDS = 0
 read = loader.read_image_file
 def slowly(path):
     time.sleep(0.003)

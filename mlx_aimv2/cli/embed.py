@@ -8,15 +8,7 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from mlx_aimv2.cli.flags import (
-    MAX_PATCHES,
-    MODEL,
-    REPEATED,
-    add_dtype,
-    add_policy_arguments,
-    add_revision,
-    policy_of,
-)
+from mlx_aimv2.cli.flags import MAX_PATCHES, MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import expand_user
 
@@ -33,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
     for name, words in (
-        ("--exclude", "pass over what matches: *.png, Trash/"),
-        ("--include", "take what matches though excluded, hidden or of another suffix"),
+        ("--exclude", "skip what matches: *.png, Trash/"),
+        ("--include", "include matching files even if excluded, hidden or with another suffix"),
     ):
         add(name, action="append", default=[], metavar="PATTERN", help=f"{words}; {REPEATED}")
-    add("--prune", action="store_true", help="forget images of these paths whose files are not there")
+    add("--prune", action="store_true", help="drop images from the index whose files under PATH are gone")
 
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
@@ -45,25 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(add)
 
     add = parser.add_argument_group("what is stored of an image").add_argument
-    add(
-        "--pool",
-        choices=POOLS,
-        metavar="NAME",
-        help="mean or head, or all: tokens, map (default: head if there is one, else mean)",
-    )
-    add(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="hidden state, as in transformers (default: the last, after the final norm)",
-    )
+    words = "mean or head, or all: tokens, map (default: head if there is one, else mean)"
+    add("--pool", choices=POOLS, metavar="NAME", help=words)
+    words = "hidden state, as in transformers (default: the last, after the final norm)"
+    add("--layer", type=int, metavar="N", help=words)
     add("--norm", action="store_true", help="with --layer: apply the final norm to it")
-    add(
-        "--store",
-        choices=("float16", "float32"),
-        metavar="NAME",
-        help="float16 or float32, of the vectors (default: float16)",
-    )
+    words = "float16 or float32, of the vectors (default: float16)"
+    add("--store", choices=("float16", "float32"), metavar="NAME", help=words)
 
     add = parser.add_argument_group("reading images").add_argument
     add("--max-patches", type=int, metavar="N", help=f"{MAX_PATCHES} (default: 4096)")
@@ -72,12 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
-    add(
-        "--export",
-        choices=EXPORTS,
-        metavar="NAME",
-        help="npz, safetensors or jsonl: write the vectors beside the index, too",
-    )
+    words = "npz, safetensors or jsonl: write the vectors beside the index, too"
+    add("--export", choices=EXPORTS, metavar="NAME", help=words)
     add("--overwrite", action="store_true", help="let --export replace any other file, but no image")
     add("--json", action="store_true", help="print the summary as JSON")
 
@@ -106,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     counts = asdict(summary)
     is_made, passed_over = counts.pop("is_made"), counts.pop("passed_over")
     if passed_over:
-        say(f"passed over: {counted(passed_over)}")
+        say(f"skipped: {counted(passed_over)}")
     if arguments.json:
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"index": str(output), **counts, "passed_over": passed_over, "seconds": seconds}))

@@ -5,31 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mlx_aimv2 import plot
 from mlx_aimv2.cli import flags
 from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show_progress
-from mlx_aimv2.embed.encode import FAST
-from mlx_aimv2.embed.loader import MAX_PATCHES
+from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder
 from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
-from mlx_aimv2.images import Policy
 from mlx_aimv2.images.find import list_images
+from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load
+from mlx_aimv2.model import Aimv2VisionModel
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from mlx_aimv2.images.processor import Aimv2Processor
-    from mlx_aimv2.model import Aimv2VisionModel
-
-HELP = "draw the features of images: a colour for each patch, or how alike patches are"
+HELP = "draw the features of images: a colour for each patch, or how similar patches are"
 
 EXAMPLE = "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12"
 
@@ -53,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("what is drawn").add_mutually_exclusive_group().add_argument
     add("--pca", action="store_true", help="three principal components as colours (the default)")
-    add("--patch", type=_patch, metavar="ROW,COL", help="how alike every patch is to this one; 0,0 is at the top left")
+    add(
+        "--patch", type=_patch, metavar="ROW,COL", help="how similar every patch is to this one; 0,0 is at the top left"
+    )
 
     add = parser.add_argument_group("reading images").add_argument
     add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{flags.MAX_PATCHES} (default: %(default)s)")
@@ -67,8 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
-    from PIL.PngImagePlugin import PngInfo
-
     if arguments.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
     policy = policy_of(arguments)
@@ -80,27 +77,25 @@ def run(arguments: argparse.Namespace) -> int:
         kind = "pca" if arguments.patch is None else "patch"
         targets = list(_targets(arguments.images, found.files, arguments.output, kind, overwrite=arguments.overwrite))
         model, processor = load(arguments.model, revision=arguments.revision)
+        decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
         mark.add_text("Software", SOFTWARE)
-        for file, target in zip(found.files, targets, strict=True):
+        for decoded, target in zip(map(decoder, found.files), targets, strict=True):
+            if decoded.note is not None:
+                warnings.warn(f"{decoded.path} {decoded.note}", stacklevel=1)
             try:
-                image, grid = draw(
-                    model.vision,
-                    processor,
-                    file,
-                    patch=arguments.patch,
-                    max_patches=arguments.max_patches,
-                    policy=policy,
-                )
-            except (ValueError, OSError) as error:
-                failed.append(str(error))
+                if decoded.levels is None:
+                    raise ValueError(decoded.failure)
+                image, grid = draw(model.vision, processor, decoded.levels, patch=arguments.patch)
+            except ValueError as error:
+                failed.append(f"{decoded.path} {error}")
                 continue
             finally:
                 mx.clear_cache()  # each size of a native image would keep buffers of its own
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target) as stream:
                 image.save(stream, "PNG", pnginfo=mark)
-            record = {"image": file, "map": str(target), "rows": grid[0], "columns": grid[1]}
+            record = {"image": decoded.path, "map": str(target), "rows": grid[0], "columns": grid[1]}
             show_progress(json.dumps(record) if arguments.json else str(target))
     for line in failed:
         say(line)
@@ -108,30 +103,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def draw(
-    model: Aimv2VisionModel,
-    processor: Aimv2Processor,
-    image: str,
-    *,
-    patch: tuple[int, int] | None,
-    max_patches: int | None = None,
-    policy: Policy = FAST,
+    model: Aimv2VisionModel, processor: Aimv2Processor, levels: Levels, *, patch: tuple[int, int] | None
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The image as the model saw it beside its map, and the grid: `image -> (image, (rows, columns))`."""
-    pixels = mx.array(processor.pixels(image, max_patches=max_patches, policy=policy)[None])
+    """An image as the model sees it beside its map, and the grid: `(H, W, 3) uint8 -> (image, (rows, columns))`.
+
+    ValueError goes on with a sentence that starts with the image's name.
+    """
+    pixels = processor.normalised(mx.array(levels[None]))
     rows, columns = grid = model.grid(pixels)
     if patch is not None and (patch[0] >= rows or patch[1] >= columns):
+        last = f"{rows - 1},{columns - 1}"
         raise ValueError(
-            f"{image} has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns "
-            f"is {rows - 1},{columns - 1}"
+            f"has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns is {last}"
         )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
     if not np.isfinite(tokens).all():
-        raise ValueError(f"{image} gets features that are not finite; is the checkpoint damaged?")
+        raise ValueError("gets features that are not finite; is the checkpoint damaged?")
     side, cell = model.config.patch_size, max(1, HEIGHT // rows)
-    steps = processor.preprocessing
-    scale = 1 / (steps.rescale_factor or 1)
-    seen = plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std, scale=scale)
-    seen = seen.crop((0, 0, columns * side, rows * side))  # the rest fills no patch: not seen
+    seen = Image.fromarray(levels[: rows * side, : columns * side])  # the rest fills no patch: not seen
     seen = plot.to_height(seen, rows * cell)
     if patch is None:
         both = [seen, plot.pca_map(tokens, grid, cell=cell)]

@@ -1,4 +1,4 @@
-"""`mlx-aimv2 search`: prints the images of an index that are most like an image, or fit a text best."""
+"""`mlx-aimv2 search`: prints the images of an index that are nearest to an example image or to words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show, typed
 
-HELP = "find the images of an index that are most like an image, or fit a text best"
+HELP = "find images in an index by an example image or by words"
 
 EXAMPLE = "photos.db cat.jpg -k 12 --html similar.html --open"
 
@@ -19,7 +19,7 @@ EXAMPLE = "photos.db cat.jpg -k 12 --html similar.html --open"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
-    add("index", type=Path, metavar="INDEX", help="what mlx-aimv2 embed wrote")
+    add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
     add("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
     add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the nearest images, best first."""
     from mlx_aimv2.embed.encode import image_path, query_vector
-    from mlx_aimv2.index.html import check_page, write_page
+    from mlx_aimv2.index.export import check_page, write_page
     from mlx_aimv2.index.reader import Index
 
     if arguments.top < 1:

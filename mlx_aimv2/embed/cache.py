@@ -17,7 +17,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -63,34 +63,25 @@ class KnownFiles:
 
     def look_up(self, paths: Sequence[str], *, decoded: bool = True) -> dict[str, Known]:
         """What is known of those files that are as they were, with `decoded` of those alone that were decoded."""
-        if not self.path.is_file():
-            return {}
+        query = "SELECT sha256, height, width, decoded FROM images WHERE path = ? AND size = ? AND mtime_ns = ?"
         known = {}
         try:
             with closing(self._connect()) as database:
                 for path in paths:
-                    about = _about(path)
-                    row = (
-                        about
-                        and database.execute(
-                            "SELECT sha256, height, width, decoded FROM images"
-                            " WHERE path = ? AND size = ? AND mtime_ns = ? AND decoded >= ?",
-                            (_key(path), *about, decoded),
-                        ).fetchone()
-                    )
-                    if row:
+                    row = (about := _about(path)) and database.execute(query, about).fetchone()
+                    if row and row[3] >= decoded:
                         known[path] = Known(bytes(row[0]), (row[1], row[2]), bool(row[3]))
         except sqlite3.Error:
-            return {}  # a cache that cannot be read is no cache
+            return {}  # a cache that is not there or cannot be read is no cache
         return known
 
     def remember(self, files: Iterable[tuple[str, Known]]) -> None:
         """Keeps what is known of files, pairs of path and Known, as far as the disk lets it."""
         settled = time.time_ns() - SETTLED_NS
         rows = [
-            (_key(path), *about, known.sha256, *known.size, known.decoded)
+            (*about, known.sha256, *known.size, known.decoded)
             for path, known in files
-            if (about := _about(path)) and about[1] < settled
+            if (about := _about(path)) and about[2] < settled
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +100,12 @@ class KnownFiles:
         return database
 
 
-def _key(path: str) -> bytes:
-    return os.fsencode(os.path.abspath(path))  # noqa: PTH100 - a Path would cost more than the look-up itself
-
-
-def _about(path: str) -> tuple[int, int] | None:
-    about = stat_of(path)
-    return None if about is None else (about.st_size, about.st_mtime_ns)
+def _about(path: str) -> tuple[bytes, int, int] | None:
+    """The name, size and time of change by which a file is known; None for one that is gone."""
+    if (about := stat_of(path)) is None:
+        return None
+    name = os.fsencode(os.path.abspath(path))  # noqa: PTH100 - a Path would cost more than the look-up itself
+    return name, about.st_size, about.st_mtime_ns
 
 
 class WithContent(Protocol):
@@ -125,12 +115,12 @@ class WithContent(Protocol):
     def sha256(self) -> bytes: ...
 
 
+@dataclass(frozen=True)
 class Features:
     """Features of images by their content, read as they are asked for: `features[sample.sha256]` is (D,) or (N, D)."""
 
-    def __init__(self, rows: Array, index: dict[bytes, int]) -> None:
-        self.rows = rows
-        self.index = index
+    rows: Array
+    index: dict[bytes, int]
 
     def __getitem__(self, key: bytes) -> Array:
         return self.rows[self.index[key]]

@@ -84,9 +84,7 @@ class Ranks:
 
     def each(self, number: int) -> list[int]:
         """A number of every rank, in the order of the ranks, on every rank."""
-        if self.group is None:
-            return [number]
-        numbers: Any = mx.distributed.all_gather(mx.array([number]), group=self.group).tolist()
+        numbers: Any = self.rows(mx.array([number])).tolist()
         return numbers
 
     def gather(self, result: Result) -> list[Result]:

@@ -1,24 +1,34 @@
 """Embeds many images as fast as they can be decoded or encoded, whichever takes longer: paths -> Embedding …
 
+    pixels (B, H, W, 3) -> (B, D) for `mean` and `head`, (B, N, D) for `tokens`, (B, h, w, D) for `map`
+
+AIMv2 has no CLS token. Without `layer` the last hidden state after the final norm is pooled. With `layer` it is the
+hidden state of that number as transformers counts them (0 is the patch embedding, -1 what the last block gives), as it
+is: no norm, unless `norm` asks for the model's final one. So `layer=-1, norm=True` is the same as no layer.
+
 An image or a text with which an index is searched becomes a vector here, too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 from numpy.typing import NDArray
 
-from mlx_aimv2.embed import provenance
+from mlx_aimv2 import __version__
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
-from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed.provenance import Description, differences, fingerprint, made_by
 from mlx_aimv2.files import expand_user
 from mlx_aimv2.images import Policy
 from mlx_aimv2.images.find import has_suffix, list_images
@@ -31,8 +41,70 @@ if TYPE_CHECKING:
 
 FAST = Policy(decode="fast")
 
+EXAMPLE = "apple/aimv2-large-patch14-224-lit"
+"""A checkpoint whose index can be searched by images and by words."""
+
 OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
+
+
+POOLS = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
+"""Name of a pooling -> axes of the result for one image.
+
+`mean` is the mean over the tokens, (D,); `head` the checkpoint's own attention head, in LiT projected to the space it
+shares with text, (E,); `tokens` every token, (N, D); `map` every token at its place, (rows, columns, D).
+"""
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How tokens become an embedding; `of` makes one that the model supports."""
+
+    pool: str
+    layer: int | None = None
+    norm: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, pool: str | None = None, *, layer: int | None = None, norm: bool = False) -> Pooling:
+        """Checks the settings against the model; without `pool` its head where it has one, else the mean."""
+        config = model.vision.config
+        if pool is None:
+            pool = "head" if config.use_head and layer is None else "mean"
+        if pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool}")
+        if pool == "head" and not config.use_head:
+            raise ValueError("this checkpoint has no pooling head: use mean, tokens or map (only LiT has a head)")
+        if pool == "head" and layer is not None:
+            raise ValueError("the pooling head reads the last layer: use mean, tokens or map with a layer")
+        if layer is None and norm:
+            raise ValueError("norm goes with a layer: without one the final norm is applied already")
+        states = config.num_hidden_layers + 1
+        if layer is not None and not -states <= layer < states:
+            raise ValueError(f"this checkpoint has hidden states {-states} to {states - 1}, got layer {layer}")
+        return cls(pool, layer, norm)
+
+    def width(self, model: nn.Module) -> int:
+        """D or E, the length of each vector."""
+        hidden = model.vision.config.hidden_size
+        return int(getattr(model.config, "projection_dim", hidden)) if self.pool == "head" else hidden
+
+    def __call__(self, model: nn.Module, pixels: mx.array) -> mx.array:
+        """Embeddings of a batch in float32, lazily: `(B, H, W, 3) -> (B, …)` as the pooling says."""
+        vision = model.vision
+        if self.pool == "head":
+            pooled = None if hasattr(model.config, "projection_dim") else vision(pixels).pooler_output
+            return (model.encode_image(pixels) if pooled is None else pooled).astype(mx.float32)
+        if self.layer is None:
+            tokens = vision(pixels).last_hidden_state
+        else:  # lazy: the blocks after the layer are never computed
+            tokens = vision(pixels, output_hidden_states=True).hidden_states[self.layer]
+            tokens = vision.norm(tokens) if self.norm else tokens
+        tokens = tokens.astype(mx.float32)
+        if self.pool == "mean":
+            return tokens.mean(axis=1)
+        if self.pool == "map":
+            return tokens.reshape(len(tokens), *vision.grid(pixels), -1)
+        return tokens
 
 
 def embed(
@@ -52,7 +124,7 @@ def embed(
 ) -> Iterator[Embedding]:
     """Embeds files, folders and patterns one image after another: `paths -> Embedding …`, sorted by name.
 
-    `pool`, `layer` and `norm` are explained in `pooling.py`. For native checkpoints, images of more than
+    `pool`, `layer` and `norm` are explained above. For native checkpoints, images of more than
     `max_patches` are scaled down in their shape, and below 112 patches a warning is given. An image that cannot be
     read raises ValueError, or is passed to `on_failure(path, reason)` and left out. `threads` decode, by default one
     for each core; `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
@@ -149,32 +221,47 @@ class Settings:
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model with its settings; `description` says of them what JSON holds and `provenance.differences` compares."""
+    """A model with its settings, which reads images by `policy`."""
 
     loaded: Loaded
     pooling: Pooling
-    max_patches: int
-    description: dict[str, Any]
+    max_patches: int = MAX_PATCHES
+    policy: Policy = FAST
 
     @classmethod
-    def load(cls, settings: Settings, *, decode: str = "fast") -> Embedder:
-        """Loads the checkpoint and records `decode`. Raises ValueError for settings that it cannot meet."""
+    def load(cls, settings: Settings, policy: Policy = FAST) -> Embedder:
+        """Loads the checkpoint. Raises ValueError for settings that it cannot meet."""
         loaded = read_source(settings.model or "", revision=settings.revision).load(dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
-        max_patches = settings.max_patches or MAX_PATCHES
-        description = provenance.describe(loaded, pooling, max_patches=max_patches, decode=decode)
-        return cls(loaded, pooling, max_patches, description)
+        return cls(loaded, pooling, settings.max_patches or MAX_PATCHES, policy)
+
+    @cached_property
+    def description(self) -> Description:
+        """Everything that decides what an embedding is, as JSON holds it and `provenance.differences` compares it.
+
+        How JPEGs are decoded is recorded and never compared: it changes features less than float16 does.
+        """
+        model = self.loaded.model
+        is_native = model.vision.config.num_patches is None
+        return {
+            **self.loaded.origin,
+            **asdict(self.pooling),
+            "width": self.pooling.width(model),
+            "preprocessing": json.loads(json.dumps(asdict(self.loaded.processor.preprocessing))),
+            "max_patches": self.max_patches if is_native else None,
+            "decode": self.policy.decode,
+            "weights": fingerprint(model),
+            "versions": {
+                "mlx-aimv2": __version__,
+                **{name: metadata.version(name) for name in ("mlx", "numpy", "pillow")},
+            },
+        }
 
     def __call__(
-        self,
-        chunks: Iterable[Sequence[str]],
-        *,
-        policy: Policy,
-        known: Known | None = None,
-        threads: int | None = None,
+        self, chunks: Iterable[Sequence[str]], *, known: Known | None = None, threads: int | None = None
     ) -> Iterator[Result]:
         """What becomes of each chunk's images."""
-        decoder = Decoder(self.loaded.processor, max_patches=self.max_patches, known=known, policy=policy)
+        decoder = Decoder(self.loaded.processor, max_patches=self.max_patches, known=known, policy=self.policy)
         return embed_chunks(chunks, decoder, self.loaded.model, self.pooling, threads=threads)
 
 
@@ -186,6 +273,8 @@ def raise_failure(path: str, reason: str) -> None:
 def image_path(query: str) -> str | None:
     """The absolute path of a query that is an image, None for one that is text. Raises ValueError or OSError."""
     path = expand_user(query)
+    if "://" in query:
+        raise ValueError(f"{query} is a URL: download it first")
     if path.is_file():
         return os.path.normpath(path.absolute())
     if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
@@ -217,35 +306,29 @@ def query_vector(
         if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
             return index.vector(image)
     index.check_search()
-    made = provenance.made_by(index)
+    made = made_by(index)
     if image is None and made["pool"] != "head":
         what = "a folder" if expand_user(text).is_dir() else "no image"
         raise ValueError(
-            f"{text} is {what}, and {index.path} holds {made['pool']} embeddings of images, which "
-            "a text cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"
+            f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by words: "
+            f"give an image, or embed with -m {EXAMPLE}"
         )
-    embedder = _embedder(index, made, model, revision)
+    try:
+        embedder = Embedder.load(Settings(model, revision).filled(made), policy)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
+    refused, notes = differences(made, embedder.description)
+    if refused:
+        raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
+    for note in notes:
+        warnings.warn(f"the same weights with another setting: {note}", stacklevel=1)
     if image is None:
         loaded = embedder.loaded
         return np.array(loaded.model.encode_text(loaded.processor.tokenize([text]))[0].tolist())
-    (result,) = embedder([[image]], policy=policy)
+    (result,) = embedder([[image]])
     for path, note in result.notes:
         warnings.warn(f"{path} {note}", stacklevel=2)
     for path, reason in result.failures:
         raise_failure(path, reason)
     vector: NDArray[Any] = result.embeddings[0].vector
     return vector
-
-
-def _embedder(index: Index, made: dict[str, Any], model: str | None, revision: str | None) -> Embedder:
-    """The model that made the index, or the given one if it gives the same vectors."""
-    try:
-        embedder = Embedder.load(Settings(model, revision).filled(made))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
-    refused, notes = provenance.differences(made, embedder.description)
-    if refused:
-        raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
-    for note in notes:
-        warnings.warn(f"the same weights with another setting: {note}", stacklevel=1)
-    return embedder

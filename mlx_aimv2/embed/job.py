@@ -1,54 +1,38 @@
-"""Brings an index up to date with the images that are there now: list, compare, embed, write, export."""
+"""Brings an index up to date with the images that are there now: list, compare, embed, write, export.
+
+What is new, changed or gone is planned first. Then chunks of embeddings go into the index whole, a few times a second,
+so that an interrupted run loses little. A file whose content the index has under its own or under a vanished name keeps
+its vector and is not decoded: where the old name is gone, wherever it was, the entry moves to the new one.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.backend.device import is_slow_here
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
-from mlx_aimv2.embed.encode import FAST, Embedder, Result, Settings
+from mlx_aimv2.embed.encode import EXAMPLE, FAST, POOLS, Embedder, Result, Settings
+from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.embed.provenance import differences, made_by
-from mlx_aimv2.embed.update import Plan, Update, make_plan
+from mlx_aimv2.files import stat_of
 from mlx_aimv2.images import Policy
-from mlx_aimv2.images.find import SUFFIXES, Listing, is_under, list_images, read_list
+from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
-from mlx_aimv2.index.reader import is_empty
-from mlx_aimv2.index.writer import IndexWriter
+from mlx_aimv2.index.reader import Embedding, Index, Stamp, is_free
+from mlx_aimv2.index.writer import Copy, IndexWriter
 
-Report = Callable[[str], None]
-"""Takes a sentence about an image that failed or a folder without images."""
-
-OnProgress = Callable[[int, int], None]
-"""Takes how many images are done and how many there are to do."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What an update did, in images.
-
-    `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
-    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts, by
-    suffix or by the pattern or name that excluded them, files and folders that were not looked at. `is_made` is False
-    where there is no index, as nothing could be embedded.
-    """
-
-    images: int
-    embedded: int
-    recognised: int
-    moved: int
-    unchanged: int
-    kept: int
-    gone: int
-    failed: int
-    passed_over: dict[str, int]
-    is_made: bool
+COMMIT_SECONDS = 0.5
+COMMIT_IMAGES = 1024
+"""Work is put on disk when it is this old or this much, at the end of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -72,34 +56,165 @@ class Options:
     overwrite: bool = False
 
 
+@dataclass
+class Summary:
+    """What an update did, in images.
+
+    `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
+    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts, by
+    suffix or by the pattern or name that excluded them, files and folders that were not looked at. `is_made` is False
+    where there is no index, as nothing could be embedded.
+    """
+
+    images: int = 0
+    embedded: int = 0
+    recognised: int = 0
+    moved: int = 0
+    unchanged: int = 0
+    kept: int = 0
+    gone: int = 0
+    failed: int = 0
+    passed_over: dict[str, int] = field(default_factory=dict)
+    is_made: bool = False
+
+
+@dataclass
+class Plan:
+    """What there is to do, in types that JSON holds.
+
+    `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the digests
+    (hexadecimal) that the index has for names that must be read again; `vanished` the names in the index that no file
+    has any more, by digest, for every digest that a file to be read may have; `gone` the names to forget; `kept` those
+    whose files are not there and may come back.
+    """
+
+    chunks: list[list[str]] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
+    vanished: dict[str, list[str]] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    unchanged: int = 0
+
+    def known(self, path: str, sha256: bytes) -> bool:
+        """Whether the index has the embedding of this content under this name or under a vanished one."""
+        digest = sha256.hex()
+        return self.changed.get(path) == digest or digest in self.vanished
+
+    @property
+    def images(self) -> int:
+        """How many images must be read."""
+        return sum(len(chunk) for chunk in self.chunks)
+
+
+def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
+    """Compares the files with the index by size and time of change; with `prune` all that is not there is forgotten.
+
+    A file that the index has under another name (a link, another letter case) keeps that name. Of what was asked for,
+    a file that is not there is taken for deleted if the folder that it was in is there and holds anything else. An
+    empty folder may be the mount point of a drive that is not plugged in, and a missing one may come back with it.
+    """
+    plan = Plan()
+    stamps = dict(index.stamps()) if index is not None else {}
+    files = _by_known_names(listing.files, stamps)
+    sizes: set[int] = set()
+    for chunk in split_into_chunks(files):  # cut before anything is left out: a batch is the same in every run
+        todo = []
+        for path in chunk:
+            stamp, about = stamps.get(path), stat_of(path)
+            if about is not None:  # else decoding will say why
+                if stamp is not None and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
+                    plan.unchanged += 1
+                    continue
+                if stamp is not None:
+                    plan.changed[path] = stamp.sha256.hex()
+                sizes.add(about.st_size)
+            todo.append(path)
+        if todo:
+            plan.chunks.append(todo)
+    present = set(files)
+    asked = [_absolute(path) for path in listing.missing]
+    folders = [*listing.roots, *listing.empty, *asked]
+    holds_something = cache(_holds_something)
+    for path in stamps:
+        if path in present or not is_gone(path):
+            continue
+        if stamps[path].size in sizes:
+            plan.vanished.setdefault(stamps[path].sha256.hex(), []).append(path)
+        if not is_under(path, folders) and path not in asked:
+            continue
+        folder = os.path.dirname(path)  # noqa: PTH120 - a Path would cost more
+        is_deleted = path not in listing.evicted and holds_something(folder)
+        (plan.gone if prune or is_deleted else plan.kept).append(path)
+    return plan
+
+
+def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
+    """The same files, those that the index has under another name by that name."""
+    new = [path for path in files if path not in stamps]
+    if not new or not stamps:
+        return files
+    present = set(files)
+    known = {identity(path, about): path for path in stamps if path not in present and (about := stat_of(path))}
+    found = {path: identity(path, about) for path in new if (about := stat_of(path))}
+    same = {path: known[one] for path, one in found.items() if one in known}
+    return sorted({same.get(path, path) for path in files}, key=os.fsencode) if same else files
+
+
+def _holds_something(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(not entry.name.startswith(".") for entry in entries)
+    except OSError:
+        return False
+
+
+def _absolute(path: str) -> str:
+    return os.path.normpath(Path(path).absolute())
+
+
 def update_index(
     paths: Iterable[str],
     output: Path,
     settings: Settings,
     options: Options,
     *,
-    report: Report = warnings.warn,
-    on_progress: OnProgress = lambda done, total: None,
+    report: Callable[[str], None] = warnings.warn,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary | None:
     """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
 
     A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. `-` among the
     paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
 
-    Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Images that fail go to `report`, notes
-    are warnings. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone; what
-    was done until then is kept.
+    Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
+    folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done and how many
+    there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone;
+    what was done until then is kept.
     """
     for name, count in (("--threads", options.threads), ("--max-patches", settings.max_patches)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     ranks = Ranks()
-    job = _Job(output, ranks, options, report, on_progress)
+    job = _Job(output, options, ranks, report, on_progress)
     try:
-        return _run(job, ranks, paths, settings)
+        prepared = ranks.first(lambda: job.prepare(paths, settings))
+        settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
+        embedder = Embedder.load(settings, options.policy)
+        digest = ranks.first(lambda: job.agree(embedder))
+        if digest != embedder.description["weights"]["digest"]:
+            raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
+        for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
+            for result in ranks.gather(mine):
+                if ranks.rank == 0:
+                    job.take(result)
+        ranks.first(job.finish)
+        return job.summary if ranks.rank == 0 else None
     except RankLostError as error:
         kept = f"; {job.kept()}" if ranks.rank == 0 else ""
         raise RankLostError(f"rank {ranks.rank}: {error}{kept}; run it again to go on") from None
+    except RuntimeError as error:  # MLX's own: no memory on the device, most likely
+        job.commit()
+        raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
     except KeyboardInterrupt as stop:
         stop.args = (*(stop.args or ("stopped",)), f"{job.kept()}; run it again to go on")
         raise
@@ -108,56 +223,28 @@ def update_index(
             job.index.close()
 
 
-def _run(job: _Job, ranks: Ranks, paths: Iterable[str], given: Settings) -> Summary | None:
-    prepared = ranks.first(lambda: job.prepare(paths, given))
-    settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-    embedder = Embedder.load(settings, decode=job.options.policy.decode)
-    if plan.chunks and ranks.rank == 0 and is_slow_here(embedder.loaded.model.dtype):
-        job.report(
-            f"note: MLX computes {dtype_name(embedder.loaded.model.dtype)} slowly on a CPU; --dtype auto takes float32"
-        )
-    digest = ranks.first(lambda: job.agree(embedder.description))
-    if digest != embedder.description["weights"]["digest"]:
-        raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
-    update = Update(plan, job.index, lambda: job.create(embedder.description, embedder.pooling.axes))
-    threads, policy = job.options.threads, job.options.policy
-    try:
-        for mine in embedder(my_chunks(plan.chunks, ranks), policy=policy, known=plan.known, threads=threads):
-            for result in ranks.gather(mine):
-                if ranks.rank == 0:
-                    job.take(result, update)
-        ranks.first(lambda: job.finish(update))
-    except RankLostError:
-        update.commit()
-        raise
-    except RuntimeError as error:  # MLX's own: no memory on the device, most likely
-        update.commit()
-        raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
-    except KeyboardInterrupt:
-        update.commit()
-        raise
-    return job.summary(update) if ranks.rank == 0 else None
-
-
 @dataclass
 class _Job:
-    """What rank 0 does alone: list, compare, write, report."""
+    """What rank 0 does alone: list, compare, write, report. The index is made when the first embeddings come."""
 
     output: Path
-    ranks: Ranks
     options: Options
-    report: Report
-    on_progress: OnProgress
+    ranks: Ranks
+    report: Callable[[str], None]
+    on_progress: Callable[[int, int], None]
     index: IndexWriter | None = None
-    failed: int = 0
-    done: int = 0
+    plan: Plan = field(default_factory=Plan)
+    summary: Summary = field(default_factory=Summary)
+    made: dict[str, Any] = field(default_factory=dict)
+    """What the index says of the model."""
     export_to: Path | None = None
-    passed_over: dict[str, int] = field(default_factory=dict)
-
-    def kept(self) -> str:
-        """What a run that ends too early leaves."""
-        count = len(self.index) if self.index is not None else 0
-        return f"{self.output} keeps {count:,} images" if count else "nothing is stored yet"
+    done: int = 0
+    pending: list[Embedding | Copy] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+    """Images in the index that can no longer be read as they are now."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Vanished name -> the one that has taken over its entry."""
+    committed: float = field(default_factory=time.monotonic)
 
     def prepare(self, paths: Iterable[str], given: Settings) -> dict[str, Any]:
         """The settings and the plan, for all ranks."""
@@ -165,13 +252,13 @@ class _Job:
         settings = self._settings(given)
         listing = self._list(paths)
         self._check_export(listing.files)  # once more, now that the images are known
-        plan = make_plan(listing, self.index, prune=self.options.prune)
-        self.passed_over = listing.passed_over
-        return {"settings": asdict(settings), "plan": asdict(plan)}
+        self.plan = make_plan(listing, self.index, prune=self.options.prune)
+        self.summary.passed_over, self.summary.unchanged = listing.passed_over, self.plan.unchanged
+        return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
     def _check_output(self) -> None:
         folder = self.output.absolute().parent
-        if self.output.exists() and (self.output.is_dir() or not is_empty(self.output)):
+        if not is_free(self.output):
             self.index = IndexWriter.open(self.output)
             if not os.access(self.output, os.W_OK):
                 raise PermissionError(f"{self.output} cannot be written to")
@@ -190,7 +277,7 @@ class _Job:
         """The given settings and, where they say nothing, those of the index."""
         if self.index is None:
             if given.model is None:
-                raise ValueError(f"{self.output} does not exist yet: say with which model to make it, -m MODEL")
+                raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {EXAMPLE}")
             return given
         stored = made_by(self.index)
         if self.options.store not in (None, self.index.dtype):
@@ -219,11 +306,12 @@ class _Job:
 
     def _holds(self, given: str) -> bool:
         """Whether the index has anything at a path or below it."""
-        path = os.path.normpath(Path(given).absolute())
+        path = _absolute(given)
         return self.index is not None and any(known == path or is_under(known, [path]) for known in self.index.paths())
 
-    def agree(self, description: dict[str, Any]) -> str:
+    def agree(self, embedder: Embedder) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
+        self.made = description = embedder.description
         refused, notes = differences(self.index.provenance, description) if self.index is not None else ([], [])
         if refused:
             raise ValueError(
@@ -236,57 +324,80 @@ class _Job:
                 f"({'; '.join(notes)}): leave -m and --dtype out to keep its settings",
                 stacklevel=1,
             )
+        dtype = embedder.loaded.model.dtype
+        if self.plan.chunks and is_slow_here(dtype):
+            self.report(f"note: MLX computes {dtype_name(dtype)} slowly on a CPU; --dtype auto takes float32")
         return str(description["weights"]["digest"])
 
-    def create(self, description: dict[str, Any], axes: int) -> IndexWriter:
-        """Makes the index, when the first embeddings are there."""
-        dtype, width = self.options.store or "float16", description["width"]
-        try:
-            self.index = IndexWriter.create(self.output, provenance=description, width=width, axes=axes, dtype=dtype)
-        except FileExistsError:
-            raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
-        return self.index
-
-    def take(self, result: Result, update: Update) -> None:
-        """Reports failures and notes, and passes the embeddings on."""
+    def take(self, result: Result) -> None:
+        """Reports failures and notes, and takes the embeddings of one chunk."""
         self._fail(result.failures)
-        for path, _ in result.failures:
-            update.fail(path)
+        self.stale += [path for path, _ in result.failures if path in self.plan.changed]
         for path, note in result.notes:
             warnings.warn(f"{path} {note}", stacklevel=1)
-        update.take(result.embeddings)
+        for item in result.embeddings:
+            self.pending.append(item if item.vector.size else self._known(item))
+            self.summary.embedded += item.vector.size > 0
+        if time.monotonic() - self.committed > COMMIT_SECONDS or len(self.pending) >= COMMIT_IMAGES:
+            self.commit()
         self.done += len(result.embeddings) + len(result.failures)
-        self.on_progress(self.done, update.plan.images)
+        self.on_progress(self.done, self.plan.images)
 
-    def finish(self, update: Update) -> bool:
-        """Writes what is left and the export, and says which images have no file."""
-        update.finish()
-        if kept := update.kept:
+    def _known(self, item: Embedding) -> Copy:
+        """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
+        digest, source = item.sha256.hex(), item.path
+        if self.plan.changed.get(item.path) != digest:
+            names = self.plan.vanished[digest]
+            if (old := next((name for name in names if name not in self.moved), None)) is not None:
+                self.moved[old] = item.path
+                self.summary.moved += 1
+                return Copy(item.path, item.size, item.mtime_ns, old, is_move=True)
+            source = self.moved[names[0]]
+        self.summary.recognised += 1
+        return Copy(item.path, item.size, item.mtime_ns, source)
+
+    def commit(self) -> None:
+        """Puts on disk what was taken so far."""
+        if self.pending and self.index is None:
+            made, dtype = self.made, self.options.store or "float16"
+            try:
+                self.index = IndexWriter.create(
+                    self.output, provenance=made, width=made["width"], axes=POOLS[made["pool"]], dtype=dtype
+                )
+            except FileExistsError:
+                raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
+        if self.index is not None and self.pending:
+            self.index.add(self.pending)
+        if self.index is not None and self.stale:
+            self.summary.gone += self.index.remove(self.stale)
+        self.pending, self.stale = [], []
+        self.committed = time.monotonic()
+
+    def kept(self) -> str:
+        """Puts on disk what was taken so far, and says what a run that ends too early leaves."""
+        self.commit()
+        count = len(self.index) if self.index is not None else 0
+        return f"{self.output} keeps {count:,} images" if count else "nothing is stored yet"
+
+    def finish(self) -> bool:
+        """Writes what is left and the export, forgets what is gone, and says which images have no file."""
+        self.commit()
+        if kept := [path for path in self.plan.kept if path not in self.moved]:
             self.report(
                 f"{len(kept):,} of the images in {self.output} {'has' if len(kept) == 1 else 'have'} no file now, such "
                 f"as {kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune forgets what is "
                 "not there"
             )
-        if self.export_to is not None and self.index is not None:
-            export(self.index, self.export_to, kind=self.export_to.suffix[1:])
+        self.summary.kept = len(kept)
+        if self.index is not None:
+            if self.plan.gone:
+                self.summary.gone += self.index.remove(path for path in self.plan.gone if path not in self.moved)
+            if self.export_to is not None:
+                export(self.index, self.export_to, kind=self.export_to.suffix[1:])
+            self.summary.images, self.summary.is_made = len(self.index), True
         return True
-
-    def summary(self, update: Update) -> Summary:
-        """What was done."""
-        return Summary(
-            images=len(self.index) if self.index is not None else 0,
-            embedded=update.embedded,
-            recognised=update.copied,
-            moved=update.moved,
-            unchanged=update.plan.unchanged,
-            kept=len(update.kept),
-            gone=update.gone,
-            failed=self.failed,
-            passed_over=self.passed_over,
-            is_made=self.index is not None,
-        )
 
     def _fail(self, failures: list[tuple[str, str]]) -> None:
         for path, reason in failures:
-            self.failed += 1
+            self.summary.failed += 1
             self.report(f"{path} {reason}")

@@ -164,7 +164,10 @@ def _submitted(
     def submit(shape: tuple[int, ...]) -> None:
         indices = groups.pop(shape)
         # One byte a level goes to the device, a quarter of what the pixels made of it there would take.
-        outputs = compute(mx.array(_stacked(images, indices)))
+        levels = mx.array(np.stack([cast("Levels", images[index].levels) for index in indices]))
+        for index in indices:
+            images[index].levels = None  # freed before the model runs
+        outputs = compute(levels)
         if len(batches) >= IN_FLIGHT:
             mx.eval(batches[-IN_FLIGHT].outputs)
         mx.async_eval(outputs)  # type: ignore[no-untyped-call]
@@ -183,14 +186,6 @@ def _submitted(
     for shape in list(groups):
         submit(shape)
     return images, batches
-
-
-def _stacked(images: Sequence[WithLevels], indices: list[int]) -> np.ndarray[Any, Any]:
-    """The levels at these indices as one array (B, …, H, W, 3), taken out so that they are freed."""
-    arrays = [images[index].levels for index in indices]
-    for index in indices:
-        images[index].levels = None
-    return np.stack([array for array in arrays if array is not None])
 
 
 def _read(images: list[Image], batches: list[_Batch]) -> list[tuple[Image, Outputs | None]]:
@@ -273,8 +268,10 @@ class Decoder:
                 found = self.content(path, data)
                 found.size, found.mtime_ns = about.st_size, about.st_mtime_ns
                 return found
+        except FileNotFoundError:
+            return Decoded(path, failure="was deleted before it could be read")
         except OSError as error:
-            return Decoded(path, failure=_reason(error))
+            return Decoded(path, failure=reason_of(error))
 
     def content(self, name: str, data: bytes) -> Decoded:
         """The content of a file, `name, bytes -> Decoded`."""
@@ -307,11 +304,3 @@ class Decoder:
         found.levels = levels
         found.upright = (opened.size[1], opened.size[0])
         found.note = "; ".join(notes) or None
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "was deleted before it could be read"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder"
-    return reason_of(error)

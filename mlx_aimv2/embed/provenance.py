@@ -8,24 +8,17 @@ digest of values from all tensors, which is the same only for the same weights i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib import metadata
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_aimv2 import __version__
 from mlx_aimv2.index.reader import Index, damaged
-from mlx_aimv2.loading import AnyModel, Loaded
-
-if TYPE_CHECKING:
-    from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.loading import AnyModel
 
 Description = dict[str, Any]
 
@@ -57,30 +50,6 @@ TOLERANCE = 2.0**-8
 """Twice what rounding to bfloat16 can change."""
 
 
-def describe(loaded: Loaded, pooling: Pooling, *, max_patches: int, decode: str = "fast") -> Description:
-    """Everything that decides what an embedding is: `-> dictionary for JSON`.
-
-    How JPEGs are decoded (`decode`) is recorded and never compared: it changes features less than float16 does.
-    """
-    model, processor = loaded.model, loaded.processor
-    is_native = model.vision.config.num_patches is None
-    return {
-        **loaded.origin,
-        "pool": pooling.pool,
-        "layer": pooling.layer,
-        "norm": pooling.norm,
-        "width": pooling.width(model),
-        "preprocessing": json.loads(json.dumps(asdict(processor.preprocessing))),
-        "max_patches": max_patches if is_native else None,
-        "decode": decode,
-        "weights": fingerprint(model),
-        "versions": {
-            "mlx-aimv2": __version__,
-            **{name: metadata.version(name) for name in ("mlx", "numpy", "pillow")},
-        },
-    }
-
-
 def made_by(index: Index) -> Description:
     """What an index says of the model that made it, checked. Raises ValueError if it does not say it."""
     made = index.provenance
@@ -107,16 +76,32 @@ def fingerprint(model: AnyModel) -> dict[str, Any]:
     return {"digest": digest, "sample": [float(f"{value:.7g}") for value in sample]}
 
 
+def _samples(arrays: Sequence[mx.array]) -> NDArray[np.float32]:
+    """A few values from each array, one after another, in float32."""
+    taken = []
+    for array in arrays:
+        indices = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.int32))
+        taken.append(array.reshape(-1)[indices].astype(mx.float32))
+    return np.array(mx.concatenate(taken))
+
+
 def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What keeps `other` from being compared with `stored`, and what only deserves a note: two lists of sentences."""
     refused = [_differ(name, stored, other) for name in MUST_AGREE if stored.get(name) != other.get(name)]
     notes = [_differ(name, stored, other) for name in SHOULD_AGREE if stored.get(name) != other.get(name)]
     weights, others = stored.get("weights", {}), other.get("weights", {})
-    if not _same_sample(weights.get("sample", []), others.get("sample", [])):
-        refused.insert(0, f"the weights: {_name(stored)} there, {_name(other)} here")
+    one, another = weights.get("sample", []), others.get("sample", [])
+    names = f"{_name(stored)} there, {_name(other)} here"
+    if len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6):
+        refused.insert(0, f"the weights: {names}")
     elif weights.get("digest") != others.get("digest") and not notes:
-        refused.insert(0, f"the weights, though not in the norms: {_name(stored)} there, {_name(other)} here")
+        refused.insert(0, f"the weights, though not in the norms: {names}")
     return refused, notes
+
+
+def _name(description: Mapping[str, Any]) -> str:
+    commit = description.get("commit")
+    return f"{description.get('checkpoint')}{f' at {commit[:12]}' if commit else ''}"
 
 
 def _differ(name: str, stored: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -131,21 +116,3 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key}={_value(part)}" for key, part in value.items())
     return "none" if value is None else str(value)
-
-
-def _name(description: Mapping[str, Any]) -> str:
-    commit = description.get("commit")
-    return f"{description.get('checkpoint')}{f' at {commit[:12]}' if commit else ''}"
-
-
-def _samples(arrays: Sequence[mx.array]) -> NDArray[np.float32]:
-    """A few values from each array, one after another, in float32."""
-    taken = []
-    for array in arrays:
-        places = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.int32))
-        taken.append(array.reshape(-1)[places].astype(mx.float32))
-    return np.array(mx.concatenate(taken))
-
-
-def _same_sample(one: Sequence[float], other: Sequence[float]) -> bool:
-    return len(one) == len(other) and np.allclose(one, other, rtol=TOLERANCE, atol=1e-6)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -30,13 +31,12 @@ SLACK = 2.0**-9
 """More than any score can be off: rounding to float16 of vectors (2^-11), query (2^-11) and product (2^-11)."""
 
 
+@dataclass(frozen=True)
 class Vectors:
-    """Unit vectors with the ids of their images, in memory."""
+    """Unit vectors with the ids of their images, in memory: (P,) and (P, D) of float32, on a GPU several of float16."""
 
-    def __init__(self, identities: NDArray[Any], rows: NDArray[Any] | list[mx.array]) -> None:
-        """`identities` (P,) and one array (P, D) of float32, or on a GPU several of float16."""
-        self.identities = identities
-        self.rows = rows
+    identities: NDArray[Any]
+    rows: NDArray[Any] | list[mx.array]
 
     @classmethod
     def read(
@@ -98,35 +98,35 @@ class Vectors:
 
     def nearest(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Ids and exact cosines of the k nearest to a unit vector (D,), and of all that equal the last of them."""
-        places = _finalists(self.scores(query), k)
+        indices = _finalists(self.scores(query), k)
         exact = np.concatenate(
-            [np.empty(0), *(self._exact(places[i : i + TILE], query) for i in range(0, len(places), TILE))]
+            [np.empty(0), *(self._exact(indices[i : i + TILE], query) for i in range(0, len(indices), TILE))]
         )
         if len(exact) > k:
             kept = exact >= np.partition(exact, -k)[-k]
-            places, exact = places[kept], exact[kept]
-        return self.identities[places], exact
+            indices, exact = indices[kept], exact[kept]
+        return self.identities[indices], exact
 
-    def _exact(self, places: NDArray[Any], query: NDArray[Any]) -> NDArray[Any]:
-        rows = self._taken(places).astype(np.float64)
+    def _exact(self, indices: NDArray[Any], query: NDArray[Any]) -> NDArray[Any]:
+        rows = self._taken(indices).astype(np.float64)
         lengths = np.sqrt((rows * rows).sum(axis=1))
         # Row by row in one fixed order, unlike a BLAS product: equal vectors get equal scores.
         return (rows * query).sum(axis=1) / np.where(lengths == 0, 1.0, lengths)
 
-    def _taken(self, places: NDArray[Any]) -> NDArray[Any]:
-        """The rows at ascending places."""
+    def _taken(self, indices: NDArray[Any]) -> NDArray[Any]:
+        """The rows at ascending indices."""
         if isinstance(self.rows, np.ndarray):
-            return self.rows[places]
+            return self.rows[indices]
         parts, start = [], 0
         for rows in self.rows:
-            here = places[(places >= start) & (places < start + len(rows))] - start
+            here = indices[(indices >= start) & (indices < start + len(rows))] - start
             parts.append(np.array(rows[mx.array(here)].astype(mx.float32)))
             start += len(rows)
         return np.concatenate(parts)
 
 
 def _finalists(scores: NDArray[Any], k: int) -> NDArray[Any]:
-    """Places that can be among the k best: the k-th best of the tiles' maxima is below at least k scores."""
+    """Indices that can be among the k best: the k-th best of the tiles' maxima is below at least k scores."""
     if len(scores) <= k:
         return np.arange(len(scores))
     whole = len(scores) // TILE * TILE
@@ -156,5 +156,5 @@ def _widen(raw: NDArray[Any], out: NDArray[Any]) -> None:
         bits = wide.view(np.int32)
         bits[...] = part.view(np.int16)
         bits <<= 13
-        bits &= np.int32(-0x70002000)  # the sign, and exponent and mantissa 13 places up
+        bits &= np.int32(-0x70002000)  # the sign, and exponent and mantissa 13 indices up
         wide *= np.float32(2.0**112)  # the two formats count exponents from 15 and from 127

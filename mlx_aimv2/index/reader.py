@@ -68,9 +68,6 @@ OF_SQLITE = ("sqlite_sequence", "sqlite_stat1", "sqlite_stat4")
 
 AnyIndex = TypeVar("AnyIndex", bound="Index")
 
-SQLITE = b"SQLite format 3\0"
-"""How every database of SQLite starts."""
-
 STORED = ("float16", "float32")
 """Names of the dtypes that vectors may have in the file."""
 
@@ -150,7 +147,7 @@ class Index:
             raise IsADirectoryError(f"{path} is a folder, not an index of images")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
-        if is_empty(path):
+        if is_free(path):
             raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
         db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")
@@ -186,8 +183,10 @@ class Index:
 
     def stamp(self, path: str) -> Stamp | None:
         """How an image's file was when it was read; None for an image that is not in here."""
-        rows = self._all("SELECT size, mtime_ns, sha256 FROM images WHERE path = ?", os.fsencode(path))
-        return self._stamp(path, rows[0]) if rows else None
+        try:
+            return self._stamp(path, self._columns(path)[:3])
+        except KeyError:
+            return None
 
     def stamps(self) -> Iterator[tuple[str, Stamp]]:
         """Every image's path and how its file was when it was read."""
@@ -196,18 +195,17 @@ class Index:
 
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
-        return self._restored(*self._place(path))
+        return self._restored(*self._columns(path)[3:])
 
     def embeddings(self) -> Iterator[Embedding]:
-        """All images with their embeddings, sorted by the paths' bytes."""
-        columns = "path, size, mtime_ns, sha256, id, length, rows, columns, block"
-        with self._lock, plain_errors(self.path):
-            cursor = self._db.execute(f"SELECT {columns} FROM images ORDER BY path")
-        while rows := self._next_rows(cursor):
-            for path, size, mtime_ns, sha256, *place in rows:
-                stamp = self._stamp(path, (size, mtime_ns, sha256))
-                vector = self._restored(*place)
-                yield Embedding(self._name(path), stamp.size, stamp.mtime_ns, stamp.sha256, vector)
+        """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one goes meanwhile."""
+        for path in self.paths():
+            try:
+                row = self._columns(path)
+            except KeyError:
+                raise OSError(f"{self.path} was changed while it was read: run it again") from None
+            stamp = self._stamp(path, row[:3])
+            yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self._restored(*row[3:]))
 
     def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
@@ -285,14 +283,12 @@ class Index:
             raise damaged(self.path, f"{path!r:.80} as the name of an image")
         return os.fsdecode(path)
 
-    def _place(self, path: str) -> tuple[int, float | None, int | None, int | None, int]:
-        """(id, length, rows, columns, block) of an image."""
-        name = os.fsencode(path)
-        found = self._all("SELECT id, length, rows, columns, block FROM images WHERE path = ?", name)
-        if not found:
+    def _columns(self, path: str) -> Any:
+        """(size, mtime_ns, sha256, id, length, rows, columns, block) of an image. Raises KeyError where it is none."""
+        columns = "size, mtime_ns, sha256, id, length, rows, columns, block"
+        if not (found := self._all(f"SELECT {columns} FROM images WHERE path = ?", os.fsencode(path))):
             raise KeyError(path)
-        place: tuple[int, float | None, int | None, int | None, int] = found[0]
-        return place
+        return found[0]
 
     def _restored(
         self, identity: int, length: float | None, rows: int | None, columns: int | None, block: int
@@ -304,28 +300,28 @@ class Index:
             if not np.isfinite(vector).all():
                 raise FloatingPointError
             return vector if length is None else vector * np.float32(length)
-        except (ArithmeticError, LookupError, TypeError, ValueError):
-            raise damaged(self.path, "an image whose vector is missing or broken") from None
+        except (ArithmeticError, TypeError, ValueError):
+            raise self._broken() from None
 
     def _stored(self, identity: int, block: int) -> bytes:
         """A vector's bytes. Neighbours are often asked for one after another, so some blocks stay in memory."""
-        try:
-            with self._lock:
-                members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
-                if identity not in members:  # ids are never used again, so one that is there has the same vector still
-                    ((raw, vectors),) = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
-                    members = np.frombuffer(raw, "<i8")
-                    while len(self._blocks) >= BLOCKS_HELD:
-                        self._blocks.pop(next(iter(self._blocks)))
-                    self._blocks[block] = members, vectors
-            place, size = int(np.flatnonzero(members == identity)[0]), len(vectors) // len(members)
-            return vectors[place * size : (place + 1) * size]
-        except (ArithmeticError, LookupError, TypeError, ValueError):
-            raise damaged(self.path, "an image whose vector is missing or broken") from None
+        with self._lock:
+            members, vectors = self._blocks.get(block, (np.empty(0, np.int64), b""))
+            if identity not in members:  # ids are never used again, so one that is there has the same vector still
+                found = self._all("SELECT images, vectors FROM blocks WHERE id = ?", block)
+                if not found or not self._held(*found[0]):
+                    raise self._broken()
+                members, vectors = np.frombuffer(found[0][0], "<i8"), found[0][1]
+                while len(self._blocks) >= BLOCKS_HELD:
+                    self._blocks.pop(next(iter(self._blocks)))
+                self._blocks[block] = members, vectors
+        size = len(vectors) // len(members)
+        for index in np.flatnonzero(members == identity):
+            return vectors[index * size : (index + 1) * size]
+        raise self._broken()
 
-    def _next_rows(self, cursor: sqlite3.Cursor) -> list[Any]:
-        with self._lock, plain_errors(self.path):
-            return cursor.fetchmany(256)
+    def _broken(self) -> ValueError:
+        return damaged(self.path, "an image whose vector is missing or broken")
 
     def _all(self, query: str, *values: Any) -> list[Any]:
         with self._lock, plain_errors(self.path):
@@ -343,24 +339,13 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
             timeout=BUSY_SECONDS,
             check_same_thread=False,  # `Index` has a lock
         )
-        db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from a stranger's file
+        db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from an untrusted file
         return db
 
 
-def is_empty(path: Path) -> bool:
-    """Whether a file holds nothing, or no more than a database without tables, as one whose making broke off."""
-    if not path.is_file() or not path.stat().st_size:
-        return True
-    with path.open("rb") as file:
-        if file.read(len(SQLITE)) != SQLITE:
-            return False
-    db = connect(path, "rw" if os.access(path, os.W_OK) else "ro")  # which plays a journal back
-    try:
-        with plain_errors(path):
-            count: int = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            return count == 0 and db.execute("PRAGMA application_id").fetchone()[0] == 0
-    finally:
-        db.close()
+def is_free(path: Path) -> bool:
+    """Whether an index can be made there: nothing has the name, or an empty file."""
+    return not path.exists() or (path.is_file() and not path.stat().st_size)
 
 
 @contextlib.contextmanager
@@ -389,7 +374,10 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
     for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
         if kind == "table" and name in TABLES and _plain(sql) == _plain(TABLES[name]):
             tables.add(name)
-        elif not _is_of_sqlite(kind, name, sql):
+        elif not (
+            (kind == "index" and str(name).startswith("sqlite_autoindex_") and sql is None)
+            or (kind == "table" and name in OF_SQLITE and str(sql).startswith("CREATE TABLE"))
+        ):
             raise ValueError(
                 f"{path} is damaged or was tampered with: it holds the {kind} {name!r:.60}, which mlx-aimv2 does not "
                 "make and does not run: restore it from a copy, or delete it and embed anew"
@@ -401,12 +389,6 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
 def damaged(path: Path, what: str) -> ValueError:
     """The error for an index that cannot be read as it should."""
     return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed anew")
-
-
-def _is_of_sqlite(kind: object, name: object, sql: object) -> bool:
-    if kind == "index":
-        return str(name).startswith("sqlite_autoindex_") and sql is None
-    return kind == "table" and name in OF_SQLITE and str(sql).startswith("CREATE TABLE")
 
 
 def _plain(sql: object) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_empty, plain_errors
+from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_free, plain_errors
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
@@ -59,7 +59,7 @@ class IndexWriter(Index):
             raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         if axes not in AXES:
             raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
-        if path.is_dir() or not is_empty(path):
+        if not is_free(path):
             raise FileExistsError(f"{path} already exists: open it, or choose another name")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
         with temporary_folder(path) as beside:
@@ -71,7 +71,7 @@ class IndexWriter(Index):
                     db.execute("COMMIT")
             finally:
                 db.close()
-            if not is_empty(path):  # somebody made it meanwhile
+            if not is_free(path):  # somebody made it meanwhile
                 raise FileExistsError(f"{path} already exists: open it, or choose another name")
             (beside / "index").replace(path)
         return cls.open(path)
@@ -115,14 +115,13 @@ class IndexWriter(Index):
         return (*stamp, length, rows, columns), stored.tobytes()
 
     def _copied(self, copy: Copy) -> Row:
-        identity, *shape, block = self._place(copy.source)
-        ((sha256,),) = self._all("SELECT sha256 FROM images WHERE id = ?", identity)
+        _, _, sha256, identity, *shape, block = self._columns(copy.source)
         stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
         return (*stamp, *shape), self._stored(identity, block)
 
     def _move(self, move: Copy) -> None:
         if move.source != move.path:
-            self._place(move.source)  # raises KeyError before the target's entry is removed
+            self._columns(move.source)  # raises KeyError before the target's entry is removed
             self._remove([os.fsencode(move.path)])
         values = (os.fsencode(move.path), move.size, move.mtime_ns, os.fsencode(move.source))
         self._db.execute("UPDATE images SET path = ?, size = ?, mtime_ns = ? WHERE path = ?", values)

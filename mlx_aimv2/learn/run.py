@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.embed.cache import KINDS, Features, cache_key, open_features
-from mlx_aimv2.embed.encode import FAST, embed_chunks
+from mlx_aimv2.embed.encode import FAST, Pooling, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, split_into_chunks
-from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.files import cache_folder
 from mlx_aimv2.learn.learner import grid_of
 from mlx_aimv2.learn.samples import DataError

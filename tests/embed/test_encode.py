@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import load
-from mlx_aimv2.embed.encode import embed, embed_chunks
+from mlx_aimv2.embed.encode import Pooling, embed, embed_chunks
 from mlx_aimv2.embed.loader import BATCH_TOKENS, CHUNK, Decoder, split_into_chunks
-from mlx_aimv2.embed.pooling import Pooling
 from tests.image_files import image
 
 pytestmark = pytest.mark.rounding

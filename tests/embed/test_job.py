@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2.cli.main import main
+from mlx_aimv2.embed.encode import Pooling
 from mlx_aimv2.embed.loader import CHUNK
-from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.index.reader import Index
 from tests.image_files import image
 
@@ -65,7 +65,7 @@ def test_all_failed_is_no_success_and_makes_no_file(tmp_path, embed_command):
 @pytest.mark.parametrize(
     ("arguments", "model", "message"),
     [
-        (["in"], None, "say with which model"),
+        (["in"], None, "choose a model, for example -m "),
         (["in", "--threads", "0"], "fixed", "--threads must be at least 1"),
         (["in", "--max-patches", "0"], "native", "--max-patches must be at least 1"),
         (["in", "--pool", "head"], "fixed", "no pooling head"),

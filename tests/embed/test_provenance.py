@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2.convert import convert
-from mlx_aimv2.embed.pooling import Pooling
-from mlx_aimv2.embed.provenance import describe, differences
+from mlx_aimv2.embed.encode import Embedder, Pooling
+from mlx_aimv2.embed.provenance import differences
 from mlx_aimv2.loading import read_source
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
@@ -18,7 +18,7 @@ def described(
     name: object = REFERENCE / "fixed", *, dtype: str | None = None, max_patches: int = 4096, **pooling: object
 ):
     loaded = read_source(name).load(dtype=dtype)
-    description = describe(loaded, Pooling.of(loaded.model, **pooling), max_patches=max_patches)
+    description = Embedder(loaded, Pooling.of(loaded.model, **pooling), max_patches).description
     return json.loads(json.dumps(description))  # as it comes back from an index
 
 
@@ -86,11 +86,10 @@ def test_weights_trained_a_little_further_are_refused(fixed):
     loaded = read_source(REFERENCE / "fixed").load()
     for block in loaded.model.blocks:
         block.attn.proj.weight = block.attn.proj.weight * mx.array(1.001)
-    description = describe(loaded, Pooling.of(loaded.model), max_patches=4096)
-    refused, _ = differences(fixed, description)
+    refused, _ = differences(fixed, Embedder(loaded, Pooling.of(loaded.model)).description)
     assert "though not in the norms" in refused[0]
     loaded.model.norm.weight = loaded.model.norm.weight * mx.array(1.01)
-    refused, _ = differences(fixed, describe(loaded, Pooling.of(loaded.model), max_patches=4096) | {"dtype": "float16"})
+    refused, _ = differences(fixed, Embedder(loaded, Pooling.of(loaded.model)).description | {"dtype": "float16"})
     assert refused[0].startswith("the weights: ")
 
 

@@ -64,9 +64,10 @@ def test_a_text_finds_the_images_it_fits(colours, search, word):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("a cat", "a text cannot be compared with: give an image, or embed with apple/aimv2-large-patch14-224-lit"),
+        ("a cat", "cannot be searched by words: give an image, or embed with -m apple/aimv2-large-patch14-224-lit"),
         ("cat.jpg", "cat.jpg does not exist: give an image or a text"),
         ("./cat", "does not exist"),
+        ("https://example.org/cat.jpg", "is a URL: download it first"),
         ("in", "is a folder"),
         (" ", "empty"),
         ("notes.txt", "is not an image"),

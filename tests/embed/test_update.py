@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_aimv2.embed.job import make_plan
 from mlx_aimv2.embed.loader import CHUNK
-from mlx_aimv2.embed.update import make_plan
 from mlx_aimv2.images.find import list_images
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter

@@ -23,7 +23,7 @@ from mlx_aimv2.images.pixels import turned, turned_box
 from mlx_aimv2.images.preprocessing import Preprocessing, published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.images.trim import MAX_PARTS
-from mlx_aimv2.index.html import thumbnail
+from mlx_aimv2.index.export import thumbnail
 
 CASES = Path(__file__).parents[1] / "golden" / "images"
 FIXED_MODEL = Path(__file__).parents[1] / "golden" / "reference" / "fixed"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlx_aimv2.index.html import result_page, thumbnail
+from mlx_aimv2.index.export import result_page, thumbnail
 from mlx_aimv2.index.reader import Match
 from tests.image_files import noise
 from tests.programs import HANGS
@@ -77,7 +77,7 @@ def test_no_name_breaks_the_page(name):
     assert [set(link) for link in page.all("a")] == [{"href", "title"}]
     assert not page.all("a")[0]["href"].startswith("javascript")
     assert len(page.all("title")) == 1
-    assert "cannot be read any more" in page.texts
+    assert "file missing or unreadable" in page.texts
 
 
 def test_the_text_of_a_search_is_its_title():

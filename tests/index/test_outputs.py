@@ -16,8 +16,8 @@ from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import output
 from mlx_aimv2.cli.main import main
 from mlx_aimv2.cli.output import progress, say
-from mlx_aimv2.embed import provenance
-from mlx_aimv2.embed.pooling import Pooling
+from mlx_aimv2.embed import encode
+from mlx_aimv2.embed.encode import Pooling
 from mlx_aimv2.files import atomic_file
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Index
@@ -141,13 +141,13 @@ def test_an_output_below_the_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_who_makes_an_index_at_the_same_time_is_asked_to_run_again(photos, monkeypatch, capsys):
-    describe = provenance.describe
+    fingerprint = encode.fingerprint
 
-    def slow(*arguments, **named):
+    def slow(model):
         shutil.copy(photos, "new.db")
-        return describe(*arguments, **named)
+        return fingerprint(model)
 
-    monkeypatch.setattr(provenance, "describe", slow)
+    monkeypatch.setattr(encode, "fingerprint", slow)
     assert main(["embed", str(photographs()[0]), "-m", str(emoji_checkpoint()), "-o", "new.db"]) == 2
     assert "another mlx-aimv2 embed made new.db meanwhile: run it again" in capsys.readouterr().err
 

@@ -53,6 +53,13 @@ def test_paths_come_sorted_by_their_bytes(index):
     assert [one.path for one in index.embeddings()] == list(index.paths())
 
 
+def test_an_image_that_goes_while_all_are_read_ends_the_reading(index):
+    index.add(some(3))
+    with pytest.raises(OSError, match=r"a\.db was changed while it was read: run it again"):
+        for one in index.embeddings():
+            index.remove(["/images/00002.jpg", one.path])
+
+
 def test_tokens_and_maps_come_back_in_their_shapes(tmp_path):
     for axes, shapes in ((2, [(3, WIDTH), (5, WIDTH)]), (3, [(2, 3, WIDTH), (1, 5, WIDTH)])):
         with IndexWriter.create(

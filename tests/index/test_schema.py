@@ -16,7 +16,6 @@ from mlx_aimv2.cli.main import main
 from mlx_aimv2.files import UNFINISHED
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
-from tests.small_models import FIXED
 
 WIDTH = 7
 ENDLESS = (
@@ -95,18 +94,6 @@ def test_a_width_that_would_ask_for_all_memory_is_damage(photos):
     change(photos, "UPDATE about SET value = '1000000000000' WHERE name = 'width'")
     with pytest.raises(ValueError, match="is damaged"):
         Index.open(photos)
-
-
-def test_an_index_whose_making_broke_off_is_made_by_the_next_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    change(Path("photos.db"), "PRAGMA page_size = 4096; VACUUM; CREATE TABLE x (y); DROP TABLE x; VACUUM")
-    assert Path("photos.db").stat().st_size
-    with pytest.raises(ValueError, match=r"photos\.db is empty: fill it with mlx-aimv2 embed"):
-        Index.open("photos.db")
-    photograph = str(Path(mlx_aimv2.__file__).parent / "assets" / "photographs" / "astronaut.jpg")
-    assert main(["embed", photograph, "-m", str(FIXED), "-o", "photos.db"]) == 0
-    with Index.open("photos.db") as index:
-        assert len(index) == 1
 
 
 KILLED = """

@@ -219,8 +219,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "other weights are not told by their values",
-        "len(one) == len(other) and np.allclose(one, other, rtol=TOLERANCE, atol=1e-6)",
-        "len(one) == len(other)",
+        "len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6)",
+        "len(one) != len(another)",
         ("tests/embed/test_provenance.py",),
     ),
     Mutation(
@@ -231,14 +231,14 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a copy is made before the move of what it is a copy of",
-        """            for item in images:
-                if isinstance(item, Move):
+        """            for item in copies:
+                if item.is_move:
                     self._move(item)
-            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
+            rows += [self._copied(item) for item in copies if not item.is_move]
 """,
-        """            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
-            for item in images:
-                if isinstance(item, Move):
+        """            rows += [self._copied(item) for item in copies if not item.is_move]
+            for item in copies:
+                if item.is_move:
                     self._move(item)
 """,
         ("tests/index/test_writer.py",),

@@ -264,8 +264,8 @@ LEARNING = (
     ),
     Mutation(
         "an image whose header was read counts as decoded",
-        "AND decoded >= ?",
-        "AND 1 >= ?",
+        "if row and row[3] >= decoded:",
+        "if row:",
         ("tests/learn/test_samples.py::test_a_header_that_was_read_does_not_count_as_a_decoded_image",),
     ),
     Mutation("an image in two parts is no note", "if other != part:", "if other is None:", SAMPLES),

@@ -53,7 +53,7 @@ TRAINING = (
     ),
     Mutation(
         "the cache of files remembers those that may still change",
-        "if (about := _about(path)) and about[1] < settled",
+        "if (about := _about(path)) and about[2] < settled",
         "if (about := _about(path))",
         FILE_CHANGES,
     ),
