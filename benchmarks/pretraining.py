@@ -24,7 +24,7 @@ from mlx_aimv2.backend import x86, x86_training
 from mlx_aimv2.cli.pretrain import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise
-from mlx_aimv2.pretrain.settings import Schedule, Settings
+from mlx_aimv2.pretrain.pretraining import Schedule, Settings
 from mlx_aimv2.train.loop import Step
 
 CAPTION = 16

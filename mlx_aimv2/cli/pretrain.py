@@ -11,10 +11,9 @@ from mlx_aimv2.cli.flags import add_captions, add_resume, add_settings, groups, 
 from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.config import WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.files import read_json
-from mlx_aimv2.pretrain.captioned import open_data
+from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.pretrain.objective import DecoderConfig
-from mlx_aimv2.pretrain.pretraining import pretrain
-from mlx_aimv2.pretrain.settings import Schedule, Settings
+from mlx_aimv2.pretrain.pretraining import Schedule, Settings, pretrain
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
 

@@ -102,11 +102,6 @@ def test_the_largest_seed_is_taken():
     assert Options(seed=2**64 - 1).seed == LitSettings(seed=2**64 - 1).seed
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_an_error():
-    with pytest.raises(ValueError, match="--batch-size 4 does not divide by 3 ranks"):
-        made(Settings, batch_size=4).part(3)
-
-
 def test_a_text_of_a_list_is_checked_in_python_too():
     with pytest.raises(ValueError, match="--dtype must be float32, float16, bfloat16, auto, got float64"):
         made(Settings, dtype="float64")

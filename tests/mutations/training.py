@@ -159,8 +159,8 @@ TRAINING = (
     ),
     Mutation(
         "held-out images of pretrain are cropped like those for training",
-        "Preparation(settings.vision, seed=settings.seed)",
-        "Preparation(settings.vision, seed=settings.seed, augmentation=settings.augmentation)",
+        "Preparation(settings.vision, settings.seed)",
+        "Preparation(settings.vision, settings.seed, settings.augmentation)",
         pretrain("held_out_images_are_neither_cropped_nor_changed"),
     ),
     Mutation(
@@ -171,8 +171,8 @@ TRAINING = (
     ),
     Mutation(
         "all steps of a native run have one grid",
-        "grid_of_step(settings, number // settings.grad_accumulation_steps + 1)",
-        "grid_of_step(settings, 1)",
+        "step = number // settings.grad_accumulation_steps + 1",
+        "step = 1",
         pretrain("each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_have_others"),
     ),
     Mutation(
