@@ -13,7 +13,7 @@ from mlx_aimv2.config import WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.files import read_json
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.pretrain.objective import DecoderConfig
-from mlx_aimv2.pretrain.pretraining import Schedule, Settings, pretrain
+from mlx_aimv2.pretrain.pretraining import Settings, pretrain
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_size("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the size's, 224)")
     of_size("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: the size's, 14)")
     of_size("--native", action="store_true", help="images of any size, a number of patches for each batch")
-    add_settings(add, Settings, Schedule, Augmentation)
+    add_settings(add, Settings, Augmentation)
     add_resume(add["run"])
     add["output"]("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
 
@@ -50,13 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
         decoder=replace(decoder, vocab_size=arguments.vocab_size),
         augmentation=settings_of(Augmentation, arguments),
     )
-    schedule = settings_of(Schedule, arguments)
     pretrain(
         open_data(arguments.data),
         arguments.output,
         settings=settings,
         validation=open_data(arguments.validation) if arguments.validation else None,
-        schedule=schedule,
         tokenizer=Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None,
         resume=arguments.resume,
         report=say,

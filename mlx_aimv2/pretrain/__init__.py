@@ -13,15 +13,14 @@ from mlx_aimv2 import lazily
 if TYPE_CHECKING:
     from mlx_aimv2.pretrain.data import open_data
     from mlx_aimv2.pretrain.lit_tuning import LitSettings, lit
-    from mlx_aimv2.pretrain.pretraining import Schedule, Settings, pretrain
+    from mlx_aimv2.pretrain.pretraining import Settings, pretrain
 
-__all__ = ["LitSettings", "Schedule", "Settings", "lit", "open_data", "pretrain"]
+__all__ = ["LitSettings", "Settings", "lit", "open_data", "pretrain"]
 
 __getattr__, __dir__ = lazily(
     globals(),
     {
         "LitSettings": "lit_tuning",
-        "Schedule": "pretraining",
         "Settings": "pretraining",
         "lit": "lit_tuning",
         "open_data": "data",

@@ -229,13 +229,11 @@ def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patch
 
 @dataclass(frozen=True)
 class Prepared:
-    """One example, ready to be stacked: pixels (H, W, 3), its caption, its prefix length, its number and name."""
+    """One example, ready to be stacked: pixels (H, W, 3), its caption and its prefix length."""
 
     pixels: np.ndarray[Any, np.dtype[np.float32]]
     caption: str
     length: int
-    number: int
-    name: str
 
 
 @dataclass
@@ -266,7 +264,7 @@ class Preparation:
             image = self.augmentation(image, size, rng, aspects=aspects)
         elif self.vision.is_native:
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
-        return Prepared(self.processor.pixels(image), caption, length, number, example.name)
+        return Prepared(self.processor.pixels(image), caption, length)
 
 
 class Stream:

@@ -60,16 +60,10 @@ class LitSettings(Captioned):
     learning_rate: float = setting(1e-3, "optimisation", "highest rate", "above 0")
     views: int = setting(1, "augmentation", "crops kept of each image, the whole one among them", "at least 1")
     steps_per_report: int = setting(50, "run", "steps between two lines of losses", "at least 0")
-    save_every: int = setting(500, "run", "steps between two states", "at least 0")
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have the same: all but how often it reports and saves."""
-        return {name: value for name, value in asdict(self).items() if name not in ("steps_per_report", "save_every")}
 
     def plan(self) -> Plan:
         """How the loop trains."""
-        return replace(self._plan(self.learning_rate), keep="average", save_every=self.save_every)
+        return replace(self._plan(self.learning_rate), keep="average")
 
 
 @prepared(WIDE_SIGHT)
@@ -191,22 +185,9 @@ def of_all_ranks(x: mx.array, ranks: Ranks) -> mx.array:
     """Rows of every rank, in the order of the ranks: `(B, …) -> (ranks * B, …)`.
 
     Each rank differentiates the whole loss by its own rows alone, so the ranks' shares have to be summed. The loop
-    takes their mean; therefore the gradient is made larger by the number of ranks here.
+    takes their mean; therefore the gradient is made larger by the number of ranks here, and the value stays.
     """
-    if ranks.size == 1:
-        return x
-
-    @mx.custom_function
-    def gathered(x: mx.array) -> mx.array:
-        return ranks.rows(x)
-
-    @gathered.vjp
-    def gathered_vjp(x: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
-        own = gradient[ranks.rank * x.shape[0] : (ranks.rank + 1) * x.shape[0]]
-        return ranks.size * own
-
-    result: Any = gathered(x)
-    return result
+    return ranks.rows(x + (ranks.size - 1) * (x - mx.stop_gradient(x)))
 
 
 @dataclass(frozen=True)

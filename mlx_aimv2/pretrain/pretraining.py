@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -68,27 +69,41 @@ AUTO = "auto"
 """bfloat16 on a GPU, float32 on a CPU."""
 
 
+BESIDE = ("steps_per_report", "steps_per_eval", "save_every", "samples_every")
+"""Settings that say how often something is done beside training."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Captioned:
-    """What training on images with captions is told, by the paper's objective or by LiT's.
+    """What training on images with captions is told, by the paper's objective or by LiT's; defaults of the former.
 
     `batch_size` counts examples on all ranks; `warm_up` None is a tenth of the steps. `first_caption` is how often the
-    first of an example's captions is taken; otherwise all are drawn alike.
+    first of an example's captions is taken; otherwise all are drawn alike. What is done every so many steps is never
+    done with 0.
     """
 
-    batch_size: int = 1  # this and the rate have their places here, their flags and defaults below
+    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
     iters: int = setting(1000, "optimisation", "steps", "at least 1")
-    learning_rate: float | None = None
+    learning_rate: float | None = setting(
+        None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
+    )
     warm_up: int | None = setting(
         None, "optimisation", "steps until the highest rate (default: a tenth of all)", "at least 0"
     )
     weight_decay: float = setting(WEIGHT_DECAY, "optimisation", "of AdamW", "at least 0")
     first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
+    steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
+    save_every: int = setting(500, "run", "steps between two states", "at least 0")
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have the same: all but how often something is done beside training."""
+        return {name: value for name, value in asdict(self).items() if name not in BESIDE}
 
     def _plan(self, rate: float) -> Plan:
         """What the loop does for both."""
@@ -100,13 +115,14 @@ class Captioned:
             warm_up=self.iters // 10 if self.warm_up is None else self.warm_up,
             clip=MAX_NORM,
             groups=GROUPS,
+            save_every=self.save_every,
             seed=self.seed,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Captioned):
-    """Everything that decides what pre-training computes; a resumed run must have the same.
+    """What pre-training is told.
 
     `learning_rate` None is the paper's, scaled by the examples of a step, which are `grad_accumulation_steps` batches.
     `patches` are the fewest and the most of an image, for native encoders. `start` is an earlier result, whose weights
@@ -119,23 +135,15 @@ class Settings(Captioned):
         PATCHES, "what is trained", "with --native: fewest and most", "the fewest, 2 at least, and the most"
     )
     start: str | None = setting(
-        None,
-        "what is trained",
-        "go on from an earlier result, at another --image-size for example",
-        metavar="MODEL",
-    )
-    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
-    learning_rate: float | None = setting(
-        None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
+        None, "what is trained", "go on from an earlier result, at another --image-size for example", metavar="MODEL"
     )
     grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
     alpha: float = setting(ALPHA, "optimisation", "weight of the image loss", "at least 0")
     dtype: str = setting(
-        AUTO,
-        "optimisation",
-        "float32, float16, bfloat16 or auto (default: auto, bfloat16 on a GPU)",
-        choices=(*DTYPES, AUTO),
+        AUTO, "optimisation", f"{', '.join(DTYPES)} or auto (default: bfloat16 on a GPU)", choices=(*DTYPES, AUTO)
     )
+    steps_per_eval: int = setting(500, "run", "steps between evaluations", "at least 0")
+    samples_every: int = setting(1000, "run", "steps between images of predicted patches", "at least 0")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +160,7 @@ class Settings(Captioned):
         paper = next((rate for width, rate in PAPER_RATES.items() if self.vision.hidden_size <= width), 4e-4)
         return paper * math.sqrt(self.batch_size * self.grad_accumulation_steps / PAPER_BATCH)
 
-    def plan(self, schedule: Schedule) -> Plan:
+    def plan(self) -> Plan:
         """How the loop trains."""
         is_on_gpu = mx.default_device().type == mx.DeviceType.gpu
         return replace(
@@ -160,21 +168,7 @@ class Settings(Captioned):
             accumulate=self.grad_accumulation_steps,
             dtype=("bfloat16" if is_on_gpu else "float32") if self.dtype == AUTO else self.dtype,
             keep="last",
-            save_every=schedule.save_every,
         )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How often, in steps, something is done beside pre-training; 0 is never."""
-
-    steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
-    steps_per_eval: int = setting(500, "run", "steps between evaluations", "at least 0")
-    save_every: int = setting(500, "run", "steps between two states", "at least 0")
-    samples_every: int = setting(1000, "run", "steps between images of predicted patches", "at least 0")
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @prepared(WIDE_SIGHT)
@@ -184,7 +178,6 @@ def pretrain(
     *,
     settings: Settings,
     validation: Data | None = None,
-    schedule: Schedule | None = None,
     tokenizer: Tokenizer | None = None,
     resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -198,14 +191,14 @@ def pretrain(
     Raises FileExistsError if something stands at `output` (or an interrupted run does, without `resume`), ValueError
     for settings that do not fit the data or the interrupted run, and for a loss that is no number.
     """
-    output, schedule, ranks = Path(output), schedule or Schedule(), Ranks()
+    output, ranks = Path(output), Ranks()
     check_target(output)
     folder, start = check_training_folder(output, resume=resume), settings.start
     size = share_of(settings.batch_size, ranks.size)
     check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
     tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
     settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
-    state = StateFile(folder, asdict(settings) | {"ranks": ranks.size})
+    state = StateFile(folder, settings.identity | {"ranks": ranks.size})
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_to(folder)
@@ -230,12 +223,12 @@ def pretrain(
     )
     prepare = Preparation(settings.vision, settings.seed, settings.augmentation, settings.first_caption)
     with closing(Batches(order, lambda item: prepare(*item), collate=lambda some: collate(some, tokenizer))) as batches:
-        after_step = _reports(data, validation, model, tokenizer, settings, schedule, folder, report)
+        after_step = _reports(data, validation, model, tokenizer, settings, folder, report)
         train(
             model,
             lambda model, batch, key: model.losses(batch, settings.alpha),
             batches,
-            settings.plan(schedule),
+            settings.plan(),
             state=state,
             ranks=ranks,
             watch=Watch(after_step=after_step if ranks.rank == 0 else lambda step, losses: None, say=report),
@@ -251,7 +244,6 @@ def _reports(
     model: Pretraining,
     tokenizer: Tokenizer,
     settings: Settings,
-    schedule: Schedule,
     folder: Path,
     report: Callable[[str], None],
 ) -> Callable[[int, dict[str, float]], None]:
@@ -264,11 +256,11 @@ def _reports(
 
     def after_step(step: int, losses: dict[str, float]) -> None:
         is_last = step == settings.iters
-        if is_due(step, schedule.steps_per_report) or is_last:
+        if is_due(step, settings.steps_per_report) or is_last:
             log(step, losses)
-        if held_out and (is_due(step, schedule.steps_per_eval) or is_last):
+        if held_out and (is_due(step, settings.steps_per_eval) or is_last):
             log(step, validate(model, held_out, tokenizer, settings.batch_size))
-        if is_due(step, schedule.samples_every) or (is_last and schedule.samples_every):
+        if is_due(step, settings.samples_every) or (is_last and settings.samples_every):
             draw_samples(model, collate(shown, tokenizer), folder / f"patches-{step:06d}.png")
 
     return after_step

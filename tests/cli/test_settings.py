@@ -9,16 +9,16 @@ from mlx_aimv2.cli.flags import add_settings, groups, settings_of
 from mlx_aimv2.cli.main import main, parser
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.options import Options
-from mlx_aimv2.pretrain import LitSettings, Schedule, Settings
+from mlx_aimv2.pretrain import LitSettings, Settings
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.settings import flag, flagged
 
 OWN = {Settings: {"vision": Aimv2VisionConfig()}}
 """What a dataclass needs that has no flag."""
 
-KINDS = {"fit": [Options], "pretrain": [Settings, Schedule, Augmentation], "lit": [LitSettings, Augmentation]}
+KINDS = {"fit": [Options], "pretrain": [Settings, Augmentation], "lit": [LitSettings, Augmentation]}
 
-ALL = [Options, Settings, Schedule, Augmentation, LitSettings]
+ALL = [Options, Settings, Augmentation, LitSettings]
 
 FLAGGED = [(kind, one) for kind in ALL for one in flagged(kind)]
 

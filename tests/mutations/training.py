@@ -189,7 +189,7 @@ TRAINING = (
     ),
     Mutation(
         "a state of lit is another one's where it is saved more often",
-        'if name not in ("steps_per_report", "save_every")}',
+        " if name not in BESIDE}",
         "}",
         pretrain("how_often_a_run_reports_and_saves_may_change_when_it_goes_on"),
     ),
