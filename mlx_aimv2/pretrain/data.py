@@ -96,20 +96,20 @@ class ImageFolder:
 
     def __init__(self, metadata: Path) -> None:
         """Takes the metadata file in the folder. Raises DataError for rows that are none."""
-        folder, scan = metadata.parent, Scan()
-        self.folder, self.captioned = folder, list[tuple[str, tuple[str, ...]]]()
+        self.folder, self.captioned = metadata.parent, list[tuple[str, tuple[str, ...]]]()
         rows, faults = metadata_rows(metadata)
         if faults:
             raise DataError(faults)
+        scan = Scan()
         for row in rows:
-            file, texts = folder / row["file_name"], captions_of(row)
+            file, texts = self.folder / row["file_name"], captions_of(row)
             if not texts:
                 scan.note(str(file), "has no caption: skipped")
             elif not file.is_file():
                 scan.note(str(file), "is listed but not there: skipped")
             else:
                 self.captioned.append((row["file_name"], texts))
-        scan.unlisted(folder, metadata, [str(folder / row["file_name"]) for row in rows])
+        scan.unlisted(self.folder, metadata, [str(self.folder / row["file_name"]) for row in rows])
         warn_of(scan, set())
         if not self.captioned:
             raise ValueError(f"{metadata} lists no image with a caption")

@@ -23,9 +23,9 @@ import numpy as np
 
 from mlx_aimv2.backend import WIDE_SIGHT, by_images, prepared
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
-from mlx_aimv2.embed.cache import KINDS, Array, Features, cache_key, open_features
+from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, open_features
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, Known, run_ahead
+from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, run_ahead
 from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import check_target
 from mlx_aimv2.images import OpenImage, open_image
@@ -210,9 +210,10 @@ def _key(digest: bytes, view: int) -> bytes:
 class Views(Decoder):
     """Turns a file into the levels of the image as it is and of random crops, (views, H, W, 3)."""
 
-    def __init__(self, processor: Aimv2Processor, settings: LitSettings, *, known: Known) -> None:
+    def __init__(self, processor: Aimv2Processor, settings: LitSettings, cache: FeatureCache) -> None:
         """The crops of an image are drawn from the seed and its content, so that equal images have equal ones."""
-        super().__init__(processor, known=known)
+        views = range(settings.views)
+        super().__init__(processor, known=lambda _, digest: all(_key(digest, view) in cache.index for view in views))
         self.settings = settings
 
     def example(self, example: Example) -> Decoded:
@@ -264,12 +265,7 @@ def cache_features(
     with open_features(own, shape, KINDS["tokens"], advice="take fewer --views") as cache:
         count = sum(1 for _ in data.epoch(None))
         cache.reserve(count * views - len(cache.index))
-        decoder = Views(
-            processor,
-            settings,
-            known=lambda name, digest: all(_key(digest, view) in cache.index for view in range(views)),
-        )
-        patch = model.config.patch_size
+        decoder, patch = Views(processor, settings, cache), model.config.patch_size
         for chunk in run_ahead(chunks(), decoder.example, compute, patch=patch, tokens=views * tokens):
             rows: list[tuple[bytes, Array]] = []
             for image, outputs in chunk:

@@ -53,14 +53,9 @@ TOKENIZER_CAPTIONS = 1_000_000
 
 VALIDATION_EXAMPLES = 512
 
-BETAS = (0.9, 0.95)
-WEIGHT_DECAY = 1e-4
 PAPER_BATCH = 8192
 PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
-"""Width -> learning rate at batch 8192 (arXiv 2411.14402, table A1)."""
-
-MAX_NORM = 1.0
-"""Gradients longer than this are scaled down to it."""
+"""Width -> learning rate at that batch (arXiv 2411.14402, table A1, as the betas, weight decay and clipping below)."""
 
 GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
 """Positions are not decayed, as norms and biases are not."""
@@ -90,7 +85,7 @@ class Captioned:
     warm_up: int | None = setting(
         None, "optimisation", "steps until the highest rate (default: a tenth of all)", "at least 0"
     )
-    weight_decay: float = setting(WEIGHT_DECAY, "optimisation", "of AdamW", "at least 0")
+    weight_decay: float = setting(1e-4, "optimisation", "of AdamW", "at least 0")
     first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
     steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
@@ -111,9 +106,9 @@ class Captioned:
             steps=self.iters,
             learning_rate=rate,
             weight_decay=self.weight_decay,
-            betas=BETAS,
+            betas=(0.9, 0.95),
             warm_up=self.iters // 10 if self.warm_up is None else self.warm_up,
-            clip=MAX_NORM,
+            clip=1.0,
             groups=GROUPS,
             save_every=self.save_every,
             seed=self.seed,

@@ -65,14 +65,9 @@ class Augmentation:
 
 
 def random_crop(
-    width: int,
-    height: int,
-    min_area: float,
-    rng: np.random.Generator,
-    *,
-    aspects: tuple[float, float] = ASPECT,
+    width: int, height: int, min_area: float, rng: np.random.Generator, *, aspects: tuple[float, float] = ASPECT
 ) -> tuple[float, float, float, float]:
-    """The box (left, top, right, bottom) of a crop of random area, shape and place.
+    """The box (left, top, right, bottom) of a crop of random area, shape and position.
 
     Where none fits in ten attempts, the largest centred one of the nearest shape.
     """

@@ -247,8 +247,7 @@ def saved_weights(output: Path, *, prefix: str) -> Arrays:
     """The parameters in OUTPUT.training whose paths begin so; none where there is no state."""
     file = training_folder(output) / STATE_FILE
     tensors: Any = mx.load(str(file)) if file.is_file() else {}
-    name = f"{PARTS[0]}."
-    return {key[len(name) :]: array for key, array in tensors.items() if key.startswith(name + prefix)}
+    return {key.removeprefix("model."): array for key, array in tensors.items() if key.startswith(f"model.{prefix}")}
 
 
 def train(
