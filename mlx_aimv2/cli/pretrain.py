@@ -11,9 +11,8 @@ from mlx_aimv2.cli.flags import add_captions, add_resume, add_settings, groups, 
 from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.config import WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.files import read_json
-from mlx_aimv2.pretrain.data import open_data
+from mlx_aimv2.pretrain import Settings, open_data, pretrain
 from mlx_aimv2.pretrain.objective import DecoderConfig
-from mlx_aimv2.pretrain.pretraining import Settings, pretrain
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
 

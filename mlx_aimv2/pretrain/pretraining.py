@@ -34,17 +34,7 @@ from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretr
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Batches, share_of
-from mlx_aimv2.train.loop import (
-    Plan,
-    StateFile,
-    Watch,
-    check_training_folder,
-    is_due,
-    number_of,
-    saved_weights,
-    train,
-    training_folder,
-)
+from mlx_aimv2.train.loop import Plan, StateFile, Watch, check_training_folder, is_due, saved_weights, train
 from mlx_aimv2.train.optimizer import Group, Table, flat
 from mlx_aimv2.train.settings import MAX_SEED, check, setting
 
@@ -200,7 +190,7 @@ def pretrain(
     model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
     initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
     if start is not None and not resume and not start_from(model, start):
-        report(f"{start} has no {training_folder(Path(start)).name} beside it: the decoder starts at random")
+        report(f"{start} has no {Path(start).name}.training beside it: the decoder starts at random")
 
     def grid(number: int) -> Grid:
         """The same for all batches of a step and for all ranks."""
@@ -265,10 +255,9 @@ def validate(model: Pretraining, examples: list[Prepared], tokenizer: Tokenizer,
     """Mean losses over held-out examples, uncropped, with prefix lengths that stay the same."""
     sums = np.zeros(2)
     for start in range(0, len(examples), size):
-        image, text = model(collate(examples[start : start + size], tokenizer))
-        sums += [number_of(image.sum()), number_of(text.sum())]
-    image_mean, text_mean = sums / len(examples)
-    return {"validation_image_loss": float(image_mean), "validation_text_loss": float(text_mean)}
+        sums += [np.asarray(losses).sum() for losses in model(collate(examples[start : start + size], tokenizer))]
+    image_mean, text_mean = (sums / len(examples)).tolist()
+    return {"validation_image_loss": image_mean, "validation_text_loss": text_mean}
 
 
 def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | None = None) -> None:

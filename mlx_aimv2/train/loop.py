@@ -146,7 +146,8 @@ class Step:
                 del batch  # or it would stay in memory while the gradients are computed
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, others, total)  # what is left out keeps all that it was computed from in memory
-                values.append({name: number_of(one) for name, one in {"loss": loss, **others}.items()})
+                numbers: Any = {name: one.item() for name, one in {"loss": loss, **others}.items()}
+                values.append(numbers)
         finally:
             self.model.update(weights)
         means = {name: sum(one[name] for one in values) / len(values) for name in values[0]}
@@ -368,8 +369,3 @@ def _telling(plan: Plan, state: StateFile | None, say: Callable[[str], None]) ->
         if kept:
             say(f"stopped; {kept}")
         raise
-
-
-def number_of(scalar: mx.array) -> float:
-    """The value of an array of one element."""
-    return float(scalar.item())  # type: ignore[arg-type]
