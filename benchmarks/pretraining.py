@@ -24,7 +24,7 @@ from mlx_aimv2.backend import x86, x86_training
 from mlx_aimv2.cli.pretrain import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise
-from mlx_aimv2.pretrain.settings import Schedule, Settings
+from mlx_aimv2.pretrain.pretraining import Settings
 from mlx_aimv2.train.loop import Step
 
 CAPTION = 16
@@ -60,7 +60,7 @@ def main() -> None:
     settings = Settings(
         vision=vision, decoder=decoder, dtype="float32", iters=arguments.steps, learning_rate=1e-4, warm_up=1
     )
-    update = Step(model, lambda model, batch, key: model.losses(batch), settings.plan(Schedule()))
+    update = Step(model, lambda model, batch, key: model.losses(batch), settings.plan())
     patches = vision.num_patches or 0
     chance = np.random.default_rng(0)
     size = vision.image_size or 0

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.learn import fit
 from mlx_aimv2.train.batches import Batches, Shuffled
-from mlx_aimv2.train.loop import LossError, Plan, Watch, train
+from mlx_aimv2.train.loop import LossError, Plan, StateFile, Watch, check_training_folder, train
 from mlx_aimv2.train.optimizer import (
     FROZEN,
     Group,
@@ -22,7 +22,6 @@ from mlx_aimv2.train.optimizer import (
     layer_decay,
     warm_up_cosine,
 )
-from mlx_aimv2.train.state import StateFile, check_training_folder
 from tests.labelled import CHECKPOINT, write_digits
 
 
@@ -168,7 +167,7 @@ def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is of another model"):
         StateFile(tmp_path, {"batch_size": 4}).load({"other": mx.zeros((1, 3))})
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is damaged: remove"):
+    with pytest.raises(ValueError, match="is damaged, or of another version: remove"):
         StateFile(tmp_path, {})
 
 

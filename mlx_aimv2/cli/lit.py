@@ -12,9 +12,7 @@ from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.config import Aimv2Config
 from mlx_aimv2.files import read_json
 from mlx_aimv2.loading import load
-from mlx_aimv2.pretrain.captioned import open_data
-from mlx_aimv2.pretrain.lit_tuning import lit
-from mlx_aimv2.pretrain.settings import LitSettings
+from mlx_aimv2.pretrain import LitSettings, lit, open_data
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
 

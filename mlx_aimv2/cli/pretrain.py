@@ -11,10 +11,8 @@ from mlx_aimv2.cli.flags import add_captions, add_resume, add_settings, groups, 
 from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.config import WIDTHS, Aimv2VisionConfig
 from mlx_aimv2.files import read_json
-from mlx_aimv2.pretrain.captioned import open_data
+from mlx_aimv2.pretrain import Settings, open_data, pretrain
 from mlx_aimv2.pretrain.objective import DecoderConfig
-from mlx_aimv2.pretrain.pretraining import pretrain
-from mlx_aimv2.pretrain.settings import Schedule, Settings
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
 
@@ -35,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_size("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the size's, 224)")
     of_size("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: the size's, 14)")
     of_size("--native", action="store_true", help="images of any size, a number of patches for each batch")
-    add_settings(add, Settings, Schedule, Augmentation)
+    add_settings(add, Settings, Augmentation)
     add_resume(add["run"])
     add["output"]("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
 
@@ -51,13 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
         decoder=replace(decoder, vocab_size=arguments.vocab_size),
         augmentation=settings_of(Augmentation, arguments),
     )
-    schedule = settings_of(Schedule, arguments)
     pretrain(
         open_data(arguments.data),
         arguments.output,
         settings=settings,
         validation=open_data(arguments.validation) if arguments.validation else None,
-        schedule=schedule,
         tokenizer=Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None,
         resume=arguments.resume,
         report=say,

@@ -35,7 +35,7 @@ from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_ima
 from mlx_aimv2.learn.task import Task, find_task, guess_task
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.train.state import StateFile, check_training_folder
+from mlx_aimv2.train.loop import StateFile, check_training_folder
 
 
 @dataclass(frozen=True)

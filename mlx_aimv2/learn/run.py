@@ -19,9 +19,8 @@ from mlx_aimv2.files import cache_folder
 from mlx_aimv2.learn.learner import grid_of
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
-from mlx_aimv2.train.loop import Plan, Progress, Watch, train
+from mlx_aimv2.train.loop import Plan, Progress, StateFile, Watch, train
 from mlx_aimv2.train.optimizer import Table
-from mlx_aimv2.train.state import StateFile
 
 if TYPE_CHECKING:
     from mlx_aimv2.embed.distributed import Ranks

@@ -1,31 +1,10 @@
 """The paper's own pre-training objective (arXiv 2411.14402) and LiT tuning.
 
-Read in this order: `objective`, `examples`, then `pretraining`; `lit_tuning` tunes what it leaves. The public names are
-loaded when they are first used.
+Read in this order: `objective`, `data`, then `pretraining`; `lit_tuning` tunes what it leaves.
 """
 
-from __future__ import annotations
+from mlx_aimv2.pretrain.data import open_data
+from mlx_aimv2.pretrain.lit_tuning import LitSettings, lit
+from mlx_aimv2.pretrain.pretraining import Settings, pretrain
 
-from typing import TYPE_CHECKING
-
-from mlx_aimv2 import lazily
-
-if TYPE_CHECKING:
-    from mlx_aimv2.pretrain.captioned import open_data
-    from mlx_aimv2.pretrain.lit_tuning import lit
-    from mlx_aimv2.pretrain.pretraining import pretrain
-    from mlx_aimv2.pretrain.settings import LitSettings, Schedule, Settings
-
-__all__ = ["LitSettings", "Schedule", "Settings", "lit", "open_data", "pretrain"]
-
-__getattr__, __dir__ = lazily(
-    globals(),
-    {
-        "LitSettings": "settings",
-        "Schedule": "settings",
-        "Settings": "settings",
-        "lit": "lit_tuning",
-        "open_data": "captioned",
-        "pretrain": "pretraining",
-    },
-)
+__all__ = ["LitSettings", "Settings", "lit", "open_data", "pretrain"]

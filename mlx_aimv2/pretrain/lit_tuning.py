@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +22,48 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.backend import WIDE_SIGHT, by_images, prepared
-from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
+from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, open_features
 from mlx_aimv2.embed.distributed import Ranks
+from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, run_ahead
 from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import check_target
+from mlx_aimv2.images import OpenImage, open_image
+from mlx_aimv2.images.pixels import Levels
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.pretrain.captioned import Data
-from mlx_aimv2.pretrain.feature_cache import CaptionedFeatures, cache_features
+from mlx_aimv2.pretrain.data import Data, Example
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.pretraining import Log, check_enough, tokenizer_for, write_checkpoint
-from mlx_aimv2.pretrain.settings import LitSettings
+from mlx_aimv2.pretrain.pretraining import Captioned, check_enough, log_to, tokenizer_for, write_checkpoint
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.batches import Batches, Shuffled
-from mlx_aimv2.train.loop import Watch, is_due, train
+from mlx_aimv2.train.loop import Plan, StateFile, Watch, check_training_folder, is_due, train
 from mlx_aimv2.train.optimizer import FROZEN, flat, freeze
-from mlx_aimv2.train.state import StateFile, check_training_folder
+from mlx_aimv2.train.settings import setting
+
+REPORT_EVERY = 1024
+"""Images between two lines that say how far it is."""
 
 FROZEN_TRUNK = [(r"vision_model\.(?!head\.).*", FROZEN)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LitSettings(Captioned):
+    """Sizes of the text side and how it is trained; the text encoder's defaults are aimv2-large-patch14-224-lit's.
+
+    `views` is how many crops of each image are kept: the whole image, and random ones.
+    """
+
+    text: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
+    projection_dim: int = 768
+    batch_size: int = setting(256, "optimisation", "images of a batch, on all ranks", "at least 1")
+    learning_rate: float = setting(1e-3, "optimisation", "highest rate", "above 0")
+    views: int = setting(1, "augmentation", "crops kept of each image, the whole one among them", "at least 1")
+    steps_per_report: int = setting(50, "run", "steps between two lines of losses", "at least 0")
+
+    def plan(self) -> Plan:
+        """How the loop trains."""
+        return replace(self._plan(self.learning_rate), keep="average")
 
 
 @prepared(WIDE_SIGHT)
@@ -64,13 +93,9 @@ def lit(
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
         tokenizer.save_to(folder)
-    model = pair_with(encoder, settings, tokenizer)
-    kept = folder / f"features-{ranks.rank}"
+    model, kept = pair_with(encoder, settings, tokenizer), folder / f"features-{ranks.rank}"
     try:
-        features = cache_features(
-            encoder, processor, data, kept, views=settings.views, augmentation=settings.augmentation,
-            seed=settings.seed, report=report,
-        )  # fmt: skip
+        features = cache_features(encoder, processor, data, kept, settings=settings, report=report)
         check_enough(len(features.texts), settings.batch_size)
         _train(model, features, tokenizer, settings, state, report)
     finally:
@@ -83,25 +108,13 @@ def lit(
 
 def pair_with(encoder: Aimv2VisionModel, settings: LitSettings, tokenizer: Tokenizer) -> Aimv2Model:
     """A LiT model around the encoder's trunk; everything else starts at random."""
-    text = Aimv2TextConfig(**(asdict(settings.text) | {"vocab_size": tokenizer.size, "eos_token_id": tokenizer.eos}))
-    vision = Aimv2VisionConfig(**(asdict(encoder.config) | {"use_head": True}))
-    model = Aimv2Model(Aimv2Config(vision, text, settings.projection_dim))
+    text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
+    model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
     initialise(model, text.num_hidden_layers, seed=settings.seed)
-    trunk = flat(encoder.parameters()).items()
-    model.vision_model.load_weights(
-        [(name, array) for name, array in trunk if not name.startswith("head.")], strict=False
-    )
+    trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
+    model.vision_model.load_weights(trunk, strict=False)
     freeze(model, FROZEN_TRUNK)
     return model
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One view of an image with one caption: features (N, D), the caption, the number of the image's first caption."""
-
-    features: np.ndarray[Any, Any]
-    caption: str
-    key: int
 
 
 def _train(
@@ -113,31 +126,29 @@ def _train(
     report: Callable[[str], None],
 ) -> None:
     """Trains what is not frozen; at the end the model holds the running average of its weights."""
-    ranks = Ranks()
+    ranks, log = Ranks(), log_to(state.folder / "log.jsonl", report)
     keys = {texts[0]: number for number, texts in enumerate(dict.fromkeys(features.texts))}
 
-    def make(item: tuple[int, np.random.Generator]) -> Pair:
+    def make(item: tuple[int, np.random.Generator]) -> tuple[Array, str, int]:
+        """A view of an image, one of its captions, and the number of its first caption."""
         image, rng = item
         view, texts = int(rng.integers(settings.views)), features.texts[image]
         chosen = 0 if rng.random() < settings.first_caption else int(rng.integers(len(texts)))
-        return Pair(features.take([image], [view])[0], texts[chosen], keys[texts[0]])
+        return features.view(image, view), texts[chosen], keys[texts[0]]
 
-    def collate(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array, mx.array]:
-        x = mx.array(np.stack([pair.features for pair in pairs])).astype(model.dtype)
-        return x, mx.array(tokenizer([pair.caption for pair in pairs])), mx.array([pair.key for pair in pairs])
+    def collate(pairs: Sequence[tuple[Array, str, int]]) -> tuple[mx.array, mx.array, mx.array]:
+        views, captions, own_keys = zip(*pairs, strict=True)
+        return mx.array(np.stack(views)).astype(model.dtype), mx.array(tokenizer(captions)), mx.array(own_keys)
 
     def loss(model: Any, batch: tuple[mx.array, mx.array, mx.array], key: mx.array) -> dict[str, mx.array]:
         x, ids, own_keys = batch
         images, texts = by_images(lambda *both: both_sides(model, *both), x, ids)
-        images, texts = (of_all_ranks(side, ranks) for side in (images, texts))
-        found = contrastive_loss(model.logits(images, texts), same_captions(ranks.rows(own_keys)))
-        return {"loss": found, "scale": mx.exp(model.logit_scale)}
-
-    log = Log(state.folder / "log.jsonl", report)
+        logits = model.logits(of_all_ranks(images, ranks), of_all_ranks(texts, ranks))
+        return {"loss": contrastive_loss(logits, ranks.rows(own_keys)), "scale": mx.exp(model.logit_scale)}
 
     def after_step(step: int, losses: dict[str, float]) -> None:
         if ranks.rank == 0 and (is_due(step, settings.steps_per_report) or step == settings.iters):
-            log.add(step, **losses)
+            log(step, losses)
 
     order = Shuffled(
         range(len(features.texts)),
@@ -146,12 +157,9 @@ def _train(
         rank=ranks.rank,
         ranks=ranks.size,
     )
-    batches = Batches(order, make, collate=collate)
-    try:
+    with closing(Batches(order, make, collate=collate)) as batches:
         watch = Watch(after_step=after_step, say=report)
         train(model, loss, batches, settings.plan(), state=state, ranks=ranks, watch=watch)
-    finally:
-        batches.close()
 
 
 def both_sides(model: Aimv2Model, features: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
@@ -160,12 +168,12 @@ def both_sides(model: Aimv2Model, features: mx.array, ids: mx.array) -> tuple[mx
     return images, unit_length(model.text_projection(model.text_model(ids).pooler_output))
 
 
-def contrastive_loss(logits: mx.array, same: mx.array) -> mx.array:
-    """Cross-entropy of each image among texts and of each text among images, their mean: `(B, B), (B, B) -> ()`.
+def contrastive_loss(logits: mx.array, keys: mx.array) -> mx.array:
+    """Cross-entropy of each image among texts and of each text among images, their mean: `(B, B), (B,) -> ()`.
 
-    `same` is true where two examples have the same caption: such a pair is neither wrong nor counted.
+    Examples of equal keys have the same caption: such a pair is neither wrong nor counted.
     """
-    own = mx.eye(logits.shape[0], dtype=mx.bool_)
+    same, own = keys[:, None] == keys[None], mx.eye(logits.shape[0], dtype=mx.bool_)
     logits = mx.where(same & ~own, -math.inf, logits)
     diagonal = mx.diagonal(logits)
     per_image = mx.logsumexp(logits, axis=1) - diagonal
@@ -177,24 +185,102 @@ def of_all_ranks(x: mx.array, ranks: Ranks) -> mx.array:
     """Rows of every rank, in the order of the ranks: `(B, …) -> (ranks * B, …)`.
 
     Each rank differentiates the whole loss by its own rows alone, so the ranks' shares have to be summed. The loop
-    takes their mean; therefore the gradient is made larger by the number of ranks here.
+    takes their mean; therefore the gradient is made larger by the number of ranks here, and the value stays.
     """
-    if ranks.size == 1:
-        return x
-
-    @mx.custom_function
-    def gathered(x: mx.array) -> mx.array:
-        return ranks.rows(x)
-
-    @gathered.vjp
-    def gathered_vjp(x: mx.array, gradient: mx.array, _: mx.array) -> mx.array:
-        own = gradient[ranks.rank * x.shape[0] : (ranks.rank + 1) * x.shape[0]]
-        return ranks.size * own
-
-    result: Any = gathered(x)
-    return result
+    return ranks.rows(x + (ranks.size - 1) * (x - mx.stop_gradient(x)))
 
 
-def same_captions(keys: mx.array) -> mx.array:
-    """Which pairs of examples have the same key: `(B,) -> (B, B)` boolean."""
-    return keys[:, None] == keys[None]
+@dataclass(frozen=True)
+class CaptionedFeatures:
+    """The features of n images' views, the SHA-256 of each image's file, and its captions."""
+
+    features: Features
+    digests: list[bytes]
+    texts: list[tuple[str, ...]]
+
+    def view(self, image: int, view: int) -> Array:
+        """A view of an image, (N, D) float32; view 0 is the image as it is."""
+        return np.asarray(self.features[_key(self.digests[image], view)], np.float32)
+
+
+def _key(digest: bytes, view: int) -> bytes:
+    return hashlib.sha256(digest + view.to_bytes(4, "little")).digest() if view else digest
+
+
+class Views(Decoder):
+    """Turns a file into the levels of the image as it is and of random crops, (views, H, W, 3)."""
+
+    def __init__(self, processor: Aimv2Processor, settings: LitSettings, cache: FeatureCache) -> None:
+        """The crops of an image are drawn from the seed and its content, so that equal images have equal ones."""
+        views = range(settings.views)
+        super().__init__(processor, known=lambda _, digest: all(_key(digest, view) in cache.index for view in views))
+        self.settings = settings
+
+    def example(self, example: Example) -> Decoded:
+        """An example's image; any thread may call it."""
+        image = example.image
+        return self.content(example.name, image) if isinstance(image, bytes) else self(str(image))
+
+    def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
+        """The views, from their first."""
+        settings, size = self.settings, self.processor.preprocessing.final_size or (0, 0)
+        rng = np.random.default_rng([settings.seed, 2, *np.frombuffer(sha256, "<u4").tolist()])
+        image, _ = opened.rgb()
+        images = [image, *(settings.augmentation(image, size, rng) for _ in range(settings.views - 1))]
+        return np.stack([self.processor.levels(open_image(one)) for one in images])
+
+
+def cache_features(
+    model: Aimv2VisionModel,
+    processor: Aimv2Processor,
+    data: Data,
+    folder: Path,
+    *,
+    settings: LitSettings,
+    report: Callable[[str], None] = lambda line: None,
+) -> CaptionedFeatures:
+    """The trunk's last hidden states of every image, as it is and in `views - 1` random crops, in half precision.
+
+    Each is computed once and kept on disk. An image that cannot be read is skipped with a note. Raises OSError where
+    the disk has no room for them.
+    """
+    views, tokens, augmentation = settings.views, model.config.num_patches, asdict(settings.augmentation)
+    if tokens is None:
+        raise ValueError("LiT tuning keeps features of equal length; this encoder takes images of any size")
+    own = folder / cache_key(model, processor, kind="tokens", augmentation=augmentation, seed=settings.seed)
+    shape = (tokens, model.config.hidden_size)
+    captions: deque[tuple[str, ...]] = deque()  # of the images that are being prepared
+    digests, texts = list[bytes](), list[tuple[str, ...]]()
+
+    def chunks() -> Iterator[list[Example]]:
+        examples = data.epoch(None)
+        while chunk := list(islice(examples, CHUNK)):
+            captions.extend(example.texts for example in chunk)
+            yield chunk
+
+    def compute(levels: mx.array) -> dict[str, mx.array]:
+        features = model(processor.normalised(levels.flatten(0, 1))).last_hidden_state
+        return {"features": features.reshape(levels.shape[0], views, *shape)}
+
+    with open_features(own, shape, KINDS["tokens"], advice="take fewer --views") as cache:
+        count = sum(1 for _ in data.epoch(None))
+        cache.reserve(count * views - len(cache.index))
+        decoder, patch = Views(processor, settings, cache), model.config.patch_size
+        for chunk in run_ahead(chunks(), decoder.example, compute, patch=patch, tokens=views * tokens):
+            rows: list[tuple[bytes, Array]] = []
+            for image, outputs in chunk:
+                own_texts = captions.popleft()
+                if image.failure is not None:
+                    warnings.warn(f"{image.path} {image.failure}; skipped", stacklevel=2)
+                    continue
+                if image.note is not None:
+                    warnings.warn(f"{image.path} {image.note}", stacklevel=2)
+                if outputs is not None:
+                    rows += [(_key(image.sha256, view), row) for view, row in enumerate(outputs["features"])]
+                digests.append(image.sha256)
+                texts.append(own_texts)
+                if len(texts) % REPORT_EVERY == 0:
+                    report(f"features of {len(texts):,} of {count:,} images")
+            cache.append(rows)
+        report(f"features of {len(texts):,} of {count:,} images")
+        return CaptionedFeatures(cache.features(), digests, texts)

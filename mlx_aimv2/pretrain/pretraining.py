@@ -1,4 +1,4 @@
-"""Runs pre-training: data -> batches -> objective -> AdamW -> a checkpoint in Apple's layout.
+"""Pre-training: data -> batches -> objective -> AdamW -> a checkpoint in Apple's layout; what decides it, and the run.
 
 While it runs, OUTPUT.training holds what `resume` needs (state.safetensors), the tokenizer, log.jsonl with the losses,
 and patches-STEP.png now and then. OUTPUT itself appears at the end, whole.
@@ -9,47 +9,151 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_aimv2.backend import WIDE_SIGHT, prepared
-from mlx_aimv2.config import Aimv2TextConfig
+from mlx_aimv2.config import DTYPES, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.conversion.folder import save_pytorch
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.files import atomic_folder, check_target
-from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.files import atomic_file, atomic_folder, check_target
+from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD, published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.captioned import Data
-from mlx_aimv2.pretrain.examples import (
-    Grid,
-    Preparation,
-    Prepared,
-    Stream,
-    collate,
-    first_examples,
-    grid_of,
-    middle_grid,
-)
-from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining, initialise
-from mlx_aimv2.pretrain.samples import draw_samples
-from mlx_aimv2.pretrain.settings import Schedule, Settings
+from mlx_aimv2.pretrain.data import PATCHES, Data, Grid, Preparation, Prepared, Stream, collate, first_examples, grid_of
+from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretraining, initialise, patches_of
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
-from mlx_aimv2.train.batches import Batches
-from mlx_aimv2.train.loop import Watch, is_due, number_of, train
-from mlx_aimv2.train.optimizer import flat
-from mlx_aimv2.train.state import StateFile, check_training_folder, saved_weights, training_folder
+from mlx_aimv2.train.augment import Augmentation
+from mlx_aimv2.train.batches import Batches, share_of
+from mlx_aimv2.train.loop import Plan, StateFile, Watch, check_training_folder, is_due, saved_weights, train
+from mlx_aimv2.train.optimizer import Group, Table, flat
+from mlx_aimv2.train.settings import MAX_SEED, check, setting
 
 TOKENIZER_CAPTIONS = 1_000_000
 """Captions that a tokenizer is trained on at most."""
 
 VALIDATION_EXAMPLES = 512
+
+PAPER_BATCH = 8192
+PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
+"""Width -> learning rate at that batch (arXiv 2411.14402, table A1, as the betas, weight decay and clipping below)."""
+
+GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
+"""Positions are not decayed, as norms and biases are not."""
+
+AUTO = "auto"
+"""bfloat16 on a GPU, float32 on a CPU."""
+
+
+BESIDE = ("steps_per_report", "steps_per_eval", "save_every", "samples_every")
+"""Settings that say how often something is done beside training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioned:
+    """What training on images with captions is told, by the paper's objective or by LiT's; defaults of the former.
+
+    `batch_size` counts examples on all ranks; `warm_up` None is a tenth of the steps. `first_caption` is how often the
+    first of an example's captions is taken; otherwise all are drawn alike. What is done every so many steps is never
+    done with 0.
+    """
+
+    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
+    iters: int = setting(1000, "optimisation", "steps", "at least 1")
+    learning_rate: float | None = setting(
+        None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
+    )
+    warm_up: int | None = setting(
+        None, "optimisation", "steps until the highest rate (default: a tenth of all)", "at least 0"
+    )
+    weight_decay: float = setting(1e-4, "optimisation", "of AdamW", "at least 0")
+    first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
+    seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
+    steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
+    save_every: int = setting(500, "run", "steps between two states", "at least 0")
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have the same: all but how often something is done beside training."""
+        return {name: value for name, value in asdict(self).items() if name not in BESIDE}
+
+    def _plan(self, rate: float) -> Plan:
+        """What the loop does for both."""
+        return Plan(
+            steps=self.iters,
+            learning_rate=rate,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.95),
+            warm_up=self.iters // 10 if self.warm_up is None else self.warm_up,
+            clip=1.0,
+            groups=GROUPS,
+            save_every=self.save_every,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Captioned):
+    """What pre-training is told.
+
+    `learning_rate` None is the paper's, scaled by the examples of a step, which are `grad_accumulation_steps` batches.
+    `patches` are the fewest and the most of an image, for native encoders. `start` is an earlier result, whose weights
+    go on in this run, at another resolution for example.
+    """
+
+    vision: Aimv2VisionConfig
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    patches: tuple[int, int] = setting(
+        PATCHES, "what is trained", "with --native: fewest and most", "the fewest, 2 at least, and the most"
+    )
+    start: str | None = setting(
+        None, "what is trained", "go on from an earlier result, at another --image-size for example", metavar="MODEL"
+    )
+    grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
+    alpha: float = setting(ALPHA, "optimisation", "weight of the image loss", "at least 0")
+    dtype: str = setting(
+        AUTO, "optimisation", f"{', '.join(DTYPES)} or auto (default: bfloat16 on a GPU)", choices=(*DTYPES, AUTO)
+    )
+    steps_per_eval: int = setting(500, "run", "steps between evaluations", "at least 0")
+    samples_every: int = setting(1000, "run", "steps between images of predicted patches", "at least 0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vision.image_size is not None and self.vision.image_size % self.vision.patch_size:
+            raise ValueError(
+                f"images of {self.vision.image_size} pixels do not divide into patches of {self.vision.patch_size}"
+            )
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate; the paper's is scaled by the root of a step's examples, as Adam's noise goes."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        paper = next((rate for width, rate in PAPER_RATES.items() if self.vision.hidden_size <= width), 4e-4)
+        return paper * math.sqrt(self.batch_size * self.grad_accumulation_steps / PAPER_BATCH)
+
+    def plan(self) -> Plan:
+        """How the loop trains."""
+        is_on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return replace(
+            self._plan(self.rate),
+            accumulate=self.grad_accumulation_steps,
+            dtype=("bfloat16" if is_on_gpu else "float32") if self.dtype == AUTO else self.dtype,
+            keep="last",
+        )
 
 
 @prepared(WIDE_SIGHT)
@@ -59,7 +163,6 @@ def pretrain(
     *,
     settings: Settings,
     validation: Data | None = None,
-    schedule: Schedule | None = None,
     tokenizer: Tokenizer | None = None,
     resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -73,62 +176,51 @@ def pretrain(
     Raises FileExistsError if something stands at `output` (or an interrupted run does, without `resume`), ValueError
     for settings that do not fit the data or the interrupted run, and for a loss that is no number.
     """
-    output, schedule, ranks = Path(output), schedule or Schedule(), Ranks()
+    output, ranks = Path(output), Ranks()
     check_target(output)
-    start = settings.start
-    folder = check_training_folder(output, resume=resume)
-    part = settings.part(ranks.size)
+    folder, start = check_training_folder(output, resume=resume), settings.start
+    size = share_of(settings.batch_size, ranks.size)
     check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
-    if start is not None and tokenizer is None and not resume:
-        tokenizer = tokenizer_of(Path(start))
-    tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else None)
+    tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
     settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
-    state = StateFile(folder, asdict(settings) | {"ranks": ranks.size})
+    state = StateFile(folder, settings.identity | {"ranks": ranks.size})
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_to(folder)
     model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
     initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
     if start is not None and not resume and not start_from(model, start):
-        report(f"{start} has no {training_folder(Path(start)).name} beside it: the decoder starts at random")
+        report(f"{start} has no {Path(start).name}.training beside it: the decoder starts at random")
+
+    def grid(number: int) -> Grid:
+        """The same for all batches of a step and for all ranks."""
+        step = number // settings.grad_accumulation_steps + 1
+        return grid_of(settings.vision, np.random.default_rng((settings.seed, 5, step)), patches=settings.patches)
 
     order = Stream(
         data,
-        lambda number: grid_of_step(settings, number // settings.grad_accumulation_steps + 1),
-        size=part,
+        grid,
+        size=size,
         seed=settings.seed,
         start=state.progress["positions"][ranks.rank] if state.progress is not None else 0,
         rank=ranks.rank,
         ranks=ranks.size,
     )
-    prepare = Preparation(
-        settings.vision,
-        seed=settings.seed,
-        augmentation=settings.augmentation,
-        first_caption=settings.first_caption,
-    )
-    batches = Batches(order, lambda item: prepare(*item), collate=lambda examples: collate(examples, tokenizer))
-    after_step = _reports(data, validation, model, tokenizer, settings, schedule, folder, report)
-    try:
+    prepare = Preparation(settings.vision, settings.seed, settings.augmentation, settings.first_caption)
+    with closing(Batches(order, lambda item: prepare(*item), collate=lambda some: collate(some, tokenizer))) as batches:
+        after_step = _reports(data, validation, model, tokenizer, settings, folder, report)
         train(
             model,
             lambda model, batch, key: model.losses(batch, settings.alpha),
             batches,
-            settings.plan(schedule),
+            settings.plan(),
             state=state,
             ranks=ranks,
             watch=Watch(after_step=after_step if ranks.rank == 0 else lambda step, losses: None, say=report),
         )
-    finally:
-        batches.close()
     if ranks.rank == 0:
         write_checkpoint(model.encoder, output, tokenizer=tokenizer)
     return model.encoder
-
-
-def grid_of_step(settings: Settings, step: int) -> Grid:
-    """The grid of a step's batches, the same for all ranks."""
-    return grid_of(settings.vision, np.random.default_rng((settings.seed, 5, step)), patches=settings.patches)
 
 
 def _reports(
@@ -137,24 +229,23 @@ def _reports(
     model: Pretraining,
     tokenizer: Tokenizer,
     settings: Settings,
-    schedule: Schedule,
     folder: Path,
     report: Callable[[str], None],
 ) -> Callable[[int, dict[str, float]], None]:
     """What rank 0 does after a step: log the losses, validate, draw predicted patches."""
-    as_is = Preparation(settings.vision, seed=settings.seed)
-    grid = middle_grid(settings.vision, patches=settings.patches)
+    as_is = Preparation(settings.vision, settings.seed)
+    grid = grid_of(settings.vision, None, patches=settings.patches)
     held_out = [] if validation is None else first_examples(validation, as_is, grid, VALIDATION_EXAMPLES)
     shown = held_out[:4] or first_examples(data, as_is, grid, 4)
-    log = Log(folder / "log.jsonl", report)
+    log = log_to(folder / "log.jsonl", report)
 
     def after_step(step: int, losses: dict[str, float]) -> None:
         is_last = step == settings.iters
-        if is_due(step, schedule.steps_per_report) or is_last:
-            log.add(step, **losses)
-        if held_out and (is_due(step, schedule.steps_per_eval) or is_last):
-            log.add(step, **validate(model, held_out, tokenizer, settings.batch_size))
-        if is_due(step, schedule.samples_every) or (is_last and schedule.samples_every):
+        if is_due(step, settings.steps_per_report) or is_last:
+            log(step, losses)
+        if held_out and (is_due(step, settings.steps_per_eval) or is_last):
+            log(step, validate(model, held_out, tokenizer, settings.batch_size))
+        if is_due(step, settings.samples_every) or (is_last and settings.samples_every):
             draw_samples(model, collate(shown, tokenizer), folder / f"patches-{step:06d}.png")
 
     return after_step
@@ -164,10 +255,9 @@ def validate(model: Pretraining, examples: list[Prepared], tokenizer: Tokenizer,
     """Mean losses over held-out examples, uncropped, with prefix lengths that stay the same."""
     sums = np.zeros(2)
     for start in range(0, len(examples), size):
-        image, text = model(collate(examples[start : start + size], tokenizer))
-        sums += [number_of(image.sum()), number_of(text.sum())]
-    image_mean, text_mean = sums / len(examples)
-    return {"validation_image_loss": float(image_mean), "validation_text_loss": float(text_mean)}
+        sums += [np.asarray(losses).sum() for losses in model(collate(examples[start : start + size], tokenizer))]
+    image_mean, text_mean = (sums / len(examples)).tolist()
+    return {"validation_image_loss": image_mean, "validation_text_loss": text_mean}
 
 
 def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | None = None) -> None:
@@ -181,45 +271,30 @@ def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | No
             tokenizer.save_to(folder)
 
 
-class Log:
-    """Losses as JSON lines in a file, and as text for whoever watches."""
+def log_to(file: Path, report: Callable[[str], None]) -> Callable[[int, Mapping[str, float]], None]:
+    """Gives what writes the losses of a step, as JSON lines in a file and as text for whoever watches."""
+    began = time.monotonic()
 
-    def __init__(self, file: Path, report: Callable[[str], None]) -> None:
-        self.file, self.report = file, report
-        self.began = time.monotonic()
+    def log(step: int, losses: Mapping[str, float]) -> None:
+        rounded = {name: round(value, 5) for name, value in losses.items()}
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, "seconds": round(time.monotonic() - began, 1), **rounded}) + "\n")
+        report(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
 
-    def add(self, step: int, **values: float) -> None:
-        """One entry."""
-        seconds = time.monotonic() - self.began
-        rounded = {name: round(value, 5) for name, value in values.items()}
-        entry = {"step": step, "seconds": round(seconds, 1), **rounded}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.report(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    return log
 
 
 def tokenizer_for(
-    data: Data, text: DecoderConfig | Aimv2TextConfig, given: Tokenizer | None, resumed: Path | None
+    data: Data, text: DecoderConfig | Aimv2TextConfig, given: Tokenizer | None, earlier: str | Path | None
 ) -> Tokenizer:
-    """The tokenizer that is given, the interrupted run's in `resumed`, or one trained on the captions."""
-    context = text.max_position_embeddings
-    if given is None and resumed is not None:
-        given = Tokenizer.from_folder(resumed)
+    """The tokenizer that is given, else that in the folder of an `earlier` run, else one trained on the captions."""
+    if given is None and earlier is not None and (Path(earlier) / "tokenizer.json").is_file():  # Apple's have none
+        given = Tokenizer.from_folder(Path(earlier))
     if given is None:
-        size = min(text.vocab_size, VOCAB_SIZE)
-        return train_tokenizer(all_captions(data), vocab_size=size, context=context)
-    given.context = context
+        captions = (caption for example in data.epoch(None) for caption in example.texts)
+        given = train_tokenizer(islice(captions, TOKENIZER_CAPTIONS), vocab_size=min(text.vocab_size, VOCAB_SIZE))
+    given.context = text.max_position_embeddings
     return given
-
-
-def all_captions(data: Data) -> Iterable[str]:
-    """The captions of the data, the first million of them."""
-    count = 0
-    for example in data.epoch(None):
-        yield from example.texts
-        count += len(example.texts)
-        if count >= TOKENIZER_CAPTIONS:
-            return
 
 
 def check_enough(found: int, batch: int) -> None:
@@ -230,24 +305,14 @@ def check_enough(found: int, batch: int) -> None:
         )
 
 
-def tokenizer_of(checkpoint: Path) -> Tokenizer | None:
-    """The tokenizer beside the earlier run's encoder, None for an encoder that came without (Apple's)."""
-    return Tokenizer.from_folder(checkpoint) if (checkpoint / "tokenizer.json").is_file() else None
-
-
 def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
     """Fills the model from an earlier run's checkpoint; returns whether there was a decoder, in CHECKPOINT.training.
 
     Position tables are resampled to the new number of patches. Raises ValueError for an encoder of other sizes.
     """
     earlier, _ = load(checkpoint, dtype="float32")
-    weights = {
-        f"encoder.{name}": array
-        for name, array in flat(earlier.vision.parameters()).items()
-        if not name.startswith("head.")
-    }
-    decoder = saved_weights(Path(checkpoint), prefix="decoder.")
-    weights |= decoder
+    encoder, decoder = flat(earlier.vision.parameters()), saved_weights(Path(checkpoint), prefix="decoder.")
+    weights = {f"encoder.{name}": array for name, array in encoder.items() if not name.startswith("head.")} | decoder
     table = "encoder.pos_embed"
     if table in weights and (patches := model.encoder.config.num_patches) is not None:
         old, new = math.isqrt(weights[table].shape[0]), math.isqrt(patches)
@@ -258,3 +323,28 @@ def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
             raise ValueError(f"{checkpoint}: {name} is {array.shape}, this run's is {shapes.get(name)}; give its sizes")
     model.load_weights(list(weights.items()), strict=False)
     return bool(decoder)
+
+
+def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
+    """A PNG with a row for each image: the original; its prefix and the patches predicted from those before each.
+
+    Predictions are of normalised patches, so they are shown with the mean and deviation of the true ones.
+    """
+    patch_size = model.encoder.config.patch_size
+    rows, columns = model.encoder.grid(batch.pixels)
+    patches = patches_of(batch.pixels, patch_size)
+    predicted, _ = model.predict(batch)
+    mean = patches.mean(axis=-1, keepdims=True)
+    deviation = mx.sqrt(mx.square(patches - mean).mean(axis=-1, keepdims=True) + EPS)
+    shown = predicted.astype(mx.float32) * deviation[:, 1:] + mean[:, 1:]
+    shown = mx.concatenate([patches[:, :1], shown], axis=1)
+    is_prefix = mx.arange(rows * columns)[None] < batch.lengths[:, None]
+    shown = mx.where(is_prefix[..., None], patches, shown)
+    sides = [np.array(x).reshape(-1, rows, columns, patch_size, patch_size, 3) for x in (patches, shown)]
+    images = [
+        side.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * patch_size, columns * patch_size, 3) for side in sides
+    ]
+    grid = np.concatenate([np.concatenate(list(image), axis=0) for image in images], axis=1)
+    levels = (grid * np.array(CLIP_STD) + np.array(CLIP_MEAN)).clip(0, 1) * 255
+    with atomic_file(file) as stream:
+        Image.fromarray(np.rint(levels).astype(np.uint8)).save(stream, format="PNG")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TypeAlias
 
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
 
 from mlx_aimv2.train.settings import check, setting
 
-if TYPE_CHECKING:
-    from PIL import Image
+Operation: TypeAlias = Callable[[Image.Image, float], Image.Image]
 
 MAGNITUDE = 0.5
 """Of each operation's full strength, as 9 to 15 of RandAugment's 30 steps are for most models."""
@@ -53,8 +53,6 @@ class Augmentation:
         aspects: tuple[float, float] = ASPECT,
     ) -> Image.Image:
         """An RGB image of any size -> one of `size` (height, width), the same for the same state of `rng`."""
-        from PIL import Image, ImageOps
-
         box = random_crop(image.width, image.height, self.min_area, rng, aspects=aspects)
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
         if self.flip and rng.random() < 0.5:
@@ -67,14 +65,9 @@ class Augmentation:
 
 
 def random_crop(
-    width: int,
-    height: int,
-    min_area: float,
-    rng: np.random.Generator,
-    *,
-    aspects: tuple[float, float] = ASPECT,
+    width: int, height: int, min_area: float, rng: np.random.Generator, *, aspects: tuple[float, float] = ASPECT
 ) -> tuple[float, float, float, float]:
-    """The box (left, top, right, bottom) of a crop of random area, shape and place.
+    """The box (left, top, right, bottom) of a crop of random area, shape and position.
 
     Where none fits in ten attempts, the largest centred one of the nearest shape.
     """
@@ -92,8 +85,6 @@ def random_crop(
 
 def jittered(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation changed by up to `amount` to either side of 1."""
-    from PIL import ImageEnhance
-
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = change(image).enhance(float(rng.uniform(1 - amount, 1 + amount)))
     return image
@@ -107,71 +98,29 @@ def rand_augment(image: Image.Image, operations: int, rng: np.random.Generator) 
     return image
 
 
-def _enhanced(name: str) -> Callable[[Any, float], Any]:
-    def change(image: Image.Image, strength: float) -> Image.Image:
-        from PIL import ImageEnhance
-
-        return getattr(ImageEnhance, name)(image).enhance(1 + 0.9 * strength)
-
-    return change
+def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    return lambda image, strength: kind(image).enhance(1 + 0.9 * strength)
 
 
-def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[[Any, float], Any]:
-    """An operation by Pillow's matrix, which says where each pixel of the result comes from."""
-
-    def change(image: Image.Image, strength: float) -> Image.Image:
-        from PIL import Image
-
-        data = matrix(strength, image.width, image.height)
-        return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=GREY)
-
-    return change
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """By Pillow's matrix, which says where each pixel of the result comes from."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
 
 
-def _rotated(image: Image.Image, strength: float) -> Image.Image:
-    from PIL import Image
-
-    return image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=GREY)
-
-
-def _posterized(image: Image.Image, strength: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.posterize(image, round(8 - 4 * abs(strength)))
-
-
-def _solarized(image: Image.Image, strength: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.solarize(image, round(256 * (1 - abs(strength))))
-
-
-def _autocontrast(image: Image.Image, strength: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.autocontrast(image)
-
-
-def _equalized(image: Image.Image, strength: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.equalize(image)
-
-
-TABLE: dict[str, Callable[[Any, float], Any]] = {
-    "identity": lambda image, strength: image,
-    "autocontrast": _autocontrast,
-    "equalize": _equalized,
-    "rotate": _rotated,
-    "solarize": _solarized,
-    "posterize": _posterized,
-    "colour": _enhanced("Color"),
-    "contrast": _enhanced("Contrast"),
-    "brightness": _enhanced("Brightness"),
-    "sharpness": _enhanced("Sharpness"),
-    "shear x": _affine(lambda s, width, height: (1, 0.3 * s, -0.15 * s * height, 0, 1, 0)),
-    "shear y": _affine(lambda s, width, height: (1, 0, 0, 0.3 * s, 1, -0.15 * s * width)),
-    "translate x": _affine(lambda s, width, height: (1, 0, 0.45 * s * width, 0, 1, 0)),
-    "translate y": _affine(lambda s, width, height: (1, 0, 0, 0, 1, 0.45 * s * height)),
+TABLE: dict[str, Operation] = {
+    "identity": lambda image, s: image,
+    "autocontrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+    "rotate": lambda image, s: image.rotate(30 * s, Image.Resampling.BILINEAR, fillcolor=GREY),
+    "solarize": lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s)))),
+    "posterize": lambda image, s: ImageOps.posterize(image, round(8 - 4 * abs(s))),
+    "colour": _enhanced(ImageEnhance.Color),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear x": lambda image, s: _affine(image, 1, 0.3 * s, -0.15 * s * image.height, 0, 1, 0),
+    "shear y": lambda image, s: _affine(image, 1, 0, 0, 0.3 * s, 1, -0.15 * s * image.width),
+    "translate x": lambda image, s: _affine(image, 1, 0, 0.45 * s * image.width, 0, 1, 0),
+    "translate y": lambda image, s: _affine(image, 1, 0, 0, 0, 1, 0.45 * s * image.height),
 }
 """Name of an operation -> function of an image and a strength from -1 to 1 (RandAugment's fourteen)."""

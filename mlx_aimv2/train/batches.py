@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
-MakeAll: TypeAlias = "Callable[[Sequence[Any]], list[Any]]"
+MakeAll: TypeAlias = Callable[[Sequence[Any]], list[Any]]
 """Several examples at a time, in threads; in the place of one that cannot be made stands its ValueError or OSError."""
 
-
-class Order(Protocol):
-    """Which examples a batch is made of."""
-
-    position: int
-    """The number of the next example."""
-
-    def take(self, number: int, make_all: MakeAll) -> list[Any]:
-        """The examples of batch `number`."""
+Order: TypeAlias = Callable[[int, MakeAll], tuple[list[Any], int]]
+"""Number of a batch, and what makes examples -> the examples of that batch, and the number of the next example."""
 
 
 def stacked(examples: Sequence[Arrays]) -> dict[str, mx.array]:
@@ -47,7 +40,7 @@ class Batches:
         """Batch `number`."""
         for coming in (number, number + 1):
             if coming not in self._coming:
-                self._coming[coming] = self._batches.submit(self._take, coming)
+                self._coming[coming] = self._batches.submit(self._order, coming, self._make_all)
         examples, position = self._coming.pop(number).result()
         return self._collate(examples), position
 
@@ -55,9 +48,6 @@ class Batches:
         """Ends the threads."""
         self._batches.shutdown(wait=True, cancel_futures=True)
         self._examples.shutdown(wait=True, cancel_futures=True)
-
-    def _take(self, number: int) -> tuple[list[Any], int]:
-        return self._order.take(number, self._make_all), self._order.position
 
     def _make_all(self, items: Sequence[Any]) -> list[Any]:
         return list(self._examples.map(self._attempt, items))
@@ -77,27 +67,30 @@ class Shuffled:
 
     def __init__(self, samples: Sequence[Any], *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         """`batch_size` counts the samples of all ranks, of which this one takes its share."""
-        if batch_size % ranks:
-            raise ValueError(f"--batch-size {batch_size} does not divide by {ranks} ranks: choose a multiple of it")
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        share = batch_size // ranks
+        share = share_of(batch_size, ranks)
         self.mine = slice(rank * share, (rank + 1) * share)
-        self.position = 0
 
     @property
     def per_epoch(self) -> int:
         """Batches of one pass through the samples."""
         return len(self.samples) // self.batch_size
 
-    def take(self, number: int, make_all: MakeAll) -> list[Any]:
+    def __call__(self, number: int, make_all: MakeAll) -> tuple[list[Any], int]:
         """This rank's share of batch `number`, made of pairs (sample, generator). Raises what an example raised."""
         epoch, index = divmod(number, self.per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
         chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
         mine = list(enumerate(chosen))[self.mine]
-        self.position = (number + 1) * self.batch_size
         examples = make_all([(self.samples[i], np.random.default_rng([self.seed, number, j])) for j, i in mine])
         for example in examples:
             if isinstance(example, Exception):
                 raise example
-        return examples
+        return examples, (number + 1) * self.batch_size
+
+
+def share_of(batch_size: int, ranks: int) -> int:
+    """Examples of a batch on one rank. Raises ValueError for a batch that does not divide."""
+    if batch_size % ranks:
+        raise ValueError(f"--batch-size {batch_size} does not divide by {ranks} ranks: choose a multiple of it")
+    return batch_size // ranks

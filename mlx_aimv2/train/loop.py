@@ -1,28 +1,40 @@
 """The training loop of `fit`, `pretrain` and `lit`: accumulate, average over ranks, clip, update, evaluate, keep, save.
 
 Everything random in a step is drawn from the seed and the step's number, so a run that was killed and resumed ends in
-the same bits as one that was not.
+the same bits as one that was not. What it needs to go on lies in OUTPUT.training, in one file.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.embed.distributed import Ranks
+from mlx_aimv2.files import UNFINISHED
 from mlx_aimv2.train.optimizer import Arrays, Optimizer, Table, clipped, flat, groups_of, warm_up_cosine
-from mlx_aimv2.train.state import StateFile
 
-Losses: TypeAlias = "Callable[[Any, Any, mx.array], dict[str, mx.array]]"
+Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
 """`model, batch, random key -> {"loss": (), …}`: "loss" is minimised, the rest is reported."""
+
+Batches: TypeAlias = Callable[[int], tuple[Any, int]]
+"""`number -> batch, number of the next example` that would be read after that batch."""
+
+STATE_FILE = "state.safetensors"
+
+PARTS = ("model", "optimizer", "kept")
+"""Beginnings of the names of its tensors: parameters, moments, and the parameters that the run will end with."""
 
 MAX_AVERAGE = 0.999
 """Share of the running average that stays at each step; early on less, so that the start does not linger."""
@@ -33,14 +45,6 @@ UPDATED_TOGETHER = 1 << 27
 
 class LossError(ValueError):
     """The loss is not a number any more."""
-
-
-class Batches(Protocol):
-    """Batches by their number, and the number of the next example that would be read after that batch."""
-
-    def __call__(self, number: int) -> tuple[Any, int]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Step:
                 del batch  # or it would stay in memory while the gradients are computed
                 total = gradients if total is None else tree_map(mx.add, total, gradients)
                 mx.eval(loss, others, total)  # what is left out keeps all that it was computed from in memory
-                values.append({name: number_of(one) for name, one in {"loss": loss, **others}.items()})
+                numbers: Any = {name: one.item() for name, one in {"loss": loss, **others}.items()}
+                values.append(numbers)
         finally:
             self.model.update(weights)
         means = {name: sum(one[name] for one in values) / len(values) for name in values[0]}
@@ -162,6 +167,88 @@ class Step:
                 mx.eval(together)
                 together = []
         mx.eval(self.model.parameters(), moments)
+
+
+def training_folder(output: Path) -> Path:
+    """The folder beside a result in which the state of its run lies."""
+    return output.with_name(f"{output.name}.training")
+
+
+def check_training_folder(output: Path, *, resume: bool) -> Path:
+    """OUTPUT.training. Raises FileExistsError where a run was stopped, FileNotFoundError where none can be resumed."""
+    folder = training_folder(output)
+    there = (folder / STATE_FILE).is_file()
+    if there and not resume:
+        raise FileExistsError(f"{folder} holds a run that was stopped: go on with --resume, or remove that folder")
+    if resume and not there:
+        raise FileNotFoundError(f"nothing to resume: {folder} has no {STATE_FILE}; leave --resume out")
+    return folder
+
+
+class StateFile:
+    """`state.safetensors` in a folder, for one `identity`: all that must be the same when the run goes on."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Raises ValueError where the folder holds the state of another run, and says in what it differs."""
+        self.folder, self.path = folder, folder / STATE_FILE
+        self.identity = json.loads(json.dumps(identity))
+        self.progress: dict[str, Any] | None = None
+        if not self.path.is_file():
+            return
+        _, before, self.progress = self._read()
+        if differences := [
+            f"{name.replace('_', '-')} {before.get(name)}, now {self.identity.get(name)}"
+            for name in sorted(before.keys() | self.identity.keys())
+            if before.get(name) != self.identity.get(name)
+        ]:
+            raise ValueError(
+                f"{folder} was begun with {'; '.join(differences)}: resume with the same, or remove that folder"
+            )
+
+    def save(self, parts: Mapping[str, Arrays], progress: Mapping[str, Any]) -> None:
+        """Writes beside the file and takes its name when everything is on disk; a full disk leaves the one before."""
+        tensors = {f"{part}.{name}": array for part in PARTS for name, array in parts.get(part, {}).items()}
+        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(dict(progress))}
+        beside = self.folder / f".{STATE_FILE}{UNFINISHED}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_safetensors(beside, tensors, metadata=metadata)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            kept = "the one before is kept: make room and go on with --resume" if self.path.is_file() else "make room"
+            raise OSError(f"{self.path} cannot be written ({error.strerror or error}); {kept}") from None
+
+    def load(self, wanted: Arrays) -> dict[str, Arrays]:
+        """The arrays by part and name. Raises ValueError where they are not those of a model with these parameters."""
+        parts, (tensors, _, _) = {part: Arrays() for part in PARTS}, self._read()
+        for name, array in tensors.items():
+            part, _, path = name.partition(".")
+            parts[part][path] = array
+        shapes = {name: tuple(array.shape) for name, array in wanted.items()}
+        if {name: tuple(array.shape) for name, array in parts["model"].items()} != shapes:
+            raise ValueError(f"{self.folder} is of another model: remove it and begin anew")
+        mx.eval(parts)
+        return parts
+
+    def _read(self) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
+        """The tensors of the file, and identity and progress of the run that wrote it."""
+        try:
+            loaded: Any = mx.load(str(self.path), return_metadata=True)
+            tensors, about = loaded
+            return tensors, json.loads(about["identity"]), json.loads(about["progress"])
+        except (RuntimeError, KeyError, ValueError):
+            message = f"{self.path} is damaged, or of another version: remove {self.folder} and begin anew"
+            raise ValueError(message) from None
+
+
+def saved_weights(output: Path, *, prefix: str) -> Arrays:
+    """The parameters in OUTPUT.training whose paths begin so; none where there is no state."""
+    file = training_folder(output) / STATE_FILE
+    tensors: Any = mx.load(str(file)) if file.is_file() else {}
+    return {key.removeprefix("model."): array for key, array in tensors.items() if key.startswith(f"model.{prefix}")}
 
 
 def train(
@@ -272,18 +359,13 @@ def _telling(plan: Plan, state: StateFile | None, say: Callable[[str], None]) ->
     """Says what is kept, and how to go on, where the loss is not a number or the user stops the run."""
     try:
         yield
-    except LossError as error:
-        less = f"less than --learning-rate {plan.learning_rate:g}"
-        if state is None or not state.path.is_file():
-            raise LossError(f"{error}: stopped; try {less}") from None
-        kept = f"{state.folder} keeps the state, go on with --resume and {less}"
-        raise LossError(f"{error}: stopped; {kept}") from None
-    except KeyboardInterrupt:
+    except (LossError, KeyboardInterrupt) as error:
+        kept = ""
         if state is not None and state.path.is_file():
-            say(f"stopped; {state.folder} keeps the state, go on with --resume")
+            kept = f"{state.folder} keeps the state, go on with --resume"
+        if isinstance(error, LossError):
+            less = f"less than --learning-rate {plan.learning_rate:g}"
+            raise LossError(f"{error}: stopped; {f'{kept} and' if kept else 'try'} {less}") from None
+        if kept:
+            say(f"stopped; {kept}")
         raise
-
-
-def number_of(scalar: mx.array) -> float:
-    """The value of an array of one element."""
-    return float(scalar.item())  # type: ignore[arg-type]

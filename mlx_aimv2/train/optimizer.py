@@ -21,7 +21,7 @@ from mlx_aimv2.backend import Balance, columns_first
 
 Arrays: TypeAlias = dict[str, mx.array]
 
-Rate: TypeAlias = "Callable[[mx.array], mx.array]"
+Rate: TypeAlias = Callable[[mx.array], mx.array]
 """The learning rate at a step, which counts from 0."""
 
 
@@ -72,12 +72,10 @@ def layer_decay(depth: int, decay: float) -> list[tuple[str, Group]]:
 class AdamW(optim.AdamW):
     """MLX's AdamW; where MLX uses one core for all parameters, each is computed on the core that has least to do."""
 
-    balance: Balance | None = None
+    balance: Balance
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
         """One parameter after the step; its moments go into `state`."""
-        if self.balance is None:
-            return super().apply_single(gradient, parameter, state)
         with self.balance.stream_for(gradient):
             return super().apply_single(gradient, parameter, state)
 

@@ -9,16 +9,16 @@ from mlx_aimv2.cli.flags import add_settings, groups, settings_of
 from mlx_aimv2.cli.main import main, parser
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.options import Options
-from mlx_aimv2.pretrain import LitSettings, Schedule, Settings
+from mlx_aimv2.pretrain import LitSettings, Settings
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.settings import flag, flagged
 
 OWN = {Settings: {"vision": Aimv2VisionConfig()}}
 """What a dataclass needs that has no flag."""
 
-KINDS = {"fit": [Options], "pretrain": [Settings, Schedule, Augmentation], "lit": [LitSettings, Augmentation]}
+KINDS = {"fit": [Options], "pretrain": [Settings, Augmentation], "lit": [LitSettings, Augmentation]}
 
-ALL = [Options, Settings, Schedule, Augmentation, LitSettings]
+ALL = [Options, Settings, Augmentation, LitSettings]
 
 FLAGGED = [(kind, one) for kind in ALL for one in flagged(kind)]
 
@@ -100,11 +100,6 @@ def test_a_value_out_of_its_range_is_one_line_before_anything_is_read(verb, word
 
 def test_the_largest_seed_is_taken():
     assert Options(seed=2**64 - 1).seed == LitSettings(seed=2**64 - 1).seed
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_an_error():
-    with pytest.raises(ValueError, match="--batch-size 4 does not divide by 3 ranks"):
-        made(Settings, batch_size=4).part(3)
 
 
 def test_a_text_of_a_list_is_checked_in_python_too():

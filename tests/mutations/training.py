@@ -159,8 +159,8 @@ TRAINING = (
     ),
     Mutation(
         "held-out images of pretrain are cropped like those for training",
-        "Preparation(settings.vision, seed=settings.seed)",
-        "Preparation(settings.vision, seed=settings.seed, augmentation=settings.augmentation)",
+        "Preparation(settings.vision, settings.seed)",
+        "Preparation(settings.vision, settings.seed, settings.augmentation)",
         pretrain("held_out_images_are_neither_cropped_nor_changed"),
     ),
     Mutation(
@@ -171,8 +171,8 @@ TRAINING = (
     ),
     Mutation(
         "all steps of a native run have one grid",
-        "grid_of_step(settings, number // settings.grad_accumulation_steps + 1)",
-        "grid_of_step(settings, 1)",
+        "step = number // settings.grad_accumulation_steps + 1",
+        "step = 1",
         pretrain("each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_have_others"),
     ),
     Mutation(
@@ -189,7 +189,7 @@ TRAINING = (
     ),
     Mutation(
         "a state of lit is another one's where it is saved more often",
-        'if name not in ("steps_per_report", "save_every")}',
+        " if name not in BESIDE}",
         "}",
         pretrain("how_often_a_run_reports_and_saves_may_change_when_it_goes_on"),
     ),
@@ -368,8 +368,8 @@ TRAINING = (
     ),
     Mutation(
         "held-out losses are too small by the size of a batch",
-        "[number_of(image.sum()), number_of(text.sum())]",
-        "[number_of(image.mean()), number_of(text.mean())]",
+        "np.asarray(losses).sum()",
+        "np.asarray(losses).mean()",
         pretrain("held_out_losses_are_means_over_the_images_and_their_first_captions"),
     ),
 )

@@ -6,7 +6,7 @@ from PIL import Image
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli.main import main
-from mlx_aimv2.pretrain.examples import collate
+from mlx_aimv2.pretrain.data import collate
 from tests.small_training import (
     TINY,
     CaptionWorkshop,

@@ -16,7 +16,7 @@ from PIL import Image
 import mlx_aimv2
 from mlx_aimv2 import Aimv2VisionConfig, load
 from mlx_aimv2.cli.main import main
-from mlx_aimv2.pretrain import LitSettings, Schedule, Settings
+from mlx_aimv2.pretrain import LitSettings, Settings
 from tests.small_training import (
     DECODER,
     TINY,
@@ -150,7 +150,7 @@ def test_rate_and_warm_up_are_those_of_the_whole_step_and_run():
         for size, parts in ((12, 1), (4, 3))
     )
     assert one.rate == other.rate
-    assert [settings.plan(Schedule()).warm_up for settings in (one, other)] == [7, 7]
+    assert [settings.plan().warm_up for settings in (one, other)] == [7, 7]
     assert LitSettings(iters=90).plan().warm_up == 9
 
 

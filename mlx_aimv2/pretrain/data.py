@@ -1,0 +1,340 @@
+"""Images with captions to batches: Hugging Face's imagefolder or WebDataset's tar shards, streamed in bounded memory.
+
+    FOLDER/metadata.jsonl: {"file_name": "cat.jpg", "text": "a cat"}      text may be a list: one is drawn each time
+    FOLDER/metadata.csv with the columns file_name and text
+    SHARD.tar: 0001.jpg, 0001.txt (or 0001.json with "text" or "caption"), 0002.jpg, …
+
+What cannot be used (a caption missing or empty, an image without a caption, a broken shard) is skipped with a note that
+names it; the notes of one kind are counted.
+
+Example number n, counted over all epochs, has a random generator of its own. So what it becomes depends on neither the
+batch it falls into nor on the rank that prepares it, and a resumed run needs to know n alone.
+
+Native encoders: the paper draws 2 ** n patches with n between 7 and 12, and resizes images to that area in their own
+shape. Here a batch has one shape, drawn with the number, and crops of that shape: so nothing is distorted and nothing
+is padded. And n is drawn from a normal distribution of deviation 1 around the middle, cut at the ends; the paper's is
+wider, a standard normal distribution cut to -1 … 1 and stretched to 7 … 12.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, groupby, islice
+from operator import itemgetter
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image, ImageOps
+
+from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.files import expand_user
+from mlx_aimv2.images import to_rgb
+from mlx_aimv2.images.exclude import is_junk
+from mlx_aimv2.images.find import Scan, has_suffix
+from mlx_aimv2.images.preprocessing import published
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn.metadata import METADATA, metadata_file, metadata_rows
+from mlx_aimv2.learn.samples import DataError
+from mlx_aimv2.pretrain.objective import Batch, draw_lengths
+from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.train.augment import ASPECT, Augmentation
+from mlx_aimv2.train.batches import MakeAll
+
+Grid: TypeAlias = tuple[int, int]
+"""Rows and columns of patches."""
+
+PATCHES = (1 << 7, 1 << 12)
+"""The fewest and the most patches of an image."""
+
+MAX_MEMBER_BYTES = 1 << 28
+"""Of one file within a shard."""
+
+SHUFFLE_BUFFER = 1000
+"""Examples of shards held at a time, from which the next is drawn."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, as a path or as the bytes of its file, and its captions, one at least."""
+
+    name: str
+    image: Path | bytes
+    texts: tuple[str, ...]
+
+
+class Data(Protocol):
+    """A collection that can be gone through in a new order for each epoch."""
+
+    def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
+        """All examples, shuffled by `rng`; in the order of the files with None."""
+        ...
+
+
+def open_data(path: str | Path) -> Data:
+    """The data at a path: a folder with metadata, a folder of .tar shards, or one shard."""
+    place = expand_user(path)
+    if place.is_dir() and (metadata := metadata_file(place)) is not None:
+        return ImageFolder(metadata)
+    found = sorted(place.glob("*.tar")) if place.is_dir() else [place] if place.suffix == ".tar" else []
+    shards = [file for file in found if not is_junk(file.name)]
+    wanted = f"wanted a folder with {' or '.join(METADATA)} (file_name, text) or .tar shards"
+    if not place.exists():
+        raise FileNotFoundError(f"{place} does not exist; {wanted}")
+    if not shards:
+        raise ValueError(f"{place}: {wanted}, found neither")
+    return Shards(shards)
+
+
+class ImageFolder:
+    """Hugging Face's imagefolder with captions; only the list is held in memory."""
+
+    def __init__(self, metadata: Path) -> None:
+        """Takes the metadata file in the folder. Raises DataError for rows that are none."""
+        self.folder, self.captioned = metadata.parent, list[tuple[str, tuple[str, ...]]]()
+        rows, faults = metadata_rows(metadata)
+        if faults:
+            raise DataError(faults)
+        scan = Scan()
+        for row in rows:
+            file, texts = self.folder / row["file_name"], captions_of(row)
+            if not texts:
+                scan.note(str(file), "has no caption: skipped")
+            elif not file.is_file():
+                scan.note(str(file), "is listed but not there: skipped")
+            else:
+                self.captioned.append((row["file_name"], texts))
+        scan.unlisted(self.folder, metadata, [str(self.folder / row["file_name"]) for row in rows])
+        warn_of(scan, set())
+        if not self.captioned:
+            raise ValueError(f"{metadata} lists no image with a caption")
+
+    def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
+        """As `Data` says."""
+        for i in range(len(self.captioned)) if rng is None else rng.permutation(len(self.captioned)):
+            name, texts = self.captioned[i]
+            yield Example(name, self.folder / name, texts)
+
+
+class Shards:
+    """WebDataset tar shards, read one after another; a buffer of examples is shuffled."""
+
+    def __init__(self, files: list[Path], *, buffer: int = SHUFFLE_BUFFER) -> None:
+        self.files, self.buffer = files, buffer
+        self._said: set[str] = set()
+
+    def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
+        """As `Data` says."""
+        scan = Scan()
+        order = range(len(self.files)) if rng is None else rng.permutation(len(self.files))
+        found = (example for i in order for example in read_shard(self.files[i], scan))
+        yield from found if rng is None else shuffled(found, rng, self.buffer)
+        warn_of(scan, self._said)
+
+
+def shuffled(examples: Iterable[Example], rng: np.random.Generator, buffer: int) -> Iterator[Example]:
+    """The examples in a random order, of which `buffer` are held at a time."""
+    held: list[Example] = []
+    for example in examples:
+        if len(held) < buffer:
+            held.append(example)
+            continue
+        i = int(rng.integers(buffer))
+        yield held[i]
+        held[i] = example
+    for i in rng.permutation(len(held)):
+        yield held[i]
+
+
+def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
+    """The examples of one tar file in its order: files of one key follow each other. A broken end is skipped."""
+    try:
+        with tarfile.open(file, "r|*") as archive:
+            for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
+                # The last example of a broken shard, which may be cut, raises here.
+                parts = {ending: content for _, ending, content in members}
+                name = f"{file.name}:{key.lstrip('/')}"
+                exact_first = sorted(parts, key=lambda ending: "." in ending)  # 0.jpg before 0.depth.png
+                image = next((parts[ending] for ending in exact_first if has_suffix(f"x.{ending}")), None)
+                texts = _texts(parts)
+                if image is None:
+                    scan.note(f"{file.parent / name}", "has no image: skipped")
+                elif not texts:
+                    scan.note(f"{file.parent / name}", "has no caption: skipped")
+                else:
+                    yield Example(name, image, texts)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
+
+
+def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple[str, str, bytes]]:
+    """Key, ending and content of each file of a shard."""
+    for member in archive:
+        if not member.isfile() or is_junk(member.name):
+            continue
+        if member.size > MAX_MEMBER_BYTES:
+            scan.note(f"{file}:{member.name}", "is too large: skipped")
+            continue
+        path = PurePosixPath(member.name)
+        stem, _, ending = path.name.partition(".")
+        if (content := archive.extractfile(member)) is not None:
+            yield str(path.parent / stem), ending.lower(), content.read()
+
+
+def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
+    try:
+        about = {"text": parts["txt"].decode("utf-8-sig")} if "txt" in parts else json.loads(parts.get("json", b"{}"))
+    except ValueError:  # neither UTF-8 nor JSON
+        return ()
+    return captions_of(about) if isinstance(about, dict) else ()
+
+
+def captions_of(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions under `text` or `caption`, a string or a list of strings, without the empty ones."""
+    found = about.get("text", about.get("caption"))
+    texts = found if isinstance(found, list) else [found]
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def warn_of(scan: Scan, said: set[str]) -> None:
+    """Gives what was skipped as warnings, but for those that were `said` before."""
+    for note in scan.notes:
+        if note not in said:
+            said.add(note)
+            warnings.warn(note, stacklevel=3)
+
+
+def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:
+    """The grid of a batch: that of the fixed size, or drawn between the fewest and the most patches.
+
+    Without `rng`, for validation, a square in the middle of what is drawn.
+    """
+    if vision.image_size is not None:
+        return (vision.image_size // vision.patch_size,) * 2
+    if rng is None:
+        return (max(2, round((patches[0] * patches[1]) ** 0.25)),) * 2
+    low, high = (math.log2(number) for number in patches)
+    n = math.inf
+    while not low <= n <= high:
+        n = rng.normal((low + high) / 2, 1)
+    aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+    rows = max(1, round(math.sqrt(2**n / aspect)))
+    return rows, max(2, int(2**n / rows))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One example, ready to be stacked: pixels (H, W, 3), its caption and its prefix length."""
+
+    pixels: np.ndarray[Any, np.dtype[np.float32]]
+    caption: str
+    length: int
+
+
+@dataclass
+class Preparation:
+    """Examples to pixels and captions: with `augmentation` for training, without for validation."""
+
+    vision: Aimv2VisionConfig
+    seed: int
+    augmentation: Augmentation | None = None
+    first_caption: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.processor = Aimv2Processor(published(self.vision.image_size), patch_size=self.vision.patch_size)
+
+    def __call__(self, number: int, example: Example, grid: Grid) -> Prepared:
+        """Raises ValueError or OSError for an image that cannot be read."""
+        rng = np.random.default_rng((self.seed, 1, number))
+        rows, columns = grid
+        length = int(draw_lengths(1, rows * columns, rng)[0])
+        texts = example.texts
+        if self.augmentation is None or rng.random() < self.first_caption:
+            texts = texts[:1]
+        caption = texts[int(rng.integers(len(texts)))]
+        image = to_rgb(example.image)
+        size = (rows * self.vision.patch_size, columns * self.vision.patch_size)
+        if self.augmentation is not None:
+            aspects = (size[1] / size[0],) * 2 if self.vision.is_native else ASPECT
+            image = self.augmentation(image, size, rng, aspects=aspects)
+        elif self.vision.is_native:
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+        return Prepared(self.processor.pixels(image), caption, length)
+
+
+class Stream:
+    """Examples without end, those of one rank: `rank`, `rank + ranks`, … from number `start` on."""
+
+    def __init__(
+        self,
+        data: Data,
+        grid: Callable[[int], Grid],
+        *,
+        size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """`size` is the examples of a batch on this rank, `grid` gives the grid of a batch by its number."""
+        self.position = start
+        self._grid, self._size, self._max_failures = grid, size, 10 * size + 100
+        self._numbered = self._own(data, seed, start, rank, ranks)
+
+    def _own(self, data: Data, seed: int, start: int, rank: int, ranks: int) -> Iterator[tuple[int, Example]]:
+        number = 0
+        for epoch in count():
+            before = number
+            for example in data.epoch(np.random.default_rng((seed, 0, epoch))):
+                if number >= start and number % ranks == rank:
+                    yield number, example
+                number += 1
+            if number == before:
+                raise ValueError("the data holds no image with a caption that can be read")
+
+    def __call__(self, number: int, make_all: MakeAll) -> tuple[list[Prepared], int]:
+        """The examples of batch `number`, in one grid; batches are taken in their order.
+
+        An image that cannot be read is skipped with a note; too many of them in a row are an error.
+        """
+        found: list[Prepared] = []
+        failed, grid = 0, self._grid(number)
+        while len(found) < self._size:
+            drawn = list(islice(self._numbered, self._size - len(found)))
+            for (n, _), made in zip(drawn, make_all([(*one, grid) for one in drawn]), strict=True):
+                self.position = n + 1
+                if not isinstance(made, Exception):
+                    found.append(made)
+                    failed = 0
+                    continue
+                warnings.warn(f"{made}; skipped", stacklevel=2)
+                failed += 1
+                if failed > self._max_failures:
+                    raise ValueError(f"{failed} images in a row cannot be read, the last one: {made}")
+        return found, self.position
+
+
+def first_examples(data: Data, prepare: Preparation, grid: Grid, limit: int) -> list[Prepared]:
+    """The first examples in the order of the files, those that can be read: for validation and sample images."""
+    found: list[Prepared] = []
+    for number, example in enumerate(islice(data.epoch(None), limit)):
+        try:
+            found.append(prepare(number, example, grid))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{error}; skipped", stacklevel=2)
+    return found
+
+
+def collate(examples: Sequence[Prepared], tokenizer: Tokenizer) -> Batch:
+    """Prepared examples as one batch."""
+    return Batch(
+        pixels=mx.array(np.stack([one.pixels for one in examples])),
+        ids=mx.array(tokenizer([one.caption for one in examples])),
+        lengths=mx.array(np.array([one.length for one in examples], np.int32)),
+    )
