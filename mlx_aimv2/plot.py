@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.learn.metrics import IGNORED
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -36,6 +34,9 @@ CLASSES = (
     (90, 105, 130),
 )
 """Ten colours that are easy to tell apart on white."""
+
+IGNORED = 255
+"""The value of pixels in a mask that nobody labelled; they count nowhere."""
 
 BACKGROUND = ("background", "_background_", "__background__", "unlabeled", "unlabelled")
 """Names of a first class that stays bare in overlays."""

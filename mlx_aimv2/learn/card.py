@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_aimv2 import plot
 from mlx_aimv2.conversion.model_card import front_matter
-from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.samples import Sample
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mlx_aimv2.learn.task import Task
-
-SHOWN = 6
-"""Images whose overlays are shown."""
 
 
 def write(
@@ -83,18 +76,3 @@ def _score_rows(metrics: Mapping[str, Mapping[str, float]], images: Mapping[str,
         values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
         rows.append([part, f"{images[part]:,}", *values])
     return rows
-
-
-def worst(
-    samples: Sequence[Sample],
-    predictions: Sequence[Any],
-    quality: Callable[[Sample, Any], float],
-    draw: Callable[[Image.Image, Sample, Any], Sequence[Image.Image]],
-) -> Image.Image:
-    """The images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
-    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:SHOWN]
-    columns = []
-    for sample, prediction in pairs:
-        drawn = draw(to_rgb(sample.path), sample, prediction)
-        columns.append(plot.below([plot.to_height(image, 300) for image in drawn], gap=8))
-    return plot.beside(columns, gap=8)

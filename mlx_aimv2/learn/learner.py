@@ -75,9 +75,15 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
     return x.at[chosen].add((run(kept) - kept) / (1 - rate))
 
 
-def grid_of(processor: Aimv2Processor) -> tuple[int, int]:
-    """Rows and columns of patches of every image from a processor with one final size."""
+def canvas_size(processor: Aimv2Processor) -> tuple[int, int]:
+    """(height, width) of every image from a processor with one final size."""
     size = processor.preprocessing.final_size
     if size is None:
         raise ValueError("images of one batch need one size: make the processor with loading.at_size")
-    return size[0] // processor.patch_size, size[1] // processor.patch_size
+    return size
+
+
+def grid_of(processor: Aimv2Processor) -> tuple[int, int]:
+    """Rows and columns of patches of every image from a processor with one final size."""
+    height, width = canvas_size(processor)
+    return height // processor.patch_size, width // processor.patch_size

@@ -16,8 +16,8 @@ import numpy as np
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import samples
+from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import metadata_file, metadata_rows
-from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import metrics
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.train.batches import Arrays
 
@@ -27,7 +27,7 @@ MISTAKES = 12
 class Classification:
     """How probable each class is, (classes,), all together 1."""
 
-    probabilities: np.ndarray[Any, Any]
+    probabilities: NDArray[Any]
 
     def best(self, count: int = SHOWN) -> list[int]:
         """The most probable classes, best first."""
@@ -44,12 +44,29 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Classification:
 def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> dict[str, float]:
     """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes."""
     counts = _confusion(samples, predictions, classes)
-    scores = {"top1": metrics.accuracy(counts)}
+    scores = {"top1": accuracy(counts)}
     if len(classes) > 5:
         pairs = zip(samples, predictions, strict=True)
         scores["top5"] = float(np.mean([sample.target in prediction.best(5) for sample, prediction in pairs]))
-    scores["mean_class"] = metrics.mean_recall(counts)
+    scores["mean_class"] = mean_recall(counts)
     return scores
+
+
+def confusion(labels: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[Any]:
+    """How often each class (row) was called each class (column): two `(n,)` of numbers -> `(classes, classes)`."""
+    pairs = labels.astype(np.int64) * classes + found
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def accuracy(counts: NDArray[Any]) -> float:
+    """The share that was called what it is, from 0 to 1."""
+    return float(np.diag(counts).sum() / max(counts.sum(), 1))
+
+
+def mean_recall(counts: NDArray[Any]) -> float:
+    """The mean over the classes there are of the share of each that was found, from 0 to 1."""
+    there = counts.sum(axis=1)
+    return float((np.diag(counts)[there > 0] / there[there > 0]).mean())
 
 
 def as_json(prediction: Classification, classes: Sequence[str]) -> dict[str, Any]:
@@ -114,9 +131,9 @@ def table(samples: Sequence[Sample], predictions: Sequence[Classification], clas
 
 def _confusion(
     samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]
-) -> np.ndarray[Any, Any]:
+) -> NDArray[Any]:
     labels = np.array([sample.target for sample in samples], np.int64)
-    return metrics.confusion(labels, np.array([found.best(1)[0] for found in predictions], np.int64), len(classes))
+    return confusion(labels, np.array([found.best(1)[0] for found in predictions], np.int64), len(classes))
 
 
 def _share(part: int, whole: int) -> str:

@@ -1,7 +1,7 @@
 """Boxes as COCO JSON: one file per part in `annotations`, or Roboflow's beside each part's images.
 
 Classes are the categories in the order of their ids. Roboflow's root category, which no object has and others name as
-their own, is left out. The target of a sample is a `Truth`.
+their own, is left out. The target of a sample is a `GroundTruth`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import numpy as np
 
 from mlx_aimv2.files import read_text
 from mlx_aimv2.images.find import Scan
-from mlx_aimv2.learn import placement, samples
-from mlx_aimv2.learn.detect import boxes, fcos
-from mlx_aimv2.learn.detect.average_precision import Found as Boxes
-from mlx_aimv2.learn.detect.average_precision import Truth
+from mlx_aimv2.learn import dense, samples
+from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
+from mlx_aimv2.learn.detect.head import assign, points
+from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import MAX_BYTES
-from mlx_aimv2.learn.placement import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
 
@@ -47,23 +46,6 @@ def recognise(data: Path) -> str | None:
     """Which COCO JSON was found, else None."""
     files = _files_by_part(data, Scan()) if data.is_dir() else {}
     return next((file.name for file, _ in files.values()), None)
-
-
-def as_results(predictions: Sequence[tuple[str, tuple[int, int], Boxes]], classes: Sequence[str]) -> dict[str, Any]:
-    """Predictions as a COCO file with scores: `(path, (height, width), boxes), … -> JSON`; category ids start at 1."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, (path, (height, width), found) in enumerate(predictions, 1):
-        images.append({"id": number, "file_name": path, "width": width, "height": height})
-        for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True):
-            left, top, right, bottom = (round(float(n), 2) for n in box)
-            shape = [left, top, round(right - left, 2), round(bottom - top, 2)]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": int(label) + 1, "bbox": shape}
-                | {"area": round(shape[2] * shape[3], 2), "iscrowd": 0, "score": round(float(score), 5)}
-            )
-    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _files_by_part(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
@@ -257,11 +239,13 @@ def _corners(box: Any) -> np.ndarray[Any, Any] | None:
     return np.array([left, top, left + max(width, 0), top + max(height, 0)], np.float64)
 
 
-def _target(labels: Labels, numbers: Mapping[str, int]) -> Truth:
+def _target(labels: Labels, numbers: Mapping[str, int]) -> GroundTruth:
     rows = labels.value
     boxes = np.array([row[:4] for row in rows], np.float64).reshape(-1, 4)
     classes = np.array([numbers[name] for name in labels.names], int)
-    return Truth(boxes, classes, np.array([row[5] for row in rows], bool), np.array(list(rows.values()), np.float64))
+    return GroundTruth(
+        boxes, classes, np.array([row[5] for row in rows], bool), np.array(list(rows.values()), np.float64)
+    )
 
 
 read = partial(samples.read, form=Format(_find, _labels, _target, noun="object", min_classes=1))
@@ -271,22 +255,22 @@ def example(
     sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
 ) -> Arrays:
     """`pixels` (H, W, 3) and what each of the P positions should say: `label` (P,), `distances` (P, 4)."""
-    pixels, place = placement.on_canvas(sample.path, processor, rng, flip=flip)
+    pixels, place = dense.on_canvas(sample.path, processor, rng, flip=flip)
     return {"pixels": pixels, **assigned(sample.target, place, processor.patch_size)}
 
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
     """`label` and `distances` alone, of the image unchanged."""
-    place = placement.plain(sample.size, canvas_size(processor))
+    place = dense.plain(sample.size, canvas_size(processor))
     return assigned(sample.target, place, processor.patch_size)
 
 
-def assigned(truth: Truth, place: placement.Placement, patch_size: int) -> Arrays:
+def assigned(truth: GroundTruth, place: dense.Placement, patch_size: int) -> Arrays:
     height, width = place.canvas
     whole = place.boxes(truth.boxes)
     cut = whole.clip(0, np.array([width, height] * 2, np.float64))
-    there = boxes.areas(cut) > 0
-    hidden = boxes.areas(cut) < VISIBLE * boxes.areas(whole)
-    where = fcos.points((height // patch_size, width // patch_size), patch_size)
-    label, distances = fcos.assign(where, cut[there], truth.labels[there], (truth.crowd | hidden)[there])
+    there = areas(cut) > 0
+    hidden = areas(cut) < VISIBLE * areas(whole)
+    where = points((height // patch_size, width // patch_size), patch_size)
+    label, distances = assign(where, cut[there], truth.labels[there], (truth.crowd | hidden)[there])
     return {"label": label, "distances": distances}

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.files import read_image_file, read_text
 from mlx_aimv2.images.find import Scan
-from mlx_aimv2.learn import placement, samples
-from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.learn import dense, samples
+from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
+from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
@@ -196,17 +196,17 @@ def example(
     sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
 ) -> Arrays:
     """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
-    pixels, place = placement.on_canvas(sample.path, processor, rng, flip=flip)
+    pixels, place = dense.on_canvas(sample.path, processor, rng, flip=flip)
     return {"pixels": pixels, "mask": _mask(sample, place)}
 
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
     """`mask` alone, unchanged."""
     mask = read_mask(sample.target)
-    return {"mask": _mask(sample, placement.plain(mask.shape, canvas_size(processor)))}
+    return {"mask": _mask(sample, dense.plain(mask.shape, canvas_size(processor)))}
 
 
-def _mask(sample: Sample, place: placement.Placement) -> NDArray[Any]:
+def _mask(sample: Sample, place: dense.Placement) -> NDArray[Any]:
     from PIL import Image
 
     mask = Image.fromarray(read_mask(sample.target))

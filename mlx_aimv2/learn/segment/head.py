@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.upsample import Double, Refine, as_map, bilinear
+from mlx_aimv2.learn.dense import Double, Refine, as_map, bilinear
+from mlx_aimv2.plot import IGNORED
 
 WIDTH = 256
 """Channels of the decoder, or half the encoder's width where that is less."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import card as cards
-from mlx_aimv2.learn import metrics
-from mlx_aimv2.learn.metrics import IGNORED
+from mlx_aimv2.learn.classify.results import accuracy, confusion
+from mlx_aimv2.learn.dense import linear_weights, worst
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.segment.data import read_mask
-from mlx_aimv2.learn.upsample import linear_weights
+from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
@@ -55,8 +54,29 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
 
 def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> dict[str, float]:
     """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks."""
-    counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
-    return {"mIoU": metrics.mean_iou(counts), "pixel_accuracy": metrics.accuracy(counts)}
+    counts = pixel_confusion(_maps(samples, predictions), len(classes))
+    return {"mIoU": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
+
+
+def pixel_confusion(maps: Iterable[tuple[NDArray[Any], NDArray[Any]]], classes: int) -> NDArray[Any]:
+    """`confusion` of the pixels of all pairs of ground truth and prediction, each `(H, W)`, without `IGNORED` ones."""
+    counts = np.zeros((classes, classes), np.int64)
+    for labels, found in maps:
+        known = labels != IGNORED
+        counts += confusion(labels[known], found[known], classes)
+    return counts
+
+
+def iou_by_class(counts: NDArray[Any]) -> NDArray[Any]:
+    """Intersection over union of each class, `(classes, classes) -> (classes,)`; NaN where a class is nowhere."""
+    both = np.diag(counts).astype(np.float64)
+    either = counts.sum(axis=0) + counts.sum(axis=1) - both
+    return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+
+
+def mean_iou(counts: NDArray[Any]) -> float:
+    """The mean over classes that occur in the ground truth or in a prediction, as in PASCAL VOC; 0 without pixels."""
+    return float(np.nanmean(iou_by_class(counts))) if counts.any() else 0.0
 
 
 def as_json(prediction: Segmentation, classes: Sequence[str]) -> dict[str, Any]:
@@ -101,24 +121,24 @@ def card(
     """`overlays.jpg`: images with the ground truth above and the prediction below, the worst first."""
 
     def quality(sample: Sample, prediction: Segmentation) -> float:
-        return metrics.accuracy(metrics.pixel_confusion(_maps([sample], [prediction]), len(classes)))
+        return accuracy(pixel_confusion(_maps([sample], [prediction]), len(classes)))
 
     def draw(image: Image.Image, sample: Sample, prediction: Segmentation) -> list[Image.Image]:
         masks = (read_mask(sample.target), prediction.labels)
         return [plot.with_mask(image, mask, classes) for mask in masks]
 
-    cards.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
+    worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with most wrong pixels: labelled above, predicted below", "overlays.jpg")]
 
 
 def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> list[list[str]]:
     """Of each class: images that have it, its share of the labelled pixels, IoU."""
-    counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
+    counts = pixel_confusion(_maps(samples, predictions), len(classes))
     images = np.zeros(len(classes), int)
     for sample in samples:
         present = np.unique(read_mask(sample.target))
         images[present[present != IGNORED]] += 1
-    ious = metrics.iou_by_class(counts)
+    ious = iou_by_class(counts)
     shares = counts.sum(axis=1) / max(counts.sum(), 1)
     rows = [
         [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
