@@ -7,7 +7,7 @@ import json
 
 from mlx_aimv2.cli.flags import MODEL, add_dtype, add_resume, add_revision, add_settings, groups
 from mlx_aimv2.cli.output import progress, say, show
-from mlx_aimv2.learn.options import ADAPTERS, Options
+from mlx_aimv2.learn.task import ADAPTERS, Options
 
 HELP = "learn your labels from a folder of images"
 

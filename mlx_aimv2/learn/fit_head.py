@@ -23,16 +23,13 @@ from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn import card, head_folder
-from mlx_aimv2.learn import options as asked
-from mlx_aimv2.learn.evaluation import decoded
-from mlx_aimv2.learn.fine_tune import fine_tune
-from mlx_aimv2.learn.frozen import train_on_features
-from mlx_aimv2.learn.learner import Learner, grid_of
-from mlx_aimv2.learn.options import Options
+from mlx_aimv2.learn import head_folder
+from mlx_aimv2.learn.evaluation import write_card
+from mlx_aimv2.learn.learner import Learner, decoded, grid_of
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
-from mlx_aimv2.learn.task import Task, find_task, guess_task
+from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
+from mlx_aimv2.learn.training import fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.state import StateFile, check_training_folder
@@ -82,10 +79,11 @@ def fit(
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
     check_target(target)
     found, kind = _task(source, task, fine_tune_type, say)
-    asked.check(options, found, kind)
+    check_options(options, found, kind)
     training = check_training_folder(target, resume=resume)
     dataset = _dataset(found, source, labels, say, decode=found.types[kind].features is None)
     encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
+    how = RECIPES[options.recipe] if options.recipe else found.types[kind]
     run = Run(
         task=found,
         kind=kind,
@@ -93,9 +91,9 @@ def fit(
         encoder=encoder,
         processor=processor,
         options=options,
-        type=asked.RECIPES[options.recipe] if options.recipe else found.types[kind],
+        type=how,
         described=described,
-        state=None if found.solved(kind) else StateFile(training, _identity(kind, described, dataset, options)),
+        state=StateFile(training, _identity(kind, described, dataset, options)) if how.learning_rates else None,
         ranks=ranks,
         cache=Path(cache) if cache is not None else None,
         say=say if ranks.rank == 0 else lambda line: None,
@@ -121,7 +119,7 @@ def _encoder(
 ) -> tuple[Aimv2VisionModel, Aimv2Processor, dict[str, Any]]:
     """The encoder and its processor at the size that is asked for, and what the head folder keeps of them."""
     loaded = read_source(model, revision=revision).load(dtype=dtype)
-    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.whole_images)
+    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.dense)
     rows, columns = grid_of(processor)
     if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
         say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
@@ -160,8 +158,7 @@ def _write(fitted: Fitted, run: Run, trained: Trained, predictions: Sequence[Any
     learner = Learner(run.encoder, trained.head)
     with atomic_folder(fitted.folder) as place:
         head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(train))
-        samples = run.dataset.splits[part]
-        card.write(place, info, run.task, samples, predictions, part=part, name=fitted.folder.name)
+        write_card(place, info, run.task, run.dataset.splits[part], predictions, fitted.folder.name)
 
 
 def result_line(task: Task, scores: dict[str, float], part: str, images: dict[str, int]) -> str:
@@ -208,12 +205,9 @@ def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str],
         task, reason = guess_task(source)
         say(f"task {task.name}: {source} has {reason}")
     if kind is None:
-        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(_others(task))}")
+        others = [name for name in task.types if name != task.default_type]
+        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(others)}")
     return task, kind or task.default_type
-
-
-def _others(task: Task) -> list[str]:
-    return [kind for kind in task.types if kind != task.default_type]
 
 
 def _dataset(

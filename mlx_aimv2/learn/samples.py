@@ -37,6 +37,9 @@ PARTS = {
 HELD_OUT = 0.15
 """Share of the images that become `val`, and as many `test`, where DATA does not say."""
 
+MAX_BYTES = 1 << 32
+"""Of a list of labels or captions: COCO's own annotations have 450 MB."""
+
 MAX_LINES = 20
 """Lines of what is wrong that a message shows; the rest is counted."""
 

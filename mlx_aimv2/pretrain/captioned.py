@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_aimv2.files import expand_user
 from mlx_aimv2.images.find import Scan, has_suffix, is_junk
-from mlx_aimv2.learn.metadata import METADATA, metadata_file, metadata_rows
+from mlx_aimv2.learn.classify.data import METADATA, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError
 
 MAX_MEMBER_BYTES = 1 << 28

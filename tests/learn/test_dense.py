@@ -55,16 +55,8 @@ def encoder(source=FIXED, patches=None):
 
 
 def head_of(task, model, kind=None, classes=3):
-    config = model.config
     mx.random.seed(5)
-    return task.head.make_head(
-        kind or task.default_type,
-        classes=classes,
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        patch_size=config.patch_size,
-        options={},
-    )
+    return task.head.make_head(kind or task.default_type, model.config, classes, {})
 
 
 def outputs_of(task, head, model, pixels):

@@ -9,11 +9,10 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.learn import classify
-from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead, vote
-from mlx_aimv2.learn.classify.probe import fit_linear, fit_logistic, minimize
+from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead, fit_linear, fit_logistic, minimize, vote
 from mlx_aimv2.learn.classify.results import Classification, confusion
-from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
 from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.training import mean_tokens, token_statistics
 from mlx_aimv2.model import unit_length
 
 pytestmark = pytest.mark.rounding

@@ -23,7 +23,6 @@ from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
 from mlx_aimv2.learn.detect.head import assign, points
 from mlx_aimv2.learn.learner import canvas_size
-from mlx_aimv2.learn.metadata import MAX_BYTES
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
 
@@ -118,7 +117,7 @@ def _content(file: Path, faults: list[str]) -> dict[str, list[dict[str, Any]]]:
         "categories": ("id", "name"),
     }
     try:
-        content = json.loads(read_text(file, max_bytes=MAX_BYTES))
+        content = json.loads(read_text(file, max_bytes=samples.MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         faults.append(f"{file} cannot be read as JSON: {error}")
         return {section: [] for section in wanted}

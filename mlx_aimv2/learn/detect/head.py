@@ -7,6 +7,7 @@ class scores, the distances to the four sides of its object, and how near the ob
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.dense import Double, Refine, as_map, halve
 from mlx_aimv2.learn.detect.boxes import areas
 
@@ -68,10 +70,10 @@ class DetectHead(nn.Module):
     in pixels, points as x, y and stride in pixels; `canvas` (B, 2) is the height and width that the grid covers.
     """
 
-    def __init__(self, width: int, classes: int, patch_size: int, *, channels: int | None = None) -> None:
+    def __init__(self, width: int, classes: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        channels = channels or min(WIDTH, max(1, width // 2))
+        channels = min(WIDTH, max(1, width // 2))
         self.double = Double(width, channels)
         self.same = nn.Linear(width, channels)
         self.half = nn.Linear(width, channels)
@@ -113,11 +115,9 @@ class DetectHead(nn.Module):
         return [smooth(norm(level)) for level, norm, smooth in zip(maps, self.norms, self.smooth, strict=True)]
 
 
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
+def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:
     """The pyramid with FCOS's branches, for every type."""
-    return DetectHead(width, classes, patch_size)
+    return DetectHead(config.hidden_size, classes, config.patch_size)
 
 
 def shapes(grid: tuple[int, int]) -> list[tuple[int, int]]:
