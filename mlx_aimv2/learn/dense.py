@@ -26,6 +26,7 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.train.augment import GREY, jittered
+from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,16 +102,22 @@ def plain(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
     return Placement(size, canvas, canvas[1] / size[1], canvas[0] / size[0])
 
 
-def on_canvas(
-    path: str, processor: Aimv2Processor, rng: np.random.Generator | None, *, flip: bool = False
-) -> tuple[NDArray[Any], Placement]:
-    """An image's pixels (H, W, 3) for training, and where on them it lies; with `rng` at random."""
-    image = to_rgb(path)
+def example(
+    targets: Callable[[Sample, Aimv2Processor, Placement], Arrays],
+    sample: Sample,
+    processor: Aimv2Processor,
+    *,
+    rng: np.random.Generator | None,
+    flip: bool = False,
+) -> Arrays:
+    """`pixels` (H, W, 3) of a sample and its `targets` where it lies, which `rng` decides if there is one."""
+    image = to_rgb(sample.path)
     size, canvas = (image.height, image.width), canvas_size(processor)
     place = plain(size, canvas) if rng is None else random(size, canvas, rng, flip=flip)
     if rng is not None:
         image = jittered(image, COLOUR, rng)
-    return processor.pixels(place.draw(image, fill=GREY, resample=processor.preprocessing.resample)), place
+    drawn = place.draw(image, fill=GREY, resample=processor.preprocessing.resample)
+    return {"pixels": processor.pixels(drawn), **targets(sample, processor, place)}
 
 
 def random(

@@ -14,7 +14,7 @@ from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
-from mlx_aimv2.learn.samples import Sample, seen
+from mlx_aimv2.learn.samples import seen
 from mlx_aimv2.learn.task import Task
 
 
@@ -54,7 +54,7 @@ def evaluate(
     if target is not None:
         with atomic_folder(target) as folder:
             results.card(samples, predictions, classes, folder)
-    scores, table = results.score(samples, predictions, classes), results.table(samples, predictions, classes)
+    scores, table = results.score(samples, predictions, classes)
     return Evaluation(scores, len(samples), part, table, (*dataset.notes, *seen(samples, loaded.trained_on)))
 
 
@@ -100,22 +100,25 @@ def saving(
 
 
 def write_card(
-    folder: Path, info: Mapping[str, Any], task: Task, samples: Sequence[Sample], predictions: Sequence[Any], name: str
+    folder: Path,
+    info: Mapping[str, Any],
+    task: Task,
+    table: Sequence[Sequence[str]],
+    shown: Sequence[tuple[str, str]],
+    *,
+    name: str,
 ) -> None:
-    """Writes README.md and its images into the folder; `samples` are those of the last part in the metrics."""
-    encoder, metrics, classes = info["encoder"], info["metrics"], info["classes"]
-    # A Hub name as it is, of a path the last part alone.
-    at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`" if encoder.get("commit") else ""
-    at = at or f"`{Path(encoder['checkpoint']).name}`"
+    """Writes README.md into a head folder: the scores, the table of the last part, images by title and file name."""
+    encoder, metrics = info["encoder"], info["metrics"]
+    at = f"`{Path(encoder['checkpoint']).name}`"  # of a path the last part alone
+    if encoder.get("commit"):
+        at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`"
     names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
     rows = [["part", "images", *names]]
     for part, scores in metrics.items():
         values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
         rows.append([part, f"{info['images'][part]:,}", *values])
-    images = "".join(
-        f"## {title}\n\n![{title}]({file})\n\n"
-        for title, file in task.results.card(samples, predictions, classes, folder)
-    )
+    images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
     text = f"""\
 {front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
 
@@ -136,7 +139,7 @@ The encoder's licence holds for what is made with it; its weights are not in thi
 
 ## By class, on {part}
 
-{_markdown(task.results.table(samples, predictions, classes))}
+{_markdown(table)}
 
 {images}## Use
 

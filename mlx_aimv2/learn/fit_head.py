@@ -25,7 +25,7 @@ from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.evaluation import write_card
-from mlx_aimv2.learn.learner import Learner, decoded, grid_of
+from mlx_aimv2.learn.learner import Learner, canvas_size, decoded, grid_of
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
@@ -103,8 +103,7 @@ def fit(
     trained = train_on_features(run) if run.type.features else fine_tune(run)
     if ranks.rank > 0:
         return Fitted(target, {}, {}, "")
-    fitted, predictions = _score(target, run, trained)
-    _write(fitted, run, trained, predictions, seconds=time.monotonic() - started)
+    fitted = _written(target, run, trained, seconds=time.monotonic() - started)
     shutil.rmtree(training, ignore_errors=True)
     return fitted
 
@@ -126,53 +125,46 @@ def _encoder(
     return encoder, processor, head_folder.describe_encoder(loaded, processor)
 
 
-def _score(target: Path, run: Run, trained: Trained) -> tuple[Fitted, list[Any]]:
-    """The scores on each part that was held out, and the predictions on the last of them, which counts."""
-    splits, results, scores = run.dataset.splits, run.task.results, dict[str, dict[str, float]]()
-    predictions: list[Any] = []
+def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fitted:
+    """Scores the head on each part that was held out, of which the last one counts, and writes its folder."""
+    task, splits, classes = run.task, run.dataset.splits, run.dataset.classes
+    scores: dict[str, dict[str, float]] = {}
     for part in [name for name, samples in splits.items() if name != "train" and samples]:
-        predictions = decoded(run.task, splits[part], trained.outputs(splits[part]))
-        scores[part] = results.score(splits[part], predictions, run.dataset.classes)
+        predictions = decoded(task, splits[part], trained.outputs(splits[part]))
+        scores[part], table = task.results.score(splits[part], predictions, classes)
     images = {part: len(samples) for part, samples in splits.items()}
-    line = result_line(run.task, scores[part], part, images)
-    return Fitted(target, scores, images, line), predictions
-
-
-def _write(fitted: Fitted, run: Run, trained: Trained, predictions: Sequence[Any], *, seconds: float) -> None:
-    """The head folder with its card, whole or not at all."""
     info = {
-        "task": run.task.name,
+        "task": task.name,
         "fine_tune_type": run.kind,
-        "classes": list(run.dataset.classes),
+        "classes": list(classes),
         "options": trained.head_options,
         "encoder": run.described,
-        "image_size": (run.processor.preprocessing.final_size or (0, 0))[0],
-        "images": fitted.images,
-        "metrics": fitted.scores,
+        "image_size": canvas_size(run.processor)[0],
+        "images": images,
+        "metrics": scores,
         "settings": {name: getattr(run.options, name) for name in run.options.given()} | trained.settings,
         "history": trained.history,
         "seconds": round(seconds, 1),
         "versions": {"mlx-aimv2": __version__},
     }
-    part, train = list(fitted.scores)[-1], run.dataset.splits["train"]
     learner = Learner(run.encoder, trained.head)
-    with atomic_folder(fitted.folder) as place:
-        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(train))
-        write_card(place, info, run.task, run.dataset.splits[part], predictions, fitted.folder.name)
+    with atomic_folder(target) as place:
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
+        shown = task.results.card(splits[part], predictions, classes, place)
+        write_card(place, info, task, table, shown, name=target.name)
+    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]))
 
 
-def result_line(task: Task, scores: dict[str, float], part: str, images: dict[str, int]) -> str:
+def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> str:
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
-    value, count = scores[task.metric], images[part]
+    value = scores[task.metric]
     text = f"{task.metric} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
     if task.metric == "top1":
         low, high = wilson(value, count)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    rest = ", ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
-    text += f", {rest}" if rest else ""
-    return text + (
-        "; chosen on the same images, so a little flattering: a test part would tell" if part == "val" else ""
-    )
+    text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
+    flattered = "; chosen on the same images, so a little flattering: a test part would tell"
+    return text + (flattered if part == "val" else "")
 
 
 def wilson(share: float, count: int, *, z: float = 1.96) -> tuple[float, float]:

@@ -84,7 +84,8 @@ class Run:
     def score(self, outputs: OutputsOf) -> float:
         """The score on `val` that the best state goes by."""
         predictions = decoded(self.task, self.val, outputs(self.val))
-        return self.task.results.score(self.val, predictions, self.dataset.classes)[self.task.metric]
+        scores, _ = self.task.results.score(self.val, predictions, self.dataset.classes)
+        return scores[self.task.metric]
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
         """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.learn.samples import DataError, Dataset, Sample
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
@@ -96,8 +96,8 @@ class Results(Protocol):
     def decode(self, outputs: Arrays, size: tuple[int, int]) -> Any:
         """One image's outputs as a prediction in the pixels of the original image of `size` (height, width)."""
 
-    def score(self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str]) -> dict[str, float]:
-        """All scores by name."""
+    def score(self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str]) -> Scored:
+        """All scores by name, and the table by class."""
 
     def as_json(self, prediction: Any, classes: Sequence[str]) -> dict[str, Any]:
         """A prediction for machines."""
@@ -115,9 +115,6 @@ class Results(Protocol):
         self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str], folder: Path
     ) -> list[tuple[str, str]]:
         """Images for the model card, written into `folder`: pairs of title and file name."""
-
-    def table(self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str]) -> list[list[str]]:
-        """Rows of the model card's table by class, the header first."""
 
 
 @dataclass(frozen=True, eq=False)

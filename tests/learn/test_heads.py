@@ -133,7 +133,8 @@ def scored(seed: int, classes: int):
     labels = chance.integers(0, classes, 97)
     predictions = [Classification(row) for row in chance.dirichlet(np.ones(classes), 97)]
     samples = [Sample("", b"", (1, 2), int(label)) for label in labels]
-    return classify.results.score(samples, predictions, [str(i) for i in range(classes)]), labels, predictions
+    scores, _ = classify.results.score(samples, predictions, [str(i) for i in range(classes)])
+    return scores, labels, predictions
 
 
 @pytest.mark.parametrize("classes", [3, 11])

@@ -132,8 +132,8 @@ LEARNING = (
     ),
     Mutation(
         "far neighbours vote like near ones",
-        "axis=1) - 1) / temperature)",
-        "axis=1) - 1) * temperature)",
+        "axis=1) - 1) / TEMPERATURE)",
+        "axis=1) - 1) * TEMPERATURE)",
         HEADS,
     ),
     Mutation(

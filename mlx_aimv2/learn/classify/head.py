@@ -123,20 +123,12 @@ class KnnHead(nn.Module):
         return {"logits": mx.log(mx.maximum(votes, 1e-30))}
 
 
-def vote(
-    queries: mx.array,
-    bank: mx.array,
-    labels: mx.array,
-    classes: int,
-    *,
-    neighbours: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-) -> mx.array:
+def vote(queries: mx.array, bank: mx.array, labels: mx.array, classes: int) -> mx.array:
     """Weight of the votes for each class: unit `(B, D), (n, D), (n,) -> (B, classes)`, at most `exp(0)` a neighbour."""
     cosines = queries @ bank.T  # (B, n)
-    count = min(neighbours, bank.shape[0])
+    count = min(NEIGHBOURS, bank.shape[0])
     nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
-    weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / temperature)  # - 1 against overflow
+    weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / TEMPERATURE)  # - 1 against overflow
     is_class = labels[nearest][..., None] == mx.arange(classes)  # (B, k, classes)
     return (weights[..., None] * is_class).sum(axis=1)
 
@@ -239,7 +231,6 @@ def minimize(
     value_and_gradient: Callable[[Array], tuple[float, Array]],
     x: Array,
     *,
-    max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> tuple[Array, float]:
     """Minimises a smooth function by L-BFGS with a backtracking line search: `-> (place, value)`.
@@ -248,7 +239,7 @@ def minimize(
     """
     value, gradient = value_and_gradient(x)
     steps: deque[tuple[Array, Array, float]] = deque(maxlen=MEMORY)
-    for _ in range(max_iterations):
+    for _ in range(MAX_ITERATIONS):
         if np.abs(gradient).max() < tolerance:
             break
         direction = -_inverse_hessian_times(gradient, steps)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 
 SHOWN = 5
@@ -41,15 +41,24 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Classification:
     return Classification(weights / weights.sum())
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> dict[str, float]:
-    """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes."""
+def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> Scored:
+    """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes.
+
+    Of each class: images, precision, recall and F1.
+    """
     counts = _confusion(samples, predictions, classes)
     scores = {"top1": accuracy(counts)}
     if len(classes) > 5:
         pairs = zip(samples, predictions, strict=True)
         scores["top5"] = float(np.mean([sample.target in prediction.best(5) for sample, prediction in pairs]))
     scores["mean_class"] = mean_recall(counts)
-    return scores
+    rows = [["class", "images", "precision", "recall", "F1"]]
+    for i, name in enumerate(classes):
+        right, called, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        shares = ((right, called), (right, there), (2 * right, called + there))
+        cells = (f"{100 * part / whole:.1f} %" if whole else "none" for part, whole in shares)
+        rows.append([name, f"{there}", *cells])
+    return scores, rows
 
 
 def confusion(labels: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[Any]:
@@ -89,7 +98,7 @@ def save_prediction(path: str, prediction: Classification, classes: Sequence[str
 
 def save_all(records: Sequence[list[str]], classes: Sequence[str], folder: Path) -> None:
     """`predictions.csv`: the best label and its probability for each image."""
-    with (folder / "predictions.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+    with (folder / "predictions.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         csv.writer(stream).writerows([["path", "label", "probability"], *records])
 
 
@@ -119,22 +128,8 @@ def card(
     return images
 
 
-def table(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> list[list[str]]:
-    """Images, precision, recall and F1 of each class, the header first."""
-    counts = _confusion(samples, predictions, classes)
-    rows = [["class", "images", "precision", "recall", "F1"]]
-    for i, name in enumerate(classes):
-        right, called, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
-        rows.append([name, f"{there}", _share(right, called), _share(right, there), _share(2 * right, called + there)])
-    return rows
-
-
 def _confusion(
     samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]
 ) -> NDArray[Any]:
     labels = np.array([sample.target for sample in samples], np.int64)
     return confusion(labels, np.array([found.best(1)[0] for found in predictions], np.int64), len(classes))
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "none"

@@ -8,6 +8,7 @@ to 0.95; the precision at 101 recalls, over all images, is averaged (cocodataset
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,27 +92,24 @@ def suppress(
     return result
 
 
-def summary(truths: Sequence[GroundTruth], found: Sequence[Detections], classes: int) -> dict[str, float]:
+def summary(
+    truths: Sequence[GroundTruth], found: Sequence[Detections], classes: int
+) -> tuple[dict[str, float], NDArray[Any]]:
     """COCO's six average precisions, one truth and one result per image; each from 0 to 1, NaN where no object is.
 
+    And precision averaged over recalls, by class and overlap, `(classes, 10)`; NaN where a class has no object.
     `AP` is the mean over ten overlaps, `AP50` and `AP75` are at one, `AP_small` (up to 32 x 32 pixels), `AP_medium` and
     `AP_large` (from 96 x 96) at all ten.
     """
-    tables = {size: precisions(truths, found, classes, size=size) for size in RANGES}
-    whole = tables["all"]
-    return {
-        "AP": _mean(whole),
-        "AP50": _mean(whole[:, 0]),
-        "AP75": _mean(whole[:, 5]),
-        **{f"AP_{size}": _mean(tables[size]) for size in ("small", "medium", "large")},
+    tables = {
+        size: np.stack([_of_class(truths, found, label, limits) for label in range(classes)])
+        for size, limits in RANGES.items()
     }
-
-
-def precisions(
-    truths: Sequence[GroundTruth], found: Sequence[Detections], classes: int, *, size: str = "all"
-) -> NDArray[Any]:
-    """Precision averaged over recalls, by class and overlap: `-> (classes, 10)`; NaN where a class has no object."""
-    return np.stack([_of_class(truths, found, label, RANGES[size]) for label in range(classes)])
+    whole = tables.pop("all")
+    parts = {"AP": whole, "AP50": whole[:, 0], "AP75": whole[:, 5]}
+    parts |= {f"AP_{size}": table for size, table in tables.items()}
+    known = {name: part[~np.isnan(part)] for name, part in parts.items()}
+    return {name: float(part.mean()) if len(part) else math.nan for name, part in known.items()}, whole
 
 
 def _of_class(
@@ -176,8 +174,3 @@ def _best(overlap: NDArray[Any], free: NDArray[Any], skipped: NDArray[Any]) -> N
         last = values.shape[1] - 1 - values[:, ::-1].argmax(axis=1)
         best = np.where(values.max(axis=1) >= np.minimum(THRESHOLDS, 1 - 1e-10), last, best)
     return best
-
-
-def _mean(table: NDArray[Any]) -> float:
-    known = table[~np.isnan(table)]
-    return float(known.mean()) if len(known) else float("nan")

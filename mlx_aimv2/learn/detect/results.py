@@ -14,7 +14,7 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import dense
 from mlx_aimv2.learn.detect import boxes
 from mlx_aimv2.learn.detect.boxes import Detections
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
@@ -49,12 +49,20 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Detections:
     return Detections(found[keep], label[keep], score[keep], size)
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> dict[str, float]:
-    """COCO's six average precisions, each from 0 to 1; those of sizes that no object has are left out."""
-    found = boxes.summary([sample.target for sample in samples], predictions, len(classes))
-    return {
-        name: 0.0 if np.isnan(value) else value for name, value in found.items() if name == "AP" or not np.isnan(value)
-    }
+def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> Scored:
+    """COCO's six average precisions, each from 0 to 1; those of sizes that no object has are left out.
+
+    Of each class: objects, AP, AP50.
+    """
+    truths = [sample.target for sample in samples]
+    scores, precisions = boxes.summary(truths, predictions, len(classes))
+    objects = np.bincount(np.concatenate([truth.labels for truth in truths]), minlength=len(classes))
+    rows = []
+    for i, name in enumerate(classes):
+        own = [precisions[i].mean(), precisions[i, 0]]
+        rows.append([name, f"{objects[i]:,}", *("-" if np.isnan(score) else f"{score:.3f}" for score in own)])
+    known = {name: value for name, value in scores.items() if not np.isnan(value)}
+    return {"AP": 0.0} | known, [["class", "objects", "AP", "AP50"], *rows]
 
 
 def as_json(prediction: Detections, classes: Sequence[str]) -> dict[str, Any]:
@@ -111,8 +119,8 @@ def card(
         return [labelled, _drawn(image, prediction, classes)]
 
     def quality(sample: Sample, prediction: Detections) -> float:
-        value = boxes.summary([sample.target], [prediction], len(classes))["AP"]
-        return 1.0 if np.isnan(value) else value
+        scores, _ = boxes.summary([sample.target], [prediction], len(classes))
+        return 1.0 if np.isnan(scores["AP"]) else scores["AP"]
 
     dense.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with the lowest precision: labelled above, predicted below", "overlays.jpg")]
@@ -121,15 +129,3 @@ def card(
 def _drawn(image: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
     sure = found.scores >= SURE
     return plot.with_boxes(image, found.boxes[sure], found.labels[sure], classes, scores=found.scores[sure])
-
-
-def table(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> list[list[str]]:
-    """Of each class: objects, AP, AP50."""
-    truths = [sample.target for sample in samples]
-    precisions = boxes.precisions(truths, predictions, len(classes))
-    objects = np.bincount(np.concatenate([truth.labels for truth in truths]), minlength=len(classes))
-    rows = []
-    for i, name in enumerate(classes):
-        scores = [precisions[i].mean(), precisions[i, 0]]
-        rows.append([name, f"{objects[i]:,}", *("-" if np.isnan(score) else f"{score:.3f}" for score in scores)])
-    return [["class", "objects", "AP", "AP50"], *rows]

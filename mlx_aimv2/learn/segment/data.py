@@ -192,22 +192,13 @@ def _all_values(names: set[str]) -> list[str]:
 read = partial(samples.read, form=Format(_find, _labels, _target, in_order=_all_values, stratified=False))
 
 
-def example(
-    sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
-) -> Arrays:
-    """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
-    pixels, place = dense.on_canvas(sample.path, processor, rng, flip=flip)
-    return {"pixels": pixels, "mask": _mask(sample, place)}
-
-
-def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """`mask` alone, unchanged."""
-    mask = read_mask(sample.target)
-    return {"mask": _mask(sample, dense.plain(mask.shape, canvas_size(processor)))}
-
-
-def _mask(sample: Sample, place: dense.Placement) -> NDArray[Any]:
+def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:
+    """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
     from PIL import Image
 
+    place = place or dense.plain(sample.size, canvas_size(processor))
     mask = Image.fromarray(read_mask(sample.target))
-    return np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))
+    return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}
+
+
+example = partial(dense.example, targets)

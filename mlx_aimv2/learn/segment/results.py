@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.classify.results import accuracy, confusion
 from mlx_aimv2.learn.dense import linear_weights, worst
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.learn.segment.data import read_mask
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
@@ -52,19 +52,29 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
     return Segmentation(labels, confidence)
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> dict[str, float]:
-    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks."""
-    counts = pixel_confusion(_maps(samples, predictions), len(classes))
-    return {"mIoU": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
+def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> Scored:
+    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks.
+
+    Of each class: images that have it, its share of the labelled pixels, IoU.
+    """
+    counts, images = np.zeros((len(classes), len(classes)), np.int64), np.zeros(len(classes), int)
+    for sample, prediction in zip(samples, predictions, strict=True):
+        own = pixel_confusion(read_mask(sample.target), prediction.labels, len(classes))
+        counts += own
+        images += own.any(axis=1)
+    ious, shares = iou_by_class(counts), counts.sum(axis=1) / max(counts.sum(), 1)
+    rows = [
+        [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
+        for i, name in enumerate(classes)
+    ]
+    scores = {"mIoU": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
+    return scores, [["class", "images", "pixels", "IoU"], *rows]
 
 
-def pixel_confusion(maps: Iterable[tuple[NDArray[Any], NDArray[Any]]], classes: int) -> NDArray[Any]:
-    """`confusion` of the pixels of all pairs of ground truth and prediction, each `(H, W)`, without `IGNORED` ones."""
-    counts = np.zeros((classes, classes), np.int64)
-    for labels, found in maps:
-        known = labels != IGNORED
-        counts += confusion(labels[known], found[known], classes)
-    return counts
+def pixel_confusion(labels: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[Any]:
+    """`confusion` of the pixels of a ground truth and a prediction, each `(H, W)`, without `IGNORED` ones."""
+    known = labels != IGNORED
+    return confusion(labels[known], found[known], classes)
 
 
 def iou_by_class(counts: NDArray[Any]) -> NDArray[Any]:
@@ -121,7 +131,7 @@ def card(
     """`overlays.jpg`: images with the ground truth above and the prediction below, the worst first."""
 
     def quality(sample: Sample, prediction: Segmentation) -> float:
-        return accuracy(pixel_confusion(_maps([sample], [prediction]), len(classes)))
+        return accuracy(pixel_confusion(read_mask(sample.target), prediction.labels, len(classes)))
 
     def draw(image: Image.Image, sample: Sample, prediction: Segmentation) -> list[Image.Image]:
         masks = (read_mask(sample.target), prediction.labels)
@@ -129,23 +139,3 @@ def card(
 
     worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with most wrong pixels: labelled above, predicted below", "overlays.jpg")]
-
-
-def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> list[list[str]]:
-    """Of each class: images that have it, its share of the labelled pixels, IoU."""
-    counts = pixel_confusion(_maps(samples, predictions), len(classes))
-    images = np.zeros(len(classes), int)
-    for sample in samples:
-        present = np.unique(read_mask(sample.target))
-        images[present[present != IGNORED]] += 1
-    ious = iou_by_class(counts)
-    shares = counts.sum(axis=1) / max(counts.sum(), 1)
-    rows = [
-        [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
-        for i, name in enumerate(classes)
-    ]
-    return [["class", "images", "pixels", "IoU"], *rows]
-
-
-def _maps(samples: Sequence[Sample], predictions: Sequence[Segmentation]) -> Any:
-    return ((read_mask(s.target), p.labels) for s, p in zip(samples, predictions, strict=True))
