@@ -10,7 +10,7 @@ from mlx_aimv2.cli.flags import MODEL, add_dtype
 from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.files import check_target, expand_user
 
-HELP = "say what a trained head sees in images"
+HELP = "predict labels, masks or boxes for images"
 
 EXAMPLE = "my-labels new.jpg"
 

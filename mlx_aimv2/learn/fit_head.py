@@ -65,7 +65,7 @@ def fit(
     """Trains a head, or an encoder with one, on labelled images: `DATA, MODEL, HEAD -> Fitted`.
 
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
-    fields of `options.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
+    fields of `task.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
     a line for each thing worth knowing; `progress(total, unit)` gives a function that counts. With `resume` a run that
     was stopped goes on.
 
@@ -74,7 +74,7 @@ def fit(
     Nothing stands at HEAD unless the run was complete.
     """
     started = time.monotonic()
-    options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
+    options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
     check_target(target)
@@ -181,13 +181,6 @@ def _dtype(kind: str, dtype: str | None) -> str | None:
     if dtype not in (None, "float32"):
         raise ValueError(f"--fine-tune-type full needs --dtype float32, got {dtype}; lora and dora do not")
     return "float32"
-
-
-def _options(settings: dict[str, Any]) -> Options:
-    try:
-        return Options(**settings)
-    except TypeError as error:
-        raise TypeError(str(error).replace("Options.__init__()", "fit()")) from None
 
 
 def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str], None]) -> tuple[Task, str]:

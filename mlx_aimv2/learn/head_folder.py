@@ -43,9 +43,6 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
 
-FUSED = "fused_model"
-"""Where a fused model goes by default."""
-
 FIELDS: dict[str, type] = {
     "task": str,
     "fine_tune_type": str,
@@ -53,7 +50,6 @@ FIELDS: dict[str, type] = {
     "options": dict,
     "encoder": dict,
     "image_size": int,
-    "metrics": dict,
 }
 """Fields of head.json that are acted on, and their types."""
 
@@ -149,7 +145,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
 
 def fuse(
     adapter_path: str | os.PathLike[str],
-    save_path: str | os.PathLike[str] = FUSED,
+    save_path: str | os.PathLike[str] = "fused_model",
     *,
     model: str | None = None,
     revision: str | None = None,

@@ -216,8 +216,7 @@ def _divided(
     if not (splits["val"] or splits["test"]):
         whole = samples.get("", splits["train"])
         splits = split(whole, [stratum(sample) for sample in whole])
-        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
-        return splits, [f"{one_image(len(whole))}, split by content, the same each time: {counts}"]
+        return splits, [f"{one_image(len(whole))}, split by content, the same each time"]
     if splits["val"]:
         return splits, []
     parts = split(splits["train"], [stratum(sample) for sample in splits["train"]])

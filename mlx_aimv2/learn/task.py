@@ -193,7 +193,7 @@ class Options:
     )
     weight_decay: float | None = setting(None, "optimisation", "of AdamW (default: the type's)", "at least 0")
     layer_decay: float | None = setting(
-        None, "optimisation", "full: each block learns X times as fast as the next one", "above 0, at most 1"
+        None, "optimisation", "full: layer-wise decay, a block learns X times as fast as the next", "above 0, at most 1"
     )
     grad_checkpoint: bool = setting(False, "optimisation", "less memory: compute each block again for its gradient")
     grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")

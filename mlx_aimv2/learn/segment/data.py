@@ -7,7 +7,6 @@ sample is what `read_mask` takes.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.files import read_image_file, read_text
+from mlx_aimv2.files import read_text
+from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.learner import canvas_size
@@ -61,20 +61,15 @@ def read_mask(mask: MaskTarget) -> NDArray[Any]:
 
     Grey and palette images hold class numbers; white of a black and white image is class 1.
     """
-    from PIL import Image
-
     path, numbers = (mask, ()) if isinstance(mask, str) else mask
+    image = open_image(path).image
+    if image.mode not in MODES:
+        raise ValueError(
+            f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel, as a grey or palette "
+            "PNG does: save it so, not in colours"
+        )
     try:
-        _, data = read_image_file(path)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in MODES:
-                raise ValueError(
-                    f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel, as a "
-                    "grey or palette PNG does: save it so, not in colours"
-                )
-            values = np.asarray(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
+        values = np.asarray(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
     if values.max() > IGNORED:
