@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.train.augment import GREY, jittered
@@ -30,8 +31,6 @@ from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from mlx_aimv2.images.processor import Aimv2Processor
 
 SHOWN = 6
 """Images whose overlays a model card shows."""

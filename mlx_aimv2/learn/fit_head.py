@@ -159,19 +159,15 @@ def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> 
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
     value = scores[task.metric]
     text = f"{task.metric} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
-    if task.metric == "top1":
-        low, high = wilson(value, count)
+    if task.metric == "top1":  # the interval in which the true share lies with 95 % confidence (Wilson 1927)
+        z = 1.96
+        whole, middle = 1 + z * z / count, value + z * z / (2 * count)
+        half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
+        low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
     flattered = "; chosen on the same images, so a little flattering: a test part would tell"
     return text + (flattered if part == "val" else "")
-
-
-def wilson(share: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
-    """The interval in which the true share lies with 95 % confidence (Wilson 1927)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _dtype(kind: str, dtype: str | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +17,8 @@ from mlx_aimv2.embed.encode import OnFailure, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.task import Task
 from mlx_aimv2.model import Aimv2VisionModel
-
-if TYPE_CHECKING:
-    from mlx_aimv2.learn.task import Task
 
 
 class Learner(nn.Module):
@@ -61,7 +59,7 @@ def run_training_blocks(
     """Runs tokens through blocks as training does: `(B, N, D) -> (B, N, D)`."""
     keys = mx.random.split(key if key is not None else mx.random.key(0), len(blocks))
     for number, block in enumerate(blocks):
-        run = partial(_run_one, block)
+        run = partial(_run, block)
         if checkpoint:
             run = nn.utils.checkpoint(block, run)
         rate = drop_path * number / max(1, len(blocks) - 1)
@@ -69,7 +67,7 @@ def run_training_blocks(
     return x
 
 
-def _run_one(block: nn.Module, x: mx.array) -> mx.array:
+def _run(block: nn.Module, x: mx.array) -> mx.array:
     return next(run_blocks([block], x))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,23 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.embed.cache import KINDS, Features, cache_key, open_features
+from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.encode import FAST, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, Outputs, split_into_chunks
 from mlx_aimv2.embed.pooling import Pooling
 from mlx_aimv2.files import cache_folder
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.learner import decoded, grid_of
-from mlx_aimv2.learn.samples import DataError
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample
+from mlx_aimv2.learn.task import Options, Solve, Task, Type
+from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import Plan, Progress, Watch, train
 from mlx_aimv2.train.optimizer import Table
 from mlx_aimv2.train.state import StateFile
-
-if TYPE_CHECKING:
-    from mlx_aimv2.embed.distributed import Ranks
-    from mlx_aimv2.images.processor import Aimv2Processor
-    from mlx_aimv2.learn.samples import Dataset, Sample
-    from mlx_aimv2.learn.task import Options, Solve, Task, Type
-    from mlx_aimv2.model import Aimv2VisionModel
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
 """What a head, or an encoder with a head, gives for samples."""

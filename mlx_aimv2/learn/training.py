@@ -25,14 +25,6 @@ STEP = 64
 """Images whose tokens are in memory at a time."""
 
 
-class Candidates(nn.Module):
-    """Heads that are trained side by side, each with a learning rate and a weight decay of its own."""
-
-    def __init__(self, heads: list[nn.Module]) -> None:
-        super().__init__()
-        self.heads = heads
-
-
 def train_on_features(run: Run) -> Trained:
     """The head of this run on features that are computed once: solved for, or the best of several that are trained."""
     samples = [sample for part in run.dataset.splits.values() for sample in part]
@@ -64,7 +56,8 @@ def train_on_features(run: Run) -> Trained:
     def scores(candidates: Any) -> list[float]:
         return [run.score(outputs_of(head)) for head in candidates.heads]
 
-    model = Candidates(heads)
+    model = nn.Module()
+    model.heads = heads
     progress = run.train(model, loss, make, evaluate=lambda candidates: max(scores(candidates)), groups=groups)
     best = int(np.argmax(scores(model)))
     rate, decay = settings[best]

@@ -94,6 +94,12 @@ def test_predict_names_what_it_cannot_read_and_does_the_rest(head, digits, tmp_p
     assert "digit 1" in (tmp_path / "written" / "predictions.csv").read_text()
 
 
+def test_predictions_of_files_whose_names_are_no_text_are_written_as_text(tmp_path):
+    classify.results.save_all([["caf\udce9.png", "digit 1", "0.9"]], ("digit 1",), tmp_path)
+    written = (tmp_path / "predictions.csv").read_text(encoding="utf-8")
+    assert written.splitlines() == ["path,label,probability", r"caf\udce9.png,digit 1,0.9"]
+
+
 def test_another_encoder_is_refused(head, tmp_path):
     other = shutil.copytree(CHECKPOINT, tmp_path / "other")
     weights = mx.load(str(other / "model.safetensors"))

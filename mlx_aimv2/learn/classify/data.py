@@ -12,22 +12,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mlx_aimv2.files import read_text
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from mlx_aimv2.images.processor import Aimv2Processor
-
 
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""

@@ -13,21 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mlx_aimv2.files import read_text
 from mlx_aimv2.images.find import Scan
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
 from mlx_aimv2.learn.detect.head import assign, points
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from mlx_aimv2.images.processor import Aimv2Processor
 
 ROBOFLOW = "_annotations.coco.json"
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import cpu_count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 from mlx_aimv2.files import read_text
 from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from mlx_aimv2.images.processor import Aimv2Processor
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 

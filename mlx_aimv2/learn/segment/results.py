@@ -91,27 +91,21 @@ def mean_iou(counts: NDArray[Any]) -> float:
 
 def as_json(prediction: Segmentation, classes: Sequence[str]) -> dict[str, Any]:
     """The classes there are, the largest first, with their share of the pixels and their mean confidence."""
-    return {
-        "height": prediction.labels.shape[0],
-        "width": prediction.labels.shape[1],
-        "classes": _shares(prediction, classes),
-    }
-
-
-def as_text(prediction: Segmentation, classes: Sequence[str]) -> str:
-    """A line for each class there is, the largest first."""
-    return "\n".join(f"{100 * found['share']:7.2f} %  {found['label']}" for found in _shares(prediction, classes))
-
-
-def _shares(prediction: Segmentation, classes: Sequence[str]) -> list[dict[str, Any]]:
-    flat = prediction.labels.ravel()
+    (height, width), flat = prediction.labels.shape, prediction.labels.ravel()
     pixels = np.bincount(flat, minlength=len(classes))
     sure = np.bincount(flat, weights=prediction.confidence.ravel(), minlength=len(classes))
-    return [
+    found = [
         {"label": classes[i], "share": float(pixels[i] / flat.size), "confidence": float(sure[i] / pixels[i])}
         for i in np.argsort(-pixels, kind="stable")
         if pixels[i]
     ]
+    return {"height": height, "width": width, "classes": found}
+
+
+def as_text(prediction: Segmentation, classes: Sequence[str]) -> str:
+    """A line for each class there is, the largest first."""
+    found = as_json(prediction, classes)["classes"]
+    return "\n".join(f"{100 * one['share']:7.2f} %  {one['label']}" for one in found)
 
 
 def save_prediction(path: str, prediction: Segmentation, classes: Sequence[str], stem: Path) -> None:
