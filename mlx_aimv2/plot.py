@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mlx_aimv2.learn.metrics import IGNORED
-
 Colour: TypeAlias = tuple[int, int, int]
 
 INK, PAPER = (34, 36, 42), (255, 255, 255)
@@ -34,6 +32,9 @@ CLASSES = (
     (90, 105, 130),
 )
 """Ten colours that are easy to tell apart on white."""
+
+IGNORED = 255
+"""The value of pixels in a mask that nobody labelled; they count nowhere."""
 
 BACKGROUND = ("background", "_background_", "__background__", "unlabeled", "unlabelled")
 """Names of a first class that stays bare in overlays."""

@@ -7,7 +7,7 @@ import json
 
 from mlx_aimv2.cli.flags import MODEL, add_dtype, add_resume, add_revision, add_settings, groups
 from mlx_aimv2.cli.output import progress, say, show
-from mlx_aimv2.learn.options import ADAPTERS, Options
+from mlx_aimv2.learn.task import ADAPTERS, Options
 
 HELP = "learn your labels from a folder of images"
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb, which are the keywords of `learn.fit`."""
     add = groups(parser, "data", "model", "what is trained", "optimisation", "augmentation", ADAPTERS, "run", "output")
     add["data"]("data", metavar="DATA", help="folder of images with labels, masks or boxes")
-    add["data"]("--labels", metavar="A,B,…", help="the list that every label of DATA must be in")
+    add["data"]("--labels", metavar="A,B,…", help="allowed labels; any other label in DATA is an error")
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=f"encoder: {MODEL}")
     add_revision(add["model"])
     add_dtype(add["model"], "the checkpoint's, for full float32")

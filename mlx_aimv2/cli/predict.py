@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack
+from contextlib import nullcontext
 
 from mlx_aimv2.cli.flags import MODEL, add_dtype
 from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.files import check_target, expand_user
 
-HELP = "say what a trained head sees in images"
+HELP = "predict labels, masks or boxes for images"
 
 EXAMPLE = "my-labels new.jpg"
 
@@ -42,14 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
         failures.append(path)
         say(f"{path} {reason}")
 
-    if arguments.output is not None:
-        check_target(arguments.output)  # before the model is loaded, which takes longer
+    if (output := arguments.output) is not None:
+        check_target(output)  # before the model is loaded, which takes longer
     head = load_head(arguments.head, model=arguments.model, dtype=arguments.dtype)
     files = listed_files(arguments.images, fail)
-    with ExitStack() as stack:
-        save = None
-        if arguments.output is not None:
-            save = stack.enter_context(saving(head, arguments.images, files, arguments.output))
+    with nullcontext() if output is None else saving(head, arguments.images, files, output) as save:
         for path, found in predict(head, files, on_failure=fail):
             if arguments.json:
                 print(json.dumps({"path": path, **head.task.results.as_json(found, head.classes)}), flush=True)

@@ -1,27 +1,20 @@
-"""Runs a head over images: the last step of `fit`, `evaluate` on labelled images, `predict` on new ones."""
+"""Scores a head on labelled images, lets it predict for new ones, and writes the model card of a head folder."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-
-from mlx_aimv2.embed.cache import Features
+from mlx_aimv2.conversion.model_card import front_matter
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
-from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
-from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.head_folder import Head, load_head
-from mlx_aimv2.learn.learner import Learner, grid_of
-from mlx_aimv2.learn.samples import Sample, seen
+from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
+from mlx_aimv2.learn.samples import seen
 from mlx_aimv2.learn.task import Task
 
 
@@ -50,17 +43,18 @@ def evaluate(
     card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
     that the head does not know among it.
     """
-    if card is not None:
-        check_target(expand_user(card))
+    target = None if card is None else expand_user(card)
+    if target is not None:
+        check_target(target)
     loaded = load_head(head, model=model, dtype=dtype)
-    task, classes = loaded.task, loaded.classes
-    dataset = task.data.read(expand_user(data), classes=classes)
+    classes, results = loaded.classes, loaded.task.results
+    dataset = loaded.task.data.read(expand_user(data), classes=classes)
     part, samples = dataset.to_score()
-    predictions = decoded(task, samples, outputs_of_learner(loaded.learner, task, samples, loaded.processor))
-    if card is not None:
-        with atomic_folder(expand_user(card)) as folder:
-            task.results.card(samples, predictions, classes, folder)
-    scores, table = task.results.score(samples, predictions, classes), task.results.table(samples, predictions, classes)
+    predictions = decoded(loaded.task, samples, outputs_of_learner(loaded.learner, samples, loaded.processor))
+    if target is not None:
+        with atomic_folder(target) as folder:
+            results.card(samples, predictions, classes, folder)
+    scores, table = results.score(samples, predictions, classes)
     return Evaluation(scores, len(samples), part, table, (*dataset.notes, *seen(samples, loaded.trained_on)))
 
 
@@ -79,52 +73,8 @@ def predict(
     """
     fail = on_failure or raise_failure
     loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
-    for image, outputs in _outputs_of_files(listed_files(images, fail), loaded.learner, loaded.processor):
-        if image.failure is not None:
-            fail(image.path, image.failure)
-        elif outputs is not None:
-            yield image.path, loaded.task.results.decode(outputs, image.upright)
-
-
-def outputs_of_head(
-    head: nn.Module, samples: Sequence[Sample], features: Features, grid: tuple[int, int]
-) -> Iterator[Outputs]:
-    """A head's outputs on stored features, image after image."""
-    for part in split_into_chunks(samples, images_at_once(math.prod(grid))):
-        tokens = features.of(part)
-        outputs = head(mx.array(tokens if tokens.ndim == 3 else tokens[:, None]), grid)
-        arrays = {name: np.array(array.astype(mx.float32)) for name, array in outputs.items()}
-        yield from ({name: array[row] for name, array in arrays.items()} for row in range(len(part)))
-
-
-def outputs_of_learner(
-    learner: Learner, task: Task, samples: Sequence[Sample], processor: Aimv2Processor
-) -> Iterator[Outputs]:
-    """The outputs of encoder and head on images as they are, image after image."""
-    for image, outputs in _outputs_of_files([sample.path for sample in samples], learner, processor):
-        if outputs is None:
-            raise_failure(image.path, image.failure or "")
-        else:
-            yield outputs
-
-
-def _outputs_of_files(
-    files: Sequence[str], learner: Learner, processor: Aimv2Processor
-) -> Iterator[tuple[Decoded, Outputs | None]]:
-    tokens = math.prod(grid_of(processor))
-    for chunk in run_ahead(
-        split_into_chunks(files, images_at_once(tokens)),
-        Decoder(processor),
-        lambda levels: learner(processor.normalised(levels)),
-        patch=processor.patch_size,
-        tokens=tokens,
-    ):
-        yield from chunk
-
-
-def decoded(task: Task, samples: Sequence[Sample], outputs: Iterator[Outputs]) -> list[Any]:
-    """A prediction for each sample from its outputs."""
-    return [task.results.decode(output, sample.size) for sample, output in zip(samples, outputs, strict=True)]
+    for image, outputs in outputs_of_files(loaded.learner, listed_files(images, fail), loaded.processor, fail):
+        yield image.path, loaded.task.results.decode(outputs, image.upright)
 
 
 @contextmanager
@@ -147,3 +97,62 @@ def saving(
 
         yield save
         head.task.results.save_all(records, head.classes, folder)
+
+
+def write_card(
+    folder: Path,
+    info: Mapping[str, Any],
+    task: Task,
+    table: Sequence[Sequence[str]],
+    shown: Sequence[tuple[str, str]],
+    *,
+    name: str,
+) -> None:
+    """Writes README.md into a head folder: the scores, the table of the last part, images by title and file name."""
+    encoder, metrics = info["encoder"], info["metrics"]
+    at = f"`{Path(encoder['checkpoint']).name}`"  # of a path the last part alone
+    if encoder.get("commit"):
+        at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`"
+    names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
+    rows = [["part", "images", *names]]
+    for part, scores in metrics.items():
+        values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
+        rows.append([part, f"{info['images'][part]:,}", *values])
+    images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
+    text = f"""\
+{front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
+
+# {name}
+
+A head for {task.pipeline_tag.split("-")[1]} on {at}, trained with mlx-aimv2 {info["versions"]["mlx-aimv2"]} \
+(`--fine-tune-type {info["fine_tune_type"]}`) on images: \
+{", ".join(f"{count:,} {which}" for which, count in info["images"].items())}.
+The encoder's licence holds for what is made with it; its weights are not in this folder\
+{", but the changed ones are" if info["fine_tune_type"] == "full" else ""}.
+
+## Result
+
+{_markdown(rows)}
+
+`val` chose the settings and the best step, so its numbers flatter a little\
+{"; `test` chose nothing" if "test" in metrics else ""}.
+
+## By class, on {part}
+
+{_markdown(table)}
+
+{images}## Use
+
+```sh
+mlx-aimv2 predict {name} IMAGE
+mlx-aimv2 evaluate {name} DATA
+```
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the header; numbers stand at the right."""
+    header, *rest = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rest))

@@ -23,16 +23,13 @@ from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, check_target, expand_user
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn import card, head_folder
-from mlx_aimv2.learn import options as asked
-from mlx_aimv2.learn.evaluation import decoded
-from mlx_aimv2.learn.fine_tune import fine_tune
-from mlx_aimv2.learn.frozen import train_on_features
-from mlx_aimv2.learn.learner import Learner, grid_of
-from mlx_aimv2.learn.options import Options
+from mlx_aimv2.learn import head_folder
+from mlx_aimv2.learn.evaluation import write_card
+from mlx_aimv2.learn.learner import Learner, canvas_size, decoded, grid_of
 from mlx_aimv2.learn.run import Run, Trained
 from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
-from mlx_aimv2.learn.task import Task, find_task, guess_task
+from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
+from mlx_aimv2.learn.training import fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.loop import StateFile, check_training_folder
@@ -68,7 +65,7 @@ def fit(
     """Trains a head, or an encoder with one, on labelled images: `DATA, MODEL, HEAD -> Fitted`.
 
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
-    fields of `options.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
+    fields of `task.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
     a line for each thing worth knowing; `progress(total, unit)` gives a function that counts. With `resume` a run that
     was stopped goes on.
 
@@ -77,15 +74,16 @@ def fit(
     Nothing stands at HEAD unless the run was complete.
     """
     started = time.monotonic()
-    options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
+    options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
     check_target(target)
     found, kind = _task(source, task, fine_tune_type, say)
-    asked.check(options, found, kind)
+    check_options(options, found, kind)
     training = check_training_folder(target, resume=resume)
     dataset = _dataset(found, source, labels, say, decode=found.types[kind].features is None)
     encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
+    how = RECIPES[options.recipe] if options.recipe else found.types[kind]
     run = Run(
         task=found,
         kind=kind,
@@ -93,9 +91,9 @@ def fit(
         encoder=encoder,
         processor=processor,
         options=options,
-        type=asked.RECIPES[options.recipe] if options.recipe else found.types[kind],
+        type=how,
         described=described,
-        state=None if found.solved(kind) else StateFile(training, _identity(kind, described, dataset, options)),
+        state=StateFile(training, _identity(kind, described, dataset, options)) if how.learning_rates else None,
         ranks=ranks,
         cache=Path(cache) if cache is not None else None,
         say=say if ranks.rank == 0 else lambda line: None,
@@ -105,8 +103,7 @@ def fit(
     trained = train_on_features(run) if run.type.features else fine_tune(run)
     if ranks.rank > 0:
         return Fitted(target, {}, {}, "")
-    fitted, predictions = _score(target, run, trained)
-    _write(fitted, run, trained, predictions, seconds=time.monotonic() - started)
+    fitted = _written(target, run, trained, seconds=time.monotonic() - started)
     shutil.rmtree(training, ignore_errors=True)
     return fitted
 
@@ -121,68 +118,56 @@ def _encoder(
 ) -> tuple[Aimv2VisionModel, Aimv2Processor, dict[str, Any]]:
     """The encoder and its processor at the size that is asked for, and what the head folder keeps of them."""
     loaded = read_source(model, revision=revision).load(dtype=dtype)
-    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.whole_images)
+    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.dense)
     rows, columns = grid_of(processor)
     if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
         say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
     return encoder, processor, head_folder.describe_encoder(loaded, processor)
 
 
-def _score(target: Path, run: Run, trained: Trained) -> tuple[Fitted, list[Any]]:
-    """The scores on each part that was held out, and the predictions on the last of them, which counts."""
-    splits, results, scores = run.dataset.splits, run.task.results, dict[str, dict[str, float]]()
-    predictions: list[Any] = []
+def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fitted:
+    """Scores the head on each part that was held out, of which the last one counts, and writes its folder."""
+    task, splits, classes = run.task, run.dataset.splits, run.dataset.classes
+    scores: dict[str, dict[str, float]] = {}
     for part in [name for name, samples in splits.items() if name != "train" and samples]:
-        predictions = decoded(run.task, splits[part], trained.outputs(splits[part]))
-        scores[part] = results.score(splits[part], predictions, run.dataset.classes)
+        predictions = decoded(task, splits[part], trained.outputs(splits[part]))
+        scores[part], table = task.results.score(splits[part], predictions, classes)
     images = {part: len(samples) for part, samples in splits.items()}
-    line = result_line(run.task, scores[part], part, images)
-    return Fitted(target, scores, images, line), predictions
-
-
-def _write(fitted: Fitted, run: Run, trained: Trained, predictions: Sequence[Any], *, seconds: float) -> None:
-    """The head folder with its card, whole or not at all."""
     info = {
-        "task": run.task.name,
+        "task": task.name,
         "fine_tune_type": run.kind,
-        "classes": list(run.dataset.classes),
+        "classes": list(classes),
         "options": trained.head_options,
         "encoder": run.described,
-        "image_size": (run.processor.preprocessing.final_size or (0, 0))[0],
-        "images": fitted.images,
-        "metrics": fitted.scores,
+        "image_size": canvas_size(run.processor)[0],
+        "images": images,
+        "metrics": scores,
         "settings": {name: getattr(run.options, name) for name in run.options.given()} | trained.settings,
         "history": trained.history,
         "seconds": round(seconds, 1),
         "versions": {"mlx-aimv2": __version__},
     }
-    part, train = list(fitted.scores)[-1], run.dataset.splits["train"]
     learner = Learner(run.encoder, trained.head)
-    with atomic_folder(fitted.folder) as place:
-        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(train))
-        samples = run.dataset.splits[part]
-        card.write(place, info, run.task, samples, predictions, part=part, name=fitted.folder.name)
+    with atomic_folder(target) as place:
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
+        shown = task.results.card(splits[part], predictions, classes, place)
+        write_card(place, info, task, table, shown, name=target.name)
+    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]))
 
 
-def result_line(task: Task, scores: dict[str, float], part: str, images: dict[str, int]) -> str:
+def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> str:
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
-    value, count = scores[task.metric], images[part]
+    value = scores[task.metric]
     text = f"{task.metric} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
-    if task.metric == "top1":
-        low, high = wilson(value, count)
+    if task.metric == "top1":  # the interval in which the true share lies with 95 % confidence (Wilson 1927)
+        z = 1.96
+        whole, middle = 1 + z * z / count, value + z * z / (2 * count)
+        half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
+        low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    rest = ", ".join(f"{name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
-    text += f", {rest}" if rest else ""
-    return text + (
-        "; chosen on the same images, so a little flattering: a test part would tell" if part == "val" else ""
-    )
-
-
-def wilson(share: float, count: int, *, z: float = 1.96) -> tuple[float, float]:
-    """The interval in which the true share lies with 95 % confidence (Wilson 1927)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
+    flattered = "; chosen on the same images, so a little flattering: a test part would tell"
+    return text + (flattered if part == "val" else "")
 
 
 def _dtype(kind: str, dtype: str | None) -> str | None:
@@ -194,13 +179,6 @@ def _dtype(kind: str, dtype: str | None) -> str | None:
     return "float32"
 
 
-def _options(settings: dict[str, Any]) -> Options:
-    try:
-        return Options(**settings)
-    except TypeError as error:
-        raise TypeError(str(error).replace("Options.__init__()", "fit()")) from None
-
-
 def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str], None]) -> tuple[Task, str]:
     if name is not None:
         task = find_task(name)
@@ -208,12 +186,9 @@ def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str],
         task, reason = guess_task(source)
         say(f"task {task.name}: {source} has {reason}")
     if kind is None:
-        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(_others(task))}")
+        others = [name for name in task.types if name != task.default_type]
+        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(others)}")
     return task, kind or task.default_type
-
-
-def _others(task: Task) -> list[str]:
-    return [kind for kind in task.types if kind != task.default_type]
 
 
 def _dataset(

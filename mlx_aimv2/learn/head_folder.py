@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.embed.provenance import differences, fingerprint
-from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_text, write_json
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.lora import load_arrays
 from mlx_aimv2.learn.task import Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.optimizer import flat
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
@@ -37,12 +37,11 @@ POSITIONS = "timm"
 
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
-ENCODER_FILE = "encoder.safetensors"
+ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora.WEIGHTS_FILE)
+"""Fine-tune type -> what holds the weights of the encoder that it has changed or added."""
+
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
-
-FUSED = "fused_model"
-"""Where a fused model goes by default."""
 
 FIELDS: dict[str, type] = {
     "task": str,
@@ -51,7 +50,6 @@ FIELDS: dict[str, type] = {
     "options": dict,
     "encoder": dict,
     "image_size": int,
-    "metrics": dict,
 }
 """Fields of head.json that are acted on, and their types."""
 
@@ -64,8 +62,7 @@ class Head:
     classes: tuple[str, ...]
     learner: Learner
     processor: Aimv2Processor
-    info: dict[str, Any]
-    trained_on: bytes = b""
+    trained_on: bytes
     """`samples.digests` of the training images; empty where the folder has none."""
 
 
@@ -75,16 +72,20 @@ def save(
     learner: Learner,
     *,
     adapters: Mapping[str, Any] | None,
-    trained_on: bytes = b"",
+    trained_on: bytes,
 ) -> None:
     """Writes everything but the card into an existing folder; `trained_on` are digests of the training images."""
     kind = info["fine_tune_type"]
-    _save_arrays(folder / HEAD_FILE, learner.head.parameters())
-    if kind in (*lora.KINDS, "full"):
-        file = ENCODER_FILE if kind == "full" else lora.WEIGHTS_FILE
-        _save_arrays(folder / file, learner.encoder.trainable_parameters())
-    if kind in lora.KINDS:
-        lora.save_config(folder, adapters or {})
+    changed = {HEAD_FILE: learner.head.parameters()}
+    if file := ENCODER_FILES.get(kind):
+        changed[file] = learner.encoder.trainable_parameters()
+    for file, parameters in changed.items():
+        try:
+            mx.save_safetensors(str(folder / file), flat(parameters), metadata={"format": "mlx"})
+        except RuntimeError as error:  # a full disk
+            raise OSError(f"{file} cannot be written: {error}") from None
+    if adapters is not None:
+        write_json(folder / lora.CONFIG_FILE, adapters)
     (folder / TRAINED_ON_FILE).write_bytes(trained_on)
     write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
 
@@ -93,14 +94,13 @@ def read_info(folder: Path) -> dict[str, Any]:
     """head.json, checked. FileNotFoundError or ValueError with one line where it is not one of this version's."""
     file = folder / INFO_FILE
     try:
-        info = json.loads(read_text(file))
-    except (FileNotFoundError, NotADirectoryError):
+        info = read_json(file)
+    except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} is no head folder (no {INFO_FILE} in it): make one with mlx-aimv2 fit DATA -m MODEL -o HEAD"
+            f"{folder} is not a folder written by fit (no {INFO_FILE}): make one with "
+            "mlx-aimv2 fit DATA -m MODEL -o HEAD"
         ) from None
-    except ValueError:
-        raise ValueError(f"{file} is damaged: not JSON") from None
-    version = info.get("format_version") if isinstance(info, dict) else None
+    version = info.get("format_version")
     if isinstance(version, int) and version > FORMAT:
         raise ValueError(
             f"{folder} was written by a newer version of mlx-aimv2 (format {version}, this one reads {FORMAT}): "
@@ -113,7 +113,7 @@ def read_info(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
     if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
         raise ValueError(f"{file} is damaged: classes are not a list of names")
-    return dict(info)
+    return info
 
 
 def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None) -> Head:
@@ -125,32 +125,27 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     info = read_info(folder)
     task = find_task(info["task"])
     wanted = info["encoder"]
-    name = model or str(wanted.get("checkpoint"))
     try:
-        source = read_source(name, revision=None if model else wanted.get("commit"))
+        source = read_source(model or str(wanted.get("checkpoint")), revision=None if model else wanted.get("commit"))
         loaded = source.load(dtype=dtype or wanted.get("dtype"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
     check_encoder(folder, wanted, loaded)
     _check_positions(folder, info, loaded)
-    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.whole_images)
-    if info["fine_tune_type"] in lora.KINDS:
-        lora.load_adapters(vision, folder)
-        lora.remove_adapters(vision)
-    head = make_head(task, info, loaded)
-    _load_arrays(folder / HEAD_FILE, head)
-    if info["fine_tune_type"] == "full":
-        load_encoder(folder, vision)
+    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
+    _load_changes(folder, info["fine_tune_type"], vision)
+    head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
+    load_arrays(folder / HEAD_FILE, head, head.parameters())
     learner = Learner(vision, head)
     learner.eval()
     digests = folder / TRAINED_ON_FILE
     trained_on = read_bytes(digests) if digests.is_file() else b""
-    return Head(task, tuple(info["classes"]), learner, processor, info, trained_on)
+    return Head(task, tuple(info["classes"]), learner, processor, trained_on)
 
 
 def fuse(
     adapter_path: str | os.PathLike[str],
-    save_path: str | os.PathLike[str] = FUSED,
+    save_path: str | os.PathLike[str] = "fused_model",
     *,
     model: str | None = None,
     revision: str | None = None,
@@ -161,34 +156,28 @@ def fuse(
     the head. Raises FileExistsError where `save_path` exists, ValueError where nothing was fine-tuned or the encoder
     is another one.
     """
-    source_folder, target = (expand_user(path) for path in (adapter_path, save_path))
+    head, target = expand_user(adapter_path), expand_user(save_path)
     check_target(target)
-    is_head = (source_folder / INFO_FILE).is_file()
-    info: dict[str, Any] = read_info(source_folder) if is_head else {}
-    if info and info["fine_tune_type"] not in (*lora.KINDS, "full"):
-        raise ValueError(f"{source_folder} left the encoder as it is ({info['fine_tune_type']}): nothing to fuse")
-    name = model or info.get("encoder", {}).get("checkpoint")
+    info: dict[str, Any] = read_info(head) if (head / INFO_FILE).is_file() else {}
+    kind, encoder = info.get("fine_tune_type", "lora"), info.get("encoder", {})
+    if kind not in ENCODER_FILES:
+        raise ValueError(f"{head} left the encoder as it is ({kind}): nothing to fuse")
+    name = model or encoder.get("checkpoint")
     if name is None:
-        raise ValueError(f"{source_folder} does not say which encoder it is for: give --model")
-    revision = revision or (info["encoder"].get("commit") if info and model is None else None)
-    loaded = read_source(name, revision=revision).load()
+        raise ValueError(f"{head} does not say which encoder it is for: give --model")
+    loaded = read_source(name, revision=revision or (None if model else encoder.get("commit"))).load()
     if info:
-        check_encoder(source_folder, info["encoder"], loaded)
-    if info.get("fine_tune_type") == "full":
-        own = loaded.model.vision.config.image_size
-        if own not in (None, info["image_size"]):
-            raise ValueError(
-                f"{source_folder} was trained in full on images of {info['image_size']} pixels, its checkpoint takes "
-                f"{own}: train it without --image-size, or by lora, whose adapters fit any size"
-            )
-        load_encoder(source_folder, loaded.model.vision)
-    else:
-        lora.load_adapters(loaded.model.vision, source_folder)
-        lora.remove_adapters(loaded.model.vision)
+        check_encoder(head, encoder, loaded)
+    own = loaded.model.vision.config.image_size
+    if kind == "full" and own not in (None, info["image_size"]):
+        raise ValueError(
+            f"{head} was trained in full on images of {info['image_size']} pixels, its checkpoint takes {own}: "
+            "train it without --image-size, or by lora, whose adapters fit any size"
+        )
+    _load_changes(head, kind, loaded.model.vision)
     source = loaded.source
     with atomic_folder(target) as place:
-        weights: Any = tree_flatten(loaded.model.parameters())
-        mlx_folder.save_weights(place, iter(sorted(weights)))
+        mlx_folder.save_weights(place, sorted(flat(loaded.model.parameters()).items()))
         config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         mlx_folder.save_config(place, config)
         mlx_folder.save_beside(place, source)
@@ -196,22 +185,13 @@ def fuse(
     return target
 
 
-def load_encoder(folder: Path, vision: Aimv2VisionModel) -> None:
-    """Puts the weights that `full` has changed into an encoder."""
-    _load_arrays(folder / ENCODER_FILE, vision, partly=True)
-
-
-def make_head(task: Task, info: Mapping[str, Any], loaded: Loaded) -> nn.Module:
-    """The head that head.json describes, with weights of the start."""
-    config = loaded.model.vision.config
-    return task.head.make_head(
-        info["fine_tune_type"],
-        classes=len(info["classes"]),
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        patch_size=config.patch_size,
-        options=dict(info["options"]),
-    )
+def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
+    """Puts what a training has changed into an encoder: weights, or adapters, which become part of the weights."""
+    if kind == "full":
+        load_arrays(folder / ENCODER_FILES[kind], vision, vision.parameters(), partly=True)
+    elif kind in lora.KINDS:
+        lora.load_adapters(vision, folder)
+        lora.remove_adapters(vision)
 
 
 def describe_encoder(loaded: Loaded, processor: Aimv2Processor) -> dict[str, Any]:
@@ -241,29 +221,3 @@ def _check_positions(folder: Path, info: Mapping[str, Any], loaded: Loaded) -> N
             f"{folder} was fitted on images of {size} pixels, its encoder is for {own}, and its positions came from "
             "another rule (earlier versions did not antialias them): fit it again with mlx-aimv2 fit"
         )
-
-
-def _save_arrays(file: Path, parameters: Any) -> None:
-    flat: Any = tree_flatten(parameters)
-    try:
-        mx.save_safetensors(str(file), dict(flat), metadata={"format": "mlx"})
-    except RuntimeError as error:  # a full disk
-        raise OSError(f"{file.name} cannot be written: {error}") from None
-
-
-def _load_arrays(file: Path, module: nn.Module, *, partly: bool = False) -> None:
-    """Puts a file's tensors into a module, all of them and, unless `partly`, no fewer than it has."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: the folder is not whole")
-    try:
-        arrays: Any = mx.load(str(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    flat: Any = tree_flatten(module.parameters())
-    shapes = {name: tuple(array.shape) for name, array in flat}
-    wrong = [name for name, array in arrays.items() if shapes.get(name) != tuple(array.shape)]
-    wrong += [] if partly else [name for name in shapes if name not in arrays]
-    if wrong:
-        raise ValueError(f"{file} is damaged: {wrong[0]} is missing or of another shape")
-    module.load_weights(list(arrays.items()), strict=False)
-    mx.eval(module.parameters())

@@ -1,15 +1,23 @@
-"""What is trained: an encoder with a head on its tokens; and the size of the images that it is trained on."""
+"""What is trained, an encoder with a head on its tokens; the size of its images, and its outputs on many of them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_aimv2.backend import run_blocks
+from mlx_aimv2.embed.cache import Features
+from mlx_aimv2.embed.encode import OnFailure, raise_failure
+from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.task import Task
 from mlx_aimv2.model import Aimv2VisionModel
 
 
@@ -51,7 +59,7 @@ def run_training_blocks(
     """Runs tokens through blocks as training does: `(B, N, D) -> (B, N, D)`."""
     keys = mx.random.split(key if key is not None else mx.random.key(0), len(blocks))
     for number, block in enumerate(blocks):
-        run = partial(_run_one, block)
+        run = partial(_run, block)
         if checkpoint:
             run = nn.utils.checkpoint(block, run)
         rate = drop_path * number / max(1, len(blocks) - 1)
@@ -59,7 +67,7 @@ def run_training_blocks(
     return x
 
 
-def _run_one(block: nn.Module, x: mx.array) -> mx.array:
+def _run(block: nn.Module, x: mx.array) -> mx.array:
     return next(run_blocks([block], x))
 
 
@@ -75,9 +83,56 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
     return x.at[chosen].add((run(kept) - kept) / (1 - rate))
 
 
-def grid_of(processor: Aimv2Processor) -> tuple[int, int]:
-    """Rows and columns of patches of every image from a processor with one final size."""
+def canvas_size(processor: Aimv2Processor) -> tuple[int, int]:
+    """(height, width) of every image from a processor with one final size."""
     size = processor.preprocessing.final_size
     if size is None:
         raise ValueError("images of one batch need one size: make the processor with loading.at_size")
-    return size[0] // processor.patch_size, size[1] // processor.patch_size
+    return size
+
+
+def grid_of(processor: Aimv2Processor) -> tuple[int, int]:
+    """Rows and columns of patches of every image from a processor with one final size."""
+    height, width = canvas_size(processor)
+    return height // processor.patch_size, width // processor.patch_size
+
+
+def outputs_of_head(
+    head: nn.Module, samples: Sequence[Sample], features: Features, grid: tuple[int, int]
+) -> Iterator[Outputs]:
+    """A head's outputs on stored features, image after image."""
+    for part in split_into_chunks(samples, images_at_once(math.prod(grid))):
+        tokens = features.of(part)
+        outputs = head(mx.array(tokens if tokens.ndim == 3 else tokens[:, None]), grid)
+        arrays = {name: np.array(array.astype(mx.float32)) for name, array in outputs.items()}
+        yield from ({name: array[row] for name, array in arrays.items()} for row in range(len(part)))
+
+
+def outputs_of_files(
+    learner: Learner, files: Sequence[str], processor: Aimv2Processor, fail: OnFailure = raise_failure
+) -> Iterator[tuple[Decoded, Outputs]]:
+    """The outputs of encoder and head on images as they are; one that cannot be read goes to `fail(path, reason)`."""
+    tokens = math.prod(grid_of(processor))
+    for chunk in run_ahead(
+        split_into_chunks(files, images_at_once(tokens)),
+        Decoder(processor),
+        lambda levels: learner(processor.normalised(levels)),
+        patch=processor.patch_size,
+        tokens=tokens,
+    ):
+        for image, outputs in chunk:
+            if outputs is None:
+                fail(image.path, image.failure or "")
+            else:
+                yield image, outputs
+
+
+def outputs_of_learner(learner: Learner, samples: Sequence[Sample], processor: Aimv2Processor) -> Iterator[Outputs]:
+    """The outputs of encoder and head on samples. Raises ValueError for an image that cannot be read any more."""
+    files = [sample.path for sample in samples]
+    return (outputs for _, outputs in outputs_of_files(learner, files, processor))
+
+
+def decoded(task: Task, samples: Sequence[Sample], outputs: Iterable[Outputs]) -> list[Any]:
+    """A prediction for each sample from its outputs."""
+    return [task.results.decode(output, sample.size) for sample, output in zip(samples, outputs, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,22 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.embed.cache import KINDS, Features, cache_key, open_features
+from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.encode import FAST, Pooling, embed_chunks
-from mlx_aimv2.embed.loader import Decoder, split_into_chunks
+from mlx_aimv2.embed.loader import Decoder, Outputs, split_into_chunks
 from mlx_aimv2.files import cache_folder
-from mlx_aimv2.learn.learner import grid_of
-from mlx_aimv2.learn.samples import DataError
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn.learner import decoded, grid_of
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample
+from mlx_aimv2.learn.task import Options, Solve, Task, Type
+from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import Plan, Progress, StateFile, Watch, train
 from mlx_aimv2.train.optimizer import Table
 
-if TYPE_CHECKING:
-    from mlx_aimv2.embed.distributed import Ranks
-    from mlx_aimv2.images.processor import Aimv2Processor
-    from mlx_aimv2.learn.options import Options
-    from mlx_aimv2.learn.samples import Dataset, Sample
-    from mlx_aimv2.learn.task import Solve, Task, Type
-    from mlx_aimv2.model import Aimv2VisionModel
+OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
+"""What a head, or an encoder with a head, gives for samples."""
 
 EVALUATIONS = 20
 """Evaluations of a run where no flag says how often."""
@@ -56,26 +55,32 @@ class Run:
     say: Callable[[str], None]
     progress: Callable[[int, str], Callable[[int], None]]
 
-    def head(self, **head_options: Any) -> nn.Module:
+    def head(self) -> nn.Module:
         """A new head for this run's classes."""
-        config = self.encoder.config
-        return self.task.head.make_head(
-            self.kind,
-            classes=len(self.dataset.classes),
-            width=config.hidden_size,
-            heads=config.num_attention_heads,
-            patch_size=config.patch_size,
-            options=head_options,
-        )
+        return self.task.head.make_head(self.kind, self.encoder.config, len(self.dataset.classes), {})
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to be tried; the first one is the base of all others."""
+        asked = self.options.learning_rate
+        return self.type.learning_rates if asked is None else (asked,)
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Weight decays to be tried, the base first."""
+        asked = self.options.weight_decay
+        return self.type.weight_decays if asked is None else (asked,)
 
     @property
     def val(self) -> list[Sample]:
         """The images that the best state is chosen on."""
         return self.dataset.splits["val"] or self.dataset.splits["test"]
 
-    def score(self, predictions: Sequence[Any]) -> float:
-        """The score of predictions of `val` that the best state goes by."""
-        return self.task.results.score(self.val, predictions, self.dataset.classes)[self.task.metric]
+    def score(self, outputs: OutputsOf) -> float:
+        """The score on `val` that the best state goes by."""
+        predictions = decoded(self.task, self.val, outputs(self.val))
+        scores, _ = self.task.results.score(self.val, predictions, self.dataset.classes)
+        return scores[self.task.metric]
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
         """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.
@@ -123,8 +128,6 @@ class Run:
         *,
         evaluate: Callable[[Any], float],
         groups: Table,
-        learning_rate: float,
-        weight_decay: float,
     ) -> Progress:
         """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
         options, defaults, ranks = self.options, self.type, self.ranks
@@ -137,8 +140,8 @@ class Run:
         patience = 0 if self.type.features else PATIENCE  # heads alone are trained to the end in seconds
         plan = Plan(
             steps=steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
+            learning_rate=self.rates[0],
+            weight_decay=self.decays[0],
             warm_up=min(defaults.warm_up_epochs * per_epoch, max(1, steps // 5)),
             groups=groups,
             accumulate=options.grad_accumulation_steps,
@@ -148,16 +151,12 @@ class Run:
         )
         watch = Watch(evaluate=evaluate, say=self.say, advance=self.progress(steps, "steps"))
         batches = Batches(order, lambda item: make(*item))
+
+        def mean_loss(model: Any, batch: Any, key: mx.array) -> dict[str, mx.array]:
+            return {"loss": loss(model, batch, key).mean()}
+
         try:
-            return train(
-                model,
-                lambda model, batch, key: {"loss": loss(model, batch, key).mean()},
-                batches,
-                plan,
-                state=self.state,
-                ranks=ranks,
-                watch=watch,
-            )
+            return train(model, mean_loss, batches, plan, state=self.state, ranks=ranks, watch=watch)
         finally:
             batches.close()
 
@@ -167,7 +166,7 @@ class Trained:
     """A head, how to get its outputs on samples, and what the head folder keeps of the training."""
 
     head: nn.Module
-    outputs: Callable[[Sequence[Sample]], Iterator[Any]]
+    outputs: OutputsOf
     head_options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)

@@ -2,9 +2,9 @@
 
 DATA -> a format's own reader -> Found: images by part, with what is said of each -> checks, classes, parts -> Dataset
 
-A format (`label_files`, `mask_files`, `coco`) says where its images lie and what they are labelled with. Decided here,
-for all of them: which folder is which part, what becomes of copies and of classes that training does not know, what is
-left out with a note, what is refused, and how DATA without parts is divided. What is refused is told all at once.
+A format (`data.py` of a task) says where its images lie and what they are labelled with. Decided here, for all of
+them: which folder is which part, what becomes of copies and of classes that training does not know, what is left out
+with a note, what is refused, and how DATA without parts is divided. What is refused is told all at once.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ PARTS = {
 HELD_OUT = 0.15
 """Share of the images that become `val`, and as many `test`, where DATA does not say."""
 
+MAX_BYTES = 1 << 32
+"""Of a list of labels or captions: COCO's own annotations have 450 MB."""
+
 MAX_LINES = 20
 """Lines of what is wrong that a message shows; the rest is counted."""
 
 DIGEST_BYTES = 8
 """What is kept of the SHA-256 of an image that a head was trained on."""
+
+Scored: TypeAlias = "tuple[dict[str, float], list[list[str]]]"
+"""How good a head is on samples: scores by name, and rows of a table by class, the header first."""
 
 Size: TypeAlias = "tuple[int, int]"
 """(height, width) of an image in pixels, upright."""
@@ -154,21 +160,30 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     labelled: dict[str, dict[str, Labels]] = {}
     for part, pairs in found.parts.items():
         marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
-        results = list(zip(marked, form.labels(marked, scan), strict=True))
-        labelled[part] = {path: labels for (path, _, _), labels in results if isinstance(labels, Labels)}
-        faults += [line for _, lines in results if not isinstance(lines, Labels) for line in lines]
+        labelled[part] = {}
+        for (path, _, _), labels in zip(marked, form.labels(marked, scan), strict=True):
+            if isinstance(labels, Labels):
+                labelled[part][path] = labels
+            else:
+                faults += labels
     training = labelled.get("train", labelled.get("", {}))
-    names = list(
-        classes or found.classes or form.in_order({name for labels in training.values() for name in labels.names})
-    )
+    occurring = {name for labels in training.values() for name in labels.names}
+    names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
-    faults += _unknown(labelled, names, numbers, form)
-    faults += [f"the label {name!r} is not UTF-8: rename it" for name in names if not _is_text(name)]
+    every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
+    unknown = Counter(name for own in every.values() for name in own if name not in numbers)
+    faults += [
+        f"the label {name} ({one_image(count, form.noun)}) is not in the list {listed(names)}"
+        for name, count in sorted(unknown.items())
+    ]
+    # Names of folders may hold bytes that are no text.
+    no_text = [name for name in names if name.encode(errors="ignore").decode() != name]
+    faults += [f"the label {name!r} is not UTF-8: rename it" for name in no_text]
     if classes is None and (training or not faults):
         faults += _too_few(training, names, images, data, form)
     if classes is None and not labelled.keys() & {"train", ""}:
         faults.append(f"{data} has {' and '.join(labelled)} but no train folder: add it, or give one folder")
-    if not faults and not any(labels.names for pairs in labelled.values() for labels in pairs.values()):
+    if not faults and not any(every.values()):
         faults.append(f"{data} has no labelled images in it")
     if faults:
         raise DataError(faults)
@@ -182,8 +197,7 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     if classes is not None:
         splits: dict[str, list[Sample]] = {part: [] for part in PARTS} | {scored or "test": samples[scored]}
         told = f"{data} has no part but train: its images are scored, which a head may have learned"
-        return Dataset(tuple(names), splits, (*([told] if scored == "train" else []), *scan.notes))
-    every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
+        return Dataset(names, splits, (*([told] if scored == "train" else []), *scan.notes))
 
     def stratum(sample: Sample) -> int:
         """The class that occurs most often in an image; one number more where it has none."""
@@ -191,7 +205,7 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
         return int(np.bincount(own).argmax()) if own else len(names)
 
     splits, notes = _divided(samples, stratum)
-    return Dataset(tuple(names), splits, (*notes, *_copies(splits, every), *scan.notes))
+    return Dataset(names, splits, (*notes, *_copies(splits, every), *scan.notes))
 
 
 def _divided(
@@ -202,8 +216,7 @@ def _divided(
     if not (splits["val"] or splits["test"]):
         whole = samples.get("", splits["train"])
         splits = split(whole, [stratum(sample) for sample in whole])
-        counts = ", ".join(f"{len(part):,} {name}" for name, part in splits.items())
-        return splits, [f"{one_image(len(whole))}, split by content, the same each time: {counts}"]
+        return splits, [f"{one_image(len(whole))}, split by content, the same each time"]
     if splits["val"]:
         return splits, []
     parts = split(splits["train"], [stratum(sample) for sample in splits["train"]])
@@ -284,16 +297,11 @@ def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str
     known_files = KnownFiles()
     known = known_files.look_up(paths, decoded=decode)
     others = [path for path in dict.fromkeys(paths) if path not in known]
-    found: dict[str, Known] = {}
-    faults: list[str] = []
     with ThreadPoolExecutor(os.cpu_count() or 1, "check") as pool:
-        for path, result in zip(others, pool.map(lambda path: _checked(path, decode), others), strict=True):
-            if isinstance(result, Known):
-                found[path] = result
-            else:
-                faults.append(result)
+        results = list(pool.map(lambda path: _checked(path, decode), others))
+    found = {path: result for path, result in zip(others, results, strict=True) if isinstance(result, Known)}
     known_files.remember(found.items())
-    return known | found, faults
+    return known | found, [result for result in results if isinstance(result, str)]
 
 
 def _checked(path: str, decode: bool) -> Known | str:
@@ -314,42 +322,22 @@ def _checked(path: str, decode: bool) -> Known | str:
         return " ".join(str(error).split()) or f"{path} cannot be read"
 
 
-def _is_text(name: str) -> bool:
-    """Whether a label can be written: names of folders may hold bytes that are no text."""
-    return name.encode(errors="ignore").decode() == name
-
-
-def _unknown(
-    labelled: Mapping[str, Mapping[str, Labels]], classes: Sequence[str], numbers: Mapping[str, int], form: Format
-) -> list[str]:
-    """What is wrong with labels that are not among the classes."""
-    counts = Counter(
-        name for pairs in labelled.values() for labels in pairs.values() for name in labels.names if name not in numbers
-    )
-    return [
-        f"the label {name} ({one_image(count, form.noun)}) is not in the list {listed(classes)}"
-        for name, count in sorted(counts.items())
-    ]
-
-
 def _too_few(
     training: Mapping[str, Labels], classes: Sequence[str], images: Mapping[str, Known], data: Path, form: Format
 ) -> list[str]:
     """What is missing for training: classes, and of each class images that are not copies of each other."""
-    contents: dict[str, set[bytes]] = defaultdict(set)
-    counts: Counter[str] = Counter()
+    contents: dict[str, list[bytes]] = defaultdict(list)
     for path, labels in training.items():
         for name in set(labels.names):
-            contents[name].add(images[path].sha256)
-            counts[name] += 1
+            contents[name].append(images[path].sha256)
     if len(contents) < form.min_classes:
         one = f"only one label, {next(iter(contents))}" if contents else "no labelled images"
         return [f"{data} has {one}: training needs at least {one_image(form.min_classes, 'label')}"]
     return [
-        f"the label {name} has one image{f' in {counts[name]} copies' if counts[name] > 1 else ''}: "
+        f"the label {name} has one image{f' in {len(found)} copies' if len(found) > 1 else ''}: "
         f"it needs at least {form.min_images}"
         for name in classes
-        if 0 < len(contents[name]) < form.min_images
+        if 0 < len(set(found := contents[name])) < form.min_images
     ]
 
 

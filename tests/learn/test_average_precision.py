@@ -6,10 +6,17 @@ import io
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn.detect.average_precision import Found, Truth, summary
-from mlx_aimv2.learn.detect.boxes import areas
+from mlx_aimv2.learn.detect.boxes import Detections, GroundTruth, areas, summary
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+
+def ground_truth(boxes, labels, crowd=(False, False)):
+    return GroundTruth(boxes, labels, np.array(crowd), areas(boxes))
+
+
+def detections(boxes, labels, scores):
+    return Detections(boxes, labels, scores, (200, 200))
 
 
 def random_boxes(rng, count):
@@ -26,12 +33,12 @@ def random_case(seed, classes=3, images=3):
         boxes = random_boxes(rng, count)
         labels = rng.integers(0, classes, count)
         area = areas(boxes) * rng.uniform(0.4, 1, count)
-        truths.append(Truth(boxes, labels, rng.random(count) < 0.2, area))
+        truths.append(GroundTruth(boxes, labels, rng.random(count) < 0.2, area))
         near = np.repeat(boxes, 2, axis=0) + rng.normal(0, 4, (2 * count, 4))
         near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
         results = np.concatenate([near, boxes, boxes[:1], random_boxes(rng, int(rng.integers(0, 130)))])
         kinds = np.concatenate([np.repeat(labels, 2), labels, labels[:1], rng.integers(0, classes, len(results))])
-        found.append(Found(results, kinds[: len(results)], rng.random(len(results)).round(1)))
+        found.append(detections(results, kinds[: len(results)], rng.random(len(results)).round(1)))
     return truths, found
 
 
@@ -73,7 +80,7 @@ def compare(seeds):
         truths, found = random_case(seed)
         if not sum(len(result.boxes) for result in found):
             continue
-        own = summary(truths, found, 3)
+        own, _ = summary(truths, found, 3)
         wanted = by_pycocotools(truths, found, 3)
         np.testing.assert_allclose(np.nan_to_num([own[n] for n in NAMES], nan=-1), wanted, atol=1e-6, err_msg=str(seed))
 
@@ -89,22 +96,22 @@ def test_it_is_pycocotools_on_two_hundred_random_sets():
 
 def test_a_perfect_result_has_one_and_none_has_zero():
     boxes, labels = np.array([[3.0, 5, 20, 31], [40, 2, 90, 97]]), np.array([0, 1])
-    nothing = Found(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
-    full = summary([Truth(boxes, labels)], [Found(boxes, labels, np.array([0.9, 0.2]))], 2)
+    nothing = detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+    full, _ = summary([ground_truth(boxes, labels)], [detections(boxes, labels, np.array([0.9, 0.2]))], 2)
     assert (full["AP"], full["AP_small"], full["AP_medium"]) == pytest.approx((1, 1, 1))
     assert np.isnan(full["AP_large"])
-    assert summary([Truth(boxes, labels)], [nothing], 2)["AP"] == 0.0
+    assert summary([ground_truth(boxes, labels)], [nothing], 2)[0]["AP"] == 0.0
 
 
 def test_half_of_the_objects_found_is_half_of_the_recalls():
     boxes, labels = np.array([[3.0, 5, 20, 31], [40, 2, 90, 97]]), np.zeros(2, int)
-    got = summary([Truth(boxes, labels)], [Found(boxes[:1], labels[:1], np.ones(1))], 1)
+    got, _ = summary([ground_truth(boxes, labels)], [detections(boxes[:1], labels[:1], np.ones(1))], 1)
     assert got["AP50"] == pytest.approx(51 / 101)
 
 
 def test_a_box_within_a_crowd_is_neither_right_nor_wrong():
     boxes, labels = np.array([[0.0, 0, 100, 100], [110, 5, 131, 37]]), np.zeros(2, int)
     inside = np.array([[10.0, 10, 20, 20], [30, 30, 41, 47], boxes[1]])
-    found = Found(inside, np.zeros(3, int), np.array([0.9, 0.8, 0.7]))
-    assert summary([Truth(boxes, labels, np.array([True, False]))], [found], 1)["AP"] == pytest.approx(1)
-    assert summary([Truth(boxes, labels)], [found], 1)["AP"] < 0.3
+    found = detections(inside, np.zeros(3, int), np.array([0.9, 0.8, 0.7]))
+    assert summary([ground_truth(boxes, labels, [True, False])], [found], 1)[0]["AP"] == pytest.approx(1)
+    assert summary([ground_truth(boxes, labels)], [found], 1)[0]["AP"] < 0.3

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2.learn.detect import data as coco
-from mlx_aimv2.learn.detect.average_precision import Found
+from mlx_aimv2.learn.detect import results
+from mlx_aimv2.learn.detect.boxes import Detections
 from mlx_aimv2.learn.samples import DataError
 
 
@@ -234,11 +235,11 @@ def test_two_files_for_one_part_are_refused(tmp_path):
     assert "both mean train" in lines(tmp_path)[0]
 
 
-def test_results_are_a_coco_file_with_scores():
-    found = Found(np.array([[2.0, 3, 13, 16.125]]), np.array([1]), np.array([0.75]))
-    got = coco.as_results([("a.png", (23, 31), found)], ("cat", "dog"))
+def test_results_are_a_coco_file_with_scores(tmp_path):
+    found = Detections(np.array([[2.0, 3, 13, 16.125]]), np.array([1]), np.array([0.75]), (23, 31))
+    results.save_all([("a.png", found)], ("cat", "dog"), tmp_path)
+    got = json.loads((tmp_path / "predictions.coco.json").read_text())
     assert got["images"] == [{"id": 1, "file_name": "a.png", "width": 31, "height": 23}]
     assert got["categories"][1] == {"id": 2, "name": "dog"}
     (entry,) = got["annotations"]
     assert (entry["bbox"], entry["category_id"], entry["score"]) == ([2.0, 3.0, 11.0, 13.12], 2, 0.75)
-    assert json.dumps(got)

@@ -6,9 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn.detect import fcos
+from mlx_aimv2.learn.detect import head as fcos
 
 pytestmark = pytest.mark.rounding
+
+
+def loss(outputs, label, distances):
+    return fcos.loss(outputs, {"label": label, "distances": distances})
 
 
 def assigned(boxes, *, grid=(8, 8), labels=None, crowd=None):
@@ -106,9 +110,9 @@ def test_an_images_loss_does_not_depend_on_the_batch():
     found = outputs()
     label = mx.array(np.random.default_rng(1).integers(-2, 5, (3, 11)))
     distances = mx.array(np.random.default_rng(2).uniform(1, 9, (3, 11, 4)).astype(np.float32))
-    whole = fcos.loss(found, label, distances)
+    whole = loss(found, label, distances)
     alone = [
-        fcos.loss({k: v[i : i + 1] for k, v in found.items()}, label[i : i + 1], distances[i : i + 1]) for i in range(3)
+        loss({k: v[i : i + 1] for k, v in found.items()}, label[i : i + 1], distances[i : i + 1]) for i in range(3)
     ]
     np.testing.assert_allclose(np.array(whole), np.array(mx.concatenate(alone)), rtol=1e-6)
 
@@ -116,16 +120,16 @@ def test_an_images_loss_does_not_depend_on_the_batch():
 def test_gradients_are_finite_where_no_object_is():
     found = outputs()
     label = mx.full((3, 11), fcos.NOTHING)
-    gradient = mx.grad(lambda d: fcos.loss({**found, "distances": d}, label, mx.zeros((3, 11, 4))).sum())
+    gradient = mx.grad(lambda d: loss({**found, "distances": d}, label, mx.zeros((3, 11, 4))).sum())
     assert not np.array(gradient(found["distances"])).any()
-    gradient = mx.grad(lambda c: fcos.loss({**found, "centre": c}, label, mx.zeros((3, 11, 4))).sum())
+    gradient = mx.grad(lambda c: loss({**found, "centre": c}, label, mx.zeros((3, 11, 4))).sum())
     assert not np.array(gradient(found["centre"])).any()
 
 
 def test_what_is_undecided_costs_nothing():
     found, distances = outputs(), mx.zeros((3, 11, 4))
-    assert fcos.loss(found, mx.full((3, 11), fcos.UNDECIDED), distances).tolist() == [0, 0, 0]
-    assert min(fcos.loss(found, mx.full((3, 11), fcos.NOTHING), distances).tolist()) > 0.5
+    assert loss(found, mx.full((3, 11), fcos.UNDECIDED), distances).tolist() == [0, 0, 0]
+    assert min(loss(found, mx.full((3, 11), fcos.NOTHING), distances).tolist()) > 0.5
 
 
 def test_the_right_answer_costs_little():
@@ -136,4 +140,4 @@ def test_the_right_answer_costs_little():
         "distances": mx.maximum(distances, 1),
         "centre": mx.array([[9.0, -9, 9]]),
     }
-    assert fcos.loss(right, label, distances).item() < 1e-3
+    assert loss(right, label, distances).item() < 1e-3

@@ -17,8 +17,8 @@ from mlx_aimv2.cli.main import main
 from mlx_aimv2.embed.cache import open_features
 from mlx_aimv2.learn import classify, evaluate, fit, predict
 from mlx_aimv2.learn.head_folder import load_head
-from mlx_aimv2.learn.options import RECIPES
 from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.task import RECIPES
 from tests.labelled import CHECKPOINT, write_digits
 from tests.small_models import NATIVE
 
@@ -94,6 +94,12 @@ def test_predict_names_what_it_cannot_read_and_does_the_rest(head, digits, tmp_p
     assert "digit 1" in (tmp_path / "written" / "predictions.csv").read_text()
 
 
+def test_predictions_of_files_whose_names_are_no_text_are_written_as_text(tmp_path):
+    classify.results.save_all([["caf\udce9.png", "digit 1", "0.9"]], ("digit 1",), tmp_path)
+    written = (tmp_path / "predictions.csv").read_text(encoding="utf-8")
+    assert written.splitlines() == ["path,label,probability", r"caf\udce9.png,digit 1,0.9"]
+
+
 def test_another_encoder_is_refused(head, tmp_path):
     other = shutil.copytree(CHECKPOINT, tmp_path / "other")
     weights = mx.load(str(other / "model.safetensors"))
@@ -121,7 +127,7 @@ def test_a_folder_that_is_not_understood_is_refused(head, change, words):
 
 
 def test_no_head_and_half_a_head_are_told(head, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no head folder \(no head.json in it\): make one with"):
+    with pytest.raises(FileNotFoundError, match=r"is not a folder written by fit \(no head.json\): make one with"):
         load_head(tmp_path)
     (head / "head.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match=r"head.safetensors is damaged"):

@@ -9,12 +9,10 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.learn import classify
-from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead, vote
-from mlx_aimv2.learn.classify.probe import fit_linear, fit_logistic, minimize
-from mlx_aimv2.learn.classify.results import Classification
-from mlx_aimv2.learn.frozen import mean_tokens, token_statistics
-from mlx_aimv2.learn.metrics import confusion
+from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead, fit_linear, fit_logistic, minimize, vote
+from mlx_aimv2.learn.classify.results import Classification, confusion
 from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.training import mean_tokens, token_statistics
 from mlx_aimv2.model import unit_length
 
 pytestmark = pytest.mark.rounding
@@ -135,7 +133,8 @@ def scored(seed: int, classes: int):
     labels = chance.integers(0, classes, 97)
     predictions = [Classification(row) for row in chance.dirichlet(np.ones(classes), 97)]
     samples = [Sample("", b"", (1, 2), int(label)) for label in labels]
-    return classify.results.score(samples, predictions, [str(i) for i in range(classes)]), labels, predictions
+    scores, _ = classify.results.score(samples, predictions, [str(i) for i in range(classes)])
+    return scores, labels, predictions
 
 
 @pytest.mark.parametrize("classes", [3, 11])

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_aimv2 import load
 from mlx_aimv2.cli.main import main
 from mlx_aimv2.convert import convert
+from mlx_aimv2.files import write_json
 from mlx_aimv2.learn import fit, fuse, lora
 from tests.labelled import CHECKPOINT, write_digits
 
@@ -32,7 +33,7 @@ def encoder_with(kind: str, *, num_layers: int = 4, seed: int = 3):
 
 def save(model, folder, config):
     mx.save_safetensors(str(folder / lora.WEIGHTS_FILE), dict(tree_flatten(model.trainable_parameters())))
-    lora.save_config(folder, config)
+    write_json(folder / lora.CONFIG_FILE, config)
 
 
 PIXELS = mx.random.normal((2, 56, 56, 3), key=mx.random.key(1))
@@ -60,7 +61,7 @@ def test_fused_equals_applied(kind):
 
 def test_dora_is_its_formula():
     layer = nn.Linear(5, 7, bias=False)
-    adapter = lora.DoRALinear(layer, rank=2, scale=1.5)
+    adapter = lora.DoRALinear(layer, rank=2, scale=1.5, dropout=0.0)
     adapter.lora_b = mx.random.normal((2, 7), key=mx.random.key(0))
     adapter.m = adapter.m * 1.3
     x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
@@ -76,7 +77,7 @@ def test_only_the_matrices_of_the_last_blocks_are_adapted_and_all_else_is_frozen
     model, _ = load(CHECKPOINT)
     lora.add_adapters(model, "lora", num_layers=3)
     names = {name for name, _ in tree_flatten(model.trainable_parameters())}
-    wanted = {f"blocks.{i}.{layer}.lora_{part}" for i in (1, 2, 3) for layer in lora.LAYERS for part in "ab"}
+    wanted = {f"blocks.{i}.{layer}.lora_{part}" for i in (1, 2, 3) for layer in lora.KEYS for part in "ab"}
     assert names == wanted
 
 
@@ -87,7 +88,7 @@ def test_the_files_are_mlx_lms(tmp_path):
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["fine_tune_type"] == "dora"
     assert stored["num_layers"] == 2
-    assert stored["lora_parameters"] == {"rank": 3, "scale": 1.7, "dropout": 0.0, "keys": list(lora.LAYERS)}
+    assert stored["lora_parameters"] == {"rank": 3, "scale": 1.7, "dropout": 0.0, "keys": lora.KEYS}
     shapes = {name: array.shape for name, array in mx.load(str(tmp_path / "adapters.safetensors")).items()}
     assert len(shapes) == 2 * 5 * 3
     assert shapes["blocks.3.mlp.down.lora_a"] == (256, 3)

@@ -98,7 +98,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     for part in (
         "3.png has 7x11 pixels (height x width), its image 11x7",
         "4.jpg is not an image",
-        "5.png cannot be read as a mask",
+        "5.png is not an image",
         "6.png has the colour mode RGB; a mask holds one class number per pixel",
         "7.png has the value 300: classes go from 0 to 254",
     ):

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from mlx_aimv2.learn import metrics
+from mlx_aimv2.learn.classify.results import accuracy, confusion
+from mlx_aimv2.learn.segment.results import iou_by_class, mean_iou, pixel_confusion
 
 
 def plain(truth, predicted, classes):
@@ -23,31 +24,31 @@ def test_it_is_a_plain_count():
     for _ in range(7):
         truth = rng.choice([0, 1, 2, 4, 255], (11, 13)).astype(np.uint8)
         predicted = rng.choice([0, 1, 2, 3], (11, 13)).astype(np.uint8)
-        counts = metrics.pixel_confusion([(truth[:5], predicted[:5]), (truth[5:], predicted[5:])], 7)
-        assert abs(metrics.mean_iou(counts) - plain(truth, predicted, 7)) < 1e-12
+        counts = pixel_confusion(truth[:5], predicted[:5], 7) + pixel_confusion(truth[5:], predicted[5:], 7)
+        assert abs(mean_iou(counts) - plain(truth, predicted, 7)) < 1e-12
 
 
 def test_pixels_are_counted_over_all_images_before_the_ratio_is_taken():
     few, many = np.zeros((1, 2), np.uint8), np.zeros((1, 98), np.uint8)
     wrong = np.ones((1, 2), np.uint8)
-    counts = metrics.pixel_confusion([(few, wrong), (many, many)], 2)
-    assert (metrics.mean_iou(counts), metrics.accuracy(counts)) == (0.49, 0.98)
+    counts = pixel_confusion(few, wrong, 2) + pixel_confusion(many, many, 2)
+    assert (mean_iou(counts), accuracy(counts)) == (0.49, 0.98)
 
 
 def test_a_class_that_is_nowhere_does_not_count():
     truth = np.array([[0, 1, 1, 255]], np.uint8)
-    assert metrics.mean_iou(metrics.pixel_confusion([(truth, np.array([[0, 1, 1, 7]], np.uint8))], 9)) == 1
-    assert np.isnan(metrics.iou_by_class(metrics.pixel_confusion([(truth, truth * 0)], 9))[3])
+    assert mean_iou(pixel_confusion(truth, np.array([[0, 1, 1, 7]], np.uint8), 9)) == 1
+    assert np.isnan(iou_by_class(pixel_confusion(truth, truth * 0, 9))[3])
 
 
 def test_rows_are_the_ground_truth_and_every_class_counts():
-    counts = metrics.confusion(np.array([0, 255, 0, 1]), np.array([1, 255, 1, 0]), 256)
+    counts = confusion(np.array([0, 255, 0, 1]), np.array([1, 255, 1, 0]), 256)
     assert (counts[255, 255], counts.sum()) == (1, 4)
-    counts = metrics.pixel_confusion([(np.array([[0, 0, 1]]), np.array([[1, 1, 0]]))], 3)
+    counts = pixel_confusion(np.array([[0, 0, 1]]), np.array([[1, 1, 0]]), 3)
     assert counts.tolist() == [[0, 2, 0], [1, 0, 0], [0, 0, 0]]
 
 
 def test_nothing_labelled_scores_nothing():
     empty = np.full((3, 5), 255, np.uint8)
-    counts = metrics.pixel_confusion([(empty, empty * 0)], 2)
-    assert (metrics.mean_iou(counts), metrics.accuracy(counts)) == (0, 0)
+    counts = pixel_confusion(empty, empty * 0, 2)
+    assert (mean_iou(counts), accuracy(counts)) == (0, 0)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn.upsample import Double, bilinear, halve, linear_weights
+from mlx_aimv2.learn.dense import Double, bilinear, halve, linear_weights
 
 pytestmark = pytest.mark.rounding
 

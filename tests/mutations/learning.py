@@ -42,7 +42,7 @@ LEARNING = (
     ),
     Mutation(
         "a fine-tuning begins with a head of zeros, not with the linear probe",
-        "        head.update(probe.parameters())\n",
+        "    head.update(probe.parameters())\n",
         "",
         (f"{FACTS}::test_training_begins_with_the_linear_probe_and_the_right_labels",),
     ),
@@ -132,8 +132,8 @@ LEARNING = (
     ),
     Mutation(
         "far neighbours vote like near ones",
-        "axis=1) - 1) / temperature)",
-        "axis=1) - 1) * temperature)",
+        "axis=1) - 1) / TEMPERATURE)",
+        "axis=1) - 1) * TEMPERATURE)",
         HEADS,
     ),
     Mutation(
@@ -144,8 +144,8 @@ LEARNING = (
     ),
     Mutation(
         "fused adapters forget their scale",
-        "return self.scale * (a @ b).T",
-        "return (a @ b).T",
+        "+ self.scale * (a @ b).T",
+        "+ (a @ b).T",
         ("tests/learn/test_lora.py",),
     ),
     Mutation(

@@ -1,11 +1,10 @@
 """Classification: a label for each image, from folders named after labels or from a list in a metadata file."""
 
-from mlx_aimv2.learn.classify import data, head, probe, results
+from mlx_aimv2.learn.classify import data, head, results
 from mlx_aimv2.learn.task import Task, Type
 
 TASK = Task(
     name="classify",
-    title="classification",
     pipeline_tag="image-classification",
     types={
         "linear": Type("mean"),
@@ -16,10 +15,9 @@ TASK = Task(
         "full": Type(None, (1e-4,), epochs=10, batch_size=16, layer_decay=0.75, drop_path=0.1),
     },
     metric="top1",
-    whole_images=False,
-    takes_mask=True,
+    dense=False,
     data=data,
     head=head,
     results=results,
-    solve=probe.solve,
+    solve=head.solve,
 )

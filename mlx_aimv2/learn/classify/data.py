@@ -5,29 +5,32 @@ The target of a sample is the number of its class.
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from mlx_aimv2.files import read_text
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
+from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.metadata import metadata_file, metadata_rows
-from mlx_aimv2.learn.placement import canvas_size
-from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, one_image, part_of, same_form
+from mlx_aimv2.learn.learner import canvas_size
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
 
-if TYPE_CHECKING:
-    from mlx_aimv2.images.processor import Aimv2Processor
-
-
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Names of the files by which Hugging Face's `imagefolder` knows its images."""
 
 MIN_AREA = 0.5
 """Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
@@ -110,6 +113,52 @@ def _parts_of_rows(labelled: Labelled, folder: Path, scan: Scan) -> dict[str, La
     if len(found) > 2 and (rest := found.pop("", [])):
         scan.note(rest[0][0], "lies in no part of the labelled data (train, val, test): passed over", len(rest))
     return found
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The metadata file right in a folder, if there is one. DataError if there are two."""
+    files = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(files) > 1:
+        raise DataError([f"{folder} has {files[0].name} and {files[1].name}: keep one of them"])
+    return files[0] if files else None
+
+
+def metadata_rows(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a metadata file, each with `file_name` and its line under "", and what is wrong with the others."""
+    try:
+        text = read_text(file, max_bytes=samples.MAX_BYTES)
+    except UnicodeDecodeError as error:
+        return [], [f"{file} is not UTF-8 text: {error}"]
+    rows, faults = [], []
+    numbered = _csv_rows(file, text) if file.suffix == ".csv" else _json_rows(text)
+    for line, row in numbered:
+        if not isinstance(row, dict):
+            faults.append(f'{file}, line {line}: wanted {{"file_name": …}}, got no JSON object')
+        elif not isinstance(row.get("file_name"), str) or not row["file_name"]:
+            faults.append(f"{file}, line {line}: no file_name")
+        else:
+            rows.append({**row, "": line})
+    if not rows and not faults:
+        faults.append(f"{file} has no rows")
+    return rows, faults
+
+
+def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, {key: value for key, value in row.items() if key is not None}
+    except csv.Error as error:
+        raise DataError([f"{file}, line {reader.line_num}: {error}"]) from None
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None
 
 
 def _labels(marked: Sequence[tuple[str, str, samples.Size]], scan: Scan) -> list[Labels]:

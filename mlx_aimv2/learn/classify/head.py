@@ -1,14 +1,23 @@
-"""Heads for classification on tokens: linear on their mean, attentive with one learned query, or neighbours' votes."""
+"""Heads for classification on tokens: linear on their mean, attentive with one learned query, or neighbours' votes.
+
+The linear probe is solved for as CLIP's (Radford et al. 2021, section 3.1): logistic regression by L-BFGS on mean
+tokens, in NumPy, the strength of its penalty chosen on `val`.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.embed.cache import Array
 from mlx_aimv2.layers import attention, merge_heads, split_heads
+from mlx_aimv2.learn.task import Labelled
 from mlx_aimv2.model import unit_length
 
 SPREAD = 0.02
@@ -18,6 +27,19 @@ NEIGHBOURS = 20
 
 TEMPERATURE = 0.07
 """DINO's values: each of the 20 nearest votes for its class with weight exp(cosine / 0.07)."""
+
+PENALTIES = tuple(10.0**power for power in range(1, -7, -1))
+"""Weights of the square sum that are tried, strongest first, each from the result of the one before."""
+
+MIN_STD = 1e-6
+
+MEMORY = 10
+"""Steps that L-BFGS remembers, as in SciPy."""
+
+MAX_ITERATIONS = 500
+
+TOLERANCE = 1e-5
+"""Largest entry of the gradient of the mean loss at which the minimum counts as found."""
 
 
 class MeanHead(nn.Module):
@@ -90,7 +112,7 @@ class KnnHead(nn.Module):
         self.freeze()
 
     @classmethod
-    def of(cls, features: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], classes: int) -> KnnHead:
+    def of(cls, features: Array, labels: Array, classes: int) -> KnnHead:
         """The head that holds these training features (n, D) and their classes (n,)."""
         head = cls(features.shape[1], classes, len(features))
         head.bank, head.labels = unit_length(mx.array(features)), mx.array(labels.astype(np.int32))
@@ -101,35 +123,155 @@ class KnnHead(nn.Module):
         return {"logits": mx.log(mx.maximum(votes, 1e-30))}
 
 
-def vote(
-    queries: mx.array,
-    bank: mx.array,
-    labels: mx.array,
-    classes: int,
-    *,
-    neighbours: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-) -> mx.array:
+def vote(queries: mx.array, bank: mx.array, labels: mx.array, classes: int) -> mx.array:
     """Weight of the votes for each class: unit `(B, D), (n, D), (n,) -> (B, classes)`, at most `exp(0)` a neighbour."""
     cosines = queries @ bank.T  # (B, n)
-    count = min(neighbours, bank.shape[0])
+    count = min(NEIGHBOURS, bank.shape[0])
     nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
-    weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / temperature)  # - 1 against overflow
+    weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / TEMPERATURE)  # - 1 against overflow
     is_class = labels[nearest][..., None] == mx.arange(classes)  # (B, k, classes)
     return (weights[..., None] * is_class).sum(axis=1)
 
 
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
+def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:
     """The attentive probe, the neighbours' vote, or for the other types one linear layer on the mean token."""
     if kind == "attentive":
-        return AttentiveHead(width, heads, classes)
+        return AttentiveHead(config.hidden_size, config.num_attention_heads, classes)
     if kind == "knn":
-        return KnnHead(width, classes, options["images"])
-    return MeanHead(width, classes)
+        return KnnHead(config.hidden_size, classes, options["images"])
+    return MeanHead(config.hidden_size, classes)
 
 
 def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
     """Cross-entropy of each image, `(B, classes), (B,) -> (B,)`."""
     return nn.losses.cross_entropy(outputs["logits"].astype(mx.float32), targets["label"])
+
+
+def solve(kind: str, train: Labelled, val: Labelled, classes: int, say: Callable[[str], None]) -> nn.Module:
+    """The heads that no loop trains: the linear probe, or for `knn` the neighbours' vote."""
+    (features, labels), held_out = (
+        (features, np.array([sample.target for sample in samples])) for features, samples in (train, val)
+    )
+    if kind == "knn":
+        return KnnHead.of(features, labels, classes)
+    head, penalty = fit_linear((features, labels), held_out, classes, say=say)
+    say(f"penalty {penalty:g} is the best on val")
+    return head
+
+
+def fit_linear(
+    train: tuple[Array, Array],
+    val: tuple[Array, Array],
+    classes: int,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[MeanHead, float]:
+    """The linear probe of best accuracy on `val`: `(features (n, D), labels (n,)) twice -> (head, penalty)`.
+
+    Among penalties of equal accuracy the one of least cross-entropy. Features are standardised first.
+    """
+    features, labels = train
+    mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+    std = np.maximum(features.std(axis=0, dtype=np.float64), MIN_STD).astype(np.float32)
+    inputs, held_out = (features - mean) / std, (val[0] - mean) / std
+    weights: Array | None = None
+    best: tuple[tuple[float, float], float, Array] = ((-1.0, 0.0), 0.0, np.empty(0))
+    for penalty in PENALTIES:
+        weights, loss = fit_logistic(inputs, labels, classes, l2=penalty, start=weights)
+        accuracy, val_loss = _judged(held_out @ weights[:-1] + weights[-1], val[1])
+        say(f"penalty {penalty:g}: train loss {loss:.4f}, val loss {val_loss:.4f}, val top-1 {100 * accuracy:.2f} %")
+        if (accuracy, -val_loss) > best[0]:
+            best = ((accuracy, -val_loss), penalty, weights)
+
+    head = MeanHead(features.shape[1], classes)
+    head.mean, head.std = mx.array(mean), mx.array(std)
+    head.linear.weight = mx.array(best[2][:-1].T.astype(np.float32))
+    head.linear.bias = mx.array(best[2][-1].astype(np.float32))
+    return head, best[1]
+
+
+def _judged(logits: Array, labels: Array) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy, `(n, classes), (n,) -> two numbers`."""
+    logits = logits - logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    return float((logits.argmax(axis=1) == labels).mean()), float(losses.mean())
+
+
+def fit_logistic(
+    features: Array, labels: Array, classes: int, *, l2: float, start: Array | None = None
+) -> tuple[Array, float]:
+    """The weights of least mean cross-entropy plus `l2 / 2` times their square sum (the bias is free of it).
+
+    `(n, D), (n,) -> (D + 1, classes), loss`; the last row is the bias. `start` is where the search begins.
+    """
+    n, width = features.shape
+    rows = np.arange(n)
+
+    def value_and_gradient(flat: Array) -> tuple[float, Array]:
+        weights = flat.reshape(width + 1, classes)
+        logits = features @ weights[:-1].astype(features.dtype) + weights[-1].astype(features.dtype)
+        logits -= logits.max(axis=1, keepdims=True)
+        probabilities = np.exp(logits)
+        total = probabilities.sum(axis=1, keepdims=True)
+        loss = float((np.log(total[:, 0]) - logits[rows, labels]).mean(dtype=np.float64))
+        probabilities /= total
+        probabilities[rows, labels] -= 1
+        probabilities /= n
+        gradient = np.concatenate([features.T @ probabilities, probabilities.sum(axis=0, keepdims=True)])
+        gradient = gradient.astype(np.float64)
+        gradient[:-1] += l2 * weights[:-1]
+        return loss + 0.5 * l2 * float((weights[:-1] ** 2).sum()), gradient.ravel()
+
+    begin = np.zeros((width + 1, classes)) if start is None else start
+    flat, loss = minimize(value_and_gradient, begin.ravel().astype(np.float64))
+    return flat.reshape(width + 1, classes), loss
+
+
+def minimize(
+    value_and_gradient: Callable[[Array], tuple[float, Array]],
+    x: Array,
+    *,
+    tolerance: float = TOLERANCE,
+) -> tuple[Array, float]:
+    """Minimises a smooth function by L-BFGS with a backtracking line search: `-> (place, value)`.
+
+    The two-loop recursion of Nocedal and Wright, Numerical Optimization, algorithm 7.4.
+    """
+    value, gradient = value_and_gradient(x)
+    steps: deque[tuple[Array, Array, float]] = deque(maxlen=MEMORY)
+    for _ in range(MAX_ITERATIONS):
+        if np.abs(gradient).max() < tolerance:
+            break
+        direction = -_inverse_hessian_times(gradient, steps)
+        slope = float(direction @ gradient)
+        if slope >= 0:  # rounding has spoiled the memory: begin anew downhill
+            steps.clear()
+            direction, slope = -gradient, -float(gradient @ gradient)
+        size = 1.0 if steps else min(1.0, 1.0 / float(np.abs(gradient).sum()))
+        while True:
+            there, gradient_there = value_and_gradient(x + size * direction)
+            if there <= value + 1e-4 * size * slope:
+                break
+            size /= 2
+            if size < 1e-10:
+                return x, value
+        moved, turned = size * direction, gradient_there - gradient
+        curvature = float(moved @ turned)
+        if curvature > 1e-12:
+            steps.append((moved, turned, curvature))
+        x, value, gradient = x + moved, there, gradient_there
+    return x, value
+
+
+def _inverse_hessian_times(gradient: Array, steps: deque[tuple[Array, Array, float]]) -> Array:
+    q = gradient.copy()
+    weights = []
+    for moved, turned, curvature in reversed(steps):
+        weights.append(float(moved @ q) / curvature)
+        q -= weights[-1] * turned
+    if steps:
+        _, turned, curvature = steps[-1]
+        q *= curvature / float(turned @ turned)
+    for (moved, turned, curvature), weight in zip(steps, reversed(weights), strict=True):
+        q += (weight - float(turned @ q) / curvature) * moved
+    return q

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import metrics
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 
 SHOWN = 5
@@ -27,7 +27,7 @@ MISTAKES = 12
 class Classification:
     """How probable each class is, (classes,), all together 1."""
 
-    probabilities: np.ndarray[Any, Any]
+    probabilities: NDArray[Any]
 
     def best(self, count: int = SHOWN) -> list[int]:
         """The most probable classes, best first."""
@@ -41,15 +41,41 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Classification:
     return Classification(weights / weights.sum())
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> dict[str, float]:
-    """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes."""
+def score(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> Scored:
+    """`top1` and, from six classes on, `top5`, each from 0 to 1; `mean_class` is the mean recall of the classes.
+
+    Of each class: images, precision, recall and F1.
+    """
     counts = _confusion(samples, predictions, classes)
-    scores = {"top1": metrics.accuracy(counts)}
+    scores = {"top1": accuracy(counts)}
     if len(classes) > 5:
         pairs = zip(samples, predictions, strict=True)
         scores["top5"] = float(np.mean([sample.target in prediction.best(5) for sample, prediction in pairs]))
-    scores["mean_class"] = metrics.mean_recall(counts)
-    return scores
+    scores["mean_class"] = mean_recall(counts)
+    rows = [["class", "images", "precision", "recall", "F1"]]
+    for i, name in enumerate(classes):
+        right, called, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        shares = ((right, called), (right, there), (2 * right, called + there))
+        cells = (f"{100 * part / whole:.1f} %" if whole else "none" for part, whole in shares)
+        rows.append([name, f"{there}", *cells])
+    return scores, rows
+
+
+def confusion(labels: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[Any]:
+    """How often each class (row) was called each class (column): two `(n,)` of numbers -> `(classes, classes)`."""
+    pairs = labels.astype(np.int64) * classes + found
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def accuracy(counts: NDArray[Any]) -> float:
+    """The share that was called what it is, from 0 to 1."""
+    return float(np.diag(counts).sum() / max(counts.sum(), 1))
+
+
+def mean_recall(counts: NDArray[Any]) -> float:
+    """The mean over the classes there are of the share of each that was found, from 0 to 1."""
+    there = counts.sum(axis=1)
+    return float((np.diag(counts)[there > 0] / there[there > 0]).mean())
 
 
 def as_json(prediction: Classification, classes: Sequence[str]) -> dict[str, Any]:
@@ -72,7 +98,7 @@ def save_prediction(path: str, prediction: Classification, classes: Sequence[str
 
 def save_all(records: Sequence[list[str]], classes: Sequence[str], folder: Path) -> None:
     """`predictions.csv`: the best label and its probability for each image."""
-    with (folder / "predictions.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+    with (folder / "predictions.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         csv.writer(stream).writerows([["path", "label", "probability"], *records])
 
 
@@ -102,22 +128,8 @@ def card(
     return images
 
 
-def table(samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]) -> list[list[str]]:
-    """Images, precision, recall and F1 of each class, the header first."""
-    counts = _confusion(samples, predictions, classes)
-    rows = [["class", "images", "precision", "recall", "F1"]]
-    for i, name in enumerate(classes):
-        right, called, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
-        rows.append([name, f"{there}", _share(right, called), _share(right, there), _share(2 * right, called + there)])
-    return rows
-
-
 def _confusion(
     samples: Sequence[Sample], predictions: Sequence[Classification], classes: Sequence[str]
-) -> np.ndarray[Any, Any]:
+) -> NDArray[Any]:
     labels = np.array([sample.target for sample in samples], np.int64)
-    return metrics.confusion(labels, np.array([found.best(1)[0] for found in predictions], np.int64), len(classes))
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "none"
+    return confusion(labels, np.array([found.best(1)[0] for found in predictions], np.int64), len(classes))

@@ -1,17 +1,51 @@
-"""Boxes as four numbers: overlap, generalised overlap, and suppression of doubles.
+"""Boxes as four numbers: overlap, suppression of duplicates, and COCO's average precision, as pycocotools counts it.
 
 A box is `left, top, right, bottom` in pixels; its area is (right - left) * (bottom - top).
+
+Per class and image, detections are matched to the ground truth from the highest score down, at ten overlaps from 0.50
+to 0.95; the precision at 101 recalls, over all images, is averaged (cocodataset.org/#detection-eval, cocoeval.py).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-TINY = 1e-9
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+MAX_BOXES = 100
+"""Boxes of one class in one image that count: those with the highest scores."""
+
+RANGES = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+"""Areas in pixels by which COCO sorts objects; both ends belong to the range."""
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What is in an image: boxes (n, 4), class numbers (n,), whether each is a crowd (n,), areas (n,).
+
+    `area` decides small, medium and large: COCO takes that of the object's outline.
+    """
+
+    boxes: NDArray[Any]
+    labels: NDArray[Any]
+    crowd: NDArray[Any]
+    area: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in an image of `size` (height, width): boxes (n, 4), class numbers (n,), scores (n,)."""
+
+    boxes: NDArray[Any]
+    labels: NDArray[Any]
+    scores: NDArray[Any]
+    size: tuple[int, int]
 
 
 def overlaps(first: NDArray[Any], second: NDArray[Any], *, crowd: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -50,24 +84,93 @@ def suppress(
     keep = np.ones(len(order), bool)
     for label in np.unique(labels):
         mine = np.flatnonzero(labels[order] == label)
-        doubles = np.triu(overlaps(boxes[order[mine]], boxes[order[mine]]) > threshold, 1)
+        duplicates = np.triu(overlaps(boxes[order[mine]], boxes[order[mine]]) > threshold, 1)
         for row, place in enumerate(mine):
             if keep[place]:
-                keep[mine[doubles[row]]] = False
+                keep[mine[duplicates[row]]] = False
     result: NDArray[Any] = order[keep]
     return result
 
 
-def giou_of_distances(first: mx.array, second: mx.array) -> mx.array:
-    """Generalised intersection over union of boxes around one point, two `(..., 4)` of distances -> `(...)`.
+def summary(
+    truths: Sequence[GroundTruth], found: Sequence[Detections], classes: int
+) -> tuple[dict[str, float], NDArray[Any]]:
+    """COCO's six average precisions, one truth and one result per image; each from 0 to 1, NaN where no object is.
 
-    From -1 (far apart) to 1 (equal): IoU - (hull - union) / hull (arXiv 1902.09630). Both boxes hold the point, so
-    they always overlap and sums of the smaller and of the larger distances give intersection and hull.
+    And precision averaged over recalls, by class and overlap, `(classes, 10)`; NaN where a class has no object.
+    `AP` is the mean over ten overlaps, `AP50` and `AP75` are at one, `AP_small` (up to 32 x 32 pixels), `AP_medium` and
+    `AP_large` (from 96 x 96) at all ten.
     """
-    shared, hull = (_area(pick(first, second)) for pick in (mx.minimum, mx.maximum))
-    union = _area(first) + _area(second) - shared
-    return shared / mx.maximum(union, TINY) - (hull - union) / mx.maximum(hull, TINY)
+    tables = {
+        size: np.stack([_of_class(truths, found, label, limits) for label in range(classes)])
+        for size, limits in RANGES.items()
+    }
+    whole = tables.pop("all")
+    parts = {"AP": whole, "AP50": whole[:, 0], "AP75": whole[:, 5]}
+    parts |= {f"AP_{size}": table for size, table in tables.items()}
+    known = {name: part[~np.isnan(part)] for name, part in parts.items()}
+    return {name: float(part.mean()) if len(part) else math.nan for name, part in known.items()}, whole
 
 
-def _area(distances: mx.array) -> mx.array:
-    return (distances[..., 0] + distances[..., 2]) * (distances[..., 1] + distances[..., 3])
+def _of_class(
+    truths: Sequence[GroundTruth], found: Sequence[Detections], label: int, limits: tuple[float, float]
+) -> NDArray[Any]:
+    parts = [_match(truth, result, label, limits) for truth, result in zip(truths, found, strict=True)]
+    objects = sum(part[3] for part in parts)
+    if objects == 0:
+        return np.full(len(THRESHOLDS), np.nan)
+    scores = np.concatenate([part[0] for part in parts])
+    order = np.argsort(-scores, kind="mergesort")
+    matched, ignored = (np.concatenate([part[i] for part in parts], axis=1)[:, order] for i in (1, 2))
+    right = np.cumsum(matched & ~ignored, axis=1).astype(np.float64)
+    wrong = np.cumsum(~matched & ~ignored, axis=1).astype(np.float64)
+    precision = right / (right + wrong + np.spacing(1))
+    # The best precision at this recall or a higher one.
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    means = np.zeros(len(THRESHOLDS))
+    for row, recall in enumerate(right / objects):
+        at = np.searchsorted(recall, RECALLS, side="left")
+        means[row] = precision[row, at[at < len(recall)]].sum() / len(RECALLS)
+    return means
+
+
+def _match(
+    truth: GroundTruth, found: Detections, label: int, limits: tuple[float, float]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
+    """One class in one image: scores (n,), matched (10, n), not to be counted (10, n), objects that count."""
+    predicted, labelled = found.labels == label, truth.labels == label
+    if not predicted.any() and not labelled.any():
+        none = np.zeros((len(THRESHOLDS), 0), bool)
+        return np.zeros(0), none, none, 0
+    order = np.argsort(-found.scores[predicted], kind="mergesort")[:MAX_BOXES]
+    boxes, scores = found.boxes[predicted][order], found.scores[predicted][order]
+    skipped = truth.crowd[labelled] | (truth.area[labelled] < limits[0]) | (truth.area[labelled] > limits[1])
+    last = np.argsort(skipped, kind="mergesort")  # objects that count are tried first
+    skipped, crowd = skipped[last], truth.crowd[labelled][last]
+    shared = overlaps(boxes, truth.boxes[labelled][last], crowd=crowd)
+    matched, ignored = (np.zeros((len(THRESHOLDS), len(boxes)), bool) for _ in range(2))
+    free = np.ones((len(THRESHOLDS), len(crowd)), bool)
+    for column, overlap in enumerate(shared):
+        best = _best(overlap, free | crowd, skipped)
+        rows = np.flatnonzero(best >= 0)
+        free[rows, best[rows]] = False
+        matched[rows, column], ignored[rows, column] = True, skipped[best[rows]]
+    area = areas(np.asarray(boxes, np.float64))
+    ignored |= ~matched & ((area < limits[0]) | (area > limits[1]))
+    return scores, matched, ignored, int((~skipped).sum())
+
+
+def _best(overlap: NDArray[Any], free: NDArray[Any], skipped: NDArray[Any]) -> NDArray[Any]:
+    """The free object that one box overlaps most, at each threshold: `(m,), (10, m), (m,) -> (10,)`.
+
+    Objects that count come before all others; -1 where none is near enough. Of equal overlaps the last one wins, as in
+    pycocotools.
+    """
+    best = np.full(len(THRESHOLDS), -1)
+    if len(overlap) == 0:
+        return best
+    for group in (free & skipped, free & ~skipped):
+        values = np.where(group, overlap, -1.0)
+        last = values.shape[1] - 1 - values[:, ::-1].argmax(axis=1)
+        best = np.where(values.max(axis=1) >= np.minimum(THRESHOLDS, 1 - 1e-10), last, best)
+    return best

@@ -1,7 +1,7 @@
 """Boxes as COCO JSON: one file per part in `annotations`, or Roboflow's beside each part's images.
 
 Classes are the categories in the order of their ids. Roboflow's root category, which no object has and others name as
-their own, is left out. The target of a sample is a `Truth`.
+their own, is left out. The target of a sample is a `GroundTruth`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mlx_aimv2.files import read_text
 from mlx_aimv2.images.find import Scan
-from mlx_aimv2.learn import placement, samples
-from mlx_aimv2.learn.detect import boxes, fcos
-from mlx_aimv2.learn.detect.average_precision import Found as Boxes
-from mlx_aimv2.learn.detect.average_precision import Truth
-from mlx_aimv2.learn.metadata import MAX_BYTES
-from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn import dense, samples
+from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
+from mlx_aimv2.learn.detect.head import assign, points
+from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from mlx_aimv2.images.processor import Aimv2Processor
 
 ROBOFLOW = "_annotations.coco.json"
 
 FOLDER = "annotations"
 """Folder of the JSON files in COCO's own layout."""
+
+WANTED: dict[str, dict[str, Any]] = {
+    "images": {"id": (int, str), "file_name": str},
+    "annotations": {"image_id": (int, str), "category_id": (int, str)},
+    "categories": {"id": (int, str), "name": (str, int)},
+}
+"""The lists of a COCO file, and of what type those fields of their entries are that are used."""
 
 MIN_VISIBLE = 0.5
 """Share of a box that must lie in its image: less is no rounding and no object at the edge, but a wrong number."""
@@ -47,23 +50,6 @@ def recognise(data: Path) -> str | None:
     """Which COCO JSON was found, else None."""
     files = _files_by_part(data, Scan()) if data.is_dir() else {}
     return next((file.name for file, _ in files.values()), None)
-
-
-def as_results(predictions: Sequence[tuple[str, tuple[int, int], Boxes]], classes: Sequence[str]) -> dict[str, Any]:
-    """Predictions as a COCO file with scores: `(path, (height, width), boxes), … -> JSON`; category ids start at 1."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, (path, (height, width), found) in enumerate(predictions, 1):
-        images.append({"id": number, "file_name": path, "width": width, "height": height})
-        for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True):
-            left, top, right, bottom = (round(float(n), 2) for n in box)
-            shape = [left, top, round(right - left, 2), round(bottom - top, 2)]
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": int(label) + 1, "bbox": shape}
-                | {"area": round(shape[2] * shape[3], 2), "iscrowd": 0, "score": round(float(score), 5)}
-            )
-    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _files_by_part(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
@@ -130,34 +116,24 @@ def _find(data: Path, scan: Scan) -> Found:
 
 def _content(file: Path, faults: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The entries of a file's lists that have what they need."""
-    wanted = {
-        "images": ("id", "file_name"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
+    found: dict[str, list[dict[str, Any]]] = {section: [] for section in WANTED}
     try:
-        content = json.loads(read_text(file, max_bytes=MAX_BYTES))
+        content = json.loads(read_text(file, max_bytes=samples.MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         faults.append(f"{file} cannot be read as JSON: {error}")
-        return {section: [] for section in wanted}
-    missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+        return found
+    missing = [key for key in WANTED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
         faults.append(f"{file} is no COCO JSON: it has no list of {' and of '.join(missing)}")
-        return {section: [] for section in wanted}
-    found: dict[str, list[dict[str, Any]]] = {section: [] for section in wanted}
-    for section, keys in wanted.items():
+        return found
+    for section, keys in WANTED.items():
         for entry in content[section]:
-            bad = [
-                key
-                for key in keys
-                if not isinstance(entry, dict)
-                or key not in entry
-                or (key.endswith("id") and not isinstance(entry[key], (int, str)))
-            ]
-            if bad:
-                faults.append(f"{file}: an entry of {section} has no usable {bad[0]}: {entry!r:.80}")
-            else:
+            usable = [key for key in keys if isinstance(entry, dict) and isinstance(entry.get(key), keys[key])]
+            if len(usable) == len(keys):
                 found[section].append(entry)
+            else:
+                bad = next(key for key in keys if key not in usable)
+                faults.append(f"{file}: an entry of {section} has no usable {bad}: {entry!r:.80}")
     return found
 
 
@@ -221,9 +197,9 @@ def _labels(marked: Sequence[tuple[str, _Objects, Size]], scan: Scan) -> Iterato
         faults = []
         for entry, name in objects.entries:
             where = f"{path}: the box of annotation {entry.get('id', '?')} in {objects.file.name}"
-            box = _corners(entry["bbox"])
+            box = _corners(entry.get("bbox"))
             if box is None:
-                faults.append(f"{where} is {entry['bbox']!r:.60}, not four numbers: left, top, width, height")
+                faults.append(f"{where} is {entry.get('bbox')!r:.60}, not four numbers: left, top, width, height")
                 continue
             cut = box.clip(0, limits)
             area, visible = (float(np.prod(np.maximum(corners[2:] - corners[:2], 0))) for corners in (box, cut))
@@ -247,46 +223,38 @@ def _labels(marked: Sequence[tuple[str, _Objects, Size]], scan: Scan) -> Iterato
 
 def _corners(box: Any) -> np.ndarray[Any, Any] | None:
     """COCO's left, top, width, height as left, top, right, bottom; None for what is no box."""
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)
-    ):
+    numbers = [n for n in box if isinstance(n, (int, float)) and math.isfinite(n)] if isinstance(box, list) else []
+    if len(numbers) != 4 or len(box) != 4:
         return None
-    left, top, width, height = box
+    left, top, width, height = numbers
     return np.array([left, top, left + max(width, 0), top + max(height, 0)], np.float64)
 
 
-def _target(labels: Labels, numbers: Mapping[str, int]) -> Truth:
+def _target(labels: Labels, numbers: Mapping[str, int]) -> GroundTruth:
     rows = labels.value
-    boxes = np.array([row[:4] for row in rows], np.float64).reshape(-1, 4)
-    classes = np.array([numbers[name] for name in labels.names], int)
-    return Truth(boxes, classes, np.array([row[5] for row in rows], bool), np.array(list(rows.values()), np.float64))
+    return GroundTruth(
+        boxes=np.array([row[:4] for row in rows], np.float64).reshape(-1, 4),
+        labels=np.array([numbers[name] for name in labels.names], int),
+        crowd=np.array([row[5] for row in rows], bool),
+        area=np.array(list(rows.values()), np.float64),
+    )
 
 
 read = partial(samples.read, form=Format(_find, _labels, _target, noun="object", min_classes=1))
 
 
-def example(
-    sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
-) -> Arrays:
-    """`pixels` (H, W, 3) and what each of the P positions should say: `label` (P,), `distances` (P, 4)."""
-    pixels, place = placement.on_canvas(sample.path, processor, rng, flip=flip)
-    return {"pixels": pixels, **assigned(sample.target, place, processor.patch_size)}
-
-
-def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """`label` and `distances` alone, of the image unchanged."""
-    place = placement.plain(sample.size, canvas_size(processor))
-    return assigned(sample.target, place, processor.patch_size)
-
-
-def assigned(truth: Truth, place: placement.Placement, patch_size: int) -> Arrays:
+def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:
+    """What each of the P positions should say, `label` (P,) and `distances` (P, 4), of the image as `place` puts it."""
+    truth: GroundTruth = sample.target
+    place = place or dense.plain(sample.size, canvas_size(processor))
     height, width = place.canvas
     whole = place.boxes(truth.boxes)
     cut = whole.clip(0, np.array([width, height] * 2, np.float64))
-    there = boxes.areas(cut) > 0
-    hidden = boxes.areas(cut) < VISIBLE * boxes.areas(whole)
-    where = fcos.points((height // patch_size, width // patch_size), patch_size)
-    label, distances = fcos.assign(where, cut[there], truth.labels[there], (truth.crowd | hidden)[there])
+    there = areas(cut) > 0
+    undecided = truth.crowd | (areas(cut) < VISIBLE * areas(whole))
+    where = points((height // processor.patch_size, width // processor.patch_size), processor.patch_size)
+    label, distances = assign(where, cut[there], truth.labels[there], undecided[there])
     return {"label": label, "distances": distances}
+
+
+example = partial(dense.example, targets)

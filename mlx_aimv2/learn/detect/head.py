@@ -1,4 +1,4 @@
-"""The detection head: a simple feature pyramid on the last patch map, and FCOS's branches on each of its levels.
+"""The detection head: a simple feature pyramid on the last patch map, FCOS's branches on each of its levels, the loss.
 
 ViTDet's pyramid (arXiv 2203.16527) makes maps of several strides from one; FCOS (arXiv 1904.01355) gives each position
 class scores, the distances to the four sides of its object, and how near the object's centre it is.
@@ -7,14 +7,17 @@ class scores, the distances to the four sides of its object, and how near the ob
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
-from mlx_aimv2.learn.detect import fcos
-from mlx_aimv2.learn.detect.fcos import LEVELS, points
-from mlx_aimv2.learn.upsample import Double, Refine, as_map, halve
+from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.learn.dense import Double, Refine, as_map, halve
+from mlx_aimv2.learn.detect.boxes import areas
 
 WIDTH = 256
 """Channels of the pyramid, or half the encoder's width where that is less."""
@@ -24,6 +27,26 @@ DEPTH = 2
 
 PRIOR = 0.01
 """Score that each position starts with (arXiv 1708.02002): most of them see no object."""
+
+LEVELS = (0.5, 1.0, 2.0, 4.0)
+"""Patches from one position to the next, level by level: 7, 14, 28 and 56 pixels, as FCOS's levels P3 to P6."""
+
+REACH = 8.0
+"""Strides from a position to the farthest side of its object: larger objects belong to the next level."""
+
+RADIUS = 1.5
+"""Strides around an object's centre within which positions answer for it (centre sampling)."""
+
+MIN_WEIGHT = 0.1
+"""Of a box in its loss, however far its position is from the centre: for boxes too small to hold any position."""
+
+NOTHING, UNDECIDED = -1, -2
+"""Class of a position that sees no object, and of one that lies in a crowd and is left alone."""
+
+ALPHA, GAMMA = 0.25, 2.0
+"""Of the focal loss (arXiv 1708.02002)."""
+
+TINY = 1e-9
 
 
 class Branch(nn.Module):
@@ -43,14 +66,14 @@ class Branch(nn.Module):
 class DetectHead(nn.Module):
     """`(B, N, D), grid -> {"classes": (B, P, K), "distances": (B, P, 4), "centre": (B, P), "points": (B, P, 3)}`.
 
-    P positions of all levels in the order of `fcos.points`; class scores and centre-ness before the sigmoid, distances
+    P positions of all levels in the order of `points`; class scores and centre-ness before the sigmoid, distances
     in pixels, points as x, y and stride in pixels; `canvas` (B, 2) is the height and width that the grid covers.
     """
 
-    def __init__(self, width: int, classes: int, patch_size: int, *, channels: int | None = None) -> None:
+    def __init__(self, width: int, classes: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        channels = channels or min(WIDTH, max(1, width // 2))
+        channels = min(WIDTH, max(1, width // 2))
         self.double = Double(width, channels)
         self.same = nn.Linear(width, channels)
         self.half = nn.Linear(width, channels)
@@ -92,13 +115,123 @@ class DetectHead(nn.Module):
         return [smooth(norm(level)) for level, norm, smooth in zip(maps, self.norms, self.smooth, strict=True)]
 
 
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
+def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:
     """The pyramid with FCOS's branches, for every type."""
-    return DetectHead(width, classes, patch_size)
+    return DetectHead(config.hidden_size, classes, config.patch_size)
+
+
+def shapes(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns of each level for a grid of patches."""
+    result = [(2 * grid[0], 2 * grid[1]), grid]
+    for _ in LEVELS[2:]:
+        rows, columns = result[-1]
+        result.append((-(-rows // 2), -(-columns // 2)))
+    return result
+
+
+def points(grid: tuple[int, int], patch_size: int) -> NDArray[Any]:
+    """Centres of all positions, level by level, row by row: `-> (P, 3)` float32 of x, y and stride in pixels."""
+    levels = []
+    for level, (rows, columns) in zip(LEVELS, shapes(grid), strict=True):
+        stride = level * patch_size
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        levels.append(np.stack([(column + 0.5) * stride, (row + 0.5) * stride, np.full(row.shape, stride)], axis=1))
+    return np.concatenate(levels).astype(np.float32)
+
+
+def assign(
+    points: NDArray[Any], boxes: NDArray[Any], labels: NDArray[Any], crowd: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What each position should say: `(P, 3), (n, 4), (n,), (n,) -> class (P,) int32, distances (P, 4) float32`.
+
+    A position answers for an object in whose box it lies, near the centre, and whose farthest side fits its level; of
+    several such objects for the smallest. A box too small to hold any position gets the nearest one of the finest
+    level. Distances are zero where the class is `NOTHING` or `UNDECIDED`.
+    """
+    wanted = np.full(len(points), NOTHING, np.int32)
+    distances = np.zeros((len(points), 4), np.float32)
+    if len(boxes) == 0:
+        return wanted, distances
+    boxes = np.asarray(boxes, np.float64)
+    x, y, stride = (points[:, i, None].astype(np.float64) for i in range(3))
+    sides = np.stack([x - boxes[:, 0], y - boxes[:, 1], boxes[:, 2] - x, boxes[:, 3] - y], axis=2)  # (P, n, 4)
+    inside = sides.min(axis=2) > 0
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    near = np.maximum(np.abs(x - centre[:, 0]), np.abs(y - centre[:, 1])) < RADIUS * stride
+    farthest = sides.max(axis=2)
+    first, last = stride == stride.min(), stride == stride.max()
+    fits = (first | (farthest > REACH / 2 * stride)) & (last | (farthest <= REACH * stride))
+    possible = inside & near & fits & ~crowd
+    lost = np.flatnonzero(~possible.any(axis=0) & ~crowd)
+    for box in lost:
+        possible[_nearest(points, boxes[box], inside[:, box], fits[:, box]), box] = True
+    size = np.where(possible, areas(boxes), np.inf)
+    best = size.argmin(axis=1)
+    answers = np.isfinite(size.min(axis=1))
+    wanted[(inside & crowd).any(axis=1)] = UNDECIDED
+    wanted[answers] = labels[best[answers]]
+    distances[answers] = np.maximum(sides[answers, best[answers]], 0)
+    return wanted, distances
+
+
+def _nearest(points: NDArray[Any], box: NDArray[Any], inside: NDArray[Any], fits: NDArray[Any]) -> int:
+    """The position that answers for a box that none fits: the one nearest to its centre, of its level if it can be."""
+    away = np.hypot(points[:, 0] - (box[0] + box[2]) / 2, points[:, 1] - (box[1] + box[3]) / 2)
+    finest = points[:, 2] == points[:, 2].min()
+    among = next((found for found in (inside & fits, inside, finest) if found.any()), finest)
+    return int(np.where(among, away, np.inf).argmin())
+
+
+def focal(logits: mx.array, labels: mx.array) -> mx.array:
+    """Focal loss of every position, summed over classes: `(..., K), (...) -> (...)`; `NOTHING` has no class."""
+    wanted = labels[..., None] == mx.arange(logits.shape[-1])
+    signed = mx.where(wanted, logits, -logits)
+    # -log(p) and 1 - p of the probability that the right answer has.
+    cost = mx.logaddexp(mx.zeros_like(signed), -signed)
+    weight = mx.where(wanted, ALPHA, 1 - ALPHA) * mx.sigmoid(-signed) ** GAMMA
+    return (weight * cost).sum(axis=-1)
+
+
+def centreness(distances: mx.array) -> mx.array:
+    """How near positions are to the centre of their object, `(..., 4) -> (...)`: 1 in the centre, 0 at a side."""
+    ratios = []
+    for first, second in ((0, 2), (1, 3)):
+        low = mx.minimum(distances[..., first], distances[..., second])
+        high = mx.maximum(distances[..., first], distances[..., second])
+        ratios.append(low / mx.maximum(high, 1e-6))
+    return mx.sqrt(ratios[0] * ratios[1])
+
+
+def giou_of_distances(first: mx.array, second: mx.array) -> mx.array:
+    """Generalised intersection over union of boxes around one point, two `(..., 4)` of distances -> `(...)`.
+
+    From -1 (far apart) to 1 (equal): IoU - (hull - union) / hull (arXiv 1902.09630). Both boxes hold the point, so
+    they always overlap and sums of the smaller and of the larger distances give intersection and hull.
+    """
+    shared, hull = (_area(pick(first, second)) for pick in (mx.minimum, mx.maximum))
+    union = _area(first) + _area(second) - shared
+    return shared / mx.maximum(union, TINY) - (hull - union) / mx.maximum(hull, TINY)
+
+
+def _area(distances: mx.array) -> mx.array:
+    return (distances[..., 0] + distances[..., 2]) * (distances[..., 1] + distances[..., 3])
 
 
 def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
-    """FCOS's loss of each image, `-> (B,)`."""
-    return fcos.loss(outputs, targets["label"], targets["distances"])
+    """Focal loss + GIoU loss + cross-entropy of centre-ness, for each image: `label (B, P), distances … -> (B,)`.
+
+    Each is divided by the positions of that image that answer for an object, the GIoU loss by their centre-ness.
+    """
+    classes, distances = targets["label"], targets["distances"]
+    logits, found, centre = (outputs[name].astype(mx.float32) for name in ("classes", "distances", "centre"))
+    answers = (classes >= 0).astype(mx.float32)
+    count = mx.maximum(answers.sum(axis=1), 1)
+    by_class = (focal(logits, classes) * (classes != UNDECIDED)).sum(axis=1) / count
+    wanted = centreness(distances) * answers
+    # Where there is no object, boxes are compared with themselves: a square root or quotient of zeros has no gradient.
+    weight = mx.maximum(wanted, MIN_WEIGHT) * answers
+    target = mx.where(answers[..., None] > 0, distances, mx.stop_gradient(found))
+    by_box = ((1 - giou_of_distances(found, target)) * weight).sum(axis=1) / mx.maximum(weight.sum(axis=1), MIN_WEIGHT)
+    cross = mx.logaddexp(mx.zeros_like(centre), centre) - wanted * centre
+    by_centre = (cross * answers).sum(axis=1) / count
+    return by_class + by_box + by_centre

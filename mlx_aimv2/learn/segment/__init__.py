@@ -5,7 +5,6 @@ from mlx_aimv2.learn.task import Task, Type
 
 TASK = Task(
     name="segment",
-    title="segmentation",
     pipeline_tag="image-segmentation",
     types={
         "decoder": Type("tokens", (1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
@@ -15,8 +14,7 @@ TASK = Task(
         "full": Type(None, (5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
     },
     metric="mIoU",
-    whole_images=True,
-    takes_mask=False,
+    dense=True,
     data=data,
     head=head,
     results=results,

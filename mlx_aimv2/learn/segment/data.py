@@ -7,28 +7,26 @@ sample is what `read_mask` takes.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from os import cpu_count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.files import read_image_file, read_text
+from mlx_aimv2.files import read_text
+from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
-from mlx_aimv2.learn import placement, samples
-from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.placement import canvas_size
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn import dense, samples
+from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
+from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from mlx_aimv2.images.processor import Aimv2Processor
 
 IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
 
@@ -61,20 +59,15 @@ def read_mask(mask: MaskTarget) -> NDArray[Any]:
 
     Grey and palette images hold class numbers; white of a black and white image is class 1.
     """
-    from PIL import Image
-
     path, numbers = (mask, ()) if isinstance(mask, str) else mask
+    image = open_image(path).image
+    if image.mode not in MODES:
+        raise ValueError(
+            f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel, as a grey or palette "
+            "PNG does: save it so, not in colours"
+        )
     try:
-        _, data = read_image_file(path)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in MODES:
-                raise ValueError(
-                    f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel, as a "
-                    "grey or palette PNG does: save it so, not in colours"
-                )
-            values = np.asarray(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
+        values = np.asarray(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
     if values.max() > IGNORED:
@@ -192,22 +185,13 @@ def _all_values(names: set[str]) -> list[str]:
 read = partial(samples.read, form=Format(_find, _labels, _target, in_order=_all_values, stratified=False))
 
 
-def example(
-    sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
-) -> Arrays:
-    """`pixels` (H, W, 3) and `mask` (H, W) uint8 of one size; what lies outside the image is `IGNORED`."""
-    pixels, place = placement.on_canvas(sample.path, processor, rng, flip=flip)
-    return {"pixels": pixels, "mask": _mask(sample, place)}
-
-
-def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """`mask` alone, unchanged."""
-    mask = read_mask(sample.target)
-    return {"mask": _mask(sample, placement.plain(mask.shape, canvas_size(processor)))}
-
-
-def _mask(sample: Sample, place: placement.Placement) -> NDArray[Any]:
+def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:
+    """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
     from PIL import Image
 
+    place = place or dense.plain(sample.size, canvas_size(processor))
     mask = Image.fromarray(read_mask(sample.target))
-    return np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))
+    return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}
+
+
+example = partial(dense.example, targets)

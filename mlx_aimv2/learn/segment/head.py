@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.upsample import Double, Refine, as_map, bilinear
+from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.learn.dense import Double, Refine, as_map, bilinear
+from mlx_aimv2.plot import IGNORED
 
 WIDTH = 256
 """Channels of the decoder, or half the encoder's width where that is less."""
@@ -38,10 +40,10 @@ class DecoderSegmentHead(nn.Module):
     Classes are decided at a quarter of a patch, and interpolated to pixels from there.
     """
 
-    def __init__(self, width: int, classes: int, patch_size: int, *, channels: int | None = None) -> None:
+    def __init__(self, width: int, classes: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        channels = channels or min(WIDTH, max(1, width // 2))
+        channels = min(WIDTH, max(1, width // 2))
         half = max(1, channels // 2)
         self.inner = nn.Linear(width, channels)
         self.context = [Refine(channels) for _ in range(CONTEXT)]
@@ -66,13 +68,10 @@ def _outputs(logits: mx.array, grid: tuple[int, int], patch_size: int) -> dict[s
     return {"logits": bilinear(logits, (rows * patch_size, columns * patch_size))}
 
 
-def make_head(
-    kind: str, *, classes: int, width: int, heads: int, patch_size: int, options: dict[str, Any]
-) -> nn.Module:
+def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:
     """The linear head, or for all other types the decoder."""
-    if kind == "linear":
-        return LinearSegmentHead(width, classes, patch_size)
-    return DecoderSegmentHead(width, classes, patch_size)
+    head = LinearSegmentHead if kind == "linear" else DecoderSegmentHead
+    return head(config.hidden_size, classes, config.patch_size)
 
 
 def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.learn import card as cards
-from mlx_aimv2.learn import metrics
-from mlx_aimv2.learn.metrics import IGNORED
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.classify.results import accuracy, confusion
+from mlx_aimv2.learn.dense import linear_weights, worst
+from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.learn.segment.data import read_mask
-from mlx_aimv2.learn.upsample import linear_weights
+from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
@@ -53,35 +52,60 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
     return Segmentation(labels, confidence)
 
 
-def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> dict[str, float]:
-    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks."""
-    counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
-    return {"mIoU": metrics.mean_iou(counts), "pixel_accuracy": metrics.accuracy(counts)}
+def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> Scored:
+    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks.
+
+    Of each class: images that have it, its share of the labelled pixels, IoU.
+    """
+    counts, images = np.zeros((len(classes), len(classes)), np.int64), np.zeros(len(classes), int)
+    for sample, prediction in zip(samples, predictions, strict=True):
+        own = pixel_confusion(read_mask(sample.target), prediction.labels, len(classes))
+        counts += own
+        images += own.any(axis=1)
+    ious, shares = iou_by_class(counts), counts.sum(axis=1) / max(counts.sum(), 1)
+    rows = [
+        [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
+        for i, name in enumerate(classes)
+    ]
+    scores = {"mIoU": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
+    return scores, [["class", "images", "pixels", "IoU"], *rows]
+
+
+def pixel_confusion(labels: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[Any]:
+    """`confusion` of the pixels of a ground truth and a prediction, each `(H, W)`, without `IGNORED` ones."""
+    known = labels != IGNORED
+    return confusion(labels[known], found[known], classes)
+
+
+def iou_by_class(counts: NDArray[Any]) -> NDArray[Any]:
+    """Intersection over union of each class, `(classes, classes) -> (classes,)`; NaN where a class is nowhere."""
+    both = np.diag(counts).astype(np.float64)
+    either = counts.sum(axis=0) + counts.sum(axis=1) - both
+    return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+
+
+def mean_iou(counts: NDArray[Any]) -> float:
+    """The mean over classes that occur in the ground truth or in a prediction, as in PASCAL VOC; 0 without pixels."""
+    return float(np.nanmean(iou_by_class(counts))) if counts.any() else 0.0
 
 
 def as_json(prediction: Segmentation, classes: Sequence[str]) -> dict[str, Any]:
     """The classes there are, the largest first, with their share of the pixels and their mean confidence."""
-    return {
-        "height": prediction.labels.shape[0],
-        "width": prediction.labels.shape[1],
-        "classes": _shares(prediction, classes),
-    }
-
-
-def as_text(prediction: Segmentation, classes: Sequence[str]) -> str:
-    """A line for each class there is, the largest first."""
-    return "\n".join(f"{100 * found['share']:7.2f} %  {found['label']}" for found in _shares(prediction, classes))
-
-
-def _shares(prediction: Segmentation, classes: Sequence[str]) -> list[dict[str, Any]]:
-    flat = prediction.labels.ravel()
+    (height, width), flat = prediction.labels.shape, prediction.labels.ravel()
     pixels = np.bincount(flat, minlength=len(classes))
     sure = np.bincount(flat, weights=prediction.confidence.ravel(), minlength=len(classes))
-    return [
+    found = [
         {"label": classes[i], "share": float(pixels[i] / flat.size), "confidence": float(sure[i] / pixels[i])}
         for i in np.argsort(-pixels, kind="stable")
         if pixels[i]
     ]
+    return {"height": height, "width": width, "classes": found}
+
+
+def as_text(prediction: Segmentation, classes: Sequence[str]) -> str:
+    """A line for each class there is, the largest first."""
+    found = as_json(prediction, classes)["classes"]
+    return "\n".join(f"{100 * one['share']:7.2f} %  {one['label']}" for one in found)
 
 
 def save_prediction(path: str, prediction: Segmentation, classes: Sequence[str], stem: Path) -> None:
@@ -101,31 +125,11 @@ def card(
     """`overlays.jpg`: images with the ground truth above and the prediction below, the worst first."""
 
     def quality(sample: Sample, prediction: Segmentation) -> float:
-        return metrics.accuracy(metrics.pixel_confusion(_maps([sample], [prediction]), len(classes)))
+        return accuracy(pixel_confusion(read_mask(sample.target), prediction.labels, len(classes)))
 
     def draw(image: Image.Image, sample: Sample, prediction: Segmentation) -> list[Image.Image]:
         masks = (read_mask(sample.target), prediction.labels)
         return [plot.with_mask(image, mask, classes) for mask in masks]
 
-    cards.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
+    worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with most wrong pixels: labelled above, predicted below", "overlays.jpg")]
-
-
-def table(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> list[list[str]]:
-    """Of each class: images that have it, its share of the labelled pixels, IoU."""
-    counts = metrics.pixel_confusion(_maps(samples, predictions), len(classes))
-    images = np.zeros(len(classes), int)
-    for sample in samples:
-        present = np.unique(read_mask(sample.target))
-        images[present[present != IGNORED]] += 1
-    ious = metrics.iou_by_class(counts)
-    shares = counts.sum(axis=1) / max(counts.sum(), 1)
-    rows = [
-        [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
-        for i, name in enumerate(classes)
-    ]
-    return [["class", "images", "pixels", "IoU"], *rows]
-
-
-def _maps(samples: Sequence[Sample], predictions: Sequence[Segmentation]) -> Any:
-    return ((read_mask(s.target), p.labels) for s, p in zip(samples, predictions, strict=True))

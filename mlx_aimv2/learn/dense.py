@@ -1,0 +1,211 @@
+"""What masks and boxes share: the image laid on the square that the encoder takes, and maps made larger and smaller.
+
+The whole image is stretched to the square, as the processor of `loading.at_size` does it: no patch is spent on
+padding. For training it is drawn larger or smaller, a little out of shape, and its colours are changed.
+
+Maps are made larger and smaller by matrix products, which MLX runs fast on every device. Doubling is a linear map and
+a rearrangement: a transposed convolution of stride 2 says the same, but takes some 40 times as long on MLX's CPU
+backend (64 channels, 32 x 32, forward; gradients 30 times). Plain 3 x 3 convolutions are faster there than the same by
+matrix products, so they stay convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_aimv2 import plot
+from mlx_aimv2.images import to_rgb
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn.learner import canvas_size
+from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.train.augment import GREY, jittered
+from mlx_aimv2.train.batches import Arrays
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHOWN = 6
+"""Images whose overlays a model card shows."""
+
+ZOOM = (0.7, 1.4)
+"""How much larger or smaller than on the plain canvas a training image is drawn."""
+
+STRETCH = 1.15
+"""Width against height of a training image, to either side."""
+
+COLOUR = 0.3
+"""How far brightness, contrast and colour of a training image go, to either side of 1."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies on its canvas of `canvas` (height, width) pixels: `x' = scale_x * x + left`, y likewise.
+
+    `size` (height, width) is that of the image, `mirrored` whether left and right are swapped first.
+    """
+
+    size: tuple[int, int]
+    canvas: tuple[int, int]
+    scale_x: float
+    scale_y: float
+    left: float = 0.0
+    top: float = 0.0
+    mirrored: bool = False
+
+    def boxes(self, boxes: NDArray[Any]) -> NDArray[Any]:
+        """Boxes of the image on the canvas, not cut at its edge: `(n, 4) -> (n, 4)` left, top, right, bottom."""
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        if self.mirrored:
+            width = self.size[1]
+            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+        scale = np.array([self.scale_x, self.scale_y] * 2)
+        return boxes * scale + np.array([self.left, self.top] * 2)
+
+    def back(self, boxes: NDArray[Any]) -> NDArray[Any]:
+        """Boxes of the canvas in the image, cut at its edge: `(n, 4) -> (n, 4)`; for placements not mirrored."""
+        scale = np.array([self.scale_x, self.scale_y] * 2)
+        boxes = (np.asarray(boxes, np.float64) - np.array([self.left, self.top] * 2)) / scale
+        result: NDArray[Any] = np.clip(boxes, 0, np.array([self.size[1], self.size[0]] * 2, np.float64))
+        return result
+
+    def draw(self, image: Image.Image, *, fill: Any, resample: int) -> Image.Image:
+        """The image or mask on its canvas."""
+        from PIL import Image, ImageOps
+
+        if self.mirrored:
+            image = ImageOps.mirror(image)
+        height, width = self.canvas
+        # The part of the image that lies on the canvas, and where it lies there, in whole pixels of the canvas.
+        x = np.clip(np.rint([self.left, self.left + self.scale_x * self.size[1]]), 0, width).astype(int)
+        y = np.clip(np.rint([self.top, self.top + self.scale_y * self.size[0]]), 0, height).astype(int)
+        canvas = Image.new(image.mode, (width, height), fill)
+        if x[1] > x[0] and y[1] > y[0]:
+            part = np.array([x[0] - self.left, y[0] - self.top, x[1] - self.left, y[1] - self.top])
+            part = part / np.array([self.scale_x, self.scale_y] * 2)
+            part = np.clip(part, 0, np.array([*image.size] * 2, np.float64))
+            shape = (int(x[1] - x[0]), int(y[1] - y[0]))
+            canvas.paste(image.resize(shape, resample, box=tuple(part.tolist())), (int(x[0]), int(y[0])))
+        return canvas
+
+
+def plain(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
+    """The whole image on the whole canvas; both sizes are (height, width)."""
+    return Placement(size, canvas, canvas[1] / size[1], canvas[0] / size[0])
+
+
+def example(
+    targets: Callable[[Sample, Aimv2Processor, Placement], Arrays],
+    sample: Sample,
+    processor: Aimv2Processor,
+    *,
+    rng: np.random.Generator | None,
+    flip: bool = False,
+) -> Arrays:
+    """`pixels` (H, W, 3) of a sample and its `targets` where it lies, which `rng` decides if there is one."""
+    image = to_rgb(sample.path)
+    size, canvas = (image.height, image.width), canvas_size(processor)
+    place = plain(size, canvas) if rng is None else random(size, canvas, rng, flip=flip)
+    if rng is not None:
+        image = jittered(image, COLOUR, rng)
+    drawn = place.draw(image, fill=GREY, resample=processor.preprocessing.resample)
+    return {"pixels": processor.pixels(drawn), **targets(sample, processor, place)}
+
+
+def random(
+    size: tuple[int, int], canvas: tuple[int, int], rng: np.random.Generator, *, flip: bool = False
+) -> Placement:
+    """The image larger or smaller, a little out of shape, anywhere: a part of it, or all with a margin."""
+    fit = plain(size, canvas)
+    zoom, stretch = (np.exp(rng.uniform(*np.log(ends))) for ends in (ZOOM, (1 / STRETCH, STRETCH)))
+    scale_x, scale_y = fit.scale_x * zoom * stretch**0.5, fit.scale_y * zoom / stretch**0.5
+    free = np.array([canvas[1] - scale_x * size[1], canvas[0] - scale_y * size[0]])
+    left, top = np.minimum(free, 0) + rng.random(2) * np.abs(free)
+    mirrored = bool(flip and rng.random() < 0.5)
+    return Placement(size, canvas, float(scale_x), float(scale_y), float(left), float(top), mirrored)
+
+
+def worst(
+    samples: Sequence[Sample],
+    predictions: Sequence[Any],
+    quality: Callable[[Sample, Any], float],
+    draw: Callable[[Image.Image, Sample, Any], Sequence[Image.Image]],
+) -> Image.Image:
+    """The images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
+    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:SHOWN]
+    columns = []
+    for sample, prediction in pairs:
+        drawn = draw(to_rgb(sample.path), sample, prediction)
+        columns.append(plot.below([plot.to_height(image, 300) for image in drawn], gap=8))
+    return plot.beside(columns, gap=8)
+
+
+def as_map(tokens: mx.array, grid: tuple[int, int]) -> mx.array:
+    """Tokens in their grid: `(B, N, D) -> (B, h, w, D)`."""
+    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
+
+
+class Double(nn.Module):
+    """Twice as many rows and columns: `(B, h, w, C) -> (B, 2h, 2w, E)`; each position becomes four by a linear map."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 4 * out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        batch, rows, columns, _ = x.shape
+        x = self.proj(x).reshape(batch, rows, columns, 2, 2, -1)
+        # Row of the four beside the row, column beside the column.
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * rows, 2 * columns, -1)
+
+
+class Refine(nn.Module):
+    """Norm, ReLU and a 3 x 3 convolution, added to the input: `(B, h, w, C) -> (B, h, w, C)`.
+
+    ReLU, because GELU's tanh takes a quarter of the time of the whole layer on MLX's CPU backend.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.conv(nn.relu(self.norm(x)))
+
+
+def halve(x: mx.array) -> mx.array:
+    """The largest of each 2 x 2 positions: `(B, h, w, C) -> (B, ceil(h/2), ceil(w/2), C)`; an odd edge is repeated."""
+    if x.shape[1] % 2:
+        x = mx.concatenate([x, x[:, -1:]], axis=1)
+    if x.shape[2] % 2:
+        x = mx.concatenate([x, x[:, :, -1:]], axis=2)
+    batch, rows, columns, channels = x.shape
+    return x.reshape(batch, rows // 2, 2, columns // 2, 2, channels).max(axis=(2, 4))
+
+
+def bilinear(x: mx.array, size: tuple[int, int]) -> mx.array:
+    """A map at `size` (rows, columns) by linear interpolation: `(B, h, w, C) -> (B, rows, columns, C)`."""
+    batch, rows, columns, channels = x.shape
+    down, across = (mx.array(linear_weights(*sizes)).astype(x.dtype) for sizes in ((rows, size[0]), (columns, size[1])))
+    x = (down @ x.reshape(batch, rows, columns * channels)).reshape(batch, size[0], columns, channels)
+    return across @ x  # the rows of a batch of matrices (columns, C)
+
+
+@lru_cache(maxsize=32)
+def linear_weights(source: int, target: int) -> np.ndarray:
+    """Weights of linear interpolation along one axis, `-> (target, source)` float32; pixel centres, edges repeated."""
+    places = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+    first = np.minimum(np.floor(places).astype(int), max(source - 2, 0))
+    weights = np.zeros((target, source), np.float32)
+    rows = np.arange(target)
+    weights[rows, first] += 1 - (places - first)
+    weights[rows, np.minimum(first + 1, source - 1)] += places - first
+    return weights

@@ -1,0 +1,198 @@
+"""The two ways of training: heads on stored features of a frozen encoder, or the encoder together with its head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_aimv2.embed.cache import Array, Features
+from mlx_aimv2.embed.loader import Outputs, split_into_chunks
+from mlx_aimv2.learn import lora
+from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
+from mlx_aimv2.learn.learner import Learner, grid_of, outputs_of_head, outputs_of_learner
+from mlx_aimv2.learn.run import OutputsOf, Run, Trained
+from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
+
+STEP = 64
+"""Images whose tokens are in memory at a time."""
+
+
+def train_on_features(run: Run) -> Trained:
+    """The head of this run on features that are computed once: solved for, or the best of several that are trained."""
+    samples = [sample for part in run.dataset.splits.values() for sample in part]
+    features, grid = run.features(run.type.features or "tokens", samples), grid_of(run.processor)
+
+    def outputs_of(head: nn.Module) -> OutputsOf:
+        return lambda part: outputs_of_head(head, part, features, grid)
+
+    if run.task.solve is not None and not run.type.learning_rates:
+        solved = run.solve(run.task.solve, run.kind, features.of, say=run.say)
+        own = {"images": len(run.dataset.splits["train"])} if run.kind == "knn" else {}
+        return Trained(solved, outputs_of(solved), own)
+    heads, settings = _candidates(run, features)
+    base_rate, base_decay = settings[0]
+    groups = [
+        (rf"heads\.{i}\..*", Group(rate / base_rate, decay / base_decay if base_decay else 1.0, clip_with=f"{i}"))
+        for i, (rate, decay) in enumerate(settings)
+    ]
+
+    def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        row = np.asarray(features[sample.sha256], np.float32)
+        return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
+
+    def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+        losses = [run.task.head.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
+        total: mx.array = sum(losses[1:], losses[0])
+        return total
+
+    def scores(candidates: Any) -> list[float]:
+        return [run.score(outputs_of(head)) for head in candidates.heads]
+
+    model = nn.Module()
+    model.heads = heads
+    progress = run.train(model, loss, make, evaluate=lambda candidates: max(scores(candidates)), groups=groups)
+    best = int(np.argmax(scores(model)))
+    rate, decay = settings[best]
+    if len(settings) > 1:
+        run.say(f"learning rate {rate:g} and weight decay {decay:g} are the best on val")
+    about = {"learning_rate": rate, "weight_decay": decay, "step": progress.best_step}
+    return Trained(model.heads[best], outputs_of(model.heads[best]), settings=about, history=progress.history)
+
+
+def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tuple[float, float]]]:
+    """A head for each learning rate and weight decay to be tried, all from the same start, and these settings.
+
+    Attentive probes get the statistics of the tokens, and there is one more that begins as the linear probe: with that
+    one among them, what `val` likes best is there no worse than the linear probe. A recipe of others is followed as it
+    is, without.
+    """
+    settings = list(product(run.rates, run.decays))
+    heads = [run.head() for _ in settings]
+    for head in heads[1:]:
+        head.update(heads[0].parameters())
+    if run.task.solve is None or not isinstance(heads[0], AttentiveHead):
+        return heads, settings
+    mean, std = (mx.array(array) for array in token_statistics(features, run.dataset.splits["train"]))
+    probe = None
+    if run.options.recipe is None:
+        heads.append(run.head())
+        probe = run.solve(run.task.solve, "linear", lambda part: mean_tokens(features, part))
+        settings.append((min(run.rates), run.decays[0]))
+    for number, head in enumerate(heads):
+        head.start(mean, std, probe if number == len(heads) - 1 else None)
+    return heads, settings
+
+
+def token_statistics(features: Features, samples: Sequence[Sample]) -> tuple[Array, Array]:
+    """Mean and standard deviation of all tokens of the samples, (D,) each in float32, a few images at a time."""
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for part in split_into_chunks(samples, STEP):
+        tokens = features.of(part)
+        rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+        count, total, squares = count + len(rows), total + rows.sum(axis=0), squares + (rows**2).sum(axis=0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, MIN_STD**2))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def mean_tokens(features: Features, samples: Sequence[Sample]) -> Array:
+    """The mean token of each sample, (n, D)."""
+    return np.concatenate([features.of(part).mean(axis=1) for part in split_into_chunks(samples, STEP)])
+
+
+def fine_tune(run: Run) -> Trained:
+    """The encoder and the head of this run, trained on pixels: in full, or by adapters."""
+    options = run.options
+    depth = len(run.encoder.blocks)
+    layers = depth if options.num_layers in (None, -1) else int(options.num_layers or 0)
+    if layers > depth:
+        raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
+    head = _first_head(run)  # before the encoder has adapters
+    adapters = _with_adapters(run, layers)
+    learner = Learner(run.encoder, head)
+    decay = run.type.layer_decay if options.layer_decay is None else options.layer_decay
+    groups = _groups(depth, layers, decay) if adapters is None else []  # adapters have frozen all but themselves
+    freeze(learner, groups)
+    drop_path = run.type.drop_path if options.drop_path is None else options.drop_path
+    patches = math.prod(grid_of(run.processor))
+    hidden = round(options.mask_ratio * patches)
+
+    def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        example = run.task.data.example(sample, run.processor, rng=rng if options.augment else None, flip=options.flip)
+        if hidden:
+            mask = np.zeros(patches, bool)
+            mask[rng.permutation(patches)[:hidden]] = True
+            example["patch_mask"] = mask
+        return example
+
+    def loss(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+        pixels, other, share = batch["pixels"], batch, 1.0
+        if options.mixup:  # Zhang et al. 2018: how much of each image stays, and which other one is mixed in
+            rng = np.random.default_rng(np.array(key))
+            share, order = float(rng.beta(options.mixup, options.mixup)), mx.array(rng.permutation(len(pixels)))
+            pixels = share * pixels + (1 - share) * pixels[order]
+            other = {name: array[order] for name, array in batch.items()}
+        outputs = model(
+            pixels,
+            patch_mask=batch.get("patch_mask"),
+            checkpoint=options.grad_checkpoint,
+            drop_path=drop_path,
+            key=key,
+        )
+        losses = run.task.head.loss(outputs, batch)
+        return losses if share == 1 else share * losses + (1 - share) * run.task.head.loss(outputs, other)
+
+    def outputs(part: Sequence[Sample]) -> Iterator[Outputs]:
+        return outputs_of_learner(learner, part, run.processor)
+
+    progress = run.train(learner, loss, make, evaluate=lambda model: run.score(outputs), groups=groups)
+    about = {"learning_rate": run.rates[0], "weight_decay": run.decays[0], "step": progress.best_step}
+    return Trained(learner.head, outputs, settings=about, history=progress.history, adapters=adapters)
+
+
+def _first_head(run: Run) -> nn.Module:
+    """The head that training starts from: the linear probe where the task solves for one.
+
+    A head that fits the features first keeps the encoder from being bent to a random one (Kumar et al. 2022, LP-FT).
+    """
+    head = run.head()
+    if run.task.solve is None or run.options.adapter_path is not None:
+        return head
+    features = run.features("mean", [*run.dataset.splits["train"], *run.dataset.splits["val"]])
+    probe = run.solve(run.task.solve, "linear", features.of)
+    head.update(probe.parameters())
+    run.say("the head starts as the linear probe")
+    return head
+
+
+def _with_adapters(run: Run, layers: int) -> dict[str, Any] | None:
+    """Adds the adapters of `lora` and `dora` to the encoder; returns their configuration, None for `full`."""
+    encoder, options = run.encoder, run.options
+    if run.kind not in lora.KINDS:
+        return None
+    if options.adapter_path is not None:
+        return lora.load_adapters(encoder, Path(options.adapter_path))
+    settings: dict[str, Any] = {
+        "num_layers": layers,
+        "rank": options.lora_rank or lora.RANK,
+        "scale": lora.SCALE if options.lora_scale is None else options.lora_scale,
+        "dropout": options.lora_dropout or lora.DROPOUT,
+    }
+    lora.add_adapters(encoder, run.kind, **settings)
+    return lora.config_of(run.kind, **settings)
+
+
+def _groups(depth: int, layers: int, decay: float) -> Table:
+    """The last blocks, the final norm and the head learn; with all blocks also patches and positions."""
+    first = depth - layers
+    frozen = [r"encoder\.head\..*", *(rf"encoder\.blocks\.{i}\..*" for i in range(first))]
+    frozen += [r"encoder\.(patch_embed|pos_embed).*"] if first else []
+    return [*((pattern, FROZEN) for pattern in frozen), *layer_decay(depth, decay)]
