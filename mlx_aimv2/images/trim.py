@@ -19,6 +19,9 @@ ORIENTATION = 0x0112
 MAX_SCANS = 100
 """Scans of one JPEG, each of which passes over all pixels: encoders write about ten."""
 
+MAX_SCANNED_PIXELS = 1 << 32
+"""Pixels times scans of one JPEG."""
+
 MAX_PARTS = 1 << 18
 """Chunks of a PNG, strips or tiles of a TIFF."""
 
@@ -153,10 +156,14 @@ _COLOURS = (b"JFIF\0", b"Adobe")
 """How the segments start that say what the colours are, in 12 bytes or more; other APPn and comments are metadata."""
 
 
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that give the size."""
+
+
 def _jpeg(data: bytes) -> Trimmed:
     kept = [data[:2]]
     exif, xmp = b"", b""
-    position, header, scans = 2, 0, 0
+    position, header, scans, pixels = 2, 0, 0, 0
     end, ends_early = len(data), True
     while match := _MARKER.search(data, position):
         marker, start, following = data[match.end() - 1], match.start(), match.end()
@@ -169,13 +176,16 @@ def _jpeg(data: bytes) -> Trimmed:
             break
         if marker == 0xDA:
             header, scans = header or start, scans + 1
-            if scans > MAX_SCANS:
+            if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
                 raise ValueError(
-                    f"is a JPEG of more than {MAX_SCANS} scans, made to take for ever: encoders write about ten"
+                    f"is a JPEG of more than {scans - 1} scans over {pixels:,} pixels, made to take for ever: encoders "
+                    "write about ten"
                 )
+        segment = data[following + 2 : position]
+        if marker in _FRAMES:
+            pixels = max(pixels, int.from_bytes(segment[1:3], "big") * int.from_bytes(segment[3:5], "big"))
         if scans:
             continue
-        segment = data[following + 2 : position]
         if marker == 0xE1 and segment.startswith(b"Exif\0\0"):
             exif = exif or segment
         elif marker == 0xE1 and segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):

@@ -283,6 +283,14 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
     assert same(to_rgb(whole + last * 3000), to_rgb(whole))  # what follows the end is no part of it
 
 
+def test_a_large_jpeg_may_have_fewer_scans():
+    whole = encoded("JPEG", photograph(640, 427), progressive=True)
+    last, frame = whole[whole.rfind(b"\xff\xda") : -2], whole.index(b"\xff\xc2") + 5
+    large = whole[:frame] + (8000).to_bytes(2, "big") + (20000).to_bytes(2, "big") + whole[frame + 4 : -2]
+    with pytest.raises(ValueError, match=r"JPEG of more than 26 scans over 160,000,000 pixels"):
+        to_rgb(large + last * 40 + b"\xff\xd9")
+
+
 def test_comments_of_a_gif_are_passed_over_in_no_time():
     whole = encoded("GIF", photograph().quantize(99))
     place = 13 + (3 << ((whole[10] & 7) + 1))
