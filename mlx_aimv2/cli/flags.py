@@ -54,7 +54,7 @@ def add_policy_arguments(add: Add) -> None:
         choices=DECODE,
         default="fast",
         metavar="NAME",
-        help="JPEGs: fast, at a smaller scale, or exact, in full (default: %(default)s)",
+        help="decode JPEGs fast (reduced size) or exact (full size) (default: %(default)s)",
     )
     add("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 178956970, Pillow's limit)")
     add(

@@ -164,7 +164,7 @@ class Scan:
         if file.parent == folder:
             self._listing(folder, deep=True).suffixes.pop(file.suffix.lower(), None)  # it was not passed over
         if rest := sorted(set(self.images(folder)).difference(names)):
-            self.note(rest[0], f"is not listed in {file.name}: passed over", len(rest))
+            self.note(rest[0], f"is not listed in {file.name}: skipped", len(rest))
 
     def note(self, name: str, reason: str, count: int = 1) -> None:
         """Keeps that `name`, or so many things of which it is the first, was passed over or changed, and why."""
@@ -184,7 +184,7 @@ class Scan:
             if not is_under(str(folder), scanned) and (deep or str(folder) not in scanned):
                 # Other files right in DATA may well be what describes it.
                 total.update(listing.passed_over if deep else listing.excluded)
-        return [*lines, *([f"passed over: {counted(total, advice={})}"] if total else [])]
+        return [*lines, *([f"skipped: {counted(total, advice={})}"] if total else [])]
 
     def _listing(self, folder: Path, *, deep: bool) -> Listing:
         if (folder, deep) not in self._listings:
@@ -194,7 +194,7 @@ class Scan:
                 names[:] = [f"{folder}{name[start:]}" for name in names]
             for path, reason in listing.problems:
                 if Path(path).is_dir() and os.access(path, os.R_OK):
-                    self.note(path, f"{reason}: passed over")  # what lies in it is listed, or it would be a circle
+                    self.note(path, f"{reason}: skipped")  # what lies in it is listed, or it would be a circle
                 elif (line := f"{path} {reason}") not in self.faults:
                     self.faults.append(line)
         return self._listings[folder, deep]

@@ -271,9 +271,7 @@ def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str,
     for folder, images in [(data, scan.loose(data)), *((folder, scan.images(folder)) for folder in others)]:
         if images:
             where = f"{folder} itself" if folder is data else str(folder)
-            scan.note(
-                f"{where}, with {one_image(len(images))},", f"is no part of {data} (train, val, test): passed over"
-            )
+            scan.note(f"{where}, with {one_image(len(images))},", f"is no part of {data} (train, val, test): skipped")
     return found
 
 

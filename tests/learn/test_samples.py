@@ -431,7 +431,7 @@ def test_other_files_links_and_loose_images_are_counted(digits, tmp_path):
     Image.new("RGB", (5, 5)).save(digits / "loose.png")
     found = classify.data.read(digits)
     assert sum(counts(found)) == 37
-    assert "loose.png lies in no label's folder" in said(found) and "passed over: 1 .mov" in said(found)
+    assert "loose.png lies in no label's folder" in said(found) and "skipped: 1 .mov" in said(found)
 
 
 def test_a_class_may_be_called_like_a_part(digits):
@@ -458,7 +458,7 @@ def test_rows_of_a_metadata_file_are_parted_by_their_folders(digits):
     Image.new("RGB", (5, 5)).save(digits / "seg_test" / "more.png")
     found = classify.data.read(digits)
     assert counts(found)[2] == 12 and sum(counts(found)) == 36
-    assert "more.png is not listed in metadata.csv: passed over" in said(found)
+    assert "more.png is not listed in metadata.csv: skipped" in said(found)
 
 
 def test_a_line_of_json_ends_at_a_newline_alone(digits):

@@ -79,7 +79,7 @@ def _find(data: Path, scan: Scan) -> Found:
             if not images:
                 found.faults.append(f"{place} is a label without images")
         if loose := scan.loose(folder):
-            scan.note(loose[0], "lies in no label's folder: passed over", len(loose))
+            scan.note(loose[0], "lies in no label's folder: skipped", len(loose))
     return found
 
 
@@ -111,7 +111,7 @@ def _parts_of_rows(labelled: Labelled, folder: Path, scan: Scan) -> dict[str, La
     if "" in found and len(found) == 2:
         return {"": labelled}  # a class that is called like a part
     if len(found) > 2 and (rest := found.pop("", [])):
-        scan.note(rest[0][0], "lies in no part of the labelled data (train, val, test): passed over", len(rest))
+        scan.note(rest[0][0], "lies in no part of the labelled data (train, val, test): skipped", len(rest))
     return found
 
 
