@@ -73,7 +73,7 @@ LEARNING = (
     Mutation(
         "pixels without a label count",
         "known = labels != IGNORED",
-        "labels = np.where(labels == IGNORED, 0, labels)\n        known = labels != IGNORED",
+        "labels = np.where(labels == IGNORED, 0, labels)\n    known = labels != IGNORED",
         IOU,
     ),
     Mutation(
