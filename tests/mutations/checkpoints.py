@@ -213,7 +213,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "an index is searched with another model's vectors",
-        "refused, notes = differences(made, embedder.description)",
+        "refused, notes = provenance.differences(made, embedder.description)",
         "refused, notes = [], []",
         ("tests/embed/test_query.py",),
     ),
@@ -231,14 +231,14 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a copy is made before the move of what it is a copy of",
-        """            for item in images:
-                if isinstance(item, Move):
+        """            for item in copies:
+                if item.is_move:
                     self._move(item)
-            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
+            rows += [self._copied(item) for item in copies if not item.is_move]
 """,
-        """            rows = [*new, *(self._copied(item) for item in images if isinstance(item, Copy))]
-            for item in images:
-                if isinstance(item, Move):
+        """            rows += [self._copied(item) for item in copies if not item.is_move]
+            for item in copies:
+                if item.is_move:
                     self._move(item)
 """,
         ("tests/index/test_writer.py",),

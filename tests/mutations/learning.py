@@ -42,8 +42,8 @@ LEARNING = (
     ),
     Mutation(
         "a fine-tuning begins with a head of zeros, not with the linear probe",
-        "        head.update(probe.parameters())\n",
-        "",
+        'head.update(run.solve(run.task.solve, "linear", features.of).parameters())',
+        'run.solve(run.task.solve, "linear", features.of)',
         (f"{FACTS}::test_training_begins_with_the_linear_probe_and_the_right_labels",),
     ),
     Mutation(

@@ -96,7 +96,7 @@ TRAINING = (
     ),
     Mutation(
         "mixup mixes pixels and not labels",
-        "return losses if share == 1 else share * losses + (1 - share) * run.task.loss(outputs, other)",
+        "return losses if share == 1 else share * losses + (1 - share) * run.task.head.loss(outputs, other)",
         "return losses",
         MIXUP,
     ),
@@ -216,7 +216,7 @@ TRAINING = (
         CHANGES,
     ),
     Mutation("--lora-dropout is ignored", "options.lora_dropout or lora.DROPOUT", "lora.DROPOUT", CHANGES),
-    Mutation("--no-augment is ignored", "chance=rng if options.augment else None", "chance=rng", CHANGES),
+    Mutation("--no-augment is ignored", "rng=rng if options.augment else None", "rng=rng", CHANGES),
     Mutation("--flip is ignored", "flip=options.flip)", "flip=False)", CHANGES),
     Mutation(
         "--no-augment means the contrary",
@@ -232,8 +232,8 @@ TRAINING = (
     ),
     Mutation(
         "evaluate --card draws nothing",
-        "task.card(samples, predictions, classes, folder)",
-        "pass",
+        "            task.results.card(samples, predictions, classes, folder)\n    scores,",
+        "            pass\n    scores,",
         fit("evaluate_draws_the_cards_images_where_it_is_told"),
     ),
     Mutation(
