@@ -49,7 +49,7 @@ verify: $(VENV)/tested  ## with a network: Apple's weights against published val
 	$(RUN) -m convert.verify $(CHECKPOINTS)
 
 train: $(VENV)/train  ## pre-train and tune the emoji pair from the registries' packages (WORK=folder; goes on where it was interrupted)
-	$(RUN) -m convert.train_emoji $(WORK)
+	$(RUN) -m tools.train_emoji $(WORK)
 
 check: $(VENV)/tested  ## ruff and mypy --strict
 	$(BIN)/ruff check .

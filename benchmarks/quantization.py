@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.train_emoji import embed_images, embed_texts, recall
 from mlx_aimv2 import Aimv2Model, Aimv2Processor, bundled, load
 from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import RECIPES
+from tools.train_emoji import embed_images, embed_texts, recall
 
 CASES = {
     "dense": {},

@@ -14,7 +14,7 @@ from mlx_aimv2.config import RELEASED, AnyConfig, Released
 from mlx_aimv2.loading import build, parameter_shapes
 from mlx_aimv2.quantize import layers, plan, resolve, settings_at
 
-HEAD = """| checkpoint | parameters | tokens an image | float16 | 8 bits | 4 bits |
+HEAD = """| checkpoint | parameters | tokens per image | float16 | 8 bits | 4 bits |
 | --- | ---: | ---: | ---: | ---: | ---: |"""
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    *(ROOT / name / "README.md" for name in ("examples", "benchmarks", "convert", "tests/mutations")),
+    *(ROOT / name / "README.md" for name in ("examples", "benchmarks", "convert", "tools", "tests/mutations")),
 ]
 """Documents whose blocks are run, and whose commands, flags and targets are looked up."""
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from convert import train_emoji
 from examples import digits
 from mlx_aimv2 import Aimv2VisionModel, bundled, load
 from mlx_aimv2.checkpoint.detect import recognise
 from mlx_aimv2.checkpoint.read import read
+from tools import train_emoji
 
 pytestmark = pytest.mark.rounding
 

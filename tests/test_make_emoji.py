@@ -8,8 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from convert import make_emoji
-from convert.make_emoji import Emoji, captions, changed, restyled
+from tools import make_emoji
+from tools.make_emoji import Emoji, captions, changed, restyled
 
 DRAWING = Emoji(
     "twemoji", "red-heart", '<path fill="#DD2E44" d="M0 0h9v9z"/><path fill="#fff" d="M1 1h2z"/>', (0, 0, 36, 36)

@@ -88,9 +88,10 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was reached
             raise _refused(repo, at, error.__cause__) from None
+        how = "unset HF_HUB_OFFLINE to fetch the rest" if constants.HF_HUB_OFFLINE else "connect once"
         raise ConnectionError(
-            f"{repo}{at}: the Hub cannot be reached, and its cache does not hold all of this; connect once (and unset "
-            f"HF_HUB_OFFLINE), or give a folder{_held_instead(repo)}"
+            f"{repo}{at}: the Hub cannot be reached, and its cache does not hold all of this; {how}, or give a folder"
+            f"{_held_instead(repo)}"
         ) from None
     except errors.HfHubHTTPError as error:
         raise _refused(repo, at, error) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from mlx.utils import tree_flatten
 from mlx_aimv2 import bundled
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli.flags import MODEL, add_revision
-from mlx_aimv2.cli.output import log
+from mlx_aimv2.cli.output import aligned, log
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, released
-from mlx_aimv2.loading import load, parse_dtype, read_source
+from mlx_aimv2.loading import parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
 HELP = "measure the time and the memory of a model"
@@ -119,10 +120,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as one dictionary for JSON."""
     from mlx_aimv2 import __version__
 
-    if arguments.random:
-        released(arguments.random)
-        if arguments.keep_quantized:
-            raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
+    if arguments.random and arguments.keep_quantized:
+        raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
+    size = released(arguments.random) if arguments.random else None
     on = device.machine()
     found: dict[str, Any] = {
         "device": on.kind,
@@ -133,55 +133,49 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "advice": device.advice(on),
         "model": arguments.model or f"random {arguments.random}",
         "runs": arguments.runs,
+        "speed": [],
     }
-    if arguments.model:
+    if size is None:
         path = read_source(arguments.model, revision=arguments.revision).origin.path
         log("measuring: first embedding in a fresh process")
         image, dtype = bundled.photographs()[0], (arguments.dtype or ["auto"])[0]
         found["first_embedding"] = measure_first_embedding(str(path), image, dtype=dtype)
-    found["speed"] = list(_speeds(arguments, arguments.dtype or DEFAULT_DTYPES[on.kind]))
+    kinds = ("dense", "packed") if arguments.keep_quantized else ("dense",)
+    for dtype, weights in itertools.product(arguments.dtype or DEFAULT_DTYPES[on.kind], kinds):
+        if size is not None:
+            model = random_model(size.vision, parse_dtype(dtype))
+        else:
+            model = _loaded(arguments, dtype, keep_quantized=weights == "packed")
+        for batch in arguments.batch:
+            log(f"measuring: {dtype} {weights}, {batch} images")
+            pixels = random_pixels(model.config, batch=batch, side=arguments.side)
+            found["speed"].append({"weights": weights} | measure_speed(model, pixels, runs=arguments.runs))
     return found
 
 
 def table(found: dict[str, Any], *, runs: int) -> str:
     """What was measured, as lines for the terminal."""
-    lines = [
-        ("machine", f"{found['chip']}, {found['device']}, {found['cores']} cores"),
-        ("versions", f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}"),
-        ("model", found["model"]),
-    ]
+    lines = {
+        "machine": f"{found['chip']}, {found['device']}, {found['cores']} cores",
+        "versions": f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}",
+        "model": found["model"],
+    }
     if first := found.get("first_embedding"):
         steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
-        lines.append(("first embedding", f"{sum(first.values()):.2f} s in a fresh process: {steps}"))
+        lines["first embedding"] = f"{sum(first.values()):.2f} s in a fresh process: {steps}"
     if found["advice"]:
-        lines.append(("advice", found["advice"]))
-    width = max(len(name) for name, _ in lines)
-    head = [f"{name:<{width}}  {value}" for name, value in lines]
+        lines["advice"] = found["advice"]
     rows = [list(COLUMNS), *([cell(speed) for cell in COLUMNS.values()] for speed in found["speed"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     body = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*head, "", *body, "", NOTE.format(runs=runs)])
+    return "\n".join([*aligned(lines), "", *body, "", NOTE.format(runs=runs)])
 
 
-def _speeds(arguments: argparse.Namespace, dtypes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for dtype in dtypes:
-        for weights in ("dense", "packed") if arguments.keep_quantized else ("dense",):
-            model = _model(arguments, dtype, keep_quantized=weights == "packed")
-            for batch in arguments.batch:
-                log(f"measuring: {dtype} {weights}, {batch} images")
-                pixels = random_pixels(model.vision.config, batch=batch, side=arguments.side)
-                yield {"weights": weights} | measure_speed(model.vision, pixels, runs=arguments.runs)
-
-
-def _model(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Any:
-    if arguments.random:
-        return random_model(released(arguments.random).vision, parse_dtype(dtype))
-    model, _, config = load(
-        arguments.model, revision=arguments.revision, dtype=dtype, keep_quantized=keep_quantized, return_config=True
-    )
-    if keep_quantized and not isinstance(config.get("quantization"), dict):
+def _loaded(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Aimv2VisionModel:
+    loaded = read_source(arguments.model, revision=arguments.revision).load(dtype=dtype, keep_quantized=keep_quantized)
+    if keep_quantized and loaded.source.quantization is None:
         raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
-    return model
+    return loaded.model.vision
 
 
 def _up_to(limit: int) -> Callable[[str], int]:

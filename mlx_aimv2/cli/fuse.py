@@ -7,7 +7,7 @@ import argparse
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import show
 
-HELP = "make one checkpoint of an encoder and its adapters"
+HELP = "merge adapters into the encoder"
 
 EXAMPLE = "--adapter-path my-labels --save-path my-encoder"
 

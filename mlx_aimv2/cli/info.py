@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.cli.flags import MODEL, add_revision
-from mlx_aimv2.cli.output import show
+from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.files import expand_user, read_start
 
-HELP = "say what an index or a checkpoint holds"
+HELP = "show what an index or a checkpoint contains"
 
 EXAMPLE = "photos.db"
 
@@ -24,7 +24,7 @@ Facts = dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
-    add("target", metavar="INDEX|MODEL", help=f"index that mlx-aimv2 embed wrote; {MODEL}")
+    add("target", metavar="INDEX|MODEL", help=f"index written by mlx-aimv2 embed; {MODEL}")
     add_revision(add)
 
     add = parser.add_argument_group("output").add_argument
@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     if facts.get("layer", 0) is None:
         facts["layer"] = "last, after the final norm"
         facts.pop("norm", None)
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        show(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+    for line in aligned({name.replace("_", " "): _readable(value) for name, value in facts.items()}):
+        show(line)
     return 0
 
 

@@ -23,22 +23,22 @@ from mlx_aimv2.cli.output import leave_stdout, log, note, say
 from mlx_aimv2.files import discard_unfinished
 
 VERBS = {
-    "embed": ("use", "mlx_aimv2.cli.embed"),
-    "search": ("use", "mlx_aimv2.cli.search"),
-    "classify": ("use", "mlx_aimv2.cli.classify"),
-    "map": ("use", "mlx_aimv2.cli.map"),
-    "info": ("use", "mlx_aimv2.cli.info"),
-    "convert": ("convert", "mlx_aimv2.convert"),
-    "compare": ("convert", "mlx_aimv2.cli.compare"),
-    "fuse": ("convert", "mlx_aimv2.cli.fuse"),
-    "fit": ("learn", "mlx_aimv2.cli.fit"),
-    "predict": ("learn", "mlx_aimv2.cli.predict"),
-    "evaluate": ("learn", "mlx_aimv2.cli.evaluate"),
-    "pretrain": ("learn", "mlx_aimv2.cli.pretrain"),
-    "lit": ("learn", "mlx_aimv2.cli.lit"),
-    "bench": ("measure", "mlx_aimv2.cli.bench"),
+    "embed": ("use", "PATH... -o FILE"),
+    "search": ("use", "INDEX QUERY"),
+    "classify": ("use", "IMAGE..."),
+    "map": ("use", "IMAGE... -m MODEL"),
+    "info": ("use", "INDEX|MODEL"),
+    "convert": ("convert", "--hf-path MODEL"),
+    "compare": ("convert", "REFERENCE MODEL"),
+    "fuse": ("convert", "--adapter-path HEAD"),
+    "fit": ("learn", "DATA -m MODEL -o HEAD"),
+    "predict": ("learn", "HEAD IMAGE..."),
+    "evaluate": ("learn", "HEAD DATA"),
+    "pretrain": ("learn", "DATA -o DIR"),
+    "lit": ("learn", "DATA --encoder DIR -o DIR"),
+    "bench": ("measure", "(-m MODEL | --random SIZE)"),
 }
-"""Verb -> its group in the list, and the module with its `HELP`, `EXAMPLE`, `add_arguments` and `run(arguments)`."""
+"""Verb -> its group in the list, and what must be given."""
 
 MORE = """\
 mlx-aimv2 VERB --help   shows an example and the flags of a verb
@@ -58,45 +58,28 @@ TRACEBACK = "MLX_AIMV2_TRACEBACK"
 """The environment variable that shows where an error came from."""
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """argparse's formatter with `-o, --output FILE` for a flag that has two names, as in Python 3.13."""
-
-    def __init__(self, prog: str, **settings: int) -> None:
-        width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-        super().__init__(prog, **({"max_help_position": FLAG_COLUMN, "width": width} | settings))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        return f"{', '.join(action.option_strings)} {self._format_args(action, (action.dest or '').upper())}"
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return argparse.HelpFormatter(prog, max_help_position=FLAG_COLUMN, width=width)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with an example and a short usage in its help; its complaints are one line like all others."""
+    """argparse's parser with an example in its help, in at most 100 columns; its complaints are one line."""
 
     def __init__(self, *, example: str = "", **settings: Any) -> None:
         # No abbreviations: a flag half typed must not do what another one means.
-        super().__init__(add_help=False, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(add_help=False, formatter_class=_formatter, allow_abbrev=False, **settings)
         self.example = example
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
         """The help of a verb: an example, which is not wrapped so that it can be copied, what must be given, flags."""
-        given = [f"{one.metavar}{'...' * (one.nargs == '+')}" for one in self._actions if not one.option_strings]
-        given += [_short(one) for one in self._actions if one.option_strings and one.required]
-        either = [group._group_actions for group in self._mutually_exclusive_groups if group.required]
-        given += [f"({' | '.join(map(_short, actions))})" for actions in either]
-        self.usage = " ".join([self.prog, *given, "[flags]"])
         return f"example: {self.prog} {self.example}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments and where help is, and exits with 2."""
         say(f"{message}; see {self.prog} --help")
         self.exit(2)
-
-
-def _short(action: argparse.Action) -> str:
-    return f"{action.option_strings[0]} {action.metavar}"
 
 
 class ListParser(Parser):
@@ -136,10 +119,15 @@ def parser(verb: str | None = None) -> ListParser:
     whole = ListParser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
     whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}", help="show the version")
     for name in VERBS if verb is None else [verb]:
-        module = import_module(VERBS[name][1])
-        under = whole.verbs.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
-        module.add_arguments(under)
+        module, usage = module_of(name), f"mlx-aimv2 {name} {VERBS[name][1]} [flags]"
+        about = {"help": module.HELP, "description": module.HELP, "example": module.EXAMPLE, "usage": usage}
+        module.add_arguments(whole.verbs.add_parser(name, **about))
     return whole
+
+
+def module_of(verb: str) -> Any:
+    """The module of a verb, with its `HELP`, `EXAMPLE`, `add_arguments` and `run(arguments)`."""
+    return import_module("mlx_aimv2.convert" if verb == "convert" else f"mlx_aimv2.cli.{verb}")
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -149,7 +137,7 @@ def _dispatch(argv: list[str]) -> int:
     if unknown:
         advice = "" if unknown[0].startswith("-") else " (words that belong together need quotes)"
         whole.verbs.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
-    return int(import_module(VERBS[arguments.verb][1]).run(arguments))
+    return int(module_of(arguments.verb).run(arguments))
 
 
 def one_line_errors(work: Callable[[], int]) -> int:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,12 @@ def show_progress(line: str) -> None:
         show(line)
     except BrokenPipeError:
         leave_stdout()
+
+
+def aligned(facts: Mapping[str, str]) -> list[str]:
+    """Facts by their names as lines, the values one below the other."""
+    width = max(map(len, facts))
+    return [f"{name:<{width}}  {value}" for name, value in facts.items()]
 
 
 def typed(text: str) -> str:
@@ -109,7 +115,7 @@ def progress(unit: str) -> Iterator[Progress]:
     """Gives what shows the progress of a run. Within it the first ten notes are written, the others counted."""
     count, shown = 0, Progress(unit)
 
-    def note(message: Warning | str, *_: object, **__: object) -> None:
+    def limited(message: Warning | str, *_: object, **__: object) -> None:
         nonlocal count
         count += 1
         if count <= NOTES:
@@ -117,7 +123,7 @@ def progress(unit: str) -> Iterator[Progress]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = note
+        warnings.showwarning = limited
         try:
             yield shown
         finally:

@@ -4,11 +4,10 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 
-from mlx_aimv2.cli.main import VERBS, Parser, parser
+from mlx_aimv2.cli.main import VERBS, Parser, main, module_of, parser
 
 SHARED = ("--revision", "--dtype", "--decode", "--max-pixels", "--truncated", "--max-patches", "--threads", "--seed")
 SHARED += ("--resume", "--weight-decay", "--vocab-size", "--tokenizer", "--min-area", "--jitter", "--grey")
@@ -47,8 +46,10 @@ def flags(text: str) -> dict[str, tuple[str, str]]:
     listed = {left: words for group in entries(text).values() for left, words in group.items()}
     result = {}
     for left, words in listed.items():
-        names, _, metavar = left.partition(" ") if ", " not in left else left.replace(", ", ",", 1).partition(" ")
-        result |= {name: (metavar, words.split(" (default")[0]) for name in names.split(",") if name.startswith("-")}
+        *_, metavar = left.split(" ", left.count(", ") + 1) if " " in left.split(", ")[-1] else [""]
+        for name in left.split(", "):  # "-o DIR, --output DIR", from Python 3.13 on "-o, --output DIR"
+            if name.startswith("-"):
+                result[name.split(" ")[0]] = (metavar, words.split(" (default")[0])
     return result
 
 
@@ -64,7 +65,7 @@ def test_no_help_is_wider_than_the_terminal_or_100_columns(columns, verbs, monke
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_begins_with_an_example_that_the_verb_accepts(verb, verbs):
-    example = import_module(VERBS[verb][1]).EXAMPLE
+    example = module_of(verb).EXAMPLE
     assert verbs[verb].format_help().splitlines()[0] == f"example: mlx-aimv2 {verb} {example}"
     assert parser(verb).parse_args([verb, *shlex.split(example)]).verb == verb
 
@@ -86,6 +87,17 @@ def test_usage_is_one_line_with_what_must_be_given(verbs):
     assert usages["embed"] == "usage: mlx-aimv2 embed PATH... -o FILE [flags]"
     assert usages["bench"] == "usage: mlx-aimv2 bench (-m MODEL | --random SIZE) [flags]"
     assert all(usage.startswith("usage: ") and usage.endswith(" [flags]") for usage in usages.values())
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_usage_names_all_that_must_be_given_and_nothing_else(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb])
+    missing = re.search(r"(?:required: |one of the arguments )(.*?)(?: is required)?;", capsys.readouterr().err)
+    wanted = [name.split("/")[0] for name in re.split(r", | (?=-)", missing[1])]
+    assert all(name in VERBS[verb][1] for name in wanted)
+    words = [word for word in re.split(r"[ |()]+", VERBS[verb][1]) if word.startswith("-")]
+    assert sorted(words) == sorted(name for name in wanted if name.startswith("-") if name in words)
 
 
 @pytest.mark.parametrize("flag", SHARED)

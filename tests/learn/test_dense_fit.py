@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
-from tests.test_examples import FOLDER, imported
 
 from mlx_aimv2.cli.main import main
 from mlx_aimv2.learn import fit
 from tests.small_encoder import small_encoder
 from tests.small_models import FIXED
+from tests.test_examples import FOLDER, imported
 
 KINDS = {"segment": "masks", "detect": "boxes"}
 

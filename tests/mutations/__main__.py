@@ -1,7 +1,7 @@
 """`python -m tests.mutations`: breaks a copy of the package in one place at a time, and says which test notices.
 
 It prints a table in Markdown and ends with 1 if a fault was not noticed, or could not be tried because the code has
-changed. `--only WORDS` tries those whose names hold the words.
+changed. `--only WORDS` tries those whose names hold the words; some copies are tried side by side.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.util import cache_from_source
 from pathlib import Path
+from queue import SimpleQueue
 
 from tests.mutations import Mutation
 from tests.mutations.checkpoints import CHECKPOINTS
@@ -30,7 +33,7 @@ PACKAGE = "mlx_aimv2"
 
 MUTATIONS = (*NETWORK, *CHECKPOINTS, *LEARNING, *TRAINING)
 
-SECONDS = 120
+SECONDS = 300
 """A fault that keeps its tests running longer than this counts as noticed."""
 
 UNBROKEN_SECONDS = 1800
@@ -116,36 +119,47 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT, mutations: Seq
     """Runs the tests without a mutation and then with each; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="WORDS", help="mutations whose names hold these words")
-    only = parser.parse_args(argv).only
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="copies at once")
+    arguments = parser.parse_args(argv)
+    only, workers = arguments.only, max(1, arguments.workers)
     chosen = [mutation for mutation in mutations if only in mutation.name]
     if not chosen:
         parser.error(f"no mutation's name holds {only!r}")
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        place = Path(folder)
-        copied(root, place)
+    with ExitStack() as stack:
+        places = [Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutations-"))) for _ in range(workers)]
+        for place in places:
+            copied(root, place)
         files: dict[str, Path] = {}
         misfits: list[str] = []
         for mutation in chosen:
             try:
                 if mutation.name in files:
                     raise MisfitError("another mutation has this name")
-                files[mutation.name] = file_of(mutation, place)
+                files[mutation.name] = file_of(mutation, places[0]).relative_to(places[0])
             except MisfitError as error:
                 misfits.append(f"{mutation.name}: {error}")
         fitting = [mutation for mutation in chosen if mutation.name in files]
         tests = sorted({test for mutation in fitting for test in mutation.tests})
-        if tests and (failed := run_tests(place, tests, seconds=UNBROKEN_SECONDS)) is not None:
+        if tests and (failed := run_tests(places[0], tests, seconds=UNBROKEN_SECONDS)) is not None:
             print(f"{failed} fails without any mutation: mend that first", file=sys.stderr)
             return 2
         print("| Fault | File | Noticed by | Seconds |\n|---|---|---|---|", flush=True)
-        survivors = 0
-        for mutation in fitting:
+        free: SimpleQueue[Path] = SimpleQueue()
+        for place in places:
+            free.put(place)
+
+        def survives(mutation: Mutation) -> bool:
+            place, file = free.get(), files[mutation.name]
             began = time.monotonic()
-            file = files[mutation.name]
-            by = tried(mutation, file, place)
-            survivors += by == SURVIVED
-            seconds = time.monotonic() - began
-            print(f"| {mutation.name} | `{file.relative_to(place)}` | `{by}` | {seconds:.1f} |", flush=True)
+            try:
+                by = tried(mutation, place / file, place)
+            finally:
+                free.put(place)
+            print(f"| {mutation.name} | `{file}` | `{by}` | {time.monotonic() - began:.1f} |", flush=True)
+            return by == SURVIVED
+
+        with ThreadPoolExecutor(workers) as pool:
+            survivors = sum(pool.map(survives, fitting))
     print(f"{len(fitting) - survivors} of {len(chosen)} noticed", file=sys.stderr)
     for misfit in misfits:
         print(f"not tried, {misfit}", file=sys.stderr)

@@ -17,11 +17,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from safetensors.numpy import save_file  # noqa: E402
 
-from convert.make_golden import to_transformers  # noqa: E402
 from mlx_aimv2 import bundled, load  # noqa: E402
 from mlx_aimv2.images.preprocessing import published, to_clip  # noqa: E402
 from tests.checkpoint.test_layouts import INVENTORIES  # noqa: E402
 from tests.exact import APART  # noqa: E402
+from tools.make_golden import to_transformers  # noqa: E402
 
 NAME = "aimv2-large-patch14-224"
 CONFIG = {

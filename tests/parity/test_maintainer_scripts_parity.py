@@ -7,13 +7,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from convert import check, make_golden
+from convert import check
 from mlx_aimv2 import load
 from mlx_aimv2.convert import convert
 from tests.exact import ALLOWED, APART
 from tests.loopback import serve
 from tests.small_models import FIXED
 from tests.test_maintainer_scripts import row, run, write_list
+from tools import make_golden
 
 
 @pytest.fixture(scope="module", params=make_golden.SIZES)

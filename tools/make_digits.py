@@ -1,6 +1,6 @@
 """Writes the handwritten digits that ship in the package, from scikit-learn's copy: mlx_aimv2/assets/digits.npz.
 
-python -m convert.make_digits        needs scikit-learn (extra `train`)
+python -m tools.make_digits        needs scikit-learn (extra `train`)
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     npm packages -> SVG -> restyled SVG -> PNG of 84 pixels on white + metadata.jsonl
 
-    python -m convert.make_emoji FOLDER              fetches the packages with npm and writes FOLDER/train, FOLDER/noto
-    python -m convert.make_emoji FOLDER --packages P    uses packages fetched before (P/NAME.tgz or P/NAME.json)
+    python -m tools.make_emoji FOLDER              fetches the packages with npm and writes FOLDER/train, FOLDER/noto
+    python -m tools.make_emoji FOLDER --packages P    uses packages fetched before (P/NAME.tgz or P/NAME.json)
 
 `train` holds every style but Noto, `noto` holds Noto alone: a style that no training sees. So that five styles teach
 more than five, `train` holds each drawing also in other colours, tilted, some with outlines. Skin tones and country

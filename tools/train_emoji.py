@@ -2,9 +2,9 @@
 
 emoji of five styles -> mlx-aimv2 pretrain -> encoder -> mlx-aimv2 lit -> pair -> measured on a sixth style, Noto
 
-python -m convert.train_emoji WORK                 everything; WORK keeps the emoji, the encoder and the pair
-python -m convert.train_emoji WORK --write         also replaces the pair and the Noto images in the package
-python -m convert.train_emoji WORK --measure PAIR  only measures a pair
+python -m tools.train_emoji WORK                 everything; WORK keeps the emoji, the encoder and the pair
+python -m tools.train_emoji WORK --write         also replaces the pair and the Noto images in the package
+python -m tools.train_emoji WORK --measure PAIR  only measures a pair
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert import make_emoji
 from mlx_aimv2 import bundled
 from mlx_aimv2.cli.main import main as command_line
 from mlx_aimv2.conversion import folder as mlx_folder
@@ -31,6 +30,7 @@ from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from mlx_aimv2.train.state import STATE_FILE
+from tools import make_emoji
 
 SIZES = {
     "hidden_size": 192,

@@ -1,6 +1,6 @@
 """Makes golden values: small random checkpoints in Apple's layout with the outputs of transformers on torch.
 
-    python -m convert.make_golden DIR
+    python -m tools.make_golden DIR
 
 Writes DIR/{fixed,native,lit}, each with config.json, model.safetensors, preprocessor_config.json and expected.npz.
 Needs the extra `parity`. Weights are drawn so that mistakes show: norm weights away from one, sharp attention.
@@ -42,7 +42,7 @@ IDS = np.array([[59, 7, 11, 60, 60, 60], [59, 3, 60, 60, 60, 60], [59, 5, 17, 29
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m convert.make_golden", description="Make golden values.")
+    parser = argparse.ArgumentParser(prog="python -m tools.make_golden", description="Make golden values.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     arguments = parser.parse_args(argv)
     return one_line_errors(lambda: run(arguments.folder))
