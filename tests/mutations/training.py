@@ -38,6 +38,7 @@ BEST = fit("of_several_rates_the_best_is_kept_as_if_it_had_been_the_only_one")
 COMMAND = fit("the_commands_flags_are_the_options")
 
 SETTINGS = ("tests/cli/test_settings.py",)
+AUGMENT, LORA, DENSE = (f"tests/learn/test_{name}.py::test_" for name in ("augment", "lora", "dense"))
 
 PRE_CHANGES = pretrain("an_option_changes_what_is_learned")
 PRE_RESUMED = pretrain("a_run_that_was_stopped_and_resumed_equals_one_that_was_not")
@@ -371,5 +372,209 @@ TRAINING = (
         "[number_of(image.sum()), number_of(text.sum())]",
         "[number_of(image.mean()), number_of(text.mean())]",
         pretrain("held_out_losses_are_means_over_the_images_and_their_first_captions"),
+    ),
+    Mutation(
+        "the losses of a step are those of one rank",
+        "group=ranks.group), ranks.mean(means)",
+        "group=ranks.group), means",
+        train("losses_are_means_over_the_ranks_and_the_score_is_that_of_the_first"),
+    ),
+    Mutation(
+        "a score is divided by the number of ranks",
+        '_is_best(ranks.size * ranks.mean({"score": score})["score"]',
+        '_is_best(ranks.mean({"score": score})["score"]',
+        train("losses_are_means_over_the_ranks_and_the_score_is_that_of_the_first"),
+    ),
+    Mutation(
+        "a state of a model of other shapes is taken",
+        'if {name: tuple(array.shape) for name, array in parts["model"].items()} != shapes:',
+        'if parts["model"].keys() != shapes.keys():',
+        train("a_state_of_other_settings_or_another_model_is_refused"),
+    ),
+    Mutation(
+        "colours of training images are changed to one side",
+        "rng.uniform(1 - amount, 1 + amount)",
+        "rng.uniform(1 - amount, 1)",
+        (AUGMENT + "colours_are_changed_to_either_side",),
+    ),
+    Mutation(
+        "where no crop fits the upper left corner is taken",
+        "return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2",
+        "return 0.0, 0.0, w, h",
+        (AUGMENT + "the_middle_is_taken_where_no_crop_fits",),
+    ),
+    Mutation(
+        "the last operation of RandAugment is never drawn",
+        "rng.integers(0, len(names), operations)",
+        "rng.integers(0, len(names) - 1, operations)",
+        (AUGMENT + "each_operation_is_drawn",),
+    ),
+    Mutation(
+        "posterizing keeps as many bits as it should drop",
+        "round(8 - 4 * abs(strength))",
+        "round(4 * abs(strength))",
+        (AUGMENT + "an_operation_of_no_strength_changes_nothing",),
+    ),
+    Mutation(
+        "a resumed run forgets its patience",
+        "Progress(**(state.progress or {}))",
+        'Progress(**((state.progress or {}) | {"stale": 0}))',
+        train("a_resumed_run_is_as_patient_as_one_that_was_not_stopped"),
+    ),
+    Mutation(
+        "the warm-up of fit is longer than the run",
+        "warm_up=min(defaults.warm_up_epochs * per_epoch, max(1, steps // 5)),",
+        "warm_up=defaults.warm_up_epochs * per_epoch,",
+        fit("the_first_step_goes_as_far_as_the_rate_says"),
+    ),
+    Mutation(
+        "an image that changes while features are computed is not noticed",
+        "if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:",
+        "if changed := []:",
+        fit("an_image_that_changes_while_features_are_computed_is_named"),
+    ),
+    Mutation(
+        "all candidates are decayed alike",
+        "Group(rate / base_rate, decay / base_decay if base_decay else 1.0,",
+        "Group(rate / base_rate, 1.0,",
+        fit("candidates_of_one_rate_are_decayed_each_as_it_should_be"),
+    ),
+    Mutation(
+        "the candidate that starts as the probe learns at the highest rate",
+        "settings.append((min(rates), decays[0]))",
+        "settings.append((max(rates), decays[0]))",
+        fit("each_candidate_learns_at_its_own_rate_and_the_one_that_starts_as_the_probe_at_the_lowest"),
+    ),
+    Mutation(
+        "gradients of all candidates are cut together",
+        ', clip_with=f"{i}")',
+        ")",
+        fit("gradients_of_a_candidate_are_cut_as_if_it_were_the_only_one"),
+    ),
+    Mutation(
+        "every step mixes its images alike",
+        "rng = np.random.default_rng(np.array(key))",
+        "rng = np.random.default_rng(0)",
+        fit("every_step_mixes_its_images_in_a_way_of_its_own"),
+    ),
+    Mutation(
+        "full skips no block by default",
+        "defaults.drop_path if options.drop_path is None else options.drop_path",
+        "options.drop_path or 0.0",
+        fit("what_full_takes_by_default_may_be_said"),
+    ),
+    Mutation(
+        "the lengths of DoRA's rows have a gradient",
+        "self.m / mx.stop_gradient(mx.linalg.norm(adapted, axis=1))",
+        "self.m / mx.linalg.norm(adapted, axis=1)",
+        (LORA + "the_lengths_of_doras_rows_are_constants_for_the_gradient",),
+    ),
+    Mutation(
+        "adapters of all blocks, -1, are on none",
+        "return depth if layers == -1 else layers",
+        "return layers",
+        (LORA + "adapters_of_all_blocks_may_say_so_by_minus_one",),
+    ),
+    Mutation(
+        "adapters are fused with any encoder",
+        '    if info:\n        check_encoder(source_folder, info["encoder"], loaded)\n',
+        "",
+        (LORA + "fuse_makes_a_checkpoint_that_load_and_the_converter_read",),
+    ),
+    Mutation(
+        "a run of fit is resumed with another seed",
+        'if name not in ("learning_rate", "patience")}',
+        'if name not in ("learning_rate", "patience", "seed")}',
+        fit("a_run_is_resumed_with_its_own_settings_alone"),
+    ),
+    Mutation(
+        "a card shows the best images as the worst",
+        "key=lambda pair: quality(*pair))[:SHOWN]",
+        "key=lambda pair: -quality(*pair))[:SHOWN]",
+        (DENSE + "the_card_begins_with_the_worst_images",),
+    ),
+    Mutation(
+        "a class that no image has counts as never found",
+        "(np.diag(counts)[there > 0] / there[there > 0]).mean()",
+        "(np.diag(counts) / np.maximum(there, 1)).mean()",
+        ("tests/learn/test_metrics.py::test_recall_is_the_mean_over_the_classes_that_there_are",),
+    ),
+    Mutation(
+        "precision and recall are swapped in the table",
+        "_share(right, called), _share(right, there)",
+        "_share(right, there), _share(right, called)",
+        ("tests/learn/test_heads.py::test_the_table_has_precision_before_recall",),
+    ),
+    Mutation(
+        "masks of training images are interpolated",
+        "resample=Image.Resampling.NEAREST",
+        "resample=Image.Resampling.BILINEAR",
+        (DENSE + "a_mask_holds_the_numbers_of_its_classes_alone_at_whatever_size",),
+    ),
+    Mutation(
+        "an example that a broken shard cuts is used",
+        "        return  # the last example may be cut\n",
+        "",
+        ("tests/pretrain/test_captioned.py::test_the_example_at_which_a_shard_breaks_is_left_out",),
+    ),
+    Mutation(
+        "images of one caption are wrong answers to it",
+        "Pair(features.take([image], [view])[0], texts[chosen], keys[texts[0]])",
+        "Pair(features.take([image], [view])[0], texts[chosen], image)",
+        pretrain("images_of_one_caption_are_no_wrong_answers_to_it"),
+    ),
+    Mutation(
+        "lit never takes the last view",
+        "int(rng.integers(settings.views))",
+        "int(rng.integers(max(1, settings.views - 1)))",
+        pretrain("views_change_what_lit_learns"),
+    ),
+    Mutation(
+        "predicted patches are drawn with the mean of the one before",
+        "* deviation[:, 1:] + mean[:, 1:]",
+        "* deviation[:, :-1] + mean[:, :-1]",
+        pretrain("a_patch_that_is_predicted_is_drawn_with_its_own_mean"),
+    ),
+    Mutation(
+        "a tokenizer learns from first captions alone",
+        "        yield from example.texts\n",
+        "        yield example.texts[0]\n",
+        pretrain("a_tokenizer_learns_from_all_captions"),
+    ),
+    Mutation(
+        "a run of pretrain goes on with other ranks",
+        'asdict(settings) | {"ranks": ranks.size}',
+        "asdict(settings)",
+        pretrain("pretraining_goes_on_with_as_many_ranks_as_it_was_begun_with"),
+    ),
+    Mutation(
+        "an export replaces an image of the index",
+        "inputs=[output, *inputs],",
+        "inputs=[output],",
+        ("tests/index/test_outputs.py::test_an_export_replaces_an_untrusted_file_only_when_told_to",),
+    ),
+    Mutation(
+        "a page tells where on this disk a checkpoint lies",
+        'name if made.get("commit") else Path(name).name',
+        "name",
+        ("tests/index/test_html.py::test_a_page_names_a_checkpoint_of_this_disk_by_its_folder_alone",),
+    ),
+    Mutation(
+        "vectors of float32 in an index may be infinite",
+        "is_finite = bool(np.isfinite(part).all())",
+        "is_finite = True",
+        ("tests/index/test_damaged_index.py::test_vectors_of_float32_are_checked_too",),
+    ),
+    Mutation(
+        "who reads an index does not wait for a writer",
+        "BUSY_SECONDS = 60.0",
+        "BUSY_SECONDS = 0.0",
+        ("tests/index/test_reader.py::test_who_reads_waits_until_a_writer_is_done",),
+    ),
+    Mutation(
+        "a truncated image has no thumbnail",
+        'Policy(decode="fast", truncated="accept")',
+        'Policy(decode="fast")',
+        ("tests/index/test_html.py::test_what_is_there_of_an_image_is_enough_for_its_thumbnail",),
     ),
 )
