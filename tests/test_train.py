@@ -113,6 +113,15 @@ def test_a_resumed_run_is_as_patient_as_one_that_was_not_stopped(tmp_path):
     assert (done.step, done.stale) == (9, 3)
 
 
+def test_the_progress_of_a_resumed_run_begins_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(make=killed_at(7), state=StateFile(tmp_path, {}))
+    counts = []
+    watch = Watch(evaluate=score, advance=counts.append)
+    train(Line(), losses, Numbered(batch), plan(), state=StateFile(tmp_path, {}), watch=watch)
+    assert counts == [6, 1, 1, 1, 1, 1]
+
+
 class WithAnother(Ranks):
     """Rank 0 of two, whose other one has a loss that is larger by one and no score."""
 

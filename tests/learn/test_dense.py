@@ -205,6 +205,30 @@ def test_boxes_come_back_in_the_images_own_pixels():
     assert found.scores[0] > 0.99
 
 
+def test_a_box_that_nobody_is_sure_of_is_kept_and_not_printed():
+    outputs = {
+        "classes": np.array([[9.0, -9], [-9, -2.0]]),
+        "centre": np.array([9.0, -2.0]),
+        "points": np.array([[14.0, 14, 7], [40, 40, 7]]),
+        "distances": np.full((2, 4), 5.0),
+        "canvas": np.array([56.0, 56]),
+    }
+    found = detect.results.decode(outputs, (56, 56))
+    assert found.scores.tolist() == [pytest.approx(1, abs=1e-3), pytest.approx(0.119, abs=1e-3)]
+    assert [one["label"] for one in detect.results.as_json(found, ("sea", "land"))["objects"]] == ["sea", "land"]
+    assert detect.results.as_text(found, ("sea", "land")).split()[2:] == ["sea", "9", "9", "19", "19"]
+
+
+def test_colours_of_training_images_are_changed(tmp_path):
+    Image.new("RGB", (43, 67), (100, 100, 100)).save(tmp_path / "grey.png")
+    Image.new("L", (43, 67)).save(tmp_path / "mask.png")
+    sample = Sample(str(tmp_path / "grey.png"), b"", SIZE, str(tmp_path / "mask.png"))
+    _, processor = encoder(patches=5)
+    rngs = [None, *map(np.random.default_rng, range(9))]
+    middles = [segment.data.example(sample, processor, rng=rng)["pixels"][35, 35, 0] for rng in rngs]
+    assert min(middles[1:]) < middles[0] < max(middles[1:])
+
+
 def test_an_object_that_is_hardly_seen_is_left_undecided(samples):
     truth = Truth(np.array([[0.0, 0, 20, 20]]), np.array([1]))
     place = Placement((56, 56), (56, 56), 1, 1, -16, 0)

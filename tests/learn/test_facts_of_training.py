@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -484,6 +485,16 @@ def test_in_full_everything_is_trained(shop):
     after = arrays(shop.head("classify", "full", **SHORT) / "encoder.safetensors")
     assert before.keys() == after.keys()
     assert all(far > 0 for far in moved(before, after).values())
+
+
+def test_the_encoders_own_pooling_head_stays_as_it_is(shop, tmp_path):
+    """No task asks it, so that no gradient comes to it, and it is not decayed either."""
+    encoder = write_encoder(tmp_path / "encoder", replace(ENCODER, use_head=True))
+    keywords = {"fine_tune_type": "full", "cache": tmp_path / "cache", **SHORT, "weight_decay": 9.0}
+    fit(shop.data["classify"], encoder, tmp_path / "head", **keywords)
+    before, after = weights(encoder), arrays(tmp_path / "head" / "encoder.safetensors")
+    assert any(name.startswith("head.") for name in before)
+    assert all((array == before[name]).all() == name.startswith("head.") for name, array in after.items())
 
 
 def test_layers_learn_the_slower_the_nearer_to_the_pixels(shop):

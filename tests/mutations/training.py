@@ -577,4 +577,58 @@ TRAINING = (
         'Policy(decode="fast")',
         ("tests/index/test_html.py::test_what_is_there_of_an_image_is_enough_for_its_thumbnail",),
     ),
+    Mutation(
+        "the progress of a resumed run begins at nothing",
+        "        watch.advance(done.step)\n",
+        "",
+        train("the_progress_of_a_resumed_run_begins_where_it_was"),
+    ),
+    Mutation(
+        "evaluate keeps its notes on DATA to itself",
+        "(*dataset.notes, *seen(samples, loaded.trained_on))",
+        "tuple(seen(samples, loaded.trained_on))",
+        ("tests/learn/test_fit.py::test_evaluate_and_predict_print_a_table_and_the_best_labels",),
+    ),
+    Mutation(
+        "a fused model does not say its dtype",
+        ' | {"torch_dtype": dtype_name(loaded.model.dtype)}',
+        "",
+        (LORA + "fuse_makes_a_checkpoint_that_load_and_the_converter_read",),
+    ),
+    Mutation(
+        "the pooling head of an encoder is decayed in full",
+        r'frozen = [r"encoder\.head\..*", *(rf"encoder',
+        'frozen = [*(rf"encoder',
+        fit("the_encoders_own_pooling_head_stays_as_it_is"),
+    ),
+    Mutation(
+        "boxes that nobody is sure of are dropped",
+        "LEAST_SCORE = 0.05",
+        "LEAST_SCORE = 0.5",
+        (DENSE + "a_box_that_nobody_is_sure_of_is_kept_and_not_printed",),
+    ),
+    Mutation(
+        "boxes that nobody is sure of are printed",
+        "    sure = prediction.scores >= SURE\n",
+        "    sure = prediction.scores >= 0\n",
+        (DENSE + "a_box_that_nobody_is_sure_of_is_kept_and_not_printed",),
+    ),
+    Mutation(
+        "colours of images with masks or boxes stay",
+        "        image = jittered(image, COLOUR, chance)\n",
+        "        pass\n",
+        (DENSE + "colours_of_training_images_are_changed",),
+    ),
+    Mutation(
+        "the betas of pretrain and lit are ignored",
+        "            betas=BETAS,\n",
+        "",
+        pretrain("the_betas_are_those_of_pretraining"),
+    ),
+    Mutation(
+        "lit goes on with other views",
+        'if name not in ("steps_per_report", "save_every")}',
+        'if name not in ("steps_per_report", "save_every", "views")}',
+        pretrain("lit_goes_on_with_as_many_views_as_it_was_begun_with"),
+    ),
 )

@@ -15,6 +15,7 @@ from mlx_aimv2.tokenizer import Tokenizer
 from tests.small_training import (
     TINY,
     CaptionWorkshop,
+    arrays,
     length_of_moments,
     moved,
     result,
@@ -81,6 +82,12 @@ def test_lit_goes_on_with_its_own_encoder_alone(shop, tmp_path, capsys):
     other = write_encoder(tmp_path / "other", load(shop.encoder)[0].config, seed=4)
     assert main([*words, "--encoder", str(other), "-o", str(output), "--resume"]) == 2
     assert "was begun with encoder " in capsys.readouterr().err
+
+
+def test_lit_goes_on_with_as_many_views_as_it_was_begun_with(shop, capsys):
+    output, words = stopped(shop, "lit", "--views", 2)
+    assert main([*words, "--views", "3", "-o", str(output), "--resume"]) == 2
+    assert "was begun with views 2, now 3" in capsys.readouterr().err
 
 
 def test_an_epoch_that_was_begun_is_gone_on_with(shop):
@@ -188,6 +195,16 @@ def test_gradients_are_cut_to_one_length(shop):
         length_of_moments(state_of(stopped(shop, "pretrain", "--alpha", alpha, at=2)[0])) for alpha in (1e4, 1e5)
     )
     assert other == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_the_betas_are_those_of_pretraining(shop, verb):
+    """0.9 and 0.95: after a step the moments are a tenth of the gradient and a twentieth of its square."""
+    moments = arrays(state_of(stopped(shop, verb, at=2)[0]))
+    first = np.concatenate([x.ravel() for name, x in sorted(moments.items()) if name.endswith(".m")])
+    second = np.concatenate([x.ravel() for name, x in sorted(moments.items()) if name.endswith(".v")])
+    large = np.abs(first) > 1e-3 * np.abs(first).max()
+    np.testing.assert_allclose(second[large] / first[large] ** 2, 0.05 / 0.1**2, rtol=1e-3)
 
 
 def test_matrices_are_decayed_and_positions_are_not(shop):
