@@ -288,9 +288,9 @@ def _checked(name: str, value: Any, kind: str) -> Any:
 def _check_positive(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
-        least = 0 if f.name == "eos_token_id" else 1
-        if type(value) is int and not least <= value < MAX_SIZE:
-            raise ValueError(f"{f.name} must be from {least} to {MAX_SIZE:,}, got {value:.6g}")
+        minimum = 0 if f.name == "eos_token_id" else 1
+        if type(value) is int and not minimum <= value < MAX_SIZE:
+            raise ValueError(f"{f.name} must be from {minimum} to {MAX_SIZE:,}, got {value:.6g}")
         if isinstance(value, float) and not 0 < value < MAX_SIZE:  # false for NaN too
             raise ValueError(f"{f.name} must be a positive number, got {value!s:.80}")
     if getattr(config, "rms_norm_eps", 0) >= 1:

@@ -206,9 +206,9 @@ class Aimv2TextModel(nn.Module):
             )
         lowest, highest = (int(value.item()) for value in (ids.min(), ids.max()))  # type: ignore[arg-type]
         if lowest < 0 or highest >= config.vocab_size:
-            wrong = lowest if lowest < 0 else highest
+            outside = lowest if lowest < 0 else highest
             raise ValueError(
-                f"token id {wrong} is outside the vocabulary of {config.vocab_size}; is the tokenizer its own?"
+                f"token id {outside} is outside the vocabulary of {config.vocab_size}; is the tokenizer its own?"
             )
         is_eos = ids == config.eos_token_id
         if not is_eos.any(axis=1).all().item():

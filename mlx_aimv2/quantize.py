@@ -93,14 +93,14 @@ def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predica
 
 def check(model: nn.Module, quantization: Quantization) -> None:
     """Raises ValueError that names the layers which cannot be quantized as the section says."""
-    wrong: dict[tuple[int, int], list[str]] = {}
+    misfits: dict[tuple[int, int], list[str]] = {}
     for path, layer in layers(model).items():
         settings, width = settings_at(path, quantization), layer.weight.shape[-1]
         if settings and width % settings["group_size"]:
-            wrong.setdefault((width, settings["group_size"]), []).append(path)
-    if wrong:
-        lines = [f"{listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in wrong.items()]
-        fitting = [size for size in MODES["affine"].group_sizes if all(width % size == 0 for width, _ in wrong)]
+            misfits.setdefault((width, settings["group_size"]), []).append(path)
+    if misfits:
+        lines = [f"{listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in misfits.items()]
+        fitting = [size for size in MODES["affine"].group_sizes if all(width % size == 0 for width, _ in misfits)]
         advice = f"; --q-group-size {_or(fitting)} would fit" if fitting else ""
         raise ValueError(f"these layers do not divide into groups: {'; '.join(lines)}{advice}")
 

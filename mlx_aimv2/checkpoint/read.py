@@ -78,10 +78,10 @@ class Checkpoint:
         return {name: tuple(array.shape) for name, array in self.tensors.items()}
 
     def check_dtypes(self, names: Iterable[str], packed: Mapping[str, mx.Dtype]) -> None:
-        """Raises ValueError that names each of the tensors of a wrong dtype: `packed` has those that are no floats."""
+        """Raises ValueError that names each of the tensors of another dtype: `packed` has those that are no floats."""
         dtypes = {name: self.tensors[name].dtype for name in names}
-        if wrong := [name for name in packed if dtypes[name] != packed[name]]:
-            each = [f"{name} is {dtype_name(dtypes[name])} (wanted {dtype_name(packed[name])})" for name in wrong]
+        if misfits := [name for name in packed if dtypes[name] != packed[name]]:
+            each = [f"{name} is {dtype_name(dtypes[name])} (wanted {dtype_name(packed[name])})" for name in misfits]
             raise ValueError(f"quantized weights are packed integers, got {', '.join(each)}")
         dense = {name: dtype_name(dtype) for name, dtype in dtypes.items() if name not in packed}
         if other := [f"{name} is {dtype}" for name, dtype in dense.items() if dtype not in DTYPES]:

@@ -155,30 +155,19 @@ def one_line_errors(work: Callable[[], int]) -> int:
                 return work()
             finally:
                 sys.stdout.flush()
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            leave_stdout()
-            return 0
-        _trace()
-        say(_sentence(error))
-        code = 2
+    except (SystemExit, GeneratorExit):
+        raise
     except KeyboardInterrupt as stop:
         say("; ".join(map(str, stop.args)) or "stopped")
         code = stop.exit_code if isinstance(stop, Stopped) else 130
-    except MemoryError as error:
-        _trace()
-        say(f"not enough memory{f' ({error})' if str(error) else ''}: smaller images, fewer at once or another model")
-        code = 1
-    except ImportError as error:
-        _trace()
-        say(f"{error}: a package is missing or broken; pip install --force-reinstall mlx-aimv2 fetches all of them")
-        code = 1
-    except (SystemExit, GeneratorExit):
-        raise
     except BaseException as error:  # a library written in Rust panics with an exception that is no Exception
-        _trace()
-        say(f"a fault of mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 in front of the command shows where")
-        code = 1
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            leave_stdout()
+            return 0
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            log(traceback.format_exc())
+        say(_sentence(error))
+        code = 2 if isinstance(error, (ValueError, OSError)) else 1
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -233,17 +222,17 @@ def stoppable() -> Iterator[None]:
                     signal.signal(number, before[number])
 
 
-def _sentence(error: Exception) -> str:
-    """The error as its own words say it; the system's errors without their number."""
+def _sentence(error: BaseException) -> str:
+    """What an error says in one line; the system's errors without their number."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error) or type(error).__name__
-
-
-def _trace() -> None:
-    """The traceback of the error that is being handled, if the user asked for it."""
-    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
-        log(traceback.format_exc())
+    if isinstance(error, (ValueError, OSError)):
+        return str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({error})' if str(error) else ''}: smaller images, fewer at once or another model"
+    if isinstance(error, ImportError):
+        return f"{error}: a package is missing or broken; pip install --force-reinstall mlx-aimv2 fetches all of them"
+    return f"a fault of mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 in front of the command shows where"
 
 
 def _reader_is_gone() -> bool:

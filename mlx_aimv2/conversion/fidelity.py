@@ -222,12 +222,12 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     token, image, count = found["token_cosine"], found["image_cosine"], len(found["images"])
     table = [
         ("token cosine, mean", f"{token['mean']:.6f}"),
-        ("token cosine, least", f"{token['min']:.6f}"),
-        ("image vector cosine, least", f"{image['min']:.6f}"),
+        ("token cosine, minimum", f"{token['min']:.6f}"),
+        ("image vector cosine, minimum", f"{image['min']:.6f}"),
     ]
     if "text_cosine" in found:
         table += [
-            ("text vector cosine, least", f"{found['text_cosine']['min']:.6f}"),
+            ("text vector cosine, minimum", f"{found['text_cosine']['min']:.6f}"),
             ("largest difference of logits", f"{found['largest_logit_difference']:.4g}"),
         ]
     table += [
