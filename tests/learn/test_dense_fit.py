@@ -117,7 +117,7 @@ def test_hidden_patches_are_refused(task, scenes, capsys):
     assert "--mask-ratio does not go with" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("task", ["segment", pytest.param("detect", marks=pytest.mark.slow)])
 def test_a_frozen_encoder_sees_each_image_once_for_all_epochs(task, scenes, tiny, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(scenes / KINDS[task], data)

@@ -317,10 +317,9 @@ def test_the_rate_falls_towards_the_end(shop):
     assert 0.3 * rate * steps < farthest < 0.75 * rate * steps
 
 
-@pytest.mark.parametrize("size", [12, 4])
-def test_the_first_step_goes_as_far_as_the_rate_says(shop, size):
+def test_the_first_step_goes_as_far_as_the_rate_says(shop):
     """Of a run that is over before an epoch is, too: the rate rises in no more than a fifth of the steps."""
-    settings = STILL | {"learning_rate": 1e-5, "iters": 1, "batch_size": size, "steps_per_eval": 1}
+    settings = STILL | {"learning_rate": 1e-5, "iters": 1, "batch_size": 4, "steps_per_eval": 1}
     adapters = arrays(shop.head("classify", "lora", patience=0, **settings) / "adapters.safetensors")
     farthest = max(np.abs(array).max() for name, array in adapters.items() if name.endswith("lora_b"))
     assert farthest == pytest.approx(1e-5, rel=1e-3)
