@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.learn import fit
 from mlx_aimv2.train.batches import Batches, Shuffled
 from mlx_aimv2.train.loop import LossError, Plan, StateFile, Watch, check_training_folder, train
@@ -102,6 +103,45 @@ def test_the_best_state_is_kept_and_training_stops_early():
     assert kept == seen[2]
 
 
+def test_a_resumed_run_is_as_patient_as_one_that_was_not_stopped(tmp_path):
+    """Of scores that are all alike the first one alone is better than what was before."""
+    options = {"evaluate": lambda model: 0.5, "patience": 3}
+    with pytest.raises(KeyboardInterrupt):
+        run(make=killed_at(7), state=StateFile(tmp_path, {}), **options)
+    _, done = run(state=StateFile(tmp_path, {}), **options)
+    assert (done.step, done.stale) == (9, 3)
+
+
+def test_the_progress_of_a_resumed_run_begins_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(make=killed_at(7), state=StateFile(tmp_path, {}))
+    counts = []
+    watch = Watch(evaluate=score, advance=counts.append)
+    train(Line(), losses, Numbered(batch), plan(), state=StateFile(tmp_path, {}), watch=watch)
+    assert counts == [6, 1, 1, 1, 1, 1]
+
+
+class WithAnother(Ranks):
+    """Rank 0 of two, whose other one has a loss that is larger by one and no score."""
+
+    size = 2
+
+    def mean(self, values):
+        return {name: value / 2 if name == "score" else value + 0.5 for name, value in values.items()}
+
+
+def test_losses_are_means_over_the_ranks_and_the_score_is_that_of_the_first():
+    def trained(ranks):
+        logged = []
+        watch = Watch(evaluate=score, after_step=lambda step, means: logged.append(means["loss"]))
+        done = train(Line(), losses, Numbered(batch), plan(), ranks=ranks, watch=watch)
+        return logged, [entry["score"] for entry in done.history]
+
+    (alone, scores), (together, scores_together) = trained(Ranks()), trained(WithAnother())
+    assert together == pytest.approx([loss + 0.5 for loss in alone])
+    assert scores_together == pytest.approx(scores)
+
+
 def test_the_history_holds_the_mean_loss_up_to_each_evaluation_the_last_step_among_them():
     means = []
     watch = Watch(evaluate=score, after_step=lambda step, losses: means.append(losses["loss"]))
@@ -166,6 +206,8 @@ def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path):
         StateFile(tmp_path, {"batch_size": 4, "seed": 3})
     with pytest.raises(ValueError, match="is of another model"):
         StateFile(tmp_path, {"batch_size": 4}).load({"other": mx.zeros((1, 3))})
+    with pytest.raises(ValueError, match="is of another model"):
+        StateFile(tmp_path, {"batch_size": 4}).load({"weight": mx.zeros((1, 4))})
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is damaged, or of another version: remove"):
         StateFile(tmp_path, {})

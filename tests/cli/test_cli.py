@@ -20,16 +20,15 @@ from mlx_aimv2.cli.output import escape, progress, say
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mlx_aimv2", *arguments], capture_output=True, text=True, check=False)
-
-
-def test_the_version_is_the_packages():
-    assert run("--version").stdout.split() == ["mlx-aimv2", mlx_aimv2.__version__]
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split() == ["mlx-aimv2", mlx_aimv2.__version__]
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():
-    result = run("convert", "--hf-path", "nowhere", "--mlx-path", "out")
+    command = [sys.executable, "-m", "mlx_aimv2", "convert", "--hf-path", "nowhere", "--mlx-path", "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("mlx-aimv2: nowhere: no such file or folder")
     assert "Traceback" not in result.stderr

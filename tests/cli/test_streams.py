@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2 import bundled
-from mlx_aimv2.cli.main import TRACEBACK, one_line_errors
+from mlx_aimv2.cli.main import TRACEBACK, main, one_line_errors
 from tests import programs
 from tests.small_models import FIXED, pair_with_words
 
@@ -114,17 +114,16 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, program):
     assert (run.returncode, errors) == (130, "mlx-aimv2: stopped\n")
 
 
-def test_control_characters_of_headers_and_arguments_are_escaped(tmp_path):
+def test_control_characters_of_headers_and_arguments_are_escaped(tmp_path, capsys):
     escape = "\x1b]0;title\x07"
     folder = Path(shutil.copytree(FIXED, tmp_path / "fixed"))
     config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": escape}
     (folder / "config.json").write_text(json.dumps(config))
     for arguments in (["info", str(folder)], ["info", f"/no{escape}where"], ["map", escape, "-m", escape]):
-        command = [sys.executable, "-m", "mlx_aimv2", *arguments]
-        result = subprocess.run(command, capture_output=True, env=programs.environment(), cwd=tmp_path)
-        assert result.returncode in (1, 2)
-        assert b"\x1b" not in result.stdout + result.stderr and b"\x07" not in result.stdout + result.stderr
-        assert b"\\x1b]0;title\\x07" in result.stderr
+        assert main(arguments) in (1, 2)
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err and "\x07" not in out + err
+        assert "\\x1b]0;title\\x07" in err
 
 
 def test_one_ctrl_c_stops_a_run_and_a_second_one_a_slow_decoder(tmp_path):

@@ -12,7 +12,7 @@ from mlx_aimv2.embed.provenance import made_by
 from mlx_aimv2.index.export import export
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
-from tests.small_index import MADE, WIDTH, change
+from tests.small_index import MADE, WIDTH, change, some
 
 DAMAGE = {
     "no width": "DELETE FROM about WHERE name = 'width'",
@@ -69,6 +69,19 @@ def test_vectors_that_are_not_finite_are_not_ranked(photos, bits):
         db.execute("UPDATE blocks SET vectors = ?", (numbers.tobytes(),))
     db.close()
     with pytest.raises(ValueError, match="vectors that are not finite"), Index.open(photos) as index:
+        index.search(np.ones(WIDTH))
+
+
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_vectors_of_float32_are_checked_too(tmp_path, number):
+    with IndexWriter.create(tmp_path / "a.db", provenance=MADE, width=WIDTH, dtype="float32") as index:
+        index.add(some(3))
+    with sqlite3.connect(tmp_path / "a.db") as db:
+        numbers = np.frombuffer(db.execute("SELECT vectors FROM blocks").fetchone()[0], np.float32).copy()
+        numbers[WIDTH + 2] = number
+        db.execute("UPDATE blocks SET vectors = ?", (numbers.tobytes(),))
+    db.close()
+    with pytest.raises(ValueError, match="vectors that are not finite"), Index.open(tmp_path / "a.db") as index:
         index.search(np.ones(WIDTH))
 
 

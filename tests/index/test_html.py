@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_aimv2.index.export import result_page, thumbnail
 from mlx_aimv2.index.reader import Match
-from tests.image_files import noise
+from tests.image_files import image, noise
 from tests.programs import HANGS
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
@@ -60,6 +60,12 @@ def test_the_page_shows_every_match_and_needs_nothing_else(photo_index, search):
     assert [line for line in page.texts if line.isdigit()] == ["1", "2", "3", "4", "5"]
 
 
+def test_a_page_names_a_checkpoint_of_this_disk_by_its_folder_alone(photo_index, search):
+    search("in/0.png", "--html", "page.html")
+    (about,) = (line for line in Page(Path("page.html").read_text(encoding="utf-8")).texts if " nearest of " in line)
+    assert about.startswith("5 nearest of 5 images · fixed · ")
+
+
 def test_a_hostile_name_is_text(photo_index, search):
     search("in/0.png", "--html", "page.html")
     page = Page(Path("page.html").read_text(encoding="utf-8"))
@@ -104,6 +110,13 @@ def test_a_thumbnail_is_small_and_keeps_its_shape(tmp_path):
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.size == (480, 240)
     assert thumbnail(str(tmp_path / "none.png")) is None
+
+
+def test_what_is_there_of_an_image_is_enough_for_its_thumbnail(tmp_path):
+    image(tmp_path / "a.jpg", (500, 300), 1)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    assert thumbnail(str(tmp_path / "a.jpg"))
 
 
 def test_open_without_a_name_writes_a_page_and_shows_it(photo_index, search, monkeypatch):

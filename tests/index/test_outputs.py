@@ -185,6 +185,10 @@ def test_an_export_replaces_an_untrusted_file_only_when_told_to(images_in_an_ind
     assert "or add --overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     assert main(command) == 0
+    Path(f"photos.{kind}").unlink()
+    Path(f"photos.{kind}").symlink_to("a.jpg")
+    assert main([*command, "--overwrite"]) == 2
+    assert "which never happens" in capsys.readouterr().err
 
 
 def test_a_conversion_replaces_its_own_folder_when_told_to_and_no_other(tmp_path, monkeypatch, capsys):

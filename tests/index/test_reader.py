@@ -1,7 +1,10 @@
 """An index gives back what was put in, and refuses files that are something else."""
 
+import contextlib
 import os
 import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +123,21 @@ def test_a_damaged_file_is_an_error_in_one_line(index):
         file.write(b"\xff" * 60000)
     with pytest.raises((OSError, ValueError), match=r"a\.db"), Index.open(index.path) as again:
         list(again.embeddings())
+
+
+def test_who_reads_waits_until_a_writer_is_done(index):
+    def count():
+        with Index.open(index.path) as reader:
+            return len(reader)
+
+    index.add(some(3))
+    with contextlib.closing(sqlite3.connect(index.path, isolation_level=None)) as writer, ThreadPoolExecutor(1) as pool:
+        writer.execute("BEGIN EXCLUSIVE")
+        found = pool.submit(count)
+        time.sleep(0.2)
+        assert not found.done()
+        writer.execute("ROLLBACK")
+        assert found.result() == 3
 
 
 def test_reading_while_another_writes_sees_whole_additions(index):

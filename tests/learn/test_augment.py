@@ -30,7 +30,9 @@ def test_an_operation_keeps_size_and_mode(name, strength):
     assert name == "identity" or np.abs(np.asarray(changed).astype(int) - np.asarray(image)).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", ["rotate", "colour", "contrast", "shear x", "shear y", "translate x", "translate y"])
+@pytest.mark.parametrize(
+    "name", ["rotate", "posterize", "colour", "contrast", "shear x", "shear y", "translate x", "translate y"]
+)
 def test_an_operation_of_no_strength_changes_nothing(name):
     image = Image.open(PHOTOGRAPH).convert("RGB").resize((53, 41))
     np.testing.assert_allclose(np.asarray(augment.TABLE[name](image, 0.0)), np.asarray(image), atol=1)
@@ -46,6 +48,29 @@ def test_operations_go_to_either_side():
     image = Image.new("RGB", (41, 41), (100, 100, 100))
     seen = {augment.rand_augment(image, 1, np.random.default_rng(seed)).getpixel((20, 20)) for seed in range(99)}
     assert min(seen) < (100, 100, 100) < max(seen)
+
+
+def test_each_operation_is_drawn(monkeypatch):
+    drawn = []
+    for name in augment.TABLE:
+        monkeypatch.setitem(augment.TABLE, name, lambda image, strength, name=name: drawn.append(name) or image)
+    augment.rand_augment(Image.new("RGB", (3, 2)), 500, np.random.default_rng(0))
+    assert set(drawn) == set(augment.TABLE)
+
+
+def test_colours_are_changed_to_either_side():
+    """Of an even grey it is the brightness that changes."""
+    image, changed = Image.new("RGB", (41, 41), (100, 100, 100)), augment.Augmentation(min_area=1, jitter=0.5)
+    seen = [changed(image, (5, 5), np.random.default_rng(seed)).getpixel((2, 2))[0] for seed in range(40)]
+    assert min(seen) < 70 and max(seen) > 130
+
+
+def test_the_middle_is_taken_where_no_crop_fits():
+    """Of an image that is far too wide."""
+    image = Image.new("RGB", (400, 20))
+    image.paste((255, 255, 255), (180, 0, 220, 20))
+    changed = augment.Augmentation(min_area=1)(image, (7, 7), np.random.default_rng(0))
+    assert np.asarray(changed).min() == 255
 
 
 def test_only_flip_mirrors():

@@ -135,6 +135,15 @@ def test_a_head_learns_one_image_by_heart(task, samples):
     assert scores[task.metric] > 0.85
 
 
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_a_mask_holds_the_numbers_of_its_classes_alone_at_whatever_size(samples, seed):
+    _, processor = encoder(patches=5)
+    rng = None if seed is None else np.random.default_rng(seed)
+    mask = segment.data.example(samples[segment.TASK], processor, rng=rng)["mask"]
+    assert mask.shape == (70, 70)
+    assert set(np.unique(mask)) <= {0, 2, 255}
+
+
 def test_the_linear_segmentation_head_decides_by_patch(samples):
     model, _ = encoder()
     head = head_of(segment, model, "linear")
@@ -194,6 +203,30 @@ def test_boxes_come_back_in_the_images_own_pixels():
     assert found.scores[0] > 0.99
 
 
+def test_a_box_that_nobody_is_sure_of_is_kept_and_not_printed():
+    outputs = {
+        "classes": np.array([[9.0, -9], [-9, -2.0]]),
+        "centre": np.array([9.0, -2.0]),
+        "points": np.array([[14.0, 14, 7], [40, 40, 7]]),
+        "distances": np.full((2, 4), 5.0),
+        "canvas": np.array([56.0, 56]),
+    }
+    found = detect.results.decode(outputs, (56, 56))
+    assert found.scores.tolist() == [pytest.approx(1, abs=1e-3), pytest.approx(0.119, abs=1e-3)]
+    assert [one["label"] for one in detect.results.as_json(found, ("sea", "land"))["objects"]] == ["sea", "land"]
+    assert detect.results.as_text(found, ("sea", "land")).split()[2:] == ["sea", "9", "9", "19", "19"]
+
+
+def test_colours_of_training_images_are_changed(tmp_path):
+    Image.new("RGB", (43, 67), (100, 100, 100)).save(tmp_path / "grey.png")
+    Image.new("L", (43, 67)).save(tmp_path / "mask.png")
+    sample = Sample(str(tmp_path / "grey.png"), b"", SIZE, str(tmp_path / "mask.png"))
+    _, processor = encoder(patches=5)
+    rngs = [None, *map(np.random.default_rng, range(9))]
+    middles = [segment.data.example(sample, processor, rng=rng)["pixels"][35, 35, 0] for rng in rngs]
+    assert min(middles[1:]) < middles[0] < max(middles[1:])
+
+
 def test_an_object_that_is_hardly_seen_is_left_undecided(samples):
     truth = ground_truth((0, 0, 20, 20), 1)
     place = Placement((56, 56), (56, 56), 1, 1, -16, 0)
@@ -228,6 +261,28 @@ def test_what_is_found_can_be_seen(task, samples, tmp_path):
     else:
         written = json.loads((tmp_path / "predictions.coco.json").read_text())
         assert written["annotations"][0]["bbox"] == [11, 23, 26, 36]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_card_begins_with_the_worst_images(task, tmp_path):
+    """Of a dark image, where all is right, and a light one, where all is wrong."""
+    samples, predictions = [], []
+    for level in (40, 220):
+        path, is_right = str(tmp_path / f"{level}.png"), level == 40
+        Image.new("RGB", SIZE[::-1], (level,) * 3).save(path)
+        Image.new("L", SIZE[::-1]).save(tmp_path / f"mask-{level}.png")
+        if task is segment.TASK:
+            samples.append(Sample(path, b"", SIZE, str(tmp_path / f"mask-{level}.png")))
+            labels = np.full(SIZE, 0 if is_right else 1, np.uint8)
+            predictions.append(segment.results.Segmentation(labels, np.ones(SIZE, np.float32)))
+        else:
+            samples.append(Sample(path, b"", SIZE, Truth(np.array([BOX], float), np.array([1]))))
+            boxes = np.array([BOX], float) - (0 if is_right else 11)
+            predictions.append(detect.results.Detections(boxes, np.array([1]), np.array([0.9]), SIZE))
+    ((_, name),) = task.results.card(samples, predictions, ("sea", "land"), tmp_path)
+    with Image.open(tmp_path / name) as card:
+        left, right = np.array_split(np.asarray(card.convert("L"))[:250], 2, axis=1)
+    assert np.median(left) > np.median(right) + 30
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -7,8 +7,10 @@ what is told is that results differ, are the same to the bit, or stand in a rela
 import json
 import math
 import os
+import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -136,7 +138,7 @@ def begun(shop, **settings):
 
 def test_a_run_is_resumed_with_its_own_settings_alone(shop):
     output, keywords = begun(shop)
-    for other in ({"iters": 7}, {"batch_size": 3}, {"fine_tune_type": "full"}):
+    for other in ({"iters": 7}, {"batch_size": 3}, {"fine_tune_type": "full"}, {"seed": 1}):
         with pytest.raises(ValueError, match=next(iter(other)).replace("_", ".")):
             fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords | other)
 
@@ -244,6 +246,11 @@ def test_epochs_count_whole_batches_where_they_are_accumulated(shop):
     assert history[-1]["step"] == 2 * 12 // (2 * 3)
 
 
+def test_what_full_takes_by_default_may_be_said(shop):
+    defaults = {"drop_path": 0.1, "layer_decay": 0.75, "weight_decay": 0.05}
+    assert shop.bits("classify", "full", **SHORT) == shop.bits("classify", "full", **SHORT, **defaults)
+
+
 @pytest.mark.parametrize(
     ("task", "kind"), table([("classify", "lora"), ("classify", "full"), ("detect", "lora")], slow=["full"])
 )
@@ -284,13 +291,13 @@ def test_what_is_accumulated_is_the_mean_over_its_parts(shop):
     assert two == pytest.approx(one, rel=1e-4)
 
 
-def stopped(shop, kind, **settings):
-    """The state file of a run that was stopped after its first step."""
+def stopped(shop, kind, *, task="classify", encoder=None, after=1, **settings):
+    """The state file of a run that was stopped after so many of its three steps."""
     output = shop.new()
     with pytest.raises(KeyboardInterrupt):
         fit(
-            shop.data["classify"], shop.encoder, output, progress=stopping_at(2), fine_tune_type=kind,
-            cache=shop.folder / "cache", iters=3, steps_per_eval=1, **settings,
+            shop.data[task], encoder or shop.encoder, output, progress=stopping_at(after + 1), task=task,
+            fine_tune_type=kind, cache=shop.folder / "cache", iters=3, steps_per_eval=1, **settings,
         )  # fmt: skip
     return output.with_name(f"{output.name}.training") / "state.safetensors"
 
@@ -311,7 +318,8 @@ def test_the_rate_falls_towards_the_end(shop):
 
 
 def test_the_first_step_goes_as_far_as_the_rate_says(shop):
-    settings = STILL | {"learning_rate": 1e-5, "iters": 1, "batch_size": 12, "steps_per_eval": 1}
+    """Of a run that is over before an epoch is, too: the rate rises in no more than a fifth of the steps."""
+    settings = STILL | {"learning_rate": 1e-5, "iters": 1, "batch_size": 4, "steps_per_eval": 1}
     adapters = arrays(shop.head("classify", "lora", patience=0, **settings) / "adapters.safetensors")
     farthest = max(np.abs(array).max() for name, array in adapters.items() if name.endswith("lora_b"))
     assert farthest == pytest.approx(1e-5, rel=1e-3)
@@ -379,6 +387,16 @@ def test_images_that_are_mixed_take_their_share_of_the_targets_with_them(shop, t
     swapped = shop.losses(task, kind, mixup=1e-6, **settings, **more)
     np.testing.assert_allclose(swapped, plain, rtol=1e-4)
     assert not np.allclose(shop.losses(task, kind, mixup=1.0, **settings, **more), plain, rtol=1e-3)
+
+
+def test_every_step_mixes_its_images_in_a_way_of_its_own(shop, tmp_path):
+    """Of two images, which all batches hold, it is the share alone that decides the loss."""
+    data = write_labels(tmp_path / "labels", per_class=2)
+    shutil.rmtree(data / "grey")
+    keywords = {"fine_tune_type": "lora", "iters": 6, "batch_size": 2, "steps_per_eval": 1, "patience": 0, **STILL}
+    fit(data, shop.encoder, tmp_path / "head", mixup=1.0, **keywords)
+    history = json.loads((tmp_path / "head" / "head.json").read_text())["history"]
+    assert len({round(entry["loss"], 4) for entry in history[1:]}) > 2
 
 
 def test_the_mask_hides_its_share_of_the_patches(shop):
@@ -468,6 +486,16 @@ def test_in_full_everything_is_trained(shop):
     assert all(far > 0 for far in moved(before, after).values())
 
 
+def test_the_encoders_own_pooling_head_stays_as_it_is(shop, tmp_path):
+    """No task asks it, so that no gradient comes to it, and it is not decayed either."""
+    encoder = write_encoder(tmp_path / "encoder", replace(ENCODER, use_head=True))
+    keywords = {"fine_tune_type": "full", "cache": tmp_path / "cache", **SHORT, "weight_decay": 9.0}
+    fit(shop.data["classify"], encoder, tmp_path / "head", **keywords)
+    before, after = weights(encoder), arrays(tmp_path / "head" / "encoder.safetensors")
+    assert any(name.startswith("head.") for name in before)
+    assert all((array == before[name]).all() == name.startswith("head.") for name, array in after.items())
+
+
 def test_layers_learn_the_slower_the_nearer_to_the_pixels(shop):
     before = weights(shop.encoder)
     settings = SHORT | {"weight_decay": 0.0, "iters": 1}
@@ -523,6 +551,50 @@ def test_of_several_rates_the_best_is_kept_as_if_it_had_been_the_only_one(shop):
     one = arrays(shop.head("segment", "linear", **settings) / "head.safetensors")
     two = arrays(shop.head("segment", "linear", learning_rate=3e-3, **settings) / "head.safetensors")
     assert max(moved(one, two).values()) < 1e-4
+
+
+def candidates(state, name):
+    """A tensor of each candidate in a state file, by the candidate's number."""
+    found = (
+        (re.search(rf"^model\.\w+\.(\d+)\.{re.escape(name)}$", key), array) for key, array in arrays(state).items()
+    )
+    return {int(match[1]): array for match, array in found if match}
+
+
+def test_each_candidate_learns_at_its_own_rate_and_the_one_that_starts_as_the_probe_at_the_lowest(shop):
+    """The first step of AdamW goes as far as the rate."""
+    before, after = (
+        candidates(stopped(shop, "attentive", after=steps, batch_size=12, weight_decay=0.0), "linear.weight")
+        for steps in (0, 1)
+    )
+    went = [np.abs(after[number] - before[number]).max() for number in sorted(before)]
+    assert went == pytest.approx([1e-3, 3e-3, 1e-2, 1e-3], rel=1e-2)
+
+
+def test_candidates_of_one_rate_are_decayed_each_as_it_should_be(shop):
+    """Of the paper's fourteen the last two, which differ by a decay of 0.05."""
+    before, after = (
+        candidates(stopped(shop, "attentive", after=steps, batch_size=12, recipe="paper"), "k.weight")
+        for steps in (0, 1)
+    )
+    assert len(after) == 14
+    np.testing.assert_array_equal(before[13], before[12])
+    apart, wanted = after[12] - after[13], 2e-3 * 0.05 * before[13]
+    assert np.abs(apart - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_gradients_of_a_candidate_are_cut_as_if_it_were_the_only_one(shop, tmp_path):
+    """Of an encoder whose features are so large that the gradients must be cut."""
+    encoder = shutil.copytree(shop.encoder, tmp_path / "encoder")
+    tensors = mx.load(str(encoder / "model.safetensors"))
+    (name,) = (name for name in tensors if name.endswith("trunk.post_trunk_norm.weight"))
+    tensors[name] = 1000 * tensors[name]
+    mx.save_safetensors(str(encoder / "model.safetensors"), tensors, metadata={"format": "pt"})
+    one, two = (
+        length_of_moments(stopped(shop, "linear", task="segment", encoder=encoder, batch_size=7, **rate))
+        for rate in ({"learning_rate": 1e-3}, {})
+    )
+    assert two == pytest.approx(2**0.5 * one, rel=1e-3)
 
 
 # Heads that are written
@@ -603,6 +675,19 @@ def test_a_file_that_changes_after_it_was_checked_is_checked_again(shop, own_cac
         fit(data, shop.encoder, tmp_path / "two", **keywords)
 
 
+def test_an_image_that_changes_while_features_are_computed_is_named(shop, tmp_path):
+    data = write_labels(tmp_path / "labels")
+    file = data / "grey" / "3.png"
+
+    def say(line):
+        """The first lines are said once all files are checked."""
+        Image.new("RGB", (47, 47), (1, 2, 3)).save(file)
+
+    with pytest.raises(ValueError, match=r"grey/3\.png was changed while it was read: run it again"):
+        fit(data, shop.encoder, tmp_path / "head", task="classify", fine_tune_type="linear", say=say)
+    assert not (tmp_path / "head").exists()
+
+
 def other_preprocessing(encoder, folder):
     shutil.copytree(encoder, folder)
     file = folder / "preprocessor_config.json"
@@ -663,7 +748,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_head(shop, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     keywords = {"fine_tune_type": "linear", "cache": tmp_path / "features"}
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"no space left .*choose another --cache"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"no space left .*choose another --cache; what was done is kept"),
+    ):
         patch.setattr(os, "fsync", full)
         fit(shop.data["classify"], shop.encoder, tmp_path / "head", **keywords)
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"need .* bytes.*choose another --cache"):

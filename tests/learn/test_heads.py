@@ -153,6 +153,17 @@ def test_scores_are_scikit_learns(classes):
     np.testing.assert_array_equal(confusion(labels, found, classes), metrics.confusion_matrix(labels, found))
 
 
+def test_the_table_has_precision_before_recall():
+    """Two of the first class, of which one is called the second, and one of the second."""
+    samples = [Sample("", b"", (1, 2), label) for label in (0, 0, 1)]
+    predictions = [Classification(np.eye(3)[label]) for label in (0, 1, 1)]
+    assert classify.results.table(samples, predictions, ("cat", "dog", "emu"))[1:] == [
+        ["cat", "2", "100.0 %", "50.0 %", "66.7 %"],
+        ["dog", "1", "50.0 %", "100.0 %", "66.7 %"],
+        ["emu", "0", "none", "none", "none"],
+    ]
+
+
 def test_probabilities_are_the_softmax():
     found = classify.results.decode({"logits": np.array([1.0, 3.0, 90.0], np.float32)}, (0, 0))
     assert found.probabilities.sum() == pytest.approx(1)

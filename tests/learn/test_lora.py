@@ -14,6 +14,7 @@ from mlx_aimv2.convert import convert
 from mlx_aimv2.files import write_json
 from mlx_aimv2.learn import fit, fuse, lora
 from tests.labelled import CHECKPOINT, write_digits
+from tests.small_training import write_encoder
 
 pytestmark = pytest.mark.rounding
 
@@ -73,6 +74,24 @@ def test_dora_is_its_formula():
     np.testing.assert_allclose(np.array(adapter(mx.array(x))), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_the_lengths_of_doras_rows_are_constants_for_the_gradient():
+    """As in the paper (section 4.3) and in mlx-lm."""
+    adapter = lora.DoRALinear(nn.Linear(5, 7, bias=False), rank=2, scale=1.5)
+    adapter.lora_b = mx.random.normal((2, 7), key=mx.random.key(0))
+    x, y = (mx.random.normal((3, width), key=mx.random.key(width)) for width in (5, 7))
+    lengths = adapter.m / mx.linalg.norm(adapter.linear.weight + 1.5 * (adapter.lora_a @ adapter.lora_b).T, axis=1)
+
+    def applied(b):
+        adapter.lora_b = b
+        return (adapter(x) * y).sum()
+
+    def constant(b):
+        return (lengths * (adapter.linear(x) + 1.5 * (x @ adapter.lora_a) @ b) * y).sum()
+
+    found, wanted = (np.array(mx.grad(one)(adapter.lora_b)) for one in (applied, constant))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_only_the_matrices_of_the_last_blocks_are_adapted_and_all_else_is_frozen():
     model, _ = load(CHECKPOINT)
     lora.add_adapters(model, "lora", num_layers=3)
@@ -95,6 +114,14 @@ def test_the_files_are_mlx_lms(tmp_path):
     assert shapes["blocks.3.mlp.down.lora_b"] == (3, 128)
     assert shapes["blocks.3.mlp.down.m"] == (128,)
     again, _ = load(CHECKPOINT)
+    lora.load_adapters(again, tmp_path)
+    np.testing.assert_array_equal(np.array(again(PIXELS).last_hidden_state), np.array(model(PIXELS).last_hidden_state))
+
+
+def test_adapters_of_all_blocks_may_say_so_by_minus_one(tmp_path):
+    """As mlx-lm does."""
+    model, again = encoder_with("lora"), load(CHECKPOINT)[0]
+    save(model, tmp_path, lora.config_of("lora", num_layers=-1, rank=3, scale=1.7, dropout=0.0))
     lora.load_adapters(again, tmp_path)
     np.testing.assert_array_equal(np.array(again(PIXELS).last_hidden_state), np.array(model(PIXELS).last_hidden_state))
 
@@ -127,11 +154,14 @@ def test_fuse_makes_a_checkpoint_that_load_and_the_converter_read(kind, tmp_path
     from mlx_aimv2.learn.head_folder import load_head
 
     fused, _ = load(tmp_path / "fused")
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["torch_dtype"] == "float32"
     wanted = np.array(load_head(tmp_path / "head").learner.encoder(PIXELS).last_hidden_state)
     np.testing.assert_allclose(np.array(fused(PIXELS).last_hidden_state), wanted, atol=1e-5)
     convert(tmp_path / "fused", tmp_path / "exported", export_layout="transformers", verify=False)
     exported, _ = load(tmp_path / "exported")
     np.testing.assert_allclose(np.array(exported(PIXELS).last_hidden_state), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match=r"head was trained on another encoder \(.*say which, -m MODEL"):
+        fuse(tmp_path / "head", tmp_path / "wrong", model=write_encoder(tmp_path / "other", fused.config))
 
 
 def test_there_is_nothing_to_fuse_in_a_probe(tmp_path, monkeypatch):

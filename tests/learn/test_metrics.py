@@ -48,6 +48,10 @@ def test_rows_are_the_ground_truth_and_every_class_counts():
     assert counts.tolist() == [[0, 2, 0], [1, 0, 0], [0, 0, 0]]
 
 
+def test_recall_is_the_mean_over_the_classes_that_there_are():
+    assert metrics.mean_recall(np.array([[2, 0, 0], [1, 1, 0], [0, 0, 0]])) == 0.75
+
+
 def test_nothing_labelled_scores_nothing():
     empty = np.full((3, 5), 255, np.uint8)
     counts = pixel_confusion(empty, empty * 0, 2)

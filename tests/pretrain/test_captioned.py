@@ -153,6 +153,15 @@ def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):
     assert "1.tar (unexpected end of data) is a broken shard" in said and "(and 1 more)" in said
 
 
+def test_the_example_at_which_a_shard_breaks_is_left_out(tmp_path):
+    """Though its image and a caption are there: whether they are all of it, nobody knows."""
+    last = [("9.png", png(9)), ("9.txt", b"nine"), ("9.json", b" " * 20_000)]
+    file = shard(tmp_path / "0.tar", [*members(0, 2), *last])
+    file.write_bytes(file.read_bytes()[:-20_000])
+    with pytest.warns(UserWarning, match="is a broken shard"):
+        assert names(open_data(tmp_path)) == ["0.tar:000", "0.tar:001"]
+
+
 def test_in_a_shard_an_image_without_caption_and_a_caption_without_image_are_named(tmp_path):
     shard(tmp_path / "0.tar", [("1.png", png(1)), ("2.txt", b"two"), *members(3, 1)])
     with pytest.warns(UserWarning) as found:

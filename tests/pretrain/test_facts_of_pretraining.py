@@ -1,15 +1,21 @@
 """What `pretrain` and `lit` are promised to do, as tables of facts over both, through the command alone."""
 
+import json
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli.main import main
+from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD
 from mlx_aimv2.pretrain.data import collate
+from mlx_aimv2.tokenizer import Tokenizer
 from tests.small_training import (
     TINY,
     CaptionWorkshop,
+    arrays,
     length_of_moments,
     moved,
     result,
@@ -78,6 +84,12 @@ def test_lit_goes_on_with_its_own_encoder_alone(shop, tmp_path, capsys):
     assert "was begun with encoder " in capsys.readouterr().err
 
 
+def test_lit_goes_on_with_as_many_views_as_it_was_begun_with(shop, capsys):
+    output, words = stopped(shop, "lit", "--views", 2)
+    assert main([*words, "--views", "3", "-o", str(output), "--resume"]) == 2
+    assert "was begun with views 2, now 3" in capsys.readouterr().err
+
+
 def test_an_epoch_that_was_begun_is_gone_on_with(shop):
     """Seven images in batches of three: the second epoch begins within a batch."""
     output, words = stopped(shop, "pretrain", steps=6, at=4)
@@ -115,7 +127,35 @@ def test_an_option_changes_what_is_learned(shop, verb, flags):
 
 
 def test_views_change_what_lit_learns(shop):
-    assert shop.bits("lit") != shop.bits("lit", "--views", 2) != shop.bits("lit", "--views", 3)
+    """By more than what is rounded otherwise where more views are computed at a time."""
+    one, two, three = (shop.weights("lit", "--views", views) for views in (1, 2, 3))
+    assert max(moved(one, two).values()) > 1e-3 < max(moved(two, three).values())
+
+
+def test_images_of_one_caption_are_no_wrong_answers_to_it(tmp_path):
+    """Where all have the same there is nothing to tell apart."""
+    shop = CaptionWorkshop(tmp_path)
+    listed = shop.data[1] / "metadata.jsonl"
+    rows = [json.loads(line) | {"text": "a thing"} for line in listed.read_text().splitlines()]
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert last_loss(shop, "lit", *STILL, "--iters", 1) == 0
+
+
+def test_a_tokenizer_learns_from_all_captions(shop):
+    """A word that it has seen now and then is one token between the ends."""
+    tokenizer = Tokenizer.from_folder(shop.run("pretrain", captions=3))
+    ids = tokenizer(["apple", "there", "zebra"])
+    assert [(row != tokenizer.eos).sum() for row in ids[:2]] == [2, 2]
+    assert (ids[2] != tokenizer.eos).sum() > 3
+
+
+def test_pretraining_goes_on_with_as_many_ranks_as_it_was_begun_with(shop, capsys):
+    output, words = stopped(shop, "pretrain")
+    tensors, about = mx.load(str(state_of(output)), return_metadata=True)
+    identity = json.loads(about["identity"]) | {"ranks": 2}
+    mx.save_safetensors(str(state_of(output)), tensors, metadata=about | {"identity": json.dumps(identity)})
+    assert main([*words, "-o", str(output), "--resume"]) == 2
+    assert "was begun with ranks 2, now 1" in capsys.readouterr().err
 
 
 def test_without_further_views_no_crop_is_taken(shop):
@@ -143,7 +183,7 @@ def test_the_first_caption_alone_is_as_if_there_were_no_others(shop, verb):
 
 @pytest.mark.parametrize("verb", ["pretrain", "lit"])
 def test_the_rate_falls_towards_the_end(shop, verb):
-    rate, steps = 1e-5, 12
+    rate, steps = 1e-5, 8
     flags = ("--weight-decay", 0, "--batch-size", 7, "--iters", steps, "--min-area", 1, "--no-flip")
     start = shop.weights(verb, *flags, "--learning-rate", TINY)
     went = moved(start, shop.weights(verb, *flags, "--learning-rate", rate))
@@ -155,6 +195,16 @@ def test_gradients_are_cut_to_one_length(shop):
         length_of_moments(state_of(stopped(shop, "pretrain", "--alpha", alpha, at=2)[0])) for alpha in (1e4, 1e5)
     )
     assert other == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_the_betas_are_those_of_pretraining(shop, verb):
+    """0.9 and 0.95: after a step the moments are a tenth of the gradient and a twentieth of its square."""
+    moments = arrays(state_of(stopped(shop, verb, at=2)[0]))
+    first = np.concatenate([x.ravel() for name, x in sorted(moments.items()) if name.endswith(".m")])
+    second = np.concatenate([x.ravel() for name, x in sorted(moments.items()) if name.endswith(".v")])
+    large = np.abs(first) > 1e-3 * np.abs(first).max()
+    np.testing.assert_allclose(second[large] / first[large] ** 2, 0.05 / 0.1**2, rtol=1e-3)
 
 
 def test_matrices_are_decayed_and_positions_are_not(shop):
@@ -256,6 +306,27 @@ def test_views_of_the_whole_image_change_nothing_however_many_there_are(shop):
     flags = ("--min-area", 1, "--no-flip")
     went = moved(shop.weights("lit", *flags), shop.weights("lit", *flags, "--views", 200))
     assert max(went.values()) < 1e-4
+
+
+def test_a_patch_that_is_predicted_is_drawn_with_its_own_mean(tmp_path):
+    """Of a decoder that says nothing of a patch but zeros, the mean is all that is seen."""
+    shop = CaptionWorkshop(tmp_path)
+    first = shop.run("pretrain")
+    tensors, about = mx.load(str(state_of(first)), return_metadata=True)
+    silent = {name: x * 0 if ".patch_head." in name else x for name, x in tensors.items()}
+    mx.save_safetensors(str(state_of(first)), silent, metadata=about)
+    output = shop.run("pretrain", *STILL, "--start", first, "--iters", 1, "--samples-every", 1)
+    with Image.open(state_of(output).with_name("patches-000001.png")) as image:
+        levels = np.asarray(image, np.float64) / 255
+    values = (levels - CLIP_MEAN) / CLIP_STD
+    own, shown = (
+        side.reshape(4, 3, 5, 3, 5, 3).transpose(0, 1, 3, 2, 4, 5).reshape(4, 9, 75)
+        for side in np.split(values, 2, axis=1)
+    )
+    is_prefix = np.abs(shown - own).max(axis=2) == 0
+    assert is_prefix[:, 0].all() and not is_prefix.all()
+    wanted = np.broadcast_to(own.mean(axis=2, keepdims=True), own.shape)
+    np.testing.assert_allclose(shown[~is_prefix], wanted[~is_prefix], atol=0.03)
 
 
 def test_losses_are_logged_beside_the_result(shop):
