@@ -276,9 +276,11 @@ def test_the_card_begins_with_the_worst_images(task, tmp_path):
             labels = np.full(SIZE, 0 if is_right else 1, np.uint8)
             predictions.append(segment.results.Segmentation(labels, np.ones(SIZE, np.float32)))
         else:
-            samples.append(Sample(path, b"", SIZE, Truth(np.array([BOX], float), np.array([1]))))
-            boxes = np.array([BOX], float) - (0 if is_right else 11)
-            predictions.append(detect.results.Detections(boxes, np.array([1]), np.array([0.9]), SIZE))
+            there = np.array([BOX], float)
+            target = GroundTruth(there, np.array([1]), np.array([False]), areas(there))
+            samples.append(Sample(path, b"", SIZE, target))
+            boxes = there - (0 if is_right else 11)
+            predictions.append(Detections(boxes, np.array([1]), np.array([0.9]), SIZE))
     ((_, name),) = task.results.card(samples, predictions, ("sea", "land"), tmp_path)
     with Image.open(tmp_path / name) as card:
         left, right = np.array_split(np.asarray(card.convert("L"))[:250], 2, axis=1)

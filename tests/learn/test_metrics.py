@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlx_aimv2.learn.classify.results import accuracy, confusion
+from mlx_aimv2.learn.classify.results import accuracy, confusion, mean_recall
 from mlx_aimv2.learn.segment.results import iou_by_class, mean_iou, pixel_confusion
 
 
@@ -49,7 +49,7 @@ def test_rows_are_the_ground_truth_and_every_class_counts():
 
 
 def test_recall_is_the_mean_over_the_classes_that_there_are():
-    assert metrics.mean_recall(np.array([[2, 0, 0], [1, 1, 0], [0, 0, 0]])) == 0.75
+    assert mean_recall(np.array([[2, 0, 0], [1, 1, 0], [0, 0, 0]])) == 0.75
 
 
 def test_nothing_labelled_scores_nothing():
