@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 import numpy as np
 
 from mlx_aimv2.files import read_image_file, read_stream, reason_of
+from mlx_aimv2.images.metadata import orientation_in, trimmed
 from mlx_aimv2.images.pixels import Box, flattened, from_array, turned, turned_box
-from mlx_aimv2.images.trim import orientation_in, trimmed
 
 if TYPE_CHECKING:
     import PIL.Image

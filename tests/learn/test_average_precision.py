@@ -6,7 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn.detect.boxes import Detections, GroundTruth, areas, summary
+from mlx_aimv2.learn.detect.average_precision import summary
+from mlx_aimv2.learn.detect.boxes import Detections, GroundTruth, areas
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 

@@ -12,8 +12,8 @@ import numpy as np
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import dense
-from mlx_aimv2.learn.detect import boxes
-from mlx_aimv2.learn.detect.boxes import Detections
+from mlx_aimv2.learn.detect.average_precision import summary
+from mlx_aimv2.learn.detect.boxes import Detections, areas, suppress
 from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 
@@ -43,9 +43,9 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Detections:
     position, label, score = position[order], label[order], score[order]
     where, sides = (outputs[name][position].astype(np.float64) for name in ("points", "distances"))
     found = place.back(np.concatenate([where[:, :2] - sides[:, :2], where[:, :2] + sides[:, 2:]], axis=1))
-    seen = boxes.areas(found) > 0
+    seen = areas(found) > 0
     found, label, score = found[seen], label[seen], score[seen]
-    keep = boxes.suppress(found, score, label)[:MAX_BOXES]
+    keep = suppress(found, score, label)[:MAX_BOXES]
     return Detections(found[keep], label[keep], score[keep], size)
 
 
@@ -55,7 +55,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes:
     Of each class: objects, AP, AP50.
     """
     truths = [sample.target for sample in samples]
-    scores, precisions = boxes.summary(truths, predictions, len(classes))
+    scores, precisions = summary(truths, predictions, len(classes))
     objects = np.bincount(np.concatenate([truth.labels for truth in truths]), minlength=len(classes))
     rows = []
     for i, name in enumerate(classes):
@@ -119,7 +119,7 @@ def card(
         return [labelled, _drawn(image, prediction, classes)]
 
     def quality(sample: Sample, prediction: Detections) -> float:
-        scores, _ = boxes.summary([sample.target], [prediction], len(classes))
+        scores, _ = summary([sample.target], [prediction], len(classes))
         return 1.0 if np.isnan(scores["AP"]) else scores["AP"]
 
     dense.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
