@@ -73,7 +73,6 @@ def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predica
     Every layer that stays dense although it could be quantized has an entry `false`; one whose settings are its own has
     them in full. Raises ValueError that names the layers whose rows do not divide into groups.
     """
-    depths = _depths(layers(model))
     if isinstance(predicate, str):
         low, high = RECIPES[predicate]
         settings = {**settings, "bits": low}
@@ -81,7 +80,7 @@ def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predica
     for path, layer in layers(model).items():
         own: bool | dict[str, Any] = not set(path.split(".")) & set(STAY_DENSE)
         if own and isinstance(predicate, str):
-            own = {**settings, "bits": high} if _matters(path, depths) else True
+            own = {**settings, "bits": high} if _matters(path, model) else True
         elif own and callable(predicate):
             answer = predicate(path, layer)
             own = resolve(**{**settings, **answer}) if isinstance(answer, dict) else bool(answer)
@@ -154,7 +153,7 @@ def apply_structure(model: nn.Module, quantization: Quantization, stored: Contai
 
 
 def _quantized(layer: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    """The layer with its weight packed, as `layer.to_quantized` makes it, without random numbers."""
+    """The layer packed, as `layer.to_quantized` makes it, but without random numbers (`layers` says why)."""
     kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
     packed: Any = kind.__new__(kind)
     nn.Module.__init__(packed)
@@ -233,7 +232,7 @@ def dequantized(weights: dict[str, mx.array], quantization: Quantization) -> dic
     return dense
 
 
-def _matters(path: str, depths: Mapping[str, int]) -> bool:
+def _matters(path: str, model: nn.Module) -> bool:
     """Whether a recipe gives this layer its higher bits.
 
     As in mlx-lm, whose rule is llama.cpp's for Q4_K_M: the values and `down` in the first and the last eighth of the
@@ -244,19 +243,9 @@ def _matters(path: str, depths: Mapping[str, int]) -> bool:
     if not found:
         return True
     number, _, name = rest.partition(".")
-    i, depth = int(number), depths[encoder]
+    i, depth = int(number), len((model.text_model if encoder == "text_model." else model.vision).blocks)
     inside = depth // 8 <= i < 7 * depth // 8 and (i - depth // 8) % 3 != 2
     return not inside and name in ("attn.qkv", "mlp.down")
-
-
-def _depths(paths: Iterable[str]) -> dict[str, int]:
-    """Blocks of each encoder, by what stands before `blocks.` in a path."""
-    depths: dict[str, int] = {}
-    for path in paths:
-        encoder, found, rest = path.rpartition("blocks.")
-        if found:
-            depths[encoder] = max(depths.get(encoder, 0), int(rest.split(".")[0]) + 1)
-    return depths
 
 
 def _or(choices: Iterable[Any]) -> str:
