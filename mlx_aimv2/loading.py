@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ class Source:
             else:
                 model = vision
         if lazy:
-            device.mark_lazy(model)
+            device.mark_lazy(model, threading.get_ident())
         return Loaded(self, model, processor)
 
 
