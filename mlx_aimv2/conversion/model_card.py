@@ -169,7 +169,7 @@ def _fidelity(report: Mapping[str, Any] | None) -> str:
     title = "## Fidelity"
     if report is None:
         return f"{title}\n\nNot measured: the conversion ran with `--no-verify`."
-    lines = [f"| {what} | {value} |" for what, value in rows(report)]
+    lines = [f"| {what} | {value} |" for what, value in rows(report).items()]
     warnings = [f"- {warning}" for warning in report["warnings"]]
     table = "\n".join(["| measured against the source in float32 | |", "|---|---|", *lines])
     return "\n\n".join([title, table, *(["\n".join(warnings)] if warnings else [])])
