@@ -15,6 +15,7 @@ import os
 import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -59,7 +60,7 @@ class Source:
     quantization: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
-        self._shapes = {name: tuple(array.shape) for name, array in self.weights.items()}
+        self._shapes = {name: array.shape for name, array in self.weights.items()}
 
     @property
     def layout(self) -> str:
@@ -84,13 +85,11 @@ class Source:
     def reopened(self) -> Source:
         """The same files with all tensors lazy again, neither resolved nor checked again: a Hub is not asked."""
         tensors = checkpoint.read_tensors(self.origin.files)
-        try:
+        with suppress(KeyError, ValueError):  # a tensor that is gone, or has other axes
             again = replace(self, weights=self.match.to_target(tensors, self._shapes))
-        except (KeyError, ValueError):  # a tensor that is gone, or has other axes
-            again = None
-        if again is None or again._shapes != self._shapes:
-            raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
-        return again
+            if again._shapes == self._shapes:
+                return again
+        raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
 
     def processor(self) -> Aimv2Processor:
         """The processor that the checkpoint's files describe."""
@@ -332,11 +331,11 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     """A dtype or its name as an mlx dtype. Raises ValueError with the names there are."""
-    known: dict[object, mx.Dtype] = {name: getattr(mx, name) for name in DTYPES}
-    known |= {value: value for value in known.values()}
-    if dtype in known:
-        return known[dtype]
-    raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
+    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
+    known: mx.Dtype = getattr(mx, name)
+    return known
 
 
 def _dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:
