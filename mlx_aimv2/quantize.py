@@ -53,7 +53,7 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
 
     Raises ValueError with what there is.
     """
-    if mode not in MODES:
+    if mode not in list(MODES):  # a list of a damaged config.json cannot be asked of a dictionary
         raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode}")
     known = MODES[mode]
     settings = {
@@ -62,7 +62,7 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
         "mode": mode,
     }
     for key, choices in (("group_size", known.group_sizes), ("bits", known.bits)):
-        if settings[key] not in choices:
+        if type(settings[key]) is not int or settings[key] not in choices:
             raise ValueError(f"q_{key} must be {_or(choices)} with q_mode {mode}, got {settings[key]}")
     return settings
 
@@ -111,20 +111,18 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def check_section(quantization: object, known: Container[str]) -> None:
     """Raises ValueError unless a `quantization` section is an object of settings, and of entries per layer."""
-    kinds = {"group_size": int, "bits": int, "mode": str}
     if not isinstance(quantization, Mapping):
         raise ValueError(f"config.json: quantization must be an object, got {quantization!r:.80}")
-    for path, entry in [("", quantization), *((key, quantization[key]) for key in quantization if key not in SHARED)]:
-        where = f"quantization, {path:.120}" if path else "quantization"
+    for path in ("", *(key for key in quantization if key not in SHARED)):
+        where = f"config.json: quantization, {path:.120}".removesuffix(", ")
         if path and path not in known:
-            raise ValueError(f"config.json: {where}: no layer of this model that could be quantized")
-        if not isinstance(entry, Mapping | bool):
-            raise ValueError(f"config.json: {where} must be an object, true or false, got {entry!r:.80}")
-        if isinstance(entry, bool):
-            continue
-        for key, kind in kinds.items():
-            if type(entry.get(key)) not in (kind, type(None)):
-                raise ValueError(f"config.json: {where}: {key} must be of type {kind.__name__}, got {entry[key]!r:.80}")
+            raise ValueError(f"{where}: no layer of this model that could be quantized")
+        if not isinstance(entry := quantization.get(path, True), Mapping | bool):
+            raise ValueError(f"{where} must be an object, true or false, got {entry!r:.80}")
+        try:
+            settings_at(path, quantization)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def packed_dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
