@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.cli.output import leave_stdout, log, note, say
+from mlx_aimv2.cli.output import abandon, log, note, say
 from mlx_aimv2.files import discard_unfinished
 
 VERBS = {
@@ -162,7 +162,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         code = stop.exit_code if isinstance(stop, Stopped) else 130
     except BaseException as error:  # a library written in Rust panics with an exception that is no Exception
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            leave_stdout()
+            abandon(sys.stdout)
             return 0
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             log(traceback.format_exc())
@@ -171,7 +171,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        leave_stdout()
+        abandon(sys.stdout)
     return code
 
 
