@@ -238,8 +238,9 @@ def _checked(origin: checkpoint.Checkpoint) -> Source:
     wanted_source = match.source_shapes(wanted)
     if lines := detect.differences(wanted_source, origin.shapes, match):
         raise ValueError(f"the tensors are not those of this model: {'; '.join(lines)}")
-    packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
-    origin.check_dtypes(wanted_source, packed)
+    parameters: Any = tree_flatten(model.parameters())
+    packed = {name: array.dtype for name, array in parameters if not mx.issubdtype(array.dtype, mx.floating)}
+    origin.check_dtypes(wanted_source, {match.prefix + name: dtype for name, dtype in packed.items()})
     return Source(origin, config, match, match.to_target(origin.tensors, wanted), quantization)
 
 
@@ -290,12 +291,11 @@ def at_size(
     if own is None:
         size -= size % patch  # a native checkpoint drops what fills no patch
     if not patch <= size <= LARGEST or size % patch:
-        below, above = (
-            max(patch, min(LARGEST // patch * patch, n * patch)) for n in (size // patch, size // patch + 1)
-        )
+        nearest = (size // patch * patch, (size // patch + 1) * patch)
+        fitting = sorted({max(patch, min(LARGEST // patch * patch, near)) for near in nearest})
         raise ValueError(
             f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST}, got {size}; "
-            f"take {below if below == above else f'{below} or {above}'}"
+            f"take {' or '.join(map(str, fitting))}"
         )
     resized = copy.copy(processor)
     resized.preprocessing = replace(processor.preprocessing, resize=(size, size) if whole else size, crop=(size, size))

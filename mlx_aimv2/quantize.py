@@ -125,17 +125,6 @@ def check_section(quantization: object, known: Container[str]) -> None:
             raise ValueError(f"{where}: {error}") from None
 
 
-def packed_dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
-    """dtypes of the tensors of quantized layers that hold no floats: `-> {name: dtype}`."""
-    dtypes: dict[str, mx.Dtype] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            dtypes[f"{path}.weight"] = mx.uint32
-            if layer.mode != "affine":
-                dtypes[f"{path}.scales"] = mx.uint8
-    return dtypes
-
-
 def apply_structure(model: nn.Module, quantization: Quantization, stored: Container[str]) -> None:
     """Turns layers into quantized ones, in place; their weights come later.
 
