@@ -129,7 +129,7 @@ def half_precision(subject: Subject) -> list[Finding]:
     folder = convert(subject.row.repo, subject.place / "half", revision=subject.row.commit, dtype="float16")
     found = json.loads((folder / fidelity.FILE).read_text(encoding="utf-8"))
     shutil.rmtree(folder)
-    findings = [Finding(f"float16: {what}", MEASURED, value) for what, value in fidelity.rows(found)]
+    findings = [Finding(f"float16: {what}", MEASURED, value) for what, value in fidelity.rows(found).items()]
     return [*findings, *(Finding("float16: warning", MEASURED, warning) for warning in found["warnings"])]
 
 

@@ -21,10 +21,17 @@ LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
 
 _NO_BIASES = {"qkv_bias": False, "mlp_bias": False}
 
-_BIAS_KEYS = ("qkv_bias", "mlp_bias", "use_bias")
-
-_OTHER_KEYS = ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta")
-"""Keys of encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL)."""
+_FIXED = (
+    (("qkv_bias", "mlp_bias", "use_bias"), (None, False), "AIMv2's blocks have no biases"),
+    # Of encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL).
+    (
+        ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta"),
+        (None,),
+        "AIMv2 has neither rotary positions nor windows",
+    ),
+    (("hidden_act",), (None, "silu"), "AIMv2 uses silu"),
+)
+"""Keys of config.json, the values that they may have in AIMv2, and why."""
 
 APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
 """Apple's name of a field -> Hugging Face's."""
@@ -62,8 +69,7 @@ class Aimv2VisionConfig:
     use_head: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive(self)
-        _check_heads(self)
+        _check_sizes(self)
         if self.is_native:
             object.__setattr__(self, "image_size", None)  # a native model has no size of its own
             if self.hidden_size % 4:
@@ -113,8 +119,7 @@ class Aimv2TextConfig:
     rms_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_positive(self)
-        _check_heads(self)
+        _check_sizes(self)
         if self.eos_token_id >= self.vocab_size:
             raise ValueError(f"eos_token_id {self.eos_token_id} does not fit a vocabulary of {self.vocab_size}")
 
@@ -138,7 +143,7 @@ class Aimv2Config:
     max_logit_scale: float = 100.0
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _check_sizes(self)
 
     @property
     def vision(self) -> Aimv2VisionConfig:
@@ -252,17 +257,9 @@ def _read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for a value of another type and for a network that AIMv2 is not.
     """
-    if on := [key for key in _BIAS_KEYS if section.get(key)]:
-        raise ValueError(f"config.json says {on[0]}: true; AIMv2's blocks have no biases, so this is another network")
-    if on := [key for key in _OTHER_KEYS if section.get(key) is not None]:
-        raise ValueError(
-            f"config.json says {on[0]}: {section[on[0]]!r:.80}; AIMv2 has neither rotary positions nor windows, so "
-            "this is another network"
-        )
-    if (activation := section.get("hidden_act", "silu")) != "silu":
-        raise ValueError(
-            f"config.json says hidden_act: {activation!r:.60}; AIMv2 uses silu, so this is another network"
-        )
+    for keys, allowed, reason in _FIXED:
+        if on := [key for key in keys if section.get(key) not in allowed]:
+            raise ValueError(f"config.json says {on[0]}: {section[on[0]]!r:.80}; {reason}, so this is another network")
     types = {f.name: str(f.type) for f in fields(kind)}
     named = {APPLE_NAMES.get(key, key): value for key, value in section.items()}
     found = {name: _checked(name, named[name], types[name]) for name in types if named.get(name) is not None}
@@ -285,7 +282,7 @@ def _checked(name: str, value: Any, kind: str) -> Any:
     return value
 
 
-def _check_positive(config: Any) -> None:
+def _check_sizes(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         minimum = 0 if f.name == "eos_token_id" else 1
@@ -295,10 +292,7 @@ def _check_positive(config: Any) -> None:
             raise ValueError(f"{f.name} must be a positive number, got {value!s:.80}")
     if getattr(config, "rms_norm_eps", 0) >= 1:
         raise ValueError(f"rms_norm_eps must be far below 1, got {config.rms_norm_eps}")
-
-
-def _check_heads(config: Aimv2VisionConfig | Aimv2TextConfig) -> None:
-    if config.hidden_size % config.num_attention_heads:
+    if not isinstance(config, Aimv2Config) and config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} does not divide into {config.num_attention_heads} attention heads"
         )

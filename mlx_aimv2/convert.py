@@ -190,19 +190,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
     add("--q-bits", type=int, metavar="N", help="bits per weight (default: the mode's, 4 for affine)")
     add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
-    add(
-        "--q-mode",
-        choices=list(MODES),
-        default="affine",
-        metavar="NAME",
-        help=f"{', '.join(MODES)} (default: %(default)s)",
-    )
-    add(
-        "--quant-predicate",
-        choices=list(RECIPES),
-        metavar="NAME",
-        help=f"more bits where they matter: {', '.join(RECIPES)}",
-    )
+    modes, recipes = ", ".join(MODES), ", ".join(RECIPES)
+    add("--q-mode", choices=MODES, default="affine", metavar="NAME", help=f"{modes} (default: %(default)s)")
+    add("--quant-predicate", choices=RECIPES, metavar="NAME", help=f"more bits where they matter: {recipes}")
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
 
     add = parser.add_argument_group("fidelity").add_argument
@@ -211,18 +201,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("layout and output").add_argument
     add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        metavar="NAME",
-        help=f"{', '.join(DTYPES)}: of the weights (default: the checkpoint's)",
-    )
-    add(
-        "--export-layout",
-        choices=list(folder.PYTORCH_LAYOUTS),
-        metavar="NAME",
-        help="transformers or apple: write a PyTorch folder instead",
-    )
+    dtypes, layouts = f"{', '.join(DTYPES)}: of the weights", " or ".join(folder.PYTORCH_LAYOUTS)
+    add("--dtype", choices=DTYPES, metavar="NAME", help=f"{dtypes} (default: the checkpoint's)")
+    layout_help = f"{layouts}: write a PyTorch folder instead"
+    add("--export-layout", choices=folder.PYTORCH_LAYOUTS, metavar="NAME", help=layout_help)
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
     add("--overwrite", action="store_true", help="replace a folder that convert wrote, once the new one is whole")
 

@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -58,7 +60,7 @@ class Source:
     quantization: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
-        self._shapes = {name: tuple(array.shape) for name, array in self.weights.items()}
+        self._shapes = {name: array.shape for name, array in self.weights.items()}
 
     @property
     def layout(self) -> str:
@@ -83,13 +85,11 @@ class Source:
     def reopened(self) -> Source:
         """The same files with all tensors lazy again, neither resolved nor checked again: a Hub is not asked."""
         tensors = checkpoint.read_tensors(self.origin.files)
-        try:
+        with suppress(KeyError, ValueError):  # a tensor that is gone, or has other axes
             again = replace(self, weights=self.match.to_target(tensors, self._shapes))
-        except (KeyError, ValueError):  # a tensor that is gone, or has other axes
-            again = None
-        if again is None or again._shapes != self._shapes:
-            raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
-        return again
+            if again._shapes == self._shapes:
+                return again
+        raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
 
     def processor(self) -> Aimv2Processor:
         """The processor that the checkpoint's files describe."""
@@ -120,7 +120,7 @@ class Source:
             else:
                 model = vision
         if lazy:
-            device.mark_lazy(model)
+            device.mark_lazy(model, threading.get_ident())
         return Loaded(self, model, processor)
 
 
@@ -238,8 +238,9 @@ def _checked(origin: checkpoint.Checkpoint) -> Source:
     wanted_source = match.source_shapes(wanted)
     if lines := detect.differences(wanted_source, origin.shapes, match):
         raise ValueError(f"the tensors are not those of this model: {'; '.join(lines)}")
-    packed = {match.prefix + name: dtype for name, dtype in quantize.packed_dtypes(model).items()}
-    origin.check_dtypes(wanted_source, packed)
+    parameters: Any = tree_flatten(model.parameters())
+    packed = {name: array.dtype for name, array in parameters if not mx.issubdtype(array.dtype, mx.floating)}
+    origin.check_dtypes(wanted_source, {match.prefix + name: dtype for name, dtype in packed.items()})
     return Source(origin, config, match, match.to_target(origin.tensors, wanted), quantization)
 
 
@@ -290,12 +291,11 @@ def at_size(
     if own is None:
         size -= size % patch  # a native checkpoint drops what fills no patch
     if not patch <= size <= LARGEST or size % patch:
-        below, above = (
-            max(patch, min(LARGEST // patch * patch, n * patch)) for n in (size // patch, size // patch + 1)
-        )
+        nearest = (size // patch * patch, (size // patch + 1) * patch)
+        fitting = sorted({max(patch, min(LARGEST // patch * patch, near)) for near in nearest})
         raise ValueError(
             f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST}, got {size}; "
-            f"take {below if below == above else f'{below} or {above}'}"
+            f"take {' or '.join(map(str, fitting))}"
         )
     resized = copy.copy(processor)
     resized.preprocessing = replace(processor.preprocessing, resize=(size, size) if whole else size, crop=(size, size))
@@ -331,11 +331,11 @@ def _cubic_weights(old: int, new: int) -> np.ndarray:
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
     """A dtype or its name as an mlx dtype. Raises ValueError with the names there are."""
-    known: dict[object, mx.Dtype] = {name: getattr(mx, name) for name in DTYPES}
-    known |= {value: value for value in known.values()}
-    if dtype in known:
-        return known[dtype]
-    raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
+    name = dtype if isinstance(dtype, str) else dtype_name(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")
+    known: mx.Dtype = getattr(mx, name)
+    return known
 
 
 def _dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:

@@ -53,7 +53,7 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
 
     Raises ValueError with what there is.
     """
-    if mode not in MODES:
+    if mode not in list(MODES):  # a list of a damaged config.json cannot be asked of a dictionary
         raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode}")
     known = MODES[mode]
     settings = {
@@ -62,7 +62,7 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
         "mode": mode,
     }
     for key, choices in (("group_size", known.group_sizes), ("bits", known.bits)):
-        if settings[key] not in choices:
+        if type(settings[key]) is not int or settings[key] not in choices:
             raise ValueError(f"q_{key} must be {_or(choices)} with q_mode {mode}, got {settings[key]}")
     return settings
 
@@ -73,7 +73,6 @@ def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predica
     Every layer that stays dense although it could be quantized has an entry `false`; one whose settings are its own has
     them in full. Raises ValueError that names the layers whose rows do not divide into groups.
     """
-    depths = _depths(layers(model))
     if isinstance(predicate, str):
         low, high = RECIPES[predicate]
         settings = {**settings, "bits": low}
@@ -81,7 +80,7 @@ def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predica
     for path, layer in layers(model).items():
         own: bool | dict[str, Any] = not set(path.split(".")) & set(STAY_DENSE)
         if own and isinstance(predicate, str):
-            own = {**settings, "bits": high} if _matters(path, depths) else True
+            own = {**settings, "bits": high} if _matters(path, model) else True
         elif own and callable(predicate):
             answer = predicate(path, layer)
             own = resolve(**{**settings, **answer}) if isinstance(answer, dict) else bool(answer)
@@ -112,31 +111,18 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def check_section(quantization: object, known: Container[str]) -> None:
     """Raises ValueError unless a `quantization` section is an object of settings, and of entries per layer."""
-    kinds = {"group_size": int, "bits": int, "mode": str}
     if not isinstance(quantization, Mapping):
         raise ValueError(f"config.json: quantization must be an object, got {quantization!r:.80}")
-    for path, entry in [("", quantization), *((key, quantization[key]) for key in quantization if key not in SHARED)]:
-        where = f"quantization, {path:.120}" if path else "quantization"
+    for path in ("", *(key for key in quantization if key not in SHARED)):
+        where = f"config.json: quantization, {path:.120}".removesuffix(", ")
         if path and path not in known:
-            raise ValueError(f"config.json: {where}: no layer of this model that could be quantized")
-        if not isinstance(entry, Mapping | bool):
-            raise ValueError(f"config.json: {where} must be an object, true or false, got {entry!r:.80}")
-        if isinstance(entry, bool):
-            continue
-        for key, kind in kinds.items():
-            if type(entry.get(key)) not in (kind, type(None)):
-                raise ValueError(f"config.json: {where}: {key} must be of type {kind.__name__}, got {entry[key]!r:.80}")
-
-
-def packed_dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
-    """dtypes of the tensors of quantized layers that hold no floats: `-> {name: dtype}`."""
-    dtypes: dict[str, mx.Dtype] = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            dtypes[f"{path}.weight"] = mx.uint32
-            if layer.mode != "affine":
-                dtypes[f"{path}.scales"] = mx.uint8
-    return dtypes
+            raise ValueError(f"{where}: no layer of this model that could be quantized")
+        if not isinstance(entry := quantization.get(path, True), Mapping | bool):
+            raise ValueError(f"{where} must be an object, true or false, got {entry!r:.80}")
+        try:
+            settings_at(path, quantization)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def apply_structure(model: nn.Module, quantization: Quantization, stored: Container[str]) -> None:
@@ -154,7 +140,7 @@ def apply_structure(model: nn.Module, quantization: Quantization, stored: Contai
 
 
 def _quantized(layer: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
-    """The layer with its weight packed, as `layer.to_quantized` makes it, without random numbers."""
+    """The layer packed, as `layer.to_quantized` makes it, but without random numbers (`layers` says why)."""
     kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
     packed: Any = kind.__new__(kind)
     nn.Module.__init__(packed)
@@ -233,7 +219,7 @@ def dequantized(weights: dict[str, mx.array], quantization: Quantization) -> dic
     return dense
 
 
-def _matters(path: str, depths: Mapping[str, int]) -> bool:
+def _matters(path: str, model: nn.Module) -> bool:
     """Whether a recipe gives this layer its higher bits.
 
     As in mlx-lm, whose rule is llama.cpp's for Q4_K_M: the values and `down` in the first and the last eighth of the
@@ -244,19 +230,9 @@ def _matters(path: str, depths: Mapping[str, int]) -> bool:
     if not found:
         return True
     number, _, name = rest.partition(".")
-    i, depth = int(number), depths[encoder]
+    i, depth = int(number), len((model.text_model if encoder == "text_model." else model.vision).blocks)
     inside = depth // 8 <= i < 7 * depth // 8 and (i - depth // 8) % 3 != 2
     return not inside and name in ("attn.qkv", "mlp.down")
-
-
-def _depths(paths: Iterable[str]) -> dict[str, int]:
-    """Blocks of each encoder, by what stands before `blocks.` in a path."""
-    depths: dict[str, int] = {}
-    for path in paths:
-        encoder, found, rest = path.rpartition("blocks.")
-        if found:
-            depths[encoder] = max(depths.get(encoder, 0), int(rest.split(".")[0]) + 1)
-    return depths
 
 
 def _or(choices: Iterable[Any]) -> str:

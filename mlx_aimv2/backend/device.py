@@ -148,11 +148,10 @@ def summary() -> str:
 
 def mlx_build() -> str:
     """MLX's version and the backends that are installed, as `0.32.4 cpu`."""
-    names = {"mlx-metal": "metal", "mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
     found = [version("mlx")]
-    for name, short in names.items():
+    for backend in ("metal", "cpu", "cuda-12", "cuda-13"):
         with suppress(PackageNotFoundError):
-            found += [short] if version(name) else []
+            found += [backend] if version(f"mlx-{backend}") else []
     return " ".join(found)
 
 
@@ -160,7 +159,7 @@ def advice(on: Machine) -> str | None:
     """What slows this machine down and how to mend it; None where nothing is known."""
     if on.kind == "metal" and (on.family or 0) >= FIRST_WITH_MATRIX_UNITS:
         # MLX has wheels for macOS 14, 15 and 26; only the last holds the kernels for these units, which need 26.2.
-        if (built_for := _wheel_macos()) is not None and built_for < 26:
+        if (built_for := _wheel_macos()) and built_for < 26:
             return (
                 f"this chip's matrix units are idle: MLX was built for macOS {built_for}; "
                 "on macOS 26.2 or later run pip install --force-reinstall mlx mlx-metal"
@@ -195,18 +194,10 @@ def _wheel_macos() -> int | None:
 # Processes and threads
 
 _fork = {"mlx_in_use": False, "is_child": False}
-
-
-def _before_fork() -> None:
-    _fork["mlx_in_use"] = mx.get_peak_memory() > 0
-
-
-def _in_child() -> None:
-    _fork["is_child"] = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+os.register_at_fork(
+    before=lambda: _fork.update(mlx_in_use=mx.get_peak_memory() > 0),
+    after_in_child=lambda: _fork.update(is_child=True),
+)
 
 
 def check_process() -> None:
@@ -221,9 +212,10 @@ def check_process() -> None:
 _lock = threading.Lock()
 
 
-def mark_lazy(model: nn.Module) -> None:
-    """Remembers that this model's weights are not read yet, and in which thread they can be."""
-    _set_lazy_thread(model, threading.get_ident())
+def mark_lazy(model: nn.Module, thread: int | None) -> None:
+    """Remembers in which thread alone this model's weights can be read; None once they have been."""
+    for module in model.modules():
+        object.__setattr__(module, "_lazy_thread", thread)
 
 
 def any_thread(method: Callable[..., T]) -> Callable[..., T]:
@@ -238,7 +230,9 @@ def any_thread(method: Callable[..., T]) -> Callable[..., T]:
         _check_weights(self)
         result = method(self, *args, **kwargs)
         if threading.current_thread() is not threading.main_thread():
-            _evaluate(result)
+            arrays = [getattr(result, field.name) for field in fields(result)] if is_dataclass(result) else result
+            with suppress(ValueError):  # within mx.compile and mx.vmap nothing can be evaluated
+                mx.eval(arrays)
         return result
 
     return call
@@ -256,17 +250,4 @@ def _check_weights(model: nn.Module) -> None:
                 "this model was loaded with lazy=True in another thread, and MLX can read its weights only there: "
                 f"load it with lazy=False, or in the thread that uses it ({error})"
             ) from None
-        _set_lazy_thread(model, None)
-
-
-def _set_lazy_thread(model: nn.Module, thread: int | None) -> None:
-    for module in model.modules():
-        object.__setattr__(module, "_lazy_thread", thread)
-
-
-def _evaluate(result: object) -> None:
-    arrays = [getattr(result, field.name) for field in fields(result)] if is_dataclass(result) else result
-    try:
-        mx.eval(arrays)
-    except ValueError:  # within mx.compile and mx.vmap nothing can be evaluated
-        return
+        mark_lazy(model, None)

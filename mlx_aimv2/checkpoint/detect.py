@@ -24,6 +24,11 @@ _NOT_AIMV2 = {
 }
 """Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
 
+_GATE = {"blocks.0.mlp.gate.weight": ("intermediate_size", "")}
+_IMAGE_AXES = _GATE | {PATCH_CONV: ("hidden_size", "patch_size", "", "num_channels"), "pos_embed": ("patches", "")}
+# The width is the position table's: unlike the token table it is never packed into integers.
+_TEXT_AXES = _GATE | {"token_embed.weight": ("vocab_size", ""), "pos_embed": ("max_position_embeddings", "hidden_size")}
+"""Which sizes the axes of the target's tensors are."""
 
 LONGEST = 120
 """Characters of a tensor's name that an error quotes."""
@@ -48,12 +53,12 @@ def recognise(shapes: Shapes) -> Match:
         first = ", ".join(sorted(shapes)[:5]) or "none at all"
         raise ValueError(
             f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}"
-            f"{_because(_foreign_parts(shapes))}"
+            f"{_foreign_parts(shapes)}"
         )
     known = {prefix + name for row in rows for name in row.sources}
     inside = [name for name in shapes if name.startswith(prefix)]
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
-        raise ValueError(f"the names are those of the {layout.name} layout{_because(parts)}")
+        raise ValueError(f"the names are those of the {layout.name} layout{parts}")
     return Match(layout, rows, prefix)
 
 
@@ -64,14 +69,11 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
     with `vision_config` and `text_config`.
     """
     if not any(name.startswith("text_model.") for name in shapes):
-        return _vision_sizes(shapes)
-    found: dict[str, Any] = {
-        "vision_config": _vision_sizes(_without("vision_model.", shapes)),
-        "text_config": _text_sizes(_without("text_model.", shapes)),
+        return _sizes_of(shapes, _IMAGE_AXES) | {"use_head": any(name.startswith("head.") for name in shapes)}
+    return _sizes_of(shapes, {"visual_projection.weight": ("projection_dim", "")}) | {
+        "vision_config": sizes(_without("vision_model.", shapes)),
+        "text_config": _sizes_of(_without("text_model.", shapes), _TEXT_AXES),
     }
-    if (projection := _shape(shapes, "visual_projection.weight", axes=2)) is not None:
-        found["projection_dim"] = projection[0]
-    return found
 
 
 def disagreements(config: Any, found: Mapping[str, Any], where: str = "") -> list[str]:
@@ -140,21 +142,15 @@ def _ranges(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def _foreign_parts(names: Iterable[str]) -> dict[str, str]:
-    """What of another network is among the names: `{what it is: its first tensor}`."""
+def _foreign_parts(names: Iterable[str]) -> str:
+    """What of another network is among the names, each with its first tensor, as the end of a sentence or empty."""
     parts: dict[str, str] = {}
     for name in sorted(names):
         for pattern, what in _NOT_AIMV2.items():
             if re.search(pattern, name):
                 parts.setdefault(what, name)
-    return parts
-
-
-def _because(parts: dict[str, str]) -> str:
-    if not parts:
-        return ""
     each = " and ".join(f"{what} ({name})" for what, name in parts.items())
-    return f", but there is {each}: AIMv2 has none, so this is another network"
+    return f", but there is {each}: AIMv2 has none, so this is another network" if parts else ""
 
 
 def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
@@ -173,38 +169,18 @@ def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shape
     return layout.name != "apple-mlx"
 
 
-def _vision_sizes(shapes: Shapes) -> dict[str, Any]:
-    found: dict[str, Any] = _block_sizes(shapes)
-    if (conv := _shape(shapes, PATCH_CONV, axes=4)) is not None:  # (D, patch, patch, channels)
-        found |= {"hidden_size": conv[0], "patch_size": conv[1], "num_channels": conv[3]}
-        if (table := _shape(shapes, "pos_embed", axes=2)) is not None:
-            found["image_size"] = math.isqrt(table[0]) * conv[1]
-    return found | {"use_head": any(name.startswith("head.") for name in shapes)}
-
-
-def _text_sizes(shapes: Shapes) -> dict[str, Any]:
-    found: dict[str, Any] = _block_sizes(shapes)
-    if (table := _shape(shapes, "token_embed.weight", axes=2)) is not None:
-        found["vocab_size"] = table[0]
-    if (table := _shape(shapes, "pos_embed", axes=2)) is not None:  # never packed into integers, unlike the token table
-        found |= {"max_position_embeddings": table[0], "hidden_size": table[1]}
-    return found
-
-
-def _block_sizes(shapes: Shapes) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if indices := [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]:
-        found["num_hidden_layers"] = max(indices) + 1
-    if (gate := _shape(shapes, "blocks.0.mlp.gate.weight", axes=2)) is not None:
-        found["intermediate_size"] = gate[0]
+def _sizes_of(shapes: Shapes, axes: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The sizes of one encoder; the strict comparison names a tensor whose axes are not as many as they should be."""
+    blocks = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
+    found: dict[str, Any] = {"num_hidden_layers": max(blocks) + 1} if blocks else {}
+    for name, fields in axes.items():
+        if len(shape := shapes.get(name, ())) == len(fields):
+            found |= {field: size for field, size in zip(fields, shape, strict=True) if field}
+    if "patches" in found:
+        side = math.isqrt(found.pop("patches"))
+        found |= {"image_size": side * found["patch_size"]} if "patch_size" in found else {}
     return found
 
 
 def _without(prefix: str, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-
-
-def _shape(shapes: Shapes, name: str, *, axes: int) -> tuple[int, ...] | None:
-    """A tensor's shape if it has as many axes as it should; the strict comparison names those that have not."""
-    shape = shapes.get(name)
-    return shape if shape is not None and len(shape) == axes else None

@@ -104,13 +104,12 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
             f"{constants.ENDPOINT} in a browser, and check HF_ENDPOINT"
         ) from None
     except Exception as error:
-        if (
-            not isinstance(error, OSError | RuntimeError)
-            and type(error).__module__.split(".")[0] not in _NETWORK_MODULES
-        ):
+        if not (isinstance(error, OSError | RuntimeError) or type(error).__module__.startswith(_NETWORK_MODULES)):
             raise
-        full = _full_disk(error)
-        raise ConnectionError(f"{repo}{at}: {broken} ({full or _first_line(error)})") from None
+        reason = _first_line(error)
+        if _is_full(error):
+            reason = f"no space left for the Hub's cache {constants.HF_HUB_CACHE}: free some, or set HF_HOME elsewhere"
+        raise ConnectionError(f"{repo}{at}: {broken} ({reason})") from None
     finally:
         log.setLevel(level)
 
@@ -118,7 +117,7 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
 def _refused(repo: str, at: str, error: HfHubHTTPError) -> OSError:
     """What an answer other than success means, and what to do about it."""
     status = error.response.status_code if error.response is not None else 0
-    kind, advice = _ADVICE.get(status, (ConnectionError, _ADVICE_SERVER if status >= 500 else _first_line(error)))
+    kind, advice = _ADVICE.get(min(status, 500), (ConnectionError, _first_line(error)))
     what = "refuses" if kind is PermissionError else "answered with an error"
     return kind(f"{repo}{at}: the Hub {what} ({status}); {advice}")
 
@@ -157,18 +156,10 @@ def _held_instead(repo: str) -> str:
     return f"; the cache holds {', '.join(names)}: add --revision {names[0]} to use it" if names else ""
 
 
-def _full_disk(error: BaseException | None) -> str | None:
-    """What to do if a full disk lies behind an error, None if something else does."""
-    from huggingface_hub import constants
-
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return (
-                f"no space left for the Hub's cache {constants.HF_HUB_CACHE}: free some, or set HF_HOME to a folder "
-                "on another disk"
-            )
-        error = error.__cause__ or error.__context__
-    return None
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk lies behind an error."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_full or (error is not None and _is_full(error.__cause__ or error.__context__))
 
 
 def _has_address(endpoint: str) -> bool:
@@ -189,10 +180,9 @@ _ADVICE: dict[int, tuple[type[OSError], str]] = {
     401: (PermissionError, "set HF_TOKEN to a token that may do this"),
     403: (PermissionError, "set HF_TOKEN to a token that may do this, and accept the terms on the repository's page"),
     429: (ConnectionError, "too many requests: wait some minutes and run it again, with HF_TOKEN set it allows more"),
+    500: (ConnectionError, "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
 }
-"""Status of an answer -> the error, and what to do about it."""
-
-_ADVICE_SERVER = "the fault is the Hub's: run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"
+"""Status of an answer -> the error, and what to do about it; 500 stands for what is above it too."""
 
 _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
 """Whose errors mean that the network failed: huggingface_hub and what it speaks HTTP with, by release."""

@@ -118,11 +118,11 @@ class Layout:
 
 
 def _rows(table: Iterable[tuple[Any, ...]], column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
-    def row(cells: tuple[Any, ...]) -> Row:
-        sources = cells[column] if isinstance(cells[column], tuple) else (cells[column],)
-        return Row(cells[0], sources, axes.get(cells[0], AS_IS))
-
-    return tuple(row(cells) for cells in table)
+    cells = ((row[_TARGET], row[column]) for row in table)
+    return tuple(
+        Row(target, source if isinstance(source, tuple) else (source,), axes.get(target, AS_IS))
+        for target, source in cells
+    )
 
 
 def _under(target: str, source: str, rows: Iterable[Row]) -> tuple[Row, ...]:

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     from mlx_aimv2.checkpoint import hub
 
     path, repo, commit = _find(path_or_hf_repo, revision=revision)
-    folder, index = (path.parent, None) if path.is_file() else (path, _Index.of(path))
+    folder, index = (path.parent, None) if path.is_file() else (path, _read_index(path))
 
     def fetch(names: Iterable[str]) -> None:
         """From the Hub at the one commit, so that a branch that moves meanwhile is not taken half."""
@@ -115,8 +116,10 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     for file in files:
         _check_safetensors(file)
     tensors = read_tensors(files)
-    if index is not None and (absent := index.tensors_of(files) - set(tensors)):
-        raise ValueError(f"{index.file}: lists tensors that no shard holds: {listed(absent)}")
+    if index is not None:
+        list_file, weight_map = index
+        if absent := {name for name, file in weight_map.items() if folder / file in files} - set(tensors):
+            raise ValueError(f"{list_file}: lists tensors that no shard holds: {listed(absent)}")
     return Checkpoint(path, folder, files, config, tensors, repo, commit)
 
 
@@ -172,17 +175,21 @@ def _in_cache(path: Path) -> Path:
     return repository / "snapshots" / commit
 
 
-def _weight_files(folder: Path, index: _Index | None, fetch: Callable[[Iterable[str]], None]) -> list[Path]:
+def _weight_files(
+    folder: Path, index: tuple[Path, Mapping[str, str]] | None, fetch: Callable[[Iterable[str]], None]
+) -> list[Path]:
     """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here."""
     if index is not None:
-        needed = index.shards_of_encoder()
+        list_file, weight_map = index
+        prefix = ""
+        with suppress(ValueError):  # said better once the shapes are known: all shards if no encoder is recognised
+            prefix = recognise(dict.fromkeys(weight_map, ())).prefix
+        needed = sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
         fetch(needed)
         for name in needed:
             check_link(folder / name)
         if missing := [name for name in needed if not (folder / name).is_file()]:
-            raise FileNotFoundError(
-                f"{folder}: {index.file.name} names shards that are not there: {', '.join(missing)}"
-            )
+            raise FileNotFoundError(f"{folder}: {list_file.name} names shards that are not there: {', '.join(missing)}")
         return [folder / name for name in needed]
     for name in WEIGHT_FILES:  # in turn, so that the same weights are never fetched twice
         fetch([name])
@@ -194,42 +201,19 @@ def _weight_files(folder: Path, index: _Index | None, fetch: Callable[[Iterable[
     raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
 
 
-@dataclass(frozen=True)
-class _Index:
-    """A list of shards: which file holds each tensor, and the file that says so."""
-
-    file: Path
-    weight_map: Mapping[str, str]
-
-    @classmethod
-    def of(cls, folder: Path) -> _Index | None:
-        """The folder's own, checked; None where it has none."""
-        for name in INDEX_FILES:
-            check_link(folder / name)
-        index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
-        if index is None:
-            return None
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index}: no weight_map of tensor names to file names")
-        if outside := [name for name in weight_map.values() if Path(name).name != name]:
-            raise ValueError(f"{index}: names a file outside its folder: {outside[0]!r:.200}")
-        if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # it is asked of the Hub
-            raise ValueError(f"{index}: names {other[0]!r:.200}, which is no file of weights")
-        return cls(index, weight_map)
-
-    def shards_of_encoder(self) -> list[str]:
-        """Those of the encoder, which may be a small part of a large model; all if no encoder is recognised."""
-        try:
-            prefix = recognise(dict.fromkeys(self.weight_map, ())).prefix
-        except ValueError:  # said better once the shapes are known
-            prefix = ""
-        return sorted({file for name, file in self.weight_map.items() if name.startswith(prefix)})
-
-    def tensors_of(self, files: Iterable[Path]) -> set[str]:
-        """The tensors that these files should hold."""
-        read = {file.name for file in files}
-        return {name for name, file in self.weight_map.items() if file in read}
+def _read_index(folder: Path) -> tuple[Path, Mapping[str, str]] | None:
+    """The folder's list of shards: `-> (file, {tensor: file that holds it})`, checked; None where it has none."""
+    for name in INDEX_FILES:
+        check_link(folder / name)
+    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+    if index is None:
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: no weight_map of tensor names to file names")
+    if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # it is asked of the Hub
+        raise ValueError(f"{index}: names {other[0]!r:.200}, which is no file of weights in its folder")
+    return index, weight_map
 
 
 def _check_safetensors(file: Path) -> None:
@@ -257,8 +241,6 @@ def _read_weights(file: Path) -> dict[str, mx.array]:
     try:
         return dict(mx.load(str(file)))  # type: ignore[arg-type]
     except RuntimeError as error:  # a dtype that MLX has not
-        if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist any more") from None
         raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
 
 
@@ -277,8 +259,7 @@ def _read_pickle(file: Path) -> dict[str, mx.array]:
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; each means that the file cannot be used
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: torch refuses to read it as plain weights ({reason})") from None
+        raise ValueError(f"{file}: torch refuses to read it as plain weights ({_short(error)})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

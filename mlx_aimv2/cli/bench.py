@@ -16,20 +16,20 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import bundled
+from mlx_aimv2 import __version__, bundled
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import aligned, log
-from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, released
-from mlx_aimv2.loading import parse_dtype, read_source
+from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
+from mlx_aimv2.loading import NATIVE, parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
 HELP = "measure the time and the memory of a model"
 
 EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
 
-MAX_BATCH, MAX_SIDE, MAX_RUNS = 4096, 3584, 100_000
-"""What may be asked for: more fits no machine's memory or no day."""
+MAX_COUNT = 4096
+"""Images, pixels of a side or runs that may be asked for: more fits no machine's memory or no day."""
 
 DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 """A CPU's half-precision products are so slow in MLX that they are measured only when asked for."""
@@ -52,9 +52,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 """What the table shows of each measurement."""
 
-NATIVE_SIDE = 224
-"""Pixels along the side of the images that a native model is measured on, if nothing else is asked for."""
-
 WARM_UP_SECONDS = 1.0
 """Before a GPU is timed: its clock rises with work, and a pass may take milliseconds."""
 
@@ -63,7 +60,7 @@ import json, sys, time
 began = time.perf_counter()
 from mlx_aimv2 import load
 imported = time.perf_counter()
-model, processor = load(sys.argv[1], dtype=sys.argv[2] or None)
+model, processor = load(sys.argv[1], dtype=sys.argv[2])
 loaded = time.perf_counter()
 import mlx.core as mx
 mx.eval(model.encode_image(processor([sys.argv[3]])))
@@ -81,28 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_revision(add)
 
     add = parser.add_argument_group("what is timed").add_argument
-    add(
-        "--dtype",
-        nargs="+",
-        choices=DTYPES,
-        metavar="NAME",
-        help="float32, float16, bfloat16 (default: float32 on a CPU, else both halves)",
-    )
-    add(
-        "--batch",
-        nargs="+",
-        type=_up_to(MAX_BATCH),
-        default=[1, 4],
-        metavar="N",
-        help="images at once (default: 1 4)",
-    )
-    add(
-        "--side",
-        type=_up_to(MAX_SIDE),
-        metavar="N",
-        help="native checkpoints: side of the images in pixels (default: 224)",
-    )
-    add("--runs", type=_up_to(MAX_RUNS), default=7, metavar="N", help="runs of each measurement (default: %(default)s)")
+    dtypes = f"{', '.join(DTYPES)} (default: float32 on a CPU, else both halves)"
+    add("--dtype", nargs="+", choices=DTYPES, metavar="NAME", help=dtypes)
+    add("--batch", nargs="+", type=_count, default=[1, 4], metavar="N", help="images at once (default: 1 4)")
+    add("--side", type=_count, metavar="N", help=f"native checkpoints: pixels of a side (default: {NATIVE})")
+    add("--runs", type=_count, default=7, metavar="N", help="runs of each measurement (default: %(default)s)")
     add("--keep-quantized", action="store_true", help="time quantized weights packed, too, not only made dense")
 
     add = parser.add_argument_group("output").add_argument
@@ -112,17 +92,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
     found = measure(arguments)
-    print(json.dumps(found) if arguments.json else table(found, runs=arguments.runs))
+    print(json.dumps(found) if arguments.json else table(found))
     return 0
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, as one dictionary for JSON."""
-    from mlx_aimv2 import __version__
-
-    if arguments.random and arguments.keep_quantized:
-        raise ValueError("--keep-quantized needs a quantized MLX folder: give it with -m")
     size = released(arguments.random) if arguments.random else None
+    source = None if size else read_source(arguments.model, revision=arguments.revision)
+    name = arguments.model or f"random {arguments.random}"
+    if arguments.keep_quantized and (source is None or source.quantization is None):
+        raise ValueError(f"--keep-quantized needs quantized weights, {name} holds dense ones; leave it out")
     on = device.machine()
     found: dict[str, Any] = {
         "device": on.kind,
@@ -131,29 +111,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "mlx": device.mlx_build(),
         "mlx-aimv2": __version__,
         "advice": device.advice(on),
-        "model": arguments.model or f"random {arguments.random}",
+        "model": name,
         "runs": arguments.runs,
         "speed": [],
     }
-    if size is None:
-        path = read_source(arguments.model, revision=arguments.revision).origin.path
+    if source is not None:
         log("measuring: first embedding in a fresh process")
-        image, dtype = bundled.photographs()[0], (arguments.dtype or ["auto"])[0]
-        found["first_embedding"] = measure_first_embedding(str(path), image, dtype=dtype)
+        found["first_embedding"] = measure_first_embedding(source.origin.path, (arguments.dtype or ["auto"])[0])
     kinds = ("dense", "packed") if arguments.keep_quantized else ("dense",)
     for dtype, weights in itertools.product(arguments.dtype or DEFAULT_DTYPES[on.kind], kinds):
-        if size is not None:
+        if source is not None:
+            model = source.reopened().load(dtype=dtype, keep_quantized=weights == "packed").model.vision
+        elif size is not None:
             model = random_model(size.vision, parse_dtype(dtype))
-        else:
-            model = _loaded(arguments, dtype, keep_quantized=weights == "packed")
         for batch in arguments.batch:
-            log(f"measuring: {dtype} {weights}, {batch} images")
+            log(f"measuring: {dtype} {weights}, batch {batch}")
             pixels = random_pixels(model.config, batch=batch, side=arguments.side)
             found["speed"].append({"weights": weights} | measure_speed(model, pixels, runs=arguments.runs))
     return found
 
 
-def table(found: dict[str, Any], *, runs: int) -> str:
+def table(found: dict[str, Any]) -> str:
     """What was measured, as lines for the terminal."""
     lines = {
         "machine": f"{found['chip']}, {found['device']}, {found['cores']} cores",
@@ -168,24 +146,14 @@ def table(found: dict[str, Any], *, runs: int) -> str:
     rows = [list(COLUMNS), *([cell(speed) for cell in COLUMNS.values()] for speed in found["speed"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     body = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*aligned(lines), "", *body, "", NOTE.format(runs=runs)])
+    return "\n".join([*aligned(lines), "", *body, "", NOTE.format(runs=found["runs"])])
 
 
-def _loaded(arguments: argparse.Namespace, dtype: str, *, keep_quantized: bool) -> Aimv2VisionModel:
-    loaded = read_source(arguments.model, revision=arguments.revision).load(dtype=dtype, keep_quantized=keep_quantized)
-    if keep_quantized and loaded.source.quantization is None:
-        raise ValueError(f"--keep-quantized needs quantized weights, {arguments.model} holds dense ones; leave it out")
-    return loaded.model.vision
-
-
-def _up_to(limit: int) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        number = int(text) if text.isdigit() and len(text) < 10 else 0
-        if not 1 <= number <= limit:
-            raise argparse.ArgumentTypeError(f"a whole number from 1 to {limit} is wanted, got {text:.20}")
-        return number
-
-    return count
+def _count(text: str) -> int:
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if not 1 <= number <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to {MAX_COUNT} is wanted, got {text:.20}")
+    return number
 
 
 def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel:
@@ -200,7 +168,7 @@ def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel
 
 def random_pixels(config: Aimv2VisionConfig, *, batch: int, side: int | None = None) -> mx.array:
     """Images of the size the model takes, `(B, H, W, 3)`; `side` is for native models."""
-    side = config.image_size or side or NATIVE_SIDE
+    side = config.image_size or side or NATIVE
     pixels = mx.random.normal((batch, side, side, config.num_channels), key=mx.random.key(0))
     mx.eval(pixels)
     return pixels
@@ -229,7 +197,7 @@ def measure_speed(vision: Aimv2VisionModel, pixels: mx.array, *, runs: int) -> d
     peak = mx.get_peak_memory() - before
     seconds, batch = statistics.median(forward() for _ in range(runs)), len(pixels)
     return {
-        "dtype": str(vision.dtype).rpartition(".")[2],
+        "dtype": dtype_name(vision.dtype),
         "weight_bytes": sum(array.nbytes for _, array in parameters),
         "batch": batch,
         "tokens": rows * columns,
@@ -241,9 +209,9 @@ def measure_speed(vision: Aimv2VisionModel, pixels: mx.array, *, runs: int) -> d
     }
 
 
-def measure_first_embedding(path: str, image: Path, *, dtype: str | None) -> dict[str, float]:
+def measure_first_embedding(path: Path, dtype: str) -> dict[str, float]:
     """Seconds of a fresh process: importing, loading, and an image's embedding with all that a first run costs."""
-    command = [sys.executable, "-c", FIRST_EMBEDDING, path, dtype or "", str(image)]
+    command = [sys.executable, "-c", FIRST_EMBEDDING, str(path), dtype, str(bundled.photographs()[0])]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise ValueError(f"a fresh process could not embed an image: {finished.stderr.strip().splitlines()[-1]}")

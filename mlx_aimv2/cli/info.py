@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import aligned, show
+from mlx_aimv2.config import DTYPES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, dtype_name
 from mlx_aimv2.files import expand_user, read_start
 
 HELP = "show what an index or a checkpoint contains"
@@ -75,7 +76,6 @@ def _about_index(path: Path) -> Facts:
 
 def _about_checkpoint(name: str, revision: str | None) -> Facts:
     """What a checkpoint holds, from its config.json and the headers of its weight files."""
-    from mlx_aimv2.config import DTYPES, Aimv2Config, dtype_name
     from mlx_aimv2.loading import read_source
 
     source = read_source(name, revision=revision)
@@ -83,6 +83,7 @@ def _about_checkpoint(name: str, revision: str | None) -> Facts:
     pair = config if isinstance(config, Aimv2Config) else None
     vision, text = config.vision, pair.text_config if pair else None
     dtypes = sorted({dtype_name(array.dtype) for array in source.weights.values()} & set(DTYPES))
+    text_only = {"vocabulary": text.vocab_size, "context": text.max_position_embeddings} if text else {}
     parameters = source.parameters
     size = vision.image_size
     return {
@@ -91,28 +92,22 @@ def _about_checkpoint(name: str, revision: str | None) -> Facts:
         "layout": source.layout,
         "encoders": "vision and text" if pair else "vision",
         "images": f"{size}x{size} pixels, {vision.num_patches} tokens" if size else "any size (native)",
-        "width": vision.hidden_size,
-        "blocks": vision.num_hidden_layers,
-        "heads": vision.num_attention_heads,
+        **_sizes(vision),
         "intermediate": vision.intermediate_size,
         "patch": vision.patch_size,
         "pooling_head": vision.use_head,
         "projection": pair.projection_dim if pair else None,
-        "text": {
-            "width": text.hidden_size,
-            "blocks": text.num_hidden_layers,
-            "heads": text.num_attention_heads,
-            "vocabulary": text.vocab_size,
-            "context": text.max_position_embeddings,
-        }
-        if text
-        else None,
+        "text": _sizes(text) | text_only if text else None,
         "parameters": parameters,
         "bytes": source.stored_bytes,
         "bits_per_weight": round(8 * source.stored_bytes / parameters, 3),
         "dtype": ", ".join(dtypes),
         "quantization": dict(source.quantization) if source.quantization is not None else None,
     }
+
+
+def _sizes(config: Aimv2VisionConfig | Aimv2TextConfig) -> Facts:
+    return {"width": config.hidden_size, "blocks": config.num_hidden_layers, "heads": config.num_attention_heads}
 
 
 def _is_database(path: Path) -> bool:

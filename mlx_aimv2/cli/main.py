@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.cli.output import leave_stdout, log, note, say
+from mlx_aimv2.cli.output import abandon, log, note, say
 from mlx_aimv2.files import discard_unfinished
 
 VERBS = {
@@ -162,7 +162,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         code = stop.exit_code if isinstance(stop, Stopped) else 130
     except BaseException as error:  # a library written in Rust panics with an exception that is no Exception
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            leave_stdout()
+            abandon(sys.stdout)
             return 0
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             log(traceback.format_exc())
@@ -171,7 +171,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        leave_stdout()
+        abandon(sys.stdout)
     return code
 
 
@@ -207,8 +207,8 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    ours = [number for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)]
+    nobodys = (signal.SIG_DFL, signal.default_int_handler)
+    ours = {number: old for number in SIGNALS if (old := signal.getsignal(number)) in nobodys}
     for number in ours:
         signal.signal(number, stop)
     try:
@@ -217,9 +217,9 @@ def stoppable() -> Iterator[None]:
         others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
         # Python waits for its threads before it ends, and one may be in a slow decoder: a second signal still ends it.
         if not (is_stopping and any(not thread.daemon for thread in others)):
-            for number in ours:
+            for number, old in ours.items():
                 if signal.getsignal(number) is stop:
-                    signal.signal(number, before[number])
+                    signal.signal(number, old)
 
 
 def _sentence(error: BaseException) -> str:

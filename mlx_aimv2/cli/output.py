@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -48,7 +48,7 @@ def show_progress(line: str) -> None:
     try:
         show(line)
     except BrokenPipeError:
-        leave_stdout()
+        abandon(sys.stdout)
 
 
 def aligned(facts: Mapping[str, str]) -> list[str]:
@@ -152,15 +152,14 @@ def _attempt(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except (OSError, ValueError):  # a full disk, or a reader that went away
-        with suppress(OSError, ValueError):  # what is still buffered must not fail again as the interpreter ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        abandon(sys.stderr)
 
 
-def leave_stdout() -> None:
-    """What is still buffered for stdout has nowhere to go, and must not end the interpreter with an error."""
+def abandon(stream: TextIO) -> None:
+    """What is still buffered for a stream has nowhere to go, and must not end the interpreter with an error."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        stream.flush()
 
 
 def note(message: Warning | str, *_: object, **__: object) -> None:

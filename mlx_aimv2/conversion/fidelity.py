@@ -7,10 +7,9 @@ needs the memory of one block, and the two are never in memory together.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -155,7 +154,8 @@ def _run_encoder(
         highest = 0.0
         for k, state in enumerate(states):
             states[k] = next(run_blocks([block], state, causal=causal))
-            highest = max(highest, _largest([*found, mx.abs(states[k]).max()]))
+            found.append(mx.abs(states[k]).max())
+            highest = float(np.maximum(highest, mx.stack(found).astype(mx.float32).max().item()))  # NaN stays one
             found.clear()
         peaks[f"{prefix}blocks.{i}"] = highest
         encoder.blocks[i] = nn.Identity()
@@ -185,7 +185,7 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
     found: dict[str, Any] = {
         "reference": _about(reference),
         "model": _about(other),
-        "images": [_text(Path(image).name) for image in images],
+        "images": [Path(image).name.encode(errors="backslashreplace").decode() for image in images],  # as JSON holds it
         "tokens": len(tokens),
         "token_cosine": _spread(tokens),
         "image_cosine": _spread(cosines(reference.vectors, other.vectors)),
@@ -216,38 +216,32 @@ def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
     return files
 
 
-def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The small table, `fidelity.json -> [(what, value), …]`, for the terminal and the model card."""
+def rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """The small table, `fidelity.json -> {what: value}`, for the terminal and the model card."""
     model, largest = found["model"], found["largest_activation"]
     token, image, count = found["token_cosine"], found["image_cosine"], len(found["images"])
-    table = [
-        ("token cosine, mean", f"{token['mean']:.6f}"),
-        ("token cosine, minimum", f"{token['min']:.6f}"),
-        ("image vector cosine, minimum", f"{image['min']:.6f}"),
-    ]
+    limit = f"{model['dtype']} holds {found['limit']:.4g}"
+    table = {
+        "token cosine, mean": f"{token['mean']:.6f}",
+        "token cosine, minimum": f"{token['min']:.6f}",
+        "image vector cosine, minimum": f"{image['min']:.6f}",
+    }
     if "text_cosine" in found:
-        table += [
-            ("text vector cosine, minimum", f"{found['text_cosine']['min']:.6f}"),
-            ("largest difference of logits", f"{found['largest_logit_difference']:.4g}"),
-        ]
-    table += [
-        (
-            "largest activation",
-            f"{largest['value']:.4g} in {largest['block']} ({model['dtype']} holds {found['limit']:.4g})",
-        ),
-        ("size", f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight"),
-        ("size of the reference", f"{_megabytes(found['reference']['bytes'])}"),
-        ("measured on", f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, against float32"),
-    ]
-    return table
+        table["text vector cosine, minimum"] = f"{found['text_cosine']['min']:.6f}"
+        table["largest difference of logits"] = f"{found['largest_logit_difference']:.4g}"
+    return table | {
+        "largest activation": f"{largest['value']:.4g} in {largest['block']} ({limit})",
+        "size": f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
+        "size of the reference": _megabytes(found["reference"]["bytes"]),
+        "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, against float32",
+    }
 
 
 def table(found: Mapping[str, Any]) -> str:
     """`rows` as lines of text, each block's largest activation and the warnings after them."""
-    peaks = " ".join(f"{peak:.3g}" for peak in found["activations"].values())
-    lines = [*rows(found), ("block by block", peaks)]
-    width = max(len(what) for what, _ in lines)
-    return "\n".join([*(f"{what:<{width}}  {value}" for what, value in lines), *found["warnings"]])
+    lines = rows(found) | {"block by block": " ".join(f"{peak:.3g}" for peak in found["activations"].values())}
+    width = max(map(len, lines))
+    return "\n".join([*(f"{what:<{width}}  {value}" for what, value in lines.items()), *found["warnings"]])
 
 
 def _check_comparable(reference: BlockwiseRun, other: BlockwiseRun) -> None:
@@ -299,11 +293,6 @@ def _finite(value: float) -> float:
     return float(np.nan_to_num(float(value), nan=sys.float_info.max))
 
 
-def _text(name: str) -> str:
-    """A file's name as JSON can hold it, even where its bytes are no text."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def _megabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
@@ -325,27 +314,18 @@ def _image_vector(model: AnyModel, state: mx.array) -> mx.array:
 
 
 def _record_ranges(block: nn.Module, found: list[mx.array]) -> None:
-    """Replaces each linear layer of a block by one that also records the range of its input and output."""
+    """Replaces each linear layer of a block by one that also records the largest values of its input and output."""
+
+    def recording(layer: nn.Module) -> Callable[[mx.array], mx.array]:
+        def call(x: mx.array) -> mx.array:
+            y: mx.array = layer(x)
+            found.extend([mx.abs(x).max(), mx.abs(y).max()])
+            return y
+
+        return call
+
     for part, name in ((block.attn, "qkv"), (block.attn, "proj"), *((block.mlp, n) for n in ("gate", "up", "down"))):
-        setattr(part, name, _Recorder(getattr(part, name), found))
-
-
-class _Recorder:
-    """Calls a layer and records the largest absolute value of its input and of its output."""
-
-    def __init__(self, layer: nn.Module, found: list[mx.array]) -> None:
-        self.layer, self.found = layer, found
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.layer(x)
-        self.found += [mx.abs(x).max(), mx.abs(y).max()]
-        return y
-
-
-def _largest(peaks: list[mx.array]) -> float:
-    """The largest of some absolute values; infinity for NaN too."""
-    largest: float = mx.stack([peak.astype(mx.float32) for peak in peaks]).max().item()  # type: ignore[assignment]
-    return math.inf if math.isnan(largest) else largest
+        setattr(part, name, recording(getattr(part, name)))
 
 
 def _float64(array: mx.array) -> Floats:

@@ -12,7 +12,8 @@ import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -35,16 +36,13 @@ CARD_FILE = "README.md"
 WRITTEN = (CONFIG_FILE, INDEX_FILE, "model*.safetensors", CARD_FILE, "fidelity.json", *AUXILIARY_FILES)
 """Files that a converted folder may hold."""
 
+PYTORCH_LAYOUTS = ("transformers", "apple")
+"""The layouts to export."""
+
 MLX, PYTORCH = "mlx", "pt"
 """Whose readers a file is for, as its header says."""
 
-CODES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
+CODES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 """safetensors' names of the dtypes that a checkpoint may hold."""
 
 AHEAD = 4
@@ -135,7 +133,6 @@ def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.arr
             mx.eval(ahead[0])
             yield ahead.popleft()
     except RuntimeError as error:
-        _settle()
         raise OSError(
             f"the source can no longer be read at {name}: was it truncated or changed meanwhile? ({error})"
         ) from None
@@ -144,11 +141,9 @@ def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.arr
 def _settle() -> None:
     """Waits for what is under way. Reads that fail after the first would else raise in some later call of MLX."""
     for _ in range(AHEAD + 1):
-        try:
+        with suppress(RuntimeError):
             mx.synchronize()
-        except RuntimeError:
-            continue
-        return
+            return
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:
@@ -192,12 +187,11 @@ def save_beside(folder: Path, source: Source) -> None:
 def is_own(folder: Path) -> bool:
     """Whether a conversion wrote this folder: its card says so, and it holds nothing but files of a checkpoint."""
     try:
-        card = read_bytes(folder / CARD_FILE)
-        names = [entry.name for entry in folder.iterdir() if not entry.is_dir() or entry.is_symlink()]
-        is_flat = len(names) == sum(1 for _ in folder.iterdir())
+        card, entries = read_bytes(folder / CARD_FILE), list(folder.iterdir())
     except (OSError, ValueError):
         return False
-    return is_flat and b"by mlx-aimv2 " in card and all(any(map(Path(name).match, WRITTEN)) for name in names)
+    are_files = all(not entry.is_dir() or entry.is_symlink() for entry in entries)
+    return are_files and b"by mlx-aimv2 " in card and all(any(map(entry.match, WRITTEN)) for entry in entries)
 
 
 def _is_inside(file: Path, source: Path) -> bool:
@@ -214,15 +208,9 @@ def _is_inside(file: Path, source: Path) -> bool:
 
 def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:
     """The content of config.json in one of `PYTORCH_LAYOUTS`."""
-    return PYTORCH_LAYOUTS[layout](config)
-
-
-def _transformers(config: AnyConfig) -> dict[str, Any]:
-    architecture = "Aimv2Model" if isinstance(config, Aimv2Config) else "Aimv2VisionModel"
-    return {"architectures": [architecture], **config.to_dict()}
-
-
-def _apple(config: AnyConfig) -> dict[str, Any]:
+    if layout == "transformers":
+        architecture = "Aimv2Model" if isinstance(config, Aimv2Config) else "Aimv2VisionModel"
+        return {"architectures": [architecture], **config.to_dict()}
     common = {"architectures": ["AIMv2Model"], "model_type": "aimv2"}
     if isinstance(config, Aimv2VisionConfig):
         return common | _apple_sizes(config)
@@ -241,7 +229,3 @@ def _apple_sizes(config: Aimv2VisionConfig | Aimv2TextConfig) -> dict[str, Any]:
     sizes = {names.get(key, key): value for key, value in asdict(config).items() if value is not None}
     fixed = {"attention_dropout": 0.0, "projection_dropout": 0.0, "qkv_bias": False, "use_bias": False}
     return fixed | {key: value for key, value in sizes.items() if key not in ("is_native", "use_head")}
-
-
-PYTORCH_LAYOUTS: dict[str, Callable[[AnyConfig], dict[str, Any]]] = {"transformers": _transformers, "apple": _apple}
-"""The layouts to export, and how each writes config.json."""

@@ -27,11 +27,6 @@ LONGEST = 300
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Fields of a card that are copied from the source's card unchanged."""
 
-TASKS = {False: "image-feature-extraction", True: "zero-shot-image-classification"}
-"""The Hub's name for what a model does, by whether it has a text encoder."""
-
-_HERE = "path/to/this/folder"
-
 _MLX_VISION = """\
 from mlx_aimv2 import load
 
@@ -90,7 +85,7 @@ def write(
         front_matter(_head(place, source, config, card)),
         f"# {title}",
         f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
-        f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name or _HERE)}```",
+        f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name)}```",
         _fidelity(report),
         _licence(place, card),
     ]
@@ -105,10 +100,10 @@ def front_matter(head: Mapping[str, Any]) -> str:
 
 
 def _head(place: Path, source: Source, config: Mapping[str, Any], card: Mapping[str, str]) -> dict[str, Any]:
-    is_mlx, origin = _layout(config) is None, source.origin
+    is_mlx, origin, is_pair = _layout(config) is None, source.origin, isinstance(source.config, Aimv2Config)
     head: dict[str, Any] = {
         "library_name": "mlx" if is_mlx else "transformers",
-        "pipeline_tag": TASKS[isinstance(source.config, Aimv2Config)],
+        "pipeline_tag": "zero-shot-image-classification" if is_pair else "image-feature-extraction",
         "tags": ["mlx", "aimv2", "vision"] if is_mlx else ["aimv2", "vision"],
     }
     if base := origin.repo or card.get("base_model"):
@@ -158,18 +153,18 @@ def _precision(config: Mapping[str, Any]) -> str:
     return f"dense, {config.get('torch_dtype', 'float32')}"
 
 
-def _snippet(config: AnyConfig, layout: str | None, name: str) -> str:
+def _snippet(config: AnyConfig, layout: str | None, name: str | None) -> str:
     """What loads the folder and runs it, with the shapes that come out."""
     width, count = config.vision.hidden_size, config.vision.num_patches or "tokens"
     code = _PYTORCH[layout] if layout else _MLX_LIT if isinstance(config, Aimv2Config) else _MLX_VISION
-    return code.format(name=name, tokens=f"(1, {count}, {width})", width=width)
+    return code.format(name=name or "path/to/this/folder", tokens=f"(1, {count}, {width})", width=width)
 
 
 def _fidelity(report: Mapping[str, Any] | None) -> str:
     title = "## Fidelity"
     if report is None:
         return f"{title}\n\nNot measured: the conversion ran with `--no-verify`."
-    lines = [f"| {what} | {value} |" for what, value in rows(report)]
+    lines = [f"| {what} | {value} |" for what, value in rows(report).items()]
     warnings = [f"- {warning}" for warning in report["warnings"]]
     table = "\n".join(["| measured against the source in float32 | |", "|---|---|", *lines])
     return "\n\n".join([title, table, *(["\n".join(warnings)] if warnings else [])])

@@ -169,7 +169,7 @@ def test_shards_without_their_index(folder):
         ("[]", "wanted an object, got a list"),
         ("{}", "no weight_map of tensor names to file names"),
         ('{"weight_map": {"a": 1}}', "no weight_map of tensor names to file names"),
-        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "names a file outside its folder"),
+        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "which is no file of weights in its folder"),
     ],
 )
 def test_an_index_that_is_none(folder, content, message):

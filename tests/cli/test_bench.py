@@ -131,7 +131,7 @@ def test_json_says_what_was_measured_on_what(capsys):
     ]
     row = found["speed"][1]
     assert row["images_per_second"] == pytest.approx(3 / row["seconds"])
-    assert "float32 dense, 3 images" in err
+    assert "float32 dense, batch 3" in err
 
 
 def test_a_forward_pass_is_compared_with_its_bare_products(capsys):
@@ -167,7 +167,7 @@ def test_packed_weights_have_their_own_row(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--random", "larger"], "no released checkpoint is called larger"),
-        (["--random", "large-224", "--keep-quantized"], "needs a quantized MLX folder"),
+        (["--random", "large-224", "--keep-quantized"], "needs quantized weights, random large-224 holds dense ones"),
         (["-m", FIXED, "--keep-quantized", "--batch", 1, "--runs", 1], "needs quantized weights"),
         (["-m", "/no/such/folder"], "/no/such/folder"),
     ],

@@ -101,7 +101,7 @@ def test_the_fidelity_table_is_in_it(apples, images, tmp_path):
     target = convert(apples, tmp_path / "mlx", dtype="float16", verify=False)
     report = compare(apples, target, images=images)
     text = card_of(apples, tmp_path / "out", report=report).read_text()
-    for what, value in rows(report):
+    for what, value in rows(report).items():
         assert f"| {what} | {value} |" in text
     assert "Not measured" in card_of(apples, tmp_path / "none").read_text()
 
