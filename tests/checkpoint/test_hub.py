@@ -332,7 +332,8 @@ def noted(name, function):
         return function(path, *rest, **more)
     return note
 def note(event, arguments):
-    if event == "open" and "/snapshots/" in str(arguments[0]):
+    # An opening by open(…, opener=) is told twice, by open with a mode and by os.open without one.
+    if event == "open" and arguments[1] is not None and "/snapshots/" in str(arguments[0]):
         read.append(str(arguments[0]).rpartition("/")[2])
 sys.addaudithook(note)
 mlx.core.load, safetensors.safe_open = noted("weights", mlx.core.load), noted("header", safetensors.safe_open)
