@@ -36,6 +36,7 @@ from mlx_aimv2.pretrain.data import Data, Example
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import Captioned, check_enough, log_to, tokenizer_for, write_checkpoint
 from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.train.augment import Augmentation  # noqa: F401 - the type of a field that LitSettings inherits
 from mlx_aimv2.train.batches import Batches, Shuffled
 from mlx_aimv2.train.loop import Plan, StateFile, Watch, check_training_folder, is_due, train
 from mlx_aimv2.train.optimizer import FROZEN, flat, freeze
