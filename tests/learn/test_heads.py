@@ -157,7 +157,8 @@ def test_the_table_has_precision_before_recall():
     """Two of the first class, of which one is called the second, and one of the second."""
     samples = [Sample("", b"", (1, 2), label) for label in (0, 0, 1)]
     predictions = [Classification(np.eye(3)[label]) for label in (0, 1, 1)]
-    assert classify.results.table(samples, predictions, ("cat", "dog", "emu"))[1:] == [
+    _, table = classify.results.score(samples, predictions, ("cat", "dog", "emu"))
+    assert table[1:] == [
         ["cat", "2", "100.0 %", "50.0 %", "66.7 %"],
         ["dog", "1", "50.0 %", "100.0 %", "66.7 %"],
         ["emu", "0", "none", "none", "none"],
