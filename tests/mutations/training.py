@@ -39,6 +39,7 @@ COMMAND = fit("the_commands_flags_are_the_options")
 
 SETTINGS = ("tests/cli/test_settings.py",)
 AUGMENT, LORA, DENSE = (f"tests/learn/test_{name}.py::test_" for name in ("augment", "lora", "dense"))
+CAPTIONED, PRETRAIN_RUNS = (f"tests/pretrain/test_{name}.py::test_" for name in ("captioned", "pretrain"))
 
 PRE_CHANGES = pretrain("an_option_changes_what_is_learned")
 PRE_RESUMED = pretrain("a_run_that_was_stopped_and_resumed_equals_one_that_was_not")
@@ -632,5 +633,77 @@ TRAINING = (
         "if name not in BESIDE}",
         'if name not in (*BESIDE, "views")}',
         pretrain("lit_goes_on_with_as_many_views_as_it_was_begun_with"),
+    ),
+    Mutation(
+        "gradients of fit are cut at 1 by default",
+        "clip: float = 3.0",
+        "clip: float = 1.0",
+        LENGTH,
+    ),
+    Mutation(
+        "a long average forgets ten times as fast",
+        "MAX_AVERAGE = 0.999",
+        "MAX_AVERAGE = 0.99",
+        train("a_long_average_keeps_999_parts_of_1000_at_each_step"),
+    ),
+    Mutation(
+        "a state that cannot be written leaves what there is of it",
+        "            beside.unlink(missing_ok=True)\n",
+        "",
+        fit("a_state_that_cannot_be_written_is_one_line_and_the_one_before_is_kept"),
+    ),
+    Mutation(
+        "a box has no loss where it is seen from its edge",
+        "weight = mx.maximum(wanted, MIN_WEIGHT) * answers",
+        "weight = wanted * answers",
+        ("tests/learn/test_fcos.py::test_a_box_is_learned_though_it_is_seen_from_its_edge_alone",),
+    ),
+    Mutation(
+        "the weakest penalty of the probe is not tried",
+        "range(1, -7, -1)",
+        "range(1, -6, -1)",
+        ("tests/learn/test_heads.py::test_the_linear_probe_is_the_one_that_val_likes_best",),
+    ),
+    Mutation(
+        "a short run is evaluated more often than twenty times",
+        "max(1, -(-steps // EVALUATIONS))",
+        "max(1, steps // EVALUATIONS)",
+        fit("a_run_is_evaluated_some_twenty_times_where_nobody_says_how_often"),
+    ),
+    Mutation(
+        "training goes on without the dropout of its adapters",
+        'dropout=float(parameters.get("dropout", 0.0)),',
+        "",
+        fit("training_goes_on_with_the_dropout_of_its_adapters"),
+    ),
+    Mutation(
+        "all blocks are skipped for the same images",
+        "_for_some(run, x, rate, keys[number])",
+        "_for_some(run, x, rate, keys[0])",
+        ("tests/learn/test_learner.py::test_each_block_is_skipped_for_images_of_its_own",),
+    ),
+    Mutation(
+        "held-out images of native encoders are squeezed",
+        "ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)",
+        "image.resize((size[1], size[0]), Image.Resampling.BICUBIC)",
+        (CAPTIONED + "a_held_out_image_of_a_native_encoder_is_cropped_in_its_middle_and_not_squeezed",),
+    ),
+    Mutation(
+        "an encoder learns at the rate of the next width",
+        "if self.vision.hidden_size <= width), 4e-4)",
+        "if self.vision.hidden_size < width), 4e-4)",
+        (PRETRAIN_RUNS + "each_width_has_the_papers_rate",),
+    ),
+    Mutation(
+        "samples are of training images where others are held out",
+        "shown = held_out[:4] or first_examples(data, as_is, grid, 4)",
+        "shown = first_examples(data, as_is, grid, 4)",
+        (PRETRAIN_RUNS + "samples_are_drawn_of_held_out_images_where_there_are_any",),
+    ),
+    Mutation(
+        "a run that goes on elsewhere has a tokenizer of its own",
+        "tokenizer, folder if resume else start)",
+        "tokenizer, folder if resume else None)",
+        (PRETRAIN_RUNS + "a_run_that_goes_on_elsewhere_keeps_its_words",),
     ),
 )
