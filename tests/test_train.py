@@ -185,6 +185,16 @@ def test_the_average_runs_along_and_the_last_is_what_the_last_step_left():
     assert mx.allclose(found, average, rtol=8 * np.finfo(np.float32).eps)
 
 
+def test_a_long_average_keeps_999_parts_of_1000_at_each_step(tmp_path):
+    options = {"keep": "average", "evaluate": None, "learning_rate": 0.0, "save_every": 1}
+    run(state=StateFile(tmp_path, {}), steps=1, **options)
+    state = StateFile(tmp_path, {})
+    parts = state.load({"weight": mx.zeros((1, 3))})
+    state.save(parts | {"kept": {"weight": mx.zeros((1, 3))}}, state.progress | {"step": 20_000})
+    kept, _ = run(state=StateFile(tmp_path, {}), steps=20_001, **options)
+    np.testing.assert_allclose(kept, 0.001 * np.array(Line().weight), rtol=1e-3)
+
+
 def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
     def poisoned(model, batch, key):
         is_broken = np.array(batch["x"]).sum() == broken

@@ -10,6 +10,7 @@ import pytest
 from mlx_aimv2.cli.main import main
 from mlx_aimv2.embed.provenance import made_by
 from mlx_aimv2.index.export import export
+from mlx_aimv2.index.nearest import Vectors
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
 from tests.small_index import MADE, WIDTH, change, some
@@ -72,6 +73,12 @@ def test_vectors_that_are_not_finite_are_not_ranked(photos, bits):
         index.search(np.ones(WIDTH))
 
 
+def test_what_a_gpu_reads_is_checked_too():
+    block = np.arange(2).astype("<i8").tobytes(), np.array([[1, 0], [0, np.inf]], np.float16).tobytes()
+    with pytest.raises(FloatingPointError, match="vectors that are not finite"):
+        Vectors.read([block], 2, width=2, dtype="float16", on_gpu=True)
+
+
 @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
 def test_vectors_of_float32_are_checked_too(tmp_path, number):
     with IndexWriter.create(tmp_path / "a.db", provenance=MADE, width=WIDTH, dtype="float32") as index:
@@ -81,8 +88,11 @@ def test_vectors_of_float32_are_checked_too(tmp_path, number):
         numbers[WIDTH + 2] = number
         db.execute("UPDATE blocks SET vectors = ?", (numbers.tobytes(),))
     db.close()
-    with pytest.raises(ValueError, match="vectors that are not finite"), Index.open(tmp_path / "a.db") as index:
-        index.search(np.ones(WIDTH))
+    with Index.open(tmp_path / "a.db") as index:
+        with pytest.raises(ValueError, match="vectors that are not finite"):
+            index.search(np.ones(WIDTH))
+        with pytest.raises(ValueError, match=r"a\.db is damaged \(an image whose vector is missing or broken\)"):
+            index.vector("/images/00001.jpg")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +104,16 @@ def test_what_an_index_says_of_its_model_is_checked(photos, field, value):
     with Index.open(photos) as index, pytest.raises(ValueError, match=r"^photos\.db is damaged"):
         made_by(index)
     assert main(["info", "photos.db"]) == 0
+
+
+@pytest.mark.parametrize("command", ["size = 'x'", "mtime_ns = 1.5", "sha256 = 'text'"])
+def test_what_an_index_says_of_a_file_is_checked(photos, command):
+    change(photos, f"UPDATE images SET {command} WHERE id = 2")
+    with Index.open(photos) as index:
+        with pytest.raises(ValueError, match=r"^photos\.db is damaged \(what it says of '/1.jpg'\)"):
+            index.stamp("/1.jpg")
+        with pytest.raises(ValueError, match=r"^photos\.db is damaged"):
+            list(index.stamps())
 
 
 def test_a_cut_index_is_to_be_restored(photos):

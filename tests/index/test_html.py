@@ -86,6 +86,17 @@ def test_no_name_breaks_the_page(name):
     assert "file missing or unreadable" in page.texts
 
 
+@pytest.mark.parametrize(("score", "bar"), [(-0.25, "0.0"), (0.5, "50.0"), (1.0000001, "100.0")])
+def test_a_bar_is_as_long_as_the_score_and_never_shorter_than_nothing(score, bar):
+    page = Page(result_page([Match("/p/a.jpg", score)], text="x", about="y"))
+    assert [one["style"] for one in page.all("i")] == [f"width:{bar}%"]
+
+
+def test_a_page_may_be_called_in_capitals(photo_index, search):
+    assert search("in/0.png", "--html", "PAGE.HTM")[0] == 0
+    assert Path("PAGE.HTM").is_file()
+
+
 def test_the_text_of_a_search_is_its_title():
     page = Page(result_page([], text="<b>two</b> cats", about="0 of 0"))
     assert "“<b>two</b> cats”" in page.texts

@@ -49,6 +49,15 @@ def test_a_name_is_its_bytes(index, name):
     assert [os.fsencode(match.path) for match in index.search(np.ones(WIDTH), 1)] == [name]
 
 
+@pytest.mark.parametrize("name", ["what?.db", "no#1.db", "100%41.db", "a b.db"])
+def test_an_index_may_have_any_name(tmp_path, name):
+    with IndexWriter.create(tmp_path / name, provenance={}, width=WIDTH, dtype="float16") as index:
+        index.add(some(3))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    with Index.open(tmp_path / name) as again:
+        assert len(again) == 3
+
+
 def test_paths_come_sorted_by_their_bytes(index):
     names = ["/b", "/a", "/é", os.fsdecode(b"/\xff"), "/Z"]
     index.add([entry(name, np.ones(WIDTH)) for name in names])

@@ -73,6 +73,8 @@ def test_an_addition_that_fails_changes_nothing(index):
     before = contents(index)
     with pytest.raises(KeyError):
         index.add([entry("/new.jpg", np.ones(WIDTH)), Copy("/moved.jpg", 1, 1, "/nowhere.jpg")])
+    with pytest.raises(KeyError):
+        index.add([Copy("/images/00001.jpg", 1, 1, "/nowhere.jpg", is_move=True)])
     with pytest.raises(ValueError, match="shape"):
         index.add([entry("/new.jpg", np.ones(WIDTH)), entry("/wide.jpg", np.ones(WIDTH + 1))])
     assert contents(index) == before

@@ -189,16 +189,22 @@ def test_a_class_is_as_sure_as_its_own_pixels_are():
     ]
 
 
+def test_the_table_counts_the_images_that_have_a_class(samples):
+    found = segment.results.Segmentation(np.ones(SIZE, np.uint8), np.ones(SIZE, np.float32))
+    _, rows = segment.results.score([samples[segment.TASK]], [found], ("sky", "sea", "land"))
+    assert [row[1] for row in rows[1:]] == ["1", "0", "1"]
+
+
 def test_boxes_come_back_in_the_images_own_pixels():
     outputs = {
-        "classes": np.array([[-9.0, 9], [-9, 8], [-9, -9]]),
-        "centre": np.array([9.0, 9, 9]),
-        "points": np.array([[28.0, 14, 7], [29, 14, 7], [5, 5, 7]]),
-        "distances": np.array([[8.0, 4, 8, 4], [9, 4, 7, 4], [1, 1, 1, 1]]),
+        "classes": np.array([[-9.0, 9], [-9, 8], [-9, -9], [-9, 7]]),
+        "centre": np.array([9.0, 9, 9, 9]),
+        "points": np.array([[28.0, 14, 7], [29, 14, 7], [5, 5, 7], [28, 70, 28]]),
+        "distances": np.array([[8.0, 4, 8, 4], [9, 4, 7, 4], [1, 1, 1, 1], [4, 4, 4, 4]]),
         "canvas": np.array([56.0, 56]),
     }
     found = detect.results.decode(outputs, (112, 168))
-    np.testing.assert_allclose(found.boxes, [[60, 20, 108, 36]])  # the double and the unsure one are gone
+    np.testing.assert_allclose(found.boxes, [[60, 20, 108, 36]])  # the double, the unsure one and one outside are gone
     assert found.labels.tolist() == [1]
     assert found.scores[0] > 0.99
 

@@ -126,6 +126,14 @@ def test_gradients_are_finite_where_no_object_is():
     assert not np.array(gradient(found["centre"])).any()
 
 
+def test_a_box_is_learned_though_it_is_seen_from_its_edge_alone():
+    """As one is that is too small to hold any position."""
+    found, label = outputs(), mx.zeros((3, 11), mx.int32)
+    distances = mx.broadcast_to(mx.array([0.0, 3, 5, 4]), (3, 11, 4))
+    gradient = mx.grad(lambda d: loss({**found, "distances": d}, label, distances).sum())
+    assert (np.abs(np.array(gradient(found["distances"]))).max(axis=2) > 0).all()
+
+
 def test_what_is_undecided_costs_nothing():
     found, distances = outputs(), mx.zeros((3, 11, 4))
     assert loss(found, mx.full((3, 11), fcos.UNDECIDED), distances).tolist() == [0, 0, 0]

@@ -76,6 +76,18 @@ def test_the_folder_holds_a_card_with_a_table_and_images(head):
         assert min(image.size) > 80
 
 
+def test_a_label_may_hold_what_parts_the_cells_of_a_table(digits, tmp_path):
+    (digits / "digit 2").rename(digits / "a|b")
+    fit(digits, CHECKPOINT, tmp_path / "head")
+    assert r"| a\|b | 2 |" in (tmp_path / "head" / "README.md").read_text()
+
+
+def test_the_list_of_labels_may_be_in_another_unicode_form(digits, tmp_path):
+    (digits / "digit 2").rename(digits / "caf\xe9")
+    fit(digits, CHECKPOINT, tmp_path / "head", labels=["digit 0", "digit 1", " cafe\u0301"])
+    assert load_head(tmp_path / "head").classes == ("caf\xe9", "digit 0", "digit 1")
+
+
 def test_the_command_says_what_it_guessed_and_ends_in_an_honest_line(digits, capsys):
     assert main(["fit", str(digits), "-m", str(CHECKPOINT), "-o", "mine"]) == 0
     out, err = capsys.readouterr()

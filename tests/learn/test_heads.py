@@ -53,6 +53,7 @@ def test_the_linear_probe_is_the_one_that_val_likes_best():
     train, val = slice(0, 130), slice(130, None)
     lines = []
     head, penalty = fit_linear((features[train], labels[train]), (features[val], labels[val]), 5, say=lines.append)
+    assert [line.split()[1] for line in lines] == [f"{10.0**power:g}:" for power in range(1, -7, -1)]
     accuracies = [float(line.rsplit("val top-1 ")[1].rstrip(" %")) for line in lines]
     logits = np.array(head(mx.array(features[val])[:, None])["logits"])
     found = 100 * (logits.argmax(axis=1) == labels[val]).mean()
@@ -137,7 +138,7 @@ def scored(seed: int, classes: int):
     return scores, labels, predictions
 
 
-@pytest.mark.parametrize("classes", [3, 11])
+@pytest.mark.parametrize("classes", [3, 5, 11])
 def test_scores_are_scikit_learns(classes):
     metrics = pytest.importorskip("sklearn.metrics")
     scores, labels, predictions = scored(4, classes)
@@ -157,7 +158,8 @@ def test_the_table_has_precision_before_recall():
     """Two of the first class, of which one is called the second, and one of the second."""
     samples = [Sample("", b"", (1, 2), label) for label in (0, 0, 1)]
     predictions = [Classification(np.eye(3)[label]) for label in (0, 1, 1)]
-    assert classify.results.table(samples, predictions, ("cat", "dog", "emu"))[1:] == [
+    _, table = classify.results.score(samples, predictions, ("cat", "dog", "emu"))
+    assert table[1:] == [
         ["cat", "2", "100.0 %", "50.0 %", "66.7 %"],
         ["dog", "1", "50.0 %", "100.0 %", "66.7 %"],
         ["emu", "0", "none", "none", "none"],

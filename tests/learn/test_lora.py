@@ -76,7 +76,7 @@ def test_dora_is_its_formula():
 
 def test_the_lengths_of_doras_rows_are_constants_for_the_gradient():
     """As in the paper (section 4.3) and in mlx-lm."""
-    adapter = lora.DoRALinear(nn.Linear(5, 7, bias=False), rank=2, scale=1.5)
+    adapter = lora.DoRALinear(nn.Linear(5, 7, bias=False), rank=2, scale=1.5, dropout=0.0)
     adapter.lora_b = mx.random.normal((2, 7), key=mx.random.key(0))
     x, y = (mx.random.normal((3, width), key=mx.random.key(width)) for width in (5, 7))
     lengths = adapter.m / mx.linalg.norm(adapter.linear.weight + 1.5 * (adapter.lora_a @ adapter.lora_b).T, axis=1)

@@ -80,6 +80,11 @@ def test_classes_are_the_lines_of_the_file(tmp_path):
     assert mask_files.read(tmp_path).classes == ("sky", "sea", "land")
 
 
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    (folder(tmp_path) / "classes.txt").write_text("sky\nsea\n sky\n")
+    assert lines(tmp_path) == (f"{tmp_path / 'classes.txt'} names sky twice",)
+
+
 def test_a_value_beyond_the_classes_is_named(tmp_path):
     (folder(tmp_path, 2, values=(0, 1, 7, 255)) / "classes.txt").write_text("sky\nsea\n")
     assert [line.split(" has the value ")[1] for line in lines(tmp_path)] == [

@@ -213,7 +213,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "an index is searched with another model's vectors",
-        "refused, notes = provenance.differences(made, embedder.description)",
+        "refused, notes = differences(made, embedder.description)",
         "refused, notes = [], []",
         ("tests/embed/test_query.py",),
     ),

@@ -123,6 +123,11 @@ def test_the_image_of_a_key_is_the_one_that_is_called_like_it(tmp_path):
     assert [example.image for example in open_data(tmp_path).epoch(None)] == [b"image"]
 
 
+def test_endings_in_a_shard_may_be_capitals(tmp_path):
+    shard(tmp_path / "0.tar", [("0.PNG", b"image"), ("0.TXT", b"text")])
+    assert [(one.image, one.texts) for one in open_data(tmp_path).epoch(None)] == [(b"image", ("text",))]
+
+
 def test_what_was_said_of_shards_is_not_said_again_each_epoch(tmp_path):
     shard(tmp_path / "0.tar", [("1.png", png(1)), *members(3, 1)])
     data = open_data(tmp_path)
@@ -256,6 +261,15 @@ def test_a_native_encoders_crops_have_the_shape_of_their_grid(tmp_path):
     prepare = Preparation(vision, seed=3, augmentation=augmentation)
     prepare(0, Example("0.png", tmp_path / "0.png", ("a",)), (2, 5))
     assert seen == [((10, 25), (2.5, 2.5))]
+
+
+def test_a_held_out_image_of_a_native_encoder_is_cropped_in_its_middle_and_not_squeezed(tmp_path):
+    image = Image.new("RGB", (60, 20), (255, 255, 255))
+    image.paste((0, 0, 0), (15, 0, 45, 20))
+    image.save(tmp_path / "0.png")
+    prepare = Preparation(Aimv2VisionConfig(28, 13, 2, 7, patch_size=5, is_native=True), seed=3)
+    pixels = prepare(0, Example("0.png", tmp_path / "0.png", ("a",)), (2, 2)).pixels
+    assert pixels.shape == (10, 10, 3) and pixels.max() < 0
 
 
 def test_only_unreadable_images_are_an_error(tmp_path):

@@ -11,6 +11,7 @@ from mlx_aimv2.cli.main import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.pretrain.lit_tuning import LitSettings, cache_features, contrastive_loss
+from tests.image_files import image
 from tests.small_training import TINY, WORDS, CaptionWorkshop, moved, weights
 
 
@@ -67,6 +68,15 @@ def test_an_unreadable_image_is_as_if_it_were_not_there(shop, capsys):
     again = shop.new()
     assert main([*shop.words("lit", *tokenizer), "-o", str(again)]) == 0
     assert max(moved(broken, weights(again)).values()) < 1e-5
+
+
+def test_an_image_whose_data_end_early_is_used_and_named(shop, capsys):
+    image(shop.data[1] / "whole.jpg", (300, 200), 1)
+    whole = (shop.data[1] / "whole.jpg").read_bytes()
+    (shop.data[1] / "6.png").write_bytes(whole[: len(whole) // 2])
+    (shop.data[1] / "whole.jpg").unlink()
+    assert shop.run("lit", "--batch-size", 7).is_dir()
+    assert "6.png ends early" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,21 @@ def test_validation_losses_and_samples_appear(shop):
         assert image.size == (2 * 15, 4 * 15)
 
 
+def test_samples_are_drawn_of_held_out_images_where_there_are_any(shop):
+    held_out = shutil.copytree(shop.data[1], shop.folder / "held-out")
+    for file in held_out.glob("*.png"):
+        Image.new("RGB", (23, 23), (255, 255, 255)).save(file)
+    output = shop.run("pretrain", "--validation", held_out, "--samples-every", 1, "--iters", 1)
+    with Image.open(output.with_name(f"{output.name}.training") / "patches-000001.png") as drawn:
+        assert np.asarray(drawn)[:, :15].min() == 255
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_words(shop):
+    first = shop.run("pretrain", captions=3)
+    second = shop.run("pretrain", "--start", first)
+    assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+
+
 def test_rate_and_warm_up_are_those_of_the_whole_step_and_run():
     vision = Aimv2VisionConfig(22, 13, 1, 2, image_size=15, patch_size=5)
     one, other = (
@@ -152,6 +168,12 @@ def test_rate_and_warm_up_are_those_of_the_whole_step_and_run():
     assert one.rate == other.rate
     assert [settings.plan().warm_up for settings in (one, other)] == [7, 7]
     assert LitSettings(iters=90).plan().warm_up == 9
+
+
+@pytest.mark.parametrize(("width", "rate"), [(1024, 1e-3), (1025, 8e-4), (2048, 8e-4), (3072, 4e-4)])
+def test_each_width_has_the_papers_rate(width, rate):
+    vision = Aimv2VisionConfig(width, 13, 1, 1, image_size=15, patch_size=5)
+    assert Settings(vision=vision, batch_size=8192).rate == pytest.approx(rate)
 
 
 def test_the_rate_is_the_papers_at_its_batch(shop):

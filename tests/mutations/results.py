@@ -1,0 +1,99 @@
+"""Faults in what is said and shown of results, in labels and captions that are read, and in indexes and their pages."""
+
+from tests.mutations import Mutation
+
+FIT, DENSE = (f"tests/learn/test_{name}.py::test_" for name in ("fit", "dense"))
+HTML, DAMAGED = (f"tests/index/test_{name}.py::test_" for name in ("html", "damaged_index"))
+
+RESULTS = (
+    Mutation(
+        "a label breaks the table of a card",
+        '[cell.replace("|", "\\\\|").replace("\\n", " ") for cell in row]',
+        "list(row)",
+        (FIT + "a_label_may_hold_what_parts_the_cells_of_a_table",),
+    ),
+    Mutation(
+        "--labels are compared without Unicode's one form",
+        "allowed = [same_form(name) for name in labels or dataset.classes]",
+        "allowed = list(labels or dataset.classes)",
+        (FIT + "the_list_of_labels_may_be_in_another_unicode_form",),
+    ),
+    Mutation(
+        "boxes outside the image are kept",
+        "seen = boxes.areas(found) > 0",
+        "seen = boxes.areas(found) >= 0",
+        (DENSE + "boxes_come_back_in_the_images_own_pixels",),
+    ),
+    Mutation(
+        "five classes have a top5",
+        "if len(classes) > 5:",
+        "if len(classes) >= 5:",
+        ("tests/learn/test_heads.py::test_scores_are_scikit_learns",),
+    ),
+    Mutation(
+        "the table counts images that are said to have a class",
+        "images += own.any(axis=1)",
+        "images += own.any(axis=0)",
+        (DENSE + "the_table_counts_the_images_that_have_a_class",),
+    ),
+    Mutation(
+        "two classes of masks may have one name",
+        "if duplicates := [name for name, count in Counter(names).items() if count > 1]:",
+        "if duplicates := list[str]():",
+        ("tests/learn/test_mask_files.py::test_two_classes_of_one_name_are_refused",),
+    ),
+    Mutation(
+        "endings in a shard may not be capitals",
+        "yield str(path.parent / stem), ending.lower(), content.read()",
+        "yield str(path.parent / stem), ending, content.read()",
+        ("tests/pretrain/test_captioned.py::test_endings_in_a_shard_may_be_capitals",),
+    ),
+    Mutation(
+        "lit says nothing of an image whose data end early",
+        "                if image.note is not None:\n",
+        "                if False:\n",
+        ("tests/pretrain/test_lit_tuning.py::test_an_image_whose_data_end_early_is_used_and_named",),
+    ),
+    Mutation(
+        "a bar of a page may be shorter than nothing",
+        'share=f"{100 * max(0.0, min(1.0, match.score)):.1f}"',
+        'share=f"{100 * match.score:.1f}"',
+        (HTML + "a_bar_is_as_long_as_the_score_and_never_shorter_than_nothing",),
+    ),
+    Mutation(
+        "a page may not be called in capitals",
+        "if page.suffix.lower() not in ENDINGS:",
+        "if page.suffix not in ENDINGS:",
+        (HTML + "a_page_may_be_called_in_capitals",),
+    ),
+    Mutation(
+        "vectors that a GPU reads may be infinite",
+        "            _check_finite(parts[-1])\n",
+        "",
+        (DAMAGED + "what_a_gpu_reads_is_checked_too",),
+    ),
+    Mutation(
+        "an index called what?.db is another file",
+        "name = quote(os.fsencode(path.absolute()))",
+        "name = os.fsdecode(path.absolute())",
+        ("tests/index/test_reader.py::test_an_index_may_have_any_name",),
+    ),
+    Mutation(
+        "an embedding that is read may be infinite",
+        "            if not np.isfinite(vector).all():\n",
+        "            if False:\n",
+        (DAMAGED + "vectors_of_float32_are_checked_too",),
+    ),
+    Mutation(
+        "what an index says of a file may be anything",
+        "if [type(value) for value in values] != [int, int, bytes]:",
+        "if False:",
+        (DAMAGED + "what_an_index_says_of_a_file_is_checked",),
+    ),
+    Mutation(
+        "a move of what is not there removes what has the new name",
+        "            self._columns(move.source)  # raises KeyError before the target's entry is removed\n",
+        "",
+        ("tests/index/test_writer.py::test_an_addition_that_fails_changes_nothing",),
+    ),
+)
