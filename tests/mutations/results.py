@@ -20,8 +20,8 @@ RESULTS = (
     ),
     Mutation(
         "boxes outside the image are kept",
-        "seen = boxes.areas(found) > 0",
-        "seen = boxes.areas(found) >= 0",
+        "seen = areas(found) > 0",
+        "seen = areas(found) >= 0",
         (DENSE + "boxes_come_back_in_the_images_own_pixels",),
     ),
     Mutation(
