@@ -22,8 +22,8 @@ import numpy as np
 
 from mlx_aimv2 import load
 from mlx_aimv2.backend import device
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.cli.flags import MODEL, add_dtype, add_policy_arguments, policy_of
-from mlx_aimv2.cli.main import one_line_errors
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, images_at_once, split_into_chunks
 from mlx_aimv2.files import read_image_file

@@ -257,7 +257,7 @@ def _peak(folder: Path, arguments: argparse.Namespace, flags: list[str]) -> floa
 
 
 def _embed_and_tell_peak(arguments: argparse.Namespace) -> None:
-    from mlx_aimv2.cli.main import main as run
+    from mlx_aimv2.cli import main as run
 
     command = ["embed", str(arguments.folder), "-m", arguments.model, "-o", str(arguments.output), "--dtype", "float32"]
     code = run([*command, "--threads", str(arguments.threads), "--decode", arguments.decode])

@@ -18,7 +18,7 @@ from typing import Any
 
 from convert.checkpoints import FILE, Row, choose, read
 from mlx_aimv2.checkpoint import hub
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.convert import convert
 
 VARIANTS: dict[str, Mapping[str, Any]] = {

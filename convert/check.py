@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.conversion.fidelity import choose_images
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source

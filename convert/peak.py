@@ -12,7 +12,7 @@ import sys
 
 import mlx.core as mx
 
-from mlx_aimv2.cli.main import main as command_line
+from mlx_aimv2.cli import main as command_line
 
 
 def main(argv: list[str]) -> int:

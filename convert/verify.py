@@ -28,7 +28,7 @@ from convert import machine, verify_numbers, verify_use
 from convert.checkpoints import FILE, ReferenceImage, Row, choose, read
 from convert.report import FAIL, Finding, Step, Subject, failed, run_steps, section
 from mlx_aimv2 import bundled, load
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 
 STEPS: dict[str, Step] = {
     "energy": verify_use.use_energy,  # first, as sudo forgets a password after five minutes

@@ -2,6 +2,6 @@
 
 import sys
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 
 sys.exit(main())

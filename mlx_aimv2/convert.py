@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-C ends in one line from the start
-    from mlx_aimv2.cli.main import convert_main
+    from mlx_aimv2.cli import convert_main
 
     sys.exit(convert_main())
 

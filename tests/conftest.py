@@ -94,7 +94,7 @@ def folder(tmp_path):
 @pytest.fixture
 def embed_command(tmp_path, monkeypatch, capsys):
     """Runs `mlx-aimv2 embed` beside the folder: arguments -> (exit code, stdout, stderr)."""
-    from mlx_aimv2.cli.main import main
+    from mlx_aimv2.cli import main
 
     monkeypatch.chdir(tmp_path)
 
@@ -110,7 +110,7 @@ def embed_command(tmp_path, monkeypatch, capsys):
 def search(capsys):
     """Runs `mlx-aimv2 search photos.db …`: arguments -> (exit code, stdout, stderr)."""
 
-    from mlx_aimv2.cli.main import main
+    from mlx_aimv2.cli import main
 
     def run(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -123,7 +123,7 @@ def search(capsys):
 @pytest.fixture
 def photo_index(tmp_path, monkeypatch):
     """An index of five images, one of them with a hostile name."""
-    from mlx_aimv2.cli.main import main
+    from mlx_aimv2.cli import main
     from tests.image_files import noise
 
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mlx_aimv2
-from mlx_aimv2.cli.main import SIGNALS
+from mlx_aimv2.cli.dispatch import SIGNALS
 
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
 needs_launch = pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed")

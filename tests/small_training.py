@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.learn import fit
 from tests.small_models import FIXED, config_for, layout_for, write
 

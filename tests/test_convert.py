@@ -13,7 +13,7 @@ from safetensors import safe_open
 from examples import digits
 from mlx_aimv2 import bundled, load
 from mlx_aimv2 import convert as converter
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from tests.small_encoder import small_encoder
 

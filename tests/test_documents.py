@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks import sizes
-from mlx_aimv2.cli.main import VERBS, main
+from mlx_aimv2.cli import main
+from mlx_aimv2.cli.dispatch import VERBS
 from mlx_aimv2.config import RELEASED
 from tests import documents
 from tests.documents import DOCUMENTS, LINKED, OUTPUT, ROOT, RUN

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 
 REFERENCE = Path(__file__).parent / "golden" / "reference"

@@ -86,7 +86,7 @@ def test_a_big_tiff_whose_offset_is_no_offset_is_one_line(tmp_path):
 
 
 def test_a_library_that_panics_is_one_line(tmp_path, capsys):
-    from mlx_aimv2.cli.main import one_line_errors
+    from mlx_aimv2.cli.dispatch import one_line_errors
 
     class PanicException(BaseException):
         """As pyo3's, which is no Exception."""

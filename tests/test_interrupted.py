@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Index
 from tests.programs import running
@@ -26,7 +26,7 @@ KILLS = 20
 # Commits after every chunk and decodes slowly, so that a kill meets every stage of the work.
 DRIVER = """
 import sys, time
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed import job, loader
 job.COMMIT_SECONDS = 0
 read = loader.read_image_file

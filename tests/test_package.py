@@ -71,7 +71,7 @@ def test_every_public_name_is_there_and_documented(name):
 
 
 def test_public_names_are_not_hidden_by_modules_of_the_same_name():
-    code = "import mlx_aimv2.cli.main; mlx_aimv2.cli.main.main(['classify', '--help'])"
+    code = "import mlx_aimv2.cli; mlx_aimv2.cli.main(['classify', '--help'])"
     after = "import mlx_aimv2\nassert callable(mlx_aimv2.zero_shot), mlx_aimv2.zero_shot"
     run = f"try:\n {code}\nexcept SystemExit: pass\n{after}"
     subprocess.run([sys.executable, "-c", run], capture_output=True, check=True)

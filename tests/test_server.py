@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 
 PAGE = Path(__file__).parents[1] / "docs" / "server.md"
 TASKS = Path("/proc/self/task")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import Aimv2VisionConfig, load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.index import Index
 from mlx_aimv2.learn import fit, predict
 from tests.small_training import WRITERS, write_encoder

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mlx_aimv2.checkpoint.layouts import layout_for
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
 from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.images.preprocessing import published, to_clip

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2 import bundled
-from mlx_aimv2.cli.main import main as command_line
+from mlx_aimv2.cli import main as command_line
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load, read_source

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.backend import x86, x86_training
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.learn import fit
 from mlx_aimv2.train.optimizer import Group, clipped
 from tests.small_training import CaptionWorkshop, Workshop, arrays, moved, weights, write_captions
@@ -192,7 +192,7 @@ def test_trainings_look_wide_before_anything_is_computed(name, tmp_path):
     code = f"""
 import contextlib, os
 from mlx_aimv2.backend import x86
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.learn import fit
 x86.on_x86_cpu = lambda: True
 with contextlib.suppress(OSError):

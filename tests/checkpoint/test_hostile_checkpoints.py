@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import mlx_aimv2
 from mlx_aimv2 import load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 

@@ -68,7 +68,7 @@ def requests_like(module: str, name: str) -> Exception:
 
 
 READ = """
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.loading import read_source
 def work():
     source = read_source(argv[1], revision=argv[2] if len(argv) > 2 else None)
@@ -78,7 +78,7 @@ sys.exit(one_line_errors(work))
 """
 
 READ_EACH = """
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.loading import read_source
 for name in argv[1:]:
     code = one_line_errors(lambda: read_source(name) and 0)
@@ -270,7 +270,7 @@ def test_a_repository_without_weights_says_what_was_looked_for(released, tmp_pat
 
 UPLOAD = """
 from pathlib import Path
-from mlx_aimv2.cli.main import one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.checkpoint.hub import upload
 def work():
     print(upload(Path(argv[1]), argv[2]))
@@ -279,7 +279,7 @@ sys.exit(one_line_errors(work))
 """
 
 
-CONVERT = "from mlx_aimv2.cli.main import main; sys.exit(main(['convert', *argv[1:]]))"
+CONVERT = "from mlx_aimv2.cli import main; sys.exit(main(['convert', *argv[1:]]))"
 
 
 @pytest.mark.slow

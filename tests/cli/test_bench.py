@@ -10,8 +10,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks import forward, images
 from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel, bundled, load
-from mlx_aimv2.cli import bench
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import bench, main
 from mlx_aimv2.config import Released, released
 from mlx_aimv2.convert import convert
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import load, zero_shot
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from tests.small_lit import COLOURS, GOLDEN, colour_lit, write
 
 LABELS = ["cat", "dog", "red fox"]

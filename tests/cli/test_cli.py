@@ -13,8 +13,8 @@ import pytest
 
 import mlx_aimv2
 from mlx_aimv2 import bundled
-from mlx_aimv2.cli import output
-from mlx_aimv2.cli.main import VERBS, main, one_line_errors
+from mlx_aimv2.cli import main, output
+from mlx_aimv2.cli.dispatch import VERBS, one_line_errors
 from mlx_aimv2.cli.output import escape, progress, say
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def test_names_that_a_terminal_cannot_show_do_not_undo_the_work(tmp_path):
 
 def test_only_the_verb_that_is_asked_for_is_imported():
     code = """import sys
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 try:
     main(["compare", "--help"])
 finally:

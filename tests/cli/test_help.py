@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mlx_aimv2.cli.main import VERBS, Parser, main, module_of, parser
+from mlx_aimv2.cli import main, parser
+from mlx_aimv2.cli.dispatch import VERBS, Parser, module_of
 
 SHARED = ("--revision", "--dtype", "--decode", "--max-pixels", "--truncated", "--max-patches", "--threads", "--seed")
 SHARED += ("--resume", "--weight-decay", "--vocab-size", "--tokenizer", "--min-area", "--jitter", "--grey")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from tests.small_encoder import small_encoder
 from tests.small_models import NATIVE
 

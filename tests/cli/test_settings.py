@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
+from mlx_aimv2.cli import main, parser
 from mlx_aimv2.cli.flags import add_settings, groups, settings_of
-from mlx_aimv2.cli.main import main, parser
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.task import Options
 from mlx_aimv2.pretrain import LitSettings, Settings

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli.main import SIGNALS
+from mlx_aimv2.cli.dispatch import SIGNALS
 from tests.programs import running
 from tests.small_encoder import small_encoder
 
@@ -22,7 +22,7 @@ SOON = 30
 # A fresh process of its own would take ten times as long to import everything: it is forked when all is imported.
 CONVERTING = """
 import os, sys
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 import mlx_aimv2.convert, mlx_aimv2.conversion.model_card, huggingface_hub, PIL.Image
 for line in sys.stdin:
     child = os.fork()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from mlx_aimv2.cli.main import SIGNALS, Stopped, stoppable
+from mlx_aimv2.cli.dispatch import SIGNALS, Stopped, stoppable
 from tests.programs import HANGS, running
 
 SOON = 30
@@ -30,7 +30,7 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 from mlx_aimv2.files import atomic_folder
-from mlx_aimv2.cli.main import Stopped, stoppable
+from mlx_aimv2.cli.dispatch import Stopped, stoppable
 
 def ready():
     print("ready", flush=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2 import bundled
-from mlx_aimv2.cli.main import TRACEBACK, main, one_line_errors
+from mlx_aimv2.cli import main
+from mlx_aimv2.cli.dispatch import TRACEBACK, one_line_errors
 from tests import programs
 from tests.small_models import FIXED, pair_with_words
 
@@ -130,7 +131,8 @@ def test_one_ctrl_c_stops_a_run_and_a_second_one_a_slow_decoder(tmp_path):
     code = f"""
 import sys, time
 from mlx_aimv2 import images
-from mlx_aimv2.cli.main import TRACEBACK, main, one_line_errors
+from mlx_aimv2.cli import main
+from mlx_aimv2.cli.dispatch import TRACEBACK, one_line_errors
 from mlx_aimv2.embed import loader
 def slowly(*_, **__):
     print("decoding", flush=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2 import bundled, load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.conversion.fidelity import MAX_IMAGES, BlockwiseRun, choose_images, cosines, run_blockwise, text_ids
 from mlx_aimv2.convert import convert

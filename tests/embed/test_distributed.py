@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, _packed, _unpacked, my_chunks
 from mlx_aimv2.embed.encode import Result
 from mlx_aimv2.embed.loader import CHUNK
@@ -22,7 +22,7 @@ IMAGES = 3 * CHUNK + 7
 # What `mlx-aimv2` does, except that rank 1 dies when rank 0 has taken its first chunk.
 DIES = """
 import os, signal, sys, time
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed import distributed, encode, job
 job.COMMIT_SECONDS = 1e9  # so that nothing is on disk yet but what is put there on the way out
 results = encode.Embedder.__call__

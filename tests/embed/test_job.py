@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed.encode import Pooling
 from mlx_aimv2.embed.loader import CHUNK
 from mlx_aimv2.index.reader import Index

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter

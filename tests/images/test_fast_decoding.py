@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import bundled, load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed import embed
 from mlx_aimv2.embed.loader import Budget, Decoder
 from mlx_aimv2.images import Policy, open_image, to_rgb

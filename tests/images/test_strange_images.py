@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from mlx_aimv2 import bundled
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.images import OpenImage, Policy, open_image, to_rgb
 from mlx_aimv2.images.metadata import MAX_PARTS

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed.provenance import made_by
 from mlx_aimv2.index.export import export
 from mlx_aimv2.index.nearest import Vectors

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.bundled import emoji_checkpoint, photographs
-from mlx_aimv2.cli import output
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main, output
 from mlx_aimv2.cli.output import progress, say
 from mlx_aimv2.embed import encode
 from mlx_aimv2.embed.encode import Pooling

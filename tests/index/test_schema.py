@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_aimv2
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.files import UNFINISHED
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter

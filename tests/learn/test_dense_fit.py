@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.learn import fit
 from tests.small_encoder import small_encoder
 from tests.small_models import FIXED

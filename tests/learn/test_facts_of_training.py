@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.learn import evaluate, fit, predict
 from mlx_aimv2.learn.head_folder import load_head
 from tests.small_training import (

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import open_features
 from mlx_aimv2.learn import classify, evaluate, fit, predict
 from mlx_aimv2.learn.head_folder import load_head

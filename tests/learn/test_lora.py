@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.files import write_json
 from mlx_aimv2.learn import fit, fuse, lora

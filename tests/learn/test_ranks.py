@@ -19,7 +19,7 @@ pytestmark = [
 DIES = """
 import os, sys, threading, time
 from pathlib import Path
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 
 def die():
     while not Path(sys.argv[1]).exists():

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import save_file  # noqa: E402
 
 from mlx_aimv2 import Aimv2Config, bundled, load  # noqa: E402
-from mlx_aimv2.cli.main import main  # noqa: E402
+from mlx_aimv2.cli import main  # noqa: E402
 from mlx_aimv2.convert import convert  # noqa: E402
 from mlx_aimv2.images.preprocessing import published  # noqa: E402
 from mlx_aimv2.images.processor import Aimv2Processor  # noqa: E402

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from torch.nn import functional as F  # noqa: E402
 
-from mlx_aimv2.cli.main import main  # noqa: E402
+from mlx_aimv2.cli import main  # noqa: E402
 from mlx_aimv2.config import Aimv2VisionConfig  # noqa: E402
 from mlx_aimv2.pretrain.objective import (  # noqa: E402
     Batch,

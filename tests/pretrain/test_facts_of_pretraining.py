@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD
 from mlx_aimv2.pretrain.data import collate
 from mlx_aimv2.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2 import load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.pretrain.lit_tuning import LitSettings, cache_features, contrastive_loss

@@ -16,7 +16,7 @@ from PIL import Image
 
 import mlx_aimv2
 from mlx_aimv2 import Aimv2VisionConfig, load
-from mlx_aimv2.cli.main import main
+from mlx_aimv2.cli import main
 from mlx_aimv2.pretrain import LitSettings, Settings
 from tests.small_training import (
     DECODER,
