@@ -577,7 +577,7 @@ TRAINING = (
     Mutation(
         "a truncated image has no thumbnail",
         'Policy(decode="fast", truncated="accept")',
-        'Policy(decode="fast")',
+        'Policy(decode="fast", truncated="refuse")',
         ("tests/index/test_html.py::test_what_is_there_of_an_image_is_enough_for_its_thumbnail",),
     ),
     Mutation(
