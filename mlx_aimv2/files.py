@@ -54,6 +54,11 @@ KINDS = {
 }
 
 
+def kind_of(about: os.stat_result) -> str:
+    """What something that is no regular file is called; some systems have more kinds than `KINDS`."""
+    return KINDS.get(stat.S_IFMT(about.st_mode), "something else")
+
+
 def expand_user(path: str | os.PathLike[str]) -> Path:
     """The path with `~` and `~name` replaced by the home folder; a name that no user has stays as it is."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for ~nobody
@@ -121,7 +126,7 @@ def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Itera
     with file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(f"is {KINDS[stat.S_IFMT(about.st_mode)]}, not {wanted}")
+            raise OSError(f"is {kind_of(about)}, not {wanted}")
         yield file, about
 
 
@@ -238,7 +243,7 @@ def check_file(
     if path.exists():
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            raise FileExistsError(f"{option} {path} is {KINDS[stat.S_IFMT(about.st_mode)]}: name a file")
+            raise FileExistsError(f"{option} {path} is {kind_of(about)}: name a file")
         for one in inputs:
             if (other := stat_of(os.fspath(one))) is not None and os.path.samestat(other, about):
                 raise FileExistsError(f"{option} {path} would replace {one}, which never happens: choose another name")

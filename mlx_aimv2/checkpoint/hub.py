@@ -104,7 +104,8 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
             f"{constants.ENDPOINT} in a browser, and check HF_ENDPOINT"
         ) from None
     except Exception as error:
-        if not (isinstance(error, OSError | RuntimeError) or type(error).__module__.startswith(_NETWORK_MODULES)):
+        package = type(error).__module__.split(".")[0]
+        if not (isinstance(error, OSError | RuntimeError) or package in _NETWORK_MODULES):
             raise
         reason = _first_line(error)
         if _is_full(error):

@@ -30,7 +30,7 @@ from mlx_aimv2 import __version__
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
 from mlx_aimv2.embed.provenance import Description, differences, fingerprint, made_by
 from mlx_aimv2.files import expand_user
-from mlx_aimv2.images import Policy
+from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix, list_images
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.loading import Loaded, read_source
@@ -38,8 +38,6 @@ from mlx_aimv2.loading import Loaded, read_source
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
-
-FAST = Policy(decode="fast")
 
 EXAMPLE = "apple/aimv2-large-patch14-224-lit"
 """A checkpoint whose index can be searched by images and by words."""

@@ -1,5 +1,5 @@
 """Images: whatever holds one is opened, checked and turned into pixels."""
 
-from mlx_aimv2.images.open import DECODE, POLICY, TRUNCATED, ImageInput, OpenImage, Policy, open_image, to_rgb
+from mlx_aimv2.images.open import DECODE, FAST, POLICY, TRUNCATED, ImageInput, OpenImage, Policy, open_image, to_rgb
 
-__all__ = ["DECODE", "POLICY", "TRUNCATED", "ImageInput", "OpenImage", "Policy", "open_image", "to_rgb"]
+__all__ = ["DECODE", "FAST", "POLICY", "TRUNCATED", "ImageInput", "OpenImage", "Policy", "open_image", "to_rgb"]

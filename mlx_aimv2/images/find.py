@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_aimv2.files import KINDS, expand_user, reason_of
+from mlx_aimv2.files import expand_user, kind_of, reason_of
 from mlx_aimv2.images.exclude import OWN, OWN_FILES, Rules
 
 SUFFIXES = (
@@ -319,7 +319,7 @@ class _Lister:
         if stat.S_ISREG(about.st_mode):
             self.add(identity(path, about), path, is_link=is_link)
         else:
-            self.found.problems.append((path, f"is {KINDS[stat.S_IFMT(about.st_mode)]}, not an image"))
+            self.found.problems.append((path, f"is {kind_of(about)}, not an image"))
 
     def add(self, known: tuple[int, int] | str, path: str, *, is_link: bool) -> None:
         if known in self.files and self.files[known][2] != path:

@@ -89,7 +89,8 @@ class Policy:
                 raise ValueError(f"{name} (--{name}) must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
-POLICY = Policy()
+POLICY, FAST = Policy(), Policy(decode="fast")
+"""Exactly and in full; and what many photographs are read with, for features and thumbnails."""
 
 
 @dataclass

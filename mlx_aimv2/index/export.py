@@ -32,16 +32,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mlx_aimv2.files import atomic_file, check_file, expand_user
-from mlx_aimv2.images import Policy, open_image
+from mlx_aimv2.images import FAST, open_image
 from mlx_aimv2.index.reader import Index, Match
 
 THUMBNAIL = 480
 """Longer side in pixels, twice what a card is wide on most screens."""
 
 QUALITY = 82
-
-THUMBNAILS = Policy(decode="fast", truncated="accept")
-"""For a thumbnail, what is there of an image is enough."""
 
 PAGE = Path(__file__).parent / "search_page.html"
 CARD = Path(__file__).parent / "search_card.html"
@@ -185,9 +182,9 @@ def result_page(matches: Sequence[Match], *, text: str | None = None, image: str
 
 
 def thumbnail(path: str) -> bytes | None:
-    """An image as a small JPEG; None where it cannot be read any more."""
+    """An image, or what is there of it, as a small JPEG; None where it cannot be read any more."""
     try:
-        image, _ = open_image(path, policy=THUMBNAILS).rgb((THUMBNAIL, THUMBNAIL))
+        image, _ = open_image(path, policy=FAST).rgb((THUMBNAIL, THUMBNAIL))
         image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         image.save(stream, "JPEG", quality=QUALITY)

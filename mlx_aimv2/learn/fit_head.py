@@ -74,7 +74,7 @@ def fit(
     Nothing stands at HEAD unless the run was complete.
     """
     started = time.monotonic()
-    options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
+    options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
     check_target(target)
@@ -106,6 +106,13 @@ def fit(
     fitted = _written(target, run, trained, seconds=time.monotonic() - started)
     shutil.rmtree(training, ignore_errors=True)
     return fitted
+
+
+def _options(settings: dict[str, Any]) -> Options:
+    try:
+        return Options(**settings)
+    except TypeError as error:  # a keyword that is none
+        raise TypeError(str(error).replace("Options.__init__()", "fit()")) from None
 
 
 def _encoder(

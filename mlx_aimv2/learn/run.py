@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.embed.cache import KINDS, Features, cache_key, open_features
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.embed.encode import FAST, Pooling, embed_chunks
+from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, Outputs, split_into_chunks
 from mlx_aimv2.files import cache_folder
+from mlx_aimv2.images import FAST
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.learner import decoded, grid_of
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample

@@ -576,8 +576,8 @@ TRAINING = (
     ),
     Mutation(
         "a truncated image has no thumbnail",
-        'Policy(decode="fast", truncated="accept")',
-        'Policy(decode="fast", truncated="refuse")',
+        "policy=FAST).rgb((THUMBNAIL",
+        'policy=type(FAST)(decode="fast", truncated="refuse")).rgb((THUMBNAIL',
         ("tests/index/test_html.py::test_what_is_there_of_an_image_is_enough_for_its_thumbnail",),
     ),
     Mutation(
