@@ -1,27 +1,41 @@
-"""`mlx-aimv2 search`: prints the images of an index that are nearest to an example image or to words."""
+"""`mlx-aimv2 search`: prints the images of an index that are nearest to example images, to words or to both."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import MODEL, REPEATED, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show, typed
 
-HELP = "find images in an index by an example image or by words"
+if TYPE_CHECKING:
+    from mlx_aimv2.index.reader import Match
 
-EXAMPLE = "photos.db cat.jpg -k 12 --html similar.html --open"
+HELP = "find images in an index by example images, by words or by both"
+
+EXAMPLE = 'photos.db cat.jpg -a "in the snow" -s person --html found.html --open'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
-    add("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
+    query = "an image or, where the index was made with LiT, a text; 2:QUERY counts twice"
+    add("query", metavar="QUERY", help=query)
+    add("-a", "--add", action="append", default=[], metavar="QUERY", help=f"and like this; {REPEATED}")
+    add("-s", "--subtract", action="append", default=[], metavar="QUERY", help=f"but not like this; {REPEATED}")
+
+    add = parser.add_argument_group("which images").add_argument
     add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
+    add("--min-score", type=float, metavar="X", help="only images with at least this cosine")
+    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
 
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
@@ -30,47 +44,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
     add = parser.add_argument_group("output").add_argument
+    add("-f", "--paths-only", action="store_true", help="print the paths alone, one a line")
+    add("-0", "--null", action="store_true", help="print the paths alone, each ended by a zero byte, for xargs -0")
+    add("--json", action="store_true", help="print the images as JSON")
+    add("--copy-to", type=Path, metavar="DIR", help="copy the images into a new folder, the best first by name")
+    add("--link-to", type=Path, metavar="DIR", help="link to the images in a new folder instead")
     add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
     add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
     add("--open", action="store_true", help="show that page in the browser")
-    add("--json", action="store_true", help="print the images as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the nearest images, best first."""
-    from mlx_aimv2.embed.encode import image_path, query_vector
-    from mlx_aimv2.index.export import check_page, write_page
+    """Prints the nearest images, best first; returns 1 where some could not be copied."""
+    from mlx_aimv2.embed.query import parse_query, query_vectors, title
+    from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
     from mlx_aimv2.index.reader import Index
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
+    if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:
+        raise ValueError("choose one of --json, --paths-only and --null")
+    target = _check_target(arguments.copy_to, arguments.link_to)
+    queries = [parse_query(typed(words)) for words in (arguments.query, *arguments.add)]
+    queries += [query._replace(weight=-query.weight) for query in map(parse_query, map(typed, arguments.subtract))]
     with Index.open(arguments.index) as index:
-        image = image_path(arguments.query)
         page = None
+        images = [query.image for query in queries if query.image is not None]
         if arguments.html is not None:
-            page = check_page(arguments.html, index, image, overwrite=arguments.overwrite)
-        query = query_vector(
-            index,
-            image=image,
-            text=typed(arguments.query),
-            model=arguments.model,
-            revision=arguments.revision,
-            policy=policy_of(arguments),
+            page = check_page(arguments.html, index, images, overwrite=arguments.overwrite)
+        vectors = query_vectors(
+            index, queries, model=arguments.model, revision=arguments.revision, policy=policy_of(arguments)
         )
         started = time.perf_counter()
-        matches = index.search(query, arguments.top)
+        matches = index.search(vectors, arguments.top, min_score=arguments.min_score, under=arguments.under)
         seconds = time.perf_counter() - started
         if page is not None or arguments.open:
-            text = arguments.query if image is None else None
-            written = write_page(page, index, matches, text=text, image=image)
+            cards = [Card(match.path, f"{match.score:.3f}", match.score) for match in matches]
+            about = f"{len(matches):,} nearest of {made_with(index)}"
+            content = result_page([("", cards)], title=title(queries), about=about, images=images)
+            written = write_page(page, content)
             if page is None:
                 say(f"the page is {written}")
             if arguments.open and not webbrowser.open(f"file://{written.absolute()}"):
                 say(f"no browser could be opened: open {written} yourself")
         if arguments.json:
             found = [{"path": match.path, "score": match.score} for match in matches]
-            print(json.dumps({"query": arguments.query, "images": len(index), "seconds": seconds, "matches": found}))
+            asked = {"query": arguments.query, "add": arguments.add, "subtract": arguments.subtract}
+            print(json.dumps({**asked, "images": len(index), "seconds": seconds, "matches": found}))
         else:
-            for match in matches:
-                show(f"{match.score:7.4f}  {match.path}")
-    return 0
+            _print(matches, ended_by=b"\0" if arguments.null else b"\n" if arguments.paths_only else None)
+    return 0 if target is None else _put(matches, target, as_links=arguments.link_to is not None)
+
+
+def _print(matches: Sequence[Match], *, ended_by: bytes | None) -> None:
+    """Scores and paths for people; with `ended_by` the paths as the bytes that they are, for other commands."""
+    for match in matches:
+        if ended_by is None:
+            show(f"{match.score:7.4f}  {match.path}")
+        elif ended_by == b"\n" and sys.stdout.isatty():
+            show(match.path)
+        else:
+            sys.stdout.buffer.write(os.fsencode(match.path) + ended_by)
+    sys.stdout.flush()
+
+
+def _check_target(copies: Path | None, links: Path | None) -> Path | None:
+    """The folder for copies or links, if one is wanted, which must not be there yet."""
+    from mlx_aimv2.files import check_target, expand_user
+
+    if copies is not None and links is not None:
+        raise ValueError("choose either --copy-to or --link-to, not both")
+    if (given := copies or links) is None:
+        return None
+    target = expand_user(given)
+    check_target(target)
+    return target
+
+
+def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
+    """Copies images into a folder, or links to them, as `001-name.jpg`; returns 1 where one could not be read."""
+    from shutil import copy2
+
+    from mlx_aimv2.files import atomic_folder
+
+    failures = 0
+    digits = len(str(len(matches)))
+    with atomic_folder(target) as folder:
+        for rank, match in enumerate(matches, 1):
+            place = folder / f"{rank:0{digits}}-{Path(match.path).name}"
+            try:
+                if as_links:
+                    place.symlink_to(match.path)
+                else:
+                    copy2(match.path, place)
+            except FileNotFoundError:
+                say(f"{match.path} does not exist any more")
+                failures += 1
+    return 1 if failures else 0

@@ -5,8 +5,6 @@
 AIMv2 has no CLS token. Without `layer` the last hidden state after the final norm is pooled. With `layer` it is the
 hidden state of that number as transformers counts them (0 is the patch embedding, -1 what the last block gives), as it
 is: no norm, unless `norm` asks for the model's final one. So `layer=-1, norm=True` is the same as no layer.
-
-An image or a text with which an index is searched becomes a vector here, too.
 """
 
 from __future__ import annotations
@@ -18,21 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
-from mlx_aimv2.embed.provenance import Description, differences, fingerprint, made_by
-from mlx_aimv2.files import expand_user
+from mlx_aimv2.embed.provenance import Description, fingerprint
 from mlx_aimv2.images import FAST, Policy
-from mlx_aimv2.images.find import has_suffix, list_images
-from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.images.find import list_images
+from mlx_aimv2.index.reader import Embedding
 from mlx_aimv2.loading import Loaded, read_source
 
 if TYPE_CHECKING:
@@ -266,67 +261,3 @@ class Embedder:
 def raise_failure(path: str, reason: str) -> None:
     """What is done about a failure where nobody else takes it: raises ValueError."""
     raise ValueError(f"{path} {reason}")
-
-
-def image_path(query: str) -> str | None:
-    """The absolute path of a query that is an image, None for one that is text. Raises ValueError or OSError."""
-    path = expand_user(query)
-    if "://" in query:
-        raise ValueError(f"{query} is a URL: download it first")
-    if path.is_file():
-        return os.path.normpath(path.absolute())
-    if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
-        raise IsADirectoryError(f"{query} is a folder: give one image or a text")
-    if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
-        raise FileNotFoundError(f"{query} does not exist: give an image or a text")
-    if not query.strip():
-        raise ValueError("the query is empty: give an image or a text")
-    return None
-
-
-def query_vector(
-    index: Index,
-    *,
-    image: str | None = None,
-    text: str = "",
-    model: str | None = None,
-    revision: str | None = None,
-    policy: Policy = FAST,
-) -> NDArray[Any]:
-    """The vector of an image (an absolute path) or else of a text, `-> (D,)`.
-
-    It comes from the index where that has the image as it is now and no model is given, else from the model. Raises
-    ValueError for a model that did not make the index, and for a text where the index was not made with LiT.
-    """
-    stamp = index.stamp(image) if image is not None else None
-    if image is not None and stamp is not None and model is None and index.axes == 1:
-        about = Path(image).stat()
-        if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
-            return index.vector(image)
-    index.check_search()
-    made = made_by(index)
-    if image is None and made["pool"] != "head":
-        what = "a folder" if expand_user(text).is_dir() else "no image"
-        raise ValueError(
-            f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by words: "
-            f"give an image, or embed with -m {EXAMPLE}"
-        )
-    try:
-        embedder = Embedder.load(Settings(model, revision).filled(made), policy)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
-    refused, notes = differences(made, embedder.description)
-    if refused:
-        raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
-    for note in notes:
-        warnings.warn(f"the same weights with another setting: {note}", stacklevel=1)
-    if image is None:
-        loaded = embedder.loaded
-        return np.array(loaded.model.encode_text(loaded.processor.tokenize([text]))[0].tolist())
-    (result,) = embedder([[image]])
-    for path, note in result.notes:
-        warnings.warn(f"{path} {note}", stacklevel=2)
-    for path, reason in result.failures:
-        raise_failure(path, reason)
-    vector: NDArray[Any] = result.embeddings[0].vector
-    return vector

@@ -27,6 +27,9 @@ ON_GPU = 1 << 16
 
 READ_AHEAD = 8
 
+CANCELLED = 1e-9
+"""A combined query that is shorter is what rounding left of parts that are equal."""
+
 SLACK = 2.0**-9
 """More than any score can be off: rounding to float16 of vectors (2^-11), query (2^-11) and product (2^-11)."""
 
@@ -96,9 +99,19 @@ class Vectors:
         wanted = mx.array(query.astype(np.float32)).astype(self.rows[0].dtype)
         return np.array(mx.concatenate([rows @ wanted for rows in self.rows]).astype(mx.float32))
 
-    def nearest(self, query: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Ids and exact cosines of the k nearest to a unit vector (D,), and of all that equal the last of them."""
-        indices = _finalists(self.scores(query), k)
+    def nearest(
+        self, query: NDArray[Any], k: int, *, among: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Ids and exact cosines of the k nearest to a unit vector (D,), and of all that equal the last of them.
+
+        With `among`, ids, only those images are compared.
+        """
+        scores = self.scores(query)
+        if among is None:
+            indices = _finalists(scores, k)
+        else:
+            wanted = np.flatnonzero(np.isin(self.identities, among))
+            indices = wanted[_finalists(scores[wanted], k)]
         exact = np.concatenate(
             [np.empty(0), *(self._exact(indices[i : i + TILE], query) for i in range(0, len(indices), TILE))]
         )
@@ -123,6 +136,28 @@ class Vectors:
             parts.append(np.array(rows[mx.array(here)].astype(mx.float32)))
             start += len(rows)
         return np.concatenate(parts)
+
+
+def combined(parts: Iterable[tuple[float, Any]], width: int) -> NDArray[Any]:
+    """One query of several: each vector at unit length times its weight, added up, `(weight, (D,)) … -> (D,)` float64.
+
+    A vector may be of any library, and have one row, as what a model gives for one image. Raises ValueError for another
+    shape, for a vector that is not finite or all zero, and for parts that cancel out.
+    """
+    total = np.zeros(width)
+    for weight, vector in parts:
+        one = np.array(vector.astype(mx.float32) if isinstance(vector, mx.array) else vector, np.float64)
+        one = one[0] if one.ndim == 2 and len(one) == 1 else one
+        if one.shape != (width,):
+            raise ValueError(f"a query here is one vector of {width} values, got shape {tuple(one.shape)}")
+        if not np.isfinite(one).all() or not one.any():
+            raise ValueError("a query must be finite and not all zero")
+        total += weight * (one / np.linalg.norm(one))
+    length = np.linalg.norm(total)
+    if length < CANCELLED:
+        raise ValueError("the parts of the query cancel out: nothing is left to search for")
+    unit: NDArray[Any] = total / length
+    return unit
 
 
 def _finalists(scores: NDArray[Any], k: int) -> NDArray[Any]:

@@ -207,27 +207,44 @@ class Index:
             stamp = self._stamp(path, row[:3])
             yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self._restored(*row[3:]))
 
-    def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12) -> list[Match]:
+    def search(
+        self,
+        vector: Any,
+        k: int = 12,
+        *,
+        min_score: float | None = None,
+        under: str | os.PathLike[str] | None = None,
+    ) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
+
+        `vector` is an array of NumPy or MLX, also (1, D) as models give it, or a list of pairs of a weight and such an
+        array: their sum at unit lengths. `min_score` leaves out those with a smaller cosine, `under` those that do not
+        lie in that folder.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
         vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index.
         """
-        query = np.asarray(vector, np.float64)
-        if query.shape != (self.width,):
-            raise ValueError(f"a query here is one vector of {self.width} values, got shape {tuple(query.shape)}")
-        if not np.isfinite(query).all() or not query.any():
-            raise ValueError("a query must be finite and not all zero")
+        from mlx_aimv2.index.nearest import combined
+
         if k < 1:
             raise ValueError(f"k is how many images to find, at least 1; got {k}")
-        query = query / np.linalg.norm(query)
-        identities, scores = self.read_vectors().nearest(query, k)
+        pairs = isinstance(vector, list) and vector and isinstance(vector[0], tuple)
+        query = combined(vector if pairs else [(1.0, vector)], self.width)
+        among = None if under is None else self._under(under)
+        identities, scores = self.read_vectors().nearest(query, k, among=among)
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
             for (path,) in self._all("SELECT path FROM images WHERE id = ?", identity):
                 self._name(path)
                 found.append((-score, path))
-        return [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
+        best = [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
+        return best if min_score is None else [match for match in best if match.score >= min_score]
+
+    def _under(self, folder: str | os.PathLike[str]) -> NDArray[Any]:
+        """Ids of the images in a folder and below it, (P,) int64."""
+        start = os.fsencode(os.path.normpath(Path(folder).absolute())).rstrip(b"/") + b"/"
+        rows = self._all("SELECT id FROM images WHERE path >= ? AND path < ?", start, start[:-1] + b"0")
+        return np.array([identity for (identity,) in rows], np.int64)
 
     def check_search(self) -> None:
         """Raises ValueError if this index holds tokens or maps, which search cannot compare."""

@@ -137,7 +137,7 @@ def test_the_index_module_reads_what_the_command_wrote(photo_index):
 
 
 def test_a_word_is_text_although_a_folder_of_that_name_lies_here(tmp_path, monkeypatch):
-    from mlx_aimv2.embed.encode import image_path
+    from mlx_aimv2.embed.query import image_path
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "red").mkdir()
@@ -145,3 +145,71 @@ def test_a_word_is_text_although_a_folder_of_that_name_lies_here(tmp_path, monke
     for path in ("./red", str(tmp_path / "red"), "red/"):
         with pytest.raises(IsADirectoryError, match="is a folder"):
             image_path(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "last"),
+    [
+        (["red", "-a", "green"], {"0.png", "1.png"}, "2.png"),
+        (["red", "-s", "green"], {"0.png"}, "1.png"),
+        (["3:red", "-a", "in/1.png"], {"0.png"}, "2.png"),
+        (["in/1.png", "-a", "in/2.png", "-s", ".5:blue"], {"1.png"}, "0.png"),
+    ],
+)
+def test_images_and_words_combine(colours, search, flags, first, last):
+    assert COLOURS == ("red", "green", "blue")
+    _, out, _ = search(*flags, "--json")
+    names = [Path(match["path"]).name for match in json.loads(out)["matches"]]
+    assert set(names[: len(first)]) == first
+    assert names[-1] == last
+
+
+def test_a_model_is_loaded_once_for_all_parts(colours, search, monkeypatch):
+    from mlx_aimv2.embed import encode
+
+    loads = []
+    read_source = encode.read_source
+    monkeypatch.setattr(encode, "read_source", lambda *args, **more: loads.append(args) or read_source(*args, **more))
+    assert search("red", "-a", "blue", "-s", "green")[0] == 0
+    assert len(loads) == 1
+
+
+def test_one_in_front_of_a_text_keeps_a_number_in_it(colours):
+    from mlx_aimv2.embed.query import Query, parse_query
+
+    assert parse_query("2:1 ratio") == Query(None, "1 ratio", 2.0)
+    assert parse_query("1:2:1 ratio") == Query(None, "2:1 ratio", 1.0)
+    assert parse_query("at 10:30") == Query(None, "at 10:30", 1.0)
+    shutil.copy("in/0.png", "2:0.png")
+    assert parse_query("2:0.png") == Query(str(colours / "2:0.png"), "2:0.png", 1.0)
+    with pytest.raises(ValueError, match="above 0"):
+        parse_query("0:red")
+
+
+def test_paths_alone_are_the_bytes_that_they_are(photo_index, capfdbinary):
+    hostile = "new\nline.png"
+    shutil.copy("in/1.png", f"in/{hostile}")
+    assert main(["embed", "in", "-o", "photos.db"]) == 0
+    capfdbinary.readouterr()
+    assert main(["search", "photos.db", "in/0.png", "-0"]) == 0
+    paths = capfdbinary.readouterr().out.split(b"\0")
+    assert paths.pop() == b""
+    assert str(photo_index / "in" / hostile).encode() in paths
+    assert main(["search", "photos.db", "in/0.png", "--paths-only", "--under", "in", "-k", "1"]) == 0
+    assert capfdbinary.readouterr().out == f"{photo_index}/in/0.png\n".encode()
+
+
+@pytest.mark.parametrize("flag", ["--copy-to", "--link-to"])
+def test_images_found_are_put_into_a_new_folder_the_best_first(photo_index, search, flag):
+    shutil.copy("in/1.png", "query.png")
+    Path("in/2.png").unlink()
+    code, _, err = search("query.png", "-k", "5", flag, "found")
+    assert code == (1 if flag == "--copy-to" else 0)
+    assert ("2.png does not exist any more" in err) is (flag == "--copy-to")
+    names = sorted(path.name for path in Path("found").iterdir())
+    assert names[0] == "1-1.png"
+    assert Path("found/1-1.png").is_symlink() is (flag == "--link-to")
+    assert Path("found/1-1.png").read_bytes() == Path("in/1.png").read_bytes()
+    code, _, err = search("query.png", flag, "found")
+    assert code == 2
+    assert "found as it already exists" in err

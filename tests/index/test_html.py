@@ -1,7 +1,10 @@
 """The page of a search shows every match, and no file name breaks it."""
 
+import base64
+import hashlib
 import html.parser
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,12 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlx_aimv2.index.export import result_page, thumbnail
-from mlx_aimv2.index.reader import Match
+from mlx_aimv2.index.page import Card, result_page, thumbnail
 from tests.image_files import image, noise
 from tests.programs import HANGS
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
+
+
+def page_of(*cards: Card, title: str = "x", about: str = "y", images: tuple[str, ...] = ()) -> str:
+    return result_page([("", cards)], title=title, about=about, images=images)
 
 
 class Page(html.parser.HTMLParser):
@@ -53,7 +59,7 @@ def test_the_page_shows_every_match_and_needs_nothing_else(photo_index, search):
     assert len(page.all("li")) == 5
     assert len(page.all("img")) == 6  # and the query
     assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.all("img"))
-    assert not page.all("script")
+    assert len(page.all("script")) == 1
     assert "http:" not in text
     assert "https:" not in text
     assert "1.000" in page.texts
@@ -63,7 +69,7 @@ def test_the_page_shows_every_match_and_needs_nothing_else(photo_index, search):
 def test_a_page_names_a_checkpoint_of_this_disk_by_its_folder_alone(photo_index, search):
     search("in/0.png", "--html", "page.html")
     (about,) = (line for line in Page(Path("page.html").read_text(encoding="utf-8")).texts if " nearest of " in line)
-    assert about.startswith("5 nearest of 5 images · fixed · ")
+    assert about == "5 nearest of 5 images · fixed · photos.db"
 
 
 def test_a_hostile_name_is_text(photo_index, search):
@@ -78,8 +84,8 @@ def test_a_hostile_name_is_text(photo_index, search):
     "name", ['" onload="x', "</title><script>alert(1)</script>", "a\nb", "{title}", "$title", "&amp;", "\udcff"]
 )
 def test_no_name_breaks_the_page(name):
-    page = Page(result_page([Match(f"/x/{name}.jpg", 0.5)], image=f"/x/{name}.jpg", about=name))
-    assert not page.all("script")
+    page = Page(page_of(Card(f"/x/{name}.jpg", name, 0.5), title=name, about=name, images=(f"/x/{name}.jpg",)))
+    assert len(page.all("script")) == 1  # the page's own
     assert [set(link) for link in page.all("a")] == [{"href", "title"}]
     assert not page.all("a")[0]["href"].startswith("javascript")
     assert len(page.all("title")) == 1
@@ -88,7 +94,7 @@ def test_no_name_breaks_the_page(name):
 
 @pytest.mark.parametrize(("score", "bar"), [(-0.25, "0.0"), (0.5, "50.0"), (1.0000001, "100.0")])
 def test_a_bar_is_as_long_as_the_score_and_never_shorter_than_nothing(score, bar):
-    page = Page(result_page([Match("/p/a.jpg", score)], text="x", about="y"))
+    page = Page(page_of(Card("/p/a.jpg", "", score)))
     assert [one["style"] for one in page.all("i")] == [f"width:{bar}%"]
 
 
@@ -98,19 +104,22 @@ def test_a_page_may_be_called_in_capitals(photo_index, search):
 
 
 def test_the_text_of_a_search_is_its_title():
-    page = Page(result_page([], text="<b>two</b> cats", about="0 of 0"))
+    page = Page(page_of(title="“<b>two</b> cats”", about="0 of 0"))
     assert "“<b>two</b> cats”" in page.texts
     assert not page.all("b")
 
 
-def test_the_page_forbids_scripts_and_loading():
-    page = Page(result_page([], text="x", about="y"))
+def test_the_page_forbids_loading_and_all_scripts_but_its_own():
+    text = page_of()
+    page = Page(text)
     rules = [one["content"] for one in page.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
-    assert rules == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules == [f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"]
 
 
 def test_a_link_leads_to_the_file_whatever_its_bytes(tmp_path):
-    page = Page(result_page([Match("/p/a b#\udcff.jpg", 0.1)], text="x", about="y"))
+    page = Page(page_of(Card("/p/a b#\udcff.jpg", "")))
     assert page.all("a")[0]["href"] == "file:///p/a%20b%23%FF.jpg"
 
 
@@ -149,9 +158,9 @@ def test_open_without_a_name_writes_a_page_and_shows_it(photo_index, search, mon
 def test_a_browser_shows_twelve_images_and_has_nothing_to_complain_of(tmp_path):
     files = [noise(tmp_path / f"{number}.png", number) for number in range(11)]
     files.append(noise(tmp_path / HOSTILE, 11))
-    matches = [Match(str(file), 0.9 - number / 20) for number, file in enumerate(files)]
+    cards = [Card(str(file), "0.9", 0.9 - number / 20) for number, file in enumerate(files)]
     page = tmp_path / "page.html"
-    page.write_text(result_page(matches, image=str(files[0]), about="12 of 12"), encoding="utf-8")
+    page.write_text(page_of(*cards, images=(str(files[0]),)), encoding="utf-8")
     command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     image = tmp_path / "page.png"
     command += ["--window-size=1200,1300", f"--screenshot={image}", "--dump-dom", page.as_uri()]

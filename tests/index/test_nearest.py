@@ -78,7 +78,7 @@ def test_an_empty_index_finds_nothing(index):
     ("vector", "k", "message"),
     [
         (np.ones(WIDTH + 1), 1, "7 values"),
-        (np.ones((1, WIDTH)), 1, "shape"),
+        (np.ones((2, WIDTH)), 1, "shape"),
         (np.zeros(WIDTH), 1, "all zero"),
         (np.full(WIDTH, np.nan), 1, "finite"),
         (np.ones(WIDTH), 0, "at least 1"),
@@ -144,3 +144,48 @@ def test_the_rounded_scores_of_a_gpu_lose_none_of_the_nearest():
         for on in (False, True)
     )
     assert on_gpu == on_cpu
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_combined_query_is_the_sum_of_unit_vectors_and_exact_with_ties(tmp_path, dtype):
+    """Against brute force: scores to 1e-6 and the same order, equal ones by path."""
+    rng = np.random.default_rng(11)
+    added = [entry(f"/images/{number:05d}.jpg", rng.integers(-2, 3, WIDTH) + 0.5) for number in range(3001)]
+    parts = [(1.0, rng.normal(size=WIDTH)), (2.5, rng.normal(size=WIDTH) * 1e3), (-1.0, rng.normal(size=WIDTH))]
+    query = sum(weight * vector / np.linalg.norm(vector) for weight, vector in parts)
+    with IndexWriter.create(tmp_path / "a.db", provenance={}, width=WIDTH, dtype=dtype) as index:
+        index.add(added)
+        stored = np.stack([index.vector(one.path) for one in added]).astype(np.float64)
+        found = index.search(parts, 53)
+    cosines = stored @ (query / np.linalg.norm(query)) / np.linalg.norm(stored, axis=1)
+    order = sorted(range(len(added)), key=lambda i: (-round(cosines[i], 9), added[i].path))[:53]
+    assert [match.path for match in found] == [added[i].path for i in order]
+    np.testing.assert_allclose([match.score for match in found], cosines[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("of", [mx.array, lambda x: mx.array(x).astype(mx.bfloat16), lambda x: mx.array(x)[None], list])
+def test_a_query_may_be_what_a_model_gives(index, of):
+    index.add(some(29))
+    query = np.arange(1.0, WIDTH + 1, dtype=np.float32)
+    assert index.search(of(query), 5) == index.search(query, 5)
+
+
+def test_parts_that_cancel_out_are_refused(index):
+    vector = np.arange(1.0, WIDTH + 1)
+    with pytest.raises(ValueError, match="cancel out"):
+        index.search([(1.0, vector), (-1.0, 3 * vector)])
+
+
+def test_only_images_under_a_folder_and_above_a_score_are_found(index):
+    vectors = np.random.default_rng(2).normal(size=(41, WIDTH))
+    names = ["/a/{}.jpg", "/a/b/{}.jpg", "/ab/{}.jpg", "/a.jpg{}"]
+    index.add([entry(names[i % 4].format(i), vector) for i, vector in enumerate(vectors)])
+    query = np.ones(WIDTH)
+    everything = index.search(query, 100)
+    below = [match for match in everything if match.path.startswith("/a/")]
+    assert index.search(query, 100, under="/a") == index.search(query, 100, under="/a/b/..") == below
+    assert index.search(query, 3, under="/a") == below[:3]
+    assert index.search(query, 100, under="/nothing") == []
+    least = below[4].score
+    assert index.search(query, 100, under="/a", min_score=least) == below[:5]
+    assert index.search(query, 100, under="/") == everything

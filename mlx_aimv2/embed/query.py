@@ -1,0 +1,143 @@
+"""Turns what an index is searched with, images and words, into vectors."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_aimv2.embed.encode import EXAMPLE, Embedder, Settings, raise_failure
+from mlx_aimv2.embed.provenance import differences, made_by
+from mlx_aimv2.files import expand_user
+from mlx_aimv2.images import FAST, Policy
+from mlx_aimv2.images.find import has_suffix
+from mlx_aimv2.index.reader import Index
+
+_WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+):(.+)", re.DOTALL)
+"""rclip's form of a weight, as in `2:golden retriever`."""
+
+
+class Query(NamedTuple):
+    """One part of a query: the absolute path of an image, or None and a text; below 0 `weight` takes it away."""
+
+    image: str | None
+    text: str
+    weight: float = 1.0
+
+
+def title(queries: Sequence[Query]) -> str:
+    """A query in words: `Images like a.jpg`, `“a dog” + b.jpg − 2 × “snow”`."""
+    if len(queries) == 1 and queries[0].image is not None:
+        return f"Images like {Path(queries[0].image).name}"
+    words = ""
+    for query in queries:
+        sign = " − " if query.weight < 0 else " + " if words else ""
+        times = "" if abs(query.weight) == 1 else f"{abs(query.weight):g} × "
+        words += sign + times + (f"“{query.text}”" if query.image is None else Path(query.image).name)
+    return words
+
+
+def parse_query(words: str) -> Query:
+    """What `words` mean, `2:golden retriever -> Query(None, "golden retriever", 2.0)`.
+
+    An image of that very name comes first; `1:` in front of a text keeps the rest of it as it is. Raises ValueError or
+    OSError for what is neither an image nor a text.
+    """
+    if not expand_user(words).is_file() and (found := _WEIGHTED.fullmatch(words)):
+        weight, words = float(found[1]), found[2]
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of {words} must be above 0, got {found[1]}: --subtract takes something away")
+        return Query(image_path(words), words, weight)
+    return Query(image_path(words), words)
+
+
+def image_path(query: str) -> str | None:
+    """The absolute path of a query that is an image, None for one that is text. Raises ValueError or OSError."""
+    path = expand_user(query)
+    if "://" in query:
+        raise ValueError(f"{query} is a URL: download it first")
+    if path.is_file():
+        return os.path.normpath(path.absolute())
+    if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
+        raise IsADirectoryError(f"{query} is a folder: give one image or a text")
+    if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
+        raise FileNotFoundError(f"{query} does not exist: give an image or a text")
+    if not query.strip():
+        raise ValueError("the query is empty: give an image or a text")
+    return None
+
+
+def query_vectors(
+    index: Index,
+    queries: Sequence[Query],
+    *,
+    model: str | None = None,
+    revision: str | None = None,
+    policy: Policy = FAST,
+) -> list[tuple[float, NDArray[Any]]]:
+    """The weight and the vector (D,) of each part of a query, for `Index.search`.
+
+    A vector comes from the index where that has the image as it is now and no model is given, else from the model,
+    which is loaded once. Raises ValueError for a model that did not make the index, and for a text where the index was
+    not made with LiT.
+    """
+    vectors = {query: _known(index, query.image) if model is None else None for query in queries}
+    if missing := [query for query, vector in vectors.items() if vector is None]:
+        index.check_search()
+        if (text := next((query.text for query in missing if query.image is None), None)) is not None:
+            _check_words(index, text)
+        embedder = _embedder(index, Settings(model, revision), policy)
+        vectors |= {query: _vector(query, embedder) for query in missing}
+    return [(query.weight, vector) for query in queries if (vector := vectors[query]) is not None]
+
+
+def _known(index: Index, image: str | None) -> NDArray[Any] | None:
+    """The vector of an image that the index has as it is now."""
+    stamp = index.stamp(image) if image is not None and index.axes == 1 else None
+    if image is None or stamp is None:
+        return None
+    about = Path(image).stat()
+    return index.vector(image) if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns) else None
+
+
+def _check_words(index: Index, text: str) -> None:
+    if made_by(index)["pool"] != "head":
+        what = "a folder" if expand_user(text).is_dir() else "no image"
+        raise ValueError(
+            f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by words: "
+            f"give an image, or embed with -m {EXAMPLE}"
+        )
+
+
+def _embedder(index: Index, given: Settings, policy: Policy) -> Embedder:
+    """The model that made the index, or the given one if it is the same."""
+    made = made_by(index)
+    try:
+        embedder = Embedder.load(given.filled(made), policy)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
+    refused, notes = differences(made, embedder.description)
+    if refused:
+        raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
+    for note in notes:
+        warnings.warn(f"the same weights with another setting: {note}", stacklevel=1)
+    return embedder
+
+
+def _vector(query: Query, embedder: Embedder) -> NDArray[Any]:
+    if query.image is None:
+        loaded = embedder.loaded
+        return np.array(loaded.model.encode_text(loaded.processor.tokenize([query.text]))[0].tolist())
+    (result,) = embedder([[query.image]])
+    for path, note in result.notes:
+        warnings.warn(f"{path} {note}", stacklevel=2)
+    for path, reason in result.failures:
+        raise_failure(path, reason)
+    vector: NDArray[Any] = result.embeddings[0].vector
+    return vector
