@@ -25,6 +25,7 @@ from mlx_aimv2.files import discard_unfinished
 VERBS = {
     "embed": ("use", "PATH... -o FILE"),
     "search": ("use", "INDEX QUERY"),
+    "duplicates": ("use", "INDEX"),
     "classify": ("use", "IMAGE..."),
     "map": ("use", "IMAGE... -m MODEL"),
     "info": ("use", "INDEX|MODEL"),

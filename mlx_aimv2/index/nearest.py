@@ -99,6 +99,16 @@ class Vectors:
         wanted = mx.array(query.astype(np.float32)).astype(self.rows[0].dtype)
         return np.array(mx.concatenate([rows @ wanted for rows in self.rows]).astype(mx.float32))
 
+    def of(self, identities: NDArray[Any]) -> NDArray[Any]:
+        """The vectors of these ids in their order, (P,) -> (P, D) float32."""
+        order = np.argsort(self.identities)
+        indices = order[np.searchsorted(self.identities, identities, sorter=order)]
+        back = np.argsort(indices, kind="stable")
+        taken = self._taken(indices[back])
+        result = np.empty_like(taken)
+        result[back] = taken
+        return result
+
     def nearest(
         self, query: NDArray[Any], k: int, *, among: NDArray[Any] | None = None
     ) -> tuple[NDArray[Any], NDArray[Any]]:

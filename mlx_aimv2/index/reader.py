@@ -176,9 +176,9 @@ class Index:
     def __len__(self) -> int:
         return int(self._all("SELECT count(*) FROM images")[0][0])
 
-    def paths(self) -> Iterator[str]:
-        """All paths, sorted by their bytes."""
-        for (path,) in self._all("SELECT path FROM images ORDER BY path"):
+    def paths(self, under: str | os.PathLike[str] | None = None) -> Iterator[str]:
+        """All paths, or those in a folder and below it, sorted by their bytes."""
+        for path, _ in self._rows(under):
             yield self._name(path)
 
     def stamp(self, path: str) -> Stamp | None:
@@ -230,7 +230,7 @@ class Index:
             raise ValueError(f"k is how many images to find, at least 1; got {k}")
         pairs = isinstance(vector, list) and vector and isinstance(vector[0], tuple)
         query = combined(vector if pairs else [(1.0, vector)], self.width)
-        among = None if under is None else self._under(under)
+        among = None if under is None else np.array([identity for _, identity in self._rows(under)], np.int64)
         identities, scores = self.read_vectors().nearest(query, k, among=among)
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
@@ -240,11 +240,18 @@ class Index:
         best = [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
         return best if min_score is None else [match for match in best if match.score >= min_score]
 
-    def _under(self, folder: str | os.PathLike[str]) -> NDArray[Any]:
-        """Ids of the images in a folder and below it, (P,) int64."""
-        start = os.fsencode(os.path.normpath(Path(folder).absolute())).rstrip(b"/") + b"/"
-        rows = self._all("SELECT id FROM images WHERE path >= ? AND path < ?", start, start[:-1] + b"0")
-        return np.array([identity for (identity,) in rows], np.int64)
+    def identities(self, paths: Iterable[str]) -> NDArray[Any]:
+        """The ids by which `read_vectors` knows images, (P,) int64."""
+        known = {self._name(path): identity for path, identity in self._rows()}
+        return np.array([known[path] for path in paths], np.int64)
+
+    def _rows(self, under: str | os.PathLike[str] | None = None) -> list[tuple[bytes, int]]:
+        """Names and ids, sorted by name; of images under a folder alone if there is one."""
+        if under is None:
+            return self._all("SELECT path, id FROM images ORDER BY path")
+        start = os.fsencode(os.path.normpath(Path(under).absolute())).rstrip(b"/") + b"/"
+        query = "SELECT path, id FROM images WHERE path >= ? AND path < ? ORDER BY path"
+        return self._all(query, start, start[:-1] + b"0")
 
     def check_search(self) -> None:
         """Raises ValueError if this index holds tokens or maps, which search cannot compare."""

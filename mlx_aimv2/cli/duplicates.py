@@ -1,0 +1,91 @@
+"""`mlx-aimv2 duplicates`: lists the images of an index that are there more than once. It deletes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import webbrowser
+from pathlib import Path
+
+from mlx_aimv2.cli.output import Progress, say, show
+
+HELP = "list images that an index has more than once; nothing is deleted"
+
+EXAMPLE = "photos.db --html duplicates.html --open"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the verb."""
+    from mlx_aimv2.index.duplicates import SIMILAR
+
+    add = parser.add_argument_group("input").add_argument
+    add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
+    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    similar = f"also images that are not the same but similar, from this cosine on (X left out: {SIMILAR})"
+    add("--similar", type=float, nargs="?", const=SIMILAR, metavar="X", help=similar)
+
+    add = parser.add_argument_group("output").add_argument
+    add("-f", "--paths-only", action="store_true", help="print the paths of all but the one to keep, one a line")
+    add("-0", "--null", action="store_true", help="print those paths, each ended by a zero byte, for xargs -0")
+    add("--json", action="store_true", help="print the groups as JSON, the image to keep first")
+    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
+    add("--open", action="store_true", help="show that page in the browser")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the groups, the image to keep first; returns 1 where images could not be read any more."""
+    from mlx_aimv2.index.duplicates import KINDS, find_duplicates
+    from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
+    from mlx_aimv2.index.reader import Index
+
+    if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:
+        raise ValueError("choose one of --json, --paths-only and --null")
+    if arguments.similar is not None and not -1 <= arguments.similar <= 1:
+        raise ValueError(f"--similar is a cosine, at most 1, got {arguments.similar:g}")
+    with Index.open(arguments.index) as index:
+        page = None
+        if arguments.html is not None:
+            page = check_page(arguments.html, index, overwrite=arguments.overwrite)
+        progress = Progress("images")
+        try:
+            groups, unreadable = find_duplicates(
+                index, similar=arguments.similar, under=arguments.under, progress=progress
+            )
+        finally:
+            progress.close()
+        for path in unreadable:
+            say(f"{path} cannot be read any more")
+        extra = [member for group in groups if group.kind != "similar" for member in group.members[1:]]
+        if page is not None or arguments.open:
+            shown = [
+                (
+                    f"{KINDS[group.kind].capitalize()}, {len(group.members):,} files",
+                    [Card(one.path, f"{one.width:,} × {one.height:,}") for one in group.members],
+                )
+                for group in groups
+            ]
+            about = f"{len(groups):,} groups among {made_with(index)}; the first of each is the one to keep"
+            written = write_page(page, result_page(shown, title="Duplicates", about=about))
+            if page is None:
+                say(f"the page is {written}")
+            if arguments.open and not webbrowser.open(f"file://{written.absolute()}"):
+                say(f"no browser could be opened: open {written} yourself")
+    if arguments.json:
+        rows = [{"kind": group.kind, "images": [vars(one) for one in group.members]} for group in groups]
+        print(json.dumps({"groups": rows}))
+    elif arguments.null or arguments.paths_only:
+        for one in extra:
+            sys.stdout.buffer.write(os.fsencode(one.path) + (b"\0" if arguments.null else b"\n"))
+    else:
+        for group in groups:
+            show(f"{KINDS[group.kind]}, {len(group.members):,} files")
+            for number, one in enumerate(group.members):
+                pixels = f"{one.width:,} x {one.height:,}"
+                show(f"  {'keep' if number == 0 else '':4}  {pixels:>15}  {one.bytes:>12,}  {one.path}")
+        freed = sum(one.bytes for one in extra) / 1e6
+        show(f"{len(groups):,} groups; without all but the first of each {len(extra):,} files, {freed:,.1f} MB, less")
+    sys.stdout.flush()
+    return 1 if unreadable else 0
