@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                 pixels = f"{one.width:,} x {one.height:,}"
                 show(f"  {'keep' if number == 0 else '':4}  {pixels:>15}  {one.bytes:>12,}  {one.path}")
         freed = sum(one.bytes for one in extra) / 1e6
-        show(f"{len(groups):,} groups; without all but the first of each {len(extra):,} files, {freed:,.1f} MB, less")
+        count = f"{len(groups):,} group{'' if len(groups) == 1 else 's'}"
+        show(f"{count}; all but the first of each, the similar ones aside, take {freed:,.1f} MB")
     sys.stdout.flush()
     return 1 if unreadable else 0

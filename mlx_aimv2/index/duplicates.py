@@ -112,7 +112,8 @@ def find_duplicates(
     first = [paths[0] for paths in contents]
     pairs, cosines = _neighbours(index, first)
     near = pairs[cosines >= MIN_COSINE]
-    small = _Small(first, np.unique(near).tolist(), progress)
+    repeated = [one for one, paths in enumerate(contents) if len(paths) > 1]
+    small = _Small(first, np.union1d(near.ravel(), repeated).astype(int).tolist(), progress)
     same = _Joined(len(contents), small.worth)
     while len(near := near[same.apart(near)]):  # what is joined by others need not be compared
         batch, near = near[:PAIRS], near[PAIRS:]
