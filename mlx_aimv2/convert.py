@@ -30,9 +30,6 @@ from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, p
 
 __all__ = ["convert"]
 
-HELP = "convert a checkpoint to an MLX folder"
-
-EXAMPLE = "--hf-path apple/aimv2-large-patch14-224 --mlx-path large-4bit -q"
 DEFAULT_PATH = "mlx_model"
 
 
@@ -180,7 +177,7 @@ def _write(
     return config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_convert(parser: argparse.ArgumentParser) -> None:
     """The converter's flags, which are the keywords of `convert` (`--no-verify` is `verify=False`)."""
     add = parser.add_argument_group("input").add_argument
     add("--hf-path", "--model", required=True, metavar="MODEL", help=flags.MODEL)
@@ -209,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace a folder that convert wrote, once the new one is whole")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_convert(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
     from mlx_aimv2.cli.output import log, show
 

@@ -24,10 +24,6 @@ from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
 from mlx_aimv2.loading import NATIVE, parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
-HELP = "measure the time and the memory of a model"
-
-EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
-
 MAX_COUNT = 4096
 """Images, pixels of a side or runs that may be asked for: more fits no machine's memory or no day."""
 
@@ -68,7 +64,7 @@ print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loa
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_bench(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True).add_argument
@@ -89,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the measurements as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_bench(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
     found = measure(arguments)
     print(json.dumps(found) if arguments.json else table(found))

@@ -12,15 +12,11 @@ from mlx_aimv2.cli.flags import MAX_PATCHES, MODEL, REPEATED, add_dtype, add_pol
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import expand_user
 
-HELP = "embed folders of images into an index, for search"
-
-EXAMPLE = "~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
-
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_embed(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
@@ -58,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the summary as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_embed(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
     from mlx_aimv2.embed.encode import Settings
     from mlx_aimv2.embed.job import Options, update_index

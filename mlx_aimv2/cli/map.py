@@ -26,10 +26,6 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load
 from mlx_aimv2.model import Aimv2VisionModel
 
-HELP = "draw the features of images: a colour for each patch, or how similar patches are"
-
-EXAMPLE = "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12"
-
 ENDING = ".png"
 
 SOFTWARE = "mlx-aimv2 map"
@@ -39,7 +35,7 @@ HEIGHT = 672
 """Of the image that is written, in pixels, or a little less: a patch is a whole number of pixels."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_map(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     add = parser.add_argument_group("input").add_argument
     add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
@@ -64,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_map(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
     if arguments.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
