@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from mlx_aimv2.cli.flags import MAX_PATCHES, MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import MODEL, PATCHES, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import expand_user
 
@@ -42,7 +42,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add("--store", choices=("float16", "float32"), metavar="NAME", help=words)
 
     add = parser.add_argument_group("reading images").add_argument
-    add("--max-patches", type=int, metavar="N", help=f"{MAX_PATCHES} (default: 4096)")
+    add("--max-patches", type=int, metavar="N", help=f"{PATCHES} (default: 4096)")
     add("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
     add_policy_arguments(add)
 
