@@ -146,7 +146,7 @@ def quality(arguments: argparse.Namespace) -> None:
     """Cosine of features, exact against fast."""
     models = {"embedded": load(bundled.emoji_checkpoint(), dtype="float32")}
     if arguments.random:
-        config = released(arguments.random).vision
+        config = released(arguments.random).config.vision
         models[f"random {arguments.random}"] = (
             bench.random_model(config, mx.float32),
             Aimv2Processor(published(config.image_size)),

@@ -53,7 +53,7 @@ def main() -> None:
         print(f"\n| {along} {HEAD}")
         held: tuple[Any, Any] = (None, None)
         for name, size, batch, side in cases(along):
-            config = replace(released(size).vision, num_hidden_layers=arguments.blocks)
+            config = replace(released(size).config.vision, num_hidden_layers=arguments.blocks)
             if held[0] != config:
                 held = (None, None)  # the old weights go before the new ones come
                 held = (config, bench.random_model(config, getattr(mx, arguments.dtype)))

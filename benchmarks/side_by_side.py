@@ -57,7 +57,7 @@ class Failed(Exception):
 
 def write_checkpoint(folder: Path, size: str) -> None:
     """Writes random weights of a released size in transformers' layout."""
-    config = released(size).vision
+    config = released(size).config.vision
     weights = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
     folders.save_weights(folder, layout_for("transformers", pair=False).to_source(weights), reader=folders.PYTORCH)
     folders.save_config(folder, folders.config_for(config, "transformers") | {"torch_dtype": "float32"})
@@ -186,7 +186,7 @@ def machine(beside: list[str]) -> str:
 def fixed_size(name: str) -> str:
     """The name of a released size whose images have one size, for argparse."""
     try:
-        config = released(name).vision
+        config = released(name).config.vision
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if config.is_native:

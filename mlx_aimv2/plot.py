@@ -93,10 +93,10 @@ def pca_map(tokens: NDArray[Any], grid: tuple[int, int], *, cell: int = 14) -> I
 def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int]) -> NDArray[Any]:
     """How alike each token is to one of them, `(N, D), (rows, columns), (row, column) -> (rows, columns)` cosines."""
     _check_grid(tokens, grid)
-    if not all(0 <= place < size for place, size in zip(patch, grid, strict=True)):
+    if not all(0 <= index < size for index, size in zip(patch, grid, strict=True)):
         raise ValueError(
-            f"patch {patch[0]},{patch[1]} is outside the grid of {grid[0]} rows and {grid[1]} columns, "
-            "counted from 0,0 at the top left"
+            f"has no patch {patch[0]},{patch[1]}: the last of its {grid[0]} rows and {grid[1]} columns is "
+            f"{grid[0] - 1},{grid[1] - 1}"
         )
     unit = np.asarray(tokens, np.float64)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
@@ -135,20 +135,6 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
     draw.rectangle(box, outline=PAPER, width=line)
     draw.rectangle((box[0] + line, box[1] + line, box[2] - line, box[3] - line), outline=INK, width=1)
     return image
-
-
-def seen(pixels: NDArray[Any], *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
-    """What the model saw, `(H, W, 3) normalised pixels -> image`, by undoing the processor's last steps."""
-    values = np.asarray(pixels, np.float64)
-    if mean is not None and std is not None:
-        values = values * np.asarray(std) + np.asarray(mean)
-    return Image.fromarray(np.rint(values * 255).clip(0, 255).astype(np.uint8))
-
-
-def overlay(image: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:
-    """A map laid over its image, at the image's size; `opacity` 1 hides the image."""
-    laid = map_image.convert("RGB").resize(image.size, Image.Resampling.NEAREST)
-    return Image.blend(image.convert("RGB"), laid, opacity)
 
 
 def to_height(image: Image.Image, height: int) -> Image.Image:

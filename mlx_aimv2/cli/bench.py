@@ -119,7 +119,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if source is not None:
             model = source.reopened().load(dtype=dtype, keep_quantized=weights == "packed").model.vision
         elif size is not None:
-            model = random_model(size.vision, parse_dtype(dtype))
+            model = random_model(size.config.vision, parse_dtype(dtype))
         for batch in arguments.batch:
             log(f"measuring: {dtype} {weights}, batch {batch}")
             pixels = random_pixels(model.config, batch=batch, side=arguments.side)

@@ -109,11 +109,6 @@ def draw(
     """
     pixels = processor.normalised(mx.array(levels[None]))
     rows, columns = grid = model.grid(pixels)
-    if patch is not None and (patch[0] >= rows or patch[1] >= columns):
-        last = f"{rows - 1},{columns - 1}"
-        raise ValueError(
-            f"has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns is {last}"
-        )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
     if not np.isfinite(tokens).all():
         raise ValueError("gets features that are not finite; is the checkpoint damaged?")

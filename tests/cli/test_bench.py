@@ -32,7 +32,7 @@ LARGE_224 = 309_197_824
     ],
 )
 def test_released_sizes_go_by_their_names(name, parameters):
-    model = Aimv2VisionModel(released(name).vision)
+    model = Aimv2VisionModel(released(name).config.vision)
     assert sum(array.size for _, array in tree_flatten(model.parameters())) == parameters
 
 
@@ -75,7 +75,7 @@ def test_the_count_is_that_of_every_matrix_product(monkeypatch, use_head):
 
 
 def test_a_large_image_costs_165_gigaflops():
-    flops = forward.matrix_flops(released("large-patch14-224").vision, batch=1, tokens=256)
+    flops = forward.matrix_flops(released("large-patch14-224").config.vision, batch=1, tokens=256)
     assert flops == pytest.approx(164.6e9, rel=1e-3)
 
 

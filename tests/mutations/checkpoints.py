@@ -121,8 +121,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a conversion asks again what the name of its source means",
-        "fidelity.run_reference(source.reopened(), images)",
-        "fidelity.run_reference(read_source(hf_path, revision=revision), images)",
+        "= run_reference(source.reopened(), images)",
+        "= run_reference(read_source(hf_path, revision=revision), images)",
         ("tests/test_convert.py",),
     ),
     Mutation(
