@@ -143,11 +143,6 @@ def to_height(image: Image.Image, height: int) -> Image.Image:
     return image.convert("RGB").resize((width, height), sampling(image, height))
 
 
-def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int = 8) -> Image.Image:
-    """Images in a row, all brought to one height."""
-    return beside([to_height(image, height) for image in images], gap=gap)
-
-
 def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
     """Images in a row as they are, their tops in line."""
     widths, heights = zip(*(image.size for image in images), strict=True)

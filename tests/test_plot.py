@@ -67,9 +67,7 @@ def test_the_brightest_square_is_the_patch_itself_and_it_is_framed():
 
 @pytest.mark.parametrize("patch", [(3, 0), (0, 5), (-1, 0)])
 def test_a_patch_outside_the_grid_is_named(patch):
-    with pytest.raises(
-        ValueError, match=rf"no patch {patch[0]},{patch[1]}: .* its 3 rows and 5 columns is 2,4"
-    ):
+    with pytest.raises(ValueError, match=rf"no patch {patch[0]},{patch[1]}: .* its 3 rows and 5 columns is 2,4"):
         plot.similarities(tokens(), (ROWS, COLUMNS), patch)
 
 

@@ -25,7 +25,7 @@ PAIR = Aimv2Config(
     Aimv2TextConfig(131, 96, 160, 3, 3, max_position_embeddings=11, eos_token_id=130),
     projection_dim=32,
 )
-ALL_MODES = [(mode, group, bits) for mode, known in MODES.items() for group in known.group_sizes for bits in known.bits]
+ALL_MODES = [(mode, group, bits) for mode, known in MODES.items() for group in known[0] for bits in known[1]]
 
 
 def quantized(tmp_path, *, source=ENCODER, **options):

@@ -65,7 +65,6 @@ print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loa
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True).add_argument
     which("-m", "--model", metavar="MODEL", help=MODEL)
@@ -100,17 +99,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.keep_quantized and (source is None or source.quantization is None):
         raise ValueError(f"--keep-quantized needs quantized weights, {name} holds dense ones; leave it out")
     on = machine()
-    found: dict[str, Any] = {
-        "device": on.kind,
-        "chip": on.chip,
-        "cores": cpu_count(),
-        "mlx": mlx_build(),
-        "mlx-aimv2": __version__,
-        "advice": advice(on),
-        "model": name,
-        "runs": arguments.runs,
-        "speed": [],
-    }
+    found: dict[str, Any] = {"device": on.kind, "chip": on.chip, "cores": cpu_count(), "advice": advice(on)}
+    found |= {"mlx": mlx_build(), "mlx-aimv2": __version__, "model": name, "runs": arguments.runs, "speed": []}
     if source is not None:
         log("measuring: first embedding in a fresh process")
         found["first_embedding"] = measure_first_embedding(source.origin.path, (arguments.dtype or ["auto"])[0])

@@ -60,7 +60,7 @@ EXAMPLES = {
 }
 """Verb -> what its help begins with."""
 
-FILES = ("bench", "classify", "embed", "fit_predict_evaluate_fuse", "info_compare", "map", "pretrain_lit", "search")
+FILES = ("bench", "classify", "embed_search", "fit_predict_evaluate_fuse", "info_compare", "map", "pretrain_lit")
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 
 MORE = """\

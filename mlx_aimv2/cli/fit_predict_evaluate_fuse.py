@@ -17,7 +17,6 @@ HEAD, OF_HEAD = "folder that fit has written", "the one that HEAD names"
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
-    """The keywords of `learn.fit`."""
     from mlx_aimv2.learn.task import ADAPTERS, Options
 
     add = groups(parser, "data", "model", "what is trained", "optimisation", "augmentation", ADAPTERS, "run", "output")
@@ -63,7 +62,6 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
-    """What to predict, and whether it is written too."""
     add = groups(parser, "input", "model", "output")
     add["input"]("head", metavar="HEAD", help=HEAD)
     add["input"]("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
@@ -102,7 +100,6 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    """What is scored on what."""
     add = groups(parser, "input", "model", "output")
     add["input"]("head", metavar="HEAD", help=HEAD)
     add["input"]("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
@@ -131,7 +128,6 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def add_fuse(parser: argparse.ArgumentParser) -> None:
-    """Flags named as mlx-lm's."""
     add = groups(parser, "input", "output")
     words = f"{HEAD}, or adapters alone"
     add["input"]("--adapter-path", required=True, metavar="HEAD", help=words)

@@ -19,7 +19,6 @@ Facts = dict[str, Any]
 
 
 def add_info(parser: argparse.ArgumentParser) -> None:
-    """What is shown, and how."""
     add = groups(parser, "input", "output")
     add["input"]("target", metavar="INDEX|MODEL", help=f"index written by mlx-aimv2 embed; {MODEL}")
     add_revision(add["input"])
@@ -124,7 +123,6 @@ def _readable(value: Any) -> str:
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    """The two models, and the images."""
     from mlx_aimv2.conversion.fidelity import MAX_IMAGES
 
     add = groups(parser, "input", "output")

@@ -38,7 +38,6 @@ HEIGHT = 672
 
 
 def add_map(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
     add = parser.add_argument_group("input").add_argument
     add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
 
@@ -48,9 +47,8 @@ def add_map(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("what is drawn").add_mutually_exclusive_group().add_argument
     add("--pca", action="store_true", help="three principal components as colours (the default)")
-    add(
-        "--patch", type=_patch, metavar="ROW,COL", help="how similar every patch is to this one; 0,0 is at the top left"
-    )
+    words = "how similar every patch is to this one; 0,0 is at the top left"
+    add("--patch", type=_patch, metavar="ROW,COL", help=words)
 
     add = parser.add_argument_group("reading images").add_argument
     add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{PATCHES} (default: %(default)s)")
@@ -119,7 +117,7 @@ def draw(
         both = [seen, plot.pca_map(tokens, grid, cell=cell)]
     else:
         both = [plot.framed(seen, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
-    return plot.side_by_side(both, height=rows * cell), grid
+    return plot.beside(both, gap=8), grid
 
 
 def _targets(given: list[str], files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:

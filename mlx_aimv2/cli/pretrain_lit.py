@@ -26,7 +26,6 @@ SIZES = ", ".join(WIDTHS)
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
-    """Data, the encoder's size, and the fields of the settings."""
     add = groups(parser, "data", "what is trained", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
     add["data"]("--validation", metavar="DATA", help="held-out data, whose losses are reported")
@@ -73,7 +72,6 @@ def sizes(size: str) -> tuple[Aimv2VisionConfig, DecoderConfig]:
 
 
 def add_lit(parser: argparse.ArgumentParser) -> None:
-    """Data, the frozen encoder, and the fields of the settings."""
     add = groups(parser, "data", "model", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
     add["model"]("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder: {MODEL}")

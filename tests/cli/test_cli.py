@@ -109,7 +109,7 @@ finally:
     print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
     assert "mlx_aimv2.cli.info_compare" in loaded
-    assert "mlx_aimv2.cli.search" not in loaded
+    assert "mlx_aimv2.cli.embed_search" not in loaded
 
 
 def test_a_line_has_no_control_characters():

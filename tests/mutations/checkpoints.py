@@ -61,14 +61,14 @@ CHECKPOINTS = (
     ),
     Mutation(
         "the bits asked for are ignored",
-        '"bits": known.bits[0] if bits is None else bits,',
-        '"bits": known.bits[0],',
+        '"bits": known["bits"][0] if bits is None else bits,',
+        '"bits": known["bits"][0],',
         BITS,
     ),
     Mutation(
         "the group size asked for is ignored",
-        '"group_size": known.group_sizes[0] if group_size is None else group_size,',
-        '"group_size": known.group_sizes[0],',
+        '"group_size": known["group_size"][0] if group_size is None else group_size,',
+        '"group_size": known["group_size"][0],',
         BITS,
     ),
     Mutation(

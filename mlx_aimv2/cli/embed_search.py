@@ -1,23 +1,22 @@
-"""`mlx-aimv2 embed`: brings an index up to date with the images that are there now, and prints what was done."""
+"""`mlx-aimv2 embed` brings an index up to date with the images that are there now; `search` finds images in it."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+import webbrowser
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from mlx_aimv2.cli.flags import MODEL, PATCHES, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.cli.output import progress, say, show
+from mlx_aimv2.cli.output import progress, say, show, typed
 from mlx_aimv2.files import expand_user
 
-POOLS = ("mean", "head", "tokens", "map")
-EXPORTS = ("npz", "safetensors", "jsonl")
+OF_INDEX = f"{MODEL} (default: the index's own)"
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
     for name, words in (
@@ -28,13 +27,13 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add("--prune", action="store_true", help="drop images from the index whose files under PATH are gone")
 
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
+    add("-m", "--model", metavar="MODEL", help=OF_INDEX)
     add_revision(add)
     add_dtype(add)
 
     add = parser.add_argument_group("what is stored of an image").add_argument
     words = "mean or head, or all: tokens, map (default: head if there is one, else mean)"
-    add("--pool", choices=POOLS, metavar="NAME", help=words)
+    add("--pool", choices=("mean", "head", "tokens", "map"), metavar="NAME", help=words)
     words = "hidden state, as in transformers (default: the last, after the final norm)"
     add("--layer", type=int, metavar="N", help=words)
     add("--norm", action="store_true", help="with --layer: apply the final norm to it")
@@ -49,7 +48,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
     words = "npz, safetensors or jsonl: write the vectors beside the index, too"
-    add("--export", choices=EXPORTS, metavar="NAME", help=words)
+    add("--export", choices=("npz", "safetensors", "jsonl"), metavar="NAME", help=words)
     add("--overwrite", action="store_true", help="let --export replace any other file, but no image")
     add("--json", action="store_true", help="print the summary as JSON")
 
@@ -88,3 +87,62 @@ def run_embed(arguments: argparse.Namespace) -> int:
     if not is_made:
         say(f"no image could be embedded; {output} was not made")
     return 1 if summary.failed else 0
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("input").add_argument
+    add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
+    add("query", metavar="QUERY", help="an image or, where the index was made with LiT, a text")
+    add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("-m", "--model", metavar="MODEL", help=OF_INDEX)
+    add_revision(add)
+
+    add_policy_arguments(parser.add_argument_group("reading images").add_argument)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
+    add("--open", action="store_true", help="show that page in the browser")
+    add("--json", action="store_true", help="print the images as JSON")
+
+
+def run_search(arguments: argparse.Namespace) -> int:
+    """Prints the nearest images, best first."""
+    from mlx_aimv2.embed.encode import image_path, query_vector
+    from mlx_aimv2.index.export import check_page, write_page
+    from mlx_aimv2.index.reader import Index
+
+    if arguments.top < 1:
+        raise ValueError(f"--top must be at least 1, got {arguments.top}")
+    with Index.open(arguments.index) as index:
+        image = image_path(arguments.query)
+        page = None
+        if arguments.html is not None:
+            page = check_page(arguments.html, index, image, overwrite=arguments.overwrite)
+        query = query_vector(
+            index,
+            image=image,
+            text=typed(arguments.query),
+            model=arguments.model,
+            revision=arguments.revision,
+            policy=policy_of(arguments),
+        )
+        started = time.perf_counter()
+        matches = index.search(query, arguments.top)
+        seconds = time.perf_counter() - started
+        if page is not None or arguments.open:
+            text = arguments.query if image is None else None
+            written = write_page(page, index, matches, text=text, image=image)
+            if page is None:
+                say(f"the page is {written}")
+            if arguments.open and not webbrowser.open(f"file://{written.absolute()}"):
+                say(f"no browser could be opened: open {written} yourself")
+        if arguments.json:
+            found = [{"path": match.path, "score": match.score} for match in matches]
+            print(json.dumps({"query": arguments.query, "images": len(index), "seconds": seconds, "matches": found}))
+        else:
+            for match in matches:
+                show(f"{match.score:7.4f}  {match.path}")
+    return 0
