@@ -116,23 +116,23 @@ def convert(
 
 def _check_flags(given: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
     """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
-    if quantize and dequantize:
-        raise ValueError("Choose either quantize or dequantize, not both.")
-    bits, recipe = [flag for flag in given if flag.startswith("--q")], given.get("--quant-predicate")
-    if isinstance(recipe, str) and recipe not in RECIPES:
-        raise ValueError(f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}")
-    if (layout := given.get("--export-layout")) not in (None, *PYTORCH_LAYOUTS):
-        raise ValueError(f"--export-layout must be {' or '.join(PYTORCH_LAYOUTS)}, got {layout}")
-    if layout is not None and quantize:
-        raise ValueError("PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.")
-    if bits and not quantize:
-        raise ValueError(f"{', '.join(bits)} would change nothing without --quantize; add -q")
-    if isinstance(recipe, str) and "--q-mode" in given:
-        raise ValueError(f"recipes have affine bits only; leave --q-mode {given['--q-mode']} out")
-    if isinstance(recipe, str) and "--q-bits" in given:
-        raise ValueError(f"--quant-predicate {recipe} sets the bits; leave --q-bits out")
-    if "--calibration" in given and not verify:
-        raise ValueError("--calibration is for the fidelity report; without it leave it out")
+    recipe, layout = given.get("--quant-predicate"), given.get("--export-layout")
+    is_named, bits = isinstance(recipe, str), [flag for flag in given if flag.startswith("--q")]
+    faults = {
+        "Choose either quantize or dequantize, not both.": quantize and dequantize,
+        f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}": is_named and recipe not in RECIPES,
+        f"--export-layout must be {' or '.join(PYTORCH_LAYOUTS)}, got {layout}": layout not in (None, *PYTORCH_LAYOUTS),
+        "PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.": (
+            layout is not None and quantize
+        ),
+        f"{', '.join(bits)} would change nothing without --quantize; add -q": bits and not quantize,
+        f"recipes have affine bits only; leave --q-mode {given.get('--q-mode')} out": is_named and "--q-mode" in given,
+        f"--quant-predicate {recipe} sets the bits; leave --q-bits out": is_named and "--q-bits" in given,
+        "--calibration is for the fidelity report; without it leave it out": "--calibration" in given and not verify,
+    }
+    for message, is_met in faults.items():
+        if is_met:
+            raise ValueError(message)
 
 
 def _check_source(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,9 @@ def run_map(arguments: argparse.Namespace) -> int:
     failed += [f"{name} {reason}" for name, reason in found.problems]
     if found.files:
         kind = "pca" if arguments.patch is None else "patch"
-        targets = list(_targets(arguments.images, found.files, arguments.output, kind, overwrite=arguments.overwrite))
+        targets = _targets(arguments.images, found.files, arguments.output, kind)
+        for target in targets:
+            _check(target, found.files, overwrite=arguments.overwrite)
         model, processor = load(arguments.model, revision=arguments.revision)
         decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
@@ -120,26 +121,23 @@ def draw(
     return plot.beside(both, gap=8), grid
 
 
-def _targets(given: list[str], files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
+def _targets(given: list[str], files: list[str], output: str | None, kind: str) -> list[Path]:
     """Where each image's map goes: in a folder below the path that the image has in the one that was given."""
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
-        yield _checked(expand_user(output), files, overwrite=overwrite)
-        return
+        return [expand_user(output)]
     folder = expand_user(output or ".")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
-    for stem in stems_below(given, files).values():
-        yield _checked(folder / f"{stem}-{kind}{ENDING}", files, overwrite=overwrite)
+    return [folder / f"{stem}-{kind}{ENDING}" for stem in stems_below(given, files).values()]
 
 
-def _checked(target: Path, files: list[str], *, overwrite: bool) -> Path:
-    """The same path. Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
+def _check(target: Path, files: list[str], *, overwrite: bool) -> None:
+    """Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
     if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
         mark = f"Software\0{SOFTWARE}".encode()
         check_file(target, option="--output", is_own=lambda head: mark in head, overwrite=overwrite, inputs=files)
-    return target
 
 
 def _patch(text: str) -> tuple[int, int]:
