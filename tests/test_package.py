@@ -77,15 +77,6 @@ def test_public_names_are_not_hidden_by_modules_of_the_same_name():
     subprocess.run([sys.executable, "-c", run], capture_output=True, check=True)
 
 
-def test_the_converter_is_not_reexported():
-    # `python -m mlx_aimv2.convert` would warn that the module is already loaded
-    assert "convert" not in mlx_aimv2.__all__
-    command = [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert not run.stderr
-
-
 @pytest.mark.parametrize("package", [mlx_aimv2, mlx_aimv2.learn], ids=lambda package: package.__name__)
 def test_no_file_has_the_name_of_what_its_package_loads_when_it_is_used(package):
     # importing that file would put the module where the function is expected

@@ -87,21 +87,21 @@ def test_timms_arguments_of_another_kind(fixed, arguments):
 
 
 @pytest.mark.parametrize(
-    "name", ["trunk.blocks.0.mlp.fc1.weight", "preprocessor.pos_embed", "trunk.blocks.0.attn.qkv.weight"]
+    ("kind", "name"),
+    [
+        ("fixed", "trunk.blocks.0.mlp.fc1.weight"),
+        ("fixed", "preprocessor.pos_embed"),
+        ("fixed", "trunk.blocks.0.attn.qkv.weight"),
+        ("lit", "text_encoder.preprocessor.positional_embedding"),
+        ("lit", "image_projector.weight"),
+    ],
 )
-def test_a_tensor_without_axes_is_named(fixed, name):
-    tensors = load_file(fixed / "model.safetensors")
+def test_a_tensor_without_axes_is_named(request, kind, name):
+    folder = request.getfixturevalue(kind)
+    tensors = load_file(folder / "model.safetensors")
     tensors[name] = np.array(1, np.float32)
-    save_file(tensors, fixed / "model.safetensors")
-    assert name in refusal(fixed)
-
-
-@pytest.mark.parametrize("name", ["text_encoder.preprocessor.positional_embedding", "image_projector.weight"])
-def test_a_tensor_of_the_pair_without_axes_is_named(lit, name):
-    tensors = load_file(lit / "model.safetensors")
-    tensors[name] = np.array(1, np.float32)
-    save_file(tensors, lit / "model.safetensors")
-    assert name in refusal(lit)
+    save_file(tensors, folder / "model.safetensors")
+    assert name in refusal(folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "1" * 5000 + "}", "[1]", '"x"', "{"])
@@ -255,10 +255,3 @@ def test_a_file_of_labels_is_bounded_and_may_lie_below_the_home_folder(tmp_path,
     (tmp_path / "labels.txt").write_text("x\n" * (1 << 20))
     assert main(["classify", "a.jpg", "-m", "x", "--labels-file", "~/labels.txt"]) == 2
     assert "at most 1,048,576 are read of such a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [["--batch", str(10**30)], ["--side", str(10**8)]])
-def test_numbers_beyond_all_memory_are_one_line(fixed, capsys, flags):
-    with pytest.raises(SystemExit, match="2"):
-        main(["bench", "-m", str(fixed), *flags])
-    assert capsys.readouterr().err.count("\n") == 1
