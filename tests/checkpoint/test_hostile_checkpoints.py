@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import mlx_aimv2
 from mlx_aimv2 import load
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
+from tests.small_models import edit_config, edit_weights
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
@@ -29,11 +29,6 @@ def lit(tmp_path):
     return Path(shutil.copytree(REFERENCE / "lit", tmp_path / "lit"))
 
 
-def edit(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
 def refusal(folder: Path) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         load(folder)
@@ -43,7 +38,7 @@ def refusal(folder: Path) -> str:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e308, 1.5, 0, -1])
 def test_an_epsilon_that_makes_nonsense(fixed, value):
-    edit(fixed, rms_norm_eps=value)
+    edit_config(fixed, rms_norm_eps=value)
     assert "rms_norm_eps must be" in refusal(fixed)
 
 
@@ -60,7 +55,7 @@ def test_an_epsilon_that_makes_nonsense(fixed, value):
     ],
 )
 def test_sizes_that_cannot_be_are_named_before_a_model_is_built(fixed, key, value):
-    edit(fixed, **{key: value})
+    edit_config(fixed, **{key: value})
     assert key in refusal(fixed)
 
 
@@ -69,20 +64,20 @@ def test_sizes_that_cannot_be_are_named_before_a_model_is_built(fixed, key, valu
     [("max_logit_scale", float("nan")), ("max_logit_scale", -5.0), ("projection_dim", -1), ("projection_dim", 10**30)],
 )
 def test_numbers_of_the_pair(lit, key, value):
-    edit(lit, **{key: value})
+    edit_config(lit, **{key: value})
     assert key in refusal(lit)
 
 
 @pytest.mark.parametrize("eos", [-7, [[]], [], 10**12])
 def test_an_end_of_text_that_is_no_id(lit, eos):
     config = json.loads((lit / "config.json").read_text())
-    edit(lit, text_config=config["text_config"] | {"eos_token_id": eos})
+    edit_config(lit, text_config=config["text_config"] | {"eos_token_id": eos})
     assert "eos_token_id" in refusal(lit)
 
 
 @pytest.mark.parametrize("arguments", [["num_heads"], "num_heads", 3])
 def test_timms_arguments_of_another_kind(fixed, arguments):
-    edit(fixed, pretrained_cfg={"input_size": [3, 42, 42]}, model_args=arguments)
+    edit_config(fixed, pretrained_cfg={"input_size": [3, 42, 42]}, model_args=arguments)
     assert "model_args must be an object" in refusal(fixed)
 
 
@@ -98,9 +93,7 @@ def test_timms_arguments_of_another_kind(fixed, arguments):
 )
 def test_a_tensor_without_axes_is_named(request, kind, name):
     folder = request.getfixturevalue(kind)
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = np.array(1, np.float32)
-    save_file(tensors, folder / "model.safetensors")
+    edit_weights(folder, lambda tensors: tensors | {name: np.array(1, np.float32)})
     assert name in refusal(folder)
 
 
@@ -130,7 +123,7 @@ def test_a_pipe_in_place_of_config_json_is_not_waited_for(fixed):
 )
 def test_a_quantization_section_of_another_kind(fixed, tmp_path, section):
     convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
-    edit(tmp_path / "mlx", quantization=section)
+    edit_config(tmp_path / "mlx", quantization=section)
     assert "quantization" in refusal(tmp_path / "mlx")
 
 
@@ -149,9 +142,7 @@ def test_the_home_of_nobody_is_no_traceback(capsys):
 )
 def test_a_tensor_of_a_quantized_folder_in_another_dtype_is_named(fixed, tmp_path, name, dtype):
     packed = convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
-    tensors = load_file(packed / "model.safetensors")
-    tensors[name] = tensors[name].astype(dtype)
-    save_file(tensors, packed / "model.safetensors")
+    edit_weights(packed, lambda tensors: tensors | {name: tensors[name].astype(dtype)})
     assert f"{name} is {np.dtype(dtype)}" in refusal(packed)
 
 
@@ -162,7 +153,7 @@ def test_the_scales_of_the_other_modes_are_bytes(fixed, tmp_path, mode):
 
 def test_an_entry_for_a_layer_that_there_is_not_is_named(fixed, tmp_path):
     packed = convert(fixed, tmp_path / "mlx", quantize=True, q_bits=8, q_group_size=32, verify=False)
-    edit(packed, quantization={"group_size": 32, "bits": 8, "blocks.99.attn.qkv": False})
+    edit_config(packed, quantization={"group_size": 32, "bits": 8, "blocks.99.attn.qkv": False})
     assert "blocks.99.attn.qkv" in refusal(packed)
 
 
@@ -186,14 +177,14 @@ def test_preprocessing_that_leaves_no_image(fixed, key, value):
 
 
 def test_a_size_with_a_part_of_a_patch_over_is_no_disagreement(fixed):
-    edit(fixed, image_size=43)
+    edit_config(fixed, image_size=43)
     assert read_source(fixed).config.num_patches == 9
 
 
 @pytest.mark.parametrize("section", [[1], "x", 5, {"bits": []}])
 def test_a_foreign_quantization_section_is_not_taken_for_ours(fixed, section, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    edit(fixed, quantization=section)
+    edit_config(fixed, quantization=section)
     load(fixed)
     image = str(Path(mlx_aimv2.__file__).parent / "assets" / "photographs" / "astronaut.jpg")
     assert main(["info", str(fixed)]) == 0
@@ -210,9 +201,8 @@ def test_a_foreign_quantization_section_is_not_taken_for_ours(fixed, section, tm
     ],
 )
 def test_a_classifier_on_top_is_named_and_left_out(fixed, names, prefix):
-    tensors = {prefix + name: array for name, array in load_file(fixed / "model.safetensors").items()}
-    tensors |= {name: np.ones((10, 3), np.float32) for name in names}
-    save_file(tensors, fixed / "model.safetensors")
+    more = {name: np.ones((10, 3), np.float32) for name in names}
+    edit_weights(fixed, lambda tensors: {prefix + name: array for name, array in tensors.items()} | more)
     with pytest.warns(UserWarning, match=f"a classifier is left out .{names[0]}.*the encoder is taken"):
         load(fixed)
 

@@ -17,7 +17,7 @@ from mlx_aimv2.checkpoint.layouts import LAYOUTS, layout_for
 from mlx_aimv2.checkpoint.read import read
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig
 from mlx_aimv2.conversion.folder import config_for
-from tests.small_models import FIXED, LIT, random_weights, write
+from tests.small_models import FIXED, LIT, edit_weights, random_weights, write
 
 VISION = Aimv2VisionConfig(256, 13, 2, 2, image_size=15, patch_size=5)  # two heads of 128: timm does not say how many
 WEIGHTS = random_weights(VISION)
@@ -139,11 +139,6 @@ def refusal(path: Path) -> str:
 INDEX, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
-def changed(folder: Path, change) -> None:
-    """Writes the weights anew, `{name: array} -> {name: array}`."""
-    save_file(change(load_file(folder / WEIGHTS_FILE)), folder / WEIGHTS_FILE)
-
-
 def written(content: bytes, name: str = INDEX):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -166,7 +161,7 @@ def holds_twice(folder: Path) -> None:
 
 
 def with_tensor(name: str, change):
-    return lambda folder: changed(folder, lambda tensors: tensors | {name: change(tensors[name])})
+    return lambda folder: edit_weights(folder, lambda tensors: tensors | {name: change(tensors[name])})
 
 
 NO_SAFETENSORS = "truncated or not a safetensors file .*; fetch it again"
@@ -220,7 +215,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(folder, damage):
 
 
 def test_a_model_of_another_depth_names_its_block_once(folder):
-    changed(folder, lambda tensors: {name: array for name, array in tensors.items() if "blocks.1." not in name})
+    edit_weights(folder, lambda tensors: {name: array for name, array in tensors.items() if "blocks.1." not in name})
     assert refusal(folder).count("trunk.blocks.1.") == 7
 
 

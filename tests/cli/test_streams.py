@@ -14,7 +14,7 @@ from mlx_aimv2 import bundled
 from mlx_aimv2.cli import main
 from mlx_aimv2.cli.dispatch import TRACEBACK, one_line_errors
 from tests import programs
-from tests.small_models import FIXED, pair_with_words
+from tests.small_models import FIXED, edit_config, pair_with_words
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 PHOTOGRAPH = str(bundled.photographs()[0])
@@ -118,8 +118,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, program):
 def test_control_characters_of_headers_and_arguments_are_escaped(tmp_path, capsys):
     escape = "\x1b]0;title\x07"
     folder = Path(shutil.copytree(FIXED, tmp_path / "fixed"))
-    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": escape}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, rms_norm_eps=escape)
     for arguments in (["info", str(folder)], ["info", f"/no{escape}where"], ["map", escape, "-m", escape]):
         assert main(arguments) in (1, 2)
         out, err = capsys.readouterr()

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.cli import main
@@ -17,6 +17,7 @@ from mlx_aimv2.conversion.fidelity import MAX_IMAGES, BlockwiseRun, choose_image
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 from tests.small_encoder import small_encoder
+from tests.small_models import edit_weights
 
 pytestmark = pytest.mark.rounding
 
@@ -39,9 +40,8 @@ def scaled(tmp_path):
     def make(factor):
         folder = tmp_path / f"scaled-{factor}"
         shutil.copytree(ENCODER, folder)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["trunk.blocks.1.mlp.fc2.weight"] = tensors["trunk.blocks.1.mlp.fc2.weight"] * np.float32(factor)
-        save_file(tensors, folder / "model.safetensors")
+        down = "trunk.blocks.1.mlp.fc2.weight"
+        edit_weights(folder, lambda tensors: tensors | {down: tensors[down] * np.float32(factor)})
         return folder
 
     return make
