@@ -105,7 +105,7 @@ def convert(
             found = report(reference, run_blockwise(read_source(place), images, name=target.name), images)
             write_json(place / FILE, found)
             log(table(found))
-        write_card(place, source=source, config=config, report=found, hub_name=upload_repo)
+        write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
     if upload_repo is not None:
         try:
             log(f"[INFO] Uploading to {upload(target, upload_repo)}")

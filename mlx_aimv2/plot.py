@@ -320,8 +320,8 @@ def _sized(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
 
 
-def _name(image: Image.Image, place: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
+def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
     draw = ImageDraw.Draw(image)
-    box = draw.textbbox(place, text, font=font(16), anchor=anchor)
+    box = draw.textbbox(at, text, font=font(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
-    draw.text(place, text, PAPER, font(16), anchor=anchor)
+    draw.text(at, text, PAPER, font(16), anchor=anchor)

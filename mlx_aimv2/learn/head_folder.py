@@ -181,7 +181,7 @@ def fuse(
         config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         mlx_folder.save_config(place, config)
         mlx_folder.save_beside(place, source)
-        model_card.write(place, source=source, config=config, report=None, hub_name=None)
+        model_card.write(place, source=source, config=config, report=None)
     return target
 
 
