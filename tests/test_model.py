@@ -31,10 +31,7 @@ def test_shapes():
     assert output.last_hidden_state.shape == (2, 9, 60)
     assert [state.shape for state in output.hidden_states] == [(2, 9, 60)] * 4
     assert output.pooler_output is None
-
-
-def test_hidden_states_are_given_only_when_asked_for():
-    assert randomised(FIXED)(pixels(42, 42)).hidden_states is None
+    assert randomised(FIXED)(pixels(42, 42)).hidden_states is None  # given only when asked for
 
 
 def test_patches_run_along_rows():
