@@ -103,17 +103,6 @@ def test_loading_is_compared_with_the_bytes_of_the_files():
     assert loading["ratio"] == loading["seconds"] / loading["reading_seconds"] > 0
 
 
-@pytest.mark.parametrize("settings", [{"q_bits": 4}, {"q_bits": 8}, {"q_mode": "mxfp4"}], ids=["4", "8", "mxfp4"])
-@pytest.mark.parametrize("kind", ["fixed", "native", "lit"])
-def test_packed_and_dense_weights_give_the_same_features(tmp_path, kind, settings):
-    group = None if "q_mode" in settings else 32
-    folder = convert(REFERENCE / kind, tmp_path / "mlx", quantize=True, q_group_size=group, verify=False, **settings)
-    with np.load(REFERENCE / kind / "expected.npz") as expected:
-        pixels = mx.array(expected["pixel_values"].transpose(0, 2, 3, 1))
-    dense, packed = (load(folder, keep_quantized=keep)[0].vision(pixels).last_hidden_state for keep in (False, True))
-    assert float(mx.linalg.norm(dense - packed) / mx.linalg.norm(dense)) <= 1e-3
-
-
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
     code = main(["bench", *map(str, arguments)])
     return code, *capsys.readouterr()

@@ -14,6 +14,7 @@ import pytest
 
 from mlx_aimv2 import load
 from mlx_aimv2.cli.dispatch import SIGNALS, Stopped, stoppable
+from mlx_aimv2.files import UNFINISHED
 from tests.programs import HANGS, running
 from tests.small_encoder import small_encoder
 
@@ -172,7 +173,7 @@ def test_a_signal_is_an_interruption_to_whoever_looks_for_one():
 
 # Conversions stopped at random moments
 
-RUNS, MAX_RUNS = 50, 200
+MAX_RUNS = 200
 # A fresh process of its own would take ten times as long to import everything: it is forked when all is imported.
 CONVERTING = """
 import os, sys
@@ -189,15 +190,16 @@ for line in sys.stdin:
 
 
 @pytest.mark.slow
-def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tmp_path):
+@pytest.mark.parametrize(("signals", "runs"), [(SIGNALS, 50), ((signal.SIGKILL,), 20)], ids=["stopped", "killed"])
+def test_conversions_that_end_at_random_moments_leave_only_whole_folders(tmp_path, signals, runs):
     seed = random.randrange(1 << 30)
     rng, lasts, stopped = random.Random(seed), None, 0
     slowest = 0.0
     with running(sys.executable, "-c", CONVERTING) as run:
         for number in range(MAX_RUNS):
-            if stopped == RUNS:
+            if stopped == runs:
                 break
-            target = tmp_path / f"mlx-{number}"
+            target, one = tmp_path / f"mlx-{number}", signals[number % len(signals)]
             flags = "-q --q-bits 8" if number % 2 else "--no-verify"
             begun = time.monotonic()
             print(f"--hf-path {small_encoder()} --mlx-path {target} {flags}", file=run.stdin, flush=True)
@@ -206,7 +208,7 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
                 time.sleep(rng.uniform(0, lasts))
                 sent = time.monotonic()
                 with contextlib.suppress(ProcessLookupError):  # done already
-                    os.kill(child, SIGNALS[number % 3])
+                    os.kill(child, one)
             code = int(run.stdout.readline())
             if lasts is None:
                 lasts = time.monotonic() - begun
@@ -215,17 +217,18 @@ def test_fifty_conversions_stopped_at_random_moments_leave_only_whole_folders(tm
             else:
                 slowest = max(slowest, time.monotonic() - sent)
                 # Before the command line has its handlers the signal ends the process as it always does.
-                assert code in (128 + SIGNALS[number % 3], -SIGNALS[number % 3], 1), f"seed {seed}"
+                assert code in (128 + one, -one, 1), f"seed {seed}"
                 stopped += 1
         _, errors = run.communicate()
     assert "Traceback" not in errors or "KeyboardInterrupt" in errors, f"{errors}, seed {seed}"
-    assert stopped == RUNS, f"seed {seed}"
+    assert stopped == runs, f"seed {seed}"
     assert slowest < SOON
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert all(not name.startswith(".") for name in names), f"{names}, seed {seed}"
-    for path in tmp_path.iterdir():
+    hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert all(signals is not SIGNALS and name.endswith(UNFINISHED) for name in hidden), f"{hidden}, seed {seed}"
+    whole = [path for path in tmp_path.iterdir() if path.name not in hidden]
+    for path in whole:
         assert load(path)[0].encode_image(mx.zeros((1, 56, 56, 3))).shape == (1, 128), f"{path.name}, seed {seed}"
-    print(f"{stopped} stopped, the slowest after {slowest:.2f} s; {len(names)} were whole before")
+    print(f"{stopped} stopped, the slowest after {slowest:.2f} s; {len(whole)} were whole before")
 
 
 def test_the_signals_are_those_of_a_terminal_and_of_a_service_manager():
