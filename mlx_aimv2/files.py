@@ -78,6 +78,23 @@ def stat_of(path: str) -> os.stat_result | None:
         return None
 
 
+def marks_of(about: os.stat_result) -> tuple[int, int, int, int]:
+    """By what a change of a file shows: size in bytes, mtime and ctime in nanoseconds, inode (SQLite holds 63 bits)."""
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (1 << 63) - 1
+
+
+def is_unchanged(about: os.stat_result, size: int, mtime_ns: int, ctime_ns: int | None, inode: int | None) -> bool:
+    """Whether a file is as it was by these marks, of which earlier releases kept the first two.
+
+    The inode counts where ctime is no copy of mtime: file systems that keep none (exFAT, FUSE) number files anew
+    whenever they are mounted.
+    """
+    now = marks_of(about)
+    if ctime_ns is None or now[:2] != (size, mtime_ns):
+        return now[:2] == (size, mtime_ns)
+    return now[2] == ctime_ns and (now[3] == inode or ctime_ns == mtime_ns)
+
+
 # Reading
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.embed.provenance import fingerprint
-from mlx_aimv2.files import cache_folder, stat_of
+from mlx_aimv2.files import cache_folder, is_unchanged, marks_of, stat_of
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
@@ -56,20 +56,20 @@ class Known(NamedTuple):
 
 
 class KnownFiles:
-    """Remembers what is known of images, by the file's name, size and time of change."""
+    """Remembers what is known of images, by the file's name and its marks (`files.is_unchanged`)."""
 
     def __init__(self) -> None:
         self.path = cache_folder() / "files.db"
 
     def look_up(self, paths: Sequence[str], *, decoded: bool = True) -> dict[str, Known]:
         """What is known of those files that are as they were, with `decoded` of those alone that were decoded."""
-        query = "SELECT sha256, height, width, decoded FROM images WHERE path = ? AND size = ? AND mtime_ns = ?"
+        query = "SELECT sha256, height, width, decoded, size, mtime_ns, ctime_ns, inode FROM files WHERE path = ?"
         known = {}
         try:
             with closing(self._connect()) as database:
                 for path in paths:
-                    row = (about := _about(path)) and database.execute(query, about).fetchone()
-                    if row and row[3] >= decoded:
+                    row = (about := stat_of(path)) and database.execute(query, (_name(path),)).fetchone()
+                    if row and about and row[3] >= decoded and is_unchanged(about, *row[4:]):
                         known[path] = Known(bytes(row[0]), (row[1], row[2]), bool(row[3]))
         except sqlite3.Error:
             return {}  # a cache that is not there or cannot be read is no cache
@@ -79,18 +79,20 @@ class KnownFiles:
         """Keeps what is known of files, pairs of path and Known, as far as the disk lets it."""
         settled = time.time_ns() - SETTLED_NS
         rows = [
-            (*about, known.sha256, *known.size, known.decoded)
+            (_name(path), *marks_of(about), known.sha256, *known.size, known.decoded)
             for path, known in files
-            if (about := _about(path)) and about[2] < settled
+            if (about := stat_of(path)) and about.st_mtime_ns < settled
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as database, database:
                 database.execute(
-                    "CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
-                    " sha256 BLOB, height INTEGER, width INTEGER, decoded INTEGER) WITHOUT ROWID"
+                    "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+                    " ctime_ns INTEGER, inode INTEGER, sha256 BLOB, height INTEGER, width INTEGER, decoded INTEGER)"
+                    " WITHOUT ROWID"
                 )
-                database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                database.execute("DROP TABLE IF EXISTS images")  # an earlier release's, which did not know the inode
+                database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         except (sqlite3.Error, OSError):
             return
 
@@ -100,12 +102,8 @@ class KnownFiles:
         return database
 
 
-def _about(path: str) -> tuple[bytes, int, int] | None:
-    """The name, size and time of change by which a file is known; None for one that is gone."""
-    if (about := stat_of(path)) is None:
-        return None
-    name = os.fsencode(os.path.abspath(path))  # noqa: PTH100 - a Path would cost more than the look-up itself
-    return name, about.st_size, about.st_mtime_ns
+def _name(path: str) -> bytes:
+    return os.fsencode(os.path.abspath(path))  # noqa: PTH100 - a Path would cost more than the look-up itself
 
 
 class WithContent(Protocol):

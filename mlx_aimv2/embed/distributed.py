@@ -127,7 +127,9 @@ def _ignore_the_launcher() -> None:
 def _packed(result: Result) -> bytes:
     embeddings = result.embeddings
     head = {
-        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex()) for one in embeddings],
+        "embeddings": [
+            (one.path, one.size, one.mtime_ns, one.sha256.hex(), one.ctime_ns, one.inode) for one in embeddings
+        ],
         "failures": result.failures,
         "notes": result.notes,
     }
@@ -140,8 +142,8 @@ def _unpacked(data: bytes) -> Result:
     arrays = load(data)
     head = json.loads(arrays["head"].tobytes())
     embeddings = [
-        Embedding(path, size, mtime_ns, bytes.fromhex(sha256), arrays[str(row)])
-        for row, (path, size, mtime_ns, sha256) in enumerate(head["embeddings"])
+        Embedding(path, size, mtime_ns, bytes.fromhex(sha256), arrays[str(row)], *others)
+        for row, (path, size, mtime_ns, sha256, *others) in enumerate(head["embeddings"])
     ]
     pairs = ([(path, reason) for path, reason in head[kind]] for kind in ("failures", "notes"))
     return Result(embeddings, *pairs)

@@ -11,14 +11,15 @@ An image or a text with which an index is searched becomes a vector here, too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from mlx_aimv2 import __version__
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
 from mlx_aimv2.embed.provenance import Description, differences, fingerprint, made_by
-from mlx_aimv2.files import expand_user
+from mlx_aimv2.files import expand_user, read_image_file
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix, list_images
 from mlx_aimv2.index.reader import Embedding, Index
@@ -191,7 +192,8 @@ def embed_chunks(
             if image.failure is not None:
                 result.failures.append((image.path, image.failure))
             elif np.isfinite(vector).all():
-                result.embeddings.append(Embedding(image.path, image.size, image.mtime_ns, image.sha256, vector))
+                size, mtime_ns, *others = image.marks
+                result.embeddings.append(Embedding(image.path, size, mtime_ns, image.sha256, vector, *others))
             else:
                 result.failures.append((image.path, f"gave numbers that are not finite: {advice}"))
         yield result
@@ -300,9 +302,9 @@ def query_vector(
     """
     stamp = index.stamp(image) if image is not None else None
     if image is not None and stamp is not None and model is None and index.axes == 1:
-        about = Path(image).stat()
-        if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
-            return index.vector(image)
+        with suppress(OSError):  # which embedding it will tell
+            if hashlib.sha256(read_image_file(image)[1]).digest() == stamp.sha256:
+                return index.vector(image)
     index.check_search()
     made = made_by(index)
     if image is None and made["pool"] != "head":

@@ -2,7 +2,7 @@
 
 What is new, changed or gone is planned first. Then chunks of embeddings go into the index whole, a few times a second,
 so that an interrupted run loses little. A file whose content the index has under its own or under a vanished name keeps
-its vector and is not decoded: where the old name is gone, wherever it was, the entry moves to the new one.
+its vector and is read but not decoded: where the old name is gone, wherever it was, the entry moves to the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
 from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.embed.provenance import differences, made_by
-from mlx_aimv2.files import stat_of
+from mlx_aimv2.files import marks_of, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
@@ -85,7 +85,8 @@ class Plan:
     `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the digests
     (hexadecimal) that the index has for names that must be read again; `vanished` the names in the index that no file
     has any more, by digest, for every digest that a file to be read may have; `gone` the names to forget; `kept` those
-    whose files are not there and may come back.
+    whose files are not there and may come back; `unmarked` those unchanged of which an earlier release kept
+    too little, with their marks.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Plan:
     gone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unchanged: int = 0
+    unmarked: list[tuple[str, int, int, int, int]] = field(default_factory=list)
 
     def known(self, path: str, sha256: bytes) -> bool:
         """Whether the index has the embedding of this content under this name or under a vanished one."""
@@ -107,11 +109,12 @@ class Plan:
 
 
 def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
-    """Compares the files with the index by size and time of change; with `prune` all that is not there is forgotten.
+    """Compares the files with the index by what tells of a change; with `prune` all that is not there is forgotten.
 
-    A file that the index has under another name (a link, another letter case) keeps that name. Of what was asked for,
-    a file that is not there is taken for deleted if the folder that it was in is there and holds anything else. An
-    empty folder may be the mount point of a drive that is not plugged in, and a missing one may come back with it.
+    A file that the index has under another name (a link, another letter case) keeps that name, and what it has under a
+    name that has become a link to that file is forgotten. Of what was asked for, a file that is not there is taken for
+    deleted if the folder that it was in is there and holds anything else. An empty folder may be the mount point of a
+    drive that is not plugged in, and a missing one may come back with it.
     """
     plan = Plan()
     stamps = dict(index.stamps()) if index is not None else {}
@@ -122,8 +125,10 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
         for path in chunk:
             stamp, about = stamps.get(path), stat_of(path)
             if about is not None:  # else decoding will say why
-                if stamp is not None and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
+                if stamp is not None and stamp.fits(about):
                     plan.unchanged += 1
+                    if stamp.ctime_ns is None:
+                        plan.unmarked.append((path, *marks_of(about)))
                     continue
                 if stamp is not None:
                     plan.changed[path] = stamp.sha256.hex()
@@ -131,19 +136,27 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
             todo.append(path)
         if todo:
             plan.chunks.append(todo)
-    present = set(files)
+    present, reached = set(files), cache(lambda: _identities(files))
     asked = [_absolute(path) for path in listing.missing]
     folders = [*listing.roots, *listing.empty, *asked]
     holds_something = cache(_holds_something)
     for path in stamps:
-        if path in present or not is_gone(path):
+        if path in present:
             continue
-        if stamps[path].size in sizes:
-            plan.vanished.setdefault(stamps[path].sha256.hex(), []).append(path)
-        if not is_under(path, folders) and path not in asked:
+        about, stamp = stat_of(path), stamps[path]
+        is_other = (
+            about is not None
+            and (stamp.ctime_ns is None or not stamp.fits(about))
+            and identity(path, about) in reached()
+        )
+        if not is_other and not is_gone(path):
+            continue
+        if stamp.size in sizes:
+            plan.vanished.setdefault(stamp.sha256.hex(), []).append(path)
+        if not is_under(path, folders) and path not in asked and not is_other:
             continue
         folder = os.path.dirname(path)  # noqa: PTH120 - a Path would cost more
-        is_deleted = path not in listing.evicted and holds_something(folder)
+        is_deleted = is_other or (path not in listing.evicted and holds_something(folder))
         (plan.gone if prune or is_deleted else plan.kept).append(path)
     return plan
 
@@ -153,11 +166,13 @@ def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
     new = [path for path in files if path not in stamps]
     if not new or not stamps:
         return files
-    present = set(files)
-    known = {identity(path, about): path for path in stamps if path not in present and (about := stat_of(path))}
-    found = {path: identity(path, about) for path in new if (about := stat_of(path))}
-    same = {path: known[one] for path, one in found.items() if one in known}
+    known = _identities(stamps.keys() - set(files))
+    same = {path: known[one] for one, path in _identities(new).items() if one in known}
     return sorted({same.get(path, path) for path in files}, key=os.fsencode) if same else files
+
+
+def _identities(paths: Iterable[str]) -> dict[tuple[int, int] | str, str]:
+    return {identity(path, about): path for path in paths if (about := stat_of(path))}
 
 
 def _holds_something(folder: str) -> bool:
@@ -253,6 +268,7 @@ class _Job:
         listing = self._list(paths)
         self._check_export(listing.files)  # once more, now that the images are known
         self.plan = make_plan(listing, self.index, prune=self.options.prune)
+        self.pending += [Copy(path, path, *marks, is_move=True) for path, *marks in self.plan.unmarked]
         self.summary.passed_over, self.summary.unchanged = listing.passed_over, self.plan.unchanged
         return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
@@ -346,15 +362,16 @@ class _Job:
     def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
         digest, source = item.sha256.hex(), item.path
+        marks = (item.size, item.mtime_ns, item.ctime_ns, item.inode)
         if self.plan.changed.get(item.path) != digest:
             names = self.plan.vanished[digest]
             if (old := next((name for name in names if name not in self.moved), None)) is not None:
                 self.moved[old] = item.path
                 self.summary.moved += 1
-                return Copy(item.path, item.size, item.mtime_ns, old, is_move=True)
+                return Copy(item.path, old, *marks, is_move=True)
             source = self.moved[names[0]]
         self.summary.recognised += 1
-        return Copy(item.path, item.size, item.mtime_ns, source)
+        return Copy(item.path, source, *marks)
 
     def commit(self) -> None:
         """Puts on disk what was taken so far."""

@@ -241,7 +241,7 @@ class _Lister:
             self.found.roots.append(path)
             self.scan(_Folder(path, about))
         else:
-            self.file(path, about)
+            self.file(path, about, is_link=Path(path).is_symlink())
 
     def finish(self) -> Listing:
         found = self.found

@@ -23,12 +23,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mlx_aimv2.files import is_unchanged
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.nearest import Vectors
@@ -36,11 +38,19 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x41494D32
 """In the file's header, "AIM2": an index is recognised by it."""
 
-VERSION = 1
+VERSION = 2
+
+ADDED = ("ctime_ns INTEGER", "inode INTEGER")
+"""Columns that format 1 lacks; the next writer adds them. NULL where an earlier release embedded the image."""
+
+UPGRADE = (*(f"ALTER TABLE images ADD COLUMN {column}" for column in ADDED), f"PRAGMA user_version = {VERSION}")
+
+STAMPED = {1: "size, mtime_ns, sha256, NULL, NULL", VERSION: "size, mtime_ns, sha256, ctime_ns, inode"}
+"""Format -> the fields of a `Stamp`."""
 
 TABLES = {
     "about": "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "images": """CREATE TABLE images (
+    "images": f"""CREATE TABLE images (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
     size INTEGER NOT NULL,      -- of the file, in bytes
@@ -49,7 +59,8 @@ TABLES = {
     length REAL,                -- of the vector before it was scaled to unit length; NULL for tokens and maps
     rows INTEGER,               -- tokens, or rows of a map; NULL for one vector
     columns INTEGER,            -- of a map; NULL otherwise
-    block INTEGER NOT NULL
+    block INTEGER NOT NULL,
+    {", ".join(ADDED)}
 )""",
     "blocks": "CREATE TABLE blocks (id INTEGER PRIMARY KEY, images BLOB NOT NULL, vectors BLOB NOT NULL)",
 }
@@ -90,6 +101,8 @@ class Embedding:
     mtime_ns: int
     sha256: bytes
     vector: NDArray[Any]
+    ctime_ns: int | None = None
+    inode: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,12 @@ class Stamp:
     size: int
     mtime_ns: int
     sha256: bytes
+    ctime_ns: int | None = None
+    inode: int | None = None
+
+    def fits(self, about: os.stat_result) -> bool:
+        """Whether the file is still as it was (`files.is_unchanged`)."""
+        return is_unchanged(about, self.size, self.mtime_ns, self.ctime_ns, self.inode)
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,7 @@ class Index:
         self._lock = threading.RLock()
         self._vectors: Vectors | None = None
         self._blocks: dict[int, tuple[NDArray[Any], bytes]] = {}
+        self._format: int = self._all("PRAGMA user_version")[0][0]
         about = dict(self._all("SELECT name, value FROM about"))
         try:
             self.provenance: dict[str, Any] = json.loads(about["provenance"])
@@ -184,18 +204,18 @@ class Index:
     def stamp(self, path: str) -> Stamp | None:
         """How an image's file was when it was read; None for an image that is not in here."""
         try:
-            return self._stamp(path, self._columns(path)[:3])
+            return self._stamp(path, self._columns(path)[:5])
         except KeyError:
             return None
 
     def stamps(self) -> Iterator[tuple[str, Stamp]]:
         """Every image's path and how its file was when it was read."""
-        for path, *values in self._all("SELECT path, size, mtime_ns, sha256 FROM images"):
+        for path, *values in self._all(f"SELECT path, {STAMPED[self._format]} FROM images"):
             yield self._name(path), self._stamp(path, values)
 
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
-        return self._restored(*self._columns(path)[3:])
+        return self._restored(*self._columns(path)[5:])
 
     def embeddings(self) -> Iterator[Embedding]:
         """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one goes meanwhile."""
@@ -204,8 +224,9 @@ class Index:
                 row = self._columns(path)
             except KeyError:
                 raise OSError(f"{self.path} was changed while it was read: run it again") from None
-            stamp = self._stamp(path, row[:3])
-            yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self._restored(*row[3:]))
+            stamp = self._stamp(path, row[:5])
+            vector = self._restored(*row[5:])
+            yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, vector, stamp.ctime_ns, stamp.inode)
 
     def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
@@ -274,7 +295,8 @@ class Index:
         raise damaged(self.path, "a block of vectors that does not fit its images")
 
     def _stamp(self, path: object, values: Sequence[Any]) -> Stamp:
-        if [type(value) for value in values] != [int, int, bytes]:
+        is_whole = all(type(value) in (int, NoneType) for value in values[3:])
+        if [type(value) for value in values[:3]] != [int, int, bytes] or not is_whole:
             raise damaged(self.path, f"what it says of {path!r:.80}")
         return Stamp(*values)
 
@@ -284,8 +306,8 @@ class Index:
         return os.fsdecode(path)
 
     def _columns(self, path: str) -> Any:
-        """(size, mtime_ns, sha256, id, length, rows, columns, block) of an image. Raises KeyError where it is none."""
-        columns = "size, mtime_ns, sha256, id, length, rows, columns, block"
+        """A stamp's five values, id, length, rows, columns and block of an image. Raises KeyError where it is none."""
+        columns = f"{STAMPED[self._format]}, id, length, rows, columns, block"
         if not (found := self._all(f"SELECT {columns} FROM images WHERE path = ?", os.fsencode(path))):
             raise KeyError(path)
         return found[0]
@@ -368,11 +390,13 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
     """Raises ValueError for a database that is no index, or an index that holds more or less than its tables."""
     if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
         raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
-    if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
+    if (found := db.execute("PRAGMA user_version").fetchone()[0]) not in STAMPED:
         raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
+    added = "" if found == VERSION else _plain("".join(f",{column}" for column in ADDED))
+    wanted = {name: _plain(sql).replace(added, "") for name, sql in TABLES.items()}
     tables = set()
     for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
-        if kind == "table" and name in TABLES and _plain(sql) == _plain(TABLES[name]):
+        if kind == "table" and name in wanted and _plain(sql) == wanted[name]:
             tables.add(name)
         elif not (
             (kind == "index" and str(name).startswith("sqlite_autoindex_") and sql is None)

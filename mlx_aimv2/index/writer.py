@@ -9,24 +9,36 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_free, plain_errors
+from mlx_aimv2.index.reader import (
+    AXES,
+    SCRIPT,
+    STORED,
+    UPGRADE,
+    VERSION,
+    Embedding,
+    Index,
+    connect,
+    is_free,
+    plain_errors,
+)
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
 
 INSERT = (
-    "INSERT INTO images (path, size, mtime_ns, sha256, length, rows, columns, block) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO images (path, size, mtime_ns, sha256, ctime_ns, inode, length, rows, columns, block) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 Row = tuple[tuple[Any, ...], bytes]
-"""The first seven columns of an image's row, and its vector's bytes."""
+"""All but the last of `INSERT`'s columns of an image's row, and its vector's bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +49,12 @@ class Copy:
     """
 
     path: str
+    source: str
     size: int
     mtime_ns: int
-    source: str
-    is_move: bool = False
+    ctime_ns: int | None = None
+    inode: int | None = None
+    is_move: bool = field(default=False, kw_only=True)
 
 
 class IndexWriter(Index):
@@ -111,20 +125,23 @@ class IndexWriter(Index):
             stored = vector.astype(self.dtype)
         if not np.isfinite(stored).all():
             raise ValueError(f"{embedding.path}: values beyond {self.dtype}; store float32")
-        stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
+        path, marks = os.fsencode(embedding.path), (embedding.ctime_ns, embedding.inode)
+        stamp = (path, embedding.size, embedding.mtime_ns, embedding.sha256, *marks)
         return (*stamp, length, rows, columns), stored.tobytes()
 
     def _copied(self, copy: Copy) -> Row:
-        _, _, sha256, identity, *shape, block = self._columns(copy.source)
-        stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
+        _, _, sha256, _, _, identity, *shape, block = self._columns(copy.source)
+        stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256, copy.ctime_ns, copy.inode)
         return (*stamp, *shape), self._stored(identity, block)
 
     def _move(self, move: Copy) -> None:
         if move.source != move.path:
             self._columns(move.source)  # raises KeyError before the target's entry is removed
             self._remove([os.fsencode(move.path)])
-        values = (os.fsencode(move.path), move.size, move.mtime_ns, os.fsencode(move.source))
-        self._db.execute("UPDATE images SET path = ?, size = ?, mtime_ns = ? WHERE path = ?", values)
+        values = (os.fsencode(move.path), move.size, move.mtime_ns, move.ctime_ns, move.inode, os.fsencode(move.source))
+        self._db.execute(
+            "UPDATE images SET path = ?, size = ?, mtime_ns = ?, ctime_ns = ?, inode = ? WHERE path = ?", values
+        )
 
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1
@@ -170,8 +187,12 @@ class IndexWriter(Index):
         with self._lock, plain_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
+                if self._db.execute("PRAGMA user_version").fetchone()[0] < VERSION:
+                    for command in UPGRADE:
+                        self._db.execute(command)
                 yield
                 self._db.execute("COMMIT")
+                self._format = VERSION
             except BaseException:
                 if self._db.in_transaction:  # after a full disk SQLite has rolled back by itself
                     self._db.execute("ROLLBACK")
