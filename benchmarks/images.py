@@ -27,9 +27,8 @@ from mlx_aimv2.cli.flags import MODEL, add_dtype, add_policy_arguments, policy_o
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, images_at_once, split_into_chunks
 from mlx_aimv2.files import read_image_file
-from mlx_aimv2.images import OpenImage, Policy, open_image
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import Levels, OpenImage, Policy, open_image
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor

@@ -21,7 +21,7 @@ from mlx_aimv2.cli.output import say, show_progress
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder
 from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import Levels
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load
 from mlx_aimv2.model import Aimv2VisionModel

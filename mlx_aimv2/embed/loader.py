@@ -25,8 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.files import marks_of, read_image_file, reason_of, stat_of
-from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import POLICY, Levels, OpenImage, Policy, open_image
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor

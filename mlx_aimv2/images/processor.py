@@ -17,8 +17,7 @@ import numpy as np
 
 from mlx_aimv2.config import Aimv2Config
 from mlx_aimv2.images import preprocessing as reading
-from mlx_aimv2.images.open import POLICY, ImageInput, OpenImage, Policy, as_array, name_of, open_image, warn_of
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import POLICY, ImageInput, Levels, OpenImage, Policy, as_array, name_of, open_image, warn_of
 from mlx_aimv2.images.preprocessing import Preprocessing
 from mlx_aimv2.tokenizer import Tokenizer
 
