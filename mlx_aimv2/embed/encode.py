@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
@@ -28,12 +29,12 @@ from mlx import nn
 from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.embed.cache import Description, differences, fingerprint
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
-from mlx_aimv2.embed.provenance import Description, differences, fingerprint, made_by
 from mlx_aimv2.files import expand_user, read_image_file
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix, list_images
-from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.reader import Embedding, Index, damaged
 from mlx_aimv2.loading import Loaded, read_source
 
 if TYPE_CHECKING:
@@ -42,6 +43,18 @@ if TYPE_CHECKING:
 
 EXAMPLE = "apple/aimv2-large-patch14-224-lit"
 """A checkpoint whose index can be searched by images and by words."""
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "checkpoint": str,
+    "commit": (str, NoneType),
+    "dtype": str,
+    "pool": str,
+    "layer": (int, NoneType),
+    "norm": bool,
+    "max_patches": (int, NoneType),
+    "weights": dict,
+}
+"""Fields of a description that are used again, and their types."""
 
 OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
@@ -212,7 +225,7 @@ class Settings:
     max_patches: int | None = None
 
     def filled(self, made: Mapping[str, Any]) -> Settings:
-        """These settings and, where they say nothing, those that made an index (`provenance.made_by`)."""
+        """These settings and, where they say nothing, those that made an index (`made_by`)."""
         kept = {name: made[name] for name in ("pool", "layer", "norm", "max_patches")}
         if self.model is None:
             kept |= {"model": made["checkpoint"], "revision": made["commit"], "dtype": made["dtype"]}
@@ -237,7 +250,7 @@ class Embedder:
 
     @cached_property
     def description(self) -> Description:
-        """Everything that decides what an embedding is, as JSON holds it and `provenance.differences` compares it.
+        """Everything that decides what an embedding is, as JSON holds it and `cache.differences` compares it.
 
         How JPEGs are decoded is recorded and never compared: it changes features less than float16 does.
         """
@@ -263,6 +276,21 @@ class Embedder:
         """What becomes of each chunk's images."""
         decoder = Decoder(self.loaded.processor, max_patches=self.max_patches, known=known, policy=self.policy)
         return embed_chunks(chunks, decoder, self.loaded.model, self.pooling, threads=threads)
+
+
+def made_by(index: Index) -> Description:
+    """What an index says of the model that made it, checked. Raises ValueError if it does not say it."""
+    made = index.provenance
+    if "weights" not in made:
+        raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
+    if made.get("width", index.width) != index.width:
+        raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
+    for name, types in FIELDS.items():
+        if not isinstance(made.get(name), types):
+            raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
+    if not isinstance(made["weights"].get("digest"), str) or not isinstance(made["weights"].get("sample"), list):
+        raise damaged(index.path, "it says nothing of the weights that made it")
+    return made
 
 
 def raise_failure(path: str, reason: str) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 from mlx_aimv2.backend.device import is_slow_here
 from mlx_aimv2.config import dtype_name
+from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
-from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings
+from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
 from mlx_aimv2.embed.loader import split_into_chunks
-from mlx_aimv2.embed.provenance import differences, made_by
 from mlx_aimv2.files import marks_of, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
