@@ -34,7 +34,7 @@ from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split
 from mlx_aimv2.files import expand_user, read_image_file
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix, list_images
-from mlx_aimv2.index.reader import Embedding, Index, damaged
+from mlx_aimv2.index.reader import NOTHING, Embedding, Index, damaged
 from mlx_aimv2.loading import Loaded, read_source
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def embed_chunks(
     config, processor = model.vision.config, decoder.processor
     is_widest = model.dtype == mx.float32
     advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
-    none = {"features": np.empty(0, np.float32)}
+    none = {"features": NOTHING}
     for chunk in run_ahead(
         chunks,
         decoder,

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mlx_aimv2.files import marks_of, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
-from mlx_aimv2.index.reader import Embedding, Index, Stamp, is_free
+from mlx_aimv2.index.reader import Embedding, Index, is_free
 from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
@@ -86,7 +86,7 @@ class Plan:
     (hexadecimal) that the index has for names that must be read again; `vanished` the names in the index that no file
     has any more, by digest, for every digest that a file to be read may have; `gone` the names to forget; `kept` those
     whose files are not there and may come back; `unmarked` those unchanged of which an earlier release kept
-    too little, with their marks.
+    too little, with their ctime and inode.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Plan:
     gone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unchanged: int = 0
-    unmarked: list[tuple[str, int, int, int, int]] = field(default_factory=list)
+    unmarked: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def known(self, path: str, sha256: bytes) -> bool:
         """Whether the index has the embedding of this content under this name or under a vanished one."""
@@ -117,7 +117,7 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
     drive that is not plugged in, and a missing one may come back with it.
     """
     plan = Plan()
-    stamps = dict(index.stamps()) if index is not None else {}
+    stamps = index.stamps() if index is not None else {}
     files = _by_known_names(listing.files, stamps)
     sizes: set[int] = set()
     for chunk in split_into_chunks(files):  # cut before anything is left out: a batch is the same in every run
@@ -128,7 +128,7 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
                 if stamp is not None and stamp.fits(about):
                     plan.unchanged += 1
                     if stamp.ctime_ns is None:
-                        plan.unmarked.append((path, *marks_of(about)))
+                        plan.unmarked[path] = marks_of(about)[2:]
                     continue
                 if stamp is not None:
                     plan.changed[path] = stamp.sha256.hex()
@@ -161,7 +161,7 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
     return plan
 
 
-def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
+def _by_known_names(files: list[str], stamps: Mapping[str, Embedding]) -> list[str]:
     """The same files, those that the index has under another name by that name."""
     new = [path for path in files if path not in stamps]
     if not new or not stamps:
@@ -268,7 +268,9 @@ class _Job:
         listing = self._list(paths)
         self._check_export(listing.files)  # once more, now that the images are known
         self.plan = make_plan(listing, self.index, prune=self.options.prune)
-        self.pending += [Copy(path, path, *marks, is_move=True) for path, *marks in self.plan.unmarked]
+        for path, (ctime_ns, inode) in self.plan.unmarked.items():
+            if self.index is not None and (stamp := self.index.stamp(path)) is not None:
+                self.pending.append(Copy(replace(stamp, ctime_ns=ctime_ns, inode=inode), path, is_move=True))
         self.summary.passed_over, self.summary.unchanged = listing.passed_over, self.plan.unchanged
         return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
@@ -362,16 +364,15 @@ class _Job:
     def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
         digest, source = item.sha256.hex(), item.path
-        marks = (item.size, item.mtime_ns, item.ctime_ns, item.inode)
         if self.plan.changed.get(item.path) != digest:
             names = self.plan.vanished[digest]
             if (old := next((name for name in names if name not in self.moved), None)) is not None:
                 self.moved[old] = item.path
                 self.summary.moved += 1
-                return Copy(item.path, old, *marks, is_move=True)
+                return Copy(item, old, is_move=True)
             source = self.moved[names[0]]
         self.summary.recognised += 1
-        return Copy(item.path, source, *marks)
+        return Copy(item, source)
 
     def commit(self) -> None:
         """Puts on disk what was taken so far."""

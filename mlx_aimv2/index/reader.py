@@ -46,7 +46,7 @@ ADDED = ("ctime_ns INTEGER", "inode INTEGER")
 UPGRADE = (*(f"ALTER TABLE images ADD COLUMN {column}" for column in ADDED), f"PRAGMA user_version = {VERSION}")
 
 STAMPED = {1: "size, mtime_ns, sha256, NULL, NULL", VERSION: "size, mtime_ns, sha256, ctime_ns, inode"}
-"""Format -> the fields of a `Stamp`."""
+"""Format -> columns with what an `Embedding` says of its file."""
 
 TABLES = {
     "about": "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -88,30 +88,24 @@ WIDEST = 1 << 20
 BUSY_SECONDS = 60.0
 BLOCKS_HELD = 16
 
+NOTHING = np.empty(0, np.float32)
+
 AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 """What an index holds for each image, by the number of axes: (D,), (N, D) or (h, w, D)."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D)."""
+    """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D).
+
+    The vector is empty where only the file is asked about. An earlier release kept neither ctime nor inode.
+    """
 
     path: str
     size: int
     mtime_ns: int
     sha256: bytes
     vector: NDArray[Any]
-    ctime_ns: int | None = None
-    inode: int | None = None
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """How an image's file was when it was read."""
-
-    size: int
-    mtime_ns: int
-    sha256: bytes
     ctime_ns: int | None = None
     inode: int | None = None
 
@@ -201,17 +195,17 @@ class Index:
         for (path,) in self._all("SELECT path FROM images ORDER BY path"):
             yield self._name(path)
 
-    def stamp(self, path: str) -> Stamp | None:
+    def stamp(self, path: str) -> Embedding | None:
         """How an image's file was when it was read; None for an image that is not in here."""
         try:
             return self._stamp(path, self._columns(path)[:5])
         except KeyError:
             return None
 
-    def stamps(self) -> Iterator[tuple[str, Stamp]]:
-        """Every image's path and how its file was when it was read."""
-        for path, *values in self._all(f"SELECT path, {STAMPED[self._format]} FROM images"):
-            yield self._name(path), self._stamp(path, values)
+    def stamps(self) -> dict[str, Embedding]:
+        """How every image's file was when it was read, by its path."""
+        rows = self._all(f"SELECT path, {STAMPED[self._format]} FROM images")
+        return {(name := self._name(path)): self._stamp(name, values) for path, *values in rows}
 
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
@@ -224,9 +218,7 @@ class Index:
                 row = self._columns(path)
             except KeyError:
                 raise OSError(f"{self.path} was changed while it was read: run it again") from None
-            stamp = self._stamp(path, row[:5])
-            vector = self._restored(*row[5:])
-            yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, vector, stamp.ctime_ns, stamp.inode)
+            yield self._stamp(path, row[:5], self._restored(*row[5:]))
 
     def search(self, vector: NDArray[Any] | Sequence[float], k: int = 12) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
@@ -294,11 +286,12 @@ class Index:
                 return count
         raise damaged(self.path, "a block of vectors that does not fit its images")
 
-    def _stamp(self, path: object, values: Sequence[Any]) -> Stamp:
-        is_whole = all(type(value) in (int, NoneType) for value in values[3:])
-        if [type(value) for value in values[:3]] != [int, int, bytes] or not is_whole:
+    def _stamp(self, path: str, values: Sequence[Any], vector: NDArray[Any] = NOTHING) -> Embedding:
+        size, mtime_ns, sha256, *others = values
+        kinds = [type(value) for value in (size, mtime_ns, sha256)]
+        if kinds != [int, int, bytes] or not all(isinstance(one, (int, NoneType)) for one in others):
             raise damaged(self.path, f"what it says of {path!r:.80}")
-        return Stamp(*values)
+        return Embedding(path, size, mtime_ns, sha256, vector, *others)
 
     def _name(self, path: object) -> str:
         if not isinstance(path, bytes):
@@ -306,7 +299,7 @@ class Index:
         return os.fsdecode(path)
 
     def _columns(self, path: str) -> Any:
-        """A stamp's five values, id, length, rows, columns and block of an image. Raises KeyError where it is none."""
+        """The five of `STAMPED`, id, length, rows, columns and block of an image. Raises KeyError where it is none."""
         columns = f"{STAMPED[self._format]}, id, length, rows, columns, block"
         if not (found := self._all(f"SELECT {columns} FROM images WHERE path = ?", os.fsencode(path))):
             raise KeyError(path)

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ INSERT = (
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
+RENAME = "UPDATE images SET path = ?, size = ?, mtime_ns = ?, sha256 = ?, ctime_ns = ?, inode = ? WHERE path = ?"
+
 Row = tuple[tuple[Any, ...], bytes]
 """All but the last of `INSERT`'s columns of an image's row, and its vector's bytes."""
 
@@ -48,13 +50,9 @@ class Copy:
     With `is_move` the source's file is gone, and its entry gets the name of this one.
     """
 
-    path: str
+    file: Embedding
     source: str
-    size: int
-    mtime_ns: int
-    ctime_ns: int | None = None
-    inode: int | None = None
-    is_move: bool = field(default=False, kw_only=True)
+    is_move: bool = False
 
 
 class IndexWriter(Index):
@@ -125,23 +123,17 @@ class IndexWriter(Index):
             stored = vector.astype(self.dtype)
         if not np.isfinite(stored).all():
             raise ValueError(f"{embedding.path}: values beyond {self.dtype}; store float32")
-        path, marks = os.fsencode(embedding.path), (embedding.ctime_ns, embedding.inode)
-        stamp = (path, embedding.size, embedding.mtime_ns, embedding.sha256, *marks)
-        return (*stamp, length, rows, columns), stored.tobytes()
+        return (*_of_file(embedding), length, rows, columns), stored.tobytes()
 
     def _copied(self, copy: Copy) -> Row:
-        _, _, sha256, _, _, identity, *shape, block = self._columns(copy.source)
-        stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256, copy.ctime_ns, copy.inode)
-        return (*stamp, *shape), self._stored(identity, block)
+        *_, identity, length, rows, columns, block = self._columns(copy.source)
+        return (*_of_file(copy.file), length, rows, columns), self._stored(identity, block)
 
     def _move(self, move: Copy) -> None:
-        if move.source != move.path:
+        if move.source != move.file.path:
             self._columns(move.source)  # raises KeyError before the target's entry is removed
-            self._remove([os.fsencode(move.path)])
-        values = (os.fsencode(move.path), move.size, move.mtime_ns, move.ctime_ns, move.inode, os.fsencode(move.source))
-        self._db.execute(
-            "UPDATE images SET path = ?, size = ?, mtime_ns = ?, ctime_ns = ?, inode = ? WHERE path = ?", values
-        )
+            self._remove([os.fsencode(move.file.path)])
+        self._db.execute(RENAME, (*_of_file(move.file), os.fsencode(move.source)))
 
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1
@@ -197,3 +189,7 @@ class IndexWriter(Index):
                 if self._db.in_transaction:  # after a full disk SQLite has rolled back by itself
                     self._db.execute("ROLLBACK")
                 raise
+
+
+def _of_file(image: Embedding) -> tuple[Any, ...]:
+    return os.fsencode(image.path), image.size, image.mtime_ns, image.sha256, image.ctime_ns, image.inode

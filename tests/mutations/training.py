@@ -285,8 +285,8 @@ TRAINING = (
     ),
     Mutation(
         "a copy in an index loses the digest of its content",
-        "copy.size, copy.mtime_ns, sha256, copy.ctime_ns",
-        "copy.size, copy.mtime_ns, bytes(32), copy.ctime_ns",
+        "return (*_of_file(copy.file), length",
+        "return (*_of_file(copy.file)[:3], bytes(32), *_of_file(copy.file)[4:], length",
         INDEX,
     ),
     Mutation(
