@@ -87,7 +87,7 @@ def published(image_size: int | None) -> Preprocessing:
     return Preprocessing(resize=image_size, crop=(image_size, image_size))
 
 
-def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
+def read_preprocessing(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
     """What the files in `folder` say; where none does, Apple's preprocessing for `config`, with a note."""
     file = folder / "preprocessor_config.json"
     fields = _read_json(file)
