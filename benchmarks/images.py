@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.machine import summary
 from mlx_aimv2 import load
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli.dispatch import one_line_errors
@@ -168,7 +169,7 @@ def table(speed: FolderSpeed, model: str, dtype: str) -> str:
     size = f"{speed.bytes / speed.images / 1e6:.1f} MB and {speed.megapixels / speed.images:.1f} megapixels each"
     lines = [
         f"{speed.images} images, {size}; {model} in {dtype}; --decode {speed.decode}",
-        f"{device.summary()}; {speed.threads} threads decode",
+        f"{summary()}; {speed.threads} threads decode",
         "",
         "step       ms per image  images/s",
     ]

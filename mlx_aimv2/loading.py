@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import quantize
-from mlx_aimv2.backend import device
+from mlx_aimv2.backend.device import AUTO, check_process, mark_lazy, suited_dtype
 from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.checkpoint import read as checkpoint
 from mlx_aimv2.checkpoint.layouts import Match
@@ -104,8 +104,8 @@ class Source:
         keep_quantized: bool = False,
     ) -> Loaded:
         """The model with its processor, using up the weights; the settings are those of `load`."""
-        if dtype == device.AUTO:
-            dtype = device.suited_dtype(self.origin.folder)
+        if dtype == AUTO:
+            dtype = suited_dtype(self.origin.folder)
         model: AnyModel = build(self.config)
         processor = self.processor()
         if self.quantization is not None and keep_quantized:
@@ -120,7 +120,7 @@ class Source:
             else:
                 model = vision
         if lazy:
-            device.mark_lazy(model, threading.get_ident())
+            mark_lazy(model, threading.get_ident())
         return Loaded(self, model, processor)
 
 
@@ -187,14 +187,14 @@ def load(
     """Loads a checkpoint: `Hub name, foreign folder or weight file, or MLX folder -> (model, processor)`.
 
     A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
-    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`device.suited_dtype`); None
+    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`suited_dtype`); None
     keeps the checkpoint's. `image_size` takes images of another size in pixels than the checkpoint's (`at_size`).
     Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized` saves the memory instead.
     With `lazy` the weights are read when first used. With `return_config` the content of config.json comes third.
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
-    if dtype is not None and dtype != device.AUTO:
+    if dtype is not None and dtype != AUTO:
         dtype = parse_dtype(dtype)  # before anything is fetched
     loaded = read_source(path_or_hf_repo, revision=revision).load(
         dtype=dtype, image_size=image_size, lazy=lazy, keep_quantized=keep_quantized
@@ -210,7 +210,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     Every tensor must be known and every tensor of the model must be there, in its shape: otherwise ValueError names all
     that are not.
     """
-    device.check_process()
+    check_process()
     origin = checkpoint.read(path_or_hf_repo, revision=revision)
     try:
         return _checked(origin)

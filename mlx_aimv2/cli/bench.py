@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import __version__, bundled
-from mlx_aimv2.backend import device
+from mlx_aimv2.backend.device import advice, cpu_count, machine, mlx_build
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import aligned, log
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
@@ -103,14 +103,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.model or f"random {arguments.random}"
     if arguments.keep_quantized and (source is None or source.quantization is None):
         raise ValueError(f"--keep-quantized needs quantized weights, {name} holds dense ones; leave it out")
-    on = device.machine()
+    on = machine()
     found: dict[str, Any] = {
         "device": on.kind,
         "chip": on.chip,
-        "cores": device.cpu_count(),
-        "mlx": device.mlx_build(),
+        "cores": cpu_count(),
+        "mlx": mlx_build(),
         "mlx-aimv2": __version__,
-        "advice": device.advice(on),
+        "advice": advice(on),
         "model": name,
         "runs": arguments.runs,
         "speed": [],

@@ -235,7 +235,7 @@ class FeatureCache:
             raise self._full(f", which need {wanted:,} bytes where {free:,} are free")
 
     def append(self, rows: Iterable[tuple[bytes, Array]]) -> None:
-        """Writes rows and then their keys; a key that is there already is passed over.
+        """Writes rows and then their keys; a key that is there already is skipped.
 
         Raises OSError with one line where that fails.
         """

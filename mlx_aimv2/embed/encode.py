@@ -27,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.embed.cache import Description, differences, fingerprint
@@ -58,7 +59,6 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
-
 
 POOLS = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
 """Name of a pooling -> axes of the result for one image.
@@ -145,9 +145,14 @@ def embed(
     pooling = Pooling.of(model, pool, layer=layer, norm=norm)
     policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
     decoder = Decoder(processor, max_patches=max_patches, policy=policy)
-    for result in embed_chunks(split_into_chunks(listed_files(paths, fail)), decoder, model, pooling, threads=threads):
+    chunks = split_into_chunks(listed_files(paths, fail))
+    yield from _embeddings(embed_chunks(chunks, decoder, model, pooling, threads=threads), fail)
+
+
+def _embeddings(results: Iterable[Result], fail: OnFailure) -> Iterator[Embedding]:
+    for result in results:
         for path, note in result.notes:
-            warnings.warn(f"{path} {note}", stacklevel=2)
+            warnings.warn(f"{path} {note}", stacklevel=3)
         for path, reason in result.failures:
             fail(path, reason)
         yield from result.embeddings
@@ -156,9 +161,7 @@ def embed(
 def listed_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], fail: OnFailure) -> list[str]:
     """The image files that files, folders and patterns mean; what is none goes to `fail`."""
     listing = list_images(paths)
-    for missing in listing.missing:
-        fail(missing, "does not exist")
-    for path, reason in listing.problems:
+    for path, reason in [*((missing, "does not exist") for missing in listing.missing), *listing.problems]:
         fail(path, reason)
     return listing.files
 
@@ -170,6 +173,25 @@ class Result:
     embeddings: list[Embedding] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def packed(self) -> bytes:
+        """All of it as bytes, for another process."""
+        files = [vars(one) | {"sha256": one.sha256.hex(), "vector": None} for one in self.embeddings]
+        head = json.dumps([files, self.failures, self.notes]).encode()
+        # In one piece each, as the library writes what lies in memory.
+        vectors = {str(row): np.ascontiguousarray(one.vector, np.float32) for row, one in enumerate(self.embeddings)}
+        return save(vectors | {"head": np.frombuffer(head, np.uint8)})
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Result:
+        """The result that `packed` made these bytes of."""
+        arrays = load(data)
+        files, *pairs = json.loads(arrays["head"].tobytes())
+        embeddings = [
+            Embedding(**file | {"sha256": bytes.fromhex(file["sha256"]), "vector": arrays[str(row)]})
+            for row, file in enumerate(files)
+        ]
+        return cls(embeddings, *([(path, reason) for path, reason in some] for some in pairs))
 
 
 def embed_chunks(
@@ -185,21 +207,18 @@ def embed_chunks(
     Files that the decoder knows are hashed and not decoded: their Embedding has a vector of no numbers. Notes are what
     is unusual about an image that is embedded all the same.
     """
-    config, processor = model.vision.config, decoder.processor
+    config = model.vision.config
     is_widest = model.dtype == mx.float32
     advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
-    none = {"features": NOTHING}
-    for chunk in run_ahead(
-        chunks,
-        decoder,
-        lambda levels: {"features": pooling(model, processor.normalised(levels))},
-        patch=config.patch_size,
-        tokens=config.num_patches,
-        threads=threads,
-    ):
+
+    def compute(levels: mx.array) -> dict[str, mx.array]:
+        return {"features": pooling(model, decoder.processor.normalised(levels))}
+
+    patch, tokens = config.patch_size, config.num_patches
+    for chunk in run_ahead(chunks, decoder, compute, patch=patch, tokens=tokens, threads=threads):
         result = Result()
         for image, outputs in chunk:
-            vector = (outputs or none)["features"]
+            vector = outputs["features"] if outputs else NOTHING
             if image.note is not None:
                 result.notes.append((image.path, image.note))
             if image.failure is not None:
@@ -353,10 +372,4 @@ def query_vector(
     if image is None:
         loaded = embedder.loaded
         return np.array(loaded.model.encode_text(loaded.processor.tokenize([text]))[0].tolist())
-    (result,) = embedder([[image]])
-    for path, note in result.notes:
-        warnings.warn(f"{path} {note}", stacklevel=2)
-    for path, reason in result.failures:
-        raise_failure(path, reason)
-    vector: NDArray[Any] = result.embeddings[0].vector
-    return vector
+    return next(_embeddings(embedder([[image]]), raise_failure)).vector

@@ -39,11 +39,10 @@ COMMIT_IMAGES = 1024
 class Options:
     """How an index is brought up to date.
 
-    `threads` decode, by default one for each core; `policy` says how images are read. `store` is the dtype of the
-    vectors in a new index, float16 or float32; `export` writes everything beside the index too (npz, safetensors or
-    jsonl), where `overwrite` lets it replace what is no export. `exclude` and `include` are glob patterns
-    (`exclude.Rules`). Images whose files may come back, on a drive that is not plugged in, stay in the index unless
-    `prune` is set.
+    `threads` decode, by default one for each core. `store` is the dtype of the vectors in a new index, float16 or
+    float32; `export` (npz, safetensors or jsonl) goes beside the index and replaces what is no export only with
+    `overwrite`. `exclude` and `include` are `find.Rules`. Images whose files may come back, on a drive that is not
+    plugged in, stay in the index unless `prune` is set.
     """
 
     threads: int | None = None
@@ -61,9 +60,8 @@ class Summary:
     """What an update did, in images.
 
     `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
-    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts, by
-    suffix or by the pattern or name that excluded them, files and folders that were not looked at. `is_made` is False
-    where there is no index, as nothing could be embedded.
+    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts
+    what was skipped (`Listing.skipped`). `is_made` is False where there is no index, as nothing could be embedded.
     """
 
     images: int = 0
@@ -82,11 +80,10 @@ class Summary:
 class Plan:
     """What there is to do, in types that JSON holds.
 
-    `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the digests
-    (hexadecimal) that the index has for names that must be read again; `vanished` the names in the index that no file
-    has any more, by digest, for every digest that a file to be read may have; `gone` the names to forget; `kept` those
-    whose files are not there and may come back; `unmarked` those unchanged of which an earlier release kept
-    too little, with their ctime and inode.
+    `chunks` of the whole list without what is up to date; `changed` names to be read again, with the digest that the
+    index has for each in hexadecimal; `vanished` names in the index that no file has any more, by digest, where a file
+    to be read may have it; `gone` names to forget; `kept` those whose files may come back; `unmarked` unchanged ones
+    of which an earlier release kept too little, with ctime and inode.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
@@ -101,11 +98,6 @@ class Plan:
         """Whether the index has the embedding of this content under this name or under a vanished one."""
         digest = sha256.hex()
         return self.changed.get(path) == digest or digest in self.vanished
-
-    @property
-    def images(self) -> int:
-        """How many images must be read."""
-        return sum(len(chunk) for chunk in self.chunks)
 
 
 def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
@@ -198,9 +190,7 @@ def update_index(
 ) -> Summary | None:
     """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
 
-    A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. `-` among the
-    paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
-
+    `-` among the paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
     folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done and how many
     there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone;
@@ -215,13 +205,12 @@ def update_index(
         prepared = ranks.first(lambda: job.prepare(paths, settings))
         settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
         embedder = Embedder.load(settings, options.policy)
-        digest = ranks.first(lambda: job.agree(embedder))
-        if digest != embedder.description["weights"]["digest"]:
+        if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
             raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
         for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
-            for result in ranks.gather(mine):
-                if ranks.rank == 0:
-                    job.take(result)
+            several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
+            for result in several if ranks.rank == 0 else ():
+                job.take(result)
         ranks.first(job.finish)
         return job.summary if ranks.rank == 0 else None
     except RankLostError as error:
@@ -252,7 +241,6 @@ class _Job:
     summary: Summary = field(default_factory=Summary)
     made: dict[str, Any] = field(default_factory=dict)
     """What the index says of the model."""
-    export_to: Path | None = None
     done: int = 0
     pending: list[Embedding | Copy] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -266,12 +254,12 @@ class _Job:
         self._check_output()
         settings = self._settings(given)
         listing = self._list(paths)
-        self._check_export(listing.files)  # once more, now that the images are known
+        self._export_to(listing.files)  # once more, now that the images are known
         self.plan = make_plan(listing, self.index, prune=self.options.prune)
         for path, (ctime_ns, inode) in self.plan.unmarked.items():
             if self.index is not None and (stamp := self.index.stamp(path)) is not None:
                 self.pending.append(Copy(replace(stamp, ctime_ns=ctime_ns, inode=inode), path, is_move=True))
-        self.summary.passed_over, self.summary.unchanged = listing.passed_over, self.plan.unchanged
+        self.summary.passed_over, self.summary.unchanged = listing.skipped, self.plan.unchanged
         return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
     def _check_output(self) -> None:
@@ -284,12 +272,12 @@ class _Job:
             raise FileNotFoundError(f"{folder} does not exist: make that folder first, or choose another -o")
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
             raise PermissionError(f"{folder} cannot be written to: choose another -o")
-        self._check_export(self.index.paths() if self.index is not None else ())
+        self._export_to(self.index.paths() if self.index is not None else ())
 
-    def _check_export(self, inputs: Iterable[str]) -> None:
-        """Notes where the export goes, if one is wanted; none of the inputs is replaced."""
-        if (kind := self.options.export) is not None:
-            self.export_to = target(self.output, kind, overwrite=self.options.overwrite, inputs=inputs)
+    def _export_to(self, inputs: Iterable[str] = ()) -> Path | None:
+        """Where the export goes, if one is wanted; none of the inputs is replaced."""
+        kind = self.options.export
+        return target(self.output, kind, overwrite=self.options.overwrite, inputs=inputs) if kind else None
 
     def _settings(self, given: Settings) -> Settings:
         """The given settings and, where they say nothing, those of the index."""
@@ -330,7 +318,7 @@ class _Job:
     def agree(self, embedder: Embedder) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
         self.made = description = embedder.description
-        refused, notes = differences(self.index.provenance, description) if self.index is not None else ([], [])
+        refused, notes = differences(self.index.provenance if self.index is not None else description, description)
         if refused:
             raise ValueError(
                 f"{self.output} was made with other settings, so new embeddings could not be compared with it: "
@@ -359,7 +347,7 @@ class _Job:
         if time.monotonic() - self.committed > COMMIT_SECONDS or len(self.pending) >= COMMIT_IMAGES:
             self.commit()
         self.done += len(result.embeddings) + len(result.failures)
-        self.on_progress(self.done, self.plan.images)
+        self.on_progress(self.done, sum(len(chunk) for chunk in self.plan.chunks))
 
     def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
@@ -378,10 +366,9 @@ class _Job:
         """Puts on disk what was taken so far."""
         if self.pending and self.index is None:
             made, dtype = self.made, self.options.store or "float16"
+            shape = {"width": made["width"], "axes": POOLS[made["pool"]]}
             try:
-                self.index = IndexWriter.create(
-                    self.output, provenance=made, width=made["width"], axes=POOLS[made["pool"]], dtype=dtype
-                )
+                self.index = IndexWriter.create(self.output, provenance=made, dtype=dtype, **shape)
             except FileExistsError:
                 raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
         if self.index is not None and self.pending:
@@ -410,8 +397,8 @@ class _Job:
         if self.index is not None:
             if self.plan.gone:
                 self.summary.gone += self.index.remove(path for path in self.plan.gone if path not in self.moved)
-            if self.export_to is not None:
-                export(self.index, self.export_to, kind=self.export_to.suffix[1:])
+            if (to := self._export_to()) is not None:
+                export(self.index, to, kind=to.suffix[1:])
             self.summary.images, self.summary.is_made = len(self.index), True
         return True
 

@@ -75,10 +75,9 @@ TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTAT
 class Policy:
     """What is accepted of an untrusted image, and how a JPEG is decoded.
 
-    `max_pixels`: more are refused before they are decoded; None for the number at which Pillow itself refuses, twice
-    `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970). `truncated`: "accept" a JPEG whose data end early, with a note, or
-    "refuse" it. `decode`: "exact", or "fast" to decode a JPEG at the smallest scale that keeps three times the pixels
-    that are wanted, along each side.
+    `max_pixels`: more are refused before they are decoded; None for twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970),
+    as Pillow. `truncated`: "accept" a JPEG whose data end early, with a note, or "refuse" it. `decode`: "exact", or
+    "fast" for a JPEG at the smallest scale that keeps three times the pixels that are wanted, along each side.
     """
 
     max_pixels: int | None = None
@@ -132,10 +131,10 @@ class OpenImage:
         return 4 * copies * pixels // self.scale(wanted) ** 2 + coefficients
 
     def rgb(self, wanted: tuple[int, int] | None = None) -> tuple[Image.Image, Box | None]:
-        """Decodes it: mode RGB, upright, transparency laid on white; and which part of it counts, None for the whole.
+        """Decodes it, once: mode RGB, upright, transparency laid on white; and which part counts, None for the whole.
 
-        `wanted` is the (width, height) that it will be resized to, which fast decoding need not exceed by far. Once
-        only, since that frees what is not needed any more. Raises ValueError with one line that names the image.
+        `wanted` is the (width, height) that it will be resized to, which fast decoding need not exceed by far. Raises
+        ValueError with one line that names the image.
         """
         image, name = self.image, self.name
         scale, box = self.scale(wanted), None

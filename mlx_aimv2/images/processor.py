@@ -111,8 +111,8 @@ class Aimv2Processor:
 
         An image is a path, bytes, an open file, a PIL image or an array (H, W, C) of NumPy or MLX; several are any
         iterable of them, or an array (B, H, W, C). A native checkpoint takes images as large as they are, at a cost
-        that grows with the square of their pixels: with `max_patches` larger ones are scaled down in their shape. It
-        changes nothing for the other checkpoints. `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
+        that grows with the square of their pixels: with `max_patches` larger ones are scaled down in their shape.
+        `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
         """
         policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
         batch = as_list(images)

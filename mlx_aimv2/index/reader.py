@@ -1,9 +1,8 @@
 """Reads an index, one file with the embeddings of many images, and finds the images nearest to a vector.
 
 The file is SQLite's. `images` has a row for each image; `blocks` holds their vectors, up to 1024 in a row, because
-reading a million rows one by one takes longer than the search. `blocks.images` lists the ids (int64) of the vectors
-in `blocks.vectors` in the same order. A vector is stored at unit length, its own length beside it in `images`; tokens
-and maps are stored as they are. `writer.py` writes it.
+reading a million rows one by one takes longer than the search, and their ids (int64) in the same order. A vector is
+stored at unit length, its own length beside it in `images`; tokens and maps are stored as they are.
 
 It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
 and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
@@ -98,7 +97,7 @@ AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 class Embedding:
     """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D).
 
-    The vector is empty where only the file is asked about. An earlier release kept neither ctime nor inode.
+    The vector is empty where only the file is asked about.
     """
 
     path: str
@@ -374,8 +373,6 @@ def plain_errors(path: Path) -> Iterator[None]:
             raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
         if any(phrase in text for phrase in ("malformed", "no such table", "no such column", "Could not decode")):
             raise damaged(path, text) from None
-        if "already exists" in text:
-            raise FileExistsError(f"{path} already exists: open it, or choose another name") from None
         raise OSError(f"{path}: {text}") from None
 
 
