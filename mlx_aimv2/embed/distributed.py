@@ -28,13 +28,22 @@ class Ranks:
     """The processes that share the work; a single one needs no engine."""
 
     def __init__(self) -> None:
-        """Joins the group that `mlx.launch` made, if there is one: `rank` 0 of `size` plans and writes."""
+        """Joins the group that `mlx.launch` made, if there is one."""
         group = mx.distributed.init() if any(name in os.environ for name in LAUNCHED) else None
         self.group = group if group is not None and group.size() > 1 else None
         """MLX's group, None for a single process."""
-        self.rank, self.size = (self.group.rank(), self.group.size()) if self.group is not None else (0, 1)
         if self.group is not None:
             signal.signal(signal.SIGTERM, _lost)  # how mlx.launch ends the others when one has died
+
+    @property
+    def rank(self) -> int:
+        """Which of the processes this is; 0 plans and writes."""
+        return self.group.rank() if self.group is not None else 0
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.group.size() if self.group is not None else 1
 
     def first(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work and every rank gets the result, which must fit JSON.

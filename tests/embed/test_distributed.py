@@ -129,9 +129,6 @@ def test_being_ended_by_the_launcher_is_a_rank_lost(monkeypatch):
         def size(self):
             return 2
 
-        def rank(self):
-            return 0
-
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setattr("mlx.core.distributed.init", Group)
     before = signal.getsignal(signal.SIGTERM)
