@@ -1,7 +1,6 @@
 """Finds the image files that a user means by folders, files, patterns and lists: the one scan of every verb.
 
-PATH … -> Listing: absolute names in one fixed order, each file once, what cannot be an image with the reason, and what
-was skipped: what file servers and photo programs add, and what the user excludes.
+PATH … -> Listing: absolute names in one fixed order, each file once, what cannot be an image, and what was skipped.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ OWN_FILES = (
 """What a folder holds that this package wrote, a head, a model or the state of a run: its pictures are no data."""
 
 OWN = "of mlx-aimv2's own folders"
-"""What they are called where they are counted."""
 
 LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary", ".lrlibrary", "iphoto library")
 """How the name of a photo library ends, in lower case."""
@@ -186,10 +184,7 @@ def list_images(
 
 
 def read_list(data: bytes) -> list[str]:
-    """Names from a list's bytes: separated by NUL where it holds one (then names may hold newlines), else lines.
-
-    A byte order mark is dropped, lists in UTF-16 are read, and lines may end as on Windows.
-    """
+    """Names from a list's bytes, UTF-16's too: separated by NUL where it holds one, else lines, also as on Windows."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", errors="replace").encode()
     data = data.removeprefix(codecs.BOM_UTF8)
