@@ -36,6 +36,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import summary
 from mlx_aimv2 import bundled
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli import bench
@@ -288,7 +289,7 @@ def main() -> None:
         return
     if arguments.what == "embed":
         _embed_and_tell_peak(arguments)
-    print(f"{device.summary()}; mlx {device.mlx_build()}", file=sys.stderr)
+    print(f"{summary()}; mlx {device.mlx_build()}", file=sys.stderr)
     {"speed": speed, "quality": quality, "ways": ways, "memory": memory}[arguments.what](arguments)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks import forward
+from benchmarks.machine import summary
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli import bench
 from mlx_aimv2.config import DTYPES, WIDTHS, released
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
-    print(f"{device.summary()}; mlx {device.mlx_build()}; {arguments.dtype},")
+    print(f"{summary()}; mlx {device.mlx_build()}; {arguments.dtype},")
     print(f"{arguments.blocks} blocks, medians of {arguments.runs} runs")
     for along in arguments.along:
         print(f"\n| {along} {HEAD}")

@@ -1,9 +1,9 @@
 """Reads untrusted files within bounds, and writes files and folders whole or not at all.
 
-What is read is a regular file of no more bytes than expected, without ever waiting for one that is something else. What
-is written takes its name when it is complete. An input is never replaced, nor is anything but a regular file or a
-folder of ours; what stands at the target and is not ours is refused unless `overwrite` says otherwise. A process that
-is killed leaves a hidden temporary behind; the next one that writes to the same target removes it.
+What is read is a regular file of no more bytes than expected, without ever waiting for one that is something else. An
+input is never replaced, nor is anything but a regular file or a folder of ours; what stands at the target and is not
+ours is refused unless `overwrite` says otherwise. A process that is killed leaves a hidden temporary behind; the next
+one that writes to the same target removes it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,23 @@ def stat_of(path: str) -> os.stat_result | None:
         return os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
     except (OSError, ValueError):
         return None
+
+
+def marks_of(about: os.stat_result) -> tuple[int, int, int, int]:
+    """By what a change of a file shows: size in bytes, mtime and ctime in nanoseconds, inode (SQLite holds 63 bits)."""
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (1 << 63) - 1
+
+
+def is_unchanged(about: os.stat_result, size: int, mtime_ns: int, ctime_ns: int | None, inode: int | None) -> bool:
+    """Whether a file is as it was by these marks, of which earlier releases kept the first two.
+
+    The inode counts where ctime is no copy of mtime: file systems that keep none (exFAT, FUSE) number files anew
+    whenever they are mounted.
+    """
+    now = marks_of(about)
+    if ctime_ns is None or now[:2] != (size, mtime_ns):
+        return now[:2] == (size, mtime_ns)
+    return now[2] == ctime_ns and (now[3] == inode or ctime_ns == mtime_ns)
 
 
 # Reading
@@ -170,8 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes]:
     """Content of a regular file, and how the file was before it was read, so that a change during it shows later.
 
-    Raises OSError without a name in it: FileNotFoundError, IsADirectoryError and PermissionError as the system does,
-    else a reason that continues a sentence which starts with the path.
+    Raises OSError without a name in it, as the system does or with a reason that continues a sentence.
     """
     with _regular_file(path, "an image") as (file, about):
         if about.st_size > MAX_IMAGE_BYTES:
@@ -234,8 +250,8 @@ def check_file(
 ) -> None:
     """Raises ValueError or OSError where a file cannot or must not be written; `option` is the flag to change.
 
-    An input is never replaced, whatever name it is given by. A file is replaced if `is_own` says of its first
-    `HEAD_BYTES` bytes that an earlier run wrote it, if it is empty, or with `overwrite`.
+    Never one of the inputs; a file is replaced if `is_own` says of its first `HEAD_BYTES` bytes that an earlier run
+    wrote it, if it is empty, or with `overwrite`.
     """
     folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
     if not folder.is_dir():
@@ -338,10 +354,9 @@ def discard_unfinished() -> None:
 
 
 def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
-    """How what is written of each file begins: its path below the folder that was given, without suffix.
+    """How what is written of each file begins: its path below the folder that holds all that was given.
 
-    Where several folders or files were given it is the path below the folder that all lie in. The suffix stays where
-    another file has the rest of the name, in any case of letters.
+    It has no suffix, unless another file has the rest of the name, in any case of letters.
     """
     folders = [os.path.normpath(expand_user(one).absolute()) for one in given if expand_user(one).is_dir()]
     others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]

@@ -189,7 +189,7 @@ def load(
     """Loads a checkpoint: `Hub name, foreign folder or weight file, or MLX folder -> (model, processor)`.
 
     A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
-    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`device.suited_dtype`); None
+    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`suited_dtype`); None
     keeps the checkpoint's. `image_size` takes images of another size in pixels than the checkpoint's (`at_size`).
     Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized` saves the memory instead.
     With `lazy` the weights are read when first used. With `return_config` the content of config.json comes third.

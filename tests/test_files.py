@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,8 @@ from mlx_aimv2.files import (
     check_file,
     check_target,
     discard_unfinished,
+    is_unchanged,
+    marks_of,
     read_bytes,
     read_image_file,
     temporary_folder,
@@ -283,3 +286,27 @@ def test_behind_a_link_the_file_that_it_leads_to_is_written(tmp_path):
     assert link.is_symlink()
     assert (tmp_path / "there" / "page").read_bytes() == b"new"
     assert names(tmp_path / "there") == ["page"]
+
+
+MARKS = {
+    "nothing": ({}, True),
+    "its size": ({"st_size": 6}, False),
+    "its content": ({"st_mtime_ns": 8}, False),
+    "its entry": ({"st_ctime_ns": 8}, False),
+    "another file": ({"st_ino": 8}, False),
+}
+
+
+@pytest.mark.parametrize(("changed", "same"), MARKS.values(), ids=MARKS.keys())
+def test_a_file_is_unchanged_while_all_that_tells_of_it_is(changed, same):
+    about = SimpleNamespace(**{"st_size": 5, "st_mtime_ns": 6, "st_ctime_ns": 7, "st_ino": 9} | changed)
+    assert is_unchanged(about, 5, 6, 7, 9) == same
+    earlier = changed.keys() & {"st_size", "st_mtime_ns"}
+    assert is_unchanged(about, 5, 6, None, None) == (not earlier)
+
+
+def test_a_number_that_each_mount_gives_anew_does_not_count():
+    """exFAT and FUSE keep no time of the entry: it is that of the content."""
+    about = SimpleNamespace(st_size=5, st_mtime_ns=6, st_ctime_ns=6, st_ino=(1 << 64) - 1)
+    assert is_unchanged(about, 5, 6, 6, 9)
+    assert marks_of(about)[3] < 1 << 63

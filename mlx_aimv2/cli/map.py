@@ -23,7 +23,7 @@ from mlx_aimv2.images.find import list_images
 from mlx_aimv2.loading import load
 
 if TYPE_CHECKING:
-    from mlx_aimv2.images.pixels import Levels
+    from mlx_aimv2.images.open import Levels
     from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.model import Aimv2VisionModel
 

@@ -3,8 +3,7 @@
 `vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
 tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
 npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each image.
-Files are written beside their target and take its name when they are complete. Memory holds one image at a time, for
-safetensors all vectors.
+Memory holds one image at a time, for safetensors all vectors.
 
 A page needs nothing but a browser. It holds its thumbnails and its style and no script, and tells the browser to run
 none: whatever a file is called, its name is text.
@@ -135,8 +134,7 @@ def _contents(index: Index) -> tuple[list[str], NDArray[Any], int]:
 def check_page(page: Path, index: Index, image: str | None, *, overwrite: bool = False) -> Path:
     """The page's path with `~` expanded. Raises ValueError or OSError where writing it would do harm or fail.
 
-    The index, its images and the one that is searched for are never replaced; another file that no earlier search
-    wrote only with `overwrite`.
+    Neither the index nor an image is replaced; another file that no earlier search wrote only with `overwrite`.
     """
     page = expand_user(page)
     if page.suffix.lower() not in ENDINGS:

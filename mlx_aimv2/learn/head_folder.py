@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
-from mlx_aimv2.embed.provenance import differences, fingerprint
+from mlx_aimv2.embed.cache import differences, fingerprint
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora

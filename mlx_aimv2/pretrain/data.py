@@ -36,8 +36,7 @@ from PIL import Image, ImageOps
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.files import expand_user
 from mlx_aimv2.images import to_rgb
-from mlx_aimv2.images.exclude import is_junk
-from mlx_aimv2.images.find import Scan, has_suffix
+from mlx_aimv2.images.find import Scan, has_suffix, is_junk
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.classify.data import METADATA, metadata_file, metadata_rows

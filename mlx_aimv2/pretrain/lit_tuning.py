@@ -23,13 +23,11 @@ import numpy as np
 
 from mlx_aimv2.backend import WIDE_SIGHT, by_images, prepared
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
-from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, open_features
+from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, fingerprint, open_features
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, run_ahead
-from mlx_aimv2.embed.provenance import fingerprint
 from mlx_aimv2.files import check_target
-from mlx_aimv2.images import OpenImage, open_image
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import Levels, OpenImage, open_image
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.data import Data, Example

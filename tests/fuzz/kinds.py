@@ -309,7 +309,7 @@ def _use_index(file: Path) -> None:
     """Everything that is done with an index: read, searched, exported, written to."""
     import numpy as np
 
-    from mlx_aimv2.embed.provenance import made_by
+    from mlx_aimv2.embed.encode import made_by
     from mlx_aimv2.index.export import export
     from mlx_aimv2.index.reader import Embedding, Index
     from mlx_aimv2.index.writer import IndexWriter

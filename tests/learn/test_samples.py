@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import KnownFiles
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import OpenImage
 from mlx_aimv2.learn import classify, detect, evaluate, fit, samples, segment
 from mlx_aimv2.learn.classify import data as label_files
@@ -178,19 +179,27 @@ def test_what_is_no_task_is_said(tmp_path):
         find_task("translate")
 
 
-def test_a_known_file_is_not_read_again_until_it_changes(digits):
+def test_a_known_file_is_not_read_again_until_it_changes(digits, monkeypatch):
     paths = sorted(map(str, digits.rglob("*.png")))
     for path in paths:
         os.utime(path, (1e9, 1e9))
     first, _ = samples.check_images(paths)
     assert first[paths[0]].size == (8, 8)
-    for path in paths[:5]:  # as large and as old as before: taken for the same
-        Path(path).write_bytes(bytes(Path(path).stat().st_size))
-        os.utime(path, (1e9, 1e9))
-    assert samples.check_images(paths) == (first, [])
+    read = []
+    monkeypatch.setattr(samples, "read_image_file", lambda path: read.append(path) or read_image_file(path))
+    assert samples.check_images(paths) == (first, []) and not read
     os.utime(paths[3], (1e9, 1e9 + 1))
-    second, faults = samples.check_images(paths)
-    assert len(second) == len(paths) - 1 and paths[3] in faults[0]
+    assert samples.check_images(paths) == (first, []) and read == [paths[3]]
+    one, other = Path(paths[0]), Path(paths[5])
+    for path in (one, other):
+        path.write_bytes(path.read_bytes().ljust(1000, b"\0"))
+        os.utime(path, (1e9, 1e9))
+    before, _ = samples.check_images(paths)
+    one.rename("aside")
+    other.rename(one)
+    Path("aside").rename(other)
+    after, _ = samples.check_images(paths)
+    assert (after[paths[0]], after[paths[5]]) == (before[paths[5]], before[paths[0]])
 
 
 def test_a_header_that_was_read_does_not_count_as_a_decoded_image(digits):

@@ -49,14 +49,14 @@ PRE_RATE, PRE_LENGTH = pretrain("the_rate_falls_towards_the_end"), pretrain("gra
 TRAINING = (
     Mutation(
         "the cache of files ignores when they were changed",
-        "WHERE path = ? AND size = ? AND mtime_ns = ?",
-        "WHERE path = ? AND size = ? AND 0 <= ?",
+        "is_unchanged(about, *row[4:])",
+        "is_unchanged(about, row[4], about.st_mtime_ns, None, None)",
         FILE_CHANGES,
     ),
     Mutation(
         "the cache of files remembers those that may still change",
-        "if (about := _about(path)) and about[2] < settled",
-        "if (about := _about(path))",
+        "if (about := stat_of(path)) and about.st_mtime_ns < settled",
+        "if (about := stat_of(path))",
         FILE_CHANGES,
     ),
     Mutation(
@@ -285,8 +285,8 @@ TRAINING = (
     ),
     Mutation(
         "a copy in an index loses the digest of its content",
-        "copy.size, copy.mtime_ns, sha256)",
-        "copy.size, copy.mtime_ns, bytes(32))",
+        "return (*_of_file(copy.file), length",
+        "return (*_of_file(copy.file)[:3], bytes(32), *_of_file(copy.file)[4:], length",
         INDEX,
     ),
     Mutation(
