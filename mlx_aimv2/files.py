@@ -302,33 +302,43 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     What a killed process left there goes first. Errors of the system that name no other file end as one line with the
     target's name.
     """
-    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
-
-    target = path.absolute()
-    beside, lock_file = _hidden(target)
-    lock = FileLock(lock_file)
+    target, beside = path.absolute(), _hidden(path)
     try:
-        lock.acquire(timeout=PATIENCE)
-        _remove_unfinished(target, beside)
-        _mine[target] = beside  # known before there is anything: a signal may come at any moment
-        beside.mkdir(0o700)
-        yield beside
-    except Timeout:
-        raise FileExistsError(
-            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
-        ) from None
+        with locked(path, patience=PATIENCE):
+            try:
+                _remove_unfinished(target, beside)
+                _mine[target] = beside  # known before there is anything: a signal may come at any moment
+                beside.mkdir(0o700)
+                yield beside
+            finally:
+                _remove_unfinished(target, beside)
+                _mine.pop(target, None)
     except OSError as error:
         if error.strerror is None:
             raise
         inside = error.filename is None or str(error.filename).startswith(str(beside))
         what = f"Cannot save to the path {path}" if inside else error.filename
         raise type(error)(f"{what}: {error.strerror}.") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, patience: float) -> Iterator[None]:
+    """A block that one process at a time is in for this path; raises FileExistsError after `patience` seconds."""
+    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
+
+    lock_file = _lock_file(path.absolute())
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise FileExistsError(
+            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
+        ) from None
+    try:
+        yield
     finally:
-        if lock.is_locked:
-            _remove_unfinished(target, beside)
-            _mine.pop(target, None)
-            lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
-            lock.release()
+        lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
+        lock.release()
 
 
 def discard_unfinished() -> None:
@@ -361,20 +371,25 @@ _mine: dict[Path, Path] = {}
 """What this process is writing to -> the hidden folder beside it."""
 
 
-def _hidden(target: Path) -> tuple[Path, Path]:
-    """The hidden folder beside a target, and its lock among what may be computed again, or in the temporary folder.
-
-    Only those processes share the folder's name that share its lock: on one machine, with one cache.
-    """
+def _lock_file(target: Path) -> Path:
+    """The lock of a target among what may be computed again, or in the temporary folder."""
     locks = cache_folder() / "locks"
     with contextlib.suppress(OSError):
         locks.mkdir(parents=True, exist_ok=True)
     if not os.access(locks, os.W_OK | os.X_OK):
         locks = Path(tempfile.gettempdir())
     real = Path(os.path.realpath(target.parent)) / target.name
-    lock = locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
-    shared = hashlib.sha256(os.fsencode(lock) + platform.node().encode()).hexdigest()[:16]
-    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}", lock  # file systems allow 255 bytes
+    return locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
+
+
+def _hidden(path: Path) -> Path:
+    """The hidden folder beside a target.
+
+    Only those processes share its name that share the lock: on one machine, with one cache.
+    """
+    target = path.absolute()
+    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
+    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}"  # file systems allow 255 bytes
 
 
 def _remove_unfinished(target: Path, beside: Path) -> None:

@@ -42,7 +42,6 @@ EVALUATIONS = 20
 PATIENCE = 8
 """Of them, those without a better score before the fine-tuning of an encoder stops."""
 
-
 STEP = 64
 """Images whose tokens are in memory at a time."""
 
