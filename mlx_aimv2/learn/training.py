@@ -30,8 +30,9 @@ from mlx_aimv2.learn.samples import DataError, Dataset, Sample
 from mlx_aimv2.learn.task import Options, Solve, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
-from mlx_aimv2.train.loop import Plan, Progress, StateFile, Watch, train
+from mlx_aimv2.train.loop import Plan, Progress, Watch, train
 from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
+from mlx_aimv2.train.state import StateFile
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
 """What a head, or an encoder with a head, gives for samples."""
