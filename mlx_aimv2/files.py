@@ -111,6 +111,13 @@ def reason_of(error: OSError) -> str:
     return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
 
 
+def one_line(error: OSError) -> str:
+    """What an error of the system says, without its number and with the name of the file."""
+    if error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+
+
 @contextlib.contextmanager
 def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Iterator[tuple[BinaryIO, os.stat_result]]:
     """A regular file, open, and how it was then; of others OSError says without a number: is a device, not a file."""

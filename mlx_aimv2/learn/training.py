@@ -30,7 +30,7 @@ from mlx_aimv2.learn.samples import DataError, Dataset, Sample
 from mlx_aimv2.learn.task import Options, Solve, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
-from mlx_aimv2.train.loop import Plan, Progress, Watch, train
+from mlx_aimv2.train.loop import LossError, Plan, Progress, Watch, train
 from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
 from mlx_aimv2.train.state import StateFile
 
@@ -88,8 +88,15 @@ class Run:
         return self.dataset.splits["val"] or self.dataset.splits["test"]
 
     def score(self, outputs: OutputsOf) -> float:
-        """The score on `val` that the best state goes by."""
-        predictions = decoded(self.task, self.val, outputs(self.val))
+        """The score on `val` that the best state goes by. Raises LossError for outputs that are no numbers."""
+
+        def checked() -> Iterator[Outputs]:
+            for sample, found in zip(self.val, outputs(self.val), strict=True):
+                if not all(np.isfinite(array).all() for array in found.values()):
+                    raise LossError(f"what the head makes of {sample.path} is no number")
+                yield found
+
+        predictions = decoded(self.task, self.val, checked())
         scores, _ = self.task.results.score(self.val, predictions, self.dataset.classes)
         return scores[self.task.metric]
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.conversion.folder import write_safetensors
-from mlx_aimv2.files import UNFINISHED, check_target, locked
+from mlx_aimv2.files import UNFINISHED, check_target, locked, one_line
 from mlx_aimv2.train.optimizer import Arrays
 
 STATE_FILE = "state.safetensors"
@@ -57,9 +57,11 @@ def training_run(output: Path, *, resume: bool, rank: int = 0) -> Iterator[Path]
             raise FileNotFoundError(f"nothing to resume: {folder} has no {STATE_FILE}; leave --resume out")
         try:
             yield folder
-        except BaseException:
+        except BaseException as error:
             if rank == 0 and not state.is_file():
                 discard(folder)
+            elif isinstance(error, OSError) and KEPT not in (said := one_line(error)):
+                raise type(error)(f"{said}; {folder} {KEPT}") from None
             raise
 
 
@@ -105,8 +107,7 @@ class StateFile:
             beside.replace(self.path)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            kept = "the one before is kept: make room and go on with --resume" if self.path.is_file() else "make room"
-            raise OSError(f"{self.path} cannot be written ({error.strerror or error}); {kept}") from None
+            raise OSError(f"{self.path} cannot be written ({error.strerror or error}): make room") from None
 
     def load(self, wanted: Arrays) -> dict[str, Arrays]:
         """The arrays by part and name. Raises ValueError where they are not those of a model with these parameters."""
