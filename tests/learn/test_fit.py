@@ -179,7 +179,7 @@ def test_an_encoder_that_gives_no_numbers_leaves_no_head(digits, tmp_path):
     name = "trunk.post_trunk_norm.weight"
     mx.save_safetensors(str(broken / "model.safetensors"), arrays | {name: arrays[name] * mx.nan})
     for kind in ("linear", "knn", "attentive", "lora"):
-        with pytest.raises(ValueError, match="not finite|no number"):
+        with pytest.raises(ValueError, match=r"not finite|no number"):
             fit(digits, broken, tmp_path / kind, fine_tune_type=kind, **SHORT[kind])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "cache", "digits"]
 
