@@ -45,6 +45,9 @@ PREVIOUS = "previous"
 PATIENCE = 10.0
 """Seconds that another process may take to finish what it writes to the same target."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk, a quota or a file that takes no more."""
+
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -111,11 +114,10 @@ def reason_of(error: OSError) -> str:
     return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
 
 
-def one_line(error: OSError) -> str:
-    """What an error of the system says, without its number and with the name of the file."""
-    if error.strerror is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+def one_line(error: OSError, what: object) -> str:
+    """What an error of the system says about `what`, and what to do about a full disk."""
+    advice = " Make room, or choose another one." if error.errno in FULL else ""
+    return str(error) if error.strerror is None else f"{what}: {error.strerror}.{advice}"
 
 
 @contextlib.contextmanager
@@ -325,7 +327,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
             raise
         inside = error.filename is None or str(error.filename).startswith(str(beside))
         what = f"Cannot save to the path {path}" if inside else error.filename
-        raise type(error)(f"{what}: {error.strerror}.") from None
+        raise type(error)(one_line(error, what)) from None
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -87,7 +88,7 @@ def save(
         try:
             mx.save_safetensors(str(folder / file), flat(parameters), metadata={"format": "mlx"})
         except RuntimeError as error:  # a full disk
-            raise OSError(f"{file} cannot be written: {error}") from None
+            raise OSError(errno.ENOSPC, f"{file} cannot be written") from error
     if adapters is not None:
         write_json(folder / lora.CONFIG_FILE, adapters)
     (folder / TRAINED_ON_FILE).write_bytes(trained_on)

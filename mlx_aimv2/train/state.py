@@ -60,9 +60,10 @@ def training_run(output: Path, *, resume: bool, rank: int = 0) -> Iterator[Path]
         except BaseException as error:
             if rank == 0 and not state.is_file():
                 discard(folder)
-            elif isinstance(error, OSError) and KEPT not in (said := one_line(error)):
-                raise type(error)(f"{said}; {folder} {KEPT}") from None
-            raise
+            if not isinstance(error, OSError) or KEPT in str(error):
+                raise
+            advice = f"; {folder} {KEPT}" if state.is_file() else ""
+            raise type(error)(f"{one_line(error, error.filename or folder)}{advice}") from None
 
 
 def discard(folder: Path) -> None:
