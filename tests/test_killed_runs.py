@@ -29,6 +29,7 @@ folder, seed, times, command = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv
 rng = random.Random(seed)
 def started(output, *more, cache="cache"):
     said = folder / f"said-{rng.random()}"
+    said.touch()
     child = os.fork()
     if child == 0:
         os.environ["MLX_AIMV2_CACHE"] = str(folder / cache)

@@ -1,5 +1,6 @@
 """`fit`, `predict` and `evaluate` end to end, and what ends in one line instead."""
 
+import csv
 import json
 import re
 import shutil
@@ -76,10 +77,25 @@ def test_the_folder_holds_a_card_with_a_table_and_images(head):
         assert min(image.size) > 80
 
 
-def test_a_label_may_hold_what_parts_the_cells_of_a_table(digits, tmp_path):
-    (digits / "digit 2").rename(digits / "a|b")
+@pytest.mark.parametrize(
+    ("label", "shown", "cell"),
+    [
+        ("a|b", r"a\|b", "a|b"),
+        ("<script>x<*script>", r"\<script\>x\<\*script\>", "<script>x<*script>"),
+        ("![a](http:b)", r"\!\[a\](http\:b)", "![a](http:b)"),
+        ("=1+1", "=1+1", "'=1+1"),
+        ("-cmd", "-cmd", "'-cmd"),
+        ("-1", "-1", "-1"),
+        ("@SUM(A1)", "@SUM(A1)", "'@SUM(A1)"),
+    ],
+)
+def test_a_label_is_text_on_the_card_and_in_a_spreadsheet(digits, tmp_path, label, shown, cell):
+    (digits / "digit 2").rename(digits / label)
     fit(digits, CHECKPOINT, tmp_path / "head")
-    assert r"| a\|b | 2 |" in (tmp_path / "head" / "README.md").read_text()
+    assert f"| {shown} | 2 |" in (tmp_path / "head" / "README.md").read_text()
+    assert main(["predict", "head", str(digits / label), "-o", "written"]) == 0
+    with (tmp_path / "written" / "predictions.csv").open(newline="") as stream:
+        assert cell in {row["label"] for row in csv.DictReader(stream)}
 
 
 def test_the_list_of_labels_may_be_in_another_unicode_form(digits, tmp_path):
