@@ -238,6 +238,14 @@ def test_what_was_stopped_is_resumed_or_removed_and_nothing_else_is_resumed(tmp_
         training_run(output, resume=True).__enter__()
 
 
+def test_one_run_at_a_time_has_a_target(tmp_path):
+    with training_run(tmp_path / "head", resume=False):
+        with pytest.raises(FileExistsError, match=r"head.training: another process is writing there"):
+            training_run(tmp_path / "head", resume=False).__enter__()
+        with training_run(tmp_path / "other", resume=False):
+            pass
+
+
 def test_a_run_that_fails_without_a_state_leaves_only_what_is_not_its_own(tmp_path):
     folder = tmp_path / "head.training"
     for others in ([], ["notes.txt"]):

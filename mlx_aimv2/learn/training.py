@@ -222,6 +222,8 @@ def train_on_features(run: Run) -> Trained:
     def scores(candidates: Any) -> list[float]:
         return [run.score(outputs_of(head)) for head in candidates.heads]
 
+    if len(heads) > 1:
+        run.say(f"{len(heads)} heads are trained side by side, by different settings; the loss is that of all together")
     model = nn.Module()
     model.heads = heads
     progress = run.train(model, loss, make, evaluate=lambda candidates: max(scores(candidates)), groups=groups)
