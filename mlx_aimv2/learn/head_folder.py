@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from mlx_aimv2.embed.provenance import differences, fingerprint
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.lora import load_arrays
 from mlx_aimv2.learn.task import MAX_SIDE, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
@@ -43,6 +45,9 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
+
+MANY_PATCHES = 1 << 14
+"""Four times as many as the released checkpoints were trained on, of which attention compares each with each."""
 
 FIELDS: dict[str, type] = {
     "task": str,
@@ -136,6 +141,8 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     check_encoder(folder, wanted, loaded)
     _check_positions(folder, info, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
+    if (patches := math.prod(grid_of(processor))) > MANY_PATCHES:
+        warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     _load_changes(folder, info["fine_tune_type"], vision)
     head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
     load_arrays(folder / HEAD_FILE, head, head.parameters())
