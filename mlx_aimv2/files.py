@@ -45,6 +45,9 @@ PREVIOUS = "previous"
 PATIENCE = 10.0
 """Seconds that another process may take to finish what it writes to the same target."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk, a quota or a file that takes no more."""
+
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -126,6 +129,12 @@ def reason_of(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "may not be read: permission denied"
     return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
+
+
+def one_line(error: OSError, what: object) -> str:
+    """What an error of the system says about `what`, and what to do about a full disk."""
+    advice = " Make room, or choose another one." if error.errno in FULL else ""
+    return str(error) if error.strerror is None else f"{what}: {error.strerror}.{advice}"
 
 
 @contextlib.contextmanager
@@ -318,33 +327,43 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     What a killed process left there goes first. Errors of the system that name no other file end as one line with the
     target's name.
     """
-    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
-
-    target = path.absolute()
-    beside, lock_file = _hidden(target)
-    lock = FileLock(lock_file)
+    target, beside = path.absolute(), _hidden(path)
     try:
-        lock.acquire(timeout=PATIENCE)
-        _remove_unfinished(target, beside)
-        _mine[target] = beside  # known before there is anything: a signal may come at any moment
-        beside.mkdir(0o700)
-        yield beside
-    except Timeout:
-        raise FileExistsError(
-            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
-        ) from None
+        with locked(path, patience=PATIENCE):
+            try:
+                _remove_unfinished(target, beside)
+                _mine[target] = beside  # known before there is anything: a signal may come at any moment
+                beside.mkdir(0o700)
+                yield beside
+            finally:
+                _remove_unfinished(target, beside)
+                _mine.pop(target, None)
     except OSError as error:
         if error.strerror is None:
             raise
         inside = error.filename is None or str(error.filename).startswith(str(beside))
         what = f"Cannot save to the path {path}" if inside else error.filename
-        raise type(error)(f"{what}: {error.strerror}.") from None
+        raise type(error)(one_line(error, what)) from None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, patience: float) -> Iterator[None]:
+    """A block that one process at a time is in for this path; raises FileExistsError after `patience` seconds."""
+    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
+
+    lock_file = _lock_file(path.absolute())
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise FileExistsError(
+            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
+        ) from None
+    try:
+        yield
     finally:
-        if lock.is_locked:
-            _remove_unfinished(target, beside)
-            _mine.pop(target, None)
-            lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
-            lock.release()
+        lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
+        lock.release()
 
 
 def discard_unfinished() -> None:
@@ -376,20 +395,25 @@ _mine: dict[Path, Path] = {}
 """What this process is writing to -> the hidden folder beside it."""
 
 
-def _hidden(target: Path) -> tuple[Path, Path]:
-    """The hidden folder beside a target, and its lock among what may be computed again, or in the temporary folder.
-
-    Only those processes share the folder's name that share its lock: on one machine, with one cache.
-    """
+def _lock_file(target: Path) -> Path:
+    """The lock of a target among what may be computed again, or in the temporary folder."""
     locks = cache_folder() / "locks"
     with contextlib.suppress(OSError):
         locks.mkdir(parents=True, exist_ok=True)
     if not os.access(locks, os.W_OK | os.X_OK):
         locks = Path(tempfile.gettempdir())
     real = Path(os.path.realpath(target.parent)) / target.name
-    lock = locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
-    shared = hashlib.sha256(os.fsencode(lock) + platform.node().encode()).hexdigest()[:16]
-    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}", lock  # file systems allow 255 bytes
+    return locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
+
+
+def _hidden(path: Path) -> Path:
+    """The hidden folder beside a target.
+
+    Only those processes share its name that share the lock: on one machine, with one cache.
+    """
+    target = path.absolute()
+    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
+    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}"  # file systems allow 255 bytes
 
 
 def _remove_unfinished(target: Path, beside: Path) -> None:

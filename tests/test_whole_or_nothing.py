@@ -87,7 +87,9 @@ def test_an_interruption_by_hand_leaves_nothing(tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(disk):
     place = disk("size=1m")
-    with pytest.raises(OSError, match=r"^Cannot save to the path .*mlx: No space left on device.$"):
+    with pytest.raises(
+        OSError, match=r"^Cannot save to the path .*mlx: No space left on device. Make room, or choose another one.$"
+    ):
         convert(ENCODER, place / "mlx")
     assert not list(place.iterdir())
 
@@ -100,7 +102,9 @@ def test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "mlx_aimv2.convert", "--model", str(ENCODER), "--mlx-path", str(tmp_path / "mlx")]
     run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1] == f"mlx-aimv2: Cannot save to the path {tmp_path / 'mlx'}: File too large."
+    assert run.stderr.splitlines()[-1] == (
+        f"mlx-aimv2: Cannot save to the path {tmp_path / 'mlx'}: File too large. Make room, or choose another one."
+    )
     assert "Traceback" not in run.stderr
     assert not list(tmp_path.iterdir())
 

@@ -319,8 +319,8 @@ def _check_size(size: tuple[int, int], policy: Policy) -> None:
     width, height = size
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"has {width}x{height} pixels, more than {limit:,}: make it smaller, or raise the limit if you trust it, "
-            "with --max-pixels (max_pixels)"
+            f"has {width}x{height} pixels, more than {limit:,}: make it smaller; if you trust it, embed, search, "
+            "classify and map take a higher limit, --max-pixels (max_pixels)"
         )
 
 

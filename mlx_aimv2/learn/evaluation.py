@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
 from mlx_aimv2.learn.samples import seen
 from mlx_aimv2.learn.task import Task
+
+MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
+"""What makes images, links, code and HTML of text in Markdown, and what ends a cell."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def write_card(
     text = f"""\
 {front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
 
-# {name}
+# {_as_text(name)}
 
 A head for {task.pipeline_tag.split("-")[1]} on {at}, trained with mlx-aimv2 {info["versions"]["mlx-aimv2"]} \
 (`--fine-tune-type {info["fine_tune_type"]}`) on images: \
@@ -152,7 +156,12 @@ mlx-aimv2 evaluate {name} DATA
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header; numbers stand at the right."""
-    header, *rest = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    """A table whose first row is the header; numbers stand at the right, and labels as they are written."""
+    header, *rest = ([_as_text(cell) for cell in row] for row in rows)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rest))
+
+
+def _as_text(label: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(label.split()))

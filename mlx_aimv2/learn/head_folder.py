@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +25,12 @@ from mlx_aimv2.embed.cache import differences, fingerprint
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.lora import load_arrays
-from mlx_aimv2.learn.task import Task, find_task
+from mlx_aimv2.learn.task import MAX_SIDE, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.train.optimizer import flat
+from mlx_aimv2.train.optimizer import first_not_finite, flat
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
@@ -42,6 +45,9 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
+
+MANY_PATCHES = 1 << 14
+"""Four times as many as the released checkpoints were trained on, of which attention compares each with each."""
 
 FIELDS: dict[str, type] = {
     "task": str,
@@ -80,10 +86,14 @@ def save(
     if file := ENCODER_FILES.get(kind):
         changed[file] = learner.encoder.trainable_parameters()
     for file, parameters in changed.items():
+        if (name := first_not_finite(flat(parameters))) is not None:
+            raise ValueError(
+                f"{name} holds values that are no numbers: does the encoder, or what it makes of an image?"
+            )
         try:
             mx.save_safetensors(str(folder / file), flat(parameters), metadata={"format": "mlx"})
         except RuntimeError as error:  # a full disk
-            raise OSError(f"{file} cannot be written: {error}") from None
+            raise OSError(errno.ENOSPC, f"{file} cannot be written") from error
     if adapters is not None:
         write_json(folder / lora.CONFIG_FILE, adapters)
     (folder / TRAINED_ON_FILE).write_bytes(trained_on)
@@ -111,6 +121,8 @@ def read_info(folder: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(info.get(name), kind):
             raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if not 1 <= info["image_size"] <= MAX_SIDE:
+        raise ValueError(f"{file} is damaged: image_size is {info['image_size']}")
     if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
         raise ValueError(f"{file} is damaged: classes are not a list of names")
     return info
@@ -125,14 +137,12 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     info = read_info(folder)
     task = find_task(info["task"])
     wanted = info["encoder"]
-    try:
-        source = read_source(model or str(wanted.get("checkpoint")), revision=None if model else wanted.get("commit"))
-        loaded = source.load(dtype=dtype or wanted.get("dtype"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
+    loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
     _check_positions(folder, info, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
+    if (patches := math.prod(grid_of(processor))) > MANY_PATCHES:
+        warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     _load_changes(folder, info["fine_tune_type"], vision)
     head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
     load_arrays(folder / HEAD_FILE, head, head.parameters())
@@ -162,10 +172,9 @@ def fuse(
     kind, encoder = info.get("fine_tune_type", "lora"), info.get("encoder", {})
     if kind not in ENCODER_FILES:
         raise ValueError(f"{head} left the encoder as it is ({kind}): nothing to fuse")
-    name = model or encoder.get("checkpoint")
-    if name is None:
+    if not (model or encoder):
         raise ValueError(f"{head} does not say which encoder it is for: give --model")
-    loaded = read_source(name, revision=revision or (None if model else encoder.get("commit"))).load()
+    loaded = _encoder_of(head, encoder, model, revision)
     if info:
         check_encoder(head, encoder, loaded)
     own = loaded.model.vision.config.image_size
@@ -183,6 +192,19 @@ def fuse(
         mlx_folder.save_beside(place, source)
         model_card.write(place, source=source, config=config, report=None)
     return target
+
+
+def _encoder_of(
+    folder: Path, wanted: Mapping[str, Any], model: str | None, revision: str | None, *, dtype: str | None = None
+) -> Loaded:
+    """The encoder that a folder was made on, from where it was then, or from `model`."""
+    revision = revision or (None if model else wanted.get("commit"))
+    try:
+        return read_source(model or str(wanted.get("checkpoint")), revision=revision).load(dtype=dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the encoder that {folder} needs is not there: {error}; say where it is, --model MODEL"
+        ) from None
 
 
 def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:

@@ -11,7 +11,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_aimv2.files import read_json
+from mlx_aimv2.learn.task import MAX_RANK
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.optimizer import first_not_finite
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -23,6 +25,13 @@ KEYS = [".".join(names) for names in LAYERS]
 
 RANK, SCALE, DROPOUT = 8, 20.0, 0.0
 """mlx-lm's defaults."""
+
+NUMBERS: dict[str, tuple[tuple[type, ...], float, float]] = {
+    "rank": ((int,), 1, MAX_RANK),
+    "scale": ((int, float), -3.4e38, 3.4e38),
+    "dropout": ((int, float), 0, 0.999),
+}
+"""Fields of lora_parameters: type, and the smallest and largest value."""
 
 
 class LoRALinear(nn.Module):
@@ -137,9 +146,10 @@ def _read_config(file: Path, depth: int) -> dict[str, Any]:
         raise ValueError(f"{file}: wanted fine_tune_type {' or '.join(KINDS)} and lora_parameters")
     if sorted(keys := parameters.get("keys", KEYS)) != sorted(KEYS):
         raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys}")
-    for name in ("rank", "scale"):
-        if not isinstance(parameters.get(name), (int, float)):
-            raise ValueError(f"{file}: lora_parameters has no number for {name}")
+    for name, (kinds, low, high) in NUMBERS.items():
+        value: Any = parameters.get(name, 0.0 if name == "dropout" else None)
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(f"{file}: lora_parameters has {value!r:.60} for {name}")
     layers = config.setdefault("num_layers", -1)
     if not isinstance(layers, int) or not (layers == -1 or 1 <= layers <= depth):
         raise ValueError(f"{file}: num_layers {layers!r}, and this encoder has {depth} blocks")
@@ -166,5 +176,6 @@ def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = Fa
             f"{file} is not for this encoder: {differ[0]} is {found.get(differ[0], 'missing')}, "
             f"wanted {shapes.get(differ[0], 'no such tensor')}; {len(differ)} differ"
         )
+    if (name := first_not_finite(arrays)) is not None:
+        raise ValueError(f"{file} is damaged: {name} holds values that are no numbers")
     module.load_weights(list(arrays.items()), strict=False)
-    mx.eval(list(arrays.values()))

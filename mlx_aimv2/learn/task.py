@@ -59,7 +59,7 @@ RECIPES = {
         "tokens", (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1), epochs=100, batch_size=1024, warm_up_epochs=5
     )
 }
-"""Name -> settings: `paper` is the attentive probe of AIMv2 (arXiv 2411.14402, table A2)."""
+"""Name -> settings: `paper` has those of AIMv2's attentive probe (arXiv 2411.14402, table A2), not its augmentation."""
 
 
 class Data(Protocol):
@@ -177,7 +177,10 @@ class Options:
         None, "data", "side of the images in pixels (default: the checkpoint's)", "at least 1", maximum=MAX_SIDE
     )
     recipe: str | None = setting(
-        None, "what is trained", "paper: the attentive probe as AIMv2's authors trained it", choices=tuple(RECIPES)
+        None,
+        "what is trained",
+        "paper: the settings of AIMv2's attentive probe, without its augmentation",
+        choices=tuple(RECIPES),
     )
     num_layers: int | None = setting(
         None,
@@ -215,7 +218,12 @@ class Options:
     steps_per_eval: int | None = setting(
         None, "run", "steps between evaluations (default: a twentieth of all)", "at least 1"
     )
-    patience: int | None = setting(None, "run", "stop after N evaluations without a better one; 0: never", "at least 0")
+    patience: int | None = setting(
+        None,
+        "run",
+        "stop after N evaluations none of which is better, 0 never (default: 8 for lora, dora and full, else 0)",
+        "at least 0",
+    )
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
 
     def __post_init__(self) -> None:

@@ -301,8 +301,8 @@ LEARNING = (
     ),
     Mutation(
         "a head takes its encoder's newest commit, not its own",
-        'revision=None if model else wanted.get("commit")',
-        "revision=None",
+        'revision = revision or (None if model else wanted.get("commit"))',
+        "revision = None",
         ("tests/learn/test_fit.py::test_a_head_asks_for_the_commit_of_its_encoder_that_it_was_trained_on",),
     ),
 )

@@ -7,12 +7,6 @@ HTML, DAMAGED = (f"tests/index/test_{name}.py::test_" for name in ("html", "dama
 
 RESULTS = (
     Mutation(
-        "a label breaks the table of a card",
-        '[cell.replace("|", "\\\\|").replace("\\n", " ") for cell in row]',
-        "list(row)",
-        (FIT + "a_label_may_hold_what_parts_the_cells_of_a_table",),
-    ),
-    Mutation(
         "--labels are compared without Unicode's one form",
         "allowed = [same_form(name) for name in labels or dataset.classes]",
         "allowed = list(labels or dataset.classes)",
