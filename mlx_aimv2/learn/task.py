@@ -31,7 +31,7 @@ Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
 Solve: TypeAlias = "Callable[[str, Labelled, Labelled, int, Callable[[str], None]], nn.Module]"
 """Finds a head without the training loop: `kind, training and validation features, number of classes, say -> head`."""
 
-TASKS = ("detect", "segment", "classify")
+TASKS = ("segment", "detect", "classify")
 """Folders beside this file, in the order in which DATA is tried."""
 
 

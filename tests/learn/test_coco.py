@@ -49,7 +49,7 @@ def counts(dataset):
 def test_roboflows_folders_are_read(tmp_path):
     for first, part in enumerate(("train", "valid", "test")):
         write(tmp_path / part / "_annotations.coco.json", content(3, first=10 * first))
-    assert coco.recognise(tmp_path) == "_annotations.coco.json"
+    assert coco.recognise(tmp_path) == "boxes as COCO JSON"
     found = coco.read(tmp_path)
     assert counts(found) == {"train": 3, "val": 3, "test": 3}
     assert found.classes == ("cat", "dog")  # in the order of their ids
@@ -202,7 +202,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
         "annotation 72 has the image_id 99, which is not among its images",
         "annotation 73 has the category_id 98, which is not among its categories",
         "4.png: the box of annotation 74",
-        "5.png has 31x23 pixels upright (height x width), but _annotations.coco.json says 23x31",
+        "5.png has 31x23 pixels upright (height x width), but _annotations.coco.json has 23x31",
         "an entry of annotations has no usable image_id",
     ):
         assert part in found

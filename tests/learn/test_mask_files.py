@@ -88,7 +88,7 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
 def test_a_value_beyond_the_classes_is_named(tmp_path):
     (folder(tmp_path, 2, values=(0, 1, 7, 255)) / "classes.txt").write_text("sky\nsea\n")
     assert [line.split(" has the value ")[1] for line in lines(tmp_path)] == [
-        "7, but classes.txt has 2 lines, from 0 to 1 (255 is ignored)"
+        "7, but only 0, 1 have names (255 is ignored)"
     ] * 2
 
 
@@ -101,7 +101,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     Image.fromarray(np.full((11, 7), 300, np.uint16)).save(data / "masks" / "7.png")
     found = "\n".join(lines(data))
     for part in (
-        "3.png has 7x11 pixels (height x width), its image 11x7",
+        "3.jpg has 11x7 pixels upright (height x width), but its mask ",
         "4.jpg is not an image",
         "5.png is not an image",
         "6.png has the colour mode RGB; a mask holds one class number per pixel",
@@ -120,7 +120,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_left_out_aloud(tmp_p
     said = "\n".join(found.notes)
     assert "1.jpg has no mask of its name in " in said and "2.png has no image of its name in " in said
     for file in (data / "masks").iterdir():
-        file.rename(file.with_name(f"{file.stem}_mask.png"))
+        file.rename(file.with_name(f"of-{file.stem}.png"))
     assert "no image in" in lines(data)[0] and "has a mask of its name in" in lines(data)[0]
 
 
