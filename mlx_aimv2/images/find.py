@@ -159,10 +159,14 @@ class Scan:
         """The folders right in a folder that images are looked for in, sorted."""
         return [Path(name) for name in self._listing(folder, deep=False).folders]
 
+    def was_read(self, folder: Path, suffix: str) -> None:
+        """Takes the files of a suffix out of the account of a folder: they were not passed over."""
+        self._listing(folder, deep=True).suffixes.pop(suffix.lower(), None)
+
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
-        if file.parent == folder:
-            self._listing(folder, deep=True).suffixes.pop(file.suffix.lower(), None)  # it was not passed over
+        if file.is_relative_to(folder):
+            self.was_read(folder, file.suffix)
         if rest := sorted(set(self.images(folder)).difference(names)):
             self.note(rest[0], f"is not listed in {file.name}: skipped", len(rest))
 

@@ -71,27 +71,26 @@ CORNERS: dict[str, Callable[[float, float, float, float], Sequence[float]]] = {
 
 def recognise(data: Path) -> str | None:
     """In which format DATA has boxes, else None."""
-    scan = Scan()
-    found = (name for name, form in FORMATS.items() if data.is_dir() and form.find(data, scan))
-    return next((f"boxes as {name}" for name in found), None)
+    return next((f"boxes as {name}" for name in _formats_of(data)), None) if data.is_dir() else None
+
+
+def _formats_of(data: Path) -> Iterator[str]:
+    return (name for name, form in FORMATS.items() if form.find(data, Scan()))
 
 
 def _find(data: Path, scan: Scan) -> Found:
-    sources = {name: files for name, form in FORMATS.items() if (files := form.find(data, scan))}
-    if not sources:
+    names = list(_formats_of(data))
+    if not names:
         layouts = ", ".join(f"{name} ({form.layout})" for name, form in FORMATS.items())
         raise DataError([f"{data} has no boxes in a format that is read: {layouts}"])
-    name, *others = sources
-    for other in others:
-        scan.note(str(data), f"has boxes as {other} too, of which nothing is read: {name} comes first")
-    reading = Reading(data, scan)
-    FORMATS[name].read(sources[name], reading)
+    for other in names[1:]:
+        scan.note(str(data), f"has boxes as {other} too, of which nothing is read: {names[0]} comes first")
+    form, reading = FORMATS[names[0]], Reading(data, scan)
+    form.read(form.find(data, scan), reading)
     used = {row.name for part in reading.parts.values() for objects in part.values() for row in objects.rows}
     for unused in [own for own in reading.classes if own not in used]:
         scan.note(f"category {unused}", "is the class of no object")
-    parts = {
-        part: [(path, (FORMATS[name], objects)) for path, objects in own.items()] for part, own in reading.parts.items()
-    }
+    parts = {part: [(path, (form, objects)) for path, objects in own.items()] for part, own in reading.parts.items()}
     return Found(parts, list(reading.classes) or None, reading.faults)
 
 
@@ -139,7 +138,7 @@ def _read_coco(files: Mapping[str, tuple[Path, list[Path]]], reading: Reading) -
             if (name := same_form(str(entry.get("supercategory", "")))) != categories[str(entry["id"])]
         }
         found = reading.parts[part] = _objects(file, places, content, categories, reading)
-        folder = next((place for place in places if any(Path(path).parent == place for path in found)), places[0])
+        folder = next((place for place in places if any(Path(path).is_relative_to(place) for path in found)), places[0])
         folders.setdefault(folder, file)
     every = [path for found in reading.parts.values() for path in found]
     for folder, file in folders.items():

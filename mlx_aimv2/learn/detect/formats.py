@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -207,6 +208,8 @@ def read_yolo(images: Mapping[str, list[str]], reading: Reading) -> None:
             objects.rows += _yolo_rows(text, numbered, file, "kpt_shape" in settings, reading.faults)
         else:
             reading.scan.note(path, "has no text file of its name: taken for an image without objects")
+    for folder, suffix in product({text.parent for text in texts}, {".txt", file.suffix if file else ".txt"}):
+        reading.scan.was_read(folder, suffix)
     for other in sorted({other for text in texts for other in text.parent.glob("*.txt")} - texts):
         if YOLO_ROW.match(read_start(other, max_bytes=START_BYTES)):
             reading.scan.note(str(other), "has no image of its name: left out")
@@ -287,6 +290,7 @@ def read_voc(folders: Mapping[str, tuple[Path, Path]], reading: Reading) -> None
     for part, (images, others) in folders.items():
         files = [str(file) for file in _xml(others, images == others)]
         pairs = dense.by_name((images, others), files, "XML file", reading.scan)
+        reading.scan.was_read(images, ".xml")
         lists = reading.data / "ImageSets" / "Main"
         for own, chosen in ({part: pairs} if part else dense.by_lists(lists, pairs, images, reading.scan)).items():
             reading.parts[own] = {image: _voc_objects(Path(file), reading) for image, file in chosen}
