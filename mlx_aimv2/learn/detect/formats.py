@@ -197,13 +197,14 @@ def read_yolo(images: Mapping[str, list[str]], reading: Reading) -> None:
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
     texts: set[Path] = set()
     for part, path in ((part, path) for part, paths in images.items() for path in paths):
-        *before, last = re.split(r"(?<=[/\\])images(?=[/\\])", path)
-        text = Path("images".join(before) + "labels" + last).with_suffix(".txt") if before else Path()
-        text = text if text.is_file() else Path(path).with_suffix(".txt")
-        objects = reading.parts[part][path] = Objects(text)
         if not os.path.isfile(path):  # noqa: PTH113 - as above
             reading.faults.append(f"{path} is in the list of {part or 'all images'}, but does not exist")
-        elif text.is_file():
+            continue
+        *before, last = re.split(r"(?<=[/\\])images(?=[/\\])", path)
+        text = Path("images".join(before) + "labels" + last if before else path).with_suffix(".txt")
+        text = text if text.is_file() else Path(path).with_suffix(".txt")
+        objects = reading.parts[part][path] = Objects(text)
+        if text.is_file():
             texts.add(text)
             objects.rows += _yolo_rows(text, numbered, file, "kpt_shape" in settings, reading.faults)
         else:
@@ -220,7 +221,12 @@ def _yolo_rows(
 ) -> list[Row]:
     """Lines of a class number and a box, the points of a polygon, or a box and keypoints."""
     rows = []
-    for count, line in enumerate(read_text(text, max_bytes=MAX_BYTES).splitlines(), 1):
+    try:
+        lines = read_text(text, max_bytes=MAX_BYTES).splitlines()
+    except (OSError, ValueError) as error:
+        faults.append(str(error))
+        return []
+    for count, line in enumerate(lines, 1):
         key, *values = line.split() or [""]
         key = re.sub(r"\.0*$", "", key)
         if key and not (key in names if names else key.isascii() and key.isdigit()):
