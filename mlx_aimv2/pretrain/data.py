@@ -40,7 +40,7 @@ from mlx_aimv2.images.exclude import is_junk
 from mlx_aimv2.images.find import Scan, has_suffix
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn.classify.data import METADATA, metadata_file, metadata_rows
+from mlx_aimv2.learn.metadata import METADATA, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
