@@ -219,3 +219,49 @@ def folder_of(file: Path, rows: Sequence[Mapping[str, Any]], scan: Scan) -> Path
         return file.parent
     scan.note(str(file), f"has its images in {holding[0].name}/")
     return holding[0]
+
+
+FOREIGN = {
+    (".parquet", ".arrow", ".feather"): "is a table with images in it, which is not read: write them as files first",
+    (
+        ".tfrecord",
+        ".tfrecords",
+        ".rec",
+        ".mdb",
+        ".lmdb",
+    ): "holds records, which are not read: write its images as files",
+    (".npz", ".npy", ".mat", ".h5", ".hdf5", ".pkl", ".pt"): "holds arrays, which are not read: write them as images",
+    (".tar",): "is an archive, of which only pretrain and lit read the images: unpack it",
+    (".zip", ".tgz", ".gz", ".7z", ".rar"): "is an archive: unpack it",
+    (".xlsx", ".xls", ".ods"): "is a spreadsheet: save it as metadata.csv",
+    (".yaml", ".yml", ".xml", ".json"): "is no description of labels, masks or boxes in a form that is read",
+}
+"""Endings of what may describe images, or hold them, and is not read, and what to do about it."""
+
+EXPORTS = {
+    b'"lead_time"': "Label Studio",
+    b'"imagePath"': "LabelMe",
+    b'"_via_': "VGG's annotator",
+    b"<annotations>": "CVAT",
+}
+"""What begins the files of annotation programs, where what is written is not read: they can export others."""
+
+
+def not_read(data: Path) -> list[str]:
+    """What lies in DATA or its folders that may describe it and is not read, a line for each reason."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted([*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")]):
+        endings = [ending.partition("-")[0].lower() for ending in file.suffixes[-1:]]
+        reason = next((reason for known, reason in FOREIGN.items() if {*known} & {*endings}), None)
+        if file.suffix.lower() in TABLES:
+            names = columns_of(file)
+            missing = [
+                f"column {word}" for word, meant in (("file_name", IMAGE), ("label", LABEL)) if not column(names, meant)
+            ]
+            reason = f"has no {' and no '.join(missing)} among its columns ({listed(names)})" if missing else None
+        if reason and file.is_file():
+            program = next((name for mark, name in EXPORTS.items() if mark in read_start(file, max_bytes=START)), None)
+            found.setdefault(f"is {program}'s own: export it as COCO or CSV" if program else reason, []).append(file)
+    return [
+        f"{files[0]}{f' (and {len(files) - 1:,} more)' * (len(files) > 1)} {reason}" for reason, files in found.items()
+    ]

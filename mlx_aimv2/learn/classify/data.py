@@ -16,10 +16,9 @@ import numpy as np
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn import samples
+from mlx_aimv2.learn import metadata, samples
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import LABEL, PART, column, columns_of, folder_of, image_of, metadata_file, metadata_rows
-from mlx_aimv2.learn.metadata import tables as all_tables
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, listed, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
@@ -38,7 +37,7 @@ NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.comp
 
 SEVERAL = "several labels an image are not possible yet: keep one, or make each combination a label"
 
-tables = partial(all_tables, of=LABEL)
+tables = partial(metadata.tables, of=LABEL)
 
 
 def recognise(data: Path) -> str | None:
@@ -189,7 +188,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
     return numbers[labels.names[0]]
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2))
+read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2, others=metadata.not_read))
 
 
 def example(
