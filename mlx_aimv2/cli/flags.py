@@ -19,7 +19,7 @@ MODEL = "Hub name, folder or weight file"
 
 REVISION = "branch, tag or commit"
 
-MAX_PATCHES = "native checkpoints: scale larger images down"
+PATCHES = "native checkpoints: scale larger images down"
 
 REPEATED = "may be repeated"
 
