@@ -47,6 +47,12 @@ def add_captions(add: Add) -> None:
     add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
 
 
+def add_skip_broken(add: Add, *, default: bool = False) -> None:
+    """Adds --skip-broken and --no-skip-broken."""
+    words = f"leave out images that cannot be read, or refuse them (default: {'leave out' if default else 'refuse'})"
+    add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
+
+
 def add_policy_arguments(add: Add) -> None:
     """Adds --decode, --max-pixels and --truncated."""
     add(

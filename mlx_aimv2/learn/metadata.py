@@ -48,6 +48,13 @@ LABEL: Names = (
 )
 """Those of the column of the labels."""
 
+CAPTION: Names = (
+    frozenset({"text"}),
+    frozenset({"caption", "captions", "texts"}),
+    frozenset({"description", "prompt", "alttext", "title"}),
+)
+"""Those of the column of the captions."""
+
 PART: Names = (frozenset({"split", "part", "subset", "partition", "dataset"}),)
 """Those of the column that says in which part an image is."""
 
@@ -247,7 +254,7 @@ EXPORTS = {
 """What begins the files of annotation programs, where what is written is not read: they can export others."""
 
 
-def not_read(data: Path) -> list[str]:
+def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
     """What lies in DATA or its folders that may describe it and is not read, a line for each reason."""
     found: dict[str, list[Path]] = {}
     for file in sorted([*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")]):
@@ -256,7 +263,7 @@ def not_read(data: Path) -> list[str]:
         if file.suffix.lower() in TABLES:
             names = columns_of(file)
             missing = [
-                f"column {word}" for word, meant in (("file_name", IMAGE), ("label", LABEL)) if not column(names, meant)
+                f"column {word}" for word, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)
             ]
             reason = f"has no {' and no '.join(missing)} among its columns ({listed(names)})" if missing else None
         if reason and file.is_file():
