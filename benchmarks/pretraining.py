@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.backend import x86, x86_training
-from mlx_aimv2.cli.pretrain import sizes
+from mlx_aimv2.cli.pretrain_lit import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise
 from mlx_aimv2.pretrain.pretraining import Settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -16,9 +16,11 @@ import numpy as np
 from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.loader import images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.images.open import POLICY, ImageInput, Policy, open_image, warn_of
-from mlx_aimv2.images.pixels import Levels
 from mlx_aimv2.images.processor import Aimv2Processor, are_apart, as_list
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
+
+if TYPE_CHECKING:
+    from mlx_aimv2.images.pixels import Levels
 
 TEMPLATES = ("a photo of a {}",)
 """Sentences that a label is put into unless others are given."""

@@ -53,7 +53,7 @@ def test_each_flag_is_a_keyword():
     import argparse
 
     parser = argparse.ArgumentParser()
-    converter.add_arguments(parser)
+    converter.add_convert(parser)
     flags = vars(parser.parse_args(["--model", "x"]))
     keywords = set(inspect.signature(convert).parameters) - {"log"}
     assert set(flags) == keywords

@@ -15,12 +15,8 @@ from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassi
 MAX_LABEL_BYTES = 1 << 20
 """Of a file of labels: ImageNet's 1,000 take 20 kB, and each label is one pass of the text encoder."""
 
-HELP = "rank your labels by how well they fit each image"
 
-EXAMPLE = 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"'
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_classify(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("images", nargs="+", metavar="IMAGE", help="image file")
@@ -51,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_classify(arguments: argparse.Namespace) -> int:
     """Prints the best labels of each image; returns 1 when some could not be read."""
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")

@@ -8,19 +8,15 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from mlx_aimv2.cli.flags import MAX_PATCHES, MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import MODEL, PATCHES, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import expand_user
-
-HELP = "embed folders of images into an index, for search"
-
-EXAMPLE = "~/Pictures -m apple/aimv2-large-patch14-224 -o photos.db"
 
 POOLS = ("mean", "head", "tokens", "map")
 EXPORTS = ("npz", "safetensors", "jsonl")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_embed(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
@@ -46,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", choices=("float16", "float32"), metavar="NAME", help=words)
 
     add = parser.add_argument_group("reading images").add_argument
-    add("--max-patches", type=int, metavar="N", help=f"{MAX_PATCHES} (default: 4096)")
+    add("--max-patches", type=int, metavar="N", help=f"{PATCHES} (default: 4096)")
     add("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
     add_policy_arguments(add)
 
@@ -58,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the summary as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_embed(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
     from mlx_aimv2.embed.encode import Settings
     from mlx_aimv2.embed.job import Options, update_index

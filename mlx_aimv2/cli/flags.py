@@ -19,7 +19,7 @@ MODEL = "Hub name, folder or weight file"
 
 REVISION = "branch, tag or commit"
 
-MAX_PATCHES = "native checkpoints: scale larger images down"
+PATCHES = "native checkpoints: scale larger images down"
 
 REPEATED = "may be repeated"
 
@@ -45,6 +45,12 @@ def add_captions(add: Add) -> None:
     vocabulary = "largest vocabulary trained on the captions (default: %(default)s)"
     add("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=vocabulary)
     add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
+
+
+def add_skip_broken(add: Add, *, default: bool = False) -> None:
+    """Adds --skip-broken and --no-skip-broken."""
+    words = f"leave out images that cannot be read, or refuse them (default: {'leave out' if default else 'refuse'})"
+    add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
 
 
 def add_policy_arguments(add: Add) -> None:

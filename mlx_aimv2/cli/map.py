@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -15,20 +16,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli import flags
-from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import MODEL, PATCHES, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show_progress
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder
 from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.pixels import Levels
-from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load
-from mlx_aimv2.model import Aimv2VisionModel
 
-HELP = "draw the features of images: a colour for each patch, or how similar patches are"
-
-EXAMPLE = "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12"
+if TYPE_CHECKING:
+    from mlx_aimv2.images.pixels import Levels
+    from mlx_aimv2.images.processor import Aimv2Processor
+    from mlx_aimv2.model import Aimv2VisionModel
 
 ENDING = ".png"
 
@@ -39,7 +37,7 @@ HEIGHT = 672
 """Of the image that is written, in pixels, or a little less: a patch is a whole number of pixels."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_map(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     add = parser.add_argument_group("input").add_argument
     add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("reading images").add_argument
-    add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{flags.MAX_PATCHES} (default: %(default)s)")
+    add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{PATCHES} (default: %(default)s)")
     add_policy_arguments(add)
 
     add = parser.add_argument_group("output").add_argument
@@ -64,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_map(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
     if arguments.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")

@@ -11,12 +11,8 @@ from pathlib import Path
 from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show, typed
 
-HELP = "find images in an index by an example image or by words"
 
-EXAMPLE = "photos.db cat.jpg -k 12 --html similar.html --open"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_search(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
@@ -36,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the images as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_search(arguments: argparse.Namespace) -> int:
     """Prints the nearest images, best first."""
     from mlx_aimv2.embed.encode import image_path, query_vector
     from mlx_aimv2.index.export import check_page, write_page

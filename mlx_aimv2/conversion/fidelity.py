@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,9 +25,11 @@ from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel, Source, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
+
+if TYPE_CHECKING:
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 FILE = REPORT
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.conversion.fidelity import rows
 from mlx_aimv2.files import read_start
-from mlx_aimv2.loading import Source
+
+if TYPE_CHECKING:
+    from mlx_aimv2.loading import Source
 
 FILE = "README.md"
 

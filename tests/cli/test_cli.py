@@ -108,7 +108,7 @@ try:
 finally:
     print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
-    assert "mlx_aimv2.cli.compare" in loaded
+    assert "mlx_aimv2.cli.info_compare" in loaded
     assert "mlx_aimv2.cli.search" not in loaded
 
 

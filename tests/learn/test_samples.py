@@ -154,10 +154,9 @@ def test_with_given_classes_nothing_is_split(digits):
     ("text", "words"),
     [
         ("file_name,label\nmissing.png,a\n", "line 2: missing.png does not exist"),
-        ("file_name,label\ndigit 0/000.png,\n", "line 2: digit 0/000.png has no label"),
-        ("name,label\ndigit 0/000.png,a\n", "line 2: no file_name"),
-        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "is listed more than once"),
         ("file_name,label\n", "has no rows"),
+        ("name,label\ndigit 0/000.png,a\n", "has no column file_name, but name, label: call the column of the images"),
+        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "line 3: digit 0/000.png has more than one label"),
     ],
 )
 def test_wrong_metadata_is_named_with_its_line(digits, text, words):
