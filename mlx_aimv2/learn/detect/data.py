@@ -24,6 +24,7 @@ from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
 from mlx_aimv2.learn.detect.formats import Objects, Reading, Row, number
 from mlx_aimv2.learn.detect.head import assign, points
 from mlx_aimv2.learn.learner import canvas_size
+from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
 
@@ -82,7 +83,7 @@ def _find(data: Path, scan: Scan) -> Found:
     names = list(_formats_of(data))
     if not names:
         layouts = ", ".join(f"{name} ({form.layout})" for name, form in FORMATS.items())
-        raise DataError([f"{data} has no boxes in a format that is read: {layouts}"])
+        raise DataError([f"{data} has no boxes in a format that is read: {layouts}", *not_read(data)])
     for other in names[1:]:
         scan.note(str(data), f"has boxes as {other} too, of which nothing is read: {names[0]} comes first")
     form, reading = FORMATS[names[0]], Reading(data, scan)

@@ -26,7 +26,7 @@ import yaml
 from mlx_aimv2.files import read_start, read_text
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.classify.data import metadata_file, metadata_rows
+from mlx_aimv2.learn.metadata import columns_of, image_of, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError, part_of, same_form
 
 YOLO_ROW = re.compile(rb"\s*\d+(\.0*)?([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
@@ -118,21 +118,18 @@ def json_files(folder: Path, opening: str, words: Iterable[str]) -> list[Path]:
 
 
 def image_finder(folders: Sequence[Path], scan: Scan) -> Callable[[str], str | None]:
-    """Gives the image that a file means by a name: as it stands, with slashes turned, or by its last part alone."""
+    """Gives the image that a file means by a name: in one of the folders as it stands, or by its last part alone."""
     inside: dict[str, str | None] = {}
     top = next((folder for folder in folders if folder.is_dir()), None)
 
     def find(name: str) -> str | None:
-        slashed = name.replace("\\", "/")
-        last = PurePosixPath(slashed).name
-        for folder in folders:
-            for candidate in dict.fromkeys([name, slashed, last]):
-                if os.path.isfile(path := str(folder / candidate)):  # noqa: PTH113 - a name that cannot be is no file
-                    return path
+        last = PurePosixPath(name.replace("\\", "/")).name
+        for candidate, folder in product(dict.fromkeys([name, last]), folders):
+            if (path := image_of(folder, candidate)) is not None:
+                return str(path)
         if not inside and top is not None:
-            for path in scan.images(top):
-                own = Path(path).name
-                inside[own] = None if own in inside else path
+            for own in scan.images(top):
+                inside[Path(own).name] = None if Path(own).name in inside else own
         return inside.get(last)
 
     return find
@@ -197,7 +194,7 @@ def read_yolo(images: Mapping[str, list[str]], reading: Reading) -> None:
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
     texts: set[Path] = set()
     for part, path in ((part, path) for part, paths in images.items() for path in paths):
-        if not os.path.isfile(path):  # noqa: PTH113 - as above
+        if not os.path.isfile(path):  # noqa: PTH113 - a name that cannot be is no file
             reading.faults.append(f"{path} is in the list of {part or 'all images'}, but does not exist")
             continue
         *before, last = re.split(r"(?<=[/\\])images(?=[/\\])", path)
@@ -366,7 +363,7 @@ def find_hugging_face(data: Path, scan: Scan) -> dict[str, Path]:
 
     def file_of(folder: Path) -> Path | None:
         file = metadata_file(folder)
-        return file if file is not None and b'"objects"' in read_start(file, max_bytes=START_BYTES) else None
+        return file if file is not None and "objects" in columns_of(file) else None
 
     folders = samples.parts_of(data, scan, lambda folder: file_of(folder) is not None)
     return {part: file for part, folder in folders.items() if (file := file_of(folder)) is not None}
@@ -375,17 +372,17 @@ def find_hugging_face(data: Path, scan: Scan) -> dict[str, Path]:
 def read_hugging_face(files: Mapping[str, Path], reading: Reading) -> None:
     """`objects` is a list of objects or an object of lists; parts are folders, or the folders in the rows' paths."""
     for part, file in files.items():
-        rows, faults = metadata_rows(file)
+        rows, faults = metadata_rows(file, reading.scan)
         reading.faults += faults
         within = [next(filter(None, map(part_of, Path(row["file_name"]).parent.parts)), "") for row in rows]
         for row, inner in zip(rows, within, strict=True):
-            path, objects, where = file.parent / row["file_name"], row.get("objects"), f"line {row['']}"
+            path, objects, where = image_of(file.parent, row["file_name"]), row.get("objects"), f"line {row['']}"
             if isinstance(objects, dict):
                 columns = {key: value for key, value in objects.items() if isinstance(value, list)}
                 if len({len(column) for column in columns.values()}) > 1:
                     reading.faults.append(f"{file}, {where}: the lists of objects are not equally long")
                 objects = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
-            if not os.path.isfile(path):  # noqa: PTH113 - as above
+            if path is None:
                 reading.faults.append(f"{file}, {where}: {row['file_name']} does not exist")
             elif not isinstance(objects, list):
                 reading.faults.append(f"{file}, {where}: {row['file_name']} has no objects, not even an empty list")

@@ -24,6 +24,7 @@ from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.learner import canvas_size
+from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
@@ -96,7 +97,8 @@ def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
 def _find(data: Path, scan: Scan) -> Found:
     folders = _folders(data, scan)
     if not folders:
-        raise DataError([f"{data} has no masks: put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"])
+        advice = f"put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"
+        raise DataError([f"{data} has no masks: {advice}", *not_read(data)])
     names = _class_names([data, *(masks for _, masks in folders.values())])
     found = Found({}, list(names.values()) if names else None)
     for part, (images, masks) in folders.items():
