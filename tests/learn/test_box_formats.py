@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_aimv2.learn import fit
 from mlx_aimv2.learn.detect import data as boxes
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.learn.task import guess_task
+from tests.labelled import CHECKPOINT
 
 HEIGHT, WIDTH = 23, 31
 NAMES = ("cat", "dog")
@@ -454,3 +456,40 @@ def test_what_is_wrong_in_a_file_is_named(case, tmp_path):
 def test_without_any_boxes_the_formats_are_named(tmp_path):
     image(tmp_path / "a.png", 1)
     assert "has no boxes in a format that is read: COCO JSON (annotations/*.json" in lines(tmp_path)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["yolo", "voc", "objects"])
+def test_a_head_trained_on_boxes_of_another_program_beats_guessing(form, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    for part, seeds in (("train", range(12)), ("val", range(50, 56))):
+        for seed in seeds:
+            rng, kind = np.random.default_rng(seed), seed % 2
+            x, y, side = *rng.integers(3, 30, 2), int(rng.integers(18, 27))
+            levels = rng.integers(170, 256, (60, 60, 3))
+            rows, columns = np.mgrid[:60, :60]
+            disc = (columns - x - side / 2) ** 2 + (rows - y - side / 2) ** 2 < (side / 2) ** 2
+            square = (abs(columns - x - side / 2) < side / 2) & (abs(rows - y - side / 2) < side / 2)
+            levels[(disc, square)[kind]] = rng.integers(0, 90, 3)
+            path = tmp_path / "d" / part / f"{seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(levels.astype(np.uint8)).save(path)
+            name = ("disc", "square")[kind]
+            if form == "yolo":
+                shares = (x + side / 2) / 60, (y + side / 2) / 60, side / 60, side / 60
+                put(path.with_suffix(".txt"), f"{kind} {' '.join(map(str, shares))}\n")
+            elif form == "voc":
+                ends = zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + side, y + side), strict=True)
+                corners = "".join(f"<{end}>{value}</{end}>" for end, value in ends)
+                put(
+                    path.with_suffix(".xml"),
+                    f"<annotation><object><name>{name}</name><bndbox>{corners}</bndbox></object></annotation>",
+                )
+            else:
+                with (path.parent / "metadata.jsonl").open("a") as file:
+                    row = {"file_name": path.name, "objects": [{"bbox": [int(x), int(y), side, side], "label": name}]}
+                    file.write(json.dumps(row) + "\n")
+    trained = fit(tmp_path / "d", CHECKPOINT, tmp_path / "trained", epochs=40).metrics
+    untrained = fit(tmp_path / "d", CHECKPOINT, tmp_path / "untrained", iters=1).metrics
+    print(form, trained, untrained)
+    assert trained["val"]["AP50"] > 0.3 > 3 * untrained["val"]["AP50"]
