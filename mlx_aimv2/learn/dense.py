@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,24 +60,20 @@ COLOUR = 0.3
 """How far brightness, contrast and colour of a training image go, to either side of 1."""
 
 
-class Holds(Protocol):
-    """Whether a folder holds files that belong to images: below it, or if they lie `beside` images, right in it."""
-
-    def __call__(self, folder: Path, *, beside: bool) -> bool:
-        """The answer for a folder."""
-
-
-def folders_beside(data: Path, scan: Scan, names: Sequence[str], holds: Holds) -> dict[str, tuple[Path, Path]]:
+def folders_beside(
+    data: Path, scan: Scan, names: Sequence[str], holds: Callable[[Path, bool], bool]
+) -> dict[str, tuple[Path, Path]]:
     """Folders of images and of the files that belong to them, by part; the part is empty where DATA says none.
 
-    The second has one of `names`, or is the same folder. Parts are folders around both or within both.
+    The second has one of `names`, or is the same folder: as `holds(folder, beside)` says it, of the files below a
+    folder, or right in it. Parts are folders around both or within both.
     """
 
     def pair(folder: Path) -> tuple[Path, Path] | None:
         images = next((folder / name for name in IMAGES if (folder / name).is_dir()), folder)
         others = (folder / name for name in names if (folder / name).is_dir())
-        other = next((other for other in others if holds(other, beside=False)), None)
-        if other is None and not holds(folder, beside=True):
+        other = next((other for other in others if holds(other, False)), None)
+        if other is None and not holds(folder, True):
             return None
         return images, other or folder
 

@@ -434,13 +434,13 @@ WRONG = {
         hugging_face,
         "train/metadata.jsonl",
         objects({"two": ROWS["two"]}) + '{"file_name": "none.png"}',
-        "none.png has no objects",
+        "has no image or no list of its objects",
     ),
     "a file that is gone": (
         hugging_face,
         "val/metadata.jsonl",
         '{"file_name": "no.png", "objects": []}',
-        "no.png does not exist",
+        "names no.png, but ",
     ),
 }
 
@@ -459,7 +459,7 @@ def test_without_any_boxes_the_formats_are_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["yolo", "voc", "objects"])
+@pytest.mark.parametrize("form", ["yolo", "voc"])
 def test_a_head_trained_on_boxes_of_another_program_beats_guessing(form, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
     for part, seeds in (("train", range(12)), ("val", range(50, 56))):
@@ -478,18 +478,15 @@ def test_a_head_trained_on_boxes_of_another_program_beats_guessing(form, tmp_pat
             if form == "yolo":
                 shares = (x + side / 2) / 60, (y + side / 2) / 60, side / 60, side / 60
                 put(path.with_suffix(".txt"), f"{kind} {' '.join(map(str, shares))}\n")
-            elif form == "voc":
+            else:
                 ends = zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + side, y + side), strict=True)
                 corners = "".join(f"<{end}>{value}</{end}>" for end, value in ends)
                 put(
                     path.with_suffix(".xml"),
                     f"<annotation><object><name>{name}</name><bndbox>{corners}</bndbox></object></annotation>",
                 )
-            else:
-                with (path.parent / "metadata.jsonl").open("a") as file:
-                    row = {"file_name": path.name, "objects": [{"bbox": [int(x), int(y), side, side], "label": name}]}
-                    file.write(json.dumps(row) + "\n")
-    trained = fit(tmp_path / "d", CHECKPOINT, tmp_path / "trained", epochs=40).metrics
-    untrained = fit(tmp_path / "d", CHECKPOINT, tmp_path / "untrained", iters=1).metrics
-    print(form, trained, untrained)
-    assert trained["val"]["AP50"] > 0.3 > 3 * untrained["val"]["AP50"]
+    trained, untrained = (
+        fit(tmp_path / "d", CHECKPOINT, tmp_path / name, **steps).scores["val"]["AP50"]
+        for name, steps in (("trained", {"epochs": 30}), ("untrained", {"iters": 1}))
+    )
+    assert trained > 0.3 > 3 * untrained

@@ -90,7 +90,11 @@ def _find(data: Path, scan: Scan) -> Found:
     form.read(form.find(data, scan), reading)
     used = {row.name for part in reading.parts.values() for objects in part.values() for row in objects.rows}
     for unused in [own for own in reading.classes if own not in used]:
-        scan.note(f"category {unused}", "is the class of no object")
+        if unused in reading.above:  # Roboflow's root category
+            scan.note(f"category {unused}", "stands above others and no object has it: left out")
+            del reading.classes[unused]
+        else:
+            scan.note(f"category {unused}", "is the class of no object")
     parts = {part: [(path, (form, objects)) for path, objects in own.items()] for part, own in reading.parts.items()}
     return Found(parts, list(reading.classes) or None, reading.faults)
 
@@ -104,7 +108,7 @@ def _find_coco(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
             if part in found:
                 raise DataError([f"{found[part][0]} and {file} both mean {part or 'all images'}: keep one"])
             word = next((word for word in re.split(r"[^A-Za-z0-9]+", file.stem) if part_of(word)), part)
-            names = dict.fromkeys([""] if around else [word, part, ""])
+            names = dict.fromkeys([""] if around else [word or "default", part, ""])  # the second is CVAT's
             found[part] = (file, [place / name for name in names for place in (folder, folder / "images")])
     if "" in found and len(found) > 1:
         raise DataError([f"{found[''][0]} names no part (train, val, test), but other files do: rename it"])
@@ -121,19 +125,14 @@ def _coco_files(folder: Path) -> list[Path]:
 
 
 def _read_coco(files: Mapping[str, tuple[Path, list[Path]]], reading: Reading) -> None:
-    """Classes are the categories in the order of their ids.
-
-    Roboflow's root category, which no object has and others name as their own, is left out.
-    """
-    above: set[str] = set()
+    """Classes are the categories of training in the order of their ids."""
     folders: dict[Path, Path] = {}
-    for part in sorted(files, key=lambda part: part != "train"):  # the classes are those of training
-        file, places = files[part]
+    for part, (file, places) in files.items():
         content = _content(file, reading.faults)
         categories = {str(entry["id"]): same_form(str(entry["name"])) for entry in content["categories"]}
         if part in ("train", ""):
             reading.classes |= dict.fromkeys(categories[key] for key in samples.in_order(categories))
-        above |= {
+        reading.above |= {
             name
             for entry in content["categories"]
             if (name := same_form(str(entry.get("supercategory", "")))) != categories[str(entry["id"])]
@@ -144,10 +143,6 @@ def _read_coco(files: Mapping[str, tuple[Path, list[Path]]], reading: Reading) -
     every = [path for found in reading.parts.values() for path in found]
     for folder, file in folders.items():
         reading.scan.unlisted(folder, file, every)
-    used = {row.name for found in reading.parts.values() for objects in found.values() for row in objects.rows}
-    for name in [name for name in reading.classes if name in above and name not in used]:
-        reading.scan.note(f"category {name}", "stands above others and no object has it: left out")
-        del reading.classes[name]
 
 
 def _content(file: Path, faults: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -180,11 +175,11 @@ def _objects(
     reading: Reading,
 ) -> dict[str, Objects]:
     """The objects of each image by its path, those without any included."""
-    find, faults = formats.image_finder(folders, reading.scan), reading.faults
+    faults = reading.faults
     known: dict[str, Objects] = {}
     found: dict[str, Objects] = {}
     for entry in content["images"]:
-        path = find(entry["file_name"])
+        path = formats.find_image(entry["file_name"], folders)
         if str(entry["id"]) in known:
             faults.append(f"{file} has more than one image with the id {entry['id']}")
         if path is None:

@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 
 CATEGORIES = ("categories", "category", "category_id", "labels", "label", "classes", "class")
 """What data sets on Hugging Face call the classes of an image's boxes."""
+
+CREATE_ML = (("image", "imagefilename"), ("annotations", "annotation"))
+"""Names of Create ML's two fields of an image, and those that older programs write."""
 
 MAX_BYTES = 1 << 22
 """Of a file about one image, or of settings: parsing YAML takes some 10 s for each megabyte."""
@@ -73,13 +77,15 @@ class Objects:
 class Reading:
     """What was read of DATA: by part, the objects of each image by its path, those without any included.
 
-    `classes` are the names in their order, where a file lists them; a line of `faults` refuses DATA.
+    `classes` are the names in their order, where a file lists them, and `above` those that others name as above
+    themselves; a line of `faults` refuses DATA.
     """
 
     data: Path
     scan: Scan
     parts: dict[str, dict[str, Objects]] = field(default_factory=lambda: defaultdict(dict))
     classes: dict[str, None] = field(default_factory=dict)
+    above: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
 
@@ -117,39 +123,11 @@ def json_files(folder: Path, opening: str, words: Iterable[str]) -> list[Path]:
     return found
 
 
-def image_finder(folders: Sequence[Path], scan: Scan) -> Callable[[str], str | None]:
-    """Gives the image that a file means by a name: in one of the folders as it stands, or by its last part alone."""
-    inside: dict[str, str | None] = {}
-    top = next((folder for folder in folders if folder.is_dir()), None)
-
-    def find(name: str) -> str | None:
-        last = PurePosixPath(name.replace("\\", "/")).name
-        for candidate, folder in product(dict.fromkeys([name, last]), folders):
-            if (path := image_of(folder, candidate)) is not None:
-                return str(path)
-        if not inside and top is not None:
-            for own in scan.images(top):
-                inside[Path(own).name] = None if Path(own).name in inside else own
-        return inside.get(last)
-
-    return find
-
-
-def labelled_rows(where: str, objects: Any, keys: Sequence[str], file: Path, faults: list[str]) -> list[Row]:
-    """Rows of a list of objects that name their class, by a text or a number, under one of `keys`."""
-    rows = []
-    for count, entry in enumerate(objects, 1):
-        entry = entry if isinstance(entry, dict) else {}
-        name, place = next((entry[key] for key in keys if key in entry), None), entry.get("coordinates")
-        if not isinstance(name, (str, int)) or not str(name).strip():
-            faults.append(f"{file}: object {count} of {where} has no {' or '.join(keys)}: {entry!r:.80}")
-            continue
-        box = (
-            [place.get(key) for key in ("x", "y", "width", "height")] if isinstance(place, dict) else entry.get("bbox")
-        )
-        crowd = number(entry.get("iscrowd")) > 0
-        rows.append(Row(f"object {count} of {where}", same_form(str(name)), box, crowd, entry.get("area")))
-    return rows
+def find_image(name: str, folders: Sequence[Path]) -> str | None:
+    """The image that a file means: by its name as it stands, or by the last part of one from another machine."""
+    names = dict.fromkeys([name, PurePosixPath(name.replace("\\", "/")).name])
+    paths = (image_of(folder, own) for own, folder in product(names, folders))
+    return next((str(path) for path in paths if path is not None), None)
 
 
 # YOLO
@@ -158,7 +136,7 @@ def labelled_rows(where: str, objects: Any, keys: Sequence[str], file: Path, fau
 def find_yolo(data: Path, scan: Scan) -> dict[str, list[str]]:
     """The images of each part: as a YAML file names them, or in `images` beside `labels`, or beside their text."""
 
-    def holds(folder: Path, *, beside: bool) -> bool:
+    def holds(folder: Path, beside: bool) -> bool:
         texts = (text for text in sorted(folder.glob("*.txt" if beside else "**/*.txt")) if text.is_file())
         return any(not beside or YOLO_ROW.match(read_start(text, max_bytes=START_BYTES)) for text in texts)
 
@@ -278,7 +256,7 @@ def _images_in(place: Path, folder: Path, scan: Scan) -> list[str]:
 def find_voc(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     """Folders of images and of XML files by part."""
 
-    def holds(folder: Path, *, beside: bool) -> bool:
+    def holds(folder: Path, beside: bool) -> bool:
         return any(b"<annotation" in read_start(file, max_bytes=START_BYTES) for file in _xml(folder, beside)[:8])
 
     return dense.folders_beside(data, scan, XML_FOLDERS, holds)
@@ -322,51 +300,37 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
     return found
 
 
-# Create ML
+# Create ML and Hugging Face
 
 
-def find_create_ml(data: Path, scan: Scan) -> dict[str, Path]:
-    """The JSON file of each part."""
-
-    def files(folder: Path) -> list[Path]:
-        return json_files(folder, "[", ["coordinates", "label"])
-
-    found = samples.parts_of(data, scan, lambda folder: bool(files(folder)))
-    if more := [own for folder in found.values() if len(own := files(folder)) > 1]:
+def files_by_part(data: Path, scan: Scan, files: Callable[[Path], Sequence[Path]]) -> dict[str, Path]:
+    """The one file of each part among those that `files` finds right in a folder."""
+    folders = samples.parts_of(data, scan, lambda folder: bool(files(folder)))
+    found = {part: own for part, folder in folders.items() if (own := files(folder))}
+    if more := [own for own in found.values() if len(own) > 1]:
         raise DataError([f"{more[0][0]} and {more[0][1]} both hold boxes: keep one of them"])
-    return {part: own[0] for part, folder in found.items() if (own := files(folder))}
+    return {part: own[0] for part, own in found.items()}
+
+
+find_create_ml = partial(files_by_part, files=lambda folder: json_files(folder, "[", ["coordinates", "label"]))
+
+
+def _metadata(folder: Path) -> list[Path]:
+    file = metadata_file(folder)
+    return [file] if file is not None and "objects" in columns_of(file) else []
+
+
+find_hugging_face = partial(files_by_part, files=_metadata)
 
 
 def read_create_ml(files: Mapping[str, Path], reading: Reading) -> None:
     """Entries of an image and its annotations, also by the two names of older programs."""
     for part, file in files.items():
-        find = image_finder([file.parent, file.parent / "images"], reading.scan)
-        for count, entry in enumerate(read_json(file, reading.faults) or [], 1):
-            entry = entry if isinstance(entry, dict) else {}
-            name = entry.get("image", entry.get("imagefilename"))
-            objects = entry.get("annotations", entry.get("annotation"))
-            if not isinstance(name, str) or not isinstance(objects, list):
-                reading.faults.append(f"{file}: entry {count} has no image or no list of annotations: {entry!r:.80}")
-            elif (path := find(name)) is None:
-                reading.faults.append(f"{file} names {name}, but {file.parent / name} does not exist")
-            else:
-                rows = labelled_rows(f"entry {count}", objects, ("label",), file, reading.faults)
-                reading.parts[part].setdefault(path, Objects(file)).rows += rows
+        entries = [entry if isinstance(entry, dict) else {} for entry in read_json(file, reading.faults) or []]
+        for count, entry in enumerate(entries, 1):
+            name, objects = (entry.get(new, entry.get(old)) for new, old in CREATE_ML)
+            _read_entry(f"entry {count}", name, objects, file, reading.parts[part], reading.faults)
         reading.scan.unlisted(file.parent, file, reading.parts[part])
-
-
-# Hugging Face
-
-
-def find_hugging_face(data: Path, scan: Scan) -> dict[str, Path]:
-    """The metadata file of each part."""
-
-    def file_of(folder: Path) -> Path | None:
-        file = metadata_file(folder)
-        return file if file is not None and "objects" in columns_of(file) else None
-
-    folders = samples.parts_of(data, scan, lambda folder: file_of(folder) is not None)
-    return {part: file for part, folder in folders.items() if (file := file_of(folder)) is not None}
 
 
 def read_hugging_face(files: Mapping[str, Path], reading: Reading) -> None:
@@ -376,19 +340,34 @@ def read_hugging_face(files: Mapping[str, Path], reading: Reading) -> None:
         reading.faults += faults
         within = [next(filter(None, map(part_of, Path(row["file_name"]).parent.parts)), "") for row in rows]
         for row, inner in zip(rows, within, strict=True):
-            path, objects, where = image_of(file.parent, row["file_name"]), row.get("objects"), f"line {row['']}"
+            objects, where = row.get("objects"), f"line {row['']}"
             if isinstance(objects, dict):
                 columns = {key: value for key, value in objects.items() if isinstance(value, list)}
                 if len({len(column) for column in columns.values()}) > 1:
-                    reading.faults.append(f"{file}, {where}: the lists of objects are not equally long")
+                    reading.faults.append(f"{file}: the lists of objects in {where} are not equally long")
                 objects = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
-            if path is None:
-                reading.faults.append(f"{file}, {where}: {row['file_name']} does not exist")
-            elif not isinstance(objects, list):
-                reading.faults.append(f"{file}, {where}: {row['file_name']} has no objects, not even an empty list")
-            else:
-                own = reading.parts[part or inner if all(within) else part]
-                own.setdefault(str(path), Objects(file)).rows += labelled_rows(
-                    where, objects, CATEGORIES, file, reading.faults
-                )
+            found = reading.parts[part or inner if all(within) else part]
+            _read_entry(where, row["file_name"], objects, file, found, reading.faults)
         reading.scan.unlisted(file.parent, file, [path for own in reading.parts.values() for path in own])
+
+
+def _read_entry(where: str, name: Any, objects: Any, file: Path, found: dict[str, Objects], faults: list[str]) -> None:
+    """Adds the objects of one image, each of which names its class under one of `CATEGORIES`."""
+    if not isinstance(name, str) or not isinstance(objects, list):
+        faults.append(f"{file}: {where} has no image or no list of its objects, be it empty: {name!r:.80}")
+        return
+    if (path := find_image(name, [file.parent, file.parent / "images"])) is None:
+        faults.append(f"{file} names {name}, but {file.parent / name} does not exist")
+        return
+    rows = found.setdefault(path, Objects(file)).rows
+    for count, entry in enumerate(objects, 1):
+        entry = entry if isinstance(entry, dict) else {}
+        label, place = next((entry[key] for key in CATEGORIES if key in entry), None), entry.get("coordinates")
+        if not isinstance(label, (str, int)) or not str(label).strip():
+            faults.append(f"{file}: object {count} of {where} has no label: {entry!r:.80}")
+            continue
+        box = (
+            [place.get(key) for key in ("x", "y", "width", "height")] if isinstance(place, dict) else entry.get("bbox")
+        )
+        crowd = number(entry.get("iscrowd")) > 0
+        rows.append(Row(f"object {count} of {where}", same_form(str(label)), box, crowd, entry.get("area")))

@@ -85,7 +85,7 @@ def read_mask(mask: MaskTarget) -> NDArray[Any]:
 def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     """Folders of images and masks by part."""
 
-    def holds(folder: Path, *, beside: bool) -> bool:
+    def holds(folder: Path, beside: bool) -> bool:
         names = {Path(path).stem for path in (scan.loose(folder) if beside else scan.images(folder))}
         return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names) or (
             bool(names) and not beside
