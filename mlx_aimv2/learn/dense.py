@@ -65,17 +65,15 @@ def folders_beside(
 ) -> dict[str, tuple[Path, Path]]:
     """Folders of images and of the files that belong to them, by part; the part is empty where DATA says none.
 
-    The second has one of `names`, or is the same folder: as `holds(folder, beside)` says it, of the files below a
+    The second has one of `names`, or is the first: as `holds(folder, beside)` says it, of the files below a
     folder, or right in it. Parts are folders around both or within both.
     """
 
     def pair(folder: Path) -> tuple[Path, Path] | None:
         images = next((folder / name for name in IMAGES if (folder / name).is_dir()), folder)
         others = (folder / name for name in names if (folder / name).is_dir())
-        other = next((other for other in others if holds(other, False)), None)
-        if other is None and not holds(folder, True):
-            return None
-        return images, other or folder
+        other = next((other for other in others if holds(other, False)), images if holds(images, True) else None)
+        return None if other is None else (images, other)
 
     around = samples.parts_of(data, scan, lambda folder: pair(folder) is not None)
     pairs = {part: found for part, folder in around.items() if (found := pair(folder)) is not None}

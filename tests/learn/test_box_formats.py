@@ -216,6 +216,15 @@ def yolo_darknet(root, part, rows):
 
 
 @by_part
+def yolo_cvat(root, part, rows):
+    put(root / "obj.names", "cat\ndog\n")
+    put(root / f"{part}.txt", "".join(f"data/obj_{part}_data/{name}.png\n" for name in rows))
+    for name in rows:
+        put(root / f"obj_{part}_data" / f"{name}.txt", "".join(map(yolo, rows[name])))
+    return "obj_{part}_data/{name}.png"
+
+
+@by_part
 def voc_2012(root, part, rows):
     put(root / "ImageSets" / "Main" / f"{part}.txt", "".join(f"{name}\n" for name in rows))
     put(root / "ImageSets" / "Main" / "cat_train.txt", "two  1\nempty -1\n")
@@ -235,6 +244,12 @@ def voc_beside(root, part, rows):
 def voc_kaggle(root):
     for number, name in enumerate(ROWS):
         put(root / "annotations" / f"{name}.xml", voc(ROWS[name], name))
+        image(root / "images" / f"{name}.png", number)
+
+
+def voc_in_images(root):
+    for number, name in enumerate(ROWS):
+        put(root / "images" / f"{name}.xml", voc(ROWS[name], name))
         image(root / "images" / f"{name}.png", number)
 
 
@@ -271,10 +286,10 @@ EXPECTED = ("split by content", "taken for an image without objects", "the part 
 """What only some formats say, and rightly."""
 
 WITH_PARTS = (
-    *(coco_2017, roboflow, label_studio, yolo_images_labels, yolo_roboflow, yolo_lists, yolo_darknet, voc_2012),
-    *(voc_beside, create_ml_roboflow, hugging_face, hugging_face_paths),
+    *(coco_2017, roboflow, label_studio, yolo_images_labels, yolo_roboflow, yolo_lists, yolo_darknet, yolo_cvat),
+    *(voc_2012, voc_beside, create_ml_roboflow, hugging_face, hugging_face_paths),
 )
-WITHOUT = (cvat, label_studio_prefix, polygons, yolo_label_studio, voc_kaggle, create_ml_old)
+WITHOUT = (cvat, label_studio_prefix, polygons, yolo_label_studio, voc_kaggle, voc_in_images, create_ml_old)
 
 every_format = pytest.mark.parametrize("write", [*WITH_PARTS, *WITHOUT], ids=lambda write: write.__name__)
 
@@ -384,6 +399,12 @@ def test_two_formats_in_one_folder_are_told(tmp_path):
 
 def entry(annotation):
     return json.dumps([{"image": "out.png", "annotations": [annotation]}])
+
+
+def test_what_is_wrong_in_another_format_does_not_matter(tmp_path):
+    coco_2017(tmp_path)
+    put(tmp_path / "coco.yaml", "train: gone\nval: gone\nnames: [cat]\n")
+    assert truths(boxes.read(tmp_path)) == WANTED
 
 
 WRONG = {

@@ -25,6 +25,11 @@ IOU, GEOMETRY, PLACES = (
     ("tests/learn/test_boxes.py",),
     ("tests/learn/test_placement.py",),
 )
+FORMATS, MASKS, COCO = (
+    ("tests/learn/test_box_formats.py",),
+    ("tests/learn/test_mask_files.py",),
+    ("tests/learn/test_coco.py",),
+)
 OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test_lit_tuning.py",)
 
 LEARNING = (
@@ -304,5 +309,72 @@ LEARNING = (
         'revision=None if model else wanted.get("commit")',
         "revision=None",
         ("tests/learn/test_fit.py::test_a_head_asks_for_the_commit_of_its_encoder_that_it_was_trained_on",),
+    ),
+    Mutation(
+        "VOC's pixels are counted from 0",
+        "(x - (right > x), y - (bottom > y), right, bottom)",
+        "(x, y, right, bottom)",
+        FORMATS,
+    ),
+    Mutation(
+        "YOLO's centre is a corner",
+        "(x - w / 2, y - h / 2, x + w / 2, y + h / 2)",
+        "(x, y, x + w, y + h)",
+        FORMATS,
+    ),
+    Mutation(
+        "a polygon of YOLO is its first four numbers",
+        "if len(values) >= 6 and len(values) % 2 == 0",
+        "if len(values) >= 600 and len(values) % 2 == 0",
+        FORMATS,
+    ),
+    Mutation("names of YAML become numbers and booleans", "yaml.BaseLoader", "yaml.SafeLoader", FORMATS),
+    Mutation(
+        "VOC's difficult objects are trained on",
+        'Row(f"object {count}", name, box, crowd=difficult)',
+        'Row(f"object {count}", name, box)',
+        FORMATS,
+    ),
+    Mutation(
+        "the lists of VOC's classes are parts",
+        "(part := part_of(file.stem)) and file.stem.isalpha()",
+        "(part := part_of(file.stem))",
+        FORMATS,
+    ),
+    Mutation(
+        "an image is found by its whole name alone",
+        'dict.fromkeys([name, PurePosixPath(name.replace("\\\\", "/")).name])',
+        "dict.fromkeys([name])",
+        FORMATS,
+    ),
+    Mutation(
+        "Roboflow's root category is a class",
+        "if unused in reading.above:",
+        'if unused == "":',
+        COCO,
+    ),
+    Mutation(
+        "boxes of an image that EXIF turns may be of any pixels",
+        "and open_image(path).orientation > 1:",
+        "and open_image(path).orientation > 8:",
+        COCO,
+    ),
+    Mutation(
+        "why a mask does not fit on an image that EXIF turns is not said",
+        "open_image(path).orientation >= 5:",
+        "open_image(path).orientation > 8:",
+        (*MASKS, *COCO),
+    ),
+    Mutation(
+        "255 is class 1 though other classes are there",
+        "        if not seen <= {0, IGNORED}:\n            return False\n    return seen ==",
+        "    return seen >=",
+        MASKS,
+    ),
+    Mutation(
+        "an image with two masks takes one of them",
+        "elif len(found) > 1:",
+        "elif len(found) > 2:",
+        MASKS,
     ),
 )

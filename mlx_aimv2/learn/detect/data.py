@@ -76,7 +76,13 @@ def recognise(data: Path) -> str | None:
 
 
 def _formats_of(data: Path) -> Iterator[str]:
-    return (name for name, form in FORMATS.items() if form.find(data, Scan()))
+    for name, form in FORMATS.items():
+        try:
+            found: Any = form.find(data, Scan())
+        except DataError as error:  # which is raised again where this format is read
+            found = error
+        if found:
+            yield name
 
 
 def _find(data: Path, scan: Scan) -> Found:

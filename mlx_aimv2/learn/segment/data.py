@@ -29,7 +29,7 @@ from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Si
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
 
-MASKS = ("masks", "ann_dir", "SegmentationClass", "gtFine", "annotations", "labels", "mask")
+MASKS = ("masks", "ann_dir", "SegmentationClass", "SegmentationClassPNG", "gtFine", "annotations", "labels", "mask")
 """Names of the folder of masks; the first is ours, the others mmsegmentation's, VOC's, Cityscapes' and ADE20K's."""
 
 LISTS = Path("ImageSets", "Segmentation")
