@@ -114,7 +114,7 @@ def _find_coco(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
             if part in found:
                 raise DataError([f"{found[part][0]} and {file} both mean {part or 'all images'}: keep one"])
             word = next((word for word in re.split(r"[^A-Za-z0-9]+", file.stem) if part_of(word)), part)
-            names = dict.fromkeys([""] if around else [word or "default", part, ""])  # the second is CVAT's
+            names = dict.fromkeys([""] if around else [word, part, "", "default"])  # the last is CVAT's
             found[part] = (file, [place / name for name in names for place in (folder, folder / "images")])
     if "" in found and len(found) > 1:
         raise DataError([f"{found[''][0]} names no part (train, val, test), but other files do: rename it"])

@@ -7,6 +7,7 @@ are their own names. The target of a sample is what `read_mask` takes.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,7 @@ def _class_names(folders: Sequence[Path]) -> Names:
     tables = []
     for file in files:
         rows = [line.partition(",") for line in read_text(file).splitlines()]
-        pairs = {int(value): same_form(name) for value, _, name in rows if value.strip().isdecimal()}
+        pairs = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
         tables.append(_checked(pairs, file))
         if tables[-1] != tables[0]:
             raise DataError([f"{files[0]} and {file} give different names to the values: make them alike"])
