@@ -389,6 +389,20 @@ def test_names_of_yolo_stay_the_text_that_they_are(tmp_path):
     assert boxes.read(tmp_path).classes == ("no", "01")
 
 
+def test_a_class_of_yolo_without_name_shifts_no_other(tmp_path):
+    yolo_images_labels(tmp_path)
+    for file in (tmp_path / "labels").rglob("*.txt"):
+        file.write_text(file.read_text().replace("1 0.", "2 0."))
+    put(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [cat, '', dog]\n")
+    assert truths(boxes.read(tmp_path)) == WANTED
+
+
+def test_labels_of_yolo_without_image_are_told(tmp_path):
+    yolo_images_labels(tmp_path)
+    put(tmp_path / "labels" / "train" / "other.txt", "0 .5 .5 .1 .1\n")
+    assert any("other.txt has no image of its name: left out" in note for note in boxes.read(tmp_path).notes)
+
+
 def test_two_formats_in_one_folder_are_told(tmp_path):
     voc_kaggle(tmp_path)
     put(tmp_path / "labels" / "two.txt", yolo(ROWS["two"][0]))

@@ -167,7 +167,7 @@ def read_yolo(images: Mapping[str, list[str]], reading: Reading) -> None:
         folders = [reading.data, *sorted({Path(path).parent for paths in images.values() for path in paths})]
         file = next((own for folder in folders for name in NAMES_FILES if (own := folder / name).is_file()), None)
         names = read_text(file).split("\n") if file else []
-    pairs = names.items() if isinstance(names, dict) else enumerate(_texts(names))
+    pairs = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else [])
     numbered = {str(key): same_form(name) for key, name in pairs if isinstance(name, str) and name.strip()}
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
     texts: set[Path] = set()
@@ -184,11 +184,12 @@ def read_yolo(images: Mapping[str, list[str]], reading: Reading) -> None:
             objects.rows += _yolo_rows(text, numbered, file, "kpt_shape" in settings, reading.faults)
         else:
             reading.scan.note(path, "has no text file of its name: taken for an image without objects")
-    for folder, suffix in product({text.parent for text in texts}, {".txt", file.suffix if file else ".txt"}):
-        reading.scan.was_read(folder, suffix)
-    for other in sorted({other for text in texts for other in text.parent.glob("*.txt")} - texts):
-        if YOLO_ROW.match(read_start(other, max_bytes=START_BYTES)):
-            reading.scan.note(str(other), "has no image of its name: left out")
+    for folder in sorted({text.parent for text in texts}):
+        for suffix in (".txt", file.suffix if file else ".txt"):
+            reading.scan.was_read(folder, suffix)
+        for other in sorted(set(folder.glob("*.txt")) - texts):
+            if YOLO_ROW.match(read_start(other, max_bytes=START_BYTES)):
+                reading.scan.note(str(other), "has no image of its name: left out")
 
 
 def _yolo_rows(
