@@ -427,6 +427,10 @@ WRONG = {
     "a box and its score": (yolo_images_labels, "labels/val/out.txt", "1 .5 .5 .1 .1 .9", "not four numbers"),
     "a box in pixels": (yolo_images_labels, "labels/val/out.txt", "1 10 10 5 5", "most of it out of the image"),
     "a text for a number": (yolo_images_labels, "labels/val/out.txt", "1 .5 nan .1 .1", "not four numbers"),
+    "a number beyond all": (
+        *(yolo_images_labels, "labels/val/out.txt"),
+        *("1 1e308 .5 .1 .1", "most of it out of the image"),
+    ),
     "no YAML": (yolo_images_labels, "data.yaml", "names: [a\ntrain: x", "data.yaml cannot be read as YAML"),
     "a folder that is gone": (yolo_images_labels, "data.yaml", "train: gone\nnames: [a]", "gone, which does not exist"),
     "an image that is gone": (yolo_lists, "val.txt", "images/val/no.png", "no.png is in the list of val, but does not"),

@@ -7,6 +7,7 @@ The target of a sample is a `GroundTruth`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -223,33 +224,34 @@ def _labels(marked: Sequence[tuple[str, tuple[BoxFormat, Objects], Size]], scan:
         if fault := _size_fault(path, size, objects):
             yield [fault]
             continue
-        sides = np.array([size[1], size[0]] * 2, np.float64)
+        sides = (size[1], size[0]) * 2
         rows: dict[tuple[Any, ...], float] = {}
         faults = []
         for row in objects.rows:
             where = f"{path}: the box of {row.where} in {objects.file.name}"
             numbers = [number(value) for value in row.box] if isinstance(row.box, (list, tuple)) else []
-            if len(numbers) != 4 or not np.isfinite(numbers).all():
+            if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
                 faults.append(f"{where} is {row.box!r:.60}, not four numbers: {form.numbers}")
                 continue
-            box = np.array(CORNERS[form.numbers](*numbers)) * (sides if form.in_shares else 1)
-            cut = box.clip(0, sides)
-            area, visible = (float(np.prod(np.maximum(corners[2:] - corners[:2], 0))) for corners in (box, cut))
+            corners = CORNERS[form.numbers](*numbers)
+            box = [value * side for value, side in zip(corners, sides, strict=True)] if form.in_shares else corners
+            cut = tuple(min(max(float(value), 0.0), side) for value, side in zip(box, sides, strict=True))
+            area, visible = (max(edges[2] - edges[0], 0) * max(edges[3] - edges[1], 0) for edges in (box, cut))
             if area == 0:
                 scan.note(where, "has no width or no height: left out")
-            elif visible < MIN_VISIBLE * area:
+            elif not visible >= MIN_VISIBLE * area:  # which holds for what is too large to be a number, too
                 faults.append(
                     f"{where} goes from {box[0]:g},{box[1]:g} to {box[2]:g},{box[3]:g}, "
                     f"most of it out of the image of {size[1]}x{size[0]} (width x height)"
                 )
             else:
-                key = (*cut.tolist(), row.name, row.crowd)
+                key = (*cut, row.name, row.crowd)
                 if key in rows:
                     scan.note(where, "is there already, with the same class: left out")
-                if np.abs(box - cut).max() > 1:
+                if any(abs(value - kept) > 1 for value, kept in zip(box, cut, strict=True)):
                     scan.note(where, "sticks out of its image: cut at the edge")
                 own = number(row.area)
-                rows.setdefault(key, own if 0 < own < np.inf else area)
+                rows.setdefault(key, own if 0 < own < math.inf else area)
         yield faults or Labels([key[4] for key in rows], rows)
 
 
