@@ -227,7 +227,7 @@ def yolo_cvat(root, part, rows):
 @by_part
 def voc_2012(root, part, rows):
     put(root / "ImageSets" / "Main" / f"{part}.txt", "".join(f"{name}\n" for name in rows))
-    put(root / "ImageSets" / "Main" / "cat_train.txt", "two  1\nempty -1\n")
+    put(root / "ImageSets" / "Main" / "zebra_train.txt", "two  1\nempty -1\n")
     put(root / "ImageSets" / "Main" / "trainval.txt", "".join(f"{name}\n" for name in ROWS))
     for name in rows:
         put(root / "Annotations" / f"{name}.xml", voc(rows[name], name))
