@@ -63,7 +63,14 @@ class DataError(ValueError):
         self.lines = tuple(lines)
         more = f"; and {len(lines) - MAX_LINES:,} more" if len(lines) > MAX_LINES else ""
         counted = f"{len(lines):,} things are wrong with the data: " if len(lines) > 1 else ""
-        super().__init__(f"{counted}{'; '.join(map(short, lines[:MAX_LINES]))}{more}{advice}")
+        super().__init__(f"{counted}{'; '.join(lines[:MAX_LINES])}{more}{advice}")
+
+
+def refusal(lines: Sequence[str], *, broken: int) -> DataError:
+    """The error that tells what is wrong, and what to type where images are `broken` or not everything is shown."""
+    more = "; --json lists everything" if len(lines) > MAX_LINES else ""
+    skip = f"; --skip-broken leaves out {one_image(broken)} that cannot be read" if broken else ""
+    return DataError(lines, more + skip)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Labels by name, by number where all are whole numbers."""
     names = list(names)
     if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+        return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))  # of any length
     return sorted(names)
 
 
@@ -206,9 +213,7 @@ def read(
     if not faults and not any(every.values()):
         faults.append(f"{data} has no labelled images in it")
     if faults:
-        more = "; --json lists all of it" if len(faults) > MAX_LINES else ""
-        skip = f"; --skip-broken leaves out {one_image(len(broken))} that cannot be read"
-        raise DataError(faults, more + (skip if broken and not skip_broken else ""))
+        raise refusal(faults, broken=0 if skip_broken else len(broken))
     notes = [f"{one_image(len(broken))} left out that cannot be read: {listed(broken, shown=3)}"] if broken else []
     left_out = (*broken, *scan.all_noted)
     samples = {

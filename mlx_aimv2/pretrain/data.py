@@ -322,7 +322,7 @@ class Preparation:
         name = example.name if isinstance(example.image, bytes) else str(example.image)
         opened = open_image(example.image, name=name)
         image, _ = opened.rgb()
-        if opened.notes and name not in self._told:
+        if opened.notes and self.augmentation is not None and name not in self._told:  # not of samples to be shown
             self._told.add(name)
             warn_of(opened)
         size = (rows * self.vision.patch_size, columns * self.vision.patch_size)
