@@ -180,8 +180,6 @@ def read(
         found.parts = {scored: found.parts.get(scored, [])}
     paths = [path for pairs in found.parts.values() for path, _ in pairs]
     images, unreadable = check_images(paths, decode=decode)
-    if unreadable and not decode:  # so that all of them are told at once
-        images, unreadable = check_images(paths)
     broken = [*scan.faults, *unreadable]
     faults = [*([] if skip_broken else broken), *found.faults]
     labelled: dict[str, dict[str, Labels]] = {}
@@ -319,7 +317,8 @@ def same_form(name: str) -> str:
 def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str, Known], list[str]]:
     """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, what is wrong with which)`.
 
-    A file that was good before and has not been changed since is not read again.
+    A file that was good before and has not been changed since is not read again. Without `decode` headers are read
+    alone, unless one is bad: then what else is wrong is told with it.
     """
     known_files = KnownFiles()
     known = known_files.look_up(paths, decoded=decode)
@@ -328,7 +327,8 @@ def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str
         results = list(pool.map(lambda path: _checked(path, decode), others))
     found = {path: result for path, result in zip(others, results, strict=True) if isinstance(result, Known)}
     known_files.remember(found.items())
-    return known | found, [result for result in results if isinstance(result, str)]
+    faults = [result for result in results if isinstance(result, str)]
+    return check_images(paths) if faults and not decode else (known | found, faults)
 
 
 def _checked(path: str, decode: bool) -> Known | str:

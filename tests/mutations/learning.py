@@ -75,8 +75,8 @@ LEARNING = (
     ),
     Mutation(
         "of broken images those alone are told that a header shows",
-        "    if unreadable and not decode:",
-        "    if unreadable and decode:",
+        "return check_images(paths) if faults and not decode else (known | found, faults)",
+        "return known | found, faults",
         BROKEN,
     ),
     Mutation(
