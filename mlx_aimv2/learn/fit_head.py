@@ -26,10 +26,9 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.evaluation import write_card
 from mlx_aimv2.learn.learner import Learner, canvas_size, decoded, grid_of
-from mlx_aimv2.learn.run import Run, Trained
-from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
+from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
-from mlx_aimv2.learn.training import fine_tune, train_on_features
+from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.loop import StateFile, check_training_folder
@@ -209,7 +208,7 @@ def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callab
     dataset = task.data.read(source, **how)
     allowed = [same_form(name) for name in labels or dataset.classes]
     if labels is not None and (unknown := [name for name in dataset.classes if name not in allowed]):
-        raise DataError([f"the label {name} is not in the list {listed(labels)}" for name in unknown])
+        raise DataError([f"the label {short(name)} is not in the list {listed(labels)}" for name in unknown])
     counts = ", ".join(f"{len(samples):,} {part}" for part, samples in dataset.splits.items() if samples)
     say(f"{one_image(len(dataset.classes), 'label')}: {listed(dataset.classes)}; {counts}")
     for note in dataset.notes:

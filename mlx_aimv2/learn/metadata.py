@@ -75,10 +75,8 @@ def columns_of(file: Path) -> list[str]:
         text, fault = _decoded(read_start(file, max_bytes=START))
     except (ValueError, OSError):
         return []
-    if fault:
-        return []
-    if file.suffix.lower() != ".jsonl":
-        return _header(text)[0]
+    if fault or file.suffix.lower() != ".jsonl":
+        return [] if fault else _header(text)[0]
     return list(dict.fromkeys(name for _, row in islice(_json_rows(text), 5) if isinstance(row, dict) for name in row))
 
 
@@ -97,13 +95,14 @@ def tables(folder: Path, *, of: Names) -> dict[str, Path]:
     none. Raises DataError where two are for the same part.
     """
     given = metadata_file(folder)
-    files = [given] if given else sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in TABLES)
+    if given and (not (names := columns_of(given)) or column(names, of)):
+        return {"": given}
     found: dict[str, Path] = {}
-    for file in files:
+    for file in sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in TABLES):
         names = columns_of(file)
-        if not (column(names, of) and (given or column(names, IMAGE))) and not (given and not names):
+        if not column(names, IMAGE) or not column(names, of):
             continue
-        part = "" if given else part_of(file.stem) or ""
+        part = part_of(file.stem) or ""
         if part in found:
             raise DataError([f"{found[part]} and {file} both list images: keep one, or call it {METADATA[0]}"])
         found[part] = file
@@ -230,13 +229,7 @@ def folder_of(file: Path, rows: Sequence[Mapping[str, Any]], scan: Scan) -> Path
 
 FOREIGN = {
     (".parquet", ".arrow", ".feather"): "is a table with images in it, which is not read: write them as files first",
-    (
-        ".tfrecord",
-        ".tfrecords",
-        ".rec",
-        ".mdb",
-        ".lmdb",
-    ): "holds records, which are not read: write its images as files",
+    (".tfrecord", ".tfrecords", ".rec", ".mdb"): "holds records, which are not read: write its images as files",
     (".npz", ".npy", ".mat", ".h5", ".hdf5", ".pkl", ".pt"): "holds arrays, which are not read: write them as images",
     (".tar",): "is an archive, of which only pretrain and lit read the images: unpack it",
     (".zip", ".tgz", ".gz", ".7z", ".rar"): "is an archive: unpack it",
@@ -245,30 +238,22 @@ FOREIGN = {
 }
 """Endings of what may describe images, or hold them, and is not read, and what to do about it."""
 
-EXPORTS = {
-    b'"lead_time"': "Label Studio",
-    b'"imagePath"': "LabelMe",
-    b'"_via_': "VGG's annotator",
-    b"<annotations>": "CVAT",
-}
+EXPORTS = {b'"lead_time"': "Label Studio", b'"imagePath"': "LabelMe", b'"_via_': "VIA", b"<annotations>": "CVAT"}
 """What begins the files of annotation programs, where what is written is not read: they can export others."""
 
 
 def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
     """What lies in DATA or its folders that may describe it and is not read, a line for each reason."""
-    found: dict[str, list[Path]] = {}
+    scan = Scan()
     for file in sorted([*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")]):
         endings = [ending.partition("-")[0].lower() for ending in file.suffixes[-1:]]
         reason = next((reason for known, reason in FOREIGN.items() if {*known} & {*endings}), None)
         if file.suffix.lower() in TABLES:
             names = columns_of(file)
-            missing = [
-                f"column {word}" for word, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)
-            ]
-            reason = f"has no {' and no '.join(missing)} among its columns ({listed(names)})" if missing else None
+            missing = [name for name, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)]
+            wanted = " and no ".join(f"column {name}" for name in missing)
+            reason = f"has no {wanted} among its columns ({listed(names)})" if missing else None
         if reason and file.is_file():
             program = next((name for mark, name in EXPORTS.items() if mark in read_start(file, max_bytes=START)), None)
-            found.setdefault(f"is {program}'s own: export it as COCO or CSV" if program else reason, []).append(file)
-    return [
-        f"{files[0]}{f' (and {len(files) - 1:,} more)' * (len(files) > 1)} {reason}" for reason, files in found.items()
-    ]
+            scan.note(str(file), f"is {program}'s own: export it as COCO or CSV" if program else reason)
+    return scan.notes

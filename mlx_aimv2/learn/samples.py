@@ -63,7 +63,14 @@ class DataError(ValueError):
         self.lines = tuple(lines)
         more = f"; and {len(lines) - MAX_LINES:,} more" if len(lines) > MAX_LINES else ""
         counted = f"{len(lines):,} things are wrong with the data: " if len(lines) > 1 else ""
-        super().__init__(f"{counted}{'; '.join(map(short, lines[:MAX_LINES]))}{more}{advice}")
+        super().__init__(f"{counted}{'; '.join(lines[:MAX_LINES])}{more}{advice}")
+
+
+def refusal(lines: Sequence[str], *, broken: int) -> DataError:
+    """The error that tells what is wrong, and what to type where images are `broken` or not everything is shown."""
+    more = "; --json lists everything" if len(lines) > MAX_LINES else ""
+    skip = f"; --skip-broken leaves out {one_image(broken)} that cannot be read" if broken else ""
+    return DataError(lines, more + skip)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Labels by name, by number where all are whole numbers."""
     names = list(names)
     if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+        return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))  # of any length
     return sorted(names)
 
 
@@ -173,8 +180,6 @@ def read(
         found.parts = {scored: found.parts.get(scored, [])}
     paths = [path for pairs in found.parts.values() for path, _ in pairs]
     images, unreadable = check_images(paths, decode=decode)
-    if unreadable and not decode:  # so that all of them are told at once
-        images, unreadable = check_images(paths)
     broken = [*scan.faults, *unreadable]
     faults = [*([] if skip_broken else broken), *found.faults]
     labelled: dict[str, dict[str, Labels]] = {}
@@ -206,9 +211,7 @@ def read(
     if not faults and not any(every.values()):
         faults.append(f"{data} has no labelled images in it")
     if faults:
-        more = "; --json lists all of it" if len(faults) > MAX_LINES else ""
-        skip = f"; --skip-broken leaves out {one_image(len(broken))} that cannot be read"
-        raise DataError(faults, more + (skip if broken and not skip_broken else ""))
+        raise refusal(faults, broken=0 if skip_broken else len(broken))
     notes = [f"{one_image(len(broken))} left out that cannot be read: {listed(broken, shown=3)}"] if broken else []
     left_out = (*broken, *scan.all_noted)
     samples = {
@@ -314,7 +317,8 @@ def same_form(name: str) -> str:
 def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str, Known], list[str]]:
     """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, what is wrong with which)`.
 
-    A file that was good before and has not been changed since is not read again.
+    A file that was good before and has not been changed since is not read again. Without `decode` headers are read
+    alone, unless one is bad: then what else is wrong is told with it.
     """
     known_files = KnownFiles()
     known = known_files.look_up(paths, decoded=decode)
@@ -323,7 +327,8 @@ def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str
         results = list(pool.map(lambda path: _checked(path, decode), others))
     found = {path: result for path, result in zip(others, results, strict=True) if isinstance(result, Known)}
     known_files.remember(found.items())
-    return known | found, [result for result in results if isinstance(result, str)]
+    faults = [result for result in results if isinstance(result, str)]
+    return check_images(paths) if faults and not decode else (known | found, faults)
 
 
 def _checked(path: str, decode: bool) -> Known | str:

@@ -68,6 +68,9 @@ PATCHES = (1 << 7, 1 << 12)
 MAX_MEMBER_BYTES = 1 << 28
 """Of one file within a shard."""
 
+CAPTION_ENDINGS = ("txt", "caption", "text", "cap")
+"""Of plain captions in a shard."""
+
 WANTED = f"wanted a folder with {' or '.join(METADATA)} (file_name, text) or .tar shards"
 
 SHUFFLE_BUFFER = 1000
@@ -255,7 +258,7 @@ def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple
 
 
 def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
-    plain = next((parts[ending] for ending in ("txt", "caption", "text", "cap") if ending in parts), None)
+    plain = next((parts[ending] for ending in CAPTION_ENDINGS if ending in parts), None)
     try:
         about = json.loads(parts.get("json", b"{}")) if plain is None else {"text": plain.decode("utf-8-sig")}
     except (ValueError, RecursionError):  # neither UTF-8 nor JSON
@@ -322,7 +325,7 @@ class Preparation:
         name = example.name if isinstance(example.image, bytes) else str(example.image)
         opened = open_image(example.image, name=name)
         image, _ = opened.rgb()
-        if opened.notes and name not in self._told:
+        if opened.notes and self.augmentation is not None and name not in self._told:  # not of samples to be shown
             self._told.add(name)
             warn_of(opened)
         size = (rows * self.vision.patch_size, columns * self.vision.patch_size)

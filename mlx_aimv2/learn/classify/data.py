@@ -59,7 +59,7 @@ def _sources(data: Path, scan: Scan) -> dict[str, Path]:
     Right in DATA folders win over a table that is not called metadata, as it may be about something else.
     """
     here = tables(data)
-    if here and metadata_file(data) is not None:
+    if metadata_file(data) in here.values():
         return here
     parts = samples.parts_of(
         data, scan, lambda folder: bool(tables(folder) or _label_folders(folder, scan) or _nested(folder, scan))
@@ -131,13 +131,11 @@ def _by_table(file: Path, scan: Scan, faults: list[str]) -> list[tuple[str, str,
     if labels != ["label"]:
         scan.note(str(file), f"has the labels in its column {labels[0]}")
     texts = _texts([row.get(labels[0]) for row in rows])
-    if texts and all(NUMBER.fullmatch(text) for text in texts if text) and any(map(str, texts)):
-        if odd := [text for text in texts if text and not (text.lstrip("-").isdigit() or WHOLE.fullmatch(text))]:
-            faults.append(
-                f"{file} has numbers for labels, as {odd[0]}: a class is a text or whole, write size {odd[0]}"
-            )
-            return []
+    if all(NUMBER.fullmatch(text) for text in texts if text):
         texts = [WHOLE.sub(r"\1", text) for text in texts]
+        if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
+            faults.append(f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number")
+            return []
     folder = folder_of(file, rows, scan)
     found: dict[str, tuple[str, str]] = {}
     unlabelled: list[str] = []
