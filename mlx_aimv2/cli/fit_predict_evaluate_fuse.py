@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
-from mlx_aimv2.cli.flags import MODEL, Add, add_dtype, add_resume, add_revision, add_settings, groups
+from mlx_aimv2.cli.flags import MODEL, Add, add_dtype, add_resume, add_revision, add_settings, add_skip_broken, groups
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import check_target, expand_user
 
@@ -21,6 +22,7 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
 
     add = groups(parser, "data", "model", "what is trained", "optimisation", "augmentation", ADAPTERS, "run", "output")
     add["data"]("data", metavar="DATA", help="folder of images with labels, masks or boxes")
+    add_skip_broken(add["data"])
     add["data"]("--labels", metavar="A,B,…", help="allowed labels; any other label in DATA is an error")
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=f"encoder: {MODEL}")
     add_revision(add["model"])
@@ -41,7 +43,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
     keywords = {name: value for name, value in vars(arguments).items() if name not in OWN}
     labels = None if arguments.labels is None else [label.strip() for label in arguments.labels.split(",")]
-    with progress("steps") as bar:
+    with progress("steps") as bar, faults_as_json(arguments):
         fitted = fit(
             arguments.data,
             arguments.model,
@@ -54,7 +56,8 @@ def run_fit(arguments: argparse.Namespace) -> int:
     if not fitted.line:  # another rank prints
         return 0
     if arguments.json:
-        print(json.dumps({"head": str(fitted.folder), "metrics": fitted.scores, "images": fitted.images}))
+        found = {"head": str(fitted.folder), "metrics": fitted.scores, "images": fitted.images}
+        print(json.dumps(found | {"left_out": fitted.left_out}))
     else:
         show(fitted.line)
         show(str(fitted.folder))
@@ -103,6 +106,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "input", "model", "output")
     add["input"]("head", metavar="HEAD", help=HEAD)
     add["input"]("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
+    add_skip_broken(add["input"])
     _add_encoder(add["model"])
     add["output"]("--card", metavar="DIR", help="write the model card's images for this data there")
     add["output"]("--json", action="store_true", help="print the scores as JSON")
@@ -112,11 +116,13 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     """Prints the scores and the table by class."""
     from mlx_aimv2.learn import evaluate
 
-    found = evaluate(arguments.head, arguments.data, model=arguments.model, dtype=arguments.dtype, card=arguments.card)
+    keywords = {name: getattr(arguments, name) for name in ("model", "dtype", "card", "skip_broken")}
+    with faults_as_json(arguments):
+        found = evaluate(arguments.head, arguments.data, **keywords)
     for note in found.notes:
         say(f"note: {note}")
     if arguments.json:
-        print(json.dumps({"part": found.part, "images": found.images, **found.scores}))
+        print(json.dumps({"part": found.part, "images": found.images, **found.scores, "left_out": found.left_out}))
         return 0
     widths = [max(map(len, column)) for column in zip(*found.table, strict=True)]
     for first, *rest in found.table:
@@ -125,6 +131,19 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     scores = ", ".join(f"{name} {100 * score:.2f} %" for name, score in found.scores.items())
     show(f"{scores} on {found.images:,} images")
     return 0
+
+
+@contextmanager
+def faults_as_json(arguments: argparse.Namespace) -> Iterator[None]:
+    """Within it --json prints everything that is wrong with DATA, before the error that names the first of it."""
+    from mlx_aimv2.learn.samples import DataError
+
+    try:
+        yield
+    except DataError as error:
+        if arguments.json:
+            print(json.dumps({"faults": error.lines}))
+        raise
 
 
 def add_fuse(parser: argparse.ArgumentParser) -> None:

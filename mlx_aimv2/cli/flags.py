@@ -39,6 +39,12 @@ def add_resume(add: Add) -> None:
     add("--resume", action="store_true", help="go on with a run that was stopped")
 
 
+def add_skip_broken(add: Add, *, default: bool = False) -> None:
+    """Adds --skip-broken and --no-skip-broken."""
+    words = f"leave out images that cannot be read, or refuse them (default: {'leave out' if default else 'refuse'})"
+    add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
+
+
 def add_policy_arguments(add: Add) -> None:
     """Adds --decode, --max-pixels and --truncated."""
     words = "decode JPEGs fast (reduced size) or exact (full size) (default: %(default)s)"

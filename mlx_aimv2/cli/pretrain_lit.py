@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.backend import WIDE_SIGHT, prepared
-from mlx_aimv2.cli.flags import MODEL, Add, add_resume, add_settings, groups, settings_of
+from mlx_aimv2.cli.flags import MODEL, Add, add_resume, add_settings, add_skip_broken, groups, settings_of
 from mlx_aimv2.cli.output import say, show
 from mlx_aimv2.config import WIDTHS, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.files import read_json
 from mlx_aimv2.loading import load
 from mlx_aimv2.pretrain import LitSettings, Settings, lit, open_data, pretrain
+from mlx_aimv2.pretrain.data import Data
 from mlx_aimv2.pretrain.objective import DecoderConfig
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
@@ -48,10 +49,9 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
         decoder=replace(decoder, vocab_size=arguments.vocab_size),
         augmentation=settings_of(Augmentation, arguments),
     )
-    validation = open_data(arguments.validation) if arguments.validation else None
-    pretrain(
-        open_data(arguments.data), arguments.output, settings=settings, validation=validation, **_shared(arguments)
-    )
+    data, shared = _shared(arguments)
+    validation = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None
+    pretrain(data, arguments.output, settings=settings, validation=validation, **shared)
     show(str(arguments.output))
     return 0
 
@@ -91,7 +91,7 @@ def run_lit(arguments: argparse.Namespace) -> int:
         projection_dim=config.projection_dim,
         augmentation=settings_of(Augmentation, arguments),
     )
-    data, shared = open_data(arguments.data), _shared(arguments)
+    data, shared = _shared(arguments)
     model, processor = load(arguments.encoder, dtype="float32")
     if model.vision is not model:
         say(f"note: of the pair {arguments.encoder} the image encoder alone is used; its text encoder is trained anew")
@@ -103,6 +103,7 @@ def run_lit(arguments: argparse.Namespace) -> int:
 def _add_captions(add: Mapping[str, Add]) -> None:
     """What both verbs take: images with captions, what reads these, and the folder to write."""
     add["data"]("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar")
+    add_skip_broken(add["data"], default=True)
     words = "largest vocabulary trained on the captions (default: %(default)s)"
     add["data"]("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=words)
     words = "take this tokenizer instead of training one on the captions"
@@ -111,7 +112,8 @@ def _add_captions(add: Mapping[str, Add]) -> None:
     add_resume(add["run"])
 
 
-def _shared(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keywords that `pretrain` and `lit` share."""
+def _shared(arguments: argparse.Namespace) -> tuple[Data, dict[str, Any]]:
+    """The data, and the keywords that `pretrain` and `lit` share."""
+    data = open_data(arguments.data, skip_broken=arguments.skip_broken)
     tokenizer = Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
-    return {"tokenizer": tokenizer, "resume": arguments.resume, "report": say}
+    return data, {"tokenizer": tokenizer, "resume": arguments.resume, "report": say}

@@ -233,7 +233,7 @@ class Scan:
     def __init__(self) -> None:
         self.faults: list[str] = []
         self._listings: dict[tuple[Path, bool], Listing] = {}
-        self._notes: dict[str, tuple[str, int]] = {}
+        self._notes: dict[str, list[str]] = {}
 
     def images(self, folder: Path) -> list[str]:
         """The images in a folder and below it, sorted, their names beginning as the folder's does."""
@@ -247,24 +247,32 @@ class Scan:
         """The folders right in a folder that images are looked for in, sorted."""
         return [Path(name) for name in self._listing(folder, deep=False).folders]
 
+    def was_read(self, folder: Path, suffix: str) -> None:
+        """Takes the files of a suffix out of the account of a folder: they were not passed over."""
+        self._listing(folder, deep=True).suffixes.pop(suffix.lower(), None)
+
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
-        if file.parent == folder:
-            self._listing(folder, deep=True).suffixes.pop(file.suffix.lower(), None)  # it was not skipped
+        if file.is_relative_to(folder):
+            self.was_read(folder, file.suffix)
         if rest := sorted(set(self.images(folder)).difference(names)):
-            self.note(rest[0], f"is not listed in {file.name}: skipped", len(rest))
+            self.note(rest, f"is not listed in {file.name}: skipped")
 
-    def note(self, name: str, reason: str, count: int = 1) -> None:
-        """Keeps that `name`, or so many things of which it is the first, was skipped or changed, and why."""
-        first, before = self._notes.get(reason, (name, 0))
-        self._notes[reason] = (first, before + count)
+    def note(self, names: str | Iterable[str], reason: str) -> None:
+        """Keeps that one or several things were skipped or changed, and why."""
+        self._notes.setdefault(reason, []).extend([names] if isinstance(names, str) else names)
+
+    @property
+    def all_noted(self) -> list[str]:
+        """A line for each of the things that the notes count."""
+        return [f"{name} {reason}" for reason, names in self._notes.items() for name in names]
 
     @property
     def notes(self) -> list[str]:
         """A line for each reason, with the first name and how many more; then what no scan takes, by its kind."""
         lines = [
-            f"{first} {reason}{f' (and {count - 1:,} more)' if count > 1 else ''}"
-            for reason, (first, count) in self._notes.items()
+            f"{names[0]} {reason}{f' (and {len(names) - 1:,} more)' if len(names) > 1 else ''}"
+            for reason, names in self._notes.items()
         ]
         scanned = [str(folder) for folder, deep in self._listings if deep]
         total = Counter[str]()

@@ -24,13 +24,17 @@ MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA."""
+    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA.
+
+    `left_out` has a line for each thing in DATA that was left out.
+    """
 
     scores: dict[str, float]
     images: int
     part: str
     table: list[list[str]]
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -40,26 +44,28 @@ def evaluate(
     model: str | None = None,
     dtype: str | None = None,
     card: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
 ) -> Evaluation:
     """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
 
     Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
     card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
-    that the head does not know among it.
+    that the head does not know among it; with `skip_broken` images that cannot be read are left out.
     """
     target = None if card is None else expand_user(card)
     if target is not None:
         check_target(target)
     loaded = load_head(head, model=model, dtype=dtype)
     classes, results = loaded.classes, loaded.task.results
-    dataset = loaded.task.data.read(expand_user(data), classes=classes)
+    dataset = loaded.task.data.read(expand_user(data), classes=classes, skip_broken=skip_broken)
     part, samples = dataset.to_score()
     predictions = decoded(loaded.task, samples, outputs_of_learner(loaded.learner, samples, loaded.processor))
     if target is not None:
         with atomic_folder(target) as folder:
             results.card(samples, predictions, classes, folder)
     scores, table = results.score(samples, predictions, classes)
-    return Evaluation(scores, len(samples), part, table, (*dataset.notes, *seen(samples, loaded.trained_on)))
+    notes = (*dataset.notes, *seen(samples, loaded.trained_on))
+    return Evaluation(scores, len(samples), part, table, notes, dataset.left_out)
 
 
 def predict(

@@ -24,7 +24,7 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.evaluation import write_card
 from mlx_aimv2.learn.learner import Learner, canvas_size, decoded, grid_of
-from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
+from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
@@ -40,6 +40,8 @@ class Fitted:
     scores: dict[str, dict[str, float]]
     images: dict[str, int]
     line: str
+    left_out: tuple[str, ...] = ()
+    """A line for each thing in DATA that was left out."""
 
 
 @prepared()
@@ -55,6 +57,7 @@ def fit(
     dtype: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    skip_broken: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, str], Callable[[int], None]] = lambda total, unit: lambda count: None,
     **settings: Any,
@@ -64,7 +67,7 @@ def fit(
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
     fields of `task.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
     a line for each thing worth knowing; `progress(total, unit)` gives a function that counts. With `resume` a run that
-    was stopped goes on.
+    was stopped goes on. With `skip_broken` images that cannot be read are left out; HEAD/left_out.txt lists what was.
 
     Raises DataError (a ValueError) with everything that is wrong with the data, ValueError for options that
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
@@ -77,7 +80,8 @@ def fit(
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
-        dataset = _dataset(found, source, labels, say, decode=found.types[kind].features is None)
+        decode = skip_broken or found.types[kind].features is None
+        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken)
         encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
         how = RECIPES[options.recipe] if options.recipe else found.types[kind]
         run = Run(
@@ -157,7 +161,10 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
         head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
         shown = task.results.card(splits[part], predictions, classes, place)
         write_card(place, info, task, table, shown, name=target.name)
-    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]))
+        if left_out := run.dataset.left_out:
+            lines = "".join(line.replace("\n", "\\n") + "\n" for line in left_out)
+            (place / "left_out.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]), left_out)
 
 
 def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> str:
@@ -196,13 +203,11 @@ def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str],
     return task, kind or task.default_type
 
 
-def _dataset(
-    task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], *, decode: bool
-) -> Dataset:
-    dataset = task.data.read(source, decode=decode)
+def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], **how: Any) -> Dataset:
+    dataset = task.data.read(source, **how)
     allowed = [same_form(name) for name in labels or dataset.classes]
     if labels is not None and (unknown := [name for name in dataset.classes if name not in allowed]):
-        raise DataError([f"the label {name} is not in the list {listed(labels)}" for name in unknown])
+        raise DataError([f"the label {short(name)} is not in the list {listed(labels)}" for name in unknown])
     counts = ", ".join(f"{len(samples):,} {part}" for part, samples in dataset.splits.items() if samples)
     say(f"{one_image(len(dataset.classes), 'label')}: {listed(dataset.classes)}; {counts}")
     for note in dataset.notes:

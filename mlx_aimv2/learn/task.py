@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
@@ -31,7 +32,7 @@ Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
 Solve: TypeAlias = "Callable[[str, Labelled, Labelled, int, Callable[[str], None]], nn.Module]"
 """Finds a head without the training loop: `kind, training and validation features, number of classes, say -> head`."""
 
-TASKS = ("detect", "segment", "classify")
+TASKS = ("segment", "detect", "classify")
 """Folders beside this file, in the order in which DATA is tried."""
 
 
@@ -68,7 +69,9 @@ class Data(Protocol):
     def recognise(self, data: Path) -> str | None:
         """Why DATA is for this task, a phrase; None where it is not."""
 
-    def read(self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True) -> Dataset:
+    def read(
+        self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True, skip_broken: bool = False
+    ) -> Dataset:
         """DATA read and checked by `samples.read`; DataError with everything that is wrong."""
 
     def example(
@@ -155,8 +158,9 @@ def guess_task(data: Path) -> tuple[Task, str]:
         task = find_task(name)
         if (reason := task.data.recognise(data)) is not None:
             return task, reason
+    form = f" in a form that fit reads: {'; '.join(others)};" if (others := not_read(data)) else ":"
     raise DataError(
-        [f"{data} holds no labelled images: make a folder for each label in it, or a metadata.csv; or say --task"]
+        [f"{data} holds no labelled images{form} make a folder for each label in it, or a metadata.csv; or say --task"]
     )
 
 

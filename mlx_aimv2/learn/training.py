@@ -26,7 +26,7 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
 from mlx_aimv2.learn.learner import Learner, decoded, grid_of, outputs_of_head, outputs_of_learner
-from mlx_aimv2.learn.samples import DataError, Dataset, Sample
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
 from mlx_aimv2.learn.task import Options, Solve, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
@@ -121,7 +121,7 @@ class Run:
                 failed += [f"{path} {reason}" for path, reason in result.failures]
                 advance(len(result.embeddings))
             if failed:
-                raise DataError(failed)
+                raise refusal(failed, broken=len(failed))
             if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:
                 raise DataError([f"{path} was changed while it was read: run it again" for path in changed])
             return cache.features()

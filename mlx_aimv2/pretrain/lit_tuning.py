@@ -266,7 +266,7 @@ def cache_features(
             for image, outputs in chunk:
                 own_texts = captions.popleft()
                 if image.failure is not None:
-                    warnings.warn(f"{image.path} {image.failure}; skipped", stacklevel=2)
+                    data.broken(f"{image.path} {image.failure}")
                     continue
                 if image.note is not None:
                     warnings.warn(f"{image.path} {image.note}", stacklevel=2)

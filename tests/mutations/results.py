@@ -32,7 +32,7 @@ RESULTS = (
     ),
     Mutation(
         "two classes of masks may have one name",
-        "if duplicates := [name for name, count in Counter(names).items() if count > 1]:",
+        "if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:",
         "if duplicates := list[str]():",
         ("tests/learn/test_mask_files.py::test_two_classes_of_one_name_are_refused",),
     ),

@@ -147,6 +147,54 @@ def test_captions_lie_in_csv_too_and_a_line_ends_at_a_newline_alone(tmp_path):
     assert [example.texts for example in open_data(folder).epoch(None)] == [("three",)]
 
 
+@pytest.mark.parametrize("file", ["captions.csv", "train/metadata.csv", "a/metadata.csv", "train/b/metadata.csv"])
+def test_captions_lie_in_tables_of_other_names_and_folders(tmp_path, file):
+    place = (tmp_path / file).parent
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "0.png").write_bytes(png(0))
+    (tmp_path / file).write_text("Image;Caption\n0.png;one\n0.png;two\n;\n")
+    with pytest.warns(UserWarning) as found:
+        assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("one", "two")]
+    notes = " ".join(str(one.message) for one in found)
+    assert "has the images in its column image" in notes and "line 4, is an empty row: left out" in notes
+
+
+@pytest.mark.parametrize("kind", ["tables", "shards", "folders of shards"])
+def test_of_parts_train_is_trained_on_and_the_others_are_named(tmp_path, kind):
+    for number, part in enumerate(("train", "val")):
+        (tmp_path / part).mkdir()
+        if kind == "tables":
+            (tmp_path / part / f"{number}.png").write_bytes(png(number))
+            (tmp_path / part / "metadata.jsonl").write_text(f'{{"file_name": "{number}.png", "text": "{part}"}}\n')
+        else:
+            members = [("0.png", png(0)), ("0.txt", part.encode())]
+            shard(tmp_path / (f"{part}/0.tar" if kind == "folders of shards" else f"{part}-0.tar"), members)
+    with pytest.warns(UserWarning, match="is of another part: left out"):
+        assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("train",)]
+
+
+@pytest.mark.parametrize(("image", "text"), [("jpeg", "txt"), ("webp", "caption"), ("png", "json")])
+def test_members_of_a_shard_may_have_the_fields_endings(tmp_path, image, text):
+    caption = b'{"caption": "one"}' if text == "json" else b"one"
+    shard(tmp_path / "0.tar", [(f"0.{image}", b"image"), (f"0.seg.{image}", b"x"), (f"0.{text}", caption)])
+    assert [(one.image, one.texts) for one in open_data(tmp_path).epoch(None)] == [(b"image", ("one",))]
+
+
+def test_a_broken_image_in_a_shard_is_named_once_or_refused(tmp_path):
+    shard(tmp_path / "0.tar", [*members(0, 3), ("9.png", b"broken"), ("9.txt", b"nine")])
+    with pytest.warns(UserWarning) as found:
+        assert {one.caption for one in taken(tmp_path, 12)} == {"caption 0", "caption 1", "caption 2"}
+    assert ["0.tar:9 is not an image" in str(one.message) for one in found] == [True]
+    with pytest.raises(ValueError, match=r"0\.tar:9 is not an image .*; --skip-broken leaves out such images"):
+        taken(tmp_path, 12, data=open_data(tmp_path, skip_broken=False))
+
+
+def test_what_lies_there_instead_of_captions_is_named(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,b\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv has no column text among its columns \(file_name, label\)"):
+        open_data(tmp_path)
+
+
 def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):
     shard(tmp_path / "0.tar", members(0, 3))
     whole = shard(tmp_path / "1.tar", members(3, 3)).read_bytes()
@@ -195,11 +243,11 @@ def test_the_buffer_bounds_what_is_held():
 GRID = (2, 2)
 
 
-def taken(folder, size, **options):
+def taken(folder, size, *, data=None, **options):
     """The first examples of a stream."""
     vision = Aimv2VisionConfig(22, 13, 2, 2, image_size=10, patch_size=5)
     prepare = Preparation(vision, seed=3, augmentation=Augmentation())
-    order = Stream(open_data(folder), lambda number: GRID, size=size, seed=3, **options)
+    order = Stream(data or open_data(folder), lambda number: GRID, size=size, seed=3, **options)
     batches = Batches(order, lambda item: prepare(*item), collate=list)
     try:
         return batches(0)[0]
