@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.index.reader import Index, damaged
 from mlx_aimv2.loading import AnyModel
+from mlx_aimv2.untrusted_json import are_numbers
 
 Description = dict[str, Any]
 
@@ -92,7 +93,7 @@ def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[li
     weights, others = stored.get("weights", {}), other.get("weights", {})
     one, another = weights.get("sample", []), others.get("sample", [])
     names = f"{_name(stored)} there, {_name(other)} here"
-    if len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6):
+    if not are_numbers(one) or len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6):
         refused.insert(0, f"the weights: {names}")
     elif weights.get("digest") != others.get("digest") and not notes:
         refused.insert(0, f"the weights, though not in the norms: {names}")

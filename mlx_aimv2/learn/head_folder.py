@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import mlx.core as mx
@@ -24,10 +25,11 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.lora import load_arrays
-from mlx_aimv2.learn.task import Task, find_task
+from mlx_aimv2.learn.task import TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import flat
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
@@ -43,7 +45,7 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
 
-FIELDS: dict[str, type] = {
+FIELDS: Fields = {
     "task": str,
     "fine_tune_type": str,
     "classes": list,
@@ -52,6 +54,9 @@ FIELDS: dict[str, type] = {
     "image_size": int,
 }
 """Fields of head.json that are acted on, and their types."""
+
+ENCODER_FIELDS: Fields = {"checkpoint": str, "commit": (str, NoneType), "dtype": str, "weights": dict}
+"""What head.json says of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,12 @@ def read_info(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise ValueError(f"{file} is damaged: format_version is {version!r}")
-    for name, kind in FIELDS.items():
-        if not isinstance(info.get(name), kind):
-            raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if (name := misfit(info, FIELDS)) is not None:
+        raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if info["task"] not in TASKS:
+        raise ValueError(f"{file} is damaged: task is {info['task']!r:.60}, none of {', '.join(TASKS)}")
+    if (name := misfit(info["encoder"], ENCODER_FIELDS)) is not None:
+        raise ValueError(f"{file} is damaged: encoder says {name} {info['encoder'].get(name)!r:.60}")
     if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
         raise ValueError(f"{file} is damaged: classes are not a list of names")
     return info
@@ -124,6 +132,8 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     folder = expand_user(folder)
     info = read_info(folder)
     task = find_task(info["task"])
+    if info["fine_tune_type"] not in task.types:
+        raise ValueError(f"{folder / INFO_FILE} is damaged: {task.name} has no fine_tune_type {info['fine_tune_type']}")
     wanted = info["encoder"]
     try:
         source = read_source(model or str(wanted.get("checkpoint")), revision=None if model else wanted.get("commit"))
@@ -206,8 +216,6 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     """Raises ValueError where `loaded` is not the encoder that a head was trained on."""
     here = {**loaded.origin, "weights": fingerprint(loaded.model)}
     there = {key: wanted.get(key) for key in here}
-    if not isinstance(there["weights"], dict):
-        raise ValueError(f"{folder / INFO_FILE} is damaged: it says nothing of the encoder's weights")
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")

@@ -10,8 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.files import read_json
+from mlx_aimv2.learn.task import MAX_RANK
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -23,6 +26,8 @@ KEYS = [".".join(names) for names in LAYERS]
 
 RANK, SCALE, DROPOUT = 8, 20.0, 0.0
 """mlx-lm's defaults."""
+
+PARAMETERS: Fields = {"rank": int, "scale": (int, float), "dropout": (int, float)}
 
 
 class LoRALinear(nn.Module):
@@ -132,17 +137,19 @@ def _read_config(file: Path, depth: int) -> dict[str, Any]:
         config: dict[str, Any] = read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is no adapter folder") from None
-    parameters = config.get("lora_parameters")
-    if not isinstance(parameters, dict) or config.get("fine_tune_type") not in KINDS:
+    if misfit(config, {"fine_tune_type": str, "lora_parameters": dict}) or config["fine_tune_type"] not in KINDS:
         raise ValueError(f"{file}: wanted fine_tune_type {' or '.join(KINDS)} and lora_parameters")
-    if sorted(keys := parameters.get("keys", KEYS)) != sorted(KEYS):
-        raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys}")
-    for name in ("rank", "scale"):
-        if not isinstance(parameters.get(name), (int, float)):
-            raise ValueError(f"{file}: lora_parameters has no number for {name}")
+    parameters = config["lora_parameters"]
+    keys = parameters.get("keys", KEYS)
+    if not isinstance(keys, list) or len(keys) != len(KEYS) or any(key not in keys for key in KEYS):
+        raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys!r:.200}")
+    if name := misfit({"dropout": DROPOUT, **parameters}, PARAMETERS):
+        raise ValueError(f"{file}: lora_parameters has no number for {name}")
+    if not 1 <= parameters["rank"] <= MAX_RANK:
+        raise ValueError(f"{file}: rank {parameters['rank']}; adapters have from 1 to {MAX_RANK}")
     layers = config.setdefault("num_layers", -1)
-    if not isinstance(layers, int) or not (layers == -1 or 1 <= layers <= depth):
-        raise ValueError(f"{file}: num_layers {layers!r}, and this encoder has {depth} blocks")
+    if misfit(config, {"num_layers": int}) or not (layers == -1 or 1 <= layers <= depth):
+        raise ValueError(f"{file}: num_layers {layers!r:.60}, and this encoder has {depth} blocks")
     return config
 
 
@@ -153,10 +160,7 @@ def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = Fa
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not whole")
-    try:
-        arrays: Any = mx.load(str(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+    arrays, _ = read_safetensors(file)
     flat: Any = tree_flatten(wanted)
     shapes = {name: tuple(array.shape) for name, array in flat}
     found = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -166,5 +170,6 @@ def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = Fa
             f"{file} is not for this encoder: {differ[0]} is {found.get(differ[0], 'missing')}, "
             f"wanted {shapes.get(differ[0], 'no such tensor')}; {len(differ)} differ"
         )
+    if bad := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:
+        raise ValueError(f"{file} is damaged: {bad[0]} holds what is no number; {len(bad)} of its tensors do")
     module.load_weights(list(arrays.items()), strict=False)
-    mx.eval(list(arrays.values()))

@@ -18,8 +18,8 @@ wider, a standard normal distribution cut to -1 … 1 and stretched to 7 … 12.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps
 
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.files import expand_user
+from mlx_aimv2.files import BLOCK, expand_user, is_file
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.exclude import is_junk
 from mlx_aimv2.images.find import Scan, has_suffix
@@ -46,6 +46,10 @@ from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll
+from mlx_aimv2.untrusted_json import parse
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # mypy's own: it is in `typing` from Python 3.11 on
 
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of patches."""
@@ -53,8 +57,20 @@ Grid: TypeAlias = tuple[int, int]
 PATCHES = (1 << 7, 1 << 12)
 """The fewest and the most patches of an image."""
 
-MAX_MEMBER_BYTES = 1 << 28
-"""Of one file within a shard."""
+MAX_CAPTION_BYTES = 1 << 20
+"""Of a caption's file, and of a header that has a long name."""
+
+MAX_READS = 100
+"""Of a shard behind its end: tarfile tries a few times."""
+
+MAX_KEY_BYTES = 1 << 28
+"""Of the files of one example of a shard, those alone that are read."""
+
+MAX_EXPANSION = 100
+"""Bytes of a shard's files for each of its own: images hardly get smaller by gzip, and captions by ten times."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as JSON may hold one: no text, which no tokenizer takes."""
 
 SHUFFLE_BUFFER = 1000
 """Examples of shards held at a time, from which the next is drawn."""
@@ -106,7 +122,7 @@ class ImageFolder:
             file, texts = self.folder / row["file_name"], captions_of(row)
             if not texts:
                 scan.note(str(file), "has no caption: skipped")
-            elif not file.is_file():
+            elif not is_file(file):
                 scan.note(str(file), "is listed but not there: skipped")
             else:
                 self.captioned.append((row["file_name"], texts))
@@ -155,7 +171,9 @@ def shuffled(examples: Iterable[Example], rng: np.random.Generator, buffer: int)
 def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
     """The examples of one tar file in its order: files of one key follow each other. A broken end is skipped."""
     try:
-        with tarfile.open(file, "r|*") as archive:
+        with file.open("rb") as stream:
+            whole: Any = _Ending(stream)
+            archive = tarfile.open(fileobj=whole, mode="r|*", tarinfo=_Header)  # noqa: SIM115 - it holds no file
             for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
                 # The last example of a broken shard, which may be cut, raises here.
                 parts = {ending: content for _, ending, content in members}
@@ -169,27 +187,62 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
                     scan.note(f"{file.parent / name}", "has no caption: skipped")
                 else:
                     yield Example(name, image, texts)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile and what it unpacks with raise whatever they meet
         scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
 
 
+class _Ending:
+    """A file that raises where somebody reads on behind its end, as tarfile would for ever where a header says so."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.reads = stream, 0
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.reads += not data
+        if self.reads > MAX_READS:
+            raise tarfile.ReadError("it ends early")
+        return data
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a shard; one that names or describes the next file is held in memory whole, so it must be short."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type not in tarfile.REGULAR_TYPES and found.size > MAX_CAPTION_BYTES:
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
+
+
 def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple[str, str, bytes]]:
-    """Key, ending and content of each file of a shard."""
+    """Key, ending and content of each file of a shard that is used: images, captions."""
+    limit = MAX_EXPANSION * (file.stat().st_size + BLOCK)
+    unpacked, last, held = 0, "", 0
     for member in archive:
-        if not member.isfile() or is_junk(member.name):
-            continue
-        if member.size > MAX_MEMBER_BYTES:
-            scan.note(f"{file}:{member.name}", "is too large: skipped")
-            continue
+        unpacked += member.size
+        if not 0 <= member.size <= unpacked <= limit:  # before the stream reads on to where the next one should begin
+            raise tarfile.ReadError(f"{member.name} goes beyond {MAX_EXPANSION} times the size of the shard")
         path = PurePosixPath(member.name)
         stem, _, ending = path.name.partition(".")
-        if (content := archive.extractfile(member)) is not None:
-            yield str(path.parent / stem), ending.lower(), content.read()
+        is_caption = ending.lower() in ("txt", "json")
+        if not member.isfile() or is_junk(member.name) or not (is_caption or has_suffix(f"x.{ending}")):
+            continue
+        key = str(path.parent / stem)
+        held = member.size + (held if key == last else 0)
+        last = key
+        if held > MAX_KEY_BYTES or (is_caption and member.size > MAX_CAPTION_BYTES):
+            scan.note(f"{file}:{member.name}", "is too large: skipped")
+        elif (content := archive.extractfile(member)) is not None:
+            yield key, ending.lower(), content.read()
 
 
 def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
     try:
-        about = {"text": parts["txt"].decode("utf-8-sig")} if "txt" in parts else json.loads(parts.get("json", b"{}"))
+        about = (
+            {"text": parts["txt"].decode("utf-8-sig")} if "txt" in parts else parse(parts.get("json", b"{}"), "json")
+        )
     except ValueError:  # neither UTF-8 nor JSON
         return ()
     return captions_of(about) if isinstance(about, dict) else ()
@@ -199,7 +252,8 @@ def captions_of(about: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions under `text` or `caption`, a string or a list of strings, without the empty ones."""
     found = about.get("text", about.get("caption"))
     texts = found if isinstance(found, list) else [found]
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    usable = [text.strip() for text in texts if isinstance(text, str) and not _SURROGATE.search(text)]
+    return tuple(filter(None, usable))
 
 
 def warn_of(scan: Scan, said: set[str]) -> None:

@@ -20,10 +20,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import UNFINISHED
 from mlx_aimv2.train.optimizer import Arrays, Optimizer, Table, clipped, flat, groups_of, warm_up_cosine
+from mlx_aimv2.untrusted_json import are_numbers, misfit, parse
 
 Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
 """`model, batch, random key -> {"loss": (), …}`: "loss" is minimised, the rest is reported."""
@@ -236,10 +238,13 @@ class StateFile:
     def _read(self) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
         """The tensors of the file, and identity and progress of the run that wrote it."""
         try:
-            loaded: Any = mx.load(str(self.path), return_metadata=True)
-            tensors, about = loaded
-            return tensors, json.loads(about["identity"]), json.loads(about["progress"])
-        except (RuntimeError, KeyError, ValueError):
+            tensors, about = read_safetensors(self.path)
+            identity, progress = (parse(about[name], name) for name in ("identity", "progress"))
+            is_whole = isinstance(identity, dict) and {name.partition(".")[0] for name in tensors} <= set(PARTS)
+            if not is_whole or misfit(progress, {"positions": list}) or not are_numbers(progress["positions"]):
+                raise ValueError("not what `save` writes")
+            return tensors, identity, progress
+        except (KeyError, ValueError):
             message = f"{self.path} is damaged, or of another version: remove {self.folder} and begin anew"
             raise ValueError(message) from None
 
@@ -247,7 +252,7 @@ class StateFile:
 def saved_weights(output: Path, *, prefix: str) -> Arrays:
     """The parameters in OUTPUT.training whose paths begin so; none where there is no state."""
     file = training_folder(output) / STATE_FILE
-    tensors: Any = mx.load(str(file)) if file.is_file() else {}
+    tensors = read_safetensors(file)[0] if file.is_file() else {}
     return {key.removeprefix("model."): array for key, array in tensors.items() if key.startswith(f"model.{prefix}")}
 
 
@@ -317,7 +322,12 @@ def is_due(step: int, every: int) -> bool:
 
 def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
     """Puts back what was saved; returns the kept parameters and the progress."""
-    parts, done = state.load(flat(model.trainable_parameters())), Progress(**(state.progress or {}))
+    saved, new = state.progress or {}, asdict(Progress())
+    if {name: type(value) for name, value in saved.items()} != {
+        name: type(value) for name, value in new.items()
+    } or any(misfit(entry, {"step": int}) for entry in saved["history"]):
+        raise ValueError(f"{state.path} is damaged, or of another version: remove {state.folder} and begin anew")
+    parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)
     model.update(tree_unflatten(list(parts["model"].items())))
     optimizer.lay_out(model, parts["optimizer"], step=done.step)
     return parts["kept" if plan.keep != "last" else "model"], done

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.files import read_text
+from mlx_aimv2.files import is_file, read_text
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
@@ -25,6 +24,7 @@ from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
+from mlx_aimv2.untrusted_json import parse
 
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""
@@ -91,7 +91,7 @@ def _by_metadata(file: Path, scan: Scan) -> tuple[Labelled, list[str]]:
         path, label = file.parent / row["file_name"], row.get("label")
         if label is None or isinstance(label, (dict, list, float)) or str(label).strip() == "":
             faults.append(f"{where}: {row['file_name']} has no label; wanted a column called label")
-        elif not path.is_file():
+        elif not is_file(path):
             faults.append(f"{where}: {row['file_name']} does not exist")
         else:
             labelled.append((str(path), same_form(str(label))))
@@ -156,7 +156,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse(line, "a line")
             except ValueError:
                 yield number, None
 

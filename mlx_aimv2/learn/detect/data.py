@@ -6,8 +6,6 @@ their own, is left out. The target of a sample is a `GroundTruth`.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_aimv2.files import read_text
+from mlx_aimv2.files import is_file, read_text
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
@@ -26,13 +24,14 @@ from mlx_aimv2.learn.detect.head import assign, points
 from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
+from mlx_aimv2.untrusted_json import Fields, are_numbers, misfit, parse
 
 ROBOFLOW = "_annotations.coco.json"
 
 FOLDER = "annotations"
 """Folder of the JSON files in COCO's own layout."""
 
-WANTED: dict[str, dict[str, Any]] = {
+WANTED: dict[str, Fields] = {
     "images": {"id": (int, str), "file_name": str},
     "annotations": {"image_id": (int, str), "category_id": (int, str)},
     "categories": {"id": (int, str), "name": (str, int)},
@@ -118,21 +117,19 @@ def _content(file: Path, faults: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The entries of a file's lists that have what they need."""
     found: dict[str, list[dict[str, Any]]] = {section: [] for section in WANTED}
     try:
-        content = json.loads(read_text(file, max_bytes=samples.MAX_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{file} cannot be read as JSON: {error}")
+        content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
+    except (OSError, ValueError) as error:
+        faults.append(str(error))
         return found
-    missing = [key for key in WANTED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    missing = [key for key in WANTED if misfit(content, {key: list})]
     if missing:
         faults.append(f"{file} is no COCO JSON: it has no list of {' and of '.join(missing)}")
         return found
     for section, keys in WANTED.items():
         for entry in content[section]:
-            usable = [key for key in keys if isinstance(entry, dict) and isinstance(entry.get(key), keys[key])]
-            if len(usable) == len(keys):
+            if (bad := misfit(entry, keys)) is None:
                 found[section].append(entry)
             else:
-                bad = next(key for key in keys if key not in usable)
                 faults.append(f"{file}: an entry of {section} has no usable {bad}: {entry!r:.80}")
     return found
 
@@ -156,7 +153,7 @@ def _objects(
             faults.append(f"{file} has more than one image with the id {entry['id']}")
         if path in found:
             scan.note(path, f"stands more than once in {file.name}: its objects are taken together")
-        elif Path(path).is_file():
+        elif is_file(path):
             found[path] = _Objects(file, (entry.get("height"), entry.get("width")))
         else:
             faults.append(f"{file} names {entry['file_name']!s}, but {path} does not exist")
@@ -177,7 +174,7 @@ def _objects(
 def _folder_of(images: Sequence[dict[str, Any]], folders: Sequence[Path]) -> Path:
     """The first folder that holds one of the first images, or the first that there is."""
     for folder in folders:
-        if any((folder / str(entry["file_name"])).is_file() for entry in images[:5]):
+        if any(is_file(folder / str(entry["file_name"])) for entry in images[:5]):
             return folder
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
@@ -216,17 +213,16 @@ def _labels(marked: Sequence[tuple[str, _Objects, Size]], scan: Scan) -> Iterato
                     scan.note(where, "is there already, with the same class: left out")
                 if max(-box[0], -box[1], box[2] - size[1], box[3] - size[0]) > 1:
                     scan.note(where, "sticks out of its image: cut at the edge")
-                own = entry.get("area")
-                rows.setdefault(row, float(own) if isinstance(own, (int, float)) and own > 0 else area)
+                is_area = not misfit(entry, {"area": (int, float)}) and entry["area"] > 0
+                rows.setdefault(row, float(entry["area"]) if is_area else area)
         yield faults or Labels([row[4] for row in rows], rows)
 
 
 def _corners(box: Any) -> np.ndarray[Any, Any] | None:
     """COCO's left, top, width, height as left, top, right, bottom; None for what is no box."""
-    numbers = [n for n in box if isinstance(n, (int, float)) and math.isfinite(n)] if isinstance(box, list) else []
-    if len(numbers) != 4 or len(box) != 4:
+    if not are_numbers(box) or len(box) != 4:
         return None
-    left, top, width, height = numbers
+    left, top, width, height = box
     return np.array([left, top, left + max(width, 0), top + max(height, 0)], np.float64)
 
 
