@@ -112,10 +112,10 @@ def heads(rng: random.Random, whole: Path, place: Path) -> Call:
         file.write_bytes(broken_bytes(data, rng))
     encoder = rng.choice((None, None, str(learned / "encoder")))
     if rng.random() < 0.2:
-        return lambda: _fused(folder, place / "fused", encoder)
+        return _as_written(lambda: _fused(folder, place / "fused", encoder))
     if rng.random() < 0.1:
-        return lambda: _evaluated(folder, learned / HEADS[name][0], encoder)
-    return lambda: _predicted(folder, learned / "1.png", encoder)
+        return _as_written(lambda: _evaluated(folder, learned / HEADS[name][0], encoder))
+    return _as_written(lambda: _predicted(folder, learned / "1.png", encoder))
 
 
 def states(rng: random.Random, whole: Path, place: Path) -> Call:
@@ -127,10 +127,15 @@ def states(rng: random.Random, whole: Path, place: Path) -> Call:
     shutil.copytree(learned / "state" / "head.training", folder)
     file = folder / "state.safetensors"
     file.write_bytes(broken_tensors(file.read_bytes(), rng))
-    return lambda: fit(
-        learned / "classify", learned / "encoder", place / "head",
-        task="classify", fine_tune_type="attentive", cache=learned / "cache", iters=4, steps_per_eval=1, resume=True,
-    )  # fmt: skip
+
+    def resume() -> None:
+        fit(
+            learned / "classify", learned / "encoder", place / "head",
+            task="classify", fine_tune_type="attentive", cache=learned / "cache", iters=4, steps_per_eval=1,
+            resume=True,
+        )  # fmt: skip
+
+    return _as_written(resume)
 
 
 def coco(rng: random.Random, whole: Path, place: Path) -> Call:
@@ -168,14 +173,14 @@ def masks(rng: random.Random, whole: Path, place: Path) -> Call:
         (place / "masks" / "0.png").write_bytes(_bomb(rng))
     if rng.random() < 0.3:
         (place / "classes.txt").write_bytes(broken_bytes(b"sky\nroad\ntree\n", rng))
-    return lambda: _read("segment", place)
+    return _as_written(lambda: _read("segment", place))
 
 
 def shards(rng: random.Random, whole: Path, place: Path) -> Call:
     """A broken or hostile shard of WebDataset."""
     file = place / "0.tar"
     file.write_bytes(_broken_shard(rng, whole / "learning"))
-    return lambda: _captions(file)
+    return _as_written(lambda: _captions(file))
 
 
 def captions(rng: random.Random, whole: Path, place: Path) -> Call:
@@ -186,7 +191,7 @@ def captions(rng: random.Random, whole: Path, place: Path) -> Call:
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     name, data = _table(rows, rng)
     (place / name).write_bytes(data)
-    return lambda: _captions(place)
+    return _as_written(lambda: _captions(place))
 
 
 def jpegs(rng: random.Random, whole: Path, place: Path) -> Call:
@@ -323,7 +328,7 @@ def _broken_shard(rng: random.Random, learned: Path) -> bytes:
         total = sum(data[at : at + 512])
         data[at + 148 : at + 156] = f"{total:06o}\0 ".encode()
     content = bytes(data)
-    if rng.random() < 0.4:
+    if rng.random() < 0.4 and len(content) < 1 << 22:
         content = broken_bytes(content, rng)
     if rng.random() < 0.3:
         content = gzip.compress(content, 9)
@@ -350,7 +355,7 @@ def _format(rng: random.Random, whole: Path, place: Path, name: str) -> Call:
     """A data set in a format, with one of the files that label it broken."""
     task, write = FORMATS[name]
     write(rng, whole, place)
-    return lambda: _read(task, place)
+    return _as_written(lambda: _read(task, place))
 
 
 def _write_coco(rng: random.Random, whole: Path, place: Path) -> None:
@@ -465,7 +470,6 @@ def _read(task: str, data: Path) -> None:
     """DATA as `fit` reads it: guessed, read for training and with given classes, and laid out for the encoder."""
     import numpy as np
 
-    from mlx_aimv2.learn.samples import DataError
     from mlx_aimv2.learn.task import find_task, guess_task
 
     found = find_task(task)
@@ -489,15 +493,22 @@ def _read(task: str, data: Path) -> None:
             for array in _targets(sample).values():
                 assert np.isfinite(array).all(), "a target that is not finite"
     if len(refusals) == 3:
-        error = refusals[1]
-        raise type(error)([line_of(error)]) if isinstance(error, DataError) else error
+        raise refusals[1]
 
 
-def line_of(error: Exception) -> str:
-    """An error as the commands write it: names of files and values of tables are quoted in it."""
+def _as_written(call: Callable[[], object]) -> Call:
+    """The call with its errors as a command writes them: escaped and shortened, for they quote names and values."""
     from mlx_aimv2.cli.output import as_line
 
-    return as_line(str(error))
+    def judged() -> None:
+        try:
+            call()
+        except (UnicodeError, json.JSONDecodeError):
+            raise
+        except (ValueError, OSError) as error:
+            raise ValueError(as_line(str(error))) from error
+
+    return judged
 
 
 def _targets(sample: Any) -> dict[str, Any]:
