@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -48,9 +48,6 @@ from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll
 from mlx_aimv2.untrusted_json import parse
 
-if TYPE_CHECKING:
-    from typing_extensions import Self  # mypy's own: it is in `typing` from Python 3.11 on
-
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of patches."""
 
@@ -59,9 +56,6 @@ PATCHES = (1 << 7, 1 << 12)
 
 MAX_CAPTION_BYTES = 1 << 20
 """Of a caption's file, and of a header that has a long name."""
-
-MAX_READS = 100
-"""Of a shard behind its end: tarfile tries a few times."""
 
 MAX_KEY_BYTES = 1 << 28
 """Of the files of one example of a shard, those alone that are read."""
@@ -171,9 +165,7 @@ def shuffled(examples: Iterable[Example], rng: np.random.Generator, buffer: int)
 def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
     """The examples of one tar file in its order: files of one key follow each other. A broken end is skipped."""
     try:
-        with file.open("rb") as stream:
-            whole: Any = _Ending(stream)
-            archive = tarfile.open(fileobj=whole, mode="r|*", tarinfo=_Header)  # noqa: SIM115 - it holds no file
+        with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
                 # The last example of a broken shard, which may be cut, raises here.
                 parts = {ending: content for _, ending, content in members}
@@ -191,27 +183,13 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
         scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
 
 
-class _Ending:
-    """A file that raises where somebody reads on behind its end, as tarfile would for ever where a header says so."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.reads = stream, 0
-
-    def read(self, size: int) -> bytes:
-        data = self.stream.read(size)
-        self.reads += not data
-        if self.reads > MAX_READS:
-            raise tarfile.ReadError("it ends early")
-        return data
-
-
 class _Header(tarfile.TarInfo):
-    """A header of a shard; one that names or describes the next file is held in memory whole, so it must be short."""
+    """A header of a shard. One that holds the name of the next file is kept in memory, so it must be short."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
         found = super().frombuf(buf, encoding, errors)
-        if found.type not in tarfile.REGULAR_TYPES and found.size > MAX_CAPTION_BYTES:
+        if found.size < 0 or (found.type not in tarfile.REGULAR_TYPES and found.size > MAX_CAPTION_BYTES):
             raise tarfile.ReadError(f"a header of {found.size:,} bytes")
         return found
 
