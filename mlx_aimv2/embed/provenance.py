@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.index.reader import Index, damaged
 from mlx_aimv2.loading import AnyModel
-from mlx_aimv2.untrusted_json import are_numbers
+from mlx_aimv2.untrusted_json import Fields, are_numbers, misfit
 
 Description = dict[str, Any]
 
@@ -29,7 +29,7 @@ MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
 SHOULD_AGREE = ("dtype", "quantization")
 """Fields that change the values a little."""
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
+FIELDS: Fields = {
     "checkpoint": str,
     "commit": (str, NoneType),
     "dtype": str,
@@ -58,10 +58,9 @@ def made_by(index: Index) -> Description:
         raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
     if made.get("width", index.width) != index.width:
         raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
-    for name, types in FIELDS.items():
-        if not isinstance(made.get(name), types):
-            raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
-    if not isinstance(made["weights"].get("digest"), str) or not isinstance(made["weights"].get("sample"), list):
+    if (name := misfit(made, FIELDS)) is not None:
+        raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
+    if misfit(made["weights"], {"digest": str, "sample": list}):
         raise damaged(index.path, "it says nothing of the weights that made it")
     return made
 

@@ -323,9 +323,8 @@ def is_due(step: int, every: int) -> bool:
 def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
     """Puts back what was saved; returns the kept parameters and the progress."""
     saved, new = state.progress or {}, asdict(Progress())
-    if {name: type(value) for name, value in saved.items()} != {
-        name: type(value) for name, value in new.items()
-    } or any(misfit(entry, {"step": int}) for entry in saved["history"]):
+    kinds, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, new))
+    if kinds != wanted or any(misfit(entry, {"step": int}) for entry in saved["history"]):
         raise ValueError(f"{state.path} is damaged, or of another version: remove {state.folder} and begin anew")
     parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)
     model.update(tree_unflatten(list(parts["model"].items())))
