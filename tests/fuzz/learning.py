@@ -170,7 +170,7 @@ def masks(rng: random.Random, whole: Path, place: Path) -> Call:
         data = stream.getvalue()
         (place / "masks" / f"{number}.{suffix}").write_bytes(broken_bytes(data, rng) if rng.random() < 0.3 else data)
     if rng.random() < 0.2:
-        (place / "masks" / "0.png").write_bytes(_bomb(rng))
+        (place / "masks" / "0.png").write_bytes(bomb(rng))
     if rng.random() < 0.3:
         (place / "classes.txt").write_bytes(broken_bytes(b"sky\nroad\ntree\n", rng))
     return _as_written(lambda: _read("segment", place))
@@ -274,7 +274,7 @@ def _table(rows: list[dict[str, Any]], rng: random.Random) -> tuple[str, bytes]:
     return "metadata.csv", broken_bytes(text, rng) if rng.random() < 0.6 else text
 
 
-def _bomb(rng: random.Random) -> bytes:
+def bomb(rng: random.Random) -> bytes:
     """A PNG that says it is much larger than its bytes."""
     import struct
     import zlib
