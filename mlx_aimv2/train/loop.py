@@ -229,8 +229,11 @@ class StateFile:
         for name, array in tensors.items():
             part, _, path = name.partition(".")
             parts[part][path] = array
-        shapes = {name: tuple(array.shape) for name, array in wanted.items()}
-        if {name: tuple(array.shape) for name, array in parts["model"].items()} != shapes:
+        shapes = {name: array.shape for name, array in wanted.items()}
+        moments = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in ("m", "v")}
+        expected = {"model": shapes, "optimizer": moments, "kept": shapes if parts["kept"] else {}}
+        found = {part: {name: array.shape for name, array in arrays.items()} for part, arrays in parts.items()}
+        if found != expected or not all(mx.issubdtype(array.dtype, mx.floating) for array in tensors.values()):
             raise ValueError(f"{self.folder} is of another model: remove it and begin anew")
         mx.eval(parts)
         return parts

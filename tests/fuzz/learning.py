@@ -314,7 +314,7 @@ def _broken_shard(rng: random.Random, learned: Path) -> bytes:
                 archive.addfile(member, io.BytesIO(content))
             if rng.random() < 0.03:
                 large = tarfile.TarInfo(f"{number:04}.{rng.choice(('json', 'txt', 'bin', 'png'))}")
-                large.size = rng.choice((1 << 20, 1 << 27))
+                large.size = rng.choice((1 << 20, 1 << 25))
                 archive.addfile(large, io.BytesIO(bytes(large.size) if rng.random() < 0.5 else b"[" * large.size))
     data = bytearray(stream.getvalue())
     if rng.random() < 0.4:
