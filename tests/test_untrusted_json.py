@@ -178,6 +178,8 @@ WRONG_STATES = {
     "a field more": lambda progress: {**progress, "x": 1},
     "a field less": lambda progress: {name: value for name, value in progress.items() if name != "stale"},
     "a text for a number": lambda progress: {**progress, "step": "2"},
+    "a step before the first": lambda progress: {**progress, "step": -1},
+    "a step after the last": lambda progress: {**progress, "step": 1 << 70},
     "a list": lambda progress: [],
 }
 

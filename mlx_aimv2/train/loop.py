@@ -25,6 +25,7 @@ from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import UNFINISHED
 from mlx_aimv2.train.optimizer import Arrays, Optimizer, Table, clipped, flat, groups_of, warm_up_cosine
+from mlx_aimv2.train.settings import MAX_COUNT
 from mlx_aimv2.untrusted_json import are_numbers, misfit, parse
 
 Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
@@ -327,7 +328,8 @@ def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Pla
     """Puts back what was saved; returns the kept parameters and the progress."""
     saved, new = state.progress or {}, asdict(Progress())
     kinds, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, new))
-    if kinds != wanted or any(misfit(entry, {"step": int}) for entry in saved["history"]):
+    is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])
+    if not is_whole or not 0 <= saved["step"] <= MAX_COUNT:
         raise ValueError(f"{state.path} is damaged, or of another version: remove {state.folder} and begin anew")
     parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)
     model.update(tree_unflatten(list(parts["model"].items())))

@@ -82,8 +82,8 @@ TRAINING = (
     ),
     Mutation(
         "a state's progress may be anything",
-        'if kinds != wanted or any(misfit(entry, {"step": int}) for entry in saved["history"]):',
-        "if False:",
+        'is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])',
+        "is_whole = True",
         UNTRUSTED,
     ),
     Mutation("the files of an example are unbounded", "if held > MAX_KEY_BYTES or (", "if (", SHARDS),
