@@ -22,8 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlx_aimv2.untrusted_json import parse
+
 MAX_TEXT_BYTES = 1 << 26
 """64 MiB: the largest text file of a released checkpoint, a tokenizer.json, has 3 MB."""
+
+MAX_JSON_BYTES = 1 << 24
+"""16 MiB: of a JSON file that is read whole, which may take thirty times the memory."""
 
 MAX_IMAGE_BYTES = 1 << 30
 
@@ -68,9 +73,16 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder() -> Path:
-    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`; the temporary folder without a home."""
     own = os.environ.get(CACHE_VARIABLE)
-    return expand_user(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2")
+    folder = expand_user(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2")
+    homeless = folder.parts[:1] and folder.parts[0].startswith("~")  # a container's user may have none
+    return Path(tempfile.gettempdir()) / f"mlx-aimv2-{os.getuid()}" if homeless else folder
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there, under a name that an untrusted list gives: none has a NUL or more than 255 bytes."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for them
 
 
 def stat_of(path: str) -> os.stat_result | None:
@@ -183,11 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_link(path)
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    content = parse(read_text(path, max_bytes=MAX_JSON_BYTES), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: wanted an object, got a {type(content).__name__}")
     return content

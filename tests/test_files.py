@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from mlx_aimv2.files import (
     check_file,
     check_target,
     discard_unfinished,
+    is_file,
     is_unchanged,
     marks_of,
     read_bytes,
@@ -167,6 +170,32 @@ def test_without_a_cache_folder_is_written_all_the_same(tmp_path, monkeypatch, c
     with atomic_folder(tmp_path / "mlx") as place:
         (place / "config.json").touch()
     assert names(tmp_path) == ["mlx", "no folder"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"MLX_AIMV2_CACHE": "~nobody-of-this-name/cache"}], ids=["HOME", "cache"])
+def test_without_a_home_what_may_be_computed_again_goes_to_the_temporary_folder(tmp_path, monkeypatch, variables):
+    """As in a container whose user has neither HOME nor an entry in passwd: no folder is called `~`."""
+
+    def nobody(name):
+        raise KeyError(name)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "MLX_AIMV2_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with atomic_file(tmp_path / "page.html") as file:
+        file.write(b"whole")
+    assert names(tmp_path) == ["page.html", "tmp"]
+    assert names(tmp_path / "tmp") == [f"mlx-aimv2-{os.getuid()}"]
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "a\0b", "\ud83d", ""], ids=ascii)
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(tmp_path, name):
+    assert not is_file(tmp_path / name)
 
 
 def test_a_name_of_255_bytes_can_be_written(tmp_path):

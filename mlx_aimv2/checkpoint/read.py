@@ -238,10 +238,21 @@ def _read_weights(file: Path) -> dict[str, mx.array]:
         raise FileNotFoundError(f"{file} vanished while it was read")
     if file.suffix in PICKLES:
         return _read_pickle(file)
+    return _load(file)[0]
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The tensors of an untrusted file, lazy, and its metadata. ValueError with one line where it is none."""
+    _check_safetensors(file)
+    return _load(file)
+
+
+def _load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        return dict(mx.load(str(file)))  # type: ignore[arg-type]
+        loaded: Any = mx.load(str(file), return_metadata=True)
     except RuntimeError as error:  # a dtype that MLX has not
         raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
+    return loaded
 
 
 def _read_pickle(file: Path) -> dict[str, mx.array]:

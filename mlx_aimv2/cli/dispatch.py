@@ -173,11 +173,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     """
     try:
         _usable_streams()
-        with stoppable(), warnings.catch_warnings():
+        with stoppable() as stops, warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = note
             try:
                 return work()
+            except ImportError:
+                if stops:  # a module in C whose import a signal stops ends so
+                    raise stops[0] from None
+                raise
             finally:
                 sys.stdout.flush()
     except (SystemExit, GeneratorExit):
@@ -210,8 +214,10 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[list[Stopped]]:
     """Within it a signal makes the run end in order: what is half written is removed, what is done is kept.
+
+    Gives a list, into which a signal puts what it raises.
 
     The first one raises `Stopped` in the main thread, which ends as after any error. A second one does not wait for
     that, nor for a thread in a slow decoder.
@@ -219,29 +225,28 @@ def stoppable() -> Iterator[None]:
     Signals that the process ignores (as SIGHUP under nohup) stay ignored, and those that somebody else handles stay
     theirs. Outside the main thread, where Python lets nobody handle signals, nothing changes.
     """
-    is_stopping = False
+    stops: list[Stopped] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_stopping
-        if is_stopping:
+        if stops:
             discard_unfinished()
             os._exit(128 + number)
-        is_stopping = True
-        raise Stopped(number)
+        stops.append(Stopped(number))
+        raise stops[0]
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stops
         return
     nobodys = (signal.SIG_DFL, signal.default_int_handler)
     ours = {number: old for number in SIGNALS if (old := signal.getsignal(number)) in nobodys}
     for number in ours:
         signal.signal(number, stop)
     try:
-        yield
+        yield stops
     finally:
         others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
         # Python waits for its threads before it ends, and one may be in a slow decoder: a second signal still ends it.
-        if not (is_stopping and any(not thread.daemon for thread in others)):
+        if not (stops and any(not thread.daemon for thread in others)):
             for number, old in ours.items():
                 if signal.getsignal(number) is stop:
                     signal.signal(number, old)

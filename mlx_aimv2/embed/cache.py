@@ -31,6 +31,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_aimv2.files import cache_folder, is_unchanged, marks_of, stat_of
+from mlx_aimv2.untrusted_json import are_numbers
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
@@ -94,7 +95,7 @@ def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[li
     weights, others = stored.get("weights", {}), other.get("weights", {})
     one, another = weights.get("sample", []), others.get("sample", [])
     names = f"{_name(stored)} there, {_name(other)} here"
-    if len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6):
+    if not are_numbers(one) or len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6):
         refused.insert(0, f"the weights: {names}")
     elif weights.get("digest") != others.get("digest") and not notes:
         refused.insert(0, f"the weights, though not in the norms: {names}")

@@ -37,6 +37,7 @@ from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix, list_images
 from mlx_aimv2.index.reader import NOTHING, Embedding, Index, damaged
 from mlx_aimv2.loading import Loaded, read_source
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 EXAMPLE = "apple/aimv2-large-patch14-224-lit"
 """A checkpoint whose index can be searched by images and by words."""
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
+FIELDS: Fields = {
     "checkpoint": str,
     "commit": (str, NoneType),
     "dtype": str,
@@ -304,10 +305,9 @@ def made_by(index: Index) -> Description:
         raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
     if made.get("width", index.width) != index.width:
         raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
-    for name, types in FIELDS.items():
-        if not isinstance(made.get(name), types):
-            raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
-    if not isinstance(made["weights"].get("digest"), str) or not isinstance(made["weights"].get("sample"), list):
+    if (name := misfit(made, FIELDS)) is not None:
+        raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
+    if misfit(made["weights"], {"digest": str, "sample": list}):
         raise damaged(index.path, "it says nothing of the weights that made it")
     return made
 

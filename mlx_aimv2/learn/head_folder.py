@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import mlx.core as mx
@@ -27,10 +28,11 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.lora import load_arrays
-from mlx_aimv2.learn.task import MAX_SIDE, Task, find_task
+from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import first_not_finite, flat
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
@@ -49,7 +51,7 @@ TRAINED_ON_FILE = "trained_on.sha256"
 MANY_PATCHES = 1 << 14
 """Four times as many as the released checkpoints were trained on, of which attention compares each with each."""
 
-FIELDS: dict[str, type] = {
+FIELDS: Fields = {
     "task": str,
     "fine_tune_type": str,
     "classes": list,
@@ -58,6 +60,9 @@ FIELDS: dict[str, type] = {
     "image_size": int,
 }
 """Fields of head.json that are acted on, and their types."""
+
+ENCODER_FIELDS: Fields = {"checkpoint": str, "commit": (str, NoneType), "dtype": str, "weights": dict}
+"""What head.json says of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,12 @@ def read_info(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise ValueError(f"{file} is damaged: format_version is {version!r}")
-    for name, kind in FIELDS.items():
-        if not isinstance(info.get(name), kind):
-            raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if (name := misfit(info, FIELDS)) is not None:
+        raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if info["task"] not in TASKS:
+        raise ValueError(f"{file} is damaged: task is {info['task']!r:.60}, none of {', '.join(TASKS)}")
+    if (name := misfit(info["encoder"], ENCODER_FIELDS)) is not None:
+        raise ValueError(f"{file} is damaged: encoder says {name} {info['encoder'].get(name)!r:.60}")
     if not 1 <= info["image_size"] <= MAX_SIDE:
         raise ValueError(f"{file} is damaged: image_size is {info['image_size']}")
     if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
@@ -136,6 +144,8 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     folder = expand_user(folder)
     info = read_info(folder)
     task = find_task(info["task"])
+    if info["fine_tune_type"] not in task.types:
+        raise ValueError(f"{folder / INFO_FILE} is damaged: {task.name} has no fine_tune_type {info['fine_tune_type']}")
     wanted = info["encoder"]
     loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
@@ -228,8 +238,6 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     """Raises ValueError where `loaded` is not the encoder that a head was trained on."""
     here = {**loaded.origin, "weights": fingerprint(loaded.model)}
     there = {key: wanted.get(key) for key in here}
-    if not isinstance(there["weights"], dict):
-        raise ValueError(f"{folder / INFO_FILE} is damaged: it says nothing of the encoder's weights")
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")

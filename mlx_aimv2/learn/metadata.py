@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from unicodedata import normalize
 from mlx_aimv2.files import read_bytes, read_start, stat_of
 from mlx_aimv2.images.find import SUFFIXES, Scan, has_suffix
 from mlx_aimv2.learn.samples import MAX_BYTES, DataError, listed, part_of
+from mlx_aimv2.untrusted_json import parse
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 """Names of the files by which Hugging Face's `imagefolder` knows its images."""
@@ -193,8 +193,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse(line, "a line")
+        except ValueError:
             row = None
         if isinstance(row, dict):
             yield number, {name.strip().lower(): value for name, value in row.items()}

@@ -19,8 +19,8 @@ wider, a standard normal distribution cut to -1 … 1 and stretched to 7 … 12.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.files import expand_user
+from mlx_aimv2.files import BLOCK, expand_user
 from mlx_aimv2.images.find import Scan, has_suffix, is_junk
 from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
@@ -56,6 +56,7 @@ from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll
+from mlx_aimv2.untrusted_json import parse
 
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of patches."""
@@ -63,8 +64,17 @@ Grid: TypeAlias = tuple[int, int]
 PATCHES = (1 << 7, 1 << 12)
 """The fewest and the most patches of an image."""
 
-MAX_MEMBER_BYTES = 1 << 28
-"""Of one file within a shard."""
+MAX_CAPTION_BYTES = 1 << 20
+"""Of a caption's file, and of a header that has a long name."""
+
+MAX_KEY_BYTES = 1 << 28
+"""Of the files of one example of a shard, those alone that are read."""
+
+MAX_EXPANSION = 100
+"""Bytes of a shard's files for each of its own: images hardly get smaller by gzip, and captions by ten times."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as JSON may hold one: no text, which no tokenizer takes."""
 
 CAPTION_ENDINGS = ("txt", "caption", "text", "cap")
 """Of plain captions in a shard."""
@@ -223,7 +233,7 @@ def shuffled(examples: Iterable[Example], rng: np.random.Generator, buffer: int)
 def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
     """The examples of one tar file in its order: files of one key follow each other. A broken end is skipped."""
     try:
-        with tarfile.open(file, "r|*") as archive:
+        with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
                 # The last example of a broken shard, which may be cut, raises here.
                 parts = {ending: content for _, ending, content in members}
@@ -237,29 +247,48 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
                     scan.note(f"{file.parent / name}", "has no caption: skipped")
                 else:
                     yield Example(name, image, texts)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile and what it unpacks with raise whatever they meet
         scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a shard. One that holds the name of the next file is kept in memory, so it must be short."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.type not in tarfile.REGULAR_TYPES and found.size > MAX_CAPTION_BYTES):
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
+
+
 def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple[str, str, bytes]]:
-    """Key, ending and content of each file of a shard."""
+    """Key, ending and content of each file of a shard that is used: images, captions."""
+    limit = MAX_EXPANSION * (file.stat().st_size + BLOCK)
+    unpacked, last, held = 0, "", 0
     for member in archive:
-        if not member.isfile() or is_junk(member.name):
-            continue
-        if member.size > MAX_MEMBER_BYTES:
-            scan.note(f"{file}:{member.name}", "is too large: skipped")
-            continue
+        unpacked += member.size
+        if not 0 <= member.size <= unpacked <= limit:  # before the stream reads on to where the next one should begin
+            raise tarfile.ReadError(f"{member.name} goes beyond {MAX_EXPANSION} times the size of the shard")
         path = PurePosixPath(member.name)
         stem, _, ending = path.name.partition(".")
-        if (content := archive.extractfile(member)) is not None:
-            yield str(path.parent / stem), ending.lower(), content.read()
+        is_caption = ending.lower() in (*CAPTION_ENDINGS, "json")
+        if not member.isfile() or is_junk(member.name) or not (is_caption or has_suffix(f"x.{ending}")):
+            continue
+        key = str(path.parent / stem)
+        held = member.size + (held if key == last else 0)
+        last = key
+        if held > MAX_KEY_BYTES or (is_caption and member.size > MAX_CAPTION_BYTES):
+            scan.note(f"{file}:{member.name}", "is too large: skipped")
+        elif (content := archive.extractfile(member)) is not None:
+            yield key, ending.lower(), content.read()
 
 
 def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
     plain = next((parts[ending] for ending in CAPTION_ENDINGS if ending in parts), None)
     try:
-        about = json.loads(parts.get("json", b"{}")) if plain is None else {"text": plain.decode("utf-8-sig")}
-    except (ValueError, RecursionError):  # neither UTF-8 nor JSON
+        about = parse(parts.get("json", b"{}"), "json") if plain is None else {"text": plain.decode("utf-8-sig")}
+    except ValueError:  # neither UTF-8 nor JSON
         return ()
     return captions_of(about) if isinstance(about, dict) else ()
 
@@ -268,7 +297,8 @@ def captions_of(about: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions under `text` or `caption`, a string or a list of strings, without the empty ones."""
     found = next((about[name] for name in column([name for name in about if about[name]], CAPTION)), None)
     texts = found if isinstance(found, list) else [found]
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    usable = [text.strip() for text in texts if isinstance(text, str) and not _SURROGATE.search(text)]
+    return tuple(filter(None, usable))
 
 
 def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:

@@ -29,7 +29,9 @@ from mlx_aimv2.train.optimizer import (
     groups_of,
     warm_up_cosine,
 )
+from mlx_aimv2.train.settings import MAX_COUNT
 from mlx_aimv2.train.state import KEPT, StateFile
+from mlx_aimv2.untrusted_json import misfit
 
 Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
 """`model, batch, random key -> {"loss": (), …}`: "loss" is minimised, the rest is reported."""
@@ -259,7 +261,12 @@ def is_due(step: int, every: int) -> bool:
 
 def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
     """Puts back what was saved; returns the kept parameters and the progress."""
-    parts, done = state.load(flat(model.trainable_parameters())), Progress(**(state.progress or {}))
+    saved, new = state.progress or {}, asdict(Progress())
+    kinds, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, new))
+    is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])
+    if not is_whole or not 0 <= saved["step"] <= MAX_COUNT:
+        raise ValueError(f"{state.path} is damaged, or of another version: remove {state.folder} and begin anew")
+    parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)
     model.update(tree_unflatten(list(parts["model"].items())))
     optimizer.lay_out(model, parts["optimizer"], step=done.step)
     return parts["kept" if plan.keep != "last" else "model"], done

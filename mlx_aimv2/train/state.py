@@ -15,9 +15,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.files import UNFINISHED, check_target, locked, one_line
 from mlx_aimv2.train.optimizer import Arrays
+from mlx_aimv2.untrusted_json import are_numbers, misfit, parse
 
 STATE_FILE = "state.safetensors"
 
@@ -116,8 +118,11 @@ class StateFile:
         for name, array in tensors.items():
             part, _, path = name.partition(".")
             parts[part][path] = array
-        shapes = {name: tuple(array.shape) for name, array in wanted.items()}
-        if {name: tuple(array.shape) for name, array in parts["model"].items()} != shapes:
+        shapes = {name: array.shape for name, array in wanted.items()}
+        moments = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in ("m", "v")}
+        expected = {"model": shapes, "optimizer": moments, "kept": shapes if parts["kept"] else {}}
+        found = {part: {name: array.shape for name, array in arrays.items()} for part, arrays in parts.items()}
+        if found != expected or not all(mx.issubdtype(array.dtype, mx.floating) for array in tensors.values()):
             raise ValueError(f"{self.folder} is of another model: remove it and begin anew")
         mx.eval(parts)
         return parts
@@ -125,10 +130,13 @@ class StateFile:
     def _read(self) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
         """The tensors of the file, and identity and progress of the run that wrote it."""
         try:
-            loaded: Any = mx.load(str(self.path), return_metadata=True)
-            tensors, about = loaded
-            return tensors, json.loads(about["identity"]), json.loads(about["progress"])
-        except (RuntimeError, KeyError, ValueError):
+            tensors, about = read_safetensors(self.path)
+            identity, progress = (parse(about[name], name) for name in ("identity", "progress"))
+            is_whole = isinstance(identity, dict) and {name.partition(".")[0] for name in tensors} <= set(PARTS)
+            if not is_whole or misfit(progress, {"positions": list}) or not are_numbers(progress["positions"]):
+                raise ValueError("not what `save` writes")
+            return tensors, identity, progress
+        except (KeyError, ValueError):
             message = f"{self.path} is damaged, or of another version: remove {self.folder} and begin anew"
             raise ValueError(message) from None
 
@@ -136,7 +144,7 @@ class StateFile:
 def saved_weights(output: Path, *, prefix: str) -> Arrays:
     """The parameters in OUTPUT.training whose paths begin so; none where there is no state."""
     file = training_folder(output) / STATE_FILE
-    tensors: Any = mx.load(str(file)) if file.is_file() else {}
+    tensors = read_safetensors(file)[0] if file.is_file() else {}
     return {key.removeprefix("model."): array for key, array in tensors.items() if key.startswith(f"model.{prefix}")}
 
 

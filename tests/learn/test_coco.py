@@ -253,7 +253,7 @@ def test_a_class_outside_the_list_is_wrong(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "cannot be read as JSON"), ("[]", "is no COCO JSON"), ('{"images": []}', "list of annotations")],
+    [("{", "not JSON"), ("[]", "is no COCO JSON"), ('{"images": []}', "list of annotations")],
 )
 def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, words):
     (tmp_path / "train").mkdir()

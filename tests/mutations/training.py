@@ -48,7 +48,55 @@ PRE_RESUMED = pretrain("a_run_that_was_stopped_and_resumed_equals_one_that_was_n
 FIRST_CAPTION = pretrain("the_first_caption_alone_is_as_if_there_were_no_others")
 PRE_RATE, PRE_LENGTH = pretrain("the_rate_falls_towards_the_end"), pretrain("gradients_are_cut_to_one_length")
 
+UNTRUSTED = ("tests/test_untrusted_json.py",)
+SHARDS = tuple(
+    f"tests/pretrain/test_captioned.py::test_{name}"
+    for name in (
+        "the_files_of_an_example_are_bounded_together_and_others_are_not_held",
+        "a_shard_that_unpacks_to_much_more_than_itself_is_bounded",
+    )
+)
+WRITTEN = tuple(
+    f"tests/cli/test_streams.py::test_{name}"
+    for name in (
+        "a_shortened_line_keeps_its_start_and_its_advice",
+        "an_import_that_a_signal_breaks_is_no_broken_package",
+    )
+)
+HOME = (
+    "tests/test_files.py::test_without_a_home_what_may_be_computed_again_goes_to_the_temporary_folder",
+    "tests/test_files.py::test_a_name_that_no_file_can_have_is_one_that_is_not_there",
+)
+
 TRAINING = (
+    Mutation("untrusted JSON may be as deep as it likes", "if _is_deeper(value, MAX_DEPTH):", "if False:", UNTRUSTED),
+    Mutation(
+        "a number in untrusted JSON may be infinite or none",
+        "isinstance(value, kinds) and (not isinstance(value, float) or math.isfinite(value))",
+        "isinstance(value, kinds)",
+        UNTRUSTED,
+    ),
+    Mutation(
+        "weights of a head or of adapters may be NaN",
+        "if bad := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:",
+        "if bad := []:",
+        UNTRUSTED,
+    ),
+    Mutation(
+        "a state's progress may be anything",
+        'is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])',
+        "is_whole = True",
+        UNTRUSTED,
+    ),
+    Mutation("the files of an example are unbounded", "if held > MAX_KEY_BYTES or (", "if (", SHARDS),
+    Mutation("a shard may unpack to anything", "if not 0 <= member.size <= unpacked <= limit:", "if False:", SHARDS),
+    Mutation(
+        "a line is as long as what it quotes", "return line if len(line) <= limit else", "return line or", WRITTEN
+    ),
+    Mutation(
+        "an import that a signal stops advises to reinstall", "if stops:  # a module in C", "if False:  # C", WRITTEN
+    ),
+    Mutation("without a home a folder is called ~", "if homeless else folder", "if False else folder", HOME),
     Mutation(
         "the cache of files ignores when they were changed",
         "is_unchanged(about, *row[4:])",

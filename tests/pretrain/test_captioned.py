@@ -11,6 +11,7 @@ from PIL import Image
 
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.pretrain import data as data_module
 from mlx_aimv2.pretrain.data import Example, Preparation, Shards, Stream, grid_of, open_data, shuffled
 from mlx_aimv2.tokenizer import Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation, random_crop
@@ -213,6 +214,61 @@ def test_the_example_at_which_a_shard_breaks_is_left_out(tmp_path):
     file.write_bytes(file.read_bytes()[:-20_000])
     with pytest.warns(UserWarning, match="is a broken shard"):
         assert names(open_data(tmp_path)) == ["0.tar:000", "0.tar:001"]
+
+
+def sized(file, size, *, kind=tarfile.REGTYPE, name="big.png"):
+    """Writes a shard of four examples amid which a header says that so many bytes follow."""
+    about = tarfile.TarInfo(name)
+    about.size, about.type = size, kind
+    start, end = (shard(file, members(first, 2)).read_bytes()[:4096] for first in (0, 2))
+    file.write_bytes(start + about.tobuf(tarfile.GNU_FORMAT) + end)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [1 << 31, 1 << 87, -1])
+def test_a_size_that_no_shard_has_ends_it(tmp_path, kind, size):
+    sized(tmp_path / "0.tar", size, kind=kind)
+    with pytest.warns(UserWarning, match=r"0\.tar .* is a broken shard: used up to the fault"):
+        assert names(open_data(tmp_path)) == ["0.tar:000"]
+
+
+@pytest.mark.parametrize("name", ["0.json", "0.png", "0.bin", "x" * 120 + ".png"])
+def test_a_shard_that_unpacks_to_much_more_than_itself_is_bounded(tmp_path, monkeypatch, name):
+    """3 MB of gzip hold 3 GB of zeros; here some kilobytes stand for them."""
+    monkeypatch.setattr(data_module, "MAX_EXPANSION", 10)
+    with tarfile.open(tmp_path / "0.tar", "w:gz") as archive:
+        for file, content in [*members(1, 2), (name, bytes(1 << 24)), *members(3, 1)]:
+            about = tarfile.TarInfo(file)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    assert (tmp_path / "0.tar").stat().st_size < 50_000
+    with pytest.warns(UserWarning, match="broken shard"):
+        assert names(open_data(tmp_path)) == ["0.tar:001"]
+
+
+def test_the_files_of_an_example_are_bounded_together_and_others_are_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_KEY_BYTES", 3000)
+    many = [(f"7.{number}.png", bytes(1000)) for number in range(9)]
+    shard(tmp_path / "0.tar", [("7.mp4", bytes(100_000)), ("7.txt", b"a cat"), *many, *members(8, 1)])
+    with pytest.warns(UserWarning, match=r"7\.2\.png is too large: skipped \(and 6 more\)"):
+        assert "0.tar:008" in names(open_data(tmp_path))
+
+
+def test_a_caption_with_half_a_character_is_none(tmp_path):
+    shard(tmp_path / "0.tar", [("0.png", png(1)), ("0.json", b'{"text": "a \\ud83d"}'), *members(1, 1)])
+    with pytest.warns(UserWarning, match="has no caption"):
+        assert names(open_data(tmp_path)) == ["0.tar:001"]
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_that_is_not_there(tmp_path):
+    rows = [
+        {"file_name": f"{'n' * 300}.png", "text": "a"},
+        {"file_name": "a\0.png", "text": "b"},
+        {"file_name": "b.png", "text": "c"},
+    ]
+    folder = image_folder(tmp_path / "in", rows, images=["b.png"])
+    with pytest.warns(UserWarning, match=r"is listed but not there: skipped \(and 1 more\)"):
+        assert names(open_data(folder)) == ["b.png"]
 
 
 def test_in_a_shard_an_image_without_caption_and_a_caption_without_image_are_named(tmp_path):

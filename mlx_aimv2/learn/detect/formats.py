@@ -8,7 +8,6 @@ decided in `data.py`, for COCO JSON too.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -29,6 +28,7 @@ from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.metadata import columns_of, image_of, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError, part_of, same_form
+from mlx_aimv2.untrusted_json import parse
 
 YOLO_ROW = re.compile(rb"\s*\d+(\.0*)?([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
 """How a text file starts that holds boxes or polygons, not a caption."""
@@ -106,9 +106,9 @@ def around(points: Sequence[Any]) -> list[float]:
 def read_json(file: Path, faults: list[str]) -> Any:
     """What a JSON file holds; None and a line of `faults` for one that cannot be read."""
     try:
-        return json.loads(read_text(file, max_bytes=samples.MAX_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        faults.append(f"{file} cannot be read as JSON: {error}")
+        return parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
+    except (OSError, ValueError) as error:
+        faults.append(str(error))
         return None
 
 
