@@ -70,8 +70,9 @@ MAX_CAPTION_BYTES = 1 << 20
 MAX_KEY_BYTES = 1 << 28
 """Of the files of one example of a shard, those alone that are read."""
 
-MAX_EXPANSION = 100
-"""Bytes of a shard's files for each of its own: images hardly get smaller by gzip, and captions by ten times."""
+MAX_EXPANSION = 20
+"""Bytes of a shard's files for each of its own: images hardly get smaller by gzip, and captions by ten times. More
+takes long, too: tarfile unpacks 10 KB at a time and copies the rest each time."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as JSON may hold one: no text, which no tokenizer takes."""
