@@ -38,7 +38,7 @@ CHUNK = 16 << 20
 
 def write_checkpoint(folder: Path, size: str) -> Path:
     """A checkpoint of random numbers in Apple's layout, one tensor after another."""
-    config = released(f"{size}-patch14-224").vision
+    config = released(f"{size}-patch14-224").config.vision
     shapes = layout_for("apple", pair=False).source_shapes(parameter_shapes(build(config)))
     folder.mkdir(parents=True, exist_ok=True)
     folders.save_config(folder, folders.config_for(config, "apple"))

@@ -28,6 +28,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import summary
 from mlx_aimv2.backend import device
 from mlx_aimv2.bundled import ASSETS
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
@@ -135,7 +136,7 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments.folder, arguments.model, arguments.threads)))
         return
-    print(f"{device.summary()}; mlx {device.mlx_build()}; {arguments.threads} threads decode")
+    print(f"{summary()}; mlx {device.mlx_build()}; {arguments.threads} threads decode")
     print(f"{Path(arguments.model).name}, {arguments.rounds} rounds\n\n{HEAD}", flush=True)
     if arguments.folder:
         _row(arguments.folder, arguments)

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         found["loading"] = measure_loading(lambda: load(origin.path), origin.files, runs=arguments.runs)
     for dtype in arguments.dtype:
         if arguments.random:
-            vision = bench.random_model(released(arguments.random).vision, parse_dtype(dtype))
+            vision = bench.random_model(released(arguments.random).config.vision, parse_dtype(dtype))
         else:
             vision = load(arguments.model, dtype=dtype, keep_quantized=arguments.keep_quantized)[0].vision
         for batch in arguments.batch:

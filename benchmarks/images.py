@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.machine import summary
 from mlx_aimv2 import load
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli.dispatch import one_line_errors
@@ -27,9 +28,8 @@ from mlx_aimv2.cli.flags import MODEL, add_dtype, add_policy_arguments, policy_o
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, images_at_once, split_into_chunks
 from mlx_aimv2.files import read_image_file
-from mlx_aimv2.images import OpenImage, Policy, open_image
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import Levels, OpenImage, Policy, open_image
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
@@ -169,7 +169,7 @@ def table(speed: FolderSpeed, model: str, dtype: str) -> str:
     size = f"{speed.bytes / speed.images / 1e6:.1f} MB and {speed.megapixels / speed.images:.1f} megapixels each"
     lines = [
         f"{speed.images} images, {size}; {model} in {dtype}; --decode {speed.decode}",
-        f"{device.summary()}; {speed.threads} threads decode",
+        f"{summary()}; {speed.threads} threads decode",
         "",
         "step       ms per image  images/s",
     ]

@@ -36,6 +36,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import summary
 from mlx_aimv2 import bundled
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli import bench
@@ -146,7 +147,7 @@ def quality(arguments: argparse.Namespace) -> None:
     """Cosine of features, exact against fast."""
     models = {"embedded": load(bundled.emoji_checkpoint(), dtype="float32")}
     if arguments.random:
-        config = released(arguments.random).vision
+        config = released(arguments.random).config.vision
         models[f"random {arguments.random}"] = (
             bench.random_model(config, mx.float32),
             Aimv2Processor(published(config.image_size)),
@@ -288,7 +289,7 @@ def main() -> None:
         return
     if arguments.what == "embed":
         _embed_and_tell_peak(arguments)
-    print(f"{device.summary()}; mlx {device.mlx_build()}", file=sys.stderr)
+    print(f"{summary()}; mlx {device.mlx_build()}", file=sys.stderr)
     {"speed": speed, "quality": quality, "ways": ways, "memory": memory}[arguments.what](arguments)
 
 

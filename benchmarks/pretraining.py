@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.backend import x86, x86_training
-from mlx_aimv2.cli.pretrain import sizes
+from mlx_aimv2.backend import x86
+from mlx_aimv2.cli.pretrain_lit import sizes
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise
 from mlx_aimv2.pretrain.pretraining import Settings
@@ -47,7 +47,7 @@ class Same:
         pass
 
 
-@x86_training.prepared(x86_training.WIDE_SIGHT)
+@x86.prepared(x86.WIDE_SIGHT)
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pre-training beside its matrix products.")
     parser.add_argument("--size", default="large")

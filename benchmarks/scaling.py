@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks import forward
+from benchmarks.machine import summary
 from mlx_aimv2.backend import device
 from mlx_aimv2.cli import bench
 from mlx_aimv2.config import DTYPES, WIDTHS, released
@@ -47,13 +48,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
-    print(f"{device.summary()}; mlx {device.mlx_build()}; {arguments.dtype},")
+    print(f"{summary()}; mlx {device.mlx_build()}; {arguments.dtype},")
     print(f"{arguments.blocks} blocks, medians of {arguments.runs} runs")
     for along in arguments.along:
         print(f"\n| {along} {HEAD}")
         held: tuple[Any, Any] = (None, None)
         for name, size, batch, side in cases(along):
-            config = replace(released(size).vision, num_hidden_layers=arguments.blocks)
+            config = replace(released(size).config.vision, num_hidden_layers=arguments.blocks)
             if held[0] != config:
                 held = (None, None)  # the old weights go before the new ones come
                 held = (config, bench.random_model(config, getattr(mx, arguments.dtype)))

@@ -28,6 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS, TORCH_DEVICES, numbers
+from benchmarks.machine import summary
 from mlx_aimv2 import Aimv2Processor
 from mlx_aimv2.backend import device
 from mlx_aimv2.checkpoint.layouts import layout_for
@@ -57,7 +58,7 @@ class Failed(Exception):
 
 def write_checkpoint(folder: Path, size: str) -> None:
     """Writes random weights of a released size in transformers' layout."""
-    config = released(size).vision
+    config = released(size).config.vision
     weights = ((name, _random(name, shape)) for name, shape in sorted(parameter_shapes(build(config)).items()))
     folders.save_weights(folder, layout_for("transformers", pair=False).to_source(weights), reader=folders.PYTORCH)
     folders.save_config(folder, folders.config_for(config, "transformers") | {"torch_dtype": "float32"})
@@ -105,7 +106,7 @@ def environment(contender: str) -> dict[str, str]:
         variables["MLX_ENABLE_TF32"] = "0"  # torch, too, multiplies float32 in full
         if OPENBLAS.exists():
             variables["LD_PRELOAD"] = str(OPENBLAS)
-    if contender == PACKAGE and device.prefers_one_blas_thread():
+    if contender == PACKAGE and device.is_x86() and device.cpu_count() <= device.MAX_STREAMS:
         variables["OPENBLAS_NUM_THREADS"] = "1"
     return variables
 
@@ -180,13 +181,13 @@ def machine(beside: list[str]) -> str:
     names = dict.fromkeys(name for contender in beside for name in DISTRIBUTIONS[contender])
     versions = [f"{name} {_version(name)}" for name in names]
     where = f"; torch on {TORCH_DEVICES[on.kind]}" if "torch" in names else ""
-    return f"{device.summary()}; {', '.join([f'mlx {device.mlx_build()}', *versions])}{where}"
+    return f"{summary()}; {', '.join([f'mlx {device.mlx_build()}', *versions])}{where}"
 
 
 def fixed_size(name: str) -> str:
     """The name of a released size whose images have one size, for argparse."""
     try:
-        config = released(name).vision
+        config = released(name).config.vision
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if config.is_native:

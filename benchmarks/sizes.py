@@ -26,7 +26,7 @@ def main() -> None:
 
 def row(name: str, checkpoint: Released) -> str:
     """A checkpoint's line of the table."""
-    patches = checkpoint.vision.num_patches
+    patches = checkpoint.config.vision.num_patches
     tokens = f"{patches:,}" if patches is not None else "112 to 4,096"
     sizes = [2 * checkpoint.parameters, quantized_bytes(checkpoint.config, 8), quantized_bytes(checkpoint.config, 4)]
     cells = [f"{checkpoint.parameters / 1e6:,.0f} M", tokens, *(f"{size / 1e9:.2f} GB" for size in sizes)]

@@ -35,7 +35,7 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     import mlx.core as mx
     import mlx.nn as nn
 
-    from mlx_aimv2.backend import x86_training
+    from mlx_aimv2.backend import x86
     from mlx_aimv2.config import Aimv2VisionConfig
     from mlx_aimv2.learn import lora
     from mlx_aimv2.learn.classify.head import MeanHead
@@ -44,7 +44,7 @@ def mlx_step(blocks: int, batch: int, *, half_hidden: bool = False) -> Callable[
     from mlx_aimv2.train.loop import Plan, Step
 
     mx.set_default_device(mx.cpu)
-    whole_process.enter_context(x86_training.prepared())
+    whole_process.enter_context(x86.prepared())
     encoder = Aimv2VisionModel(Aimv2VisionConfig(WIDTH, INTERMEDIATE, blocks, HEADS, image_size=SIDE))
     mx.eval(encoder.parameters())
     lora.add_adapters(encoder, "lora", num_layers=blocks, rank=RANK)

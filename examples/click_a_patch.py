@@ -11,8 +11,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_aimv2 import bundled, load, plot
+from mlx_aimv2.images import open_image
 
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -33,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     low = cosines.min(axis=1, keepdims=True)
     levels = np.rint((cosines - low) / np.maximum(1 - low, 1e-6) * 255).clip(0, 255).astype(np.uint8)
 
-    steps, file = processor.preprocessing, io.BytesIO()
-    plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std).save(file, "PNG")
+    file = io.BytesIO()
+    Image.fromarray(processor.levels(open_image(args.image))).save(file, "PNG")  # the image as the model sees it
     data = {
         "rows": rows,
         "columns": columns,

@@ -7,8 +7,10 @@ import argparse
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_aimv2 import bundled, load, plot
+from mlx_aimv2.images import open_image
 
 parser = argparse.ArgumentParser(description="How alike every patch is to one of them.")
 parser.add_argument("image", nargs="?", default=bundled.photographs()[1])
@@ -25,11 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     grid = model.vision.grid(pixels)
     tokens = np.array(model.vision(pixels).last_hidden_state[0].astype(mx.float32))  # (N, D)
 
-    steps = processor.preprocessing
-    image = plot.seen(np.array(pixels[0]), mean=steps.image_mean, std=steps.image_std)
-    image = plot.to_height(image, 672)
+    seen = Image.fromarray(processor.levels(open_image(args.image)))  # the image as the model sees it
     heat = plot.similarity_map(tokens, grid, (row, column), cell=28)
-    plot.overlay(image, heat).save(args.output)
+    image = plot.to_height(seen, 672)
+    Image.blend(image, heat.resize(image.size, Image.Resampling.NEAREST), 0.6).save(args.output)
 
     cosines = plot.similarities(tokens, grid, (row, column))
     cosines[row, column] = -1  # itself

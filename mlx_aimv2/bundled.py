@@ -6,8 +6,8 @@ With these the whole path, foreign checkpoint to features of images, runs offlin
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 ASSETS = Path(__file__).parent / "assets"
 
 
-@dataclass(frozen=True)
-class Digits:
+class Digits(NamedTuple):
     """Scans of handwritten digits, dark ink on white paper: images (n, 8, 8) of grey levels, labels (n,) from 0 to 9.
 
     No training of what ships has seen them. The parts were drawn at random per digit, so most of the 13 writers occur

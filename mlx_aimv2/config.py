@@ -90,14 +90,26 @@ class Aimv2VisionConfig:
         return None if self.image_size is None else (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2VisionConfig:
-        """Sizes from the content of a config.json alone, in any format: `{key: value} -> config`.
+    def from_dict(cls, raw: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> Aimv2VisionConfig:
+        """Sizes from the content of a config.json in any format: `{key: value} -> config`.
 
-        Of a larger model's content the image encoder's section is read. Unknown keys are ignored. `use_head` defaults
-        to True as in transformers, but to False in Apple's format, which does not know it. Raises ValueError for a
-        network that AIMv2 is not (biases in the blocks, another activation, rotary positions).
+        Of a larger model's content the image encoder's section is read. Unknown keys are ignored. `found` are sizes
+        that tensors show, None without tensors; then `use_head` defaults to True as in transformers, but to False in
+        Apple's format, which does not know it. Raises ValueError for a network that AIMv2 is not (biases in the blocks,
+        another activation, rotary positions).
         """
-        return _read_vision(raw, None)
+        section = _vision_section(raw)
+        is_apple = raw.get("model_type") == "aimv2" and "vision_config" not in raw
+        sizes = dict(found or {})
+        has_table = "image_size" in sizes
+        if "is_native" not in section:  # Apple's format: native has neither a size nor a position table
+            section["is_native"] = section.get("image_size") is None and (is_apple if found is None else not has_table)
+        if section["is_native"] and has_table:
+            raise ValueError("config.json says is_native, yet the weights hold a position table (pos_embed)")
+        said = {"use_head": not is_apple} | _read_fields(cls, section)
+        if found is not None:
+            said["use_head"] = sizes["use_head"]
+        return cls(**_with_heads(sizes | said))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json in transformers' format."""
@@ -124,9 +136,9 @@ class Aimv2TextConfig:
             raise ValueError(f"eos_token_id {self.eos_token_id} does not fit a vocabulary of {self.vocab_size}")
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2TextConfig:
-        """Sizes from the content of a config.json or of its `text_config`: `{key: value} -> config`."""
-        return _read_text(raw, {})
+    def from_dict(cls, raw: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> Aimv2TextConfig:
+        """Sizes from the content of a config.json or of its `text_config`, as of `Aimv2VisionConfig`."""
+        return cls(**_with_heads(dict(found or {}) | _read_fields(cls, _section(raw, "text_config"))))
 
     def to_dict(self) -> dict[str, Any]:
         """The `text_config` of config.json in transformers' format."""
@@ -151,9 +163,15 @@ class Aimv2Config:
         return self.vision_config
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Aimv2Config:
-        """Sizes from the content of a LiT model's config.json: `{key: value} -> config`."""
-        return _read_pair(raw, {"vision_config": {"use_head": True}})  # a LiT model always pools with the head
+    def from_dict(cls, raw: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> Aimv2Config:
+        """Sizes from the content of a LiT model's config.json, as of `Aimv2VisionConfig`; the head is always there."""
+        found = found or {"vision_config": {"use_head": True}}
+        said = _read_fields(cls, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
+        if "projection_dim" in found:
+            said.setdefault("projection_dim", found["projection_dim"])
+        section = {"vision_config": _section(raw, "vision_config")}
+        vision = Aimv2VisionConfig.from_dict(section, found["vision_config"])
+        return cls(vision, Aimv2TextConfig.from_dict(raw, found.get("text_config")), **said)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json in transformers' format."""
@@ -181,37 +199,8 @@ def read_config(raw: Mapping[str, Any], found: Mapping[str, Any]) -> AnyConfig:
     position table is read from them, because no format of config.json says it reliably. Raises ValueError for a network
     that AIMv2 is not (biases in the blocks, another activation) and for a size that cannot be known.
     """
-    return _read_pair(raw, found) if "text_config" in found else _read_vision(raw, found)
-
-
-def _read_vision(raw: Mapping[str, Any], found: Mapping[str, Any] | None) -> Aimv2VisionConfig:
-    """The image encoder's sizes; `found` None where there are no tensors that could tell."""
-    section = _vision_section(raw)
-    is_apple = raw.get("model_type") == "aimv2" and "vision_config" not in raw
-    sizes = dict(found or {})
-    has_table = "image_size" in sizes
-    if "is_native" not in section:  # Apple's format: native has neither a size nor a position table
-        section["is_native"] = section.get("image_size") is None and (is_apple if found is None else not has_table)
-    if section["is_native"] and has_table:
-        raise ValueError("config.json says is_native, yet the weights hold a position table (pos_embed)")
-    said = {"use_head": not is_apple} | _read_fields(Aimv2VisionConfig, section)
-    if found is not None:
-        said["use_head"] = sizes["use_head"]
-    return Aimv2VisionConfig(**_with_heads(sizes | said))
-
-
-def _read_text(raw: Mapping[str, Any], found: Mapping[str, Any]) -> Aimv2TextConfig:
-    said = _read_fields(Aimv2TextConfig, _section(raw, "text_config"))
-    return Aimv2TextConfig(**_with_heads({**found, **said}))
-
-
-def _read_pair(raw: Mapping[str, Any], found: Mapping[str, Any]) -> Aimv2Config:
-    """The sizes of both encoders and of their shared space."""
-    said = _read_fields(Aimv2Config, {key: raw[key] for key in ("projection_dim", "max_logit_scale") if key in raw})
-    if "projection_dim" in found:
-        said.setdefault("projection_dim", found["projection_dim"])
-    vision = _read_vision({"vision_config": _section(raw, "vision_config")}, found["vision_config"])
-    return Aimv2Config(vision, _read_text(raw, found.get("text_config", {})), **said)
+    kind: type[AnyConfig] = Aimv2Config if "text_config" in found else Aimv2VisionConfig
+    return kind.from_dict(raw, found)
 
 
 def _vision_section(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,11 +295,6 @@ class Released:
     config: AnyConfig
     parameters: int
 
-    @property
-    def vision(self) -> Aimv2VisionConfig:
-        """Sizes of the vision encoder, in the LiT model too."""
-        return self.config.vision
-
 
 WIDTHS = {
     "large": (1024, 2816, 24, 8),
@@ -321,34 +305,35 @@ WIDTHS = {
 """Size -> hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (arXiv 2411.14402, table 1)."""
 
 
-def _released_config(size: str, resolution: int | str) -> AnyConfig:
-    if resolution == "lit":
-        return Aimv2Config(Aimv2VisionConfig(*WIDTHS[size], use_head=True))
+def _config_of(name: str) -> AnyConfig:
+    size, _, resolution, *kind = name.split("-")
     if resolution == "native":
         return Aimv2VisionConfig(*WIDTHS[size], is_native=True)
+    if kind == ["lit"]:
+        return Aimv2Config(Aimv2VisionConfig(*WIDTHS[size], use_head=True))
     return Aimv2VisionConfig(*WIDTHS[size], image_size=int(resolution))
 
 
 # Commits: ml-aim's own table; they hold Apple's layout. Parameters: counted on the original classes.
 RELEASED = {
-    f"aimv2-{name}": Released(commit, _released_config(name.split("-")[0], resolution), parameters)
-    for name, resolution, commit, parameters in (
-        ("large-patch14-224", 224, "ac764a25c832c7dc5e11871daa588e98e3cdbfb7", 309_197_824),
-        ("huge-patch14-224", 224, "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1", 680_851_968),
-        ("1B-patch14-224", 224, "4d24a422f71e87d327d476bc405030fe6593d8b1", 1_234_958_336),
-        ("3B-patch14-224", 224, "df1cbc288096c9742ec8bd6709ff82757972338c", 2_720_658_432),
-        ("large-patch14-336", 336, "639423ae9f07319d24a7fc431b61908110d08d3a", 309_525_504),
-        ("huge-patch14-336", 336, "21528bd53a2438a84162e79f1f9a46453b88004c", 681_343_488),
-        ("1B-patch14-336", 336, "5a15f23f6757776fdd487283353a018677621939", 1_235_613_696),
-        ("3B-patch14-336", 336, "d1adb39ee92dfd7ecf3114b1ee3aa7e9027ce98f", 2_721_641_472),
-        ("large-patch14-448", 448, "cefb13f21003bdadba65bfbee956c82b976cd23d", 309_984_256),
-        ("huge-patch14-448", 448, "44e6440a24a8ea966ad0deadf5399a22d852bcc0", 682_031_616),
-        ("1B-patch14-448", 448, "7f292735d3a07a911559c0fabb3ad3e9d141713f", 1_236_531_200),
-        ("3B-patch14-448", 448, "70810b618e4456b724bacc8ef4d2d038060ceda6", 2_723_017_728),
-        ("large-patch14-224-distilled", 224, "d6d09b071e8ba31735c5e05ccd4b2a393020ce90", 309_197_824),
-        ("large-patch14-336-distilled", 336, "8fe1704e5cc1c80cefc99c194afcefe21dff1faa", 309_525_504),
-        ("large-patch14-native", "native", "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629", 308_935_680),
-        ("large-patch14-224-lit", "lit", "c2cd59a786c4c06f39d199c50d08cc2eab9f8605", 436_680_193),
+    f"aimv2-{name}": Released(commit, _config_of(name), parameters)
+    for name, commit, parameters in (
+        ("large-patch14-224", "ac764a25c832c7dc5e11871daa588e98e3cdbfb7", 309_197_824),
+        ("huge-patch14-224", "9e0bab0e0abb7b20796d2d0b37f39b7c3b1c1af1", 680_851_968),
+        ("1B-patch14-224", "4d24a422f71e87d327d476bc405030fe6593d8b1", 1_234_958_336),
+        ("3B-patch14-224", "df1cbc288096c9742ec8bd6709ff82757972338c", 2_720_658_432),
+        ("large-patch14-336", "639423ae9f07319d24a7fc431b61908110d08d3a", 309_525_504),
+        ("huge-patch14-336", "21528bd53a2438a84162e79f1f9a46453b88004c", 681_343_488),
+        ("1B-patch14-336", "5a15f23f6757776fdd487283353a018677621939", 1_235_613_696),
+        ("3B-patch14-336", "d1adb39ee92dfd7ecf3114b1ee3aa7e9027ce98f", 2_721_641_472),
+        ("large-patch14-448", "cefb13f21003bdadba65bfbee956c82b976cd23d", 309_984_256),
+        ("huge-patch14-448", "44e6440a24a8ea966ad0deadf5399a22d852bcc0", 682_031_616),
+        ("1B-patch14-448", "7f292735d3a07a911559c0fabb3ad3e9d141713f", 1_236_531_200),
+        ("3B-patch14-448", "70810b618e4456b724bacc8ef4d2d038060ceda6", 2_723_017_728),
+        ("large-patch14-224-distilled", "d6d09b071e8ba31735c5e05ccd4b2a393020ce90", 309_197_824),
+        ("large-patch14-336-distilled", "8fe1704e5cc1c80cefc99c194afcefe21dff1faa", 309_525_504),
+        ("large-patch14-native", "cfe7bdbbc924a5f65272d5e2c27fe5f61771a629", 308_935_680),
+        ("large-patch14-224-lit", "c2cd59a786c4c06f39d199c50d08cc2eab9f8605", 436_680_193),
     )
 }
 """Every public checkpoint by the name of its repository under `apple/`."""

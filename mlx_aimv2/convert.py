@@ -20,19 +20,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_aimv2.checkpoint import hub
-from mlx_aimv2.cli import flags
+from mlx_aimv2.checkpoint.hub import check_upload, upload
+from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
-from mlx_aimv2.conversion import fidelity, folder, model_card
+from mlx_aimv2.conversion.fidelity import FILE, choose_images, report, run_blockwise, run_reference, table
+from mlx_aimv2.conversion.folder import PYTORCH_LAYOUTS, is_own, save_beside, save_config, save_pytorch, save_weights
+from mlx_aimv2.conversion.model_card import write as write_card
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
 from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 
 __all__ = ["convert"]
 
-HELP = "convert a checkpoint to an MLX folder"
-
-EXAMPLE = "--hf-path apple/aimv2-large-patch14-224 --mlx-path large-4bit -q"
 DEFAULT_PATH = "mlx_model"
 
 
@@ -84,10 +83,10 @@ def convert(
     settings = resolve(q_mode, q_group_size, q_bits)
     inputs = [expand_user(path) for path in (hf_path, calibration) if path is not None]
     wanted, target = parse_dtype(dtype) if dtype is not None else None, expand_user(mlx_path)
-    check_target(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs)
+    check_target(target, overwrite=overwrite, is_own=is_own, inputs=inputs)
     if upload_repo is not None:
-        hub.check_upload(upload_repo)
-    images = fidelity.choose_images(calibration) if verify else []
+        check_upload(upload_repo)
+    images = choose_images(calibration) if verify else []
 
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)
@@ -96,22 +95,20 @@ def convert(
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
     section = plan(build(source.config), settings, quant_predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
-    reference = fidelity.run_reference(source.reopened(), images) if verify else None
+    reference = run_reference(source.reopened(), images) if verify else None
 
-    with atomic_folder(target, overwrite=overwrite, is_own=folder.is_own, inputs=inputs) as place:
+    with atomic_folder(target, overwrite=overwrite, is_own=is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
-        report = None
+        found = None
         if reference is not None:
             log("[INFO] Comparing with the source in float32")
-            report = fidelity.report(
-                reference, fidelity.run_blockwise(read_source(place), images, name=target.name), images
-            )
-            write_json(place / fidelity.FILE, report)
-            log(fidelity.table(report))
-        model_card.write(place, source=source, config=config, report=report, hub_name=upload_repo)
+            found = report(reference, run_blockwise(read_source(place), images, name=target.name), images)
+            write_json(place / FILE, found)
+            log(table(found))
+        write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
     if upload_repo is not None:
         try:
-            log(f"[INFO] Uploading to {hub.upload(target, upload_repo)}")
+            log(f"[INFO] Uploading to {upload(target, upload_repo)}")
         except OSError as error:
             raise type(error)(f"{error}; the folder {target} is written") from None
     return target
@@ -119,23 +116,23 @@ def convert(
 
 def _check_flags(given: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
     """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
-    if quantize and dequantize:
-        raise ValueError("Choose either quantize or dequantize, not both.")
-    bits, recipe = [flag for flag in given if flag.startswith("--q")], given.get("--quant-predicate")
-    if isinstance(recipe, str) and recipe not in RECIPES:
-        raise ValueError(f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}")
-    if (layout := given.get("--export-layout")) not in (None, *folder.PYTORCH_LAYOUTS):
-        raise ValueError(f"--export-layout must be {' or '.join(folder.PYTORCH_LAYOUTS)}, got {layout}")
-    if layout is not None and quantize:
-        raise ValueError("PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.")
-    if bits and not quantize:
-        raise ValueError(f"{', '.join(bits)} would change nothing without --quantize; add -q")
-    if isinstance(recipe, str) and "--q-mode" in given:
-        raise ValueError(f"recipes have affine bits only; leave --q-mode {given['--q-mode']} out")
-    if isinstance(recipe, str) and "--q-bits" in given:
-        raise ValueError(f"--quant-predicate {recipe} sets the bits; leave --q-bits out")
-    if "--calibration" in given and not verify:
-        raise ValueError("--calibration is for the fidelity report; without it leave it out")
+    recipe, layout = given.get("--quant-predicate"), given.get("--export-layout")
+    is_named, bits = isinstance(recipe, str), [flag for flag in given if flag.startswith("--q")]
+    faults = {
+        "Choose either quantize or dequantize, not both.": quantize and dequantize,
+        f"--quant-predicate must be {', '.join(RECIPES)}, got {recipe}": is_named and recipe not in RECIPES,
+        f"--export-layout must be {' or '.join(PYTORCH_LAYOUTS)}, got {layout}": layout not in (None, *PYTORCH_LAYOUTS),
+        "PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.": (
+            layout is not None and quantize
+        ),
+        f"{', '.join(bits)} would change nothing without --quantize; add -q": bits and not quantize,
+        f"recipes have affine bits only; leave --q-mode {given.get('--q-mode')} out": is_named and "--q-mode" in given,
+        f"--quant-predicate {recipe} sets the bits; leave --q-bits out": is_named and "--q-bits" in given,
+        "--calibration is for the fidelity report; without it leave it out": "--calibration" in given and not verify,
+    }
+    for message, is_met in faults.items():
+        if is_met:
+            raise ValueError(message)
 
 
 def _check_source(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
@@ -164,7 +161,7 @@ def _write(
     # Each tensor is taken out of the source in turn, so that it can be freed.
     weights: Iterable[tuple[str, mx.array]] = ((name, source.weights.pop(name)) for name in sorted(source.weights))
     if export_layout is not None:
-        config = folder.save_pytorch(source.config, weights, place, layout=export_layout, dtype=dtype)
+        config = save_pytorch(source.config, weights, place, layout=export_layout, dtype=dtype)
     else:
         config = source.config.to_dict() | {"torch_dtype": dtype_name(dtype)}
         if section is not None:
@@ -172,19 +169,19 @@ def _write(
             config |= {"quantization": section, "quantization_config": section}
         count = source.parameters
         weights = packed(weights, layers(build(source.config)) if section else (), section or {}, dtype=dtype)
-        size = folder.save_weights(place, weights, total_parameters=count)
+        size = save_weights(place, weights, total_parameters=count)
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
-        folder.save_config(place, config)
-    folder.save_beside(place, source)
+        save_config(place, config)
+    save_beside(place, source)
     return config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_convert(parser: argparse.ArgumentParser) -> None:
     """The converter's flags, which are the keywords of `convert` (`--no-verify` is `verify=False`)."""
     add = parser.add_argument_group("input").add_argument
-    add("--hf-path", "--model", required=True, metavar="MODEL", help=flags.MODEL)
-    flags.add_revision(add)
+    add("--hf-path", "--model", required=True, metavar="MODEL", help=MODEL)
+    add_revision(add)
 
     add = parser.add_argument_group("quantization").add_argument
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
@@ -201,15 +198,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("layout and output").add_argument
     add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
-    dtypes, layouts = f"{', '.join(DTYPES)}: of the weights", " or ".join(folder.PYTORCH_LAYOUTS)
+    dtypes, layouts = f"{', '.join(DTYPES)}: of the weights", " or ".join(PYTORCH_LAYOUTS)
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"{dtypes} (default: the checkpoint's)")
     layout_help = f"{layouts}: write a PyTorch folder instead"
-    add("--export-layout", choices=folder.PYTORCH_LAYOUTS, metavar="NAME", help=layout_help)
+    add("--export-layout", choices=PYTORCH_LAYOUTS, metavar="NAME", help=layout_help)
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
     add("--overwrite", action="store_true", help="replace a folder that convert wrote, once the new one is whole")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_convert(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
     from mlx_aimv2.cli.output import log, show
 

@@ -1,9 +1,9 @@
 """Reads untrusted files within bounds, and writes files and folders whole or not at all.
 
-What is read is a regular file of no more bytes than expected, without ever waiting for one that is something else. What
-is written takes its name when it is complete. An input is never replaced, nor is anything but a regular file or a
-folder of ours; what stands at the target and is not ours is refused unless `overwrite` says otherwise. A process that
-is killed leaves a hidden temporary behind; the next one that writes to the same target removes it.
+What is read is a regular file of no more bytes than expected, without ever waiting for one that is something else. An
+input is never replaced, nor is anything but a regular file or a folder of ours; what stands at the target and is not
+ours is refused unless `overwrite` says otherwise. A process that is killed leaves a hidden temporary behind; the next
+one that writes to the same target removes it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlx_aimv2.untrusted_json import parse
+
 MAX_TEXT_BYTES = 1 << 26
 """64 MiB: the largest text file of a released checkpoint, a tokenizer.json, has 3 MB."""
+
+MAX_JSON_BYTES = 1 << 24
+"""16 MiB: of a JSON file that is read whole, which may take thirty times the memory."""
 
 MAX_IMAGE_BYTES = 1 << 30
 
@@ -45,6 +50,9 @@ PREVIOUS = "previous"
 PATIENCE = 10.0
 """Seconds that another process may take to finish what it writes to the same target."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a disk, a quota or a file that takes no more."""
+
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -65,9 +73,16 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder() -> Path:
-    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """`$MLX_AIMV2_CACHE`, else `mlx-aimv2` in `$XDG_CACHE_HOME` or `~/.cache`; the temporary folder without a home."""
     own = os.environ.get(CACHE_VARIABLE)
-    return expand_user(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2")
+    folder = expand_user(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx-aimv2")
+    homeless = folder.parts[:1] and folder.parts[0].startswith("~")  # a container's user may have none
+    return Path(tempfile.gettempdir()) / f"mlx-aimv2-{os.getuid()}" if homeless else folder
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there, under a name that an untrusted list gives: none has a NUL or more than 255 bytes."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for them
 
 
 def stat_of(path: str) -> os.stat_result | None:
@@ -76,6 +91,23 @@ def stat_of(path: str) -> os.stat_result | None:
         return os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
     except (OSError, ValueError):
         return None
+
+
+def marks_of(about: os.stat_result) -> tuple[int, int, int, int]:
+    """By what a change of a file shows: size in bytes, mtime and ctime in nanoseconds, inode (SQLite holds 63 bits)."""
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (1 << 63) - 1
+
+
+def is_unchanged(about: os.stat_result, size: int, mtime_ns: int, ctime_ns: int | None, inode: int | None) -> bool:
+    """Whether a file is as it was by these marks, of which earlier releases kept the first two.
+
+    The inode counts where ctime is no copy of mtime: file systems that keep none (exFAT, FUSE) number files anew
+    whenever they are mounted.
+    """
+    now = marks_of(about)
+    if ctime_ns is None or now[:2] != (size, mtime_ns):
+        return now[:2] == (size, mtime_ns)
+    return now[2] == ctime_ns and (now[3] == inode or ctime_ns == mtime_ns)
 
 
 # Reading
@@ -109,6 +141,12 @@ def reason_of(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "may not be read: permission denied"
     return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
+
+
+def one_line(error: OSError, what: object) -> str:
+    """What an error of the system says about `what`, and what to do about a full disk."""
+    advice = " Make room, or choose another one." if error.errno in FULL else ""
+    return str(error) if error.strerror is None else f"{what}: {error.strerror}.{advice}"
 
 
 @contextlib.contextmanager
@@ -157,11 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_link(path)
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no {path.name}; a checkpoint has one beside its weights")
-    text = read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    content = parse(read_text(path, max_bytes=MAX_JSON_BYTES), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: wanted an object, got a {type(content).__name__}")
     return content
@@ -170,8 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes]:
     """Content of a regular file, and how the file was before it was read, so that a change during it shows later.
 
-    Raises OSError without a name in it: FileNotFoundError, IsADirectoryError and PermissionError as the system does,
-    else a reason that continues a sentence which starts with the path.
+    Raises OSError without a name in it, as the system does or with a reason that continues a sentence.
     """
     with _regular_file(path, "an image") as (file, about):
         if about.st_size > MAX_IMAGE_BYTES:
@@ -234,8 +267,8 @@ def check_file(
 ) -> None:
     """Raises ValueError or OSError where a file cannot or must not be written; `option` is the flag to change.
 
-    An input is never replaced, whatever name it is given by. A file is replaced if `is_own` says of its first
-    `HEAD_BYTES` bytes that an earlier run wrote it, if it is empty, or with `overwrite`.
+    Never one of the inputs; a file is replaced if `is_own` says of its first `HEAD_BYTES` bytes that an earlier run
+    wrote it, if it is empty, or with `overwrite`.
     """
     folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
     if not folder.is_dir():
@@ -302,33 +335,43 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     What a killed process left there goes first. Errors of the system that name no other file end as one line with the
     target's name.
     """
-    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
-
-    target = path.absolute()
-    beside, lock_file = _hidden(target)
-    lock = FileLock(lock_file)
+    target, beside = path.absolute(), _hidden(path)
     try:
-        lock.acquire(timeout=PATIENCE)
-        _remove_unfinished(target, beside)
-        _mine[target] = beside  # known before there is anything: a signal may come at any moment
-        beside.mkdir(0o700)
-        yield beside
-    except Timeout:
-        raise FileExistsError(
-            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
-        ) from None
+        with locked(path, patience=PATIENCE):
+            try:
+                _remove_unfinished(target, beside)
+                _mine[target] = beside  # known before there is anything: a signal may come at any moment
+                beside.mkdir(0o700)
+                yield beside
+            finally:
+                _remove_unfinished(target, beside)
+                _mine.pop(target, None)
     except OSError as error:
         if error.strerror is None:
             raise
         inside = error.filename is None or str(error.filename).startswith(str(beside))
         what = f"Cannot save to the path {path}" if inside else error.filename
-        raise type(error)(f"{what}: {error.strerror}.") from None
+        raise type(error)(one_line(error, what)) from None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, patience: float) -> Iterator[None]:
+    """A block that one process at a time is in for this path; raises FileExistsError after `patience` seconds."""
+    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
+
+    lock_file = _lock_file(path.absolute())
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise FileExistsError(
+            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
+        ) from None
+    try:
+        yield
     finally:
-        if lock.is_locked:
-            _remove_unfinished(target, beside)
-            _mine.pop(target, None)
-            lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
-            lock.release()
+        lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
+        lock.release()
 
 
 def discard_unfinished() -> None:
@@ -338,10 +381,9 @@ def discard_unfinished() -> None:
 
 
 def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
-    """How what is written of each file begins: its path below the folder that was given, without suffix.
+    """How what is written of each file begins: its path below the folder that holds all that was given.
 
-    Where several folders or files were given it is the path below the folder that all lie in. The suffix stays where
-    another file has the rest of the name, in any case of letters.
+    It has no suffix, unless another file has the rest of the name, in any case of letters.
     """
     folders = [os.path.normpath(expand_user(one).absolute()) for one in given if expand_user(one).is_dir()]
     others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]
@@ -361,20 +403,25 @@ _mine: dict[Path, Path] = {}
 """What this process is writing to -> the hidden folder beside it."""
 
 
-def _hidden(target: Path) -> tuple[Path, Path]:
-    """The hidden folder beside a target, and its lock among what may be computed again, or in the temporary folder.
-
-    Only those processes share the folder's name that share its lock: on one machine, with one cache.
-    """
+def _lock_file(target: Path) -> Path:
+    """The lock of a target among what may be computed again, or in the temporary folder."""
     locks = cache_folder() / "locks"
     with contextlib.suppress(OSError):
         locks.mkdir(parents=True, exist_ok=True)
     if not os.access(locks, os.W_OK | os.X_OK):
         locks = Path(tempfile.gettempdir())
     real = Path(os.path.realpath(target.parent)) / target.name
-    lock = locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
-    shared = hashlib.sha256(os.fsencode(lock) + platform.node().encode()).hexdigest()[:16]
-    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}", lock  # file systems allow 255 bytes
+    return locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
+
+
+def _hidden(path: Path) -> Path:
+    """The hidden folder beside a target.
+
+    Only those processes share its name that share the lock: on one machine, with one cache.
+    """
+    target = path.absolute()
+    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
+    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}"  # file systems allow 255 bytes
 
 
 def _remove_unfinished(target: Path, beside: Path) -> None:

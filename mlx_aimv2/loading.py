@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,14 +26,16 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import quantize
-from mlx_aimv2.backend import device
-from mlx_aimv2.checkpoint import detect
-from mlx_aimv2.checkpoint import read as checkpoint
-from mlx_aimv2.checkpoint.layouts import Match
+from mlx_aimv2.backend.device import AUTO, check_process, mark_lazy, suited_dtype
+from mlx_aimv2.checkpoint.detect import classifier, differences, disagreements, listed, recognise, sizes
+from mlx_aimv2.checkpoint.read import Checkpoint, read, read_tensors
 from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
+
+if TYPE_CHECKING:
+    from mlx_aimv2.checkpoint.layouts import Match
 
 NATIVE, NATIVE_WHOLE = 224, 448
 """Pixels of a side for native checkpoints, which take any: for labels of whole images, and for boxes and masks."""
@@ -53,7 +55,7 @@ class Source:
     config.json, None when the weights are dense.
     """
 
-    origin: checkpoint.Checkpoint
+    origin: Checkpoint
     config: AnyConfig
     match: Match
     weights: dict[str, mx.array]
@@ -84,7 +86,7 @@ class Source:
 
     def reopened(self) -> Source:
         """The same files with all tensors lazy again, neither resolved nor checked again: a Hub is not asked."""
-        tensors = checkpoint.read_tensors(self.origin.files)
+        tensors = read_tensors(self.origin.files)
         with suppress(KeyError, ValueError):  # a tensor that is gone, or has other axes
             again = replace(self, weights=self.match.to_target(tensors, self._shapes))
             if again._shapes == self._shapes:
@@ -104,8 +106,8 @@ class Source:
         keep_quantized: bool = False,
     ) -> Loaded:
         """The model with its processor, using up the weights; the settings are those of `load`."""
-        if dtype == device.AUTO:
-            dtype = device.suited_dtype(self.origin.folder)
+        if dtype == AUTO:
+            dtype = suited_dtype(self.origin.folder)
         model: AnyModel = build(self.config)
         processor = self.processor()
         if self.quantization is not None and keep_quantized:
@@ -120,7 +122,7 @@ class Source:
             else:
                 model = vision
         if lazy:
-            device.mark_lazy(model, threading.get_ident())
+            mark_lazy(model, threading.get_ident())
         return Loaded(self, model, processor)
 
 
@@ -187,14 +189,14 @@ def load(
     """Loads a checkpoint: `Hub name, foreign folder or weight file, or MLX folder -> (model, processor)`.
 
     A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
-    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`device.suited_dtype`); None
+    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`suited_dtype`); None
     keeps the checkpoint's. `image_size` takes images of another size in pixels than the checkpoint's (`at_size`).
     Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized` saves the memory instead.
     With `lazy` the weights are read when first used. With `return_config` the content of config.json comes third.
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
-    if dtype is not None and dtype != device.AUTO:
+    if dtype is not None and dtype != AUTO:
         dtype = parse_dtype(dtype)  # before anything is fetched
     loaded = read_source(path_or_hf_repo, revision=revision).load(
         dtype=dtype, image_size=image_size, lazy=lazy, keep_quantized=keep_quantized
@@ -210,25 +212,23 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     Every tensor must be known and every tensor of the model must be there, in its shape: otherwise ValueError names all
     that are not.
     """
-    device.check_process()
-    origin = checkpoint.read(path_or_hf_repo, revision=revision)
+    check_process()
+    origin = read(path_or_hf_repo, revision=revision)
     try:
         return _checked(origin)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
 
 
-def _checked(origin: checkpoint.Checkpoint) -> Source:
-    match = detect.recognise(origin.shapes)
-    if extra := detect.classifier(origin.shapes, match):
-        warnings.warn(
-            f"{origin}: a classifier is left out ({detect.listed(extra)}); the encoder is taken", stacklevel=3
-        )
+def _checked(origin: Checkpoint) -> Source:
+    match = recognise(origin.shapes)
+    if extra := classifier(origin.shapes, match):
+        warnings.warn(f"{origin}: a classifier is left out ({listed(extra)}); the encoder is taken", stacklevel=3)
         origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
-    sizes = detect.sizes(match.target_shapes(origin.shapes))
-    config = read_config(origin.config, sizes)
-    if others := detect.disagreements(config, sizes):  # before a model of sizes that nobody checked is built
+    shown = sizes(match.target_shapes(origin.shapes))
+    config = read_config(origin.config, shown)
+    if others := disagreements(config, shown):  # before a model of sizes that nobody checked is built
         raise ValueError(f"config.json and the weights are of different sizes: {'; '.join(others)}")
     model = build(config)
     if quantization is not None:
@@ -236,7 +236,7 @@ def _checked(origin: checkpoint.Checkpoint) -> Source:
         quantize.apply_structure(model, quantization, origin.tensors)
     wanted = parameter_shapes(model)
     wanted_source = match.source_shapes(wanted)
-    if lines := detect.differences(wanted_source, origin.shapes, match):
+    if lines := differences(wanted_source, origin.shapes, match):
         raise ValueError(f"the tensors are not those of this model: {'; '.join(lines)}")
     parameters: Any = tree_flatten(model.parameters())
     packed = {name: array.dtype for name, array in parameters if not mx.issubdtype(array.dtype, mx.floating)}

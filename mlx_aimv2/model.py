@@ -290,7 +290,7 @@ class Aimv2Model(nn.Module):
 
 
 def visible_patches(patch_mask: mx.array, shape: tuple[int, int]) -> mx.array:
-    """The places of the patches that are not hidden, in their order: `(B, N) bool -> (B, M)`.
+    """The indices of the patches that are not hidden, in their order: `(B, N) bool -> (B, M)`.
 
     `shape` is the (B, N) that the mask must have. Raises ValueError for another one, for numbers instead of bool, for
     images with unequally many hidden patches and where nothing is left to see.
@@ -310,9 +310,9 @@ def visible_patches(patch_mask: mx.array, shape: tuple[int, int]) -> mx.array:
         )
     if hidden[0] == shape[1]:
         raise ValueError(f"patch_mask hides all {shape[1]} patches: leave at least one of them visible")
-    # Visible ones first, each in its own order: sorting the places with the hidden ones moved behind all.
-    places = mx.where(patch_mask, shape[1], 0) + mx.arange(shape[1])
-    return mx.sort(places, axis=1)[:, : shape[1] - int(hidden[0])]
+    # Visible ones first, each in its own order: sorting the indices with the hidden ones moved behind all.
+    indices = mx.where(patch_mask, shape[1], 0) + mx.arange(shape[1])
+    return mx.sort(indices, axis=1)[:, : shape[1] - int(hidden[0])]
 
 
 def unit_length(x: mx.array) -> mx.array:

@@ -93,10 +93,10 @@ def pca_map(tokens: NDArray[Any], grid: tuple[int, int], *, cell: int = 14) -> I
 def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int]) -> NDArray[Any]:
     """How alike each token is to one of them, `(N, D), (rows, columns), (row, column) -> (rows, columns)` cosines."""
     _check_grid(tokens, grid)
-    if not all(0 <= place < size for place, size in zip(patch, grid, strict=True)):
+    if not all(0 <= index < size for index, size in zip(patch, grid, strict=True)):
         raise ValueError(
-            f"patch {patch[0]},{patch[1]} is outside the grid of {grid[0]} rows and {grid[1]} columns, "
-            "counted from 0,0 at the top left"
+            f"has no patch {patch[0]},{patch[1]}: the last of its {grid[0]} rows and {grid[1]} columns is "
+            f"{grid[0] - 1},{grid[1] - 1}"
         )
     unit = np.asarray(tokens, np.float64)
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
@@ -137,29 +137,10 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
     return image
 
 
-def seen(pixels: NDArray[Any], *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Image.Image:
-    """What the model saw, `(H, W, 3) normalised pixels -> image`, by undoing the processor's last steps."""
-    values = np.asarray(pixels, np.float64)
-    if mean is not None and std is not None:
-        values = values * np.asarray(std) + np.asarray(mean)
-    return Image.fromarray(np.rint(values * 255).clip(0, 255).astype(np.uint8))
-
-
-def overlay(image: Image.Image, map_image: Image.Image, *, opacity: float = 0.6) -> Image.Image:
-    """A map laid over its image, at the image's size; `opacity` 1 hides the image."""
-    laid = map_image.convert("RGB").resize(image.size, Image.Resampling.NEAREST)
-    return Image.blend(image.convert("RGB"), laid, opacity)
-
-
 def to_height(image: Image.Image, height: int) -> Image.Image:
     """An image at this height, its shape kept; a tiny one keeps its squares."""
     width = max(1, round(image.width * height / image.height))
     return image.convert("RGB").resize((width, height), sampling(image, height))
-
-
-def side_by_side(images: Sequence[Image.Image], *, height: int = 448, gap: int = 8) -> Image.Image:
-    """Images in a row, all brought to one height."""
-    return beside([to_height(image, height) for image in images], gap=gap)
 
 
 def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
@@ -339,8 +320,8 @@ def _sized(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
 
 
-def _name(image: Image.Image, place: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
+def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
     draw = ImageDraw.Draw(image)
-    box = draw.textbbox(place, text, font=font(16), anchor=anchor)
+    box = draw.textbbox(at, text, font=font(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
-    draw.text(place, text, PAPER, font(16), anchor=anchor)
+    draw.text(at, text, PAPER, font(16), anchor=anchor)

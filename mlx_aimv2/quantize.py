@@ -8,7 +8,6 @@ together they are small, and the head and the projections are the last thing tha
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -29,20 +28,13 @@ STAY_DENSE = ("head", "visual_projection", "text_projection")
 """Parts of a path whose linear layers are never quantized."""
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A number format: group sizes and bits that MLX has, the default first."""
-
-    group_sizes: tuple[int, ...]
-    bits: tuple[int, ...]
-
-
 MODES = {
-    "affine": Mode((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": Mode((32,), (4,)),
-    "nvfp4": Mode((16,), (4,)),
-    "mxfp8": Mode((32,), (8,)),
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "nvfp4": ((16,), (4,)),
+    "mxfp8": ((32,), (8,)),
 }
+"""Number format -> the group sizes and the bits that MLX has, the default first."""
 
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 """Recipe -> (bits of most layers, bits of those that `_matters` names)."""
@@ -55,13 +47,13 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
     """
     if mode not in list(MODES):  # a list of a damaged config.json cannot be asked of a dictionary
         raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode}")
-    known = MODES[mode]
+    known = dict(zip(("group_size", "bits"), MODES[mode], strict=True))
     settings = {
-        "group_size": known.group_sizes[0] if group_size is None else group_size,
-        "bits": known.bits[0] if bits is None else bits,
+        "group_size": known["group_size"][0] if group_size is None else group_size,
+        "bits": known["bits"][0] if bits is None else bits,
         "mode": mode,
     }
-    for key, choices in (("group_size", known.group_sizes), ("bits", known.bits)):
+    for key, choices in known.items():
         if type(settings[key]) is not int or settings[key] not in choices:
             raise ValueError(f"q_{key} must be {_or(choices)} with q_mode {mode}, got {settings[key]}")
     return settings
@@ -99,7 +91,7 @@ def check(model: nn.Module, quantization: Quantization) -> None:
             misfits.setdefault((width, settings["group_size"]), []).append(path)
     if misfits:
         lines = [f"{listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in misfits.items()]
-        fitting = [size for size in MODES["affine"].group_sizes if all(width % size == 0 for width, _ in misfits)]
+        fitting = [size for size in MODES["affine"][0] if all(width % size == 0 for width, _ in misfits)]
         advice = f"; --q-group-size {_or(fitting)} would fit" if fitting else ""
         raise ValueError(f"these layers do not divide into groups: {'; '.join(lines)}{advice}")
 

@@ -187,9 +187,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, conte
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # Tokens that are not named here get their ids in the order of a hash table, another one in each process.
     fixed = [*alphabet, *(f"{byte}</w>" for byte in alphabet), BOS, EOS]
-    least = len(fixed)
-    if vocab_size < least:
-        raise ValueError(f"a vocabulary has at least {least} tokens (each byte twice, BOS, EOS), got {vocab_size}")
+    if vocab_size < len(fixed):
+        raise ValueError(f"a vocabulary has at least {len(fixed)} tokens (each byte twice, BOS, EOS), got {vocab_size}")
     backend = clip_backend({}, [])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

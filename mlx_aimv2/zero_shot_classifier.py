@@ -15,15 +15,14 @@ import numpy as np
 
 from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.loader import images_at_once, run_ahead, split_into_chunks
-from mlx_aimv2.images.open import POLICY, ImageInput, Policy, open_image, warn_of
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import POLICY, ImageInput, Levels, Policy, open_image, warn_of
 from mlx_aimv2.images.processor import Aimv2Processor, are_apart, as_list
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 
 TEMPLATES = ("a photo of a {}",)
 """Sentences that a label is put into unless others are given."""
 
-PLACE = "{}"
+PLACEHOLDER = "{}"
 """Where in a template the label goes."""
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
@@ -134,7 +133,7 @@ class ZeroShotClassifier:
 
     def _read(self) -> mx.array:
         """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
-        texts = [template.replace(PLACE, label) for label in self.labels for template in self.templates]
+        texts = [template.replace(PLACEHOLDER, label) for label in self.labels for template in self.templates]
         ids = np.array(self._processor.tokenize(texts))
         eos = self._model.config.text_config.eos_token_id
         ids = np.where(np.cumsum(ids == eos, axis=1) > 0, eos, ids)  # nothing behind the first end of text is read
@@ -197,13 +196,13 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """The templates, if every one has a place for the label; else ValueError says which has not."""
+    """The templates, if every one has the placeholder; else ValueError says which has not."""
     templates = (templates,) if isinstance(templates, str) else tuple(templates)
     if not templates:
         raise ValueError(f"no templates: give at least one, such as {TEMPLATES[0]!r}")
     for template in templates:
-        if not isinstance(template, str) or PLACE not in template:
-            raise ValueError(f"template {template!r} has no {PLACE} where the label goes, as in {TEMPLATES[0]!r}")
+        if not isinstance(template, str) or PLACEHOLDER not in template:
+            raise ValueError(f"template {template!r} has no {PLACEHOLDER} where the label goes, as in {TEMPLATES[0]!r}")
     return templates
 
 

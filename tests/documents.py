@@ -152,7 +152,7 @@ def publish(hub: Hub, place: Path, document: Path) -> None:
         if name not in text:
             continue
         folder = place / name
-        size = checkpoint.vision.image_size
+        size = checkpoint.config.vision.image_size
         config = replace(VISION, image_size=size, is_native=size is None)
         if name.endswith("-lit"):
             pair_with_words(folder, Aimv2Config(replace(config, use_head=True), TEXT, projection_dim=48))

@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig
@@ -38,6 +40,17 @@ def write(folder: Path, tensors: Mapping[str, mx.array], config: object) -> Path
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tensors), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Changes keys of a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    """Writes a folder's weights anew, `{name: array} -> {name: array}`."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
 def write_lit(folder: Path) -> Path:

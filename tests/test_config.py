@@ -122,16 +122,15 @@ def test_every_disagreement_is_named():
     ]
 
 
-@pytest.mark.parametrize("key", ["qkv_bias", "mlp_bias", "use_bias"])
-def test_biases_are_another_network(key):
-    with pytest.raises(ValueError, match=key):
-        read_config({**APPLE, key: True}, SHAPES)
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"qkv_bias": True}, "qkv_bias: True; AIMv2's blocks have no biases"),
+        ({"mlp_bias": True}, "mlp_bias: True; .* no biases"),
+        ({"use_bias": True}, "use_bias: True; .* no biases"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'; AIMv2 uses silu, so this is another network"),
+        ({"disable_rope": False, "preserve_original_pe": True}, "rotary positions"),  # AndesVL
+        ({"fullatt_block_indexes": [3, 7]}, "nor windows"),
         ({"image_size": [42, 56]}, "image_size must be square"),
         ({"hidden_size": "60"}, "hidden_size must be of type int"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be"),

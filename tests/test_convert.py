@@ -53,7 +53,7 @@ def test_each_flag_is_a_keyword():
     import argparse
 
     parser = argparse.ArgumentParser()
-    converter.add_arguments(parser)
+    converter.add_convert(parser)
     flags = vars(parser.parse_args(["--model", "x"]))
     keywords = set(inspect.signature(convert).parameters) - {"log"}
     assert set(flags) == keywords
@@ -74,17 +74,18 @@ def test_each_flag_is_a_keyword():
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 4}, "sets the bits; leave --q-bits out"),
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "nvfp4"}, "leave --q-mode nvfp4 out"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "q_bits must be 4 with q_mode mxfp4"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
         ({"calibration": "images", "verify": False}, "--calibration is for the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
+        *(({"upload_repo": name}, "no Hub name of the form owner/name") for name in ("bad/na/me", "-x/y")),
+        ({"upload_repo": "somebody/model"}, "nothing can be uploaded while HF_HUB_OFFLINE is set"),
         ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_read(tmp_path, nothing_is_read, options, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+    with pytest.raises((ValueError, FileNotFoundError, ConnectionError), match=message) as caught:
         convert(ENCODER, tmp_path / "mlx", **options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -229,12 +230,6 @@ def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, 
     assert "token cosine, mean" in output.err
 
 
-def test_the_converters_own_command_is_the_same(tmp_path, capsys):
-    assert main(["convert", "--model", str(FIXED), "--mlx-path", str(tmp_path / "mlx"), "-q"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("mlx-aimv2: these layers do not divide")
-    assert not list(tmp_path.iterdir())
-
-
 def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
     folder = convert(ENCODER, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.9995
@@ -251,17 +246,6 @@ def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
 def test_6_bits_keep_a_token_cosine_of_0998(tmp_path):
     folder = convert(ENCODER, tmp_path / "mlx", quantize=True, q_bits=6, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.998
-
-
-@pytest.mark.parametrize("name", ["bad/na/me", "-x/y"])
-def test_the_name_to_upload_to_is_checked_first(nothing_is_read, tmp_path, name):
-    with pytest.raises(ValueError, match="no Hub name of the form owner/name"):
-        convert(ENCODER, tmp_path / "out", upload_repo=name)
-
-
-def test_nothing_is_converted_for_an_upload_that_cannot_be(nothing_is_read, tmp_path):
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
-        convert(ENCODER, tmp_path / "out", upload_repo="somebody/model")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

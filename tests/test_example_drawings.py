@@ -41,7 +41,7 @@ def test_images_stand_beside_and_below_each_other():
     a, b = Image.new("RGB", (5, 7)), Image.new("RGB", (11, 3))
     assert plot.beside([a, b], gap=2).size == (18, 7)
     assert below([a, b], gap=2).size == (11, 12)
-    assert plot.side_by_side([a, b], height=14, gap=1).size == (10 + 51 + 1, 14)
+    assert [plot.to_height(one, 14).size for one in (a, b)] == [(10, 14), (51, 14)]
 
 
 def test_the_plane_keeps_neighbours_together():

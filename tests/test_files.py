@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +20,9 @@ from mlx_aimv2.files import (
     check_file,
     check_target,
     discard_unfinished,
+    is_file,
+    is_unchanged,
+    marks_of,
     read_bytes,
     read_image_file,
     temporary_folder,
@@ -166,6 +172,32 @@ def test_without_a_cache_folder_is_written_all_the_same(tmp_path, monkeypatch, c
     assert names(tmp_path) == ["mlx", "no folder"]
 
 
+@pytest.mark.parametrize("variables", [{}, {"MLX_AIMV2_CACHE": "~nobody-of-this-name/cache"}], ids=["HOME", "cache"])
+def test_without_a_home_what_may_be_computed_again_goes_to_the_temporary_folder(tmp_path, monkeypatch, variables):
+    """As in a container whose user has neither HOME nor an entry in passwd: no folder is called `~`."""
+
+    def nobody(name):
+        raise KeyError(name)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "MLX_AIMV2_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with atomic_file(tmp_path / "page.html") as file:
+        file.write(b"whole")
+    assert names(tmp_path) == ["page.html", "tmp"]
+    assert names(tmp_path / "tmp") == [f"mlx-aimv2-{os.getuid()}"]
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "a\0b", "\ud83d", ""], ids=ascii)
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there(tmp_path, name):
+    assert not is_file(tmp_path / name)
+
+
 def test_a_name_of_255_bytes_can_be_written(tmp_path):
     with atomic_file(tmp_path / ("n" * 255)) as file:
         file.write(b"whole")
@@ -283,3 +315,27 @@ def test_behind_a_link_the_file_that_it_leads_to_is_written(tmp_path):
     assert link.is_symlink()
     assert (tmp_path / "there" / "page").read_bytes() == b"new"
     assert names(tmp_path / "there") == ["page"]
+
+
+MARKS = {
+    "nothing": ({}, True),
+    "its size": ({"st_size": 6}, False),
+    "its content": ({"st_mtime_ns": 8}, False),
+    "its entry": ({"st_ctime_ns": 8}, False),
+    "another file": ({"st_ino": 8}, False),
+}
+
+
+@pytest.mark.parametrize(("changed", "same"), MARKS.values(), ids=MARKS.keys())
+def test_a_file_is_unchanged_while_all_that_tells_of_it_is(changed, same):
+    about = SimpleNamespace(**{"st_size": 5, "st_mtime_ns": 6, "st_ctime_ns": 7, "st_ino": 9} | changed)
+    assert is_unchanged(about, 5, 6, 7, 9) == same
+    earlier = changed.keys() & {"st_size", "st_mtime_ns"}
+    assert is_unchanged(about, 5, 6, None, None) == (not earlier)
+
+
+def test_a_number_that_each_mount_gives_anew_does_not_count():
+    """exFAT and FUSE keep no time of the entry: it is that of the content."""
+    about = SimpleNamespace(st_size=5, st_mtime_ns=6, st_ctime_ns=6, st_ino=(1 << 64) - 1)
+    assert is_unchanged(about, 5, 6, 6, 9)
+    assert marks_of(about)[3] < 1 << 63

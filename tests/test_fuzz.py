@@ -1,9 +1,11 @@
 """The fuzzer tells a clear refusal from a finding, and what it has found stays mended."""
 
+import os
 import random
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from mlx_aimv2.images import to_rgb
 from tests.fuzz import __main__ as fuzz
 from tests.fuzz import kinds
 from tests.fuzz.mutate import broken_bytes, broken_json
-from tests.fuzz.worker import judged
+from tests.fuzz.worker import judged, tried
 
 
 def raising(error: BaseException):
@@ -96,6 +98,47 @@ def test_a_library_that_panics_is_one_line(tmp_path, capsys):
 
     assert one_line_errors(work) == 1
     assert "PanicException: range end index 28" in capsys.readouterr().err
+
+
+OTHER = next((Path(place) for place in ("/dev/shm", "/tmp") if os.access(place, os.W_OK)), None)
+
+
+def test_a_finding_is_kept_in_another_file_system(tmp_path, monkeypatch):
+    """Its files are made beside the whole inputs, to which they may have links; those are not kept."""
+    if OTHER is None or OTHER.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one file system here")
+
+    def broken(rng, whole, place):
+        os.link(whole / "whole.png", place / "whole.png")
+        (place / "deep").mkdir()
+        (place / "deep" / "broken.json").write_bytes(rng.randbytes(7))
+
+    monkeypatch.setitem(kinds.KINDS, "made up", (broken, 1))
+    with tempfile.TemporaryDirectory(dir=OTHER) as folder:
+        whole = Path(folder) / "whole"
+        whole.mkdir()
+        (whole / "whole.png").write_bytes(b"whole")
+        fuzz.keep(fuzz.Finding("made up", 3, "a \udcff name"), whole, tmp_path / "kept")
+    kept = sorted(path.name for path in (tmp_path / "kept" / "made up-3").rglob("*") if path.is_file())
+    assert kept == ["broken.json", "finding.txt"]
+
+
+@pytest.mark.parametrize(
+    ("escape", "what"),
+    [
+        (lambda place: (place.parent / "beside").touch(), "beside"),
+        (lambda place: Path("here").touch(), "here"),
+        (lambda place: (place / "within").touch(), ""),
+    ],
+    ids=["beside", "where it runs", "within"],
+)
+def test_what_is_written_outside_the_target_is_a_finding(tmp_path, monkeypatch, escape, what):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(kinds.KINDS, "made up", (lambda rng, whole, place: lambda: escape(place), 1))
+    found = tried("made up", 1, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert found["outcome"] == ("finding" if what else "well")
+    assert what in found["detail"]
 
 
 @pytest.mark.slow

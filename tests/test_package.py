@@ -1,6 +1,7 @@
 """The package as a whole: imports go one way, importing costs little, every public name is documented."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,17 +78,23 @@ def test_public_names_are_not_hidden_by_modules_of_the_same_name():
     subprocess.run([sys.executable, "-c", run], capture_output=True, check=True)
 
 
-def test_the_converter_is_not_reexported():
-    # `python -m mlx_aimv2.convert` would warn that the module is already loaded
-    assert "convert" not in mlx_aimv2.__all__
-    command = [sys.executable, "-W", "error", "-m", "mlx_aimv2.convert", "--help"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert not run.stderr
-
-
 @pytest.mark.parametrize("package", [mlx_aimv2, mlx_aimv2.learn], ids=lambda package: package.__name__)
 def test_no_file_has_the_name_of_what_its_package_loads_when_it_is_used(package):
     # importing that file would put the module where the function is expected
     files = {file.stem for file in Path(package.__file__).parent.glob("*.py")}
     assert not files & set(package.__all__)
+
+
+WORKFLOWS = sorted((PACKAGE.parent / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_what_a_workflow_runs_is_pinned(file):
+    """A tag or a branch of somebody else's repository can move, and the job that publishes may sign as this project."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    used = [line.split("uses:", 1)[1].strip() for line in lines if "uses:" in line]
+    assert used
+    assert [one for one in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)+", one)] == []
+    commands = [line.split("pip install ", 1)[1].split() for line in lines if "pip install " in line]
+    tools = [tool for words in commands for tool in words if not tool.startswith(("-", "dist/"))]
+    assert [tool for tool in tools if not re.fullmatch(r"[\w-]+==[\d.]+", tool)] == []

@@ -7,13 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, load
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import build, read_source
 from mlx_aimv2.quantize import MODES, check, layers, pack, packed, plan, resolve, unpack
 from tests.small_encoder import small_encoder
+from tests.small_models import edit_config, edit_weights
 
 pytestmark = pytest.mark.rounding
 
@@ -25,7 +26,7 @@ PAIR = Aimv2Config(
     Aimv2TextConfig(131, 96, 160, 3, 3, max_position_embeddings=11, eos_token_id=130),
     projection_dim=32,
 )
-ALL_MODES = [(mode, group, bits) for mode, known in MODES.items() for group in known.group_sizes for bits in known.bits]
+ALL_MODES = [(mode, group, bits) for mode, known in MODES.items() for group in known[0] for bits in known[1]]
 
 
 def quantized(tmp_path, *, source=ENCODER, **options):
@@ -238,21 +239,16 @@ def test_dequantizing_gives_the_numbers_that_the_packed_weights_stand_for(tmp_pa
     assert mx.array_equal(a.encode_image(pixels(a)), b.encode_image(pixels(b)))
 
 
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
 def test_under_the_shared_settings_a_layer_is_quantized_if_it_has_scales(tmp_path):
     folder, section = quantized(tmp_path, quant_predicate=lambda path, layer: path != "blocks.0.mlp.up")
     del section["blocks.0.mlp.up"]  # as peers write it, who look for scales alone
-    edit(folder, quantization=section)
+    edit_config(folder, quantization=section)
     assert isinstance(load(folder, keep_quantized=True)[0].blocks[0].mlp.up, nn.Linear)
 
 
 def test_a_null_group_size_means_the_modes_own(tmp_path):
     folder, section = quantized(tmp_path)
-    edit(folder, quantization={**section, "group_size": None})
+    edit_config(folder, quantization={**section, "group_size": None})
     assert mx.isfinite(load(folder)[0].blocks[0].mlp.up.weight).all()
 
 
@@ -267,16 +263,14 @@ def test_a_null_group_size_means_the_modes_own(tmp_path):
 )
 def test_config_json_and_packed_weights_must_agree(tmp_path, change, message):
     folder, section = quantized(tmp_path)
-    edit(folder, quantization=section | change)
+    edit_config(folder, quantization=section | change)
     with pytest.raises(ValueError, match=message):
         load(folder)
 
 
 def test_scales_that_are_missing_are_named(tmp_path):
     folder, _ = quantized(tmp_path, quant_predicate=lambda path, layer: {"bits": 8} if "up" in path else True)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["blocks.0.mlp.up.scales"]
-    save_file(tensors, folder / "model.safetensors")
+    edit_weights(folder, lambda tensors: {name: tensors[name] for name in tensors if name != "blocks.0.mlp.up.scales"})
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"missing blocks.0.mlp.up.scales"):
         load(folder)

@@ -1,5 +1,6 @@
 """The server of docs/server.md answers many requests at once, all right, with a level number of threads."""
 
+import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,3 +62,48 @@ def test_two_hundred_requests_in_eight_threads_are_all_right_and_leave_no_thread
         assert not any(pool.map(ask, range(100, 200)))
         after = len(list(TASKS.iterdir())) if TASKS.is_dir() else 0
     assert after <= before + 8
+
+
+def uploads(folder: Path):
+    """570 hostile requests, as the keywords of `client.post`: images of every format broken or cut, and no images."""
+    from tests.fuzz.images import broken_image, make_images
+    from tests.fuzz.learning import bomb
+    from tests.fuzz.mutate import broken_bytes
+
+    make_images(folder)
+    rng = random.Random(570)
+    jpeg = next(file for file in sorted(folder.iterdir()) if file.name.endswith("JPEG-RGB")).read_bytes()
+    files = [broken_image(rng, folder) for _ in range(400)]
+    files += [jpeg[: len(jpeg) * share // 100] for share in range(100)]
+    files += [bomb(rng) for _ in range(20)]
+    files += [
+        b"",
+        b"\0",
+        b"/etc/passwd",
+        b"http://127.0.0.1/x.png",
+        b"<svg/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"[" * 10_000,
+    ]
+    names = ("x" * 10_000, "../../../etc/passwd", "a\r\nb.png", "caf\u00e9.png", "", "x.eps", "/dev/zero", "\u202e.png")
+    yield from ({"files": {"image": content}} for content in files)
+    yield from ({"files": {"image": (name, jpeg, kind)}} for name in names for kind in ("image/png", "text/html", "x"))
+    yield from ({"data": {"image": text}} for text in ("/etc/passwd", "in/03.png", "x" * 100_000, ""))  # no upload
+    whole = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + jpeg + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    yield from ({"content": broken_bytes(whole, rng), "headers": headers} for _ in range(15))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what is unusual about an image that is used all the same
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # the form's
+def test_no_hostile_upload_is_the_servers_fault_and_none_is_read_from_its_disk(server, tmp_path):
+    from fastapi.testclient import TestClient
+
+    asked = list(uploads(tmp_path / "hostile"))
+    assert len(asked) == 570
+    with TestClient(server, raise_server_exceptions=False) as client:
+        codes = [client.post("/similar", **one).status_code for one in asked]
+        assert client.post("/similar", files={"image": Path("in/03.png").read_bytes()}).status_code == 200
+    assert set(codes) <= {200, 400, 422}, sorted(set(codes))
+    assert {code for one, code in zip(asked, codes, strict=True) if "data" in one} == {422}

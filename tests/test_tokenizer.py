@@ -94,20 +94,18 @@ def test_special_tokens_with_other_names_are_those_of_tokenizer_config(tmp_path)
 # Bad texts
 
 
-@pytest.mark.parametrize("text", [None, 7, b"a cat", [b"a cat"], ["a cat", None], [["a cat"]]])
-def test_text_that_is_no_string_is_refused(tokenizer, text):
-    with pytest.raises(ValueError, match="not a string"):
-        tokenizer(text)
-
-
-def test_no_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="no text"):
-        tokenizer([])
-
-
-def test_half_a_surrogate_pair_is_refused_in_one_line(tokenizer):
-    with pytest.raises(ValueError, match="text 1 is not valid Unicode"):
-        tokenizer(["a cat", "a \ud83d cat"])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        *((texts, "not a string") for texts in (None, 7, b"a cat", [b"a cat"], ["a cat", None], [["a cat"]])),
+        ([], "no text"),
+        (["a cat", "a \ud83d cat"], "text 1 is not valid Unicode"),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_text_is_refused(tokenizer, texts, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer(texts)
 
 
 def test_a_tuple_of_texts_is_a_batch(tokenizer):
@@ -160,14 +158,16 @@ def test_merges_that_end_too_early_are_refused(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_a_vocabulary_larger_than_the_embedding_names_both_sizes():
-    with pytest.raises(ValueError, match="778 tokens, but the text encoder's embedding has 776 rows"):
-        Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=776, eos_token_id=775))
-
-
-def test_an_eos_other_than_the_text_encoders_names_both_ids():
-    with pytest.raises(ValueError, match=r"the id 777, but config\.json's eos_token_id is 776"):
-        Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=778, eos_token_id=776))
+@pytest.mark.parametrize(
+    ("size", "eos", "message"),
+    [
+        (776, 775, "778 tokens, but the text encoder's embedding has 776 rows"),
+        (778, 776, r"the id 777, but config\.json's eos_token_id is 776"),
+    ],
+)
+def test_a_tokenizer_of_another_encoder_is_refused_with_both_numbers(size, eos, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(GOLDEN, config=Aimv2TextConfig(vocab_size=size, eos_token_id=eos))
 
 
 def test_the_unknown_token_of_special_tokens_map_stands_for_letters_without_a_token(tmp_path):

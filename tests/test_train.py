@@ -1,5 +1,6 @@
 """The loop: what was killed and resumed equals what was not, a loss that is no number stops it, AdamW is MLX's."""
 
+import contextlib
 import math
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.learn import fit
 from mlx_aimv2.train.batches import Batches, Shuffled
-from mlx_aimv2.train.loop import LossError, Plan, StateFile, Watch, check_training_folder, train
+from mlx_aimv2.train.loop import LossError, Plan, Watch, train
 from mlx_aimv2.train.optimizer import (
     FROZEN,
     Group,
@@ -23,6 +24,7 @@ from mlx_aimv2.train.optimizer import (
     layer_decay,
     warm_up_cosine,
 )
+from mlx_aimv2.train.state import StateFile, training_run
 from tests.labelled import CHECKPOINT, write_digits
 
 
@@ -224,11 +226,36 @@ def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path):
 
 
 def test_what_was_stopped_is_resumed_or_removed_and_nothing_else_is_resumed(tmp_path):
+    output = tmp_path / "head"
     with pytest.raises(FileNotFoundError, match=r"nothing to resume: .*head.training has no state"):
-        check_training_folder(tmp_path / "head", resume=True)
-    StateFile(check_training_folder(tmp_path / "head", resume=False), {}).save({}, {})
+        training_run(output, resume=True).__enter__()
+    with training_run(output, resume=False) as folder:
+        StateFile(folder, {}).save({}, {})
     with pytest.raises(FileExistsError, match="holds a run that was stopped: go on with --resume, or remove"):
-        check_training_folder(tmp_path / "head", resume=False)
+        training_run(output, resume=False).__enter__()
+    output.mkdir()
+    with pytest.raises(FileExistsError, match="head as it already exists"):
+        training_run(output, resume=True).__enter__()
+
+
+def test_one_run_at_a_time_has_a_target(tmp_path):
+    with training_run(tmp_path / "head", resume=False):
+        with pytest.raises(FileExistsError, match=r"head.training: another process is writing there"):
+            training_run(tmp_path / "head", resume=False).__enter__()
+        with training_run(tmp_path / "other", resume=False):
+            pass
+
+
+def test_a_run_that_fails_without_a_state_leaves_only_what_is_not_its_own(tmp_path):
+    folder = tmp_path / "head.training"
+    for others in ([], ["notes.txt"]):
+        with contextlib.suppress(KeyError), training_run(tmp_path / "head", resume=False):
+            folder.mkdir()
+            for name in ("tokenizer.json", "log.jsonl", *others):
+                (folder / name).touch()
+            raise KeyError
+        assert folder.exists() == bool(others)
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
 
 
 def test_accumulated_halves_equal_one_whole_batch():
@@ -410,10 +437,6 @@ def test_fit_says_what_to_do_about_a_loss_that_is_no_number(tmp_path, monkeypatc
     monkeypatch.setattr(
         "mlx_aimv2.learn.classify.head.loss", lambda outputs, targets: outputs["logits"].sum(axis=1) * mx.nan
     )
-    with pytest.raises(
-        ValueError,
-        match=r"nan at step 1: stopped; .*head.training keeps the state, .* --resume and less than --learning-rate",
-    ):
+    with pytest.raises(ValueError, match=r"nan at step 1: stopped; nothing was learned yet, so no rate is to blame"):
         fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="lora", iters=2, batch_size=4)
-    assert (tmp_path / "head.training" / "state.safetensors").is_file()
-    assert not (tmp_path / "head").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "digits"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_aimv2 import Aimv2Config, Aimv2TextConfig, ZeroShotClassifier, load, zero_shot
+from mlx_aimv2 import ZeroShotClassifier, load, zero_shot
 from tests.exact import NEAR, roundings
-from tests.small_lit import CONFIG, GOLDEN, small_lit, write
+from tests.small_lit import GOLDEN
 
 pytestmark = pytest.mark.rounding
 
@@ -224,32 +224,3 @@ def test_a_vision_only_checkpoint_names_the_one_that_reads_words_before_any_imag
     ):
         with pytest.raises(ValueError, match=r"no text encoder.*apple/aimv2-large-patch14-224-lit"):
             ask()
-
-
-def test_without_tokenizer_files_a_pair_loads_and_text_names_the_missing_file(tmp_path):
-    model, processor = load(write(tmp_path, files=()))
-    assert model.encode_image(mx.zeros((1, 42, 42, 3))).shape == (1, 29)
-    for ask in (lambda: zero_shot(model, processor, "nowhere.png", LABELS), lambda: processor.tokenize("cat")):
-        with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
-            ask()
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}'])
-def test_a_broken_tokenizer_file_is_named(tmp_path, content):
-    write(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        load(tmp_path)[1].tokenize("cat")
-
-
-def test_a_vocabulary_larger_than_the_embedding_is_refused_with_both_sizes(tmp_path):
-    text = Aimv2TextConfig(700, 36, 53, 2, 3, max_position_embeddings=23, eos_token_id=699)
-    write(tmp_path, model=small_lit(Aimv2Config(CONFIG.vision_config, text, 29)))
-    with pytest.raises(ValueError, match=r"778 tokens.*700 rows"):
-        load(tmp_path)[1].tokenize("cat")
-
-
-@pytest.mark.parametrize("text", [3, None, b"cat", ["cat", 3]])
-def test_text_that_is_not_a_string_is_refused(lit_pair, text):
-    with pytest.raises(ValueError, match="is not a string"):
-        lit_pair[1].tokenize(text)

@@ -29,7 +29,7 @@ from mlx_aimv2.loading import load, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
-from mlx_aimv2.train.loop import STATE_FILE
+from mlx_aimv2.train.state import STATE_FILE
 from tools import make_emoji
 
 SIZES = {

@@ -1,7 +1,7 @@
 """What differs between machines, behind one door: network, quantization and training ask here and name no processor.
 
-`device` describes the machine. On MLX's CPU backend for x86, `x86` runs the blocks and `x86_training` has what only
-training needs; everywhere else MLX's own operations run.
+`device` describes the machine. On MLX's CPU backend for x86, `x86` runs the blocks and has what training needs;
+everywhere else MLX's own operations run.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2.backend import x86, x86_training
-from mlx_aimv2.backend.x86_training import WIDE_SIGHT, Balance, by_images, columns_first, prepared
+from mlx_aimv2.backend import x86
+from mlx_aimv2.backend.x86 import WIDE_SIGHT, Balance, by_images, columns_first, prepared
 from mlx_aimv2.layers import Block
 
 __all__ = [
@@ -42,7 +42,7 @@ def run_blocks(
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """`-log softmax(logits)[target]`: `(B, T, V), (B, T) -> (B, T)`."""
-    return x86_training.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
+    return x86.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
 
 
 def packing_streams() -> Iterator[mx.Stream]:

@@ -60,10 +60,8 @@ class Machine:
 
     @property
     def has_fast_bfloat16(self) -> bool:
-        """Whether bfloat16 is computed natively; an unknown Metal chip is newer than this list."""
-        return self.kind == "cuda" or (
-            self.kind == "metal" and (self.family or FIRST_WITH_BFLOAT16) >= FIRST_WITH_BFLOAT16
-        )
+        """Whether a GPU computes bfloat16 natively; an unknown Metal chip is newer than this list."""
+        return self.kind != "cpu" and (self.family or FIRST_WITH_BFLOAT16) >= FIRST_WITH_BFLOAT16
 
 
 def is_slow_here(dtype: mx.Dtype) -> bool:
@@ -121,29 +119,16 @@ def blas_threads() -> int:
     return 1 if library is None else int(library.openblas_get_num_threads())
 
 
-def prefers_one_blas_thread() -> bool:
-    """Whether this machine's cores do better with a shard each than with a BLAS of several threads (`x86`)."""
-    return is_x86() and cpu_count() <= MAX_STREAMS
-
-
 @cache
 def openblas() -> ctypes.CDLL | None:
     """OpenBLAS, if MLX's products reach it: preloaded, or linked. NumPy's own is neither."""
-    if platform.system() != "Linux":
-        return None
     linked = str(Path(mx.__file__).parent / "lib" / "libmlx.so")
-    for path in (None, linked):  # None: what is loaded into this process already
+    for path in (None, linked) if platform.system() == "Linux" else ():  # None: what this process has loaded already
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(path)
             library.openblas_get_num_threads.restype = ctypes.c_int
             return library
     return None
-
-
-def summary() -> str:
-    """The machine in one line: `AMD EPYC (cpu), 2 cores`."""
-    on = machine()
-    return f"{on.chip} ({on.kind}), {cpu_count()} cores"
 
 
 def mlx_build() -> str:
@@ -159,15 +144,18 @@ def advice(on: Machine) -> str | None:
     """What slows this machine down and how to mend it; None where nothing is known."""
     if on.kind == "metal" and (on.family or 0) >= FIRST_WITH_MATRIX_UNITS:
         # MLX has wheels for macOS 14, 15 and 26; only the last holds the kernels for these units, which need 26.2.
-        if (built_for := _wheel_macos()) and built_for < 26:
-            return (
-                f"this chip's matrix units are idle: MLX was built for macOS {built_for}; "
-                "on macOS 26.2 or later run pip install --force-reinstall mlx mlx-metal"
-            )
+        with suppress(PackageNotFoundError):
+            tags = distribution("mlx-metal").read_text("WHEEL") or ""
+            if (found := re.search(r"macosx_(\d+)_", tags)) and int(found[1]) < 26:
+                return (
+                    f"this chip's matrix units are idle: MLX was built for macOS {found[1]}; "
+                    "on macOS 26.2 or later run pip install --force-reinstall mlx mlx-metal"
+                )
         if tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) < (26, 2):
             return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
     if on.kind == "cpu" and platform.system() == "Linux":
-        one_thread = " OPENBLAS_NUM_THREADS=1" if prefers_one_blas_thread() else ""
+        # Few cores do better with a shard each than with a BLAS of several threads (`x86`).
+        one_thread = " OPENBLAS_NUM_THREADS=1" if is_x86() and cpu_count() <= MAX_STREAMS else ""
         if openblas() is None:
             return (
                 "MLX multiplies with the BLAS that its wheel was built with, which is slow; with libopenblas0-pthread "
@@ -179,16 +167,6 @@ def advice(on: Machine) -> str | None:
                 f"each core takes its own images or tokens: run with{one_thread}"
             )
     return None
-
-
-def _wheel_macos() -> int | None:
-    """The macOS that the installed wheel of MLX's Metal backend was built for."""
-    try:
-        tags = distribution("mlx-metal").read_text("WHEEL") or ""
-    except PackageNotFoundError:
-        return None
-    found = re.search(r"macosx_(\d+)_", tags)
-    return int(found[1]) if found else None
 
 
 # Processes and threads

@@ -117,36 +117,32 @@ class Layout:
     pair: tuple[Row, ...] = ()
 
 
-def _rows(table: Iterable[tuple[Any, ...]], column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
+def _rows(
+    table: Iterable[tuple[Any, ...]], column: int, axes: Mapping[str, AxisOrder], at: tuple[str, str] = ("", "")
+) -> tuple[Row, ...]:
+    """The rows of a table in one layout, below a prefix of the target and one of the source."""
     cells = ((row[_TARGET], row[column]) for row in table)
     return tuple(
-        Row(target, source if isinstance(source, tuple) else (source,), axes.get(target, AS_IS))
+        Row(at[0] + target, tuple(at[1] + name for name in names), axes.get(target, AS_IS))
         for target, source in cells
+        for names in [source if isinstance(source, tuple) else (source,)]
     )
 
 
-def _under(target: str, source: str, rows: Iterable[Row]) -> tuple[Row, ...]:
-    """The rows with a prefix before their names, one for the target and one for the source."""
-    return tuple(Row(target + row.target, tuple(source + name for name in row.sources), row.axes) for row in rows)
+def _trunk(column: int, at: tuple[str, str]) -> tuple[Row, ...]:
+    block = at[0] + _BLOCK_AT[_TARGET], at[1] + _BLOCK_AT[column]
+    return (*_rows(_BLOCK, column, {}, block), *_rows(_NORM, column, {}, at))
 
 
-def _trunk(column: int) -> tuple[Row, ...]:
-    blocks = _under(_BLOCK_AT[_TARGET], _BLOCK_AT[column], _rows(_BLOCK, column, {}))
-    return (*blocks, *_rows(_NORM, column, {}))
-
-
-def _vision(column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
-    head = () if column == _TIMM else _rows(_HEAD, column, {})
-    return (*_rows(_IMAGES, column, axes), *_trunk(column), *head)
+def _vision(column: int, axes: Mapping[str, AxisOrder], at: tuple[str, str] = ("", "")) -> tuple[Row, ...]:
+    head = () if column == _TIMM else _rows(_HEAD, column, {}, at)
+    return (*_rows(_IMAGES, column, axes, at), *_trunk(column, at), *head)
 
 
 def _lit(column: int, axes: Mapping[str, AxisOrder]) -> tuple[Row, ...]:
-    (target_vision, target_text), (vision, text) = _PAIR_AT[_TARGET], _PAIR_AT[column]
-    return (
-        *_under(target_vision, vision, _vision(column, axes)),
-        *_under(target_text, text, (*_rows(_TEXTS, column, {}), *_trunk(column))),
-        *_rows(_PAIR, column, {}),
-    )
+    vision, text = zip(_PAIR_AT[_TARGET], _PAIR_AT[column], strict=True)
+    texts = (*_rows(_TEXTS, column, {}, text), *_trunk(column, text))
+    return (*_vision(column, axes, vision), *texts, *_rows(_PAIR, column, {}))
 
 
 def _renamed(rows: Iterable[Row], replace: Mapping[str, str]) -> tuple[Row, ...]:

@@ -95,7 +95,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     Nothing of the weights is in memory yet. Raises FileNotFoundError for what is not there, ValueError for what is not
     a checkpoint, ConnectionError for a Hub that cannot be asked; each message names the file or repository.
     """
-    from mlx_aimv2.checkpoint import hub
+    from mlx_aimv2.checkpoint.hub import download
 
     path, repo, commit = _find(path_or_hf_repo, revision=revision)
     folder, index = (path.parent, None) if path.is_file() else (path, _read_index(path))
@@ -103,7 +103,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     def fetch(names: Iterable[str]) -> None:
         """From the Hub at the one commit, so that a branch that moves meanwhile is not taken half."""
         if repo is not None:
-            hub.download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
+            download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
 
     try:
         files = [path] if path.is_file() else _weight_files(folder, index, fetch)
@@ -140,7 +140,7 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
     A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit. From the Hub
     comes all but the weights.
     """
-    from mlx_aimv2.checkpoint import hub
+    from mlx_aimv2.checkpoint.hub import download
 
     path = expand_user(path_or_hf_repo)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
@@ -155,7 +155,7 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name{hint}")
     pinned = RELEASED.get(name.removeprefix("apple/")) if name.startswith("apple/") else None
-    folder = hub.download(name, revision=revision or (pinned.commit if pinned else None), patterns=HUB_FILES)
+    folder = download(name, revision=revision or (pinned.commit if pinned else None), patterns=HUB_FILES)
     return folder, name, folder.name
 
 
@@ -238,10 +238,21 @@ def _read_weights(file: Path) -> dict[str, mx.array]:
         raise FileNotFoundError(f"{file} vanished while it was read")
     if file.suffix in PICKLES:
         return _read_pickle(file)
+    return _load(file)[0]
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """The tensors of an untrusted file, lazy, and its metadata. ValueError with one line where it is none."""
+    _check_safetensors(file)
+    return _load(file)
+
+
+def _load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
-        return dict(mx.load(str(file)))  # type: ignore[arg-type]
+        loaded: Any = mx.load(str(file), return_metadata=True)
     except RuntimeError as error:  # a dtype that MLX has not
         raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
+    return loaded
 
 
 def _read_pickle(file: Path) -> dict[str, mx.array]:

@@ -17,16 +17,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_aimv2 import __version__, bundled
-from mlx_aimv2.backend import device
+from mlx_aimv2.backend.device import advice, cpu_count, machine, mlx_build
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import aligned, log
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
 from mlx_aimv2.loading import NATIVE, parse_dtype, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-
-HELP = "measure the time and the memory of a model"
-
-EXAMPLE = "-m apple/aimv2-large-patch14-224 --batch 1 4 16"
 
 MAX_COUNT = 4096
 """Images, pixels of a side or runs that may be asked for: more fits no machine's memory or no day."""
@@ -68,8 +64,7 @@ print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loa
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
+def add_bench(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     which = group.add_mutually_exclusive_group(required=True).add_argument
     which("-m", "--model", metavar="MODEL", help=MODEL)
@@ -89,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the measurements as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_bench(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
     found = measure(arguments)
     print(json.dumps(found) if arguments.json else table(found))
@@ -103,18 +98,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     name = arguments.model or f"random {arguments.random}"
     if arguments.keep_quantized and (source is None or source.quantization is None):
         raise ValueError(f"--keep-quantized needs quantized weights, {name} holds dense ones; leave it out")
-    on = device.machine()
-    found: dict[str, Any] = {
-        "device": on.kind,
-        "chip": on.chip,
-        "cores": device.cpu_count(),
-        "mlx": device.mlx_build(),
-        "mlx-aimv2": __version__,
-        "advice": device.advice(on),
-        "model": name,
-        "runs": arguments.runs,
-        "speed": [],
-    }
+    on = machine()
+    found: dict[str, Any] = {"device": on.kind, "chip": on.chip, "cores": cpu_count(), "advice": advice(on)}
+    found |= {"mlx": mlx_build(), "mlx-aimv2": __version__, "model": name, "runs": arguments.runs, "speed": []}
     if source is not None:
         log("measuring: first embedding in a fresh process")
         found["first_embedding"] = measure_first_embedding(source.origin.path, (arguments.dtype or ["auto"])[0])
@@ -123,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if source is not None:
             model = source.reopened().load(dtype=dtype, keep_quantized=weights == "packed").model.vision
         elif size is not None:
-            model = random_model(size.vision, parse_dtype(dtype))
+            model = random_model(size.config.vision, parse_dtype(dtype))
         for batch in arguments.batch:
             log(f"measuring: {dtype} {weights}, batch {batch}")
             pixels = random_pixels(model.config, batch=batch, side=arguments.side)

@@ -15,32 +15,18 @@ from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassi
 MAX_LABEL_BYTES = 1 << 20
 """Of a file of labels: ImageNet's 1,000 take 20 kB, and each label is one pass of the text encoder."""
 
-HELP = "rank your labels by how well they fit each image"
 
-EXAMPLE = 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"'
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
+def add_classify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("images", nargs="+", metavar="IMAGE", help="image file")
     add("--labels", metavar="A,B,…", help="the labels, separated by commas")
     add("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
-    add(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help=f"sentence with {{}} for the label; {REPEATED} (default: {TEMPLATES[0]!r})",
-    )
+    words = f"sentence with {{}} for the label; {REPEATED} (default: {TEMPLATES[0]!r})"
+    add("--template", action="append", metavar="TEXT", help=words)
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "-m",
-        "--model",
-        default=LIT_CHECKPOINT,
-        metavar="MODEL",
-        help=f"{MODEL}, with a text encoder (default: %(default)s)",
-    )
+    words = f"{MODEL}, with a text encoder (default: %(default)s)"
+    add("-m", "--model", default=LIT_CHECKPOINT, metavar="MODEL", help=words)
     add_revision(add)
     add_dtype(add)
 
@@ -51,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_classify(arguments: argparse.Namespace) -> int:
     """Prints the best labels of each image; returns 1 when some could not be read."""
     if arguments.top is not None and arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
@@ -62,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     failures = 0
     for image, result in zip(arguments.images, classifier.each(arguments.images, policy=policy), strict=True):
-        if isinstance(result, Prediction):
-            (_print_json if arguments.json else _print_text)(image, result, arguments.top)
-        else:
+        if not isinstance(result, Prediction):
             failures += 1
             say(result)
+            continue
+        for line in (_json if arguments.json else _text)(image, result, arguments.top):
+            show(line)
     return 1 if failures else 0
 
 
@@ -82,14 +69,13 @@ def _labels(listed: str | None, file: str | None) -> list[str]:
     return [label.strip() for label in labels if label.strip()]
 
 
-def _print_text(image: str, prediction: Prediction, count: int | None) -> None:
-    show(image)
-    for label, probability in prediction.top(count or 5):
-        show(f"{100 * probability:7.2f} %  {label}")
+def _text(image: str, prediction: Prediction, count: int | None) -> list[str]:
+    best = prediction.top(count or 5)
+    return [image, *(f"{100 * probability:7.2f} %  {label}" for label, probability in best)]
 
 
-def _print_json(image: str, prediction: Prediction, count: int | None) -> None:
+def _json(image: str, prediction: Prediction, count: int | None) -> list[str]:
     logits = dict(zip(prediction.labels, map(float, prediction.logits), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
-    print(json.dumps({"path": image, "labels": labels}), flush=True)
+    return [json.dumps({"path": image, "labels": labels})]

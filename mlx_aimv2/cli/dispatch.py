@@ -23,23 +23,50 @@ from mlx_aimv2.cli.output import abandon, log, note, say
 from mlx_aimv2.files import discard_unfinished
 
 VERBS = {
-    "embed": ("use", "PATH... -o FILE"),
-    "search": ("use", "INDEX QUERY"),
-    "duplicates": ("use", "INDEX"),
-    "classify": ("use", "IMAGE..."),
-    "map": ("use", "IMAGE... -m MODEL"),
-    "info": ("use", "INDEX|MODEL"),
-    "convert": ("convert", "--hf-path MODEL"),
-    "compare": ("convert", "REFERENCE MODEL"),
-    "fuse": ("convert", "--adapter-path HEAD"),
-    "fit": ("learn", "DATA -m MODEL -o HEAD"),
-    "predict": ("learn", "HEAD IMAGE..."),
-    "evaluate": ("learn", "HEAD DATA"),
-    "pretrain": ("learn", "DATA -o DIR"),
-    "lit": ("learn", "DATA --encoder DIR -o DIR"),
-    "bench": ("measure", "(-m MODEL | --random SIZE)"),
+    "embed": ("use", "PATH... -o FILE", "embed folders of images into an index, for search"),
+    "search": ("use", "INDEX QUERY", "find images in an index by example images, by words or by both"),
+    "duplicates": ("use", "INDEX", "list images that an index has more than once; nothing is deleted"),
+    "classify": ("use", "IMAGE...", "rank your labels by how well they fit each image"),
+    "map": ("use", "IMAGE... -m MODEL", "draw features of images: a colour for each patch, or how similar patches are"),
+    "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
+    "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
+    "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
+    "fuse": ("convert", "--adapter-path HEAD", "merge adapters into the encoder"),
+    "fit": ("learn", "DATA -m MODEL -o HEAD", "learn your labels from a folder of images"),
+    "predict": ("learn", "HEAD IMAGE...", "predict labels, masks or boxes for images"),
+    "evaluate": ("learn", "HEAD DATA", "score a trained head on labelled images"),
+    "pretrain": ("learn", "DATA -o DIR", "train an encoder from images with captions, by the paper's objective"),
+    "lit": ("learn", "DATA --encoder DIR -o DIR", "tune a text encoder to a frozen encoder (LiT), for search by words"),
+    "bench": ("measure", "(-m MODEL | --random SIZE)", "measure the time and the memory of a model"),
 }
-"""Verb -> its group in the list, and what must be given."""
+"""Verb -> its group in the list, what must be given, and its help."""
+
+LARGE = "apple/aimv2-large-patch14-224"
+
+EXAMPLES = {
+    "embed": f"~/Pictures -m {LARGE} -o photos.db",
+    "search": 'photos.db cat.jpg -a "in the snow" -s person --html found.html --open',
+    "duplicates": "photos.db --html duplicates.html --open",
+    "classify": 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"',
+    "map": "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12",
+    "info": "photos.db",
+    "convert": f"--hf-path {LARGE} --mlx-path large-4bit -q",
+    "compare": f"{LARGE} large-4bit --images ~/Pictures",
+    "fuse": "--adapter-path my-labels --save-path my-encoder",
+    "fit": f"photos/ -m {LARGE} -o my-labels",
+    "predict": "my-labels new.jpg",
+    "evaluate": "my-labels held-out/",
+    "pretrain": "data/ -o encoder --size large --iters 20000 --validation held-out/",
+    "lit": "data/ --encoder encoder -o pair",
+    "bench": f"-m {LARGE} --batch 1 4 16",
+}
+"""Verb -> what its help begins with."""
+
+FILES = (
+    "bench", "classify", "duplicates", "embed", "fit_predict_evaluate_fuse", "info_compare", "map", "pretrain_lit",
+    "search",
+)  # fmt: skip
+"""The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 
 MORE = """\
 mlx-aimv2 VERB --help   shows an example and the flags of a verb
@@ -97,7 +124,7 @@ class ListParser(Parser):
             if (group := VERBS[verb][0]) != last:
                 lines += ["", f"{group}:"]
                 last = group
-            lines.append(f"  {verb:<8}  {parser.description}")
+            lines.append(f"  {verb:<10}  {parser.description}")
         return "\n".join([*lines, "", MORE, ""])
 
 
@@ -116,29 +143,31 @@ def convert_main() -> int:
 
 
 def parser(verb: str | None = None) -> ListParser:
-    """The parser of the whole command line, or of one verb, whose module alone is imported."""
+    """The parser of the whole command line, or with the flags of one verb alone, whose file alone is imported."""
     whole = ListParser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
     whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}", help="show the version")
-    for name in VERBS if verb is None else [verb]:
-        module, usage = module_of(name), f"mlx-aimv2 {name} {VERBS[name][1]} [flags]"
-        about = {"help": module.HELP, "description": module.HELP, "example": module.EXAMPLE, "usage": usage}
-        module.add_arguments(whole.verbs.add_parser(name, **about))
+    for name, (_, usage, words) in VERBS.items():
+        usage = f"mlx-aimv2 {name} {usage} [flags]"
+        added = whole.verbs.add_parser(name, help=words, description=words, usage=usage, example=EXAMPLES[name])
+        if verb in (None, name):
+            function_of(name, "add")(added)
     return whole
 
 
-def module_of(verb: str) -> Any:
-    """The module of a verb, with its `HELP`, `EXAMPLE`, `add_arguments` and `run(arguments)`."""
-    return import_module("mlx_aimv2.convert" if verb == "convert" else f"mlx_aimv2.cli.{verb}")
+def function_of(verb: str, kind: str) -> Callable[..., Any]:
+    """What a verb does, `run(arguments) -> exit code`, or, of the kind `add`, what adds its flags to a parser."""
+    files = {name: f"mlx_aimv2.cli.{file}" for file in FILES for name in file.split("_")}
+    found: Callable[..., Any] = getattr(import_module(files.get(verb, "mlx_aimv2.convert")), f"{kind}_{verb}")
+    return found
 
 
 def _dispatch(argv: list[str]) -> int:
-    # Only the verb that is asked for is imported; the list of all needs every one's help.
-    whole = parser(argv[0] if argv and argv[0] in VERBS else None)
+    whole = parser(argv[0] if argv else "")
     arguments, unknown = whole.parse_known_args(argv)
     if unknown:
         advice = "" if unknown[0].startswith("-") else " (words that belong together need quotes)"
         whole.verbs.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
-    return int(module_of(arguments.verb).run(arguments))
+    return int(function_of(arguments.verb, "run")(arguments))
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
@@ -149,11 +178,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     """
     try:
         _usable_streams()
-        with stoppable(), warnings.catch_warnings():
+        with stoppable() as stops, warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = note
             try:
                 return work()
+            except ImportError:
+                if stops:  # a module in C whose import a signal stops ends so
+                    raise stops[0] from None
+                raise
             finally:
                 sys.stdout.flush()
     except (SystemExit, GeneratorExit):
@@ -186,8 +219,10 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[list[Stopped]]:
     """Within it a signal makes the run end in order: what is half written is removed, what is done is kept.
+
+    Gives a list, into which a signal puts what it raises.
 
     The first one raises `Stopped` in the main thread, which ends as after any error. A second one does not wait for
     that, nor for a thread in a slow decoder.
@@ -195,29 +230,28 @@ def stoppable() -> Iterator[None]:
     Signals that the process ignores (as SIGHUP under nohup) stay ignored, and those that somebody else handles stay
     theirs. Outside the main thread, where Python lets nobody handle signals, nothing changes.
     """
-    is_stopping = False
+    stops: list[Stopped] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_stopping
-        if is_stopping:
+        if stops:
             discard_unfinished()
             os._exit(128 + number)
-        is_stopping = True
-        raise Stopped(number)
+        stops.append(Stopped(number))
+        raise stops[0]
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stops
         return
     nobodys = (signal.SIG_DFL, signal.default_int_handler)
     ours = {number: old for number in SIGNALS if (old := signal.getsignal(number)) in nobodys}
     for number in ours:
         signal.signal(number, stop)
     try:
-        yield
+        yield stops
     finally:
         others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
         # Python waits for its threads before it ends, and one may be in a slow decoder: a second signal still ends it.
-        if not (is_stopping and any(not thread.daemon for thread in others)):
+        if not (stops and any(not thread.daemon for thread in others)):
             for number, old in ours.items():
                 if signal.getsignal(number) is stop:
                     signal.signal(number, old)

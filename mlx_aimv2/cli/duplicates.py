@@ -9,15 +9,10 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from mlx_aimv2.cli.output import Progress, say, show
-
-HELP = "list images that an index has more than once; nothing is deleted"
-
-EXAMPLE = "photos.db --html duplicates.html --open"
+from mlx_aimv2.cli.output import progress, say, show
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
+def add_duplicates(parser: argparse.ArgumentParser) -> None:
     from mlx_aimv2.index.duplicates import SIMILAR
 
     add = parser.add_argument_group("input").add_argument
@@ -35,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--open", action="store_true", help="show that page in the browser")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_duplicates(arguments: argparse.Namespace) -> int:
     """Prints the groups, the image to keep first; returns 1 where images could not be read any more."""
     from mlx_aimv2.index.duplicates import KINDS, find_duplicates
     from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
@@ -49,18 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
         page = None
         if arguments.html is not None:
             page = check_page(arguments.html, index, overwrite=arguments.overwrite)
-        progress = Progress("images")
-        try:
+        with progress("images") as shown:
             groups, unreadable = find_duplicates(
-                index, similar=arguments.similar, under=arguments.under, progress=progress
+                index, similar=arguments.similar, under=arguments.under, progress=shown
             )
-        finally:
-            progress.close()
         for path in unreadable:
             say(f"{path} cannot be read any more")
         extra = [member for group in groups if group.kind != "similar" for member in group.members[1:]]
         if page is not None or arguments.open:
-            shown = [
+            pages = [
                 (
                     f"{KINDS[group.kind].capitalize()}, {len(group.members):,} files",
                     [Card(one.path, f"{one.width:,} × {one.height:,}") for one in group.members],
@@ -68,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for group in groups
             ]
             about = f"{len(groups):,} groups among {made_with(index)}; the first of each is the one to keep"
-            written = write_page(page, result_page(shown, title="Duplicates", about=about))
+            written = write_page(page, result_page(pages, title="Duplicates", about=about))
             if page is None:
                 say(f"the page is {written}")
             if arguments.open and not webbrowser.open(f"file://{written.absolute()}"):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
-from mlx_aimv2.config import DTYPES, Aimv2TextConfig
+from mlx_aimv2.config import DTYPES
 from mlx_aimv2.images import DECODE, TRUNCATED, Policy
 from mlx_aimv2.train.settings import flag, flagged
 
@@ -17,9 +17,11 @@ Settings = TypeVar("Settings")
 
 MODEL = "Hub name, folder or weight file"
 
+OF_INDEX = f"{MODEL} (default: the index's own)"
+
 REVISION = "branch, tag or commit"
 
-MAX_PATCHES = "native checkpoints: scale larger images down"
+PATCHES = "native checkpoints: scale larger images down"
 
 REPEATED = "may be repeated"
 
@@ -39,31 +41,19 @@ def add_resume(add: Add) -> None:
     add("--resume", action="store_true", help="go on with a run that was stopped")
 
 
-def add_captions(add: Add) -> None:
-    """Adds DATA with captions, and what reads them: --vocab-size and --tokenizer."""
-    add("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar")
-    vocabulary = "largest vocabulary trained on the captions (default: %(default)s)"
-    add("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=vocabulary)
-    add("--tokenizer", metavar="DIR", help="take this tokenizer instead of training one on the captions")
+def add_skip_broken(add: Add, *, default: bool = False) -> None:
+    """Adds --skip-broken and --no-skip-broken."""
+    words = f"leave out images that cannot be read, or refuse them (default: {'leave out' if default else 'refuse'})"
+    add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
 
 
 def add_policy_arguments(add: Add) -> None:
     """Adds --decode, --max-pixels and --truncated."""
-    add(
-        "--decode",
-        choices=DECODE,
-        default="fast",
-        metavar="NAME",
-        help="decode JPEGs fast (reduced size) or exact (full size) (default: %(default)s)",
-    )
+    words = "decode JPEGs fast (reduced size) or exact (full size) (default: %(default)s)"
+    add("--decode", choices=DECODE, default="fast", metavar="NAME", help=words)
     add("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 178956970, Pillow's limit)")
-    add(
-        "--truncated",
-        choices=TRUNCATED,
-        default="accept",
-        metavar="NAME",
-        help="accept or refuse truncated JPEGs (default: %(default)s)",
-    )
+    words = "accept or refuse truncated JPEGs (default: %(default)s)"
+    add("--truncated", choices=TRUNCATED, default="accept", metavar="NAME", help=words)
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:

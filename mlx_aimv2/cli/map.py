@@ -6,8 +6,8 @@ import argparse
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -15,20 +15,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli import flags
-from mlx_aimv2.cli.flags import MODEL, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import MODEL, PATCHES, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show_progress
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder
 from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.pixels import Levels
-from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load
-from mlx_aimv2.model import Aimv2VisionModel
 
-HELP = "draw the features of images: a colour for each patch, or how similar patches are"
-
-EXAMPLE = "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12"
+if TYPE_CHECKING:
+    from mlx_aimv2.images.open import Levels
+    from mlx_aimv2.images.processor import Aimv2Processor
+    from mlx_aimv2.model import Aimv2VisionModel
 
 ENDING = ".png"
 
@@ -39,8 +36,7 @@ HEIGHT = 672
 """Of the image that is written, in pixels, or a little less: a patch is a whole number of pixels."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
+def add_map(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
 
@@ -50,12 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("what is drawn").add_mutually_exclusive_group().add_argument
     add("--pca", action="store_true", help="three principal components as colours (the default)")
-    add(
-        "--patch", type=_patch, metavar="ROW,COL", help="how similar every patch is to this one; 0,0 is at the top left"
-    )
+    words = "how similar every patch is to this one; 0,0 is at the top left"
+    add("--patch", type=_patch, metavar="ROW,COL", help=words)
 
     add = parser.add_argument_group("reading images").add_argument
-    add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{flags.MAX_PATCHES} (default: %(default)s)")
+    add("--max-patches", type=int, default=MAX_PATCHES, metavar="N", help=f"{PATCHES} (default: %(default)s)")
     add_policy_arguments(add)
 
     add = parser.add_argument_group("output").add_argument
@@ -64,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_map(arguments: argparse.Namespace) -> int:
     """Draws every image's map; 1 where some could not be drawn, each named on stderr."""
     if arguments.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
@@ -75,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     failed += [f"{name} {reason}" for name, reason in found.problems]
     if found.files:
         kind = "pca" if arguments.patch is None else "patch"
-        targets = list(_targets(arguments.images, found.files, arguments.output, kind, overwrite=arguments.overwrite))
+        targets = _targets(arguments.images, found.files, arguments.output, kind)
+        for target in targets:
+            _check(target, found.files, overwrite=arguments.overwrite)
         model, processor = load(arguments.model, revision=arguments.revision)
         decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
@@ -111,11 +108,6 @@ def draw(
     """
     pixels = processor.normalised(mx.array(levels[None]))
     rows, columns = grid = model.grid(pixels)
-    if patch is not None and (patch[0] >= rows or patch[1] >= columns):
-        last = f"{rows - 1},{columns - 1}"
-        raise ValueError(
-            f"has no patch {patch[0]},{patch[1]}: the last of its {rows} rows and {columns} columns is {last}"
-        )
     tokens = np.array(model(pixels).last_hidden_state[0].astype(mx.float32))
     if not np.isfinite(tokens).all():
         raise ValueError("gets features that are not finite; is the checkpoint damaged?")
@@ -126,29 +118,26 @@ def draw(
         both = [seen, plot.pca_map(tokens, grid, cell=cell)]
     else:
         both = [plot.framed(seen, grid, patch), plot.similarity_map(tokens, grid, patch, cell=cell)]
-    return plot.side_by_side(both, height=rows * cell), grid
+    return plot.beside(both, gap=8), grid
 
 
-def _targets(given: list[str], files: list[str], output: str | None, kind: str, *, overwrite: bool) -> Iterator[Path]:
+def _targets(given: list[str], files: list[str], output: str | None, kind: str) -> list[Path]:
     """Where each image's map goes: in a folder below the path that the image has in the one that was given."""
     if output is not None and output.lower().endswith(ENDING):
         if len(files) > 1:
             raise ValueError(f"--output {output} is one file for {len(files)} images: give a folder")
-        yield _checked(expand_user(output), files, overwrite=overwrite)
-        return
+        return [expand_user(output)]
     folder = expand_user(output or ".")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
-    for stem in stems_below(given, files).values():
-        yield _checked(folder / f"{stem}-{kind}{ENDING}", files, overwrite=overwrite)
+    return [folder / f"{stem}-{kind}{ENDING}" for stem in stems_below(given, files).values()]
 
 
-def _checked(target: Path, files: list[str], *, overwrite: bool) -> Path:
-    """The same path. Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
+def _check(target: Path, files: list[str], *, overwrite: bool) -> None:
+    """Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
     if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
         mark = f"Software\0{SOFTWARE}".encode()
         check_file(target, option="--output", is_own=lambda head: mark in head, overwrite=overwrite, inputs=files)
-    return target
 
 
 def _patch(text: str) -> tuple[int, int]:

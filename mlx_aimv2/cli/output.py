@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 SECONDS_IN_LOG = 10.0
 """Between two lines on progress where stderr is no terminal."""
 
+MAX_LINE, MAX_RESULT = 1000, 8192
+"""Characters of a line on stderr, and on stdout, where a path of 4,096 bytes stays whole. What is longer quotes a name
+or a value that was hardly meant as one."""
+
 NOTES = 10
 """Notes written in full during a long run; the others are counted."""
 
@@ -27,7 +31,7 @@ def say(message: object) -> None:
     """Writes a message as one line on stderr, above a progress bar; a full disk or a closed stream stops nothing."""
     if _bar is not None:
         _bar.clear()
-    _attempt(f"mlx-aimv2: {escape(str(message).strip())}\n")
+    _attempt(f"mlx-aimv2: {as_line(str(message).strip())}\n")
     if _bar is not None:
         _bar.refresh()
 
@@ -35,12 +39,12 @@ def say(message: object) -> None:
 def log(text: str) -> None:
     """Writes the lines of a log on stderr as they are, but escaped."""
     for line in text.splitlines():
-        _attempt(f"{escape(line)}\n")
+        _attempt(f"{as_line(line)}\n")
 
 
 def show(line: str) -> None:
     """Writes one line of a result on stdout."""
-    print(escape(line), flush=True)
+    print(as_line(line, MAX_RESULT), flush=True)
 
 
 def show_progress(line: str) -> None:
@@ -62,6 +66,13 @@ def typed(text: str) -> str:
     with suppress(UnicodeError):
         return os.fsencode(text).decode()
     return text
+
+
+def as_line(text: str, limit: int = MAX_LINE) -> str:
+    """Text as one line, escaped; one that is longer than `limit` without its middle: advice stands at the end."""
+    line = escape(text)
+    left = f" … ({len(line):,} characters) … "
+    return line if len(line) <= limit else f"{line[: 2 * limit // 3]}{left}{line[len(left) - limit // 3 :]}"
 
 
 def escape(text: str) -> str:

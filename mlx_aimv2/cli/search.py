@@ -12,19 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_aimv2.cli.flags import MODEL, REPEATED, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import OF_INDEX, REPEATED, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show, typed
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
 
-HELP = "find images in an index by example images, by words or by both"
 
-EXAMPLE = 'photos.db cat.jpg -a "in the snow" -s person --html found.html --open'
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
+def add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
     query = "an image or, where the index was made with LiT, a text; 2:QUERY counts twice"
@@ -38,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
 
     add = parser.add_argument_group("model").add_argument
-    add("-m", "--model", metavar="MODEL", help=f"{MODEL} (default: the index's own)")
+    add("-m", "--model", metavar="MODEL", help=OF_INDEX)
     add_revision(add)
 
     add_policy_arguments(parser.add_argument_group("reading images").add_argument)
@@ -54,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--open", action="store_true", help="show that page in the browser")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_search(arguments: argparse.Namespace) -> int:
     """Prints the nearest images, best first; returns 1 where some could not be copied."""
     from mlx_aimv2.embed.query import parse_query, query_vectors, title
     from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,9 +25,11 @@ from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.loading import AnyModel, Source, read_source
+from mlx_aimv2.loading import Source, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
+
+if TYPE_CHECKING:
+    from mlx_aimv2.images.processor import Aimv2Processor
 
 FILE = REPORT
 
@@ -119,9 +121,11 @@ def run_blockwise(
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
     states = [vision.embed(processor(os.fspath(image))) for image in images]
     states = _run_encoder(vision, states, peaks, inside=inside, prefix=prefix)
-    vectors = mx.concatenate([_image_vector(model, state) for state in states])
     text_vectors = logits = None
-    if isinstance(model, Aimv2Model):
+    if not isinstance(model, Aimv2Model):  # the vectors are those of `encode_image`
+        vectors = mx.concatenate([state.astype(mx.float32).mean(axis=1) for state in states])
+    else:
+        vectors = mx.concatenate([model.visual_projection(vision.head(state)) for state in states])
         ids = text_ids(model, processor)
         text = model.text_model
         texts = _run_encoder(text, [text.embed(row) for row in ids], peaks, inside=inside, prefix="text_model.")
@@ -138,8 +142,8 @@ def _run_encoder(
     states: list[mx.array],
     peaks: dict[str, float],
     *,
-    inside: bool = False,
-    prefix: str = "",
+    inside: bool,
+    prefix: str,
 ) -> list[mx.array]:
     """Runs embedded inputs through an encoder and its final norm, freeing each block: `[(1, N, D), …] -> the same`.
 
@@ -168,9 +172,8 @@ def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
     """`TEXTS` as ids, each without padding: `[(1, L), …]`; without a tokenizer, ids spread over the vocabulary."""
     end = model.config.text_config.eos_token_id
     longest = model.config.text_config.max_position_embeddings
-    rows: list[list[int]]
     try:
-        rows = [np.array(processor.tokenize(text))[0].tolist() for text in TEXTS]
+        rows: list[list[int]] = [np.array(processor.tokenize(text))[0].tolist() for text in TEXTS]
         rows = [row[: row.index(end) + 1] for row in rows]
     except FileNotFoundError:
         spread = [[end * (7 * i + k) // 53 % end for k in range(4 + i)] for i in range(len(TEXTS))]
@@ -251,9 +254,8 @@ def _check_comparable(reference: BlockwiseRun, other: BlockwiseRun) -> None:
                 f"{reference.name} makes {a.shape[0]} tokens of width {a.shape[1]} of an image, {other.name} makes "
                 f"{b.shape[0]} of width {b.shape[1]}; models are compared token by token, so both must be equal"
             )
-    if reference.vectors.shape != other.vectors.shape or (reference.text_vectors is None) != (
-        other.text_vectors is None
-    ):
+    kinds = {(run.vectors.shape, run.text_vectors is None) for run in (reference, other)}
+    if len(kinds) > 1:
         raise ValueError(
             f"one of {reference.name} and {other.name} has a text encoder; compare two vision models or two LiT models"
         )
@@ -275,13 +277,9 @@ def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
 
 
 def _about(run: BlockwiseRun) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "dtype": run.dtype,
-        "parameters": run.parameters,
-        "bytes": run.stored_bytes,
-        "bits_per_weight": round(8 * run.stored_bytes / run.parameters, 4),  # scales included
-    }
+    bits = round(8 * run.stored_bytes / run.parameters, 4)  # scales included
+    sizes = {"parameters": run.parameters, "bytes": run.stored_bytes, "bits_per_weight": bits}
+    return {"name": run.name, "dtype": run.dtype} | sizes
 
 
 def _spread(values: Floats) -> dict[str, float]:
@@ -304,13 +302,6 @@ def cosines(a: Floats, b: Floats) -> Floats:
         values = (a * b).sum(axis=-1) / lengths
     clipped: Floats = np.clip(np.where(np.isfinite(values), values, 0.0), -1.0, 1.0)
     return clipped
-
-
-def _image_vector(model: AnyModel, state: mx.array) -> mx.array:
-    """What `encode_image` gives, from the tokens: `(1, N, D) -> (1, D)` or `(1, E)`."""
-    if isinstance(model, Aimv2Model):
-        return model.visual_projection(model.vision.head(state))
-    return state.astype(mx.float32).mean(axis=1)
 
 
 def _record_ranges(block: nn.Module, found: list[mx.array]) -> None:

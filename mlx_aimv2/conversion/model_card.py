@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.config import Aimv2Config, AnyConfig
 from mlx_aimv2.conversion.fidelity import rows
 from mlx_aimv2.files import read_start
-from mlx_aimv2.loading import Source
+
+if TYPE_CHECKING:
+    from mlx_aimv2.loading import Source
 
 FILE = "README.md"
 
@@ -27,7 +29,8 @@ LONGEST = 300
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Fields of a card that are copied from the source's card unchanged."""
 
-_MLX_VISION = """\
+_USE = {
+    "vision": """\
 from mlx_aimv2 import load
 
 model, processor = load("{name}")
@@ -35,9 +38,8 @@ pixels = processor(["photograph.jpg"])
 tokens = model(pixels).last_hidden_state  # {tokens}
 vector = model.encode_image(pixels, normalize=True)  # (1, {width})
 print(tokens.shape, vector.shape)
-"""
-
-_MLX_LIT = """\
+""",
+    "pair": """\
 import mlx.core as mx
 from mlx_aimv2 import load
 
@@ -45,9 +47,7 @@ model, processor = load("{name}")
 pixels = processor(["photograph.jpg"])
 ids = processor.tokenize(["a photo of a cat", "a photo of a dog"])
 print(mx.softmax(model(pixels, ids).logits_per_image, axis=-1))
-"""
-
-_PYTORCH = {
+""",
     "transformers": """\
 from transformers import AutoModel
 
@@ -59,6 +59,7 @@ from mlx_aimv2 import load  # or Apple's own PyTorch code, whose layout this is
 model, processor = load("{name}")
 """,
 }
+"""What loads a folder and runs it: an MLX folder by what it holds, a PyTorch folder by its layout."""
 
 
 def write(
@@ -67,14 +68,16 @@ def write(
     source: Source,
     config: Mapping[str, Any],
     report: Mapping[str, Any] | None,
-    hub_name: str | None,
+    hub_name: str | None = None,
+    layout: str | None = None,
 ) -> None:
     """Writes README.md into a converted folder, replacing what was there.
 
     `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
-    compared, `hub_name` the repository it will be uploaded to, None for a folder that stays.
+    compared, `hub_name` the repository it will be uploaded to, None for a folder that stays, `layout` that of a PyTorch
+    folder.
     """
-    layout, card, origin = _layout(config), _source_card(source), source.origin
+    card, origin = _source_card(source), source.origin
     name = origin.repo or origin.folder.absolute().name
     title = hub_name.rpartition("/")[2] if hub_name else f"{name} for {'PyTorch' if layout else 'MLX'}"
     link = f"[{name}]({_address(name)})" if origin.repo else name
@@ -82,7 +85,7 @@ def write(
     target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
     parts = [
-        front_matter(_head(place, source, config, card)),
+        front_matter(_head(place, source, card, is_mlx=layout is None, is_quantized="quantization" in config)),
         f"# {title}",
         f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
         f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name)}```",
@@ -99,8 +102,8 @@ def front_matter(head: Mapping[str, Any]) -> str:
     return f"---\n{ModelCardData(**head).to_yaml().strip()}\n---"
 
 
-def _head(place: Path, source: Source, config: Mapping[str, Any], card: Mapping[str, str]) -> dict[str, Any]:
-    is_mlx, origin, is_pair = _layout(config) is None, source.origin, isinstance(source.config, Aimv2Config)
+def _head(place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool, is_quantized: bool) -> dict[str, Any]:
+    origin, is_pair = source.origin, isinstance(source.config, Aimv2Config)
     head: dict[str, Any] = {
         "library_name": "mlx" if is_mlx else "transformers",
         "pipeline_tag": "zero-shot-image-classification" if is_pair else "image-feature-extraction",
@@ -108,7 +111,7 @@ def _head(place: Path, source: Source, config: Mapping[str, Any], card: Mapping[
     }
     if base := origin.repo or card.get("base_model"):
         head["base_model"] = base
-        if "quantization" in config:
+        if is_quantized:
             head["base_model_relation"] = "quantized"
     head |= {key: card[key] for key in LICENCE_KEYS if key in card}
     link = head.get("license_link")
@@ -156,7 +159,7 @@ def _precision(config: Mapping[str, Any]) -> str:
 def _snippet(config: AnyConfig, layout: str | None, name: str | None) -> str:
     """What loads the folder and runs it, with the shapes that come out."""
     width, count = config.vision.hidden_size, config.vision.num_patches or "tokens"
-    code = _PYTORCH[layout] if layout else _MLX_LIT if isinstance(config, Aimv2Config) else _MLX_VISION
+    code = _USE[layout or ("pair" if isinstance(config, Aimv2Config) else "vision")]
     return code.format(name=name or "path/to/this/folder", tokens=f"(1, {count}, {width})", width=width)
 
 
@@ -175,12 +178,6 @@ def _licence(place: Path, card: Mapping[str, str]) -> str:
     files = sorted(file.name for file in place.iterdir() if file.name.upper().startswith(("LICEN", "NOTICE")))
     terms = f"The weights keep the terms of their source: {name}." if name else "The source's card names no licence."
     return f"## Licence\n\n{terms}" + (f" See {', '.join(files)}." if files else "")
-
-
-def _layout(config: Mapping[str, Any]) -> str | None:
-    """The PyTorch layout of the folder, None for an MLX folder: only the former names an architecture."""
-    architecture = (config.get("architectures") or [None])[0]
-    return {None: None, "AIMv2Model": "apple"}.get(architecture, "transformers")
 
 
 def _address(repo: str) -> str:

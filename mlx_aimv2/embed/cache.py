@@ -1,4 +1,8 @@
-"""Keeps on this machine what is costly to compute again: which files are good images, and features of images.
+"""Says what features were made by and whether they can be compared, and keeps what is costly to compute again.
+
+What made features is described by a dictionary that JSON holds. Weights are distinguished by samples: a few values of
+every tensor that no recipe packs into bits (norms, patch embedding, positions), which any dtype changes by less than
+2^-8, and a digest of values from all tensors, which is the same only for the same weights in the same dtype and bits.
 
 Features lie in a folder named after everything that decides the numbers. In it `rows.bin` holds one row of numbers for
 each image or view of one, and `keys.bin` the 32 bytes that say of what content it is, in the same order. A row is
@@ -15,23 +19,43 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_aimv2.embed.provenance import fingerprint
-from mlx_aimv2.files import cache_folder, stat_of
+from mlx_aimv2.files import cache_folder, is_unchanged, marks_of, stat_of
+from mlx_aimv2.untrusted_json import are_numbers
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
+    from mlx_aimv2.loading import AnyModel
     from mlx_aimv2.model import Aimv2VisionModel
 
 Array: TypeAlias = NDArray[Any]
+
+Description = dict[str, Any]
+
+MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
+"""Fields that must be equal, besides the weights, for two embeddings to be comparable."""
+
+SHOULD_AGREE = ("dtype", "quantization")
+"""Fields that change the values a little."""
+
+KEPT_DENSE = ("norm", "patch_embed", "pos_embed")
+"""Parts of a parameter's path: these are never quantized."""
+
+SAMPLES = 4
+"""Numbers taken from each tensor for the fingerprint, spread evenly."""
+
+TOLERANCE = 2.0**-8
+"""Twice what rounding to bfloat16 can change."""
 
 KEY_BYTES = 32
 
@@ -42,6 +66,62 @@ KINDS: dict[str, np.dtype[Any]] = {"mean": np.dtype("<f4"), "tokens": np.dtype("
 
 SETTLED_NS = 2_000_000_000
 """A file that was changed this recently may change again within the clock's step: it is not remembered."""
+
+
+def fingerprint(model: AnyModel) -> dict[str, Any]:
+    """Samples of the weights: `sample` from the vision encoder's dense tensors, `digest` from all tensors."""
+    parameters: Any = sorted(tree_flatten(model.parameters()))
+    dense: Any = sorted(tree_flatten(model.vision.parameters()))
+    sample = _samples([array for path, array in dense if any(part in path for part in KEPT_DENSE)])
+    everything = _samples([array for _, array in parameters])
+    names = "\n".join(path for path, _ in parameters)
+    digest = hashlib.sha256(names.encode() + everything.tobytes()).hexdigest()
+    return {"digest": digest, "sample": [float(f"{value:.7g}") for value in sample]}
+
+
+def _samples(arrays: Sequence[mx.array]) -> Array:
+    """A few values from each array, one after another, in float32."""
+    taken = []
+    for array in arrays:
+        indices = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.int32))
+        taken.append(array.reshape(-1)[indices].astype(mx.float32))
+    return np.array(mx.concatenate(taken))
+
+
+def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What keeps `other` from being compared with `stored`, and what only deserves a note: two lists of sentences."""
+    refused = [_differ(name, stored, other) for name in MUST_AGREE if stored.get(name) != other.get(name)]
+    notes = [_differ(name, stored, other) for name in SHOULD_AGREE if stored.get(name) != other.get(name)]
+    weights, others = stored.get("weights", {}), other.get("weights", {})
+    one, another = weights.get("sample", []), others.get("sample", [])
+    names = f"{_name(stored)} there, {_name(other)} here"
+    if not are_numbers(one) or len(one) != len(another) or not np.allclose(one, another, rtol=TOLERANCE, atol=1e-6):
+        refused.insert(0, f"the weights: {names}")
+    elif weights.get("digest") != others.get("digest") and not notes:
+        refused.insert(0, f"the weights, though not in the norms: {names}")
+    return refused, notes
+
+
+def _name(description: Mapping[str, Any]) -> str:
+    commit = description.get("commit")
+    return f"{description.get('checkpoint')}{f' at {commit[:12]}' if commit else ''}"
+
+
+def _differ(name: str, stored: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    there, here = stored.get(name), other.get(name)
+    if isinstance(there, Mapping) and isinstance(here, Mapping):  # only the parts that differ
+        parts = [part for part in {**there, **here} if there.get(part) != here.get(part)]
+        there, here = ({part: side.get(part) for part in parts} for side in (there, here))
+    return f"{name.replace('_', ' ')}: {_value(there)} there, {_value(here)} here"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_value(part)}" for key, part in value.items())
+    return "none" if value is None else str(value)
+
+
+# Files
 
 
 class Known(NamedTuple):
@@ -56,20 +136,20 @@ class Known(NamedTuple):
 
 
 class KnownFiles:
-    """Remembers what is known of images, by the file's name, size and time of change."""
+    """Remembers what is known of images, by the file's name and its marks (`files.is_unchanged`)."""
 
     def __init__(self) -> None:
         self.path = cache_folder() / "files.db"
 
     def look_up(self, paths: Sequence[str], *, decoded: bool = True) -> dict[str, Known]:
         """What is known of those files that are as they were, with `decoded` of those alone that were decoded."""
-        query = "SELECT sha256, height, width, decoded FROM images WHERE path = ? AND size = ? AND mtime_ns = ?"
+        query = "SELECT sha256, height, width, decoded, size, mtime_ns, ctime_ns, inode FROM files WHERE path = ?"
         known = {}
         try:
             with closing(self._connect()) as database:
                 for path in paths:
-                    row = (about := _about(path)) and database.execute(query, about).fetchone()
-                    if row and row[3] >= decoded:
+                    row = (about := stat_of(path)) and database.execute(query, (_key(path),)).fetchone()
+                    if row and about and row[3] >= decoded and is_unchanged(about, *row[4:]):
                         known[path] = Known(bytes(row[0]), (row[1], row[2]), bool(row[3]))
         except sqlite3.Error:
             return {}  # a cache that is not there or cannot be read is no cache
@@ -79,18 +159,20 @@ class KnownFiles:
         """Keeps what is known of files, pairs of path and Known, as far as the disk lets it."""
         settled = time.time_ns() - SETTLED_NS
         rows = [
-            (*about, known.sha256, *known.size, known.decoded)
+            (_key(path), *marks_of(about), known.sha256, *known.size, known.decoded)
             for path, known in files
-            if (about := _about(path)) and about[2] < settled
+            if (about := stat_of(path)) and about.st_mtime_ns < settled
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as database, database:
                 database.execute(
-                    "CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
-                    " sha256 BLOB, height INTEGER, width INTEGER, decoded INTEGER) WITHOUT ROWID"
+                    "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+                    " ctime_ns INTEGER, inode INTEGER, sha256 BLOB, height INTEGER, width INTEGER, decoded INTEGER)"
+                    " WITHOUT ROWID"
                 )
-                database.executemany("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                database.execute("DROP TABLE IF EXISTS images")  # an earlier release's, which did not know the inode
+                database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         except (sqlite3.Error, OSError):
             return
 
@@ -100,12 +182,11 @@ class KnownFiles:
         return database
 
 
-def _about(path: str) -> tuple[bytes, int, int] | None:
-    """The name, size and time of change by which a file is known; None for one that is gone."""
-    if (about := stat_of(path)) is None:
-        return None
-    name = os.fsencode(os.path.abspath(path))  # noqa: PTH100 - a Path would cost more than the look-up itself
-    return name, about.st_size, about.st_mtime_ns
+def _key(path: str) -> bytes:
+    return os.fsencode(os.path.abspath(path))  # noqa: PTH100 - a Path would cost more than the look-up itself
+
+
+# Features
 
 
 class WithContent(Protocol):
@@ -155,7 +236,7 @@ class FeatureCache:
             raise self._full(f", which need {wanted:,} bytes where {free:,} are free")
 
     def append(self, rows: Iterable[tuple[bytes, Array]]) -> None:
-        """Writes rows and then their keys; a key that is there already is passed over.
+        """Writes rows and then their keys; a key that is there already is skipped.
 
         Raises OSError with one line where that fails.
         """

@@ -15,10 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from safetensors.numpy import load, save
-
-from mlx_aimv2.embed.encode import Result
-from mlx_aimv2.index.reader import Embedding
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch (ring, jaccl, nccl) or by mpirun: without one of them this is a single process."""
@@ -33,11 +29,9 @@ class Ranks:
 
     def __init__(self) -> None:
         """Joins the group that `mlx.launch` made, if there is one."""
-        self.group: mx.distributed.Group | None = None
+        group = mx.distributed.init() if any(name in os.environ for name in LAUNCHED) else None
+        self.group = group if group is not None and group.size() > 1 else None
         """MLX's group, None for a single process."""
-        if any(name in os.environ for name in LAUNCHED):
-            group = mx.distributed.init()
-            self.group = group if group.size() > 1 else None
         if self.group is not None:
             signal.signal(signal.SIGTERM, _lost)  # how mlx.launch ends the others when one has died
 
@@ -59,16 +53,16 @@ class Ranks:
         if self.group is None:
             return work()
         if self.rank > 0:
-            answer = json.loads(self._gather(b"")[0])
+            answer = json.loads(self.gather(b"")[0])
             if answer is None:
                 raise SystemExit(0)
             return answer[0]
         try:
             result = work()
         except BaseException:
-            self._gather(b"null")
+            self.gather(b"null")
             raise
-        self._gather(json.dumps([result]).encode())
+        self.gather(json.dumps([result]).encode())
         return result
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
@@ -87,14 +81,8 @@ class Ranks:
         numbers: Any = self.rows(mx.array([number])).tolist()
         return numbers
 
-    def gather(self, result: Result) -> list[Result]:
-        """What each rank has, in the order of the ranks; on every rank."""
-        if self.group is None:
-            return [result]
-        return [_unpacked(data) for data in self._gather(_packed(result))]
-
-    def _gather(self, data: bytes) -> list[bytes]:
-        """Bytes of every rank on every rank, where there are several."""
+    def gather(self, data: bytes) -> list[bytes]:
+        """Bytes of each rank, in the order of the ranks, on every rank, where there are several."""
         try:
             sizes = mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self.group)
             lengths: Any = sizes.tolist()
@@ -122,26 +110,3 @@ def _lost(number: int, frame: FrameType | None) -> None:
 def _ignore_the_launcher() -> None:
     """After a first SIGTERM this process writes what it has; a second one would interrupt that."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _packed(result: Result) -> bytes:
-    embeddings = result.embeddings
-    head = {
-        "embeddings": [(one.path, one.size, one.mtime_ns, one.sha256.hex()) for one in embeddings],
-        "failures": result.failures,
-        "notes": result.notes,
-    }
-    # In one piece each, as the library writes what lies in memory.
-    vectors = {str(row): np.ascontiguousarray(one.vector, np.float32) for row, one in enumerate(embeddings)}
-    return save(vectors | {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)})
-
-
-def _unpacked(data: bytes) -> Result:
-    arrays = load(data)
-    head = json.loads(arrays["head"].tobytes())
-    embeddings = [
-        Embedding(path, size, mtime_ns, bytes.fromhex(sha256), arrays[str(row)])
-        for row, (path, size, mtime_ns, sha256) in enumerate(head["embeddings"])
-    ]
-    pairs = ([(path, reason) for path, reason in head[kind]] for kind in ("failures", "notes"))
-    return Result(embeddings, *pairs)

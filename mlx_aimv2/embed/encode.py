@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from safetensors.numpy import load, save
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.embed.cache import Description, fingerprint
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
-from mlx_aimv2.embed.provenance import Description, fingerprint
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.index.reader import Embedding
+from mlx_aimv2.index.reader import NOTHING, Embedding, Index, damaged
 from mlx_aimv2.loading import Loaded, read_source
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
@@ -37,9 +40,20 @@ if TYPE_CHECKING:
 EXAMPLE = "apple/aimv2-large-patch14-224-lit"
 """A checkpoint whose index can be searched by images and by words."""
 
+FIELDS: Fields = {
+    "checkpoint": str,
+    "commit": (str, NoneType),
+    "dtype": str,
+    "pool": str,
+    "layer": (int, NoneType),
+    "norm": bool,
+    "max_patches": (int, NoneType),
+    "weights": dict,
+}
+"""Fields of a description that are used again, and their types."""
+
 OnFailure: TypeAlias = Callable[[str, str], None]
 """Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
-
 
 POOLS = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
 """Name of a pooling -> axes of the result for one image.
@@ -126,9 +140,15 @@ def embed(
     pooling = Pooling.of(model, pool, layer=layer, norm=norm)
     policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
     decoder = Decoder(processor, max_patches=max_patches, policy=policy)
-    for result in embed_chunks(split_into_chunks(listed_files(paths, fail)), decoder, model, pooling, threads=threads):
+    chunks = split_into_chunks(listed_files(paths, fail))
+    yield from embeddings_of(embed_chunks(chunks, decoder, model, pooling, threads=threads), fail)
+
+
+def embeddings_of(results: Iterable[Result], fail: OnFailure) -> Iterator[Embedding]:
+    """The embeddings of chunks; notes are warnings, an image that cannot be read goes to `fail(path, reason)`."""
+    for result in results:
         for path, note in result.notes:
-            warnings.warn(f"{path} {note}", stacklevel=2)
+            warnings.warn(f"{path} {note}", stacklevel=3)
         for path, reason in result.failures:
             fail(path, reason)
         yield from result.embeddings
@@ -137,9 +157,7 @@ def embed(
 def listed_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], fail: OnFailure) -> list[str]:
     """The image files that files, folders and patterns mean; what is none goes to `fail`."""
     listing = list_images(paths)
-    for missing in listing.missing:
-        fail(missing, "does not exist")
-    for path, reason in listing.problems:
+    for path, reason in [*((missing, "does not exist") for missing in listing.missing), *listing.problems]:
         fail(path, reason)
     return listing.files
 
@@ -151,6 +169,25 @@ class Result:
     embeddings: list[Embedding] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def packed(self) -> bytes:
+        """All of it as bytes, for another process."""
+        files = [vars(one) | {"sha256": one.sha256.hex(), "vector": None} for one in self.embeddings]
+        head = json.dumps([files, self.failures, self.notes]).encode()
+        # In one piece each, as the library writes what lies in memory.
+        vectors = {str(row): np.ascontiguousarray(one.vector, np.float32) for row, one in enumerate(self.embeddings)}
+        return save(vectors | {"head": np.frombuffer(head, np.uint8)})
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Result:
+        """The result that `packed` made these bytes of."""
+        arrays = load(data)
+        files, *pairs = json.loads(arrays["head"].tobytes())
+        embeddings = [
+            Embedding(**file | {"sha256": bytes.fromhex(file["sha256"]), "vector": arrays[str(row)]})
+            for row, file in enumerate(files)
+        ]
+        return cls(embeddings, *([(path, reason) for path, reason in some] for some in pairs))
 
 
 def embed_chunks(
@@ -166,27 +203,25 @@ def embed_chunks(
     Files that the decoder knows are hashed and not decoded: their Embedding has a vector of no numbers. Notes are what
     is unusual about an image that is embedded all the same.
     """
-    config, processor = model.vision.config, decoder.processor
+    config = model.vision.config
     is_widest = model.dtype == mx.float32
     advice = "the model's weights are damaged (NaN or Inf)" if is_widest else "load the model as float32"
-    none = {"features": np.empty(0, np.float32)}
-    for chunk in run_ahead(
-        chunks,
-        decoder,
-        lambda levels: {"features": pooling(model, processor.normalised(levels))},
-        patch=config.patch_size,
-        tokens=config.num_patches,
-        threads=threads,
-    ):
+
+    def compute(levels: mx.array) -> dict[str, mx.array]:
+        return {"features": pooling(model, decoder.processor.normalised(levels))}
+
+    patch, tokens = config.patch_size, config.num_patches
+    for chunk in run_ahead(chunks, decoder, compute, patch=patch, tokens=tokens, threads=threads):
         result = Result()
         for image, outputs in chunk:
-            vector = (outputs or none)["features"]
+            vector = outputs["features"] if outputs else NOTHING
             if image.note is not None:
                 result.notes.append((image.path, image.note))
             if image.failure is not None:
                 result.failures.append((image.path, image.failure))
             elif np.isfinite(vector).all():
-                result.embeddings.append(Embedding(image.path, image.size, image.mtime_ns, image.sha256, vector))
+                size, mtime_ns, *others = image.marks
+                result.embeddings.append(Embedding(image.path, size, mtime_ns, image.sha256, vector, *others))
             else:
                 result.failures.append((image.path, f"gave numbers that are not finite: {advice}"))
         yield result
@@ -205,7 +240,7 @@ class Settings:
     max_patches: int | None = None
 
     def filled(self, made: Mapping[str, Any]) -> Settings:
-        """These settings and, where they say nothing, those that made an index (`provenance.made_by`)."""
+        """These settings and, where they say nothing, those that made an index (`made_by`)."""
         kept = {name: made[name] for name in ("pool", "layer", "norm", "max_patches")}
         if self.model is None:
             kept |= {"model": made["checkpoint"], "revision": made["commit"], "dtype": made["dtype"]}
@@ -230,7 +265,7 @@ class Embedder:
 
     @cached_property
     def description(self) -> Description:
-        """Everything that decides what an embedding is, as JSON holds it and `provenance.differences` compares it.
+        """Everything that decides what an embedding is, as JSON holds it and `cache.differences` compares it.
 
         How JPEGs are decoded is recorded and never compared: it changes features less than float16 does.
         """
@@ -256,6 +291,20 @@ class Embedder:
         """What becomes of each chunk's images."""
         decoder = Decoder(self.loaded.processor, max_patches=self.max_patches, known=known, policy=self.policy)
         return embed_chunks(chunks, decoder, self.loaded.model, self.pooling, threads=threads)
+
+
+def made_by(index: Index) -> Description:
+    """What an index says of the model that made it, checked. Raises ValueError if it does not say it."""
+    made = index.provenance
+    if "weights" not in made:
+        raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
+    if made.get("width", index.width) != index.width:
+        raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
+    if (name := misfit(made, FIELDS)) is not None:
+        raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
+    if misfit(made["weights"], {"digest": str, "sample": list}):
+        raise damaged(index.path, "it says nothing of the weights that made it")
+    return made
 
 
 def raise_failure(path: str, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 What is new, changed or gone is planned first. Then chunks of embeddings go into the index whole, a few times a second,
 so that an interrupted run loses little. A file whose content the index has under its own or under a vanished name keeps
-its vector and is not decoded: where the old name is gone, wherever it was, the entry moves to the new one.
+its vector and is read but not decoded: where the old name is gone, wherever it was, the entry moves to the new one.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.backend.device import is_slow_here
 from mlx_aimv2.config import dtype_name
+from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
-from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings
+from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
 from mlx_aimv2.embed.loader import split_into_chunks
-from mlx_aimv2.embed.provenance import differences, made_by
-from mlx_aimv2.files import stat_of
+from mlx_aimv2.files import marks_of, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
-from mlx_aimv2.index.reader import Embedding, Index, Stamp, is_free
+from mlx_aimv2.index.reader import Embedding, Index, is_free
 from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
@@ -39,11 +39,10 @@ COMMIT_IMAGES = 1024
 class Options:
     """How an index is brought up to date.
 
-    `threads` decode, by default one for each core; `policy` says how images are read. `store` is the dtype of the
-    vectors in a new index, float16 or float32; `export` writes everything beside the index too (npz, safetensors or
-    jsonl), where `overwrite` lets it replace what is no export. `exclude` and `include` are glob patterns
-    (`exclude.Rules`). Images whose files may come back, on a drive that is not plugged in, stay in the index unless
-    `prune` is set.
+    `threads` decode, by default one for each core. `store` is the dtype of the vectors in a new index, float16 or
+    float32; `export` (npz, safetensors or jsonl) goes beside the index and replaces what is no export only with
+    `overwrite`. `exclude` and `include` are `find.Rules`. Images whose files may come back, on a drive that is not
+    plugged in, stay in the index unless `prune` is set.
     """
 
     threads: int | None = None
@@ -61,9 +60,8 @@ class Summary:
     """What an update did, in images.
 
     `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
-    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts, by
-    suffix or by the pattern or name that excluded them, files and folders that were not looked at. `is_made` is False
-    where there is no index, as nothing could be embedded.
+    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts
+    what was skipped (`Listing.skipped`). `is_made` is False where there is no index, as nothing could be embedded.
     """
 
     images: int = 0
@@ -82,10 +80,10 @@ class Summary:
 class Plan:
     """What there is to do, in types that JSON holds.
 
-    `chunks` of the whole list, each without the images that are up to date, empty ones left out; `changed` the digests
-    (hexadecimal) that the index has for names that must be read again; `vanished` the names in the index that no file
-    has any more, by digest, for every digest that a file to be read may have; `gone` the names to forget; `kept` those
-    whose files are not there and may come back.
+    `chunks` of the whole list without what is up to date; `changed` names to be read again, with the digest that the
+    index has for each in hexadecimal; `vanished` names in the index that no file has any more, by digest, where a file
+    to be read may have it; `gone` names to forget; `kept` those whose files may come back; `unmarked` unchanged ones
+    of which an earlier release kept too little, with ctime and inode.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
@@ -94,27 +92,24 @@ class Plan:
     gone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unchanged: int = 0
+    unmarked: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def known(self, path: str, sha256: bytes) -> bool:
         """Whether the index has the embedding of this content under this name or under a vanished one."""
         digest = sha256.hex()
         return self.changed.get(path) == digest or digest in self.vanished
 
-    @property
-    def images(self) -> int:
-        """How many images must be read."""
-        return sum(len(chunk) for chunk in self.chunks)
-
 
 def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
-    """Compares the files with the index by size and time of change; with `prune` all that is not there is forgotten.
+    """Compares the files with the index by what tells of a change; with `prune` all that is not there is forgotten.
 
-    A file that the index has under another name (a link, another letter case) keeps that name. Of what was asked for,
-    a file that is not there is taken for deleted if the folder that it was in is there and holds anything else. An
-    empty folder may be the mount point of a drive that is not plugged in, and a missing one may come back with it.
+    A file that the index has under another name (a link, another letter case) keeps that name, and what it has under a
+    name that has become a link to that file is forgotten. Of what was asked for, a file that is not there is taken for
+    deleted if the folder that it was in is there and holds anything else. An empty folder may be the mount point of a
+    drive that is not plugged in, and a missing one may come back with it.
     """
     plan = Plan()
-    stamps = dict(index.stamps()) if index is not None else {}
+    stamps = index.stamps() if index is not None else {}
     files = _by_known_names(listing.files, stamps)
     sizes: set[int] = set()
     for chunk in split_into_chunks(files):  # cut before anything is left out: a batch is the same in every run
@@ -122,8 +117,10 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
         for path in chunk:
             stamp, about = stamps.get(path), stat_of(path)
             if about is not None:  # else decoding will say why
-                if stamp is not None and (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
+                if stamp is not None and stamp.fits(about):
                     plan.unchanged += 1
+                    if stamp.ctime_ns is None:
+                        plan.unmarked[path] = marks_of(about)[2:]
                     continue
                 if stamp is not None:
                     plan.changed[path] = stamp.sha256.hex()
@@ -131,33 +128,43 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
             todo.append(path)
         if todo:
             plan.chunks.append(todo)
-    present = set(files)
+    present, reached = set(files), cache(lambda: _identities(files))
     asked = [_absolute(path) for path in listing.missing]
     folders = [*listing.roots, *listing.empty, *asked]
     holds_something = cache(_holds_something)
     for path in stamps:
-        if path in present or not is_gone(path):
+        if path in present:
             continue
-        if stamps[path].size in sizes:
-            plan.vanished.setdefault(stamps[path].sha256.hex(), []).append(path)
-        if not is_under(path, folders) and path not in asked:
+        about, stamp = stat_of(path), stamps[path]
+        is_other = (
+            about is not None
+            and (stamp.ctime_ns is None or not stamp.fits(about))
+            and identity(path, about) in reached()
+        )
+        if not is_other and not is_gone(path):
+            continue
+        if stamp.size in sizes:
+            plan.vanished.setdefault(stamp.sha256.hex(), []).append(path)
+        if not is_under(path, folders) and path not in asked and not is_other:
             continue
         folder = os.path.dirname(path)  # noqa: PTH120 - a Path would cost more
-        is_deleted = path not in listing.evicted and holds_something(folder)
+        is_deleted = is_other or (path not in listing.evicted and holds_something(folder))
         (plan.gone if prune or is_deleted else plan.kept).append(path)
     return plan
 
 
-def _by_known_names(files: list[str], stamps: Mapping[str, Stamp]) -> list[str]:
+def _by_known_names(files: list[str], stamps: Mapping[str, Embedding]) -> list[str]:
     """The same files, those that the index has under another name by that name."""
     new = [path for path in files if path not in stamps]
     if not new or not stamps:
         return files
-    present = set(files)
-    known = {identity(path, about): path for path in stamps if path not in present and (about := stat_of(path))}
-    found = {path: identity(path, about) for path in new if (about := stat_of(path))}
-    same = {path: known[one] for path, one in found.items() if one in known}
+    known = _identities(stamps.keys() - set(files))
+    same = {path: known[one] for one, path in _identities(new).items() if one in known}
     return sorted({same.get(path, path) for path in files}, key=os.fsencode) if same else files
+
+
+def _identities(paths: Iterable[str]) -> dict[tuple[int, int] | str, str]:
+    return {identity(path, about): path for path in paths if (about := stat_of(path))}
 
 
 def _holds_something(folder: str) -> bool:
@@ -183,9 +190,7 @@ def update_index(
 ) -> Summary | None:
     """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
 
-    A file is one file, however its name is spelled, and keeps its vector when it is renamed or moved. `-` among the
-    paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
-
+    `-` among the paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
     folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done and how many
     there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone;
@@ -200,13 +205,12 @@ def update_index(
         prepared = ranks.first(lambda: job.prepare(paths, settings))
         settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
         embedder = Embedder.load(settings, options.policy)
-        digest = ranks.first(lambda: job.agree(embedder))
-        if digest != embedder.description["weights"]["digest"]:
+        if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
             raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
         for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
-            for result in ranks.gather(mine):
-                if ranks.rank == 0:
-                    job.take(result)
+            several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
+            for result in several if ranks.rank == 0 else ():
+                job.take(result)
         ranks.first(job.finish)
         return job.summary if ranks.rank == 0 else None
     except RankLostError as error:
@@ -237,7 +241,6 @@ class _Job:
     summary: Summary = field(default_factory=Summary)
     made: dict[str, Any] = field(default_factory=dict)
     """What the index says of the model."""
-    export_to: Path | None = None
     done: int = 0
     pending: list[Embedding | Copy] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -251,9 +254,12 @@ class _Job:
         self._check_output()
         settings = self._settings(given)
         listing = self._list(paths)
-        self._check_export(listing.files)  # once more, now that the images are known
+        self._export_to(listing.files)  # once more, now that the images are known
         self.plan = make_plan(listing, self.index, prune=self.options.prune)
-        self.summary.passed_over, self.summary.unchanged = listing.passed_over, self.plan.unchanged
+        for path, (ctime_ns, inode) in self.plan.unmarked.items():
+            if self.index is not None and (stamp := self.index.stamp(path)) is not None:
+                self.pending.append(Copy(replace(stamp, ctime_ns=ctime_ns, inode=inode), path, is_move=True))
+        self.summary.passed_over, self.summary.unchanged = listing.skipped, self.plan.unchanged
         return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
     def _check_output(self) -> None:
@@ -266,12 +272,12 @@ class _Job:
             raise FileNotFoundError(f"{folder} does not exist: make that folder first, or choose another -o")
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
             raise PermissionError(f"{folder} cannot be written to: choose another -o")
-        self._check_export(self.index.paths() if self.index is not None else ())
+        self._export_to(self.index.paths() if self.index is not None else ())
 
-    def _check_export(self, inputs: Iterable[str]) -> None:
-        """Notes where the export goes, if one is wanted; none of the inputs is replaced."""
-        if (kind := self.options.export) is not None:
-            self.export_to = target(self.output, kind, overwrite=self.options.overwrite, inputs=inputs)
+    def _export_to(self, inputs: Iterable[str] = ()) -> Path | None:
+        """Where the export goes, if one is wanted; none of the inputs is replaced."""
+        kind = self.options.export
+        return target(self.output, kind, overwrite=self.options.overwrite, inputs=inputs) if kind else None
 
     def _settings(self, given: Settings) -> Settings:
         """The given settings and, where they say nothing, those of the index."""
@@ -312,7 +318,7 @@ class _Job:
     def agree(self, embedder: Embedder) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""
         self.made = description = embedder.description
-        refused, notes = differences(self.index.provenance, description) if self.index is not None else ([], [])
+        refused, notes = differences(self.index.provenance if self.index is not None else description, description)
         if refused:
             raise ValueError(
                 f"{self.output} was made with other settings, so new embeddings could not be compared with it: "
@@ -341,7 +347,7 @@ class _Job:
         if time.monotonic() - self.committed > COMMIT_SECONDS or len(self.pending) >= COMMIT_IMAGES:
             self.commit()
         self.done += len(result.embeddings) + len(result.failures)
-        self.on_progress(self.done, self.plan.images)
+        self.on_progress(self.done, sum(len(chunk) for chunk in self.plan.chunks))
 
     def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
@@ -351,19 +357,18 @@ class _Job:
             if (old := next((name for name in names if name not in self.moved), None)) is not None:
                 self.moved[old] = item.path
                 self.summary.moved += 1
-                return Copy(item.path, item.size, item.mtime_ns, old, is_move=True)
+                return Copy(item, old, is_move=True)
             source = self.moved[names[0]]
         self.summary.recognised += 1
-        return Copy(item.path, item.size, item.mtime_ns, source)
+        return Copy(item, source)
 
     def commit(self) -> None:
         """Puts on disk what was taken so far."""
         if self.pending and self.index is None:
             made, dtype = self.made, self.options.store or "float16"
+            shape = {"width": made["width"], "axes": POOLS[made["pool"]]}
             try:
-                self.index = IndexWriter.create(
-                    self.output, provenance=made, width=made["width"], axes=POOLS[made["pool"]], dtype=dtype
-                )
+                self.index = IndexWriter.create(self.output, provenance=made, dtype=dtype, **shape)
             except FileExistsError:
                 raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
         if self.index is not None and self.pending:
@@ -392,8 +397,8 @@ class _Job:
         if self.index is not None:
             if self.plan.gone:
                 self.summary.gone += self.index.remove(path for path in self.plan.gone if path not in self.moved)
-            if self.export_to is not None:
-                export(self.index, self.export_to, kind=self.export_to.suffix[1:])
+            if (to := self._export_to()) is not None:
+                export(self.index, to, kind=to.suffix[1:])
             self.summary.images, self.summary.is_made = len(self.index), True
         return True
 

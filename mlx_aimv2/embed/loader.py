@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.files import read_image_file, reason_of, stat_of
-from mlx_aimv2.images import POLICY, OpenImage, Policy, open_image
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.files import marks_of, read_image_file, reason_of, stat_of
+from mlx_aimv2.images.open import POLICY, Levels, OpenImage, Policy, open_image
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
@@ -203,12 +202,12 @@ def _read(images: list[Image], batches: list[_Batch]) -> list[tuple[Image, Outpu
 class Decoded:
     """A file read and hashed, with its levels (H, W, 3), with None where its content is known, or with a failure.
 
-    `failure` and `note` continue a sentence that starts with the path; `upright` is the image's own (height, width).
+    `failure` and `note` continue a sentence that starts with the path; `marks` are `files.marks_of`, `upright` is the
+    image's own (height, width).
     """
 
     path: str
-    size: int = 0
-    mtime_ns: int = 0
+    marks: tuple[int, int, int, int] = (0, 0, 0, 0)
     sha256: bytes = b""
     levels: Levels | None = None
     upright: tuple[int, int] = (0, 0)
@@ -266,7 +265,7 @@ class Decoder:
             with self.files.take(before.st_size if before is not None else 0):
                 about, data = read_image_file(path)
                 found = self.content(path, data)
-                found.size, found.mtime_ns = about.st_size, about.st_mtime_ns
+                found.marks = marks_of(about)
                 return found
         except FileNotFoundError:
             return Decoded(path, failure="was deleted before it could be read")

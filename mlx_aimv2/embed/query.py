@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.embed.encode import EXAMPLE, Embedder, Settings, raise_failure
-from mlx_aimv2.embed.provenance import differences, made_by
-from mlx_aimv2.files import expand_user
+from mlx_aimv2.embed.cache import differences
+from mlx_aimv2.embed.encode import EXAMPLE, Embedder, Settings, embeddings_of, made_by, raise_failure
+from mlx_aimv2.files import expand_user, read_image_file
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix
 from mlx_aimv2.index.reader import Index
@@ -100,10 +102,11 @@ def query_vectors(
 def _known(index: Index, image: str | None) -> NDArray[Any] | None:
     """The vector of an image that the index has as it is now."""
     stamp = index.stamp(image) if image is not None and index.axes == 1 else None
-    if image is None or stamp is None:
-        return None
-    about = Path(image).stat()
-    return index.vector(image) if (about.st_size, about.st_mtime_ns) == (stamp.size, stamp.mtime_ns) else None
+    if image is not None and stamp is not None:
+        with suppress(OSError):  # which embedding it will tell
+            if hashlib.sha256(read_image_file(image)[1]).digest() == stamp.sha256:
+                return index.vector(image)
+    return None
 
 
 def _check_words(index: Index, text: str) -> None:
@@ -134,10 +137,4 @@ def _vector(query: Query, embedder: Embedder) -> NDArray[Any]:
     if query.image is None:
         loaded = embedder.loaded
         return np.array(loaded.model.encode_text(loaded.processor.tokenize([query.text]))[0].tolist())
-    (result,) = embedder([[query.image]])
-    for path, note in result.notes:
-        warnings.warn(f"{path} {note}", stacklevel=2)
-    for path, reason in result.failures:
-        raise_failure(path, reason)
-    vector: NDArray[Any] = result.embeddings[0].vector
-    return vector
+    return next(embeddings_of(embedder([[query.image]]), raise_failure)).vector

@@ -1,7 +1,6 @@
 """Finds the image files that a user means by folders, files, patterns and lists: the one scan of every verb.
 
-PATH … -> Listing: absolute names in one fixed order, each file once, what cannot be an image with the reason, and what
-was passed over.
+PATH … -> Listing: absolute names in one fixed order, each file once, what cannot be an image, and what was skipped.
 """
 
 from __future__ import annotations
@@ -10,14 +9,17 @@ import codecs
 import errno
 import glob
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TypeAlias
+
+from pathspec import GitIgnoreSpec
 
 from mlx_aimv2.files import expand_user, kind_of, reason_of
-from mlx_aimv2.images.exclude import OWN, OWN_FILES, Rules
 
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
@@ -29,7 +31,7 @@ EVICTED = ".icloud"
 """What macOS appends to the name of an image that it moved to iCloud; a dot goes before it."""
 
 SHOWN = 8
-"""Kinds of files that were passed over, named where they are counted."""
+"""Kinds of files that were skipped, named where they are counted."""
 
 ADVICE = {
     **dict.fromkeys(
@@ -41,6 +43,98 @@ ADVICE = {
 }
 """Suffix -> what to do about it."""
 
+EXCLUDED_FOLDERS = (
+    *("@eaDir", "@tmp", "#recycle", "#snapshot"),  # thumbnails, temporary files, bin and snapshots of a Synology NAS
+    *("@__thumb", "@Recycle", "@Recently-Snapshot"),  # those of a QNAP NAS
+    *("$RECYCLE.BIN", "RECYCLER", "System Volume Information"),  # Windows' own
+    "__MACOSX",  # resource forks in a zip archive from a Mac
+    "lost+found",  # fragments that a file system check found
+)
+"""Folders that are skipped wherever they lie. Hidden names, such as .Trashes, always are."""
+
+OWN_FILES = (
+    ("head.json",),
+    ("config.json", "model.safetensors"),
+    ("config.json", "model.safetensors.index.json"),
+    ("state.safetensors",),
+)
+"""What a folder holds that this package wrote, a head, a model or the state of a run: its pictures are no data."""
+
+OWN = "of mlx-aimv2's own folders"
+
+LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary", ".lrlibrary", "iphoto library")
+"""How the name of a photo library ends, in lower case."""
+
+EXCLUDED_IN_LIBRARIES = ("resources", "Thumbnails", "Previews", "Caches", "database", "Database", "private", "scopes")
+"""Folders directly inside a photo library that hold smaller copies of its images."""
+
+EXCLUDED_SUFFIXES = (".lrdata", ".cocatalogdb")
+"""How the name of a folder with a photo program's previews ends."""
+
+_NAMES = {name.lower(): name for name in EXCLUDED_FOLDERS}
+
+
+class Rules:
+    """What is skipped (`exclude`) and what is taken all the same (`include`), as patterns of .gitignore.
+
+    Without a slash it is compared with names at any depth, with one with the path below the folder that was asked for;
+    a slash at the end stands for folders alone. The last that matches decides, `!` takes back what those before said.
+    Letter case does not count. An included file needs no image's suffix. Raises ValueError for what is no pattern.
+    """
+
+    def __init__(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> None:
+        self._exclude, self._include = _compiled(exclude, "--exclude"), _compiled(include, "--include")
+
+    def includes(self, path: str, *, is_folder: bool = False) -> bool:
+        """Whether --include names this path below the folder that was asked for."""
+        return _last_match(self._include, path, is_folder=is_folder) is not None
+
+    def excluded_by(self, path: str, *, is_folder: bool, parent: str) -> str | None:
+        """The pattern or the name on the list because of which a relative path, in `parent`, is skipped, or None."""
+        if self.includes(path, is_folder=is_folder):
+            return None
+        pattern = _last_match(self._exclude, path, is_folder=is_folder)
+        if pattern is not None or not is_folder:
+            return pattern
+        name = PurePath(path).name
+        if name in EXCLUDED_IN_LIBRARIES and PurePath(parent).name.lower().endswith(LIBRARIES):
+            return f"{name} of a photo library"
+        previews = (f"*{suffix}" for suffix in EXCLUDED_SUFFIXES if name.lower().endswith(suffix))
+        return _NAMES.get(name.lower()) or next(previews, None)
+
+
+def _compiled(patterns: Iterable[str], flag: str) -> list[tuple[str, Any]]:
+    """Each pattern with pathspec's reading of it, in lower case."""
+    found = []
+    for pattern in patterns:
+        # "#recycle" is a name here: a line of .gitignore would be a comment.
+        line = f"\\{pattern}" if pattern.startswith("#") else pattern
+        try:
+            rules = GitIgnoreSpec.from_lines([line.lower()]).patterns if pattern.strip("/! ") else []
+        except (ValueError, re.error):
+            rules = []
+        if not rules or rules[0].include is None:
+            raise ValueError(f"{flag} {pattern!r} is no pattern: give one such as '*.png' or 'Trash/'")
+        found.append((pattern, rules[0]))
+    return found
+
+
+def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> str | None:
+    """The pattern that decides about a path; None where none does or it begins with `!`."""
+    name = f"{path.lower()}/" if is_folder else path.lower()
+    for pattern, rule in reversed(rules):
+        found = rule.match_file(name)
+        # pathspec marks with this group what is matched because it lies in a folder of that name.
+        if found is None or (found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name)):
+            continue
+        return pattern if rule.include else None
+    return None
+
+
+def is_junk(name: str) -> bool:
+    """Whether a scan would skip a path in an archive: hidden, as a Mac's `._` files, or on the list."""
+    return any(part.startswith(".") or part.lower() in _NAMES for part in PurePosixPath(name).parts)
+
 
 @dataclass
 class Listing:
@@ -48,11 +142,9 @@ class Listing:
 
     `files` sorted by their bytes, each file once, however many names lead to it; `problems` pairs of (name, reason)
     where the reason continues a sentence that starts with the name; `missing` what was asked for and names nothing;
-    `roots` the folders that were scanned and hold images; `empty` the folders asked for that hold none.
-
-    What was passed over in folders: `excluded` folders and files by the pattern or name that excluded them, `suffixes`
-    other files by their suffix; `evicted` are the names of images that are in iCloud and not on this disk. `folders`
-    are those in which the scan ended because it was not to go deep.
+    `roots` the folders that were scanned and hold images, `empty` those that hold none. Skipped were `excluded` folders
+    and files, by the pattern or name that excluded them, and other files, by their `suffixes`; `evicted` images are in
+    iCloud and not on this disk; in `folders` the scan ended because it was not to go deep.
     """
 
     files: list[str] = field(default_factory=list)
@@ -66,8 +158,8 @@ class Listing:
     folders: list[str] = field(default_factory=list)
 
     @property
-    def passed_over(self) -> dict[str, int]:
-        """How many files and folders were not looked at, by suffix or by what excluded them."""
+    def skipped(self) -> dict[str, int]:
+        """How many files and folders were skipped, by suffix or by what excluded them."""
         return {**self.suffixes, **self.excluded}
 
 
@@ -81,10 +173,9 @@ def list_images(
     """Finds the images: `one path or several files, folders and patterns -> Listing`.
 
     Folders are scanned to the bottom, or without `deep` for the files right in them. Of files only names with one of
-    `SUFFIXES` count; passed over are hidden names, the folders of `EXCLUDED_FOLDERS`, those that this package wrote
-    and what `exclude` names; `include` takes all the same what it names (`Rules`). Links to folders are followed after
-    everything else, so that a folder reached twice is listed under its own name and no circle is scanned. Names that
-    exist are never taken for patterns.
+    `SUFFIXES` count; skipped are hidden names, the folders of `EXCLUDED_FOLDERS`, those that this package wrote and
+    what `exclude` names; `include` takes all the same what it names (`Rules`). Links to folders come last, so that a
+    folder reached twice is listed under its own name and no circle is scanned. Names that exist are no patterns.
     """
     lister = _Lister(Rules(exclude, include), deep=deep)
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -93,10 +184,7 @@ def list_images(
 
 
 def read_list(data: bytes) -> list[str]:
-    """Names from a list's bytes: separated by NUL where it holds one (then names may hold newlines), else lines.
-
-    A byte order mark is dropped, lists in UTF-16 are read, and lines may end as on Windows.
-    """
+    """Names from a list's bytes, UTF-16's too: separated by NUL where it holds one, else lines, also as on Windows."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         data = data.decode("utf-16", errors="replace").encode()
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -128,9 +216,9 @@ def has_suffix(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def counted(passed_over: Mapping[str, int], *, advice: Mapping[str, str] = ADVICE) -> str:
+def counted(skipped: Mapping[str, int], *, advice: Mapping[str, str] = ADVICE) -> str:
     """`12 .mov, 3 .dng (raw, export it as JPEG), 2 @eaDir`, the most frequent first."""
-    order = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    order = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count:,} {name}{f' ({advice[name]})' if name in advice else ''}" for name, count in order[:SHOWN]]
     more = sum(count for _, count in order[SHOWN:])
     return ", ".join([*parts, *([f"{more:,} others"] if more else [])])
@@ -139,13 +227,13 @@ def counted(passed_over: Mapping[str, int], *, advice: Mapping[str, str] = ADVIC
 class Scan:
     """Scans the folders of one collection, labelled images or captions, and keeps account of what it does not hold.
 
-    `faults` are lines about what cannot be an image; `notes` tell what was passed over, each kind once.
+    `faults` are lines about what cannot be an image; `notes` tell what was skipped, each kind once.
     """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self._listings: dict[tuple[Path, bool], Listing] = {}
-        self._notes: dict[str, tuple[str, int]] = {}
+        self._notes: dict[str, list[str]] = {}
 
     def images(self, folder: Path) -> list[str]:
         """The images in a folder and below it, sorted, their names beginning as the folder's does."""
@@ -159,31 +247,39 @@ class Scan:
         """The folders right in a folder that images are looked for in, sorted."""
         return [Path(name) for name in self._listing(folder, deep=False).folders]
 
+    def was_read(self, folder: Path, suffix: str) -> None:
+        """Takes the files of a suffix out of the account of a folder: they were not passed over."""
+        self._listing(folder, deep=True).suffixes.pop(suffix.lower(), None)
+
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
-        if file.parent == folder:
-            self._listing(folder, deep=True).suffixes.pop(file.suffix.lower(), None)  # it was not passed over
+        if file.is_relative_to(folder):
+            self.was_read(folder, file.suffix)
         if rest := sorted(set(self.images(folder)).difference(names)):
-            self.note(rest[0], f"is not listed in {file.name}: skipped", len(rest))
+            self.note(rest, f"is not listed in {file.name}: skipped")
 
-    def note(self, name: str, reason: str, count: int = 1) -> None:
-        """Keeps that `name`, or so many things of which it is the first, was passed over or changed, and why."""
-        first, before = self._notes.get(reason, (name, 0))
-        self._notes[reason] = (first, before + count)
+    def note(self, names: str | Iterable[str], reason: str) -> None:
+        """Keeps that one or several things were skipped or changed, and why."""
+        self._notes.setdefault(reason, []).extend([names] if isinstance(names, str) else names)
+
+    @property
+    def all_noted(self) -> list[str]:
+        """A line for each of the things that the notes count."""
+        return [f"{name} {reason}" for reason, names in self._notes.items() for name in names]
 
     @property
     def notes(self) -> list[str]:
         """A line for each reason, with the first name and how many more; then what no scan takes, by its kind."""
         lines = [
-            f"{first} {reason}{f' (and {count - 1:,} more)' if count > 1 else ''}"
-            for reason, (first, count) in self._notes.items()
+            f"{names[0]} {reason}{f' (and {len(names) - 1:,} more)' if len(names) > 1 else ''}"
+            for reason, names in self._notes.items()
         ]
         scanned = [str(folder) for folder, deep in self._listings if deep]
         total = Counter[str]()
         for (folder, deep), listing in self._listings.items():
             if not is_under(str(folder), scanned) and (deep or str(folder) not in scanned):
                 # Other files right in DATA may well be what describes it.
-                total.update(listing.passed_over if deep else listing.excluded)
+                total.update(listing.skipped if deep else listing.excluded)
         return [*lines, *([f"skipped: {counted(total, advice={})}"] if total else [])]
 
     def _listing(self, folder: Path, *, deep: bool) -> Listing:
@@ -200,13 +296,8 @@ class Scan:
         return self._listings[folder, deep]
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """A folder to scan: its path, its device and inode, and its path below the folder that was asked for."""
-
-    path: str
-    about: os.stat_result
-    below: str = ""
+_Folder: TypeAlias = tuple[str, os.stat_result, str]
+"""A folder to scan: its path, its device and inode, and its path below the folder that was asked for."""
 
 
 class _Lister:
@@ -239,17 +330,17 @@ class _Lister:
             return
         if stat.S_ISDIR(about.st_mode):
             self.found.roots.append(path)
-            self.scan(_Folder(path, about))
+            self.scan((path, about, ""))
         else:
-            self.file(path, about)
+            self.file(path, about, is_link=Path(path).is_symlink())
 
     def finish(self) -> Listing:
         found = self.found
         while self.links:
             link = self.links.pop(0)
-            target, here = os.path.realpath(link.path), os.path.realpath(Path(link.path).parent)
+            target, here = os.path.realpath(link[0]), os.path.realpath(Path(link[0]).parent)
             if target == here or is_under(here, [target]):
-                found.problems.append((link.path, "is a link back to a folder that it lies in"))
+                found.problems.append((link[0], "is a link back to a folder that it lies in"))
             else:
                 self.scan(link)
         found.folders.sort(key=os.fsencode)
@@ -262,16 +353,16 @@ class _Lister:
     def scan(self, folder: _Folder) -> None:
         pending = [folder]
         while pending:
-            folder = pending.pop()
-            if (known := identity(folder.path, folder.about)) in self.visited:
+            folder = path, about, below = pending.pop()
+            if (known := identity(path, about)) in self.visited:
                 continue
             self.visited.add(known)
             try:
-                entries = sorted(os.scandir(folder.path), key=lambda entry: os.fsencode(entry.name))
+                entries = sorted(os.scandir(path), key=lambda entry: os.fsencode(entry.name))
             except OSError as error:
-                self.problem(folder.path, error)
+                self.problem(path, error)
                 continue
-            if folder.below and not self.enters(folder, {entry.name for entry in entries}):
+            if below and not self.enters(path, below, {entry.name for entry in entries}):
                 continue
             for entry in entries:
                 try:
@@ -280,36 +371,34 @@ class _Lister:
                     if has_suffix(entry.name) or error.errno == errno.ELOOP:
                         self.problem(entry.path, error)
 
-    def enters(self, folder: _Folder, names: set[str]) -> bool:
+    def enters(self, path: str, below: str, names: set[str]) -> bool:
         """Whether what lies in a folder below the one asked for is wanted; counts or lists the folder if not."""
-        if any(names.issuperset(files) for files in OWN_FILES) and not self.rules.includes(
-            folder.below.rstrip("/"), is_folder=True
-        ):
+        is_own = any(names.issuperset(files) for files in OWN_FILES)
+        if is_own and not self.rules.includes(below.rstrip("/"), is_folder=True):
             self.found.excluded[OWN] += 1
             return False
         if not self.deep:
-            self.found.folders.append(folder.path)
+            self.found.folders.append(path)
         return self.deep
 
     def entry(self, entry: os.DirEntry[str], folder: _Folder, pending: list[_Folder]) -> None:
-        name, below = entry.name, f"{folder.below}{entry.name}"
+        name, below = entry.name, f"{folder[2]}{entry.name}"
         if name.startswith("."):
             if name.endswith(EVICTED) and has_suffix(name[1 : -len(EVICTED)]):
                 self.found.evicted.add(str(Path(entry.path).with_name(name[1 : -len(EVICTED)])))
             if not self.rules.includes(below, is_folder=entry.is_dir()):
                 return
         is_folder = entry.is_dir()
-        by = self.rules.excluded_by(below, is_folder=is_folder, parent=folder.path)
+        by = self.rules.excluded_by(below, is_folder=is_folder, parent=folder[0])
         if by is not None:
             self.found.excluded[by] += 1
         elif is_folder:
-            inside = _Folder(entry.path, entry.stat(), f"{below}/")
-            (self.links if entry.is_symlink() else pending).append(inside)
+            (self.links if entry.is_symlink() else pending).append((entry.path, entry.stat(), f"{below}/"))
             if has_suffix(name):
                 self.found.problems.append((entry.path, "is a folder, not an image"))
         elif has_suffix(name) or self.rules.includes(below):
             if entry.is_file(follow_symlinks=False) and entry.inode():
-                self.add((folder.about.st_dev, entry.inode()), entry.path, is_link=False)
+                self.add((folder[1].st_dev, entry.inode()), entry.path, is_link=False)
             else:
                 self.file(entry.path, entry.stat(), is_link=entry.is_symlink())
         elif entry.is_file():

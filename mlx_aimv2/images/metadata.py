@@ -17,7 +17,7 @@ from typing import Literal
 ORIENTATION = 0x0112
 
 MAX_SCANS = 100
-"""Scans of one JPEG, each of which passes over all pixels: encoders write about ten."""
+"""Scans of one JPEG, each of which goes over all pixels: encoders write about ten."""
 
 MAX_SCANNED_PIXELS = 1 << 32
 """Pixels times scans of one JPEG."""

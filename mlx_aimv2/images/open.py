@@ -18,7 +18,6 @@ import numpy as np
 
 from mlx_aimv2.files import read_image_file, read_stream, reason_of
 from mlx_aimv2.images.metadata import orientation_in, trimmed
-from mlx_aimv2.images.pixels import Box, flattened, from_array, turned, turned_box
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -28,6 +27,11 @@ ImageInput: TypeAlias = Union[
     str, os.PathLike[str], bytes, bytearray, memoryview, BinaryIO, "PIL.Image.Image", np.ndarray[Any, Any]
 ]
 """An mx.array counts as a NumPy array. (`Union`, since `|` does not take the name of a class that is not loaded.)"""
+
+Levels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right and bottom of the part of an image that is the image: decoding at a scale may add a rim."""
 
 DECODE = ("exact", "fast")
 TRUNCATED = ("accept", "refuse")
@@ -53,8 +57,8 @@ END_OF_JPEG = b"\xff\xd9"
 # Pillow reads these by starting another program, which a folder of untrusted images must not be able to do.
 NOT_OPENED = {"EPS"}
 
-# The brands by which a HEIC file names itself, after "ftyp" at byte 4.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+"""By which a HEIC file names itself, after "ftyp" at byte 4."""
 
 OVERSAMPLING = 3
 """Fast decoding keeps so many pixels for each one that the resize leaves, along either side.
@@ -63,18 +67,17 @@ With two, the bundled photographs' features are 0.99988 of the exact ones on ave
 three 0.99999; 12 megapixels are decoded at the same scale for 224 and for 448 pixels either way.
 """
 
-PIXEL_BLOCKS = 4
-"""Blocks, of 16 MB each, that Pillow keeps; eight are no faster than four."""
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+"""What EXIF's orientations from 2 on ask of Pillow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What is accepted of an untrusted image, and how a JPEG is decoded.
 
-    `max_pixels`: more are refused before they are decoded; None for the number at which Pillow itself refuses, twice
-    `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970). `truncated`: "accept" a JPEG whose data end early, with a note, or
-    "refuse" it. `decode`: "exact", or "fast" to decode a JPEG at the smallest scale that keeps three times the pixels
-    that are wanted, along each side.
+    `max_pixels`: more are refused before they are decoded; None for twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970),
+    as Pillow. `truncated`: "accept" a JPEG whose data end early, with a note, or "refuse" it. `decode`: "exact", or
+    "fast" for a JPEG at the smallest scale that keeps three times the pixels that are wanted, along each side.
     """
 
     max_pixels: int | None = None
@@ -128,10 +131,10 @@ class OpenImage:
         return 4 * copies * pixels // self.scale(wanted) ** 2 + coefficients
 
     def rgb(self, wanted: tuple[int, int] | None = None) -> tuple[Image.Image, Box | None]:
-        """Decodes it: mode RGB, upright, transparency laid on white; and which part of it counts, None for the whole.
+        """Decodes it, once: mode RGB, upright, transparency laid on white; and which part counts, None for the whole.
 
-        `wanted` is the (width, height) that it will be resized to, which fast decoding need not exceed by far. Once
-        only, since that frees what is not needed any more. Raises ValueError with one line that names the image.
+        `wanted` is the (width, height) that it will be resized to, which fast decoding need not exceed by far. Raises
+        ValueError with one line that names the image.
         """
         image, name = self.image, self.name
         scale, box = self.scale(wanted), None
@@ -152,17 +155,8 @@ class OpenImage:
             raise ValueError(f"{name} does not fit in memory") from None
 
 
-def reuse_decoding_memory() -> None:
-    """Lets Pillow keep up to `PIXEL_BLOCKS` blocks of freed pixels, for a program that decodes many large images.
-
-    Without, Linux hands out every page of every image anew: a fifth of the time of decoding 12 megapixels exactly.
-    PILLOW_BLOCKS_MAX, where the user has set it, stays.
-    """
-    from PIL import Image
-
-    if "PILLOW_BLOCKS_MAX" not in os.environ:
-        core: Any = Image.core  # type: ignore[attr-defined]
-        core.set_blocks_max(PIXEL_BLOCKS)
+def _orientation_of(image: Image.Image) -> int:
+    return orientation_in(image.info.get("exif"), image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
 
 
 def name_of(image: object) -> str:
@@ -181,9 +175,8 @@ def name_of(image: object) -> str:
 def to_rgb(image: ImageInput, *, policy: Policy = POLICY) -> Image.Image:
     """Any image -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
 
-    16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4) of uint8, uint16, bool, wider integers up to 65535, or float from 0 to 1. Raises ValueError
-    or OSError with one line that names the image; warns of what is unusual about it.
+    16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are as in `from_array`. Raises
+    ValueError or OSError with one line that names the image; warns of what is unusual about it.
     """
     opened = open_image(image, policy=policy)
     warn_of(opened)
@@ -197,10 +190,7 @@ def warn_of(opened: OpenImage) -> None:
 
 
 def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: str | None = None) -> OpenImage:
-    """Any image -> OpenImage, checked against the policy. Raises ValueError or OSError with a line that names it.
-
-    `name` is what errors call it, if not by the name it has.
-    """
+    """Any image -> OpenImage, checked against the policy. Raises ValueError or OSError with a line that names it."""
     from PIL import Image
 
     if isinstance(image, OpenImage):
@@ -319,10 +309,6 @@ def _readers(start: bytes) -> Iterator[tuple[str, Callable[[io.BytesIO, str], Im
         yield "HEIC", HeifImageFile
 
 
-def _orientation_of(image: Image.Image) -> int:
-    return orientation_in(image.info.get("exif"), image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
-
-
 def _check_size(size: tuple[int, int], policy: Policy) -> None:
     """Refuses a decompression bomb before it is decoded."""
     from PIL import Image
@@ -333,6 +319,95 @@ def _check_size(size: tuple[int, int], policy: Policy) -> None:
     width, height = size
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"has {width}x{height} pixels, more than {limit:,}: make it smaller, or raise the limit if you trust it, "
-            "with --max-pixels (max_pixels)"
+            f"has {width}x{height} pixels, more than {limit:,}: make it smaller; if you trust it, embed, search, "
+            "classify and map take a higher limit, --max-pixels (max_pixels)"
         )
+
+
+# Pixels
+
+
+def from_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
+    """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, integers up to 65535 or float from 0 to 1.
+
+    -> PIL image in mode L, RGB or RGBA. Raises ValueError with one line that names the image where its shape or its
+    range is unclear.
+    """
+    from PIL import Image
+
+    shape = "x".join(str(n) for n in array.shape)
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (1, 3, 4)):
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            raise ValueError(f"{name} of shape {shape} has its colours first: give array.transpose(1, 2, 0)")
+        raise ValueError(f"{name} has shape {shape}; wanted (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if 0 in array.shape:
+        raise ValueError(f"{name} has shape {shape}: no pixels in it")
+    levels = _eight_bits(array, name)
+    return Image.fromarray(np.ascontiguousarray(levels[..., 0] if array.shape[2:] == (1,) else levels))
+
+
+def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
+    kind = array.dtype.kind
+    if array.dtype == np.uint8:
+        return cast("Levels", array)
+    if kind == "b":
+        return array.astype(np.uint8) * np.uint8(255)
+    if kind == "u" and array.dtype.itemsize == 2:
+        # The high byte, as Pillow does for 16-bit colour: exact for 8-bit images stored as v * 256 and as v * 257.
+        return (array >> 8).astype(np.uint8)
+    if kind not in "iuf":
+        raise ValueError(f"{name} holds {array.dtype}; wanted uint8, uint16, bool, or float from 0 to 1")
+    low, high = array.min(), array.max()
+    if kind == "f" and low >= 0 and high <= 1:
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if kind != "f" and low >= 0 and high <= 65535:
+        # Wider integers say nothing of their range: 8 bits where all fit in 8, else 16.
+        return (array >> 8 if high > 255 else array).astype(np.uint8)
+    raise ValueError(
+        f"{name} holds {array.dtype} from {low} to {high}; wanted uint8, uint16, bool, or float from 0 to 1: "
+        "scale it first"
+    )
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Upright, by the number that EXIF keeps."""
+    from PIL import Image
+
+    if orientation < 2:
+        return image
+    upright = image.transpose(Image.Transpose[TURNS[orientation - 2]])
+    upright.info = {key: image.info[key] for key in ("transparency",) if key in image.info}  # not to be turned again
+    return upright
+
+
+def turned_box(filled: tuple[float, float], size: tuple[int, int], orientation: int) -> Box:
+    """The part (0, 0, *filled) of an image of this (width, height), after it was turned upright."""
+    (wide, high), (width, height) = filled, size
+    left = width - wide if orientation in (2, 3, 7, 8) else 0.0
+    top = height - high if orientation in (3, 4, 6, 7) else 0.0
+    if orientation >= 5:
+        return top, left, top + high, left + wide
+    return left, top, left + wide, top + high
+
+
+def flattened(image: Image.Image, name: str) -> Image.Image:
+    """Mode RGB: levels of 8 bits, and white behind what is transparent, as in transformers: it is often noise."""
+    from PIL import Image
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        image = from_array(np.asarray(image), name)
+    try:
+        if image.mode in ("La", "RGBa"):  # colours already multiplied by their opacity
+            image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        on_white = Image.new("RGB", image.size, (255, 255, 255))
+        on_white.paste(image, mask=image.getchannel("A"))
+        return on_white
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} has the colour mode {image.mode}, which Pillow cannot turn into RGB: {error}"
+        ) from None

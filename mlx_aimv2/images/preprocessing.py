@@ -45,7 +45,7 @@ CLIP_DEFAULTS: dict[str, Any] = {
 
 CLIP_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 
-# Steps of other image processors: one that is switched on changes the pixels, so it cannot be passed over.
+# Steps of other image processors: one that is switched on changes the pixels, so it cannot be skipped.
 UNSUPPORTED_STEPS = (
     *("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_flip_channel_order"),
     *("crop_to_patches", "use_square_size"),
@@ -87,7 +87,7 @@ def published(image_size: int | None) -> Preprocessing:
     return Preprocessing(resize=image_size, crop=(image_size, image_size))
 
 
-def read(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
+def read_preprocessing(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
     """What the files in `folder` say; where none does, Apple's preprocessing for `config`, with a note."""
     file = folder / "preprocessor_config.json"
     fields = _read_json(file)

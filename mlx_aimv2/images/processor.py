@@ -10,16 +10,14 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.config import Aimv2Config
-from mlx_aimv2.images import preprocessing as reading
-from mlx_aimv2.images.open import POLICY, ImageInput, OpenImage, Policy, as_array, name_of, open_image, warn_of
-from mlx_aimv2.images.pixels import Levels
-from mlx_aimv2.images.preprocessing import Preprocessing
+from mlx_aimv2.images.open import ImageInput, Levels, OpenImage, Policy, as_array, name_of, open_image, warn_of
+from mlx_aimv2.images.preprocessing import Preprocessing, read_preprocessing, to_clip
 from mlx_aimv2.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ MAX_RESIZED_PIXELS = 1 << 27
 
 MAX_ASKED_PATCHES = 1 << 16
 """Patches that the files of a checkpoint that takes any size may ask for: 16 times what Apple's was trained on."""
-
-Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Aimv2Processor:
@@ -72,7 +68,7 @@ class Aimv2Processor:
         folder = Path(folder)
         vision = config.vision_config if isinstance(config, Aimv2Config) else config
         text = config.text_config if isinstance(config, Aimv2Config) else None
-        preprocessing = reading.read(folder, config=vision)
+        preprocessing = read_preprocessing(folder, config=vision)
         wanted = None if vision is None else vision.image_size
         final = preprocessing.final_size
         if wanted is not None and final is not None and final != (wanted, wanted):
@@ -115,39 +111,39 @@ class Aimv2Processor:
 
         An image is a path, bytes, an open file, a PIL image or an array (H, W, C) of NumPy or MLX; several are any
         iterable of them, or an array (B, H, W, C). A native checkpoint takes images as large as they are, at a cost
-        that grows with the square of their pixels: with `max_patches` larger ones are scaled down in their shape. It
-        changes nothing for the other checkpoints. `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
+        that grows with the square of their pixels: with `max_patches` larger ones are scaled down in their shape.
+        `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
         """
         policy = Policy(decode=decode, max_pixels=max_pixels, truncated=truncated)
         batch = as_list(images)
         if not batch:
             raise ValueError("no image to prepare: give one, or a list of them")
 
-        def pixels(number: int, image: ImageInput) -> Pixels:
+        def levels(number: int, image: ImageInput) -> Levels:
             try:
-                return self.pixels(image, max_patches=max_patches, policy=policy)
+                opened = open_image(image, policy=policy)
+                warn_of(opened)
+                return self.levels(opened, max_patches=max_patches)
             except (OSError, ValueError) as error:
                 if len(batch) == 1:
                     raise
                 raise (type(error) if isinstance(error, OSError) else ValueError)(f"image {number}: {error}") from None
 
         with ThreadPoolExecutor(min(len(batch), os.cpu_count() or 1) if are_apart(batch) else 1) as pool:
-            arrays = list(pool.map(pixels, range(len(batch)), batch))
+            arrays = list(pool.map(levels, range(len(batch)), batch))
         first: dict[tuple[int, ...], int] = {}
         for number, array in enumerate(arrays):
             first.setdefault(array.shape, number)
         if len(first) > 1:
             sizes = ", ".join(f"{h}x{w} ({name_of(batch[n])}, image {n})" for (h, w, _), n in first.items())
             raise ValueError(f"images of one batch must end up equal in size, these do not: {sizes}; give one per call")
-        return mx.array(np.stack(arrays))
+        batch_of_pixels = self.normalised(mx.array(np.stack(arrays)))
+        mx.eval(batch_of_pixels)  # a lazy array could be read in this thread alone
+        return batch_of_pixels
 
-    def pixels(
-        self, image: ImageInput | OpenImage, *, max_patches: int | None = None, policy: Policy = POLICY
-    ) -> Pixels:
-        """An image -> (H, W, 3) float32, contiguous. Uses Pillow and NumPy alone, so any thread may call it."""
-        opened = open_image(image, policy=policy)
-        warn_of(opened)
-        return _scaled(self.levels(opened, max_patches=max_patches), self.preprocessing)
+    def pixels(self, image: ImageInput, *, max_patches: int | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """An image -> (H, W, 3) float32, for NumPy."""
+        return np.array(self([image], max_patches=max_patches))[0]
 
     def levels(self, opened: OpenImage, *, max_patches: int | None = None) -> Levels:
         """An image -> (H, W, 3) uint8, resized and cropped, which `normalised` makes pixels of."""
@@ -174,10 +170,10 @@ class Aimv2Processor:
         return opened.decoding_bytes(size if size != opened.size else None) + 4 * size[0] * size[1]
 
     def normalised(self, levels: mx.array) -> mx.array:
-        """Levels (B, H, W, 3) uint8 -> pixels (B, H, W, 3) float32, on the device, as `pixels` has them."""
+        """Levels (B, H, W, 3) uint8 -> pixels (B, H, W, 3) float32, rescaled and normalised, on the device."""
         steps = self.preprocessing
         pixels = levels.astype(mx.float32)
-        if steps.rescale_factor is not None:
+        if steps.rescale_factor is not None:  # x / 255 is exact where x * (1 / 255) in float32 is not
             pixels = pixels / mx.array(1 / steps.rescale_factor, mx.float32)
         if steps.image_mean is not None and steps.image_std is not None:
             pixels = (pixels - mx.array(steps.image_mean)) / mx.array(steps.image_std)
@@ -193,10 +189,8 @@ class Aimv2Processor:
 
     def save_to(self, folder: str | os.PathLike[str]) -> None:
         """Writes preprocessor_config.json into `folder`, as CLIPImageProcessor spells it."""
-        file = Path(folder) / "preprocessor_config.json"
-        file.write_text(
-            json.dumps(reading.to_clip(self.preprocessing), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(to_clip(self.preprocessing), indent=2, sort_keys=True)
+        (Path(folder) / "preprocessor_config.json").write_text(f"{text}\n", encoding="utf-8")
 
     def _size(self, opened: OpenImage, max_patches: int | None) -> tuple[int, int]:
         """(width, height) that the image is resized to, before the crop."""
@@ -253,17 +247,3 @@ def as_list(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
 def are_apart(images: Iterable[ImageInput]) -> bool:
     """Whether threads may read these at once: an open file or a PIL image may occur twice in a list."""
     return all(isinstance(image, (str, os.PathLike, bytes)) for image in images)
-
-
-def _scaled(levels: Levels, steps: Preprocessing) -> Pixels:
-    """(H, W, 3) uint8 -> (H, W, 3) float32, rescaled and normalised."""
-    height, width, channels = levels.shape
-    # A row of W * 3 numbers in one go: NumPy is several times slower where the last axis is 3.
-    values = levels.reshape(height, width * channels).astype(np.float32)
-    if steps.rescale_factor is not None:
-        # x / 255 is exact where x * (1 / 255) in float32 is not.
-        values /= np.float32(1 / steps.rescale_factor)
-    if steps.image_mean is not None and steps.image_std is not None:
-        values -= np.tile(np.array(steps.image_mean, np.float32), width)
-        values /= np.tile(np.array(steps.image_std, np.float32), width)
-    return values.reshape(height, width, channels)

@@ -104,7 +104,7 @@ def find_duplicates(
     a group has one member, the one to keep, of each group of same images; without it there are none. `under` is the
     folder in which images lie. Nothing is changed.
     """
-    stamps = dict(index.stamps())
+    stamps = index.stamps()
     files: dict[bytes, list[str]] = defaultdict(list)
     for path in index.paths(under):
         files[stamps[path].sha256].append(path)

@@ -3,8 +3,7 @@
 `vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
 tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
 npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each image.
-Files are written beside their target and take its name when they are complete. Memory holds one image at a time, for
-safetensors all vectors.
+Memory holds one image at a time, for safetensors all vectors.
 """
 
 from __future__ import annotations

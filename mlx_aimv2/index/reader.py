@@ -1,9 +1,8 @@
 """Reads an index, one file with the embeddings of many images, and finds the images nearest to a vector.
 
 The file is SQLite's. `images` has a row for each image; `blocks` holds their vectors, up to 1024 in a row, because
-reading a million rows one by one takes longer than the search. `blocks.images` lists the ids (int64) of the vectors
-in `blocks.vectors` in the same order. A vector is stored at unit length, its own length beside it in `images`; tokens
-and maps are stored as they are. `writer.py` writes it.
+reading a million rows one by one takes longer than the search, and their ids (int64) in the same order. A vector is
+stored at unit length, its own length beside it in `images`; tokens and maps are stored as they are.
 
 It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
 and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
@@ -23,12 +22,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mlx_aimv2.files import is_unchanged
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.nearest import Vectors
@@ -36,11 +37,19 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x41494D32
 """In the file's header, "AIM2": an index is recognised by it."""
 
-VERSION = 1
+VERSION = 2
+
+ADDED = ("ctime_ns INTEGER", "inode INTEGER")
+"""Columns that format 1 lacks; the next writer adds them. NULL where an earlier release embedded the image."""
+
+UPGRADE = (*(f"ALTER TABLE images ADD COLUMN {column}" for column in ADDED), f"PRAGMA user_version = {VERSION}")
+
+STAMPED = {1: "size, mtime_ns, sha256, NULL, NULL", VERSION: "size, mtime_ns, sha256, ctime_ns, inode"}
+"""Format -> columns with what an `Embedding` says of its file."""
 
 TABLES = {
     "about": "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "images": """CREATE TABLE images (
+    "images": f"""CREATE TABLE images (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
     size INTEGER NOT NULL,      -- of the file, in bytes
@@ -49,7 +58,8 @@ TABLES = {
     length REAL,                -- of the vector before it was scaled to unit length; NULL for tokens and maps
     rows INTEGER,               -- tokens, or rows of a map; NULL for one vector
     columns INTEGER,            -- of a map; NULL otherwise
-    block INTEGER NOT NULL
+    block INTEGER NOT NULL,
+    {", ".join(ADDED)}
 )""",
     "blocks": "CREATE TABLE blocks (id INTEGER PRIMARY KEY, images BLOB NOT NULL, vectors BLOB NOT NULL)",
 }
@@ -77,28 +87,30 @@ WIDEST = 1 << 20
 BUSY_SECONDS = 60.0
 BLOCKS_HELD = 16
 
+NOTHING = np.empty(0, np.float32)
+
 AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 """What an index holds for each image, by the number of axes: (D,), (N, D) or (h, w, D)."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D)."""
+    """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D).
+
+    The vector is empty where only the file is asked about.
+    """
 
     path: str
     size: int
     mtime_ns: int
     sha256: bytes
     vector: NDArray[Any]
+    ctime_ns: int | None = None
+    inode: int | None = None
 
-
-@dataclass(frozen=True)
-class Stamp:
-    """How an image's file was when it was read."""
-
-    size: int
-    mtime_ns: int
-    sha256: bytes
+    def fits(self, about: os.stat_result) -> bool:
+        """Whether the file is still as it was (`files.is_unchanged`)."""
+        return is_unchanged(about, self.size, self.mtime_ns, self.ctime_ns, self.inode)
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Index:
         self._lock = threading.RLock()
         self._vectors: Vectors | None = None
         self._blocks: dict[int, tuple[NDArray[Any], bytes]] = {}
+        self._format: int = self._all("PRAGMA user_version")[0][0]
         about = dict(self._all("SELECT name, value FROM about"))
         try:
             self.provenance: dict[str, Any] = json.loads(about["provenance"])
@@ -181,21 +194,21 @@ class Index:
         for path, _ in self._rows(under):
             yield self._name(path)
 
-    def stamp(self, path: str) -> Stamp | None:
+    def stamp(self, path: str) -> Embedding | None:
         """How an image's file was when it was read; None for an image that is not in here."""
         try:
-            return self._stamp(path, self._columns(path)[:3])
+            return self._stamp(path, self._columns(path)[:5])
         except KeyError:
             return None
 
-    def stamps(self) -> Iterator[tuple[str, Stamp]]:
-        """Every image's path and how its file was when it was read."""
-        for path, *values in self._all("SELECT path, size, mtime_ns, sha256 FROM images"):
-            yield self._name(path), self._stamp(path, values)
+    def stamps(self) -> dict[str, Embedding]:
+        """How every image's file was when it was read, by its path."""
+        rows = self._all(f"SELECT path, {STAMPED[self._format]} FROM images")
+        return {(name := self._name(path)): self._stamp(name, values) for path, *values in rows}
 
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
-        return self._restored(*self._columns(path)[3:])
+        return self._restored(*self._columns(path)[5:])
 
     def embeddings(self) -> Iterator[Embedding]:
         """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one goes meanwhile."""
@@ -204,8 +217,7 @@ class Index:
                 row = self._columns(path)
             except KeyError:
                 raise OSError(f"{self.path} was changed while it was read: run it again") from None
-            stamp = self._stamp(path, row[:3])
-            yield Embedding(path, stamp.size, stamp.mtime_ns, stamp.sha256, self._restored(*row[3:]))
+            yield self._stamp(path, row[:5], self._restored(*row[5:]))
 
     def search(
         self,
@@ -297,10 +309,12 @@ class Index:
                 return count
         raise damaged(self.path, "a block of vectors that does not fit its images")
 
-    def _stamp(self, path: object, values: Sequence[Any]) -> Stamp:
-        if [type(value) for value in values] != [int, int, bytes]:
+    def _stamp(self, path: str, values: Sequence[Any], vector: NDArray[Any] = NOTHING) -> Embedding:
+        size, mtime_ns, sha256, *others = values
+        kinds = [type(value) for value in (size, mtime_ns, sha256)]
+        if kinds != [int, int, bytes] or not all(isinstance(one, (int, NoneType)) for one in others):
             raise damaged(self.path, f"what it says of {path!r:.80}")
-        return Stamp(*values)
+        return Embedding(path, size, mtime_ns, sha256, vector, *others)
 
     def _name(self, path: object) -> str:
         if not isinstance(path, bytes):
@@ -308,8 +322,8 @@ class Index:
         return os.fsdecode(path)
 
     def _columns(self, path: str) -> Any:
-        """(size, mtime_ns, sha256, id, length, rows, columns, block) of an image. Raises KeyError where it is none."""
-        columns = "size, mtime_ns, sha256, id, length, rows, columns, block"
+        """The five of `STAMPED`, id, length, rows, columns and block of an image. Raises KeyError where it is none."""
+        columns = f"{STAMPED[self._format]}, id, length, rows, columns, block"
         if not (found := self._all(f"SELECT {columns} FROM images WHERE path = ?", os.fsencode(path))):
             raise KeyError(path)
         return found[0]
@@ -383,8 +397,6 @@ def plain_errors(path: Path) -> Iterator[None]:
             raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
         if any(phrase in text for phrase in ("malformed", "no such table", "no such column", "Could not decode")):
             raise damaged(path, text) from None
-        if "already exists" in text:
-            raise FileExistsError(f"{path} already exists: open it, or choose another name") from None
         raise OSError(f"{path}: {text}") from None
 
 
@@ -392,11 +404,13 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
     """Raises ValueError for a database that is no index, or an index that holds more or less than its tables."""
     if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
         raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
-    if (found := db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
+    if (found := db.execute("PRAGMA user_version").fetchone()[0]) not in STAMPED:
         raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
+    added = "" if found == VERSION else _plain("".join(f",{column}" for column in ADDED))
+    wanted = {name: _plain(sql).replace(added, "") for name, sql in TABLES.items()}
     tables = set()
     for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
-        if kind == "table" and name in TABLES and _plain(sql) == _plain(TABLES[name]):
+        if kind == "table" and name in wanted and _plain(sql) == wanted[name]:
             tables.add(name)
         elif not (
             (kind == "index" and str(name).startswith("sqlite_autoindex_") and sql is None)

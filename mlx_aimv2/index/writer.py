@@ -16,17 +16,31 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import AXES, SCRIPT, STORED, Embedding, Index, connect, is_free, plain_errors
+from mlx_aimv2.index.reader import (
+    AXES,
+    SCRIPT,
+    STORED,
+    UPGRADE,
+    VERSION,
+    Embedding,
+    Index,
+    connect,
+    is_free,
+    plain_errors,
+)
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
 
 INSERT = (
-    "INSERT INTO images (path, size, mtime_ns, sha256, length, rows, columns, block) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO images (path, size, mtime_ns, sha256, ctime_ns, inode, length, rows, columns, block) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
+RENAME = "UPDATE images SET path = ?, size = ?, mtime_ns = ?, sha256 = ?, ctime_ns = ?, inode = ? WHERE path = ?"
+
 Row = tuple[tuple[Any, ...], bytes]
-"""The first seven columns of an image's row, and its vector's bytes."""
+"""All but the last of `INSERT`'s columns of an image's row, and its vector's bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +50,7 @@ class Copy:
     With `is_move` the source's file is gone, and its entry gets the name of this one.
     """
 
-    path: str
-    size: int
-    mtime_ns: int
+    file: Embedding
     source: str
     is_move: bool = False
 
@@ -111,20 +123,17 @@ class IndexWriter(Index):
             stored = vector.astype(self.dtype)
         if not np.isfinite(stored).all():
             raise ValueError(f"{embedding.path}: values beyond {self.dtype}; store float32")
-        stamp = (os.fsencode(embedding.path), embedding.size, embedding.mtime_ns, embedding.sha256)
-        return (*stamp, length, rows, columns), stored.tobytes()
+        return (*_of_file(embedding), length, rows, columns), stored.tobytes()
 
     def _copied(self, copy: Copy) -> Row:
-        _, _, sha256, identity, *shape, block = self._columns(copy.source)
-        stamp = (os.fsencode(copy.path), copy.size, copy.mtime_ns, sha256)
-        return (*stamp, *shape), self._stored(identity, block)
+        *_, identity, length, rows, columns, block = self._columns(copy.source)
+        return (*_of_file(copy.file), length, rows, columns), self._stored(identity, block)
 
     def _move(self, move: Copy) -> None:
-        if move.source != move.path:
+        if move.source != move.file.path:
             self._columns(move.source)  # raises KeyError before the target's entry is removed
-            self._remove([os.fsencode(move.path)])
-        values = (os.fsencode(move.path), move.size, move.mtime_ns, os.fsencode(move.source))
-        self._db.execute("UPDATE images SET path = ?, size = ?, mtime_ns = ? WHERE path = ?", values)
+            self._remove([os.fsencode(move.file.path)])
+        self._db.execute(RENAME, (*_of_file(move.file), os.fsencode(move.source)))
 
     def _append(self, rows: Sequence[Row]) -> None:
         capacity = BLOCK if self.axes == 1 else 1
@@ -170,9 +179,17 @@ class IndexWriter(Index):
         with self._lock, plain_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
+                if self._db.execute("PRAGMA user_version").fetchone()[0] < VERSION:
+                    for command in UPGRADE:
+                        self._db.execute(command)
                 yield
                 self._db.execute("COMMIT")
+                self._format = VERSION
             except BaseException:
                 if self._db.in_transaction:  # after a full disk SQLite has rolled back by itself
                     self._db.execute("ROLLBACK")
                 raise
+
+
+def _of_file(image: Embedding) -> tuple[Any, ...]:
+    return os.fsencode(image.path), image.size, image.mtime_ns, image.sha256, image.ctime_ns, image.inode

@@ -1,4 +1,4 @@
-"""What masks and boxes share: the image laid on the square that the encoder takes, and maps made larger and smaller.
+"""What masks and boxes share: files beside images, the image on the square that the encoder takes, maps resized.
 
 The whole image is stretched to the square, as the processor of `loading.at_size` does it: no patch is spent on
 padding. For training it is drawn larger or smaller, a little out of shape, and its colours are changed.
@@ -11,10 +11,13 @@ matrix products, so they stay convolutions.
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,15 +25,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
-from mlx_aimv2.images import to_rgb
+from mlx_aimv2.files import read_text
+from mlx_aimv2.images import open_image, to_rgb
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.learner import canvas_size
-from mlx_aimv2.learn.samples import Sample
+from mlx_aimv2.learn.samples import DataError, Sample, Size, part_of
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
 
 if TYPE_CHECKING:
     from PIL import Image
+
+IMAGES = ("images", "img_dir", "JPEGImages", "leftImg8bit", "image", "imgs")
+"""Names of the folder of images; the first is this package's, the others mmsegmentation's, VOC's, Cityscapes'."""
+
+ENDINGS = re.compile(r"(_gt(fine|coarse))?_(masks?|seg(mentation)?|labels?|gt|label(train)?ids)$|_leftImg8bit$", re.I)
+"""What the name of a mask, or of Cityscapes' image, has more than the other's."""
+
+Pairs: TypeAlias = "list[tuple[str, str]]"
+"""An image, and the file that says what is drawn on it."""
 
 SHOWN = 6
 """Images whose overlays a model card shows."""
@@ -43,6 +58,99 @@ STRETCH = 1.15
 
 COLOUR = 0.3
 """How far brightness, contrast and colour of a training image go, to either side of 1."""
+
+
+def folders_beside(
+    data: Path, scan: Scan, names: Sequence[str], holds: Callable[[Path, bool], bool]
+) -> dict[str, tuple[Path, Path]]:
+    """Folders of images and of the files that belong to them, by part; the part is empty where DATA says none.
+
+    The second has one of `names`, or is the first: as `holds(folder, beside)` says it, of the files below a
+    folder, or right in it. Parts are folders around both or within both.
+    """
+
+    def pair(folder: Path) -> tuple[Path, Path] | None:
+        images = next((folder / name for name in IMAGES if (folder / name).is_dir()), folder)
+        others = (folder / name for name in names if (folder / name).is_dir())
+        other = next((other for other in others if holds(other, False)), images if holds(images, True) else None)
+        return None if other is None else (images, other)
+
+    around = samples.parts_of(data, scan, lambda folder: pair(folder) is not None)
+    pairs = {part: found for part, folder in around.items() if (found := pair(folder)) is not None}
+    if "" not in pairs:
+        return pairs
+    images, others = pairs[""]
+    within = samples.parts_of(images, scan, lambda folder: (others / folder.relative_to(images)).is_dir())
+    return {part: (folder, others / folder.relative_to(images)) for part, folder in within.items()}
+
+
+def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: Scan) -> Pairs:
+    """Images of the first folder with those of the `files` below the other that have their name.
+
+    A file may have one of `ENDINGS` more. What has no counterpart is left out with a note; DataError where an image has
+    several.
+    """
+    images, others = folders
+    exact = {_stem(file, others): file for file in files}
+    longer: dict[str, list[str]] = defaultdict(list)
+    for stem, file in exact.items():
+        longer[ENDINGS.sub("", stem)].append(file)
+    pairs: Pairs = []
+    faults: list[str] = []
+    for image in sorted(set(scan.images(images)).difference(files)):
+        stem = _stem(image, images)
+        found = [exact[stem]] if stem in exact else longer[ENDINGS.sub("", stem)]
+        if not found:
+            scan.note(image, f"has no {noun} of its name in {others}: left out")
+        elif len(found) > 1:
+            faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
+        else:
+            pairs.append((image, found[0]))
+    if faults:
+        raise DataError(faults)
+    for file in sorted(set(files).difference(file for _, file in pairs)):
+        scan.note(file, f"has no image of its name in {images}: left out")
+    return pairs
+
+
+def _stem(file: str, folder: Path) -> str:
+    return str(Path(file).relative_to(folder).with_suffix(""))
+
+
+def by_lists(lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, Pairs]:
+    """Images by the parts that VOC's ImageSets name in `train.txt` and `val.txt`; under "" where there are no lists."""
+    files = {part: file for file in sorted(lists.glob("*.txt")) if (part := part_of(file.stem)) and file.stem.isalpha()}
+    if not files:
+        return {"": pairs}
+    known = {_stem(pair[0], images): pair for pair in pairs}
+    found: dict[str, Pairs] = {}
+    for part, file in files.items():
+        names = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_text(file).splitlines() if line.strip()]
+        found[part] = [known[name] for name in dict.fromkeys(names) if name in known]
+        for name in dict.fromkeys(names):
+            if name not in known:
+                scan.note(f"{name} in {file}", "has no image or nothing that belongs to it: left out")
+    listed = {pair for part in found.values() for pair in part}
+    for image in sorted(pair[0] for pair in set(pairs) - listed):
+        scan.note(image, f"is in no list of {lists}: left out")
+    return {part: own for part, own in found.items() if own}
+
+
+def size_fault(path: str, size: Size, stated: Size, source: str) -> str | None:
+    """Why what `source` draws on an image would not fit, None where it does; `size` is upright, both (height, width).
+
+    What was drawn on the stored pixels of an image that its EXIF tag turns is refused: of mirrored and square ones no
+    size tells.
+    """
+    if stated == size:
+        return None
+    own, other = (f"{height}x{width}" for height, width in (size, stated))
+    if stated == size[::-1] and open_image(path).orientation >= 5:
+        return (
+            f"{path} is turned by its EXIF tag, {own} pixels upright (height x width), but {source} has {other}, as it "
+            f"is stored: remove the tag (exiftool -Orientation= {path}), or draw on the upright image"
+        )
+    return f"{path} has {own} pixels upright (height x width), but {source} has {other}: they must be equal"
 
 
 @dataclass(frozen=True)

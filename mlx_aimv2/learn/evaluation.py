@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,16 +18,23 @@ from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learne
 from mlx_aimv2.learn.samples import seen
 from mlx_aimv2.learn.task import Task
 
+MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
+"""What makes images, links, code and HTML of text in Markdown, and what ends a cell."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA."""
+    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA.
+
+    `left_out` has a line for each thing in DATA that was left out.
+    """
 
     scores: dict[str, float]
     images: int
     part: str
     table: list[list[str]]
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -36,26 +44,28 @@ def evaluate(
     model: str | None = None,
     dtype: str | None = None,
     card: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
 ) -> Evaluation:
     """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
 
     Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
     card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
-    that the head does not know among it.
+    that the head does not know among it; with `skip_broken` images that cannot be read are left out.
     """
     target = None if card is None else expand_user(card)
     if target is not None:
         check_target(target)
     loaded = load_head(head, model=model, dtype=dtype)
     classes, results = loaded.classes, loaded.task.results
-    dataset = loaded.task.data.read(expand_user(data), classes=classes)
+    dataset = loaded.task.data.read(expand_user(data), classes=classes, skip_broken=skip_broken)
     part, samples = dataset.to_score()
     predictions = decoded(loaded.task, samples, outputs_of_learner(loaded.learner, samples, loaded.processor))
     if target is not None:
         with atomic_folder(target) as folder:
             results.card(samples, predictions, classes, folder)
     scores, table = results.score(samples, predictions, classes)
-    return Evaluation(scores, len(samples), part, table, (*dataset.notes, *seen(samples, loaded.trained_on)))
+    notes = (*dataset.notes, *seen(samples, loaded.trained_on))
+    return Evaluation(scores, len(samples), part, table, notes, dataset.left_out)
 
 
 def predict(
@@ -122,7 +132,7 @@ def write_card(
     text = f"""\
 {front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
 
-# {name}
+# {_as_text(name)}
 
 A head for {task.pipeline_tag.split("-")[1]} on {at}, trained with mlx-aimv2 {info["versions"]["mlx-aimv2"]} \
 (`--fine-tune-type {info["fine_tune_type"]}`) on images: \
@@ -152,7 +162,12 @@ mlx-aimv2 evaluate {name} DATA
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header; numbers stand at the right."""
-    header, *rest = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    """A table whose first row is the header; numbers stand at the right, and labels as they are written."""
+    header, *rest = ([_as_text(cell) for cell in row] for row in rows)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rest))
+
+
+def _as_text(label: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(label.split()))

@@ -5,10 +5,8 @@ DATA -> Dataset -> features or pixels -> head -> scores on the parts held out ->
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,18 +19,17 @@ from mlx_aimv2 import __version__
 from mlx_aimv2.backend import prepared
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
-from mlx_aimv2.files import atomic_folder, check_target, expand_user
+from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.evaluation import write_card
 from mlx_aimv2.learn.learner import Learner, canvas_size, decoded, grid_of
-from mlx_aimv2.learn.run import Run, Trained
-from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form
+from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
-from mlx_aimv2.learn.training import fine_tune, train_on_features
+from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.train.loop import StateFile, check_training_folder
+from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,8 @@ class Fitted:
     scores: dict[str, dict[str, float]]
     images: dict[str, int]
     line: str
+    left_out: tuple[str, ...] = ()
+    """A line for each thing in DATA that was left out."""
 
 
 @prepared()
@@ -58,6 +57,7 @@ def fit(
     dtype: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    skip_broken: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, str], Callable[[int], None]] = lambda total, unit: lambda count: None,
     **settings: Any,
@@ -67,7 +67,7 @@ def fit(
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
     fields of `task.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
     a line for each thing worth knowing; `progress(total, unit)` gives a function that counts. With `resume` a run that
-    was stopped goes on.
+    was stopped goes on. With `skip_broken` images that cannot be read are left out; HEAD/left_out.txt lists what was.
 
     Raises DataError (a ValueError) with everything that is wrong with the data, ValueError for options that
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
@@ -77,35 +77,37 @@ def fit(
     options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
-    check_target(target)
-    found, kind = _task(source, task, fine_tune_type, say)
-    check_options(options, found, kind)
-    training = check_training_folder(target, resume=resume)
-    dataset = _dataset(found, source, labels, say, decode=found.types[kind].features is None)
-    encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
-    how = RECIPES[options.recipe] if options.recipe else found.types[kind]
-    run = Run(
-        task=found,
-        kind=kind,
-        dataset=dataset,
-        encoder=encoder,
-        processor=processor,
-        options=options,
-        type=how,
-        described=described,
-        state=StateFile(training, _identity(kind, described, dataset, options)) if how.learning_rates else None,
-        ranks=ranks,
-        cache=Path(cache) if cache is not None else None,
-        say=say if ranks.rank == 0 else lambda line: None,
-        progress=progress if ranks.rank == 0 else lambda total, unit: lambda count: None,
-    )
-    mx.random.seed(options.seed)
-    trained = train_on_features(run) if run.type.features else fine_tune(run)
-    if ranks.rank > 0:
-        return Fitted(target, {}, {}, "")
-    fitted = _written(target, run, trained, seconds=time.monotonic() - started)
-    shutil.rmtree(training, ignore_errors=True)
-    return fitted
+    with training_run(target, resume=resume, rank=ranks.rank) as training:
+        found, kind = _task(source, task, fine_tune_type, say)
+        check_options(options, found, kind)
+        decode = skip_broken or found.types[kind].features is None
+        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken)
+        encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
+        how = RECIPES[options.recipe] if options.recipe else found.types[kind]
+        run = Run(
+            task=found,
+            kind=kind,
+            dataset=dataset,
+            encoder=encoder,
+            processor=processor,
+            options=options,
+            type=how,
+            described=described,
+            state=StateFile(training, _identity(found, kind, described, dataset, options))
+            if how.learning_rates
+            else None,
+            ranks=ranks,
+            cache=Path(cache) if cache is not None else None,
+            say=say if ranks.rank == 0 else lambda line: None,
+            progress=progress if ranks.rank == 0 else lambda total, unit: lambda count: None,
+        )
+        mx.random.seed(options.seed)
+        trained = train_on_features(run) if run.type.features else fine_tune(run)
+        if ranks.rank > 0:
+            return Fitted(target, {}, {}, "")
+        fitted = _written(target, run, trained, seconds=time.monotonic() - started)
+        discard(training)
+        return fitted
 
 
 def _options(settings: dict[str, Any]) -> Options:
@@ -159,7 +161,10 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
         head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
         shown = task.results.card(splits[part], predictions, classes, place)
         write_card(place, info, task, table, shown, name=target.name)
-    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]))
+        if left_out := run.dataset.left_out:
+            lines = "".join(line.replace("\n", "\\n") + "\n" for line in left_out)
+            (place / "left_out.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
+    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]), left_out)
 
 
 def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> str:
@@ -198,13 +203,11 @@ def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str],
     return task, kind or task.default_type
 
 
-def _dataset(
-    task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], *, decode: bool
-) -> Dataset:
-    dataset = task.data.read(source, decode=decode)
+def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], **how: Any) -> Dataset:
+    dataset = task.data.read(source, **how)
     allowed = [same_form(name) for name in labels or dataset.classes]
     if labels is not None and (unknown := [name for name in dataset.classes if name not in allowed]):
-        raise DataError([f"the label {name} is not in the list {listed(labels)}" for name in unknown])
+        raise DataError([f"the label {short(name)} is not in the list {listed(labels)}" for name in unknown])
     counts = ", ".join(f"{len(samples):,} {part}" for part, samples in dataset.splits.items() if samples)
     say(f"{one_image(len(dataset.classes), 'label')}: {listed(dataset.classes)}; {counts}")
     for note in dataset.notes:
@@ -212,9 +215,22 @@ def _dataset(
     return dataset
 
 
-def _identity(kind: str, encoder: dict[str, Any], dataset: Dataset, options: Options) -> dict[str, Any]:
+def _identity(task: Task, kind: str, encoder: dict[str, Any], dataset: Dataset, options: Options) -> dict[str, Any]:
     """What must be the same when a run is resumed; the learning rate may be lowered."""
-    content = hashlib.sha256(b"".join(sample.sha256 for sample in dataset.splits["train"])).hexdigest()
-    kept = {name: value for name, value in asdict(options).items() if name not in ("learning_rate", "patience")}
-    about = {"fine_tune_type": kind, "encoder": encoder["weights"]["digest"][:16], "train_images": content[:16]}
-    return about | kept
+    about: dict[str, Any] = {"task": task.name, "fine_tune_type": kind, "ranks": Ranks().size}
+    about |= {"encoder": encoder["weights"]["digest"][:16], "dtype": encoder["dtype"]}
+    about |= {"preprocessing": encoder["preprocessing"]}
+    for part, samples in dataset.splits.items():
+        about[f"{part}_images"] = digest_of([sample.sha256 for sample in samples])
+        about[f"{part}_labels"] = digest_of([dataset.classes, *(_content(sample.target) for sample in samples)])
+    if options.adapter_path is not None:
+        about["adapters"] = digest_of(sorted(Path(options.adapter_path).glob("adapter*")))
+    may_change = ("learning_rate", "patience", "adapter_path")
+    return about | {name: value for name, value in asdict(options).items() if name not in may_change}
+
+
+def _content(target: Any) -> Any:
+    """What a sample is labelled with; texts are the names of masks, whose content counts."""
+    if isinstance(target, tuple):
+        return tuple(map(_content, target))
+    return Path(target) if isinstance(target, str) else target

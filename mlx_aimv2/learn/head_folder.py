@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import mlx.core as mx
@@ -18,16 +22,17 @@ import mlx.core as mx
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
-from mlx_aimv2.embed.provenance import differences, fingerprint
+from mlx_aimv2.embed.cache import differences, fingerprint
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.learner import Learner, grid_of
 from mlx_aimv2.learn.lora import load_arrays
-from mlx_aimv2.learn.task import Task, find_task
+from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.train.optimizer import flat
+from mlx_aimv2.train.optimizer import first_not_finite, flat
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
@@ -43,7 +48,10 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
 
-FIELDS: dict[str, type] = {
+MANY_PATCHES = 1 << 14
+"""Four times as many as the released checkpoints were trained on, of which attention compares each with each."""
+
+FIELDS: Fields = {
     "task": str,
     "fine_tune_type": str,
     "classes": list,
@@ -52,6 +60,9 @@ FIELDS: dict[str, type] = {
     "image_size": int,
 }
 """Fields of head.json that are acted on, and their types."""
+
+ENCODER_FIELDS: Fields = {"checkpoint": str, "commit": (str, NoneType), "dtype": str, "weights": dict}
+"""What head.json says of the encoder."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,14 @@ def save(
     if file := ENCODER_FILES.get(kind):
         changed[file] = learner.encoder.trainable_parameters()
     for file, parameters in changed.items():
+        if (name := first_not_finite(flat(parameters))) is not None:
+            raise ValueError(
+                f"{name} holds values that are no numbers: does the encoder, or what it makes of an image?"
+            )
         try:
             mx.save_safetensors(str(folder / file), flat(parameters), metadata={"format": "mlx"})
         except RuntimeError as error:  # a full disk
-            raise OSError(f"{file} cannot be written: {error}") from None
+            raise OSError(errno.ENOSPC, f"{file} cannot be written") from error
     if adapters is not None:
         write_json(folder / lora.CONFIG_FILE, adapters)
     (folder / TRAINED_ON_FILE).write_bytes(trained_on)
@@ -108,9 +123,14 @@ def read_info(folder: Path) -> dict[str, Any]:
         )
     if version != FORMAT:
         raise ValueError(f"{file} is damaged: format_version is {version!r}")
-    for name, kind in FIELDS.items():
-        if not isinstance(info.get(name), kind):
-            raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if (name := misfit(info, FIELDS)) is not None:
+        raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
+    if info["task"] not in TASKS:
+        raise ValueError(f"{file} is damaged: task is {info['task']!r:.60}, none of {', '.join(TASKS)}")
+    if (name := misfit(info["encoder"], ENCODER_FIELDS)) is not None:
+        raise ValueError(f"{file} is damaged: encoder says {name} {info['encoder'].get(name)!r:.60}")
+    if not 1 <= info["image_size"] <= MAX_SIDE:
+        raise ValueError(f"{file} is damaged: image_size is {info['image_size']}")
     if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
         raise ValueError(f"{file} is damaged: classes are not a list of names")
     return info
@@ -124,15 +144,15 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     folder = expand_user(folder)
     info = read_info(folder)
     task = find_task(info["task"])
+    if info["fine_tune_type"] not in task.types:
+        raise ValueError(f"{folder / INFO_FILE} is damaged: {task.name} has no fine_tune_type {info['fine_tune_type']}")
     wanted = info["encoder"]
-    try:
-        source = read_source(model or str(wanted.get("checkpoint")), revision=None if model else wanted.get("commit"))
-        loaded = source.load(dtype=dtype or wanted.get("dtype"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"the encoder that {folder} needs is not there: {error}; say where, -m MODEL") from None
+    loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
     _check_positions(folder, info, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
+    if (patches := math.prod(grid_of(processor))) > MANY_PATCHES:
+        warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     _load_changes(folder, info["fine_tune_type"], vision)
     head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
     load_arrays(folder / HEAD_FILE, head, head.parameters())
@@ -162,10 +182,9 @@ def fuse(
     kind, encoder = info.get("fine_tune_type", "lora"), info.get("encoder", {})
     if kind not in ENCODER_FILES:
         raise ValueError(f"{head} left the encoder as it is ({kind}): nothing to fuse")
-    name = model or encoder.get("checkpoint")
-    if name is None:
+    if not (model or encoder):
         raise ValueError(f"{head} does not say which encoder it is for: give --model")
-    loaded = read_source(name, revision=revision or (None if model else encoder.get("commit"))).load()
+    loaded = _encoder_of(head, encoder, model, revision)
     if info:
         check_encoder(head, encoder, loaded)
     own = loaded.model.vision.config.image_size
@@ -181,8 +200,21 @@ def fuse(
         config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         mlx_folder.save_config(place, config)
         mlx_folder.save_beside(place, source)
-        model_card.write(place, source=source, config=config, report=None, hub_name=None)
+        model_card.write(place, source=source, config=config, report=None)
     return target
+
+
+def _encoder_of(
+    folder: Path, wanted: Mapping[str, Any], model: str | None, revision: str | None, *, dtype: str | None = None
+) -> Loaded:
+    """The encoder that a folder was made on, from where it was then, or from `model`."""
+    revision = revision or (None if model else wanted.get("commit"))
+    try:
+        return read_source(model or str(wanted.get("checkpoint")), revision=revision).load(dtype=dtype)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the encoder that {folder} needs is not there: {error}; say where it is, --model MODEL"
+        ) from None
 
 
 def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
@@ -206,8 +238,6 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     """Raises ValueError where `loaded` is not the encoder that a head was trained on."""
     here = {**loaded.origin, "weights": fingerprint(loaded.model)}
     there = {key: wanted.get(key) for key in here}
-    if not isinstance(there["weights"], dict):
-        raise ValueError(f"{folder / INFO_FILE} is damaged: it says nothing of the encoder's weights")
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")

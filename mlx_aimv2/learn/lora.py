@@ -10,8 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.files import read_json
+from mlx_aimv2.learn.task import MAX_RANK
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.optimizer import first_not_finite
+from mlx_aimv2.untrusted_json import Fields, misfit
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -23,6 +27,11 @@ KEYS = [".".join(names) for names in LAYERS]
 
 RANK, SCALE, DROPOUT = 8, 20.0, 0.0
 """mlx-lm's defaults."""
+
+PARAMETERS: Fields = {"rank": int, "scale": (int, float), "dropout": (int, float)}
+
+BOUNDS: dict[str, tuple[float, float]] = {"rank": (1, MAX_RANK), "scale": (-3.4e38, 3.4e38), "dropout": (0, 0.999)}
+"""Fields of lora_parameters and the smallest and largest value of each."""
 
 
 class LoRALinear(nn.Module):
@@ -132,17 +141,19 @@ def _read_config(file: Path, depth: int) -> dict[str, Any]:
         config: dict[str, Any] = read_json(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is no adapter folder") from None
-    parameters = config.get("lora_parameters")
-    if not isinstance(parameters, dict) or config.get("fine_tune_type") not in KINDS:
+    if misfit(config, {"fine_tune_type": str, "lora_parameters": dict}) or config["fine_tune_type"] not in KINDS:
         raise ValueError(f"{file}: wanted fine_tune_type {' or '.join(KINDS)} and lora_parameters")
-    if sorted(keys := parameters.get("keys", KEYS)) != sorted(KEYS):
-        raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys}")
-    for name in ("rank", "scale"):
-        if not isinstance(parameters.get(name), (int, float)):
-            raise ValueError(f"{file}: lora_parameters has no number for {name}")
+    keys = config["lora_parameters"].get("keys", KEYS)
+    if not isinstance(keys, list) or len(keys) != len(KEYS) or any(key not in keys for key in KEYS):
+        raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys!r:.200}")
+    parameters = {"dropout": DROPOUT, **config["lora_parameters"]}
+    name = misfit(parameters, PARAMETERS)
+    name = name or next((one for one, (low, high) in BOUNDS.items() if not low <= parameters[one] <= high), None)
+    if name is not None:
+        raise ValueError(f"{file}: lora_parameters has {parameters.get(name)!r:.60} for {name}")
     layers = config.setdefault("num_layers", -1)
-    if not isinstance(layers, int) or not (layers == -1 or 1 <= layers <= depth):
-        raise ValueError(f"{file}: num_layers {layers!r}, and this encoder has {depth} blocks")
+    if misfit(config, {"num_layers": int}) or not (layers == -1 or 1 <= layers <= depth):
+        raise ValueError(f"{file}: num_layers {layers!r:.60}, and this encoder has {depth} blocks")
     return config
 
 
@@ -153,10 +164,7 @@ def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = Fa
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: {file.parent} is not whole")
-    try:
-        arrays: Any = mx.load(str(file))
-    except RuntimeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+    arrays, _ = read_safetensors(file)
     flat: Any = tree_flatten(wanted)
     shapes = {name: tuple(array.shape) for name, array in flat}
     found = {name: tuple(array.shape) for name, array in arrays.items()}
@@ -166,5 +174,6 @@ def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = Fa
             f"{file} is not for this encoder: {differ[0]} is {found.get(differ[0], 'missing')}, "
             f"wanted {shapes.get(differ[0], 'no such tensor')}; {len(differ)} differ"
         )
+    if (name := first_not_finite(arrays)) is not None:
+        raise ValueError(f"{file} is damaged: {name} holds values that are no numbers")
     module.load_weights(list(arrays.items()), strict=False)
-    mx.eval(list(arrays.values()))

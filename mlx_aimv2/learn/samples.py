@@ -43,6 +43,9 @@ MAX_BYTES = 1 << 32
 MAX_LINES = 20
 """Lines of what is wrong that a message shows; the rest is counted."""
 
+MAX_SHOWN = 300
+"""Characters of a name or of a line about it that a message shows."""
+
 DIGEST_BYTES = 8
 """What is kept of the SHA-256 of an image that a head was trained on."""
 
@@ -54,13 +57,20 @@ Size: TypeAlias = "tuple[int, int]"
 
 
 class DataError(ValueError):
-    """Everything that is wrong with the data, a line each; the message holds the first of them."""
+    """Everything that is wrong with the data, a line each; the message holds the first of them, and advice."""
 
-    def __init__(self, lines: Sequence[str]) -> None:
+    def __init__(self, lines: Sequence[str], advice: str = "") -> None:
         self.lines = tuple(lines)
         more = f"; and {len(lines) - MAX_LINES:,} more" if len(lines) > MAX_LINES else ""
         counted = f"{len(lines):,} things are wrong with the data: " if len(lines) > 1 else ""
-        super().__init__(f"{counted}{'; '.join(lines[:MAX_LINES])}{more}")
+        super().__init__(f"{counted}{'; '.join(lines[:MAX_LINES])}{more}{advice}")
+
+
+def refusal(lines: Sequence[str], *, broken: int) -> DataError:
+    """The error that tells what is wrong, and what to type where images are `broken` or not everything is shown."""
+    more = "; --json lists everything" if len(lines) > MAX_LINES else ""
+    skip = f"; --skip-broken leaves out {one_image(broken)} that cannot be read" if broken else ""
+    return DataError(lines, more + skip)
 
 
 @dataclass(frozen=True)
@@ -78,11 +88,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Checked samples of each part (`train`, `val`, `test`; some may be empty), and notes for the user."""
+    """Checked samples of each part (`train`, `val`, `test`; some may be empty), and notes for the user.
+
+    `left_out` has a line for each thing that the notes count.
+    """
 
     classes: tuple[str, ...]
     splits: dict[str, list[Sample]]
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def to_score(self) -> tuple[str, list[Sample]]:
         """The part that a head is scored on, and its samples; of a Dataset that was read with the head's classes."""
@@ -112,7 +126,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Labels by name, by number where all are whole numbers."""
     names = list(names)
     if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+        return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))  # of any length
     return sorted(names)
 
 
@@ -126,7 +140,7 @@ class Format:
 
     At least `min_classes` must occur in training, each in `min_images` different images. `in_order` gives the names of
     the classes, where the format lists none, from those that occur in training. Where DATA is split, images of each
-    class are divided alike, if `stratified`.
+    class are divided alike, if `stratified`. `others` says what lies in DATA that may describe it and is not read.
     """
 
     find: Callable[[Path, Scan], Found]
@@ -137,9 +151,17 @@ class Format:
     min_classes: int = 2
     min_images: int = 1
     stratified: bool = True
+    others: Callable[[Path], list[str]] = lambda data: []
 
 
-def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, decode: bool = True) -> Dataset:
+def read(
+    data: Path,
+    form: Format,
+    *,
+    classes: Sequence[str] | None = None,
+    decode: bool = True,
+    skip_broken: bool = False,
+) -> Dataset:
     """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
 
     Without `classes` these are the ones that the format lists, else those of the training images, and DATA without
@@ -147,6 +169,7 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     `test`, else `val`, else what lies in no part, as `test`, else `train`, with a note.
 
     Without `decode` only the headers of images are read: for a caller that decodes all of them before it trusts them.
+    Images that cannot be read are refused, all at once, or with `skip_broken` left out with a note.
     """
     if not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
@@ -155,8 +178,10 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     scored = next((part for part in ("test", "val", "", "train") if found.parts.get(part)), "")
     if classes is not None:
         found.parts = {scored: found.parts.get(scored, [])}
-    images, unreadable = check_images([path for pairs in found.parts.values() for path, _ in pairs], decode=decode)
-    faults = [*scan.faults, *found.faults, *unreadable]
+    paths = [path for pairs in found.parts.values() for path, _ in pairs]
+    images, unreadable = check_images(paths, decode=decode)
+    broken = [*scan.faults, *unreadable]
+    faults = [*([] if skip_broken else broken), *found.faults]
     labelled: dict[str, dict[str, Labels]] = {}
     for part, pairs in found.parts.items():
         marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
@@ -173,7 +198,7 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
     unknown = Counter(name for own in every.values() for name in own if name not in numbers)
     faults += [
-        f"the label {name} ({one_image(count, form.noun)}) is not in the list {listed(names)}"
+        f"the label {short(name)} ({one_image(count, form.noun)}) is not in the list {listed(names)}"
         for name, count in sorted(unknown.items())
     ]
     # Names of folders may hold bytes that are no text.
@@ -186,7 +211,9 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     if not faults and not any(every.values()):
         faults.append(f"{data} has no labelled images in it")
     if faults:
-        raise DataError(faults)
+        raise refusal(faults, broken=0 if skip_broken else len(broken))
+    notes = [f"{one_image(len(broken))} left out that cannot be read: {listed(broken, shown=3)}"] if broken else []
+    left_out = (*broken, *scan.all_noted)
     samples = {
         part: [
             Sample(path, images[path].sha256, images[path].size, form.target(labels, numbers))
@@ -197,15 +224,15 @@ def read(data: Path, form: Format, *, classes: Sequence[str] | None = None, deco
     if classes is not None:
         splits: dict[str, list[Sample]] = {part: [] for part in PARTS} | {scored or "test": samples[scored]}
         told = f"{data} has no part but train: its images are scored, which a head may have learned"
-        return Dataset(names, splits, (*([told] if scored == "train" else []), *scan.notes))
+        return Dataset(names, splits, (*([told] if scored == "train" else []), *notes, *scan.notes), left_out)
 
     def stratum(sample: Sample) -> int:
         """The class that occurs most often in an image; one number more where it has none."""
         own = [numbers[name] for name in every[sample.path]] if form.stratified else []
         return int(np.bincount(own).argmax()) if own else len(names)
 
-    splits, notes = _divided(samples, stratum)
-    return Dataset(names, splits, (*notes, *_copies(splits, every), *scan.notes))
+    splits, divided = _divided(samples, stratum)
+    return Dataset(names, splits, (*divided, *notes, *_copies(splits, every), *scan.notes), left_out)
 
 
 def _divided(
@@ -290,7 +317,8 @@ def same_form(name: str) -> str:
 def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str, Known], list[str]]:
     """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, what is wrong with which)`.
 
-    A file that was good before and has not been changed since is not read again.
+    A file that was good before and has not been changed since is not read again. Without `decode` headers are read
+    alone, unless one is bad: then what else is wrong is told with it.
     """
     known_files = KnownFiles()
     known = known_files.look_up(paths, decoded=decode)
@@ -299,7 +327,8 @@ def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str
         results = list(pool.map(lambda path: _checked(path, decode), others))
     found = {path: result for path, result in zip(others, results, strict=True) if isinstance(result, Known)}
     known_files.remember(found.items())
-    return known | found, [result for result in results if isinstance(result, str)]
+    faults = [result for result in results if isinstance(result, str)]
+    return check_images(paths) if faults and not decode else (known | found, faults)
 
 
 def _checked(path: str, decode: bool) -> Known | str:
@@ -329,10 +358,10 @@ def _too_few(
         for name in set(labels.names):
             contents[name].append(images[path].sha256)
     if len(contents) < form.min_classes:
-        one = f"only one label, {next(iter(contents))}" if contents else "no labelled images"
-        return [f"{data} has {one}: training needs at least {one_image(form.min_classes, 'label')}"]
+        one = f"only one label, {short(next(iter(contents)))}" if contents else "no labelled images"
+        return [f"{data} has {one}: training needs at least {one_image(form.min_classes, 'label')}", *form.others(data)]
     return [
-        f"the label {name} has one image{f' in {len(found)} copies' if len(found) > 1 else ''}: "
+        f"the label {short(name)} has one image{f' in {len(found)} copies' if len(found) > 1 else ''}: "
         f"it needs at least {form.min_images}"
         for name in classes
         if 0 < len(set(found := contents[name])) < form.min_images
@@ -382,4 +411,9 @@ def listed(names: Iterable[str], *, shown: int = 8) -> str:
     """`a, b, c`, or the first of them and how many more."""
     names = list(names)
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(map(short, names[:shown])) + more
+
+
+def short(text: str) -> str:
+    """A text that is quoted, as a name or a label, without its middle where nobody reads on."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}…{text[-MAX_SHOWN // 2 :]}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
@@ -31,7 +32,7 @@ Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
 Solve: TypeAlias = "Callable[[str, Labelled, Labelled, int, Callable[[str], None]], nn.Module]"
 """Finds a head without the training loop: `kind, training and validation features, number of classes, say -> head`."""
 
-TASKS = ("detect", "segment", "classify")
+TASKS = ("segment", "detect", "classify")
 """Folders beside this file, in the order in which DATA is tried."""
 
 
@@ -59,7 +60,7 @@ RECIPES = {
         "tokens", (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1), epochs=100, batch_size=1024, warm_up_epochs=5
     )
 }
-"""Name -> settings: `paper` is the attentive probe of AIMv2 (arXiv 2411.14402, table A2)."""
+"""Name -> settings: `paper` has those of AIMv2's attentive probe (arXiv 2411.14402, table A2), not its augmentation."""
 
 
 class Data(Protocol):
@@ -68,7 +69,9 @@ class Data(Protocol):
     def recognise(self, data: Path) -> str | None:
         """Why DATA is for this task, a phrase; None where it is not."""
 
-    def read(self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True) -> Dataset:
+    def read(
+        self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True, skip_broken: bool = False
+    ) -> Dataset:
         """DATA read and checked by `samples.read`; DataError with everything that is wrong."""
 
     def example(
@@ -155,8 +158,9 @@ def guess_task(data: Path) -> tuple[Task, str]:
         task = find_task(name)
         if (reason := task.data.recognise(data)) is not None:
             return task, reason
+    form = f" in a form that fit reads: {'; '.join(others)};" if (others := not_read(data)) else ":"
     raise DataError(
-        [f"{data} holds no labelled images: make a folder for each label in it, or a metadata.csv; or say --task"]
+        [f"{data} holds no labelled images{form} make a folder for each label in it, or a metadata.csv; or say --task"]
     )
 
 
@@ -177,7 +181,10 @@ class Options:
         None, "data", "side of the images in pixels (default: the checkpoint's)", "at least 1", maximum=MAX_SIDE
     )
     recipe: str | None = setting(
-        None, "what is trained", "paper: the attentive probe as AIMv2's authors trained it", choices=tuple(RECIPES)
+        None,
+        "what is trained",
+        "paper: the settings of AIMv2's attentive probe, without its augmentation",
+        choices=tuple(RECIPES),
     )
     num_layers: int | None = setting(
         None,
@@ -215,7 +222,12 @@ class Options:
     steps_per_eval: int | None = setting(
         None, "run", "steps between evaluations (default: a twentieth of all)", "at least 1"
     )
-    patience: int | None = setting(None, "run", "stop after N evaluations without a better one; 0: never", "at least 0")
+    patience: int | None = setting(
+        None,
+        "run",
+        "stop after N evaluations none of which is better, 0 never (default: 8 for lora, dora and full, else 0)",
+        "at least 0",
+    )
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
 
     def __post_init__(self) -> None:

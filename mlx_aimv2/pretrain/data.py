@@ -1,11 +1,12 @@
 """Images with captions to batches: Hugging Face's imagefolder or WebDataset's tar shards, streamed in bounded memory.
 
     FOLDER/metadata.jsonl: {"file_name": "cat.jpg", "text": "a cat"}      text may be a list: one is drawn each time
-    FOLDER/metadata.csv with the columns file_name and text
-    SHARD.tar: 0001.jpg, 0001.txt (or 0001.json with "text" or "caption"), 0002.jpg, …
+    FOLDER/metadata.csv with the columns file_name and text; either file may lie in folders of FOLDER too
+    SHARD.tar: 0001.jpg, 0001.txt (or .caption, or .json with "text" or "caption"), 0002.jpg, …
 
 What cannot be used (a caption missing or empty, an image without a caption, a broken shard) is skipped with a note that
-names it; the notes of one kind are counted.
+names it; the notes of one kind are counted. An image that cannot be read is found out when it is its turn, since nobody
+decodes a collection of this size beforehand: it is named once and skipped, unless the caller wants none.
 
 Example number n, counted over all epochs, has a random generator of its own. So what it becomes depends on neither the
 batch it falls into nor on the rank that prepares it, and a resumed run needs to know n alone.
@@ -18,8 +19,8 @@ wider, a standard normal distribution cut to -1 … 1 and stretched to 7 … 12.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,18 +35,28 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.files import expand_user
-from mlx_aimv2.images import to_rgb
-from mlx_aimv2.images.exclude import is_junk
-from mlx_aimv2.images.find import Scan, has_suffix
+from mlx_aimv2.files import BLOCK, expand_user
+from mlx_aimv2.images.find import Scan, has_suffix, is_junk
+from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn.classify.data import METADATA, metadata_file, metadata_rows
-from mlx_aimv2.learn.samples import DataError
+from mlx_aimv2.learn.metadata import (
+    CAPTION,
+    METADATA,
+    TABLES,
+    column,
+    folder_of,
+    image_of,
+    metadata_rows,
+    not_read,
+    tables,
+)
+from mlx_aimv2.learn.samples import DataError, part_of, parts_of
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll
+from mlx_aimv2.untrusted_json import parse
 
 Grid: TypeAlias = tuple[int, int]
 """Rows and columns of patches."""
@@ -53,8 +64,23 @@ Grid: TypeAlias = tuple[int, int]
 PATCHES = (1 << 7, 1 << 12)
 """The fewest and the most patches of an image."""
 
-MAX_MEMBER_BYTES = 1 << 28
-"""Of one file within a shard."""
+MAX_CAPTION_BYTES = 1 << 20
+"""Of a caption's file, and of a header that has a long name."""
+
+MAX_KEY_BYTES = 1 << 28
+"""Of the files of one example of a shard, those alone that are read."""
+
+MAX_EXPANSION = 20
+"""Bytes of a shard's files for each of its own: images hardly get smaller by gzip, and captions by ten times. More
+takes long, too: tarfile unpacks 10 KB at a time and copies the rest each time."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as JSON may hold one: no text, which no tokenizer takes."""
+
+CAPTION_ENDINGS = ("txt", "caption", "text", "cap")
+"""Of plain captions in a shard."""
+
+WANTED = f"wanted a folder with {' or '.join(METADATA)} (file_name, text) or .tar shards"
 
 SHUFFLE_BUFFER = 1000
 """Examples of shards held at a time, from which the next is drawn."""
@@ -76,58 +102,111 @@ class Data(Protocol):
         """All examples, shuffled by `rng`; in the order of the files with None."""
         ...
 
+    def broken(self, line: str) -> None:
+        """Notes once that an image cannot be read, or raises ValueError where that is not to be skipped."""
+        ...
 
-def open_data(path: str | Path) -> Data:
-    """The data at a path: a folder with metadata, a folder of .tar shards, or one shard."""
-    place = expand_user(path)
-    if place.is_dir() and (metadata := metadata_file(place)) is not None:
-        return ImageFolder(metadata)
-    found = sorted(place.glob("*.tar")) if place.is_dir() else [place] if place.suffix == ".tar" else []
-    shards = [file for file in found if not is_junk(file.name)]
-    wanted = f"wanted a folder with {' or '.join(METADATA)} (file_name, text) or .tar shards"
+
+def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
+    """The data at a path: a folder with metadata, a folder of .tar shards, or one shard; of parts `train`.
+
+    Without `skip_broken` the first image that cannot be read is an error.
+    """
+    place, scan = expand_user(path), Scan()
     if not place.exists():
-        raise FileNotFoundError(f"{place} does not exist; {wanted}")
-    if not shards:
-        raise ValueError(f"{place}: {wanted}, found neither")
-    return Shards(shards)
+        raise FileNotFoundError(f"{place} does not exist; {WANTED}")
+    found = _files_by_part(place, scan) if place.is_dir() else {"": [place] if place.suffix == ".tar" else []}
+    part = next((part for part in ("train", "", *found) if found.get(part)), None)
+    if part is None or (part not in ("train", "") and len(found) > 1):
+        raise ValueError("; ".join([f"{place}: {WANTED}, found neither", *not_read(place, "text", CAPTION)]))
+    for file in (file for name in found if name != part for file in found[name]):
+        scan.note(str(file), "is of another part: left out")
+    is_table = found[part][0].suffix.lower() in TABLES
+    return ImageFolder(found[part], scan, skip_broken) if is_table else Shards(found[part], scan, skip_broken)
 
 
-class ImageFolder:
+def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
+    """The tables with captions, or the shards, in a folder or in its folders, by part."""
+    found: dict[str, list[Path]] = {part: [file] for part, file in tables(place, of=CAPTION).items()}
+    if not found:
+        for file in sorted(file for file in place.glob("*.tar") if not is_junk(file.name)):
+            found.setdefault(part_of(file.stem) or "", []).append(file)
+    if found:
+        return found
+    for part, folder in parts_of(place, scan, lambda folder: bool(_files_by_part(folder, Scan()))).items():
+        inside = [folder] if part else scan.folders(folder)
+        found[part] = [file for one in inside for files in _files_by_part(one, Scan()).values() for file in files]
+    return {part: files for part, files in found.items() if files}
+
+
+class Collection:
+    """What was told of a collection, so that it is told once."""
+
+    def __init__(self, scan: Scan, skip_broken: bool) -> None:
+        self._said: set[str] = set()
+        self._skip_broken = skip_broken
+        self.tell(scan)
+
+    def tell(self, scan: Scan) -> None:
+        """Gives what was left out as warnings."""
+        for note in scan.notes:
+            self._warn(note)
+
+    def broken(self, line: str) -> None:
+        """As `Data` says."""
+        if not self._skip_broken:
+            raise ValueError(f"{line}; --skip-broken leaves out such images")
+        self._warn(f"{line}; skipped")
+
+    def _warn(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            warnings.warn(line, stacklevel=4)
+
+
+class ImageFolder(Collection):
     """Hugging Face's imagefolder with captions; only the list is held in memory."""
 
-    def __init__(self, metadata: Path) -> None:
-        """Takes the metadata file in the folder. Raises DataError for rows that are none."""
-        self.folder, self.captioned = metadata.parent, list[tuple[str, tuple[str, ...]]]()
-        rows, faults = metadata_rows(metadata)
+    def __init__(self, files: Sequence[Path], scan: Scan, skip_broken: bool = True) -> None:
+        """Takes the tables of images. Raises DataError for rows that are none."""
+        found: dict[Path, tuple[str, dict[str, None]]] = {}
+        faults: list[str] = []
+        for file in files:
+            rows, wrong = metadata_rows(file, scan)
+            faults += wrong
+            folder, names = folder_of(file, rows, scan), list[str]()
+            for row in rows:
+                image, texts = image_of(folder, row["file_name"]), captions_of(row)
+                names.append(str(image or folder / row["file_name"]))
+                if not texts:
+                    scan.note(names[-1], "has no caption: skipped")
+                elif image is None:
+                    scan.note(names[-1], "is listed but not there: skipped")
+                else:
+                    found.setdefault(image, (row["file_name"], {}))[1].update(dict.fromkeys(texts))
+            scan.unlisted(folder, file, names)
         if faults:
             raise DataError(faults)
-        scan = Scan()
-        for row in rows:
-            file, texts = self.folder / row["file_name"], captions_of(row)
-            if not texts:
-                scan.note(str(file), "has no caption: skipped")
-            elif not file.is_file():
-                scan.note(str(file), "is listed but not there: skipped")
-            else:
-                self.captioned.append((row["file_name"], texts))
-        scan.unlisted(self.folder, metadata, [str(self.folder / row["file_name"]) for row in rows])
-        warn_of(scan, set())
+        super().__init__(scan, skip_broken)
+        self.captioned = list(found.items())
         if not self.captioned:
-            raise ValueError(f"{metadata} lists no image with a caption")
+            raise ValueError(f"{files[0]} lists no image with a caption")
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
         """As `Data` says."""
         for i in range(len(self.captioned)) if rng is None else rng.permutation(len(self.captioned)):
-            name, texts = self.captioned[i]
-            yield Example(name, self.folder / name, texts)
+            image, (name, texts) = self.captioned[i]
+            yield Example(name, image, tuple(texts))
 
 
-class Shards:
+class Shards(Collection):
     """WebDataset tar shards, read one after another; a buffer of examples is shuffled."""
 
-    def __init__(self, files: list[Path], *, buffer: int = SHUFFLE_BUFFER) -> None:
+    def __init__(
+        self, files: list[Path], scan: Scan | None = None, skip_broken: bool = True, *, buffer: int = SHUFFLE_BUFFER
+    ) -> None:
+        super().__init__(scan or Scan(), skip_broken)
         self.files, self.buffer = files, buffer
-        self._said: set[str] = set()
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
         """As `Data` says."""
@@ -135,7 +214,7 @@ class Shards:
         order = range(len(self.files)) if rng is None else rng.permutation(len(self.files))
         found = (example for i in order for example in read_shard(self.files[i], scan))
         yield from found if rng is None else shuffled(found, rng, self.buffer)
-        warn_of(scan, self._said)
+        self.tell(scan)
 
 
 def shuffled(examples: Iterable[Example], rng: np.random.Generator, buffer: int) -> Iterator[Example]:
@@ -155,7 +234,7 @@ def shuffled(examples: Iterable[Example], rng: np.random.Generator, buffer: int)
 def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
     """The examples of one tar file in its order: files of one key follow each other. A broken end is skipped."""
     try:
-        with tarfile.open(file, "r|*") as archive:
+        with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
                 # The last example of a broken shard, which may be cut, raises here.
                 parts = {ending: content for _, ending, content in members}
@@ -169,27 +248,47 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
                     scan.note(f"{file.parent / name}", "has no caption: skipped")
                 else:
                     yield Example(name, image, texts)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile and what it unpacks with raise whatever they meet
         scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a shard. One that holds the name of the next file is kept in memory, so it must be short."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.type not in tarfile.REGULAR_TYPES and found.size > MAX_CAPTION_BYTES):
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
+
+
 def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple[str, str, bytes]]:
-    """Key, ending and content of each file of a shard."""
+    """Key, ending and content of each file of a shard that is used: images, captions."""
+    limit = MAX_EXPANSION * (file.stat().st_size + BLOCK)
+    unpacked, last, held = 0, "", 0
     for member in archive:
-        if not member.isfile() or is_junk(member.name):
-            continue
-        if member.size > MAX_MEMBER_BYTES:
-            scan.note(f"{file}:{member.name}", "is too large: skipped")
-            continue
+        unpacked += member.size
+        if not 0 <= member.size <= unpacked <= limit:  # before the stream reads on to where the next one should begin
+            raise tarfile.ReadError(f"{member.name} goes beyond {MAX_EXPANSION} times the size of the shard")
         path = PurePosixPath(member.name)
         stem, _, ending = path.name.partition(".")
-        if (content := archive.extractfile(member)) is not None:
-            yield str(path.parent / stem), ending.lower(), content.read()
+        is_caption = ending.lower() in (*CAPTION_ENDINGS, "json")
+        if not member.isfile() or is_junk(member.name) or not (is_caption or has_suffix(f"x.{ending}")):
+            continue
+        key = str(path.parent / stem)
+        held = member.size + (held if key == last else 0)
+        last = key
+        if held > MAX_KEY_BYTES or (is_caption and member.size > MAX_CAPTION_BYTES):
+            scan.note(f"{file}:{member.name}", "is too large: skipped")
+        elif (content := archive.extractfile(member)) is not None:
+            yield key, ending.lower(), content.read()
 
 
 def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
+    plain = next((parts[ending] for ending in CAPTION_ENDINGS if ending in parts), None)
     try:
-        about = {"text": parts["txt"].decode("utf-8-sig")} if "txt" in parts else json.loads(parts.get("json", b"{}"))
+        about = parse(parts.get("json", b"{}"), "json") if plain is None else {"text": plain.decode("utf-8-sig")}
     except ValueError:  # neither UTF-8 nor JSON
         return ()
     return captions_of(about) if isinstance(about, dict) else ()
@@ -197,17 +296,10 @@ def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
 
 def captions_of(about: Mapping[str, Any]) -> tuple[str, ...]:
     """The captions under `text` or `caption`, a string or a list of strings, without the empty ones."""
-    found = about.get("text", about.get("caption"))
+    found = next((about[name] for name in column([name for name in about if about[name]], CAPTION)), None)
     texts = found if isinstance(found, list) else [found]
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-
-
-def warn_of(scan: Scan, said: set[str]) -> None:
-    """Gives what was skipped as warnings, but for those that were `said` before."""
-    for note in scan.notes:
-        if note not in said:
-            said.add(note)
-            warnings.warn(note, stacklevel=3)
+    usable = [text.strip() for text in texts if isinstance(text, str) and not _SURROGATE.search(text)]
+    return tuple(filter(None, usable))
 
 
 def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:
@@ -248,6 +340,7 @@ class Preparation:
 
     def __post_init__(self) -> None:
         self.processor = Aimv2Processor(published(self.vision.image_size), patch_size=self.vision.patch_size)
+        self._told: set[str] = set()
 
     def __call__(self, number: int, example: Example, grid: Grid) -> Prepared:
         """Raises ValueError or OSError for an image that cannot be read."""
@@ -258,7 +351,12 @@ class Preparation:
         if self.augmentation is None or rng.random() < self.first_caption:
             texts = texts[:1]
         caption = texts[int(rng.integers(len(texts)))]
-        image = to_rgb(example.image)
+        name = example.name if isinstance(example.image, bytes) else str(example.image)
+        opened = open_image(example.image, name=name)
+        image, _ = opened.rgb()
+        if opened.notes and self.augmentation is not None and name not in self._told:  # not of samples to be shown
+            self._told.add(name)
+            warn_of(opened)
         size = (rows * self.vision.patch_size, columns * self.vision.patch_size)
         if self.augmentation is not None:
             aspects = (size[1] / size[0],) * 2 if self.vision.is_native else ASPECT
@@ -285,6 +383,7 @@ class Stream:
         """`size` is the examples of a batch on this rank, `grid` gives the grid of a batch by its number."""
         self.position = start
         self._grid, self._size, self._max_failures = grid, size, 10 * size + 100
+        self._broken = data.broken
         self._numbered = self._own(data, seed, start, rank, ranks)
 
     def _own(self, data: Data, seed: int, start: int, rank: int, ranks: int) -> Iterator[tuple[int, Example]]:
@@ -313,7 +412,7 @@ class Stream:
                     found.append(made)
                     failed = 0
                     continue
-                warnings.warn(f"{made}; skipped", stacklevel=2)
+                self._broken(str(made))
                 failed += 1
                 if failed > self._max_failures:
                     raise ValueError(f"{failed} images in a row cannot be read, the last one: {made}")
@@ -327,7 +426,7 @@ def first_examples(data: Data, prepare: Preparation, grid: Grid, limit: int) -> 
         try:
             found.append(prepare(number, example, grid))
         except (ValueError, OSError) as error:
-            warnings.warn(f"{error}; skipped", stacklevel=2)
+            data.broken(str(error))
     return found
 
 

@@ -23,24 +23,22 @@ import numpy as np
 
 from mlx_aimv2.backend import WIDE_SIGHT, by_images, prepared
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
-from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, open_features
+from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, fingerprint, open_features
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, run_ahead
-from mlx_aimv2.embed.provenance import fingerprint
-from mlx_aimv2.files import check_target
-from mlx_aimv2.images import OpenImage, open_image
-from mlx_aimv2.images.pixels import Levels
+from mlx_aimv2.images.open import Levels, OpenImage, open_image
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 from mlx_aimv2.pretrain.data import Data, Example
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.pretraining import Captioned, check_enough, log_to, tokenizer_for, write_checkpoint
+from mlx_aimv2.pretrain.pretraining import Captioned, begin, check_enough, log_to, tokenizer_for, write_checkpoint
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation  # noqa: F401 - the type of a field that LitSettings inherits
 from mlx_aimv2.train.batches import Batches, Shuffled
-from mlx_aimv2.train.loop import Plan, StateFile, Watch, check_training_folder, is_due, train
+from mlx_aimv2.train.loop import Plan, Watch, is_due, train
 from mlx_aimv2.train.optimizer import FROZEN, flat, freeze
 from mlx_aimv2.train.settings import setting
+from mlx_aimv2.train.state import StateFile, training_run
 
 REPORT_EVERY = 1024
 """Images between two lines that say how far it is."""
@@ -86,25 +84,21 @@ def lit(
     `resume` goes on with a run that was stopped. `report` gets the entries of the log.
     """
     output, ranks = Path(output), Ranks()
-    check_target(output)
-    folder = check_training_folder(output, resume=resume)
-    tokenizer = tokenizer_for(data, settings.text, tokenizer, folder if resume else None)
-    about = {"encoder": fingerprint(encoder)["digest"][:16], "ranks": ranks.size}
-    state = StateFile(folder, settings.identity | about)
-    folder.mkdir(parents=True, exist_ok=True)
-    if ranks.rank == 0:
-        tokenizer.save_to(folder)
-    model, kept = pair_with(encoder, settings, tokenizer), folder / f"features-{ranks.rank}"
-    try:
-        features = cache_features(encoder, processor, data, kept, settings=settings, report=report)
-        check_enough(len(features.texts), settings.batch_size)
-        _train(model, features, tokenizer, settings, state, report)
-    finally:
-        shutil.rmtree(kept, ignore_errors=True)
-    if ranks.rank == 0:
-        write_checkpoint(model, output, tokenizer=tokenizer)
-        state.path.unlink(missing_ok=True)
-    return model
+    with training_run(output, resume=resume, rank=ranks.rank) as folder:
+        tokenizer = tokenizer_for(data, settings.text, tokenizer, folder if resume else None)
+        about = {"encoder": fingerprint(encoder)["digest"][:16], "preprocessing": asdict(processor.preprocessing)}
+        state = begin(folder, data, tokenizer, settings.identity | about)
+        model, kept = pair_with(encoder, settings, tokenizer), folder / f"features-{ranks.rank}"
+        try:
+            features = cache_features(encoder, processor, data, kept, settings=settings, report=report)
+            check_enough(len(features.texts), settings.batch_size)
+            _train(model, features, tokenizer, settings, state, report)
+        finally:
+            shutil.rmtree(kept, ignore_errors=True)
+        if ranks.rank == 0:
+            write_checkpoint(model, output, tokenizer=tokenizer)
+            state.path.unlink(missing_ok=True)
+        return model
 
 
 def pair_with(encoder: Aimv2VisionModel, settings: LitSettings, tokenizer: Tokenizer) -> Aimv2Model:
@@ -272,7 +266,7 @@ def cache_features(
             for image, outputs in chunk:
                 own_texts = captions.popleft()
                 if image.failure is not None:
-                    warnings.warn(f"{image.path} {image.failure}; skipped", stacklevel=2)
+                    data.broken(f"{image.path} {image.failure}")
                     continue
                 if image.note is not None:
                     warnings.warn(f"{image.path} {image.note}", stacklevel=2)

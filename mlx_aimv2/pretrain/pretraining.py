@@ -24,19 +24,31 @@ from mlx_aimv2.backend import WIDE_SIGHT, prepared
 from mlx_aimv2.config import DTYPES, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.conversion.folder import save_pytorch
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.files import atomic_file, atomic_folder, check_target
+from mlx_aimv2.files import atomic_file, atomic_folder
 from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD, published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.data import PATCHES, Data, Grid, Preparation, Prepared, Stream, collate, first_examples, grid_of
+from mlx_aimv2.pretrain.data import (
+    PATCHES,
+    Data,
+    Grid,
+    Preparation,
+    Prepared,
+    Shards,
+    Stream,
+    collate,
+    first_examples,
+    grid_of,
+)
 from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretraining, initialise, patches_of
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Batches, share_of
-from mlx_aimv2.train.loop import Plan, StateFile, Watch, check_training_folder, is_due, saved_weights, train
+from mlx_aimv2.train.loop import Plan, Watch, is_due, train
 from mlx_aimv2.train.optimizer import Group, Table, flat
 from mlx_aimv2.train.settings import MAX_SEED, check, setting
+from mlx_aimv2.train.state import StateFile, digest_of, saved_weights, training_run
 
 TOKENIZER_CAPTIONS = 1_000_000
 """Captions that a tokenizer is trained on at most."""
@@ -54,8 +66,8 @@ AUTO = "auto"
 """bfloat16 on a GPU, float32 on a CPU."""
 
 
-BESIDE = ("steps_per_report", "steps_per_eval", "save_every", "samples_every")
-"""Settings that say how often something is done beside training."""
+MAY_CHANGE = ("learning_rate", "steps_per_report", "steps_per_eval", "save_every", "samples_every")
+"""Settings that a resumed run may change: a rate that was too high, and how often something is done beside training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +99,8 @@ class Captioned:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have the same: all but how often something is done beside training."""
-        return {name: value for name, value in asdict(self).items() if name not in BESIDE}
+        """The settings that a resumed run must have the same."""
+        return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
 
     def _plan(self, rate: float) -> Plan:
         """What the loop does for both."""
@@ -177,50 +189,63 @@ def pretrain(
     for settings that do not fit the data or the interrupted run, and for a loss that is no number.
     """
     output, ranks = Path(output), Ranks()
-    check_target(output)
-    folder, start = check_training_folder(output, resume=resume), settings.start
-    size = share_of(settings.batch_size, ranks.size)
-    check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
-    tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
-    settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
-    state = StateFile(folder, settings.identity | {"ranks": ranks.size})
+    with training_run(output, resume=resume, rank=ranks.rank) as folder:
+        start, size = settings.start, share_of(settings.batch_size, ranks.size)
+        check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
+        tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
+        settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
+        state = begin(folder, data, tokenizer, settings.identity)
+        model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
+        initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
+        if start is not None and not resume and not start_from(model, start):
+            report(f"{start} has no {Path(start).name}.training beside it: the decoder starts at random")
+
+        def grid(number: int) -> Grid:
+            """The same for all batches of a step and for all ranks."""
+            step = number // settings.grad_accumulation_steps + 1
+            return grid_of(settings.vision, np.random.default_rng((settings.seed, 5, step)), patches=settings.patches)
+
+        order = Stream(
+            data,
+            grid,
+            size=size,
+            seed=settings.seed,
+            start=state.progress["positions"][ranks.rank] if state.progress is not None else 0,
+            rank=ranks.rank,
+            ranks=ranks.size,
+        )
+        prepare = Preparation(settings.vision, settings.seed, settings.augmentation, settings.first_caption)
+        with closing(
+            Batches(order, lambda item: prepare(*item), collate=lambda some: collate(some, tokenizer))
+        ) as batches:
+            after_step = _reports(data, validation, model, tokenizer, settings, folder, report)
+            train(
+                model,
+                lambda model, batch, key: model.losses(batch, settings.alpha),
+                batches,
+                settings.plan(),
+                state=state,
+                ranks=ranks,
+                watch=Watch(after_step=after_step if ranks.rank == 0 else lambda step, losses: None, say=report),
+            )
+        if ranks.rank == 0:
+            write_checkpoint(model.encoder, output, tokenizer=tokenizer)
+        return model.encoder
+
+
+def begin(folder: Path, data: Data, tokenizer: Tokenizer, identity: Mapping[str, Any]) -> StateFile:
+    """The state of a run on these captions, and its tokenizer beside it. ValueError for a state of another run."""
+    ranks = Ranks()
+    if isinstance(data, Shards):
+        content = digest_of((file.name, file) for file in data.files)
+    else:
+        content = digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
+    about = {"data": content, "tokenizer": digest_of([tokenizer.backend.to_str()]), "ranks": ranks.size}
+    state = StateFile(folder, {**identity, **about})
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_to(folder)
-    model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
-    initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
-    if start is not None and not resume and not start_from(model, start):
-        report(f"{start} has no {Path(start).name}.training beside it: the decoder starts at random")
-
-    def grid(number: int) -> Grid:
-        """The same for all batches of a step and for all ranks."""
-        step = number // settings.grad_accumulation_steps + 1
-        return grid_of(settings.vision, np.random.default_rng((settings.seed, 5, step)), patches=settings.patches)
-
-    order = Stream(
-        data,
-        grid,
-        size=size,
-        seed=settings.seed,
-        start=state.progress["positions"][ranks.rank] if state.progress is not None else 0,
-        rank=ranks.rank,
-        ranks=ranks.size,
-    )
-    prepare = Preparation(settings.vision, settings.seed, settings.augmentation, settings.first_caption)
-    with closing(Batches(order, lambda item: prepare(*item), collate=lambda some: collate(some, tokenizer))) as batches:
-        after_step = _reports(data, validation, model, tokenizer, settings, folder, report)
-        train(
-            model,
-            lambda model, batch, key: model.losses(batch, settings.alpha),
-            batches,
-            settings.plan(),
-            state=state,
-            ranks=ranks,
-            watch=Watch(after_step=after_step if ranks.rank == 0 else lambda step, losses: None, say=report),
-        )
-    if ranks.rank == 0:
-        write_checkpoint(model.encoder, output, tokenizer=tokenizer)
-    return model.encoder
+    return state
 
 
 def _reports(

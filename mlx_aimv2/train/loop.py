@@ -6,10 +6,8 @@ the same bits as one that was not. What it needs to go on lies in OUTPUT.trainin
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +18,20 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.files import UNFINISHED
-from mlx_aimv2.train.optimizer import Arrays, Optimizer, Table, clipped, flat, groups_of, warm_up_cosine
+from mlx_aimv2.train.optimizer import (
+    Arrays,
+    Optimizer,
+    Table,
+    clipped,
+    first_not_finite,
+    flat,
+    groups_of,
+    warm_up_cosine,
+)
+from mlx_aimv2.train.settings import MAX_COUNT
+from mlx_aimv2.train.state import KEPT, StateFile
+from mlx_aimv2.untrusted_json import misfit
 
 Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
 """`model, batch, random key -> {"loss": (), …}`: "loss" is minimised, the rest is reported."""
@@ -31,13 +39,11 @@ Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
 Batches: TypeAlias = Callable[[int], tuple[Any, int]]
 """`number -> batch, number of the next example` that would be read after that batch."""
 
-STATE_FILE = "state.safetensors"
-
-PARTS = ("model", "optimizer", "kept")
-"""Beginnings of the names of its tensors: parameters, moments, and the parameters that the run will end with."""
-
 MAX_AVERAGE = 0.999
 """Share of the running average that stays at each step; early on less, so that the start does not linger."""
+
+EXPLODED = 100.0
+"""Times the first loss, and one more: weights of a larger loss will not recover at any rate."""
 
 UPDATED_TOGETHER = 1 << 27
 """Numbers of weights and moments that are updated at a time: 512 MB in float32."""
@@ -92,6 +98,7 @@ class Progress:
     best_step: int = 0
     stale: int = 0
     losses: float = 0.0
+    first_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
@@ -108,15 +115,19 @@ class Step:
         self._differentiated = mx.value_and_grad(self._computed)
         self._losses = losses
 
-    def __call__(self, step: int, batches: Batches) -> tuple[dict[str, float], int]:
+    def __call__(
+        self, step: int, batches: Batches, before_update: Callable[[float], None] = lambda loss: None
+    ) -> tuple[dict[str, float], int]:
         """Step `step`, from 0, on its batches: mean losses, and the number of the next example.
 
-        Raises LossError where the loss is not finite; the weights are then as they were.
+        Raises LossError where the loss is not finite; the weights are then as they were. `before_update` is told
+        a finite one.
         """
         self.model.train()
         means, gradients, position = self._accumulated(step, batches)
         if not all(map(math.isfinite, means.values())):
             raise LossError(f"the loss is {means['loss']} at step {step + 1}")
+        before_update(means["loss"])
         self.optimizer.update(self.model, clipped(gradients, self.plan.clip, self.groups))
         self._evaluate()
         return means, position
@@ -169,88 +180,6 @@ class Step:
         mx.eval(self.model.parameters(), moments)
 
 
-def training_folder(output: Path) -> Path:
-    """The folder beside a result in which the state of its run lies."""
-    return output.with_name(f"{output.name}.training")
-
-
-def check_training_folder(output: Path, *, resume: bool) -> Path:
-    """OUTPUT.training. Raises FileExistsError where a run was stopped, FileNotFoundError where none can be resumed."""
-    folder = training_folder(output)
-    there = (folder / STATE_FILE).is_file()
-    if there and not resume:
-        raise FileExistsError(f"{folder} holds a run that was stopped: go on with --resume, or remove that folder")
-    if resume and not there:
-        raise FileNotFoundError(f"nothing to resume: {folder} has no {STATE_FILE}; leave --resume out")
-    return folder
-
-
-class StateFile:
-    """`state.safetensors` in a folder, for one `identity`: all that must be the same when the run goes on."""
-
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Raises ValueError where the folder holds the state of another run, and says in what it differs."""
-        self.folder, self.path = folder, folder / STATE_FILE
-        self.identity = json.loads(json.dumps(identity))
-        self.progress: dict[str, Any] | None = None
-        if not self.path.is_file():
-            return
-        _, before, self.progress = self._read()
-        if differences := [
-            f"{name.replace('_', '-')} {before.get(name)}, now {self.identity.get(name)}"
-            for name in sorted(before.keys() | self.identity.keys())
-            if before.get(name) != self.identity.get(name)
-        ]:
-            raise ValueError(
-                f"{folder} was begun with {'; '.join(differences)}: resume with the same, or remove that folder"
-            )
-
-    def save(self, parts: Mapping[str, Arrays], progress: Mapping[str, Any]) -> None:
-        """Writes beside the file and takes its name when everything is on disk; a full disk leaves the one before."""
-        tensors = {f"{part}.{name}": array for part in PARTS for name, array in parts.get(part, {}).items()}
-        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(dict(progress))}
-        beside = self.folder / f".{STATE_FILE}{UNFINISHED}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors(beside, tensors, metadata=metadata)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            kept = "the one before is kept: make room and go on with --resume" if self.path.is_file() else "make room"
-            raise OSError(f"{self.path} cannot be written ({error.strerror or error}); {kept}") from None
-
-    def load(self, wanted: Arrays) -> dict[str, Arrays]:
-        """The arrays by part and name. Raises ValueError where they are not those of a model with these parameters."""
-        parts, (tensors, _, _) = {part: Arrays() for part in PARTS}, self._read()
-        for name, array in tensors.items():
-            part, _, path = name.partition(".")
-            parts[part][path] = array
-        shapes = {name: tuple(array.shape) for name, array in wanted.items()}
-        if {name: tuple(array.shape) for name, array in parts["model"].items()} != shapes:
-            raise ValueError(f"{self.folder} is of another model: remove it and begin anew")
-        mx.eval(parts)
-        return parts
-
-    def _read(self) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
-        """The tensors of the file, and identity and progress of the run that wrote it."""
-        try:
-            loaded: Any = mx.load(str(self.path), return_metadata=True)
-            tensors, about = loaded
-            return tensors, json.loads(about["identity"]), json.loads(about["progress"])
-        except (RuntimeError, KeyError, ValueError):
-            message = f"{self.path} is damaged, or of another version: remove {self.folder} and begin anew"
-            raise ValueError(message) from None
-
-
-def saved_weights(output: Path, *, prefix: str) -> Arrays:
-    """The parameters in OUTPUT.training whose paths begin so; none where there is no state."""
-    file = training_folder(output) / STATE_FILE
-    tensors: Any = mx.load(str(file)) if file.is_file() else {}
-    return {key.removeprefix("model."): array for key, array in tensors.items() if key.startswith(f"model.{prefix}")}
-
-
 def train(
     model: nn.Module,
     losses: Losses,
@@ -264,11 +193,12 @@ def train(
     """Trains the trainable parameters of `model` and leaves in it those that `plan.keep` says.
 
     `batches(i)` gives batch i of this rank. With `state` everything is saved now and then, and found there it is gone
-    on with. Raises LossError at a loss that is not finite: then `state` holds what was saved last.
+    on with. What is saved is the last good state: weights whose loss, in the step after, was a number and no huge one.
+    Raises LossError where a loss, or what an update made of the weights, is not finite.
     """
     ranks, watch = ranks or Ranks(), watch or Watch()
     step = Step(model, losses, plan, ranks)
-    kept, done = flat(model.trainable_parameters()), Progress()
+    kept, done, is_pending = flat(model.trainable_parameters()), Progress(), False
     if state is not None and state.progress is not None:
         kept, done = _resumed(model, step.optimizer, state, plan)
         watch.advance(done.step)
@@ -280,30 +210,44 @@ def train(
         if _is_best(ranks.size * ranks.mean({"score": score})["score"], done, plan, watch.say):
             kept = flat(model.trainable_parameters())
 
-    def saved() -> None:
+    def save_pending(loss: float = 0.0) -> None:
+        nonlocal is_pending
+        if done.step == 0:
+            done.first_loss = loss
+        is_wanted, is_pending = is_pending and loss <= EXPLODED * (1 + done.first_loss), False
+        if not is_wanted:
+            return
+        own = {} if plan.keep == "last" else kept
+        parts = {"model": flat(model.trainable_parameters()), "optimizer": step.optimizer.moments, "kept": own}
+        for arrays in parts.values():
+            if (name := first_not_finite(arrays)) is not None:
+                raise LossError(f"{name} is not finite after step {done.step}")
         if state is not None and ranks.rank == 0:
-            own = {} if plan.keep == "last" else kept
-            parts = {"model": flat(model.trainable_parameters()), "optimizer": step.optimizer.moments, "kept": own}
             state.save(parts, asdict(done))
 
-    if watch.evaluate is not None and not done.history:
-        evaluated()
-        saved()
-    with _telling(plan, state, watch.say):
-        while done.step < plan.steps and not _is_over(done, plan):
-            means, position = step(done.step, batches)
-            done.step += 1
-            done.losses += means["loss"]
-            if plan.keep == "average":
-                kept = _averaged(kept, model, done.step)
-            watch.advance(1)
-            watch.after_step(done.step, means)
-            is_last = done.step == plan.steps
-            if watch.evaluate is not None and (is_due(done.step, plan.eval_every) or is_last):
+    with _telling(plan, state, done, watch.say):
+        try:
+            if watch.evaluate is not None and not done.history:
                 evaluated()
-            if is_due(done.step, plan.save_every or plan.eval_every) or is_last:
-                done.positions = ranks.each(position)
-                saved()
+                is_pending = True
+            while done.step < plan.steps and not _is_over(done, plan):
+                means, position = step(done.step, batches, save_pending)
+                done.step += 1
+                done.losses += means["loss"]
+                if plan.keep == "average":
+                    kept = _averaged(kept, model, done.step)
+                watch.advance(1)
+                watch.after_step(done.step, means)
+                is_last = done.step == plan.steps
+                if watch.evaluate is not None and (is_due(done.step, plan.eval_every) or is_last):
+                    evaluated()
+                if is_due(done.step, plan.save_every or plan.eval_every) or is_last:
+                    done.positions = ranks.each(position)
+                    is_pending = True
+            save_pending()
+        except KeyboardInterrupt:
+            save_pending()
+            raise
     if plan.keep != "last":
         model.update(tree_unflatten(list(kept.items())))
     model.eval()
@@ -317,7 +261,12 @@ def is_due(step: int, every: int) -> bool:
 
 def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
     """Puts back what was saved; returns the kept parameters and the progress."""
-    parts, done = state.load(flat(model.trainable_parameters())), Progress(**(state.progress or {}))
+    saved, new = state.progress or {}, asdict(Progress())
+    kinds, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, new))
+    is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])
+    if not is_whole or not 0 <= saved["step"] <= MAX_COUNT:
+        raise ValueError(f"{state.path} is damaged, or of another version: remove {state.folder} and begin anew")
+    parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)
     model.update(tree_unflatten(list(parts["model"].items())))
     optimizer.lay_out(model, parts["optimizer"], step=done.step)
     return parts["kept" if plan.keep != "last" else "model"], done
@@ -355,17 +304,25 @@ def _averaged(average: Arrays, model: nn.Module, step: int) -> Arrays:
 
 
 @contextmanager
-def _telling(plan: Plan, state: StateFile | None, say: Callable[[str], None]) -> Iterator[None]:
+def _telling(plan: Plan, state: StateFile | None, done: Progress, say: Callable[[str], None]) -> Iterator[None]:
     """Says what is kept, and how to go on, where the loss is not a number or the user stops the run."""
     try:
         yield
     except (LossError, KeyboardInterrupt) as error:
-        kept = ""
-        if state is not None and state.path.is_file():
-            kept = f"{state.folder} keeps the state, go on with --resume"
+        folder = state.folder if state is not None and state.path.is_file() else None
         if isinstance(error, LossError):
-            less = f"less than --learning-rate {plan.learning_rate:g}"
-            raise LossError(f"{error}: stopped; {f'{kept} and' if kept else 'try'} {less}") from None
-        if kept:
-            say(f"stopped; {kept}")
+            raise LossError(f"{error}: stopped; {_advice(plan, done, folder)}") from None
+        if folder is not None:
+            say(f"stopped; {folder} {KEPT}")
         raise
+
+
+def _advice(plan: Plan, done: Progress, folder: Path | None) -> str:
+    """What to do about a loss that is not a number."""
+    rates = {group.rate for _, group in plan.groups if group.clip_with}  # of heads that are tried side by side
+    less = f"less than --learning-rate {plan.learning_rate * min(rates, default=1.0):g}"
+    if done.step == 0:
+        return "nothing was learned yet, so no rate is to blame: look at the images and the encoder"
+    if folder is None:
+        return f"try {less}"
+    return f"{folder} {KEPT} and {less}" if len(rates) < 2 else f"remove {folder} and begin anew with {less}"

@@ -168,3 +168,10 @@ def warm_up_cosine(rate: float, *, steps: int, warm_up: int) -> Rate:
 def flat(tree: Any) -> Arrays:
     """The arrays of a tree by their paths."""
     return dict(tree_flatten(tree))
+
+
+def first_not_finite(arrays: Arrays) -> str | None:
+    """The name of the first array that holds a NaN or an infinity, None where all are numbers."""
+    finite = {name: mx.isfinite(array).all() for name, array in arrays.items()}
+    mx.eval(finite)
+    return next((name for name, is_finite in finite.items() if not is_finite.item()), None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_aimv2.backend import x86, x86_training
+from mlx_aimv2.backend import x86
 from mlx_aimv2.cli import main
 from mlx_aimv2.learn import fit
 from mlx_aimv2.train.optimizer import Group, clipped
@@ -29,12 +29,12 @@ def tables(seed):
 def test_arrays_go_to_the_core_that_was_given_least_the_largest_first(three_cores):
     three_cores(blas_threads=1)
     own, taken = x86.streams(), {}
-    balance = x86_training.Balance(tables(1).values())
+    balance = x86.Balance(tables(1).values())
     for name, x in tables(1).items():
         with balance.stream_for(x):
             taken[name] = own.index(mx.default_stream(mx.cpu))
     assert taken == {"tables": 0, "a": 1, "b": 2, "c": 2, "d": 1, "e": 1}
-    backwards = x86_training.Balance(reversed(tables(1).values()))
+    backwards = x86.Balance(reversed(tables(1).values()))
     with backwards.stream_for(tables(1)["e"]):
         assert own.index(mx.default_stream(mx.cpu)) == 1, "whatever their order"
 
@@ -43,7 +43,7 @@ def test_a_gpu_is_left_alone(three_cores, monkeypatch):
     three_cores(blas_threads=1)
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
     before = mx.default_stream(mx.default_device())
-    with x86_training.Balance([mx.zeros(3)]).stream_for(mx.zeros(3)):
+    with x86.Balance([mx.zeros(3)]).stream_for(mx.zeros(3)):
         assert mx.default_stream(mx.default_device()) == before
 
 
@@ -69,9 +69,9 @@ def test_weights_lie_in_memory_as_their_gradients_do(three_cores):
     three_cores(blas_threads=1)
     model = Small()
     before = flat(model.parameters())
-    laid_out = x86_training.columns_first(model, before)
+    laid_out = x86.columns_first(model, before)
     assert all(mx.array_equal(x, before[name]) for name, x in laid_out.items())
-    moments = x86_training.columns_first(model, {f"{name}.m": x for name, x in before.items()})
+    moments = x86.columns_first(model, {f"{name}.m": x for name, x in before.items()})
     gradients = flat(mx.grad(lambda p: (model.update(p), model(mx.array([3, 1])))[1])(model.trainable_parameters()))
     for name in ("table.weight", "layer.weight", "other.0.weight"):
         assert strides(laid_out[name]) == strides(moments[f"{name}.m"]) == strides(gradients[name])
@@ -82,7 +82,7 @@ def test_elsewhere_weights_stay_as_they_lie(monkeypatch):
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: False)
     model = Small()
     weights = flat(model.parameters())
-    assert all(x is weights[name] for name, x in x86_training.columns_first(model, weights).items())
+    assert all(x is weights[name] for name, x in x86.columns_first(model, weights).items())
 
 
 @pytest.mark.parametrize(("batch", "shards"), [(6, 3), (4, 1), (2, 1)])
@@ -96,7 +96,7 @@ def test_each_core_takes_its_images_through_everything_if_they_share_out_evenly(
         return x.sum(axis=(1, 2)), y + 1
 
     x, y = mx.random.normal((batch, 16, 16)), mx.arange(batch)
-    sums, numbers = x86_training.by_images(work, x, y)
+    sums, numbers = x86.by_images(work, x, y)
     assert seen == ([True] * shards if shards > 1 else [False])
     assert numbers.tolist() == list(range(1, batch + 1))
     assert mx.allclose(sums, x.sum(axis=(1, 2)), atol=1e-5)
@@ -113,11 +113,11 @@ def test_cross_entropy_and_its_gradient_are_mlxs(monkeypatch, chunk):
     def both(function):
         return mx.value_and_grad(lambda x: (weights * function(x, targets)).sum())(logits)
 
-    (value, gradient), (wanted, expected) = both(x86_training.cross_entropy), both(nn.losses.cross_entropy)
-    assert x86_training.cross_entropy(logits, targets).shape == (3, 5)
+    (value, gradient), (wanted, expected) = both(x86.cross_entropy), both(nn.losses.cross_entropy)
+    assert x86.cross_entropy(logits, targets).shape == (3, 5)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert mx.allclose(gradient, expected, atol=1e-6)
-    half = x86_training.cross_entropy(logits.astype(mx.float16), targets)
+    half = x86.cross_entropy(logits.astype(mx.float16), targets)
     assert half.dtype == mx.float32 and bool(mx.isfinite(half).all())
 
 
@@ -132,11 +132,11 @@ def test_cross_entropy_and_its_gradient_are_mlxs(monkeypatch, chunk):
 )
 def test_training_keeps_freed_memory_half_of_the_machines_at_most(monkeypatch, before, is_x86, within, after):
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: is_x86)
-    monkeypatch.setattr(x86_training.os, "sysconf", {"SC_PHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    monkeypatch.setattr(x86.os, "sysconf", {"SC_PHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}.__getitem__)
     monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "7")
     limit = mx.set_cache_limit(before)
     try:
-        with x86_training.prepared():
+        with x86.prepared():
             assert mx.set_cache_limit(before) == within
         assert mx.set_cache_limit(limit) == after
     finally:
@@ -167,22 +167,22 @@ def test_the_others_on_three_cores_give_what_they_give_on_this_machine(three_cor
     assert max(moved(alone, weights(shared)).values()) < 1e-4
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(None, str(x86_training.SIGHT)), ("7", "7")])
+@pytest.mark.parametrize(("given", "wanted"), [(None, str(x86.SIGHT)), ("7", "7")])
 def test_the_users_own_width_of_sight_stays(three_cores, monkeypatch, given, wanted):
     three_cores(blas_threads=1)
     monkeypatch.setattr(mx, "set_cache_limit", lambda limit: x86.MLX_CACHE_LIMIT)
     monkeypatch.delenv("MLX_BFS_MAX_WIDTH", raising=False)
     if given is not None:
         monkeypatch.setenv("MLX_BFS_MAX_WIDTH", given)
-    with x86_training.prepared():
+    with x86.prepared():
         pass
     assert os.environ["MLX_BFS_MAX_WIDTH"] == wanted
 
 
 CALLS = {
-    "fit": ("fit('nowhere', 'nowhere', 'out')", x86_training.SIGHT),
-    "pretrain": ("main(['pretrain', 'data', '-o', 'out'])", x86_training.WIDE_SIGHT),
-    "lit": ("main(['lit', 'nowhere', '--encoder', 'nowhere', '-o', 'out'])", x86_training.WIDE_SIGHT),
+    "fit": ("fit('nowhere', 'nowhere', 'out')", x86.SIGHT),
+    "pretrain": ("main(['pretrain', 'data', '-o', 'out'])", x86.WIDE_SIGHT),
+    "lit": ("main(['lit', 'nowhere', '--encoder', 'nowhere', '-o', 'out'])", x86.WIDE_SIGHT),
 }
 """Trainings that end at once in a user's mistake."""
 
@@ -212,7 +212,7 @@ def test_on_a_mac_memory_is_wired_while_a_training_runs(monkeypatch, fails):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 4096})
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or limits[-2])
-    with contextlib.suppress(ZeroDivisionError), x86_training.prepared():
+    with contextlib.suppress(ZeroDivisionError), x86.prepared():
         assert limits[-1] == 4096
         if fails:
             raise ZeroDivisionError

@@ -19,7 +19,7 @@ from mlx_aimv2.checkpoint.hub import download
 from mlx_aimv2.config import RELEASED
 from tests.loopback import TOKEN, Hub, serve
 from tests.programs import HANGS
-from tests.small_models import FIXED
+from tests.small_models import FIXED, edit_config, edit_weights
 
 NAME = "apple/aimv2-large-patch14-224"
 PIN = RELEASED[NAME.removeprefix("apple/")].commit
@@ -44,8 +44,7 @@ def released(tmp_path, hub) -> Hub:
     (folder / "LICENSE").write_text("terms")
     (folder / "README.md").write_text("---\nlicense: apple-amlr\n---\n")
     hub.publish(NAME, PIN, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    edit_config(folder, rms_norm_eps=0.25)
     hub.publish(NAME, MAIN, folder)
     return hub
 
@@ -347,8 +346,7 @@ print(json.dumps(read))
 def test_a_conversion_resolves_its_source_once_whatever_is_pushed_meanwhile(hub, tmp_path):
     folder = Path(shutil.copytree(FIXED, tmp_path / "released", ignore=shutil.ignore_patterns("*.npz")))
     hub.publish("some/body", PIN, folder)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: array * np.float32(1.5) for name, array in tensors.items()}, folder / "model.safetensors")
+    edit_weights(folder, lambda tensors: {name: array * np.float32(1.5) for name, array in tensors.items()})
     hub.on_request = lambda: len(hub.requests) == 2 and hub.publish("some/body", MAIN, folder)
     result = run(hub, tmp_path / "home", CONVERT_AND_NOTE, "some/body", tmp_path / "mlx")
     assert result.returncode == 0, result.stderr

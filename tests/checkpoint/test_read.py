@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mlx_aimv2.checkpoint.layouts import LAYOUTS, layout_for
 from mlx_aimv2.checkpoint.read import read
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig
 from mlx_aimv2.conversion.folder import config_for
-from tests.small_models import FIXED, LIT, random_weights, write
+from tests.small_models import FIXED, LIT, edit_weights, random_weights, write
 
 VISION = Aimv2VisionConfig(256, 13, 2, 2, image_size=15, patch_size=5)  # two heads of 128: timm does not say how many
 WEIGHTS = random_weights(VISION)
@@ -135,137 +136,93 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_a_shard_that_is_not_there_is_named(folder):
-    shard(folder, 3)[1].unlink()
-    assert "model.safetensors.index.json names shards that are not there: model-00002-of-00003" in refusal(folder)
+INDEX, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
-def test_a_tensor_that_the_index_lists_and_no_shard_holds_is_named(folder):
+def written(content: bytes, name: str = INDEX):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def kept(count: int):
+    return lambda folder: (folder / WEIGHTS_FILE).write_bytes((folder / WEIGHTS_FILE).read_bytes()[:count])
+
+
+def lists_more(folder: Path) -> None:
     shard(folder, 2)
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
+    content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["trunk.blocks.9.norm_1.weight"] = "model-00001-of-00002.safetensors"
-    index.write_text(json.dumps(content))
-    assert "lists tensors that no shard holds: trunk.blocks.9.norm_1.weight" in refusal(folder)
+    (folder / INDEX).write_text(json.dumps(content))
 
 
-def test_a_tensor_in_two_shards_is_named(folder):
+def holds_twice(folder: Path) -> None:
     first, second = shard(folder, 2)
-    twice = next(iter(load_file(first)))
-    save_file(load_file(second) | {twice: load_file(first)[twice]}, second)
-    assert f"another shard holds too: {twice}" in refusal(folder)
+    name, array = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: array}, second)
 
 
-def test_shards_without_their_index(folder):
-    shard(folder, 2)
-    (folder / "model.safetensors.index.json").unlink()
-    assert "has shards but no model.safetensors.index.json" in refusal(folder)
+def with_tensor(name: str, change):
+    return lambda folder: edit_weights(folder, lambda tensors: tensors | {name: change(tensors[name])})
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "wanted an object, got a list"),
-        ("{}", "no weight_map of tensor names to file names"),
-        ('{"weight_map": {"a": 1}}', "no weight_map of tensor names to file names"),
-        ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "which is no file of weights in its folder"),
-    ],
-)
-def test_an_index_that_is_none(folder, content, message):
-    (folder / "model.safetensors.index.json").write_text(content)
-    assert message in refusal(folder)
+NO_SAFETENSORS = "truncated or not a safetensors file .*; fetch it again"
+NO_MAP = "no weight_map of tensor names to file names"
+FC1, POSITIONS = "trunk.blocks.1.mlp.fc1.weight", "preprocessor.pos_embed"
+DAMAGES = {
+    "a shard is gone": (
+        lambda folder: shard(folder, 3)[1].unlink(),
+        f"{INDEX} names shards that are not there: model-00002-of-00003",
+    ),
+    "the index lists a tensor more": (lists_more, "lists tensors that no shard holds: trunk.blocks.9.norm_1.weight"),
+    "a tensor is in two shards": (holds_twice, "another shard holds too: "),
+    "the index is gone": (lambda folder: shard(folder, 2) and (folder / INDEX).unlink(), f"has shards but no {INDEX}"),
+    "the index is cut": (written(b"{"), "not JSON"),
+    "the index is a list": (written(b"[]"), "wanted an object, got a list"),
+    "the index is empty": (written(b"{}"), NO_MAP),
+    "the index maps to a number": (written(b'{"weight_map": {"a": 1}}'), NO_MAP),
+    "the index leads out": (
+        written(b'{"weight_map": {"a": "../elsewhere.safetensors"}}'),
+        "which is no file of weights in its folder",
+    ),
+    "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"no weights; looked for {INDEX}"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "a config that is no text": (written(b"\xff\xfe", "config.json"), "config.json"),
+    "empty": (kept(0), NO_SAFETENSORS),
+    "no header": (kept(7), NO_SAFETENSORS),
+    "cut in the header": (kept(2000), NO_SAFETENSORS),
+    "one byte short": (kept(-1), NO_SAFETENSORS),
+    "a pointer of git-lfs": (
+        written(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", WEIGHTS_FILE),
+        NO_SAFETENSORS,
+    ),
+    "zeros": (written(bytes(999), WEIGHTS_FILE), NO_SAFETENSORS),
+    "whole numbers": (
+        with_tensor(FC1, lambda array: array.astype(np.int8)),
+        f"must be float32, float16, bfloat16, got {FC1} is int8",
+    ),
+    "double precision": (with_tensor(FC1, lambda array: array.astype(np.float64)), "F64"),
+    "positions without their first axis": (  # of another shape, and not of another size
+        with_tensor(POSITIONS, lambda array: array[0]),
+        rf"of another shape {POSITIONS} \(wanted \(1, 9, 96\), got \(9, 96\)\)",
+    ),
+}
 
 
-def test_a_folder_without_weights_says_what_was_looked_for(folder):
-    (folder / "model.safetensors").unlink()
-    assert "no weights; looked for model.safetensors.index.json" in refusal(folder)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_in_one_line(folder, damage):
+    make, message = DAMAGES[damage]
+    make(folder)
+    assert re.search(message, refusal(folder))
 
 
-def test_a_folder_without_config_says_so(folder):
-    (folder / "config.json").unlink()
-    assert "no config.json" in refusal(folder)
-
-
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"], ids=["cut", "a list", "not text"])
-def test_a_config_that_is_none(folder, content):
-    (folder / "config.json").write_bytes(content)
-    assert "config.json" in refusal(folder)
-
-
-@pytest.mark.parametrize("kept", [0, 7, 2000, -1], ids=["empty", "no header", "cut in the header", "one byte short"])
-def test_a_truncated_file_is_recognised(folder, kept):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
-    assert "truncated or not a safetensors file" in refusal(folder)
-    assert "fetch it again" in refusal(folder)
-
-
-@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\x00" * 999])
-def test_garbage_is_recognised(folder, content):
-    (folder / "model.safetensors").write_bytes(content)
-    assert "truncated or not a safetensors file" in refusal(folder)
+def test_a_model_of_another_depth_names_its_block_once(folder):
+    edit_weights(folder, lambda tensors: {name: array for name, array in tensors.items() if "blocks.1." not in name})
+    assert refusal(folder).count("trunk.blocks.1.") == 7
 
 
 def test_a_file_of_another_kind(folder):
     (folder / "weights.npz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"not a weight file; wanted .safetensors, .bin, .pt, .pth"):
         load(folder / "weights.npz")
-
-
-def test_whole_numbers_in_the_encoder_are_refused_by_name(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["trunk.blocks.1.mlp.fc1.weight"] = tensors["trunk.blocks.1.mlp.fc1.weight"].astype(np.int8)
-    save_file(tensors, folder / "model.safetensors")
-    assert "must be float32, float16, bfloat16, got trunk.blocks.1.mlp.fc1.weight is int8" in refusal(folder)
-
-
-def test_double_precision_is_refused(folder):
-    tensors = {name: array.astype(np.float64) for name, array in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors")
-    assert "F64" in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        ({"qkv_bias": True}, "no biases"),
-        ({"hidden_act": "gelu"}, "uses silu"),
-        ({"disable_rope": False, "preserve_original_pe": True}, "rotary positions"),
-        ({"fullatt_block_indexes": [3, 7]}, "windows"),
-    ],
-    ids=["biases", "gelu", "RoPE (AndesVL)", "windows"],
-)
-def test_what_only_config_json_says_of_another_network_counts_too(config, reason, tmp_path):
-    folder = write(tmp_path / "a", in_layout("apple"), APPLE | config)
-    assert reason in refusal(folder)
-
-
-def test_a_cls_token_is_the_reason_and_not_two_hundred_names(tmp_path):
-    folder = write(tmp_path / "a", in_layout("timm") | {"cls_token": mx.zeros((1, 1, 256))}, TIMM)
-    assert "a CLS token (cls_token): AIMv2 has none, so this is another network" in refusal(folder)
-
-
-def test_an_unknown_layout_names_the_known_ones(tmp_path):
-    message = refusal(write(tmp_path / "a", {"w": mx.zeros((3, 5))}, APPLE))
-    assert "fit none of apple, apple-mlx, transformers" in message
-    assert "the first names are w" in message
-
-
-def test_a_position_table_without_its_first_axis_is_of_another_shape_and_not_of_another_size(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["preprocessor.pos_embed"] = tensors["preprocessor.pos_embed"][0]
-    save_file(tensors, folder / "model.safetensors")
-    assert "of another shape preprocessor.pos_embed (wanted (1, 9, 96), got (9, 96))" in refusal(folder)
-
-
-def test_a_model_of_another_depth_names_its_block_once(folder):
-    tensors = {
-        name: array for name, array in load_file(folder / "model.safetensors").items() if "blocks.1." not in name
-    }
-    save_file(tensors, folder / "model.safetensors")
-    message = refusal(folder)
-    assert message.count("trunk.blocks.1.") == 7
 
 
 # Pickled weights

@@ -109,12 +109,6 @@ def test_labels_that_are_not_text_are_refused(capsys, tmp_path):
     assert code == 2 and len(err) == 1 and "labels.txt is not UTF-8 text" in err[0]
 
 
-def test_a_vision_only_checkpoint_on_the_command_line(capsys):
-    code, _, err = run(capsys, "nowhere.png", "-m", VISION_ONLY, "--labels", "cat,dog")
-    assert (code, len(err)) == (2, 1)
-    assert "apple/aimv2-large-patch14-224-lit" in err[0] and "nowhere.png" not in err[0]
-
-
 def test_a_folder_without_tokenizer_on_the_command_line(capsys, tmp_path):
     write(tmp_path, files=())
     code, _, err = run(capsys, "nowhere.png", "-m", tmp_path, "--labels", "cat,dog")

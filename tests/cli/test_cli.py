@@ -14,7 +14,7 @@ import pytest
 import mlx_aimv2
 from mlx_aimv2 import bundled
 from mlx_aimv2.cli import main, output
-from mlx_aimv2.cli.dispatch import VERBS, one_line_errors
+from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.cli.output import escape, progress, say
 
 ROOT = Path(__file__).parents[2]
@@ -50,17 +50,6 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
     command = shlex.join([sys.executable, "-m", "mlx_aimv2", "info", str(bundled.emoji_checkpoint())]) + " | true"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-
-
-def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit, match="0"):
-        main([verb, "--help"])
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb, capsys):
-    assert ["mlx-aimv2", verb] == help_of(verb, capsys).split()[1:3]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +97,8 @@ try:
 finally:
     print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
-    assert "mlx_aimv2.cli.compare" in loaded
-    assert "mlx_aimv2.cli.search" not in loaded
+    assert "mlx_aimv2.cli.info_compare" in loaded
+    assert "mlx_aimv2.cli.embed" not in loaded
 
 
 def test_a_line_has_no_control_characters():

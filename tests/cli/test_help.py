@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mlx_aimv2.cli import main, parser
-from mlx_aimv2.cli.dispatch import VERBS, Parser, module_of
+from mlx_aimv2.cli.dispatch import EXAMPLES, VERBS, Parser
 
 SHARED = ("--revision", "--dtype", "--decode", "--max-pixels", "--truncated", "--max-patches", "--threads", "--seed")
 SHARED += ("--resume", "--weight-decay", "--vocab-size", "--tokenizer", "--min-area", "--jitter", "--grey")
@@ -66,7 +66,7 @@ def test_no_help_is_wider_than_the_terminal_or_100_columns(columns, verbs, monke
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_begins_with_an_example_that_the_verb_accepts(verb, verbs):
-    example = module_of(verb).EXAMPLE
+    example = EXAMPLES[verb]
     assert verbs[verb].format_help().splitlines()[0] == f"example: mlx-aimv2 {verb} {example}"
     assert parser(verb).parse_args([verb, *shlex.split(example)]).verb == verb
 
@@ -117,7 +117,7 @@ def test_the_list_names_each_verb_once_in_its_group():
             titles = line[:-1]
         elif line.startswith("  "):
             listed.append((line.split()[0], titles))
-    assert listed == [(verb, group) for verb, (group, _) in VERBS.items()]
+    assert listed == [(verb, group) for verb, (group, *_) in VERBS.items()]
 
 
 def test_the_converters_own_command_shows_the_same_help():

@@ -1,16 +1,22 @@
 """A signal ends a run at once and in a clean state, and a second one whatever it is waiting for."""
 
+import contextlib
 import os
+import random
 import signal
 import sys
 import threading
 import time
 from contextlib import ExitStack
 
+import mlx.core as mx
 import pytest
 
+from mlx_aimv2 import load
 from mlx_aimv2.cli.dispatch import SIGNALS, Stopped, stoppable
+from mlx_aimv2.files import UNFINISHED
 from tests.programs import HANGS, running
+from tests.small_encoder import small_encoder
 
 SOON = 30
 """Seconds in which a run ends, a tenth of what its work would take: about one, but for a machine that is busy."""
@@ -163,3 +169,67 @@ def test_a_signal_is_an_interruption_to_whoever_looks_for_one():
         time.sleep(5)
     assert isinstance(caught.value, Stopped)
     assert caught.value.exit_code == 129
+
+
+# Conversions stopped at random moments
+
+MAX_RUNS = 200
+# A fresh process of its own would take ten times as long to import everything: it is forked when all is imported.
+CONVERTING = """
+import os, sys
+from mlx_aimv2.cli import main
+import mlx_aimv2.convert, mlx_aimv2.conversion.model_card, huggingface_hub, PIL.Image
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main(["convert", *line.split()]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signals", "runs"), [(SIGNALS, 50), ((signal.SIGKILL,), 20)], ids=["stopped", "killed"])
+def test_conversions_that_end_at_random_moments_leave_only_whole_folders(tmp_path, signals, runs):
+    seed = random.randrange(1 << 30)
+    rng, lasts, stopped = random.Random(seed), None, 0
+    slowest = 0.0
+    with running(sys.executable, "-c", CONVERTING) as run:
+        for number in range(MAX_RUNS):
+            if stopped == runs:
+                break
+            target, one = tmp_path / f"mlx-{number}", signals[number % len(signals)]
+            flags = "-q --q-bits 8" if number % 2 else "--no-verify"
+            begun = time.monotonic()
+            print(f"--hf-path {small_encoder()} --mlx-path {target} {flags}", file=run.stdin, flush=True)
+            child = int(run.stdout.readline())
+            if lasts is not None:
+                time.sleep(rng.uniform(0, lasts))
+                sent = time.monotonic()
+                with contextlib.suppress(ProcessLookupError):  # done already
+                    os.kill(child, one)
+            code = int(run.stdout.readline())
+            if lasts is None:
+                lasts = time.monotonic() - begun
+            elif code == 0:
+                lasts = min(lasts, time.monotonic() - begun)
+            else:
+                slowest = max(slowest, time.monotonic() - sent)
+                # Before the command line has its handlers the signal ends the process as it always does.
+                assert code in (128 + one, -one, 1), f"seed {seed}"
+                stopped += 1
+        _, errors = run.communicate()
+    assert "Traceback" not in errors or "KeyboardInterrupt" in errors, f"{errors}, seed {seed}"
+    assert stopped == runs, f"seed {seed}"
+    assert slowest < SOON
+    hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert all(signals is not SIGNALS and name.endswith(UNFINISHED) for name in hidden), f"{hidden}, seed {seed}"
+    whole = [path for path in tmp_path.iterdir() if path.name not in hidden]
+    for path in whole:
+        assert load(path)[0].encode_image(mx.zeros((1, 56, 56, 3))).shape == (1, 128), f"{path.name}, seed {seed}"
+    print(f"{stopped} stopped, the slowest after {slowest:.2f} s; {len(whole)} were whole before")
+
+
+def test_the_signals_are_those_of_a_terminal_and_of_a_service_manager():
+    assert SIGNALS == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,5 +1,6 @@
 """Losing a stream stops no work, every error is one line, and nothing raw reaches the terminal."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -13,8 +14,9 @@ import pytest
 from mlx_aimv2 import bundled
 from mlx_aimv2.cli import main
 from mlx_aimv2.cli.dispatch import TRACEBACK, one_line_errors
+from mlx_aimv2.cli.output import MAX_LINE, MAX_RESULT, as_line, show
 from tests import programs
-from tests.small_models import FIXED, pair_with_words
+from tests.small_models import FIXED, edit_config, pair_with_words
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 PHOTOGRAPH = str(bundled.photographs()[0])
@@ -115,11 +117,54 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, program):
     assert (run.returncode, errors) == (130, "mlx-aimv2: stopped\n")
 
 
+def test_an_import_that_a_signal_breaks_is_no_broken_package(capsys):
+    """A module in C that is interrupted while it is loaded says ImportError, which asks to reinstall it."""
+
+    def work() -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise ImportError("numpy._core.multiarray failed to import")
+
+    assert one_line_errors(work) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "mlx-aimv2: stopped (SIGTERM)\n"
+
+
+LONG = {
+    "an error": lambda name: ["info", name],
+    "an argument": lambda name: ["map", "x.jpg", f"--{name}"],
+    "a verb": lambda name: [name],
+    "a label": lambda name: ["fit", ".", "-m", str(FIXED), "-o", "head", "--labels", name],
+}
+
+
+@pytest.mark.parametrize("words", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("name", ["n" * 100_000, "a b " * 25_000, "\x1b" * 30_000], ids=["word", "words", "escaped"])
+def test_a_line_is_shortened_where_it_is_written(tmp_path, monkeypatch, capsys, words, name):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        main(words(name))
+    out, err = capsys.readouterr()
+    assert err and max(map(len, (out + err).splitlines())) <= len("mlx-aimv2: ") + MAX_LINE
+
+
+def test_a_shortened_line_keeps_its_start_and_its_advice():
+    line = as_line(f"start {'n' * 100_000} advice")
+    assert MAX_LINE - 2 <= len(line) <= MAX_LINE and line.startswith("start n") and line.endswith("n advice")
+    assert f" … ({100_013:,} characters) … " in line
+    assert as_line("n" * MAX_LINE) == "n" * MAX_LINE
+
+
+def test_a_result_is_shortened_beyond_any_path(capsys):
+    show("p" * 4096)
+    show("p" * 100_000)
+    whole, cut = capsys.readouterr().out.splitlines()
+    assert len(whole) == 4096 and MAX_RESULT - 2 <= len(cut) <= MAX_RESULT
+
+
 def test_control_characters_of_headers_and_arguments_are_escaped(tmp_path, capsys):
     escape = "\x1b]0;title\x07"
     folder = Path(shutil.copytree(FIXED, tmp_path / "fixed"))
-    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": escape}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, rms_norm_eps=escape)
     for arguments in (["info", str(folder)], ["info", f"/no{escape}where"], ["map", escape, "-m", escape]):
         assert main(arguments) in (1, 2)
         out, err = capsys.readouterr()

@@ -10,7 +10,6 @@ from PIL import Image
 
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.conversion.fidelity import compare, rows
-from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import read_source
 from tests.small_models import FIXED, pair_with_words
@@ -43,13 +42,13 @@ def images(tmp_path) -> list[Path]:
     return paths
 
 
-def card_of(source: Path, target: Path, *, repo: str | None = None, report=None, hub_name=None, config=None) -> Path:
+def card_of(source: Path, target: Path, *, repo: str | None = None, report=None, config=None, **names) -> Path:
     read = read_source(source)
     if repo:
         read.origin.repo, read.origin.commit = repo, "c" * 40
     target.mkdir(exist_ok=True)
     config = read.config.to_dict() | {"torch_dtype": "float16"} | (config or {})
-    model_card.write(target, source=read, config=config, report=report, hub_name=hub_name)
+    model_card.write(target, source=read, config=config, report=report, **names)
     return target / "README.md"
 
 
@@ -133,8 +132,7 @@ def test_the_shape_in_the_snippet_is_the_shape(apples, tmp_path):
     ("layout", "library"), [("transformers", "from transformers import"), ("apple", "Apple's own")]
 )
 def test_an_export_is_a_pytorch_card(apples, tmp_path, layout, library):
-    config = config_for(read_source(apples).config, layout)
-    written = card_of(apples, tmp_path / "out", config=config)
+    written = card_of(apples, tmp_path / "out", layout=layout)
     head = metadata_load(written)
     assert (head["library_name"], head["tags"]) == ("transformers", ["aimv2", "vision"])
     assert library in snippet(written.read_text())

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from mlx_aimv2.index.reader import Index
 from tests.image_files import image
+from tests.small_index import change
 
 
 @pytest.fixture
@@ -30,8 +32,13 @@ def no_decoding(monkeypatch):
 
 
 def names() -> list[str]:
+    return list(digests())
+
+
+def digests() -> dict[str, bytes]:
+    """Names in the index -> the digest of the content that was embedded."""
     with Index.open("photos.db") as index:
-        return [str(Path(path).relative_to(Path.cwd())) for path in index.paths()]
+        return {str(Path(one.path).relative_to(Path.cwd())): one.sha256 for one in index.embeddings()}
 
 
 def test_a_folder_and_a_link_to_it_hold_the_same_files(folder, embed):
@@ -135,6 +142,82 @@ def test_what_was_not_asked_for_is_never_pruned(folder, embed):
     embed("in", "other")
     shutil.rmtree("other")
     assert embed("in", "--prune")[0] == {"images": 8, "unchanged": 7}
+
+
+@pytest.fixture
+def alike(folder):
+    """Two files of one size and one time of change with unlike content."""
+    a, b = (folder / "0.png"), (folder / "1.png")
+    size = max(file.stat().st_size for file in (a, b))
+    for file in (a, b):
+        file.write_bytes(file.read_bytes().ljust(size, b"\0"))  # decoders ignore what follows the end
+        os.utime(file, ns=(10**18, 10**18))
+    return a, b
+
+
+def vectors() -> dict[str, bytes]:
+    with Index.open("photos.db") as index:
+        return {Path(one.path).name: one.vector.tobytes() for one in index.embeddings()}
+
+
+def test_two_files_of_one_size_and_time_that_swap_names_are_noticed(alike, embed):
+    a, b = alike
+    embed("in")
+    a.rename("aside")
+    b.rename(a)
+    Path("aside").rename(b)
+    assert embed("in")[0] == {"images": 7, "embedded": 2, "unchanged": 5}
+    assert digests() == {name: sha256(Path(name).read_bytes()).digest() for name in names()}
+
+
+def test_content_that_was_put_in_place_with_the_old_time_is_noticed(alike, embed):
+    a, b = alike
+    embed("in")
+    a.write_bytes(b.read_bytes())
+    os.utime(a, ns=(10**18, 10**18))
+    assert embed("in")[0] == {"images": 7, "embedded": 1, "unchanged": 6}
+    assert digests()["in/0.png"] == digests()["in/1.png"] == sha256(b.read_bytes()).digest()
+
+
+def test_a_restored_backup_is_read_and_not_decoded(folder, embed, no_decoding):
+    """Other inodes and times of the entries, the same times of the content."""
+    embed("in")
+    before = vectors()
+    shutil.copytree(folder, "backup")
+    shutil.rmtree(folder)
+    shutil.move("backup", folder)
+    no_decoding()
+    assert embed("in")[0] == {"images": 7, "recognised": 7}
+    assert embed("in")[0] == {"images": 7, "unchanged": 7}
+    assert vectors() == before
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("paths", [["in"], ["in/0.png", "in/1.png"]])
+def test_a_name_that_now_reaches_another_indexed_file_loses_its_entry(alike, embed, no_decoding, link, paths):
+    a, b = alike
+    embed("in")
+    before = vectors()
+    a.unlink()
+    link(b.absolute(), a)
+    no_decoding()
+    assert embed(*paths)[0]["images"] == 6
+    assert before["0.png"] not in vectors().values() and before["1.png"] in vectors().values()
+
+
+def test_an_index_of_format_1_is_read_filled_and_not_embedded_anew(folder, embed, no_decoding):
+    embed("in")
+    before = vectors()
+    for command in ("ALTER TABLE images DROP COLUMN inode", "ALTER TABLE images DROP COLUMN ctime_ns"):
+        change(Path("photos.db"), command)
+    change(Path("photos.db"), "PRAGMA user_version = 1")
+    assert vectors() == before
+    no_decoding()
+    assert embed("in")[0] == {"images": 7, "unchanged": 7}
+    with Index.open("photos.db") as index:
+        about = (folder / "3.png").stat()
+        stamp = index.stamp(str(folder.absolute() / "3.png"))
+        assert (stamp.ctime_ns, stamp.inode) == (about.st_ctime_ns, about.st_ino)
 
 
 def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_command):

@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2.convert import convert
+from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.encode import Embedder, Pooling
-from mlx_aimv2.embed.provenance import differences
 from mlx_aimv2.loading import read_source
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"

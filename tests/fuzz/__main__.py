@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: 20,000 broken inputs, each in a worker process with ten seconds and a gigabyte to grow.
+"""`python -m tests.fuzz`: 20,000 broken inputs, each in a worker process with 20 seconds and a gigabyte to grow.
 
 Anything but a result or one clear line is a finding: it is printed with its kind and seed, and its files are kept.
 `--kind KIND --seed SEED --inputs 1` brings one back.
@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.fuzz import kinds
 
-SECONDS = 10.0
+SECONDS = 20.0
 START_SECONDS = 120.0
 GROWTH = 1 << 30
 POLL = 0.05
@@ -111,9 +111,13 @@ def main() -> int:
         os.environ["TMPDIR"] = tempfile.tempdir = IN_MEMORY  # a disk takes longer to sync than an input to be tried
     with tempfile.TemporaryDirectory(prefix="fuzz-whole-") as folder:
         kinds.make_whole_inputs(Path(folder))
+        before = _stamps(Path(folder))
         counts, findings = run(jobs, Path(folder), names, arguments.workers)
+        if changed := set(before.items()) ^ set(_stamps(Path(folder)).items()):
+            print(f"fuzz: FINDING inputs were changed: {sorted({name for name, _ in changed})}")
+            findings.append(Finding("whole", seed, f"changed: {sorted(changed)}"))
         for finding in findings:
-            _keep(finding, Path(folder), arguments.keep)
+            keep(finding, Path(folder), arguments.keep)
     for name in names:
         each = ", ".join(f"{counts[name, outcome]:,} {outcome}" for outcome in ("well", "refused", "finding"))
         print(f"fuzz: {name}: {each}")
@@ -168,17 +172,26 @@ def run(
     return counts, findings
 
 
-def _keep(finding: Finding, whole: Path, folder: Path) -> None:
+def keep(finding: Finding, whole: Path, folder: Path) -> None:
     """Makes the input again and puts its files aside; it is not used."""
     place = folder / f"{finding.kind}-{finding.seed}"
     place.mkdir(parents=True, exist_ok=True)
-    (place / "finding.txt").write_text(finding.what + "\n")
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        if finding.kind != "hub":
+    (place / "finding.txt").write_text(finding.what + "\n", errors="backslashreplace")
+    # Beside the whole inputs, to whose files it may have links, which lead into no other file system.
+    with tempfile.TemporaryDirectory(dir=whole.parent) as made:
+        if finding.kind in kinds.KINDS and finding.kind != "hub":
             kinds.KINDS[finding.kind][0](random.Random(f"{finding.kind} {finding.seed}"), whole, Path(made))
         for file in Path(made).rglob("*"):
             if file.is_file() and file.stat().st_nlink == 1:  # the others are links to whole ones
-                (place / file.name).write_bytes(file.read_bytes())
+                target = place / file.relative_to(made)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file, by which one shows that was written to."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "cache" not in path.relative_to(folder).parts)
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def _resident(pid: int) -> int:

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz import learning
 from tests.fuzz.images import broken_image, make_images
-from tests.fuzz.mutate import broken_bytes, broken_json, broken_text
+from tests.fuzz.mutate import broken_bytes, broken_tensors, broken_text
 
 Call = Callable[[], object]
 Kind = Callable[[random.Random, Path, Path], Call]
@@ -55,6 +56,22 @@ STATEMENTS = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA encoding = 'UTF-16'; VACUUM",
 )
+
+MODULES = (
+    "mlx_aimv2",
+    "mlx_aimv2.convert",
+    "mlx_aimv2.index.export",
+    "mlx_aimv2.learn.fit_head",
+    "mlx_aimv2.learn.evaluation",
+    "mlx_aimv2.learn.classify",
+    "mlx_aimv2.learn.segment",
+    "mlx_aimv2.learn.detect",
+    "mlx_aimv2.pretrain.lit_tuning",
+    "mlx_aimv2.cli",
+    "tokenizers",
+    "huggingface_hub",
+)
+"""What is imported before the first input is tried."""
 
 ANSWERS: tuple[tuple[int, str, bytes], ...] = (
     (200, "text/html", b"<html><body>Sign in to the network</body></html>"),
@@ -100,6 +117,7 @@ def make_whole_inputs(folder: Path) -> None:
             shutil.copy(_other_tokenizer(name), folder / "lit" / name) if _other_tokenizer(name) else (
                 folder / "lit" / name
             ).write_text(text)
+    learning.make_whole(folder / "learning")
     made = {"checkpoint": "x", "commit": None, "dtype": "float32", "pool": "mean", "layer": None, "norm": False}
     made |= {"max_patches": None, "weights": {"digest": "00", "sample": [1.0]}, "preprocessing": {}, "width": 7}
     for axes, shape in ((1, (7,)), (2, (3, 7)), (3, (2, 5, 7))):
@@ -113,17 +131,7 @@ def make_whole_inputs(folder: Path) -> None:
 def safetensors(dice: random.Random, whole: Path, place: Path) -> Call:
     """A weight file whose header says something else, or whose bytes are broken."""
     folder = _copied(whole / dice.choice(CHECKPOINTS), place, without="model.safetensors")
-    data = (folder.source / "model.safetensors").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header, rest = data[8 : 8 + size], data[8 + size :]
-    what = dice.random()
-    if what < 0.6:
-        text = json.dumps(broken_json(json.loads(header), dice)).encode()
-        data = len(text).to_bytes(8, "little") + text + rest
-    elif what < 0.9:
-        data = broken_bytes(data[: 8 + size], dice) + rest
-    else:
-        data = broken_bytes(data, dice)
+    data = broken_tensors((folder.source / "model.safetensors").read_bytes(), dice)
     (place / "model.safetensors").write_bytes(data)
     return lambda: _use(place)
 
@@ -185,7 +193,7 @@ def images(dice: random.Random, whole: Path, place: Path) -> Call:
     """A broken image in any format."""
     file = place / "image"
     file.write_bytes(broken_image(dice, whole / "images"))
-    return lambda: _processor(whole / dice.choice(("fixed", "native")))(str(file), max_patches=64)
+    return lambda: processor_of(whole / dice.choice(("fixed", "native")))(str(file), max_patches=64)
 
 
 def indexes(dice: random.Random, whole: Path, place: Path) -> Call:
@@ -249,14 +257,24 @@ def pickles(dice: random.Random, whole: Path, place: Path) -> Call:
 
 
 KINDS: dict[str, tuple[Kind, int]] = {
-    "images": (images, 8000),
-    "safetensors": (safetensors, 3000),
-    "config": (config, 3000),
-    "side_files": (side_files, 2500),
-    "indexes": (indexes, 2400),
-    "card": (card, 200),
-    "hub": (hub, 500),
-    "pickles": (pickles, 400),
+    "images": (images, 4000),
+    "jpegs": (learning.jpegs, 1500),
+    "safetensors": (safetensors, 1500),
+    "config": (config, 1500),
+    "side_files": (side_files, 1200),
+    "indexes": (indexes, 1200),
+    "card": (card, 100),
+    "hub": (hub, 400),
+    "pickles": (pickles, 200),
+    "heads": (learning.heads, 1800),
+    "states": (learning.states, 500),
+    "coco": (learning.coco, 1300),
+    "labels": (learning.labels, 1300),
+    "formats": (learning.formats, 1200),
+    "masks": (learning.masks, 600),
+    "shards": (learning.shards, 1000),
+    "captions": (learning.captions, 400),
+    "arguments": (learning.arguments, 300),
 }
 """Name -> the kind, and how many of 20,000 inputs are of it."""
 
@@ -297,7 +315,7 @@ def _use(folder: Path) -> None:
             mx.eval(model.encode_text(ids))
 
 
-def _processor(folder: Path) -> Any:
+def processor_of(folder: Path) -> Any:
     from mlx_aimv2 import load
 
     if folder not in _processors:
@@ -309,7 +327,7 @@ def _use_index(file: Path) -> None:
     """Everything that is done with an index: read, searched, exported, written to."""
     import numpy as np
 
-    from mlx_aimv2.embed.provenance import made_by
+    from mlx_aimv2.embed.encode import made_by
     from mlx_aimv2.index.export import export
     from mlx_aimv2.index.reader import Embedding, Index
     from mlx_aimv2.index.writer import IndexWriter
@@ -371,7 +389,7 @@ def prepare(names: list[str]) -> None:
     global _ARRAY
     import numpy as np
 
-    for module in ("mlx_aimv2", "mlx_aimv2.convert", "mlx_aimv2.index.export", "tokenizers", "huggingface_hub"):
+    for module in MODULES:
         importlib.import_module(module)
     if "pickles" in names:
         importlib.import_module("torch")

@@ -63,7 +63,7 @@ def broken_json(value: Any, dice: random.Random) -> Any:
     """One to three values somewhere in a JSON document replaced, removed, doubled or exchanged."""
     value = json.loads(json.dumps(value))
     for _ in range(dice.randint(1, 3)):
-        holder, key = dice.choice(list(_places(value)) or [(None, None)])
+        holder, key = dice.choice(list(places(value)) or [(None, None)])
         if holder is None:
             return copy.deepcopy(dice.choice(VALUES))
         what = dice.random()
@@ -87,15 +87,46 @@ def broken_text(value: Any, dice: random.Random) -> bytes:
     return broken_bytes(json.dumps(value, indent=2).encode(), dice)
 
 
-def _places(value: Any) -> Any:
+def broken_tensors(data: bytes, dice: random.Random) -> bytes:
+    """A file of safetensors whose header says something else, whose bytes are broken, or whose numbers are none."""
+    size = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + size], data[8 + size :]
+    what = dice.random()
+    if what < 0.5:
+        text = json.dumps(broken_json(json.loads(header), dice)).encode()
+    elif what < 0.65:
+        content = json.loads(header)
+        about = content.get("__metadata__") or {}
+        name = dice.choice(sorted(about) or ["x"])
+        odd = ("[" * 50_000, "{}", "[]", "null", "7", '{"step": 1e999}', "1" * 400, "NaN")
+        inner = about.get(name, "")
+        if inner.startswith("{") and dice.random() < 0.7:
+            inner = json.dumps(broken_json(json.loads(inner), dice))
+        else:
+            inner = dice.choice(odd)
+        text = json.dumps(content | {"__metadata__": {**about, name: inner}}).encode()
+    elif what < 0.75:
+        at = dice.randrange(max(1, len(rest) - 8)) // 4 * 4
+        return (
+            data[: 8 + size] + rest[:at] + dice.choice((b"\0\0\xc0\x7f", b"\0\0\x80\xff", b"\xff" * 8)) + rest[at + 4 :]
+        )
+    elif what < 0.9:
+        return broken_bytes(data[: 8 + size], dice) + rest
+    else:
+        return broken_bytes(data, dice)
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def places(value: Any) -> Any:
+    """Pairs of what holds a value of a JSON document, and its name or number there."""
     if isinstance(value, dict):
         for key in value:
             yield value, key
-            yield from _places(value[key])
+            yield from places(value[key])
     elif isinstance(value, list):
         for place in range(len(value)):
             yield value, place
-            yield from _places(value[place])
+            yield from places(value[place])
 
 
 def _near(value: Any, dice: random.Random) -> Any:

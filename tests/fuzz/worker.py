@@ -28,6 +28,9 @@ def main() -> None:
         from tests.fuzz.hub import set_environment
 
         set_environment()
+    else:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"MLX_AIMV2_CACHE": str(whole / "cache"), "HOME": str(whole / "home")}
     from tests.fuzz import kinds
 
     kinds.prepare(names)
@@ -41,7 +44,11 @@ def tried(kind: str, seed: int, whole: Path, *, keep: Path | None = None) -> dic
     """Makes one input and uses it: `-> {"outcome": "well" | "refused" | "finding", "detail": …, "growth": bytes}`."""
     from tests.fuzz.kinds import KINDS
 
-    place = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    around = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    place, nowhere = around / "a" / "input", around / "nowhere"
+    for folder in (place, nowhere):
+        folder.mkdir(parents=True)
+    os.chdir(nowhere)
     try:
         call = KINDS[kind][0](random.Random(f"{kind} {seed}"), whole, place)
         if keep is not None:
@@ -49,9 +56,12 @@ def tried(kind: str, seed: int, whole: Path, *, keep: Path | None = None) -> dic
         before, peak = resident(), _peak()
         outcome, detail = judged(call)
         growth = _peak() - before if _peak() > peak else 0
+        left = [str(path) for path in around.rglob("*") if place not in (path, *path.parents)]
+        if sorted(left) != [str(place.parent), str(nowhere)]:
+            outcome, detail = "finding", f"written outside its target: {left}"
         return {"outcome": outcome, "detail": detail, "growth": growth}
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
 
 
 def judged(call: object) -> tuple[str, str]:

@@ -1,8 +1,8 @@
-"""Patterns mean what they mean in .gitignore, and the list of excluded folders is passed over at any depth."""
+"""Patterns mean what they mean in .gitignore, and the list of excluded folders is skipped at any depth."""
 
 import pytest
 
-from mlx_aimv2.images.exclude import EXCLUDED_FOLDERS, Rules
+from mlx_aimv2.images.find import EXCLUDED_FOLDERS, Rules
 
 
 def excluded(path: str, *patterns: str, is_folder: bool = False, include: tuple[str, ...] = ()) -> bool:
@@ -37,14 +37,14 @@ def test_a_slash_at_the_end_stands_for_folders_alone():
 
 
 @pytest.mark.parametrize("name", EXCLUDED_FOLDERS)
-def test_the_folders_on_the_list_are_passed_over_at_any_depth_unless_included(name):
+def test_the_folders_on_the_list_are_skipped_at_any_depth_unless_included(name):
     assert excluded(name, is_folder=True) and excluded(f"a/b/{name.upper()}", is_folder=True)
     assert not excluded(name), "a file of that name is no such folder"
     assert not excluded(f"a/{name}", is_folder=True, include=(name.replace("[", "[[]"),))
 
 
 @pytest.mark.parametrize("library", ["Old.photolibrary", "My Photos.photoslibrary", "iPhoto Library"])
-def test_small_copies_in_photo_libraries_are_passed_over(library):
+def test_small_copies_in_photo_libraries_are_skipped(library):
     assert excluded(f"{library}/Thumbnails", is_folder=True) and excluded(f"x/{library}/resources", is_folder=True)
     assert not excluded(f"{library}/Masters", is_folder=True)
     assert not excluded("x/Thumbnails", is_folder=True), "an ordinary folder may be called so"

@@ -136,12 +136,12 @@ def test_of_a_photos_library_only_the_originals_count(tree):
 
 
 @pytest.mark.parametrize("files", [("head.json",), ("config.json", "model.safetensors"), ("state.safetensors",)])
-def test_folders_that_this_package_wrote_are_passed_over_unless_they_are_meant(tree, files):
+def test_folders_that_this_package_wrote_are_skipped_unless_they_are_meant(tree, files):
     for file in files:
         (tree / "a" / "b" / file).touch()
     listing = list_images([tree / "a"])
     assert names(listing, tree) == ["a/1.jpg"]
-    assert listing.passed_over["of mlx-aimv2's own folders"] == 1
+    assert listing.skipped["of mlx-aimv2's own folders"] == 1
     assert "a/b/2.PNG" in names(list_images([tree / "a"], include=["b"]), tree)
     assert "a/b/2.PNG" in names(list_images([tree / "a" / "b"]), tree)
 

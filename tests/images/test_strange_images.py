@@ -20,10 +20,10 @@ from mlx_aimv2.cli import main
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.images import OpenImage, Policy, open_image, to_rgb
 from mlx_aimv2.images.metadata import MAX_PARTS
-from mlx_aimv2.images.pixels import turned, turned_box
+from mlx_aimv2.images.open import turned, turned_box
 from mlx_aimv2.images.preprocessing import Preprocessing, published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.index.export import thumbnail
+from mlx_aimv2.index.page import thumbnail
 
 CASES = Path(__file__).parents[1] / "golden" / "images"
 FIXED_MODEL = Path(__file__).parents[1] / "golden" / "reference" / "fixed"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.provenance import made_by
+from mlx_aimv2.embed.encode import made_by
 from mlx_aimv2.index.export import export
 from mlx_aimv2.index.nearest import Vectors
 from mlx_aimv2.index.reader import Index

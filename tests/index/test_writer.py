@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 
-from mlx_aimv2.index.reader import Index, connect
+from mlx_aimv2.index.reader import Embedding, Index, connect
 from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
 from tests.small_index import WIDTH, entry, some
 
 
 def contents(index: Index) -> dict[str, bytes]:
     return {one.path: one.vector.tobytes() for one in index.embeddings()}
+
+
+def copied(path: str, source: str, size: int, mtime_ns: int, **more: bool) -> Copy:
+    return Copy(Embedding(path, size, mtime_ns, bytes(32), np.empty(0)), source, **more)
 
 
 def test_adding_a_path_again_replaces_it(index):
@@ -44,7 +48,7 @@ def test_small_additions_share_a_block(index):
 
 def test_a_copy_has_the_same_bits(index):
     index.add(some(4))
-    index.add([Copy("/moved.jpg", 5, 6, "/images/00002.jpg"), Copy("/images/00003.jpg", 5, 9, "/images/00003.jpg")])
+    index.add([copied("/moved.jpg", "/images/00002.jpg", 5, 6), copied("/images/00003.jpg", "/images/00003.jpg", 5, 9)])
     assert contents(index)["/moved.jpg"] == contents(index)["/images/00002.jpg"]
     assert index.stamp("/moved.jpg").mtime_ns == 6
     assert index.stamp("/images/00003.jpg").mtime_ns == 9
@@ -54,7 +58,7 @@ def test_a_copy_has_the_same_bits(index):
 def test_what_is_moved_keeps_its_vector_and_replaces_what_had_its_name(index):
     index.add(some(4))
     before = contents(index)
-    index.add([Copy("/images/00001.jpg", 7, 8, "/images/00003.jpg", is_move=True)])
+    index.add([copied("/images/00001.jpg", "/images/00003.jpg", 7, 8, is_move=True)])
     moved = before.pop("/images/00003.jpg")
     assert contents(index) == before | {"/images/00001.jpg": moved}
     assert (index.stamp("/images/00001.jpg").size, index.stamp("/images/00001.jpg").mtime_ns) == (7, 8)
@@ -63,7 +67,7 @@ def test_what_is_moved_keeps_its_vector_and_replaces_what_had_its_name(index):
 def test_a_copy_may_be_of_what_is_moved_with_it(index):
     index.add(some(3))
     before = contents(index)
-    index.add([Copy("/copy.jpg", 5, 6, "/moved.jpg"), Copy("/moved.jpg", 5, 6, "/images/00002.jpg", is_move=True)])
+    index.add([copied("/copy.jpg", "/moved.jpg", 5, 6), copied("/moved.jpg", "/images/00002.jpg", 5, 6, is_move=True)])
     moved = before.pop("/images/00002.jpg")
     assert contents(index) == before | {"/copy.jpg": moved, "/moved.jpg": moved}
 
@@ -72,9 +76,9 @@ def test_an_addition_that_fails_changes_nothing(index):
     index.add(some(3))
     before = contents(index)
     with pytest.raises(KeyError):
-        index.add([entry("/new.jpg", np.ones(WIDTH)), Copy("/moved.jpg", 1, 1, "/nowhere.jpg")])
+        index.add([entry("/new.jpg", np.ones(WIDTH)), copied("/moved.jpg", "/nowhere.jpg", 1, 1)])
     with pytest.raises(KeyError):
-        index.add([Copy("/images/00001.jpg", 1, 1, "/nowhere.jpg", is_move=True)])
+        index.add([copied("/images/00001.jpg", "/nowhere.jpg", 1, 1, is_move=True)])
     with pytest.raises(ValueError, match="shape"):
         index.add([entry("/new.jpg", np.ones(WIDTH)), entry("/wide.jpg", np.ones(WIDTH + 1))])
     assert contents(index) == before

@@ -49,7 +49,7 @@ def counts(dataset):
 def test_roboflows_folders_are_read(tmp_path):
     for first, part in enumerate(("train", "valid", "test")):
         write(tmp_path / part / "_annotations.coco.json", content(3, first=10 * first))
-    assert coco.recognise(tmp_path) == "_annotations.coco.json"
+    assert coco.recognise(tmp_path) == "boxes as COCO JSON"
     found = coco.read(tmp_path)
     assert counts(found) == {"train": 3, "val": 3, "test": 3}
     assert found.classes == ("cat", "dog")  # in the order of their ids
@@ -174,6 +174,43 @@ def test_a_class_above_itself_is_no_root(tmp_path):
     assert coco.read(tmp_path).classes == ("cat", "dog")
 
 
+@pytest.mark.parametrize(
+    ("sides", "words"),
+    [
+        (
+            (23, 31),
+            "turned by its EXIF tag, 31x23 pixels upright (height x width), but _annotations.coco.json has 23x31",
+        ),
+        ((None, None), "turned by its EXIF tag, and _annotations.coco.json states no size"),
+        (("31", 23), None),
+        ((31, None), None),
+    ],
+)
+def test_boxes_on_the_stored_pixels_of_a_turned_image_are_refused_with_the_reason(tmp_path, sides, words):
+    write(tmp_path / "train" / "_annotations.coco.json", content(2))
+    data, exif = content(2, first=7), Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((23, 31, 3), np.uint8)).save(tmp_path / "7.png", exif=exif)
+    data["images"][0] |= {"height": sides[0], "width": sides[1]}
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid" / "_annotations.coco.json").write_text(json.dumps(data))
+    Image.new("RGB", (31, 23)).save(tmp_path / "valid" / "8.png")
+    (tmp_path / "7.png").rename(tmp_path / "valid" / "7.png")
+    if words is None:
+        assert coco.read(tmp_path).splits["val"][0].size == (31, 23)
+    else:
+        (line,) = lines(tmp_path)
+        assert words in line
+
+
+def test_an_annotation_with_polygons_alone_has_their_box(tmp_path):
+    data = content(1)
+    data["annotations"][0] |= {"bbox": None, "segmentation": [[2, 3, 9, 3, 9, 16], [11, 5, 13, 7, 12, 9]]}
+    write(tmp_path / "train" / "_annotations.coco.json", data)
+    write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
+    assert coco.read(tmp_path).splits["train"][0].target.boxes.tolist() == [[2, 3, 13, 16]]
+
+
 def test_an_image_that_stands_twice_keeps_all_its_objects(tmp_path):
     data = content(2)
     data["images"].append({**data["images"][0], "id": 9})
@@ -202,7 +239,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
         "annotation 72 has the image_id 99, which is not among its images",
         "annotation 73 has the category_id 98, which is not among its categories",
         "4.png: the box of annotation 74",
-        "5.png has 31x23 pixels upright (height x width), but _annotations.coco.json says 23x31",
+        "5.png has 31x23 pixels upright (height x width), but _annotations.coco.json has 23x31",
         "an entry of annotations has no usable image_id",
     ):
         assert part in found
@@ -216,7 +253,7 @@ def test_a_class_outside_the_list_is_wrong(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "cannot be read as JSON"), ("[]", "is no COCO JSON"), ('{"images": []}', "list of annotations")],
+    [("{", "not JSON"), ("[]", "is no COCO JSON"), ('{"images": []}', "list of annotations")],
 )
 def test_a_file_that_is_no_coco_json_is_named(tmp_path, text, words):
     (tmp_path / "train").mkdir()

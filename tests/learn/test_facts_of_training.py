@@ -143,12 +143,68 @@ def test_a_run_is_resumed_with_its_own_settings_alone(shop):
             fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords | other)
 
 
-def test_a_run_is_resumed_with_its_own_encoder_and_images_alone(shop, tmp_path):
+def test_a_run_is_resumed_with_its_own_encoder_alone(shop, tmp_path):
     output, keywords = begun(shop)
     with pytest.raises(ValueError, match="begun with encoder "):
         fit(shop.data["classify"], write_encoder(tmp_path / "other", seed=4), output, resume=True, **keywords)
-    with pytest.raises(ValueError, match="begun with train-images "):
-        fit(write_labels(tmp_path / "labels", seed=12), shop.encoder, output, resume=True, **keywords)
+    moved = shutil.copytree(shop.encoder, tmp_path / "moved")
+    preprocessing = json.loads((moved / "preprocessor_config.json").read_text())
+    (moved / "preprocessor_config.json").write_text(json.dumps(preprocessing | {"image_std": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match="begun with preprocessing "):
+        fit(shop.data["classify"], moved, output, resume=True, **keywords)
+
+
+def darker(folder, part):
+    """Another image in the place of the first one of a part."""
+    file = next(iter(sorted((folder / part).rglob("*0.png"))))
+    Image.open(file).point(lambda level: level // 2).save(file)
+
+
+def renamed(folder, part):
+    """A class that is called otherwise, of the same images in the same order."""
+    (folder / "dark").rename(folder / "dim")
+
+
+def remasked(folder, part):
+    for file in (folder / part / "masks").iterdir():
+        Image.open(file).rotate(90).save(file)
+
+
+def reboxed(folder, part):
+    file = folder / part / "_annotations.coco.json"
+    file.write_text(re.sub(r'"bbox": \[\d+', '"bbox": [1', file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "part", "words"),
+    [
+        ("classify", darker, "", "train-images|val-images|test-images"),
+        ("classify", renamed, "", "train-labels|val-labels|test-labels"),
+        *(
+            pytest.param(task, change, part, f"{part}-{what} ", marks=pytest.mark.slow if part != "val" else ())
+            for part in ("train", "val", "test")
+            for task, change, what in (
+                ("segment", darker, "images"),
+                ("segment", remasked, "labels"),
+                ("detect", darker, "images"),
+                ("detect", reboxed, "labels"),
+            )
+        ),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_images_and_labels_alone(shop, tmp_path, task, change, part, words):
+    """Wherever they lie: a copy of them is the same data."""
+    data, output = shutil.copytree(shop.data[task], tmp_path / "data"), tmp_path / "head"
+    keywords = {"fine_tune_type": "lora", "cache": shop.folder / "cache", **SHORT}
+    with pytest.raises(KeyboardInterrupt):
+        fit(shop.data[task], shop.encoder, output, progress=stopping_at(1), **keywords)
+    change(data, part)
+    with pytest.raises(ValueError, match=f"begun with .*({words})"):
+        fit(data, shop.encoder, output, resume=True, **keywords)
+    shutil.rmtree(data)
+    shutil.copytree(shop.data[task], data)
+    fit(data, shop.encoder, output, resume=True, **keywords)
+    assert result(output) == shop.bits(task, "lora", **SHORT)
 
 
 def test_a_state_that_is_damaged_is_one_line(shop):
@@ -169,14 +225,18 @@ def test_a_state_that_cannot_be_written_is_one_line_and_the_one_before_is_kept(s
     assert result(output) == shop.bits("classify", "lora", **SHORT | {"iters": 3, "steps_per_eval": 1})
 
 
-def test_a_loss_that_is_no_number_stops_and_can_be_gone_on_from_with_less(shop):
+@pytest.mark.parametrize(("task", "kind"), table(LOOPED, quick=[("segment", "linear")], slow=("dora", "full")))
+def test_a_loss_that_is_no_number_stops_and_can_be_gone_on_from_with_less(shop, task, kind):
+    """A state after every step: the last one whose weights have given a number is kept, here that of the start."""
     output = shop.new()
-    keywords = {"fine_tune_type": "lora", "cache": shop.folder / "cache", **SHORT, "iters": 3, "steps_per_eval": 3}
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 2.*--resume.*--learning-rate"):
-        fit(shop.data["classify"], shop.encoder, output, **keywords | {"learning_rate": 1e30})
-    assert not output.exists()
-    fit(shop.data["classify"], shop.encoder, output, resume=True, **keywords)
-    assert result(output) == shop.bits("classify", "lora", **SHORT | {"iters": 3, "steps_per_eval": 3})
+    settings = {"batch_size": 4, "iters": 3, "steps_per_eval": 1, "patience": 0}
+    keywords = {"task": task, "fine_tune_type": kind, "cache": shop.folder / "cache", **settings}
+    with pytest.raises(ValueError, match=r"no number|the loss is (nan|inf) at step .*--resume.*--learning-rate"):
+        fit(shop.data[task], shop.encoder, output, learning_rate=1e30, **keywords)
+    state = arrays(output.with_name(f"{output.name}.training") / "state.safetensors")
+    assert all(np.isfinite(array).all() for array in state.values())
+    fit(shop.data[task], shop.encoder, output, resume=True, learning_rate=1e-4, **keywords)
+    assert result(output) == shop.bits(task, kind, **settings, learning_rate=1e-4)
 
 
 # What options do

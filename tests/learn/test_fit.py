@@ -1,5 +1,6 @@
 """`fit`, `predict` and `evaluate` end to end, and what ends in one line instead."""
 
+import csv
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from PIL import Image
 from mlx_aimv2 import plot
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import open_features
-from mlx_aimv2.learn import classify, evaluate, fit, predict
+from mlx_aimv2.learn import classify, evaluate, fit, fuse, predict
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.task import RECIPES
@@ -76,10 +77,25 @@ def test_the_folder_holds_a_card_with_a_table_and_images(head):
         assert min(image.size) > 80
 
 
-def test_a_label_may_hold_what_parts_the_cells_of_a_table(digits, tmp_path):
-    (digits / "digit 2").rename(digits / "a|b")
+@pytest.mark.parametrize(
+    ("label", "shown", "cell"),
+    [
+        ("a|b", r"a\|b", "a|b"),
+        ("<script>x<*script>", r"\<script\>x\<\*script\>", "<script>x<*script>"),
+        ("![a](http:b)", r"\!\[a\](http\:b)", "![a](http:b)"),
+        ("=1+1", "=1+1", "'=1+1"),
+        ("-cmd", "-cmd", "'-cmd"),
+        ("-1", "-1", "-1"),
+        ("@SUM(A1)", "@SUM(A1)", "'@SUM(A1)"),
+    ],
+)
+def test_a_label_is_text_on_the_card_and_in_a_spreadsheet(digits, tmp_path, label, shown, cell):
+    (digits / "digit 2").rename(digits / label)
     fit(digits, CHECKPOINT, tmp_path / "head")
-    assert r"| a\|b | 2 |" in (tmp_path / "head" / "README.md").read_text()
+    assert f"| {shown} | 2 |" in (tmp_path / "head" / "README.md").read_text()
+    assert main(["predict", "head", str(digits / label), "-o", "written"]) == 0
+    with (tmp_path / "written" / "predictions.csv").open(newline="") as stream:
+        assert cell in {row["label"] for row in csv.DictReader(stream)}
 
 
 def test_the_list_of_labels_may_be_in_another_unicode_form(digits, tmp_path):
@@ -132,8 +148,10 @@ def test_another_encoder_is_refused(head, tmp_path):
     [
         ({"format_version": 2}, "was written by a newer version of mlx-aimv2 .format 2, this one reads 1."),
         ({"classes": "abc"}, "is damaged: classes is 'abc'"),
-        ({"task": "paint"}, "--task must be"),
-        ({"encoder": {}}, "no such file or folder"),
+        ({"task": "paint"}, "is damaged: task is 'paint'"),
+        ({"encoder": {}}, "is damaged: encoder says checkpoint None"),
+        ({"image_size": 1 << 40}, "is damaged: image_size is 1099511627776"),
+        ({"image_size": 0}, "is damaged: image_size is 0"),
     ],
 )
 def test_a_folder_that_is_not_understood_is_refused(head, change, words):
@@ -143,12 +161,60 @@ def test_a_folder_that_is_not_understood_is_refused(head, change, words):
         load_head(head)
 
 
+def test_a_head_for_very_large_images_says_so(head):
+    info = json.loads((head / "head.json").read_text())
+    info["encoder"]["positions"] = "timm"
+    (head / "head.json").write_text(json.dumps(info | {"image_size": 14 * 130}))
+    with pytest.warns(UserWarning, match="takes images of 16,900 patches: each may take minutes"):
+        load_head(head)
+
+
 def test_no_head_and_half_a_head_are_told(head, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is not a folder written by fit \(no head.json\): make one with"):
         load_head(tmp_path)
     (head / "head.safetensors").write_bytes(b"x" * 50)
-    with pytest.raises(ValueError, match=r"head.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"head.safetensors: truncated or not a safetensors file"):
         load_head(head)
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "adapters.safetensors", "encoder.safetensors"])
+def test_weights_that_are_no_numbers_are_refused_by_whoever_uses_them(digits, tmp_path, capsys, file):
+    head = tmp_path / "head"
+    kind = "full" if file.startswith("encoder") else "lora"
+    fit(digits, CHECKPOINT, head, fine_tune_type=kind, iters=1, batch_size=4)
+    arrays = mx.load(str(head / file))
+    name = sorted(arrays)[-1]
+    broken = arrays | {name: arrays[name] * mx.nan}
+    mx.eval(broken)
+    mx.save_safetensors(str(head / file), broken)
+    uses = [["predict", head, digits, "--json"], ["evaluate", head, digits]]
+    uses += [] if file.startswith("head") else [["fuse", "--adapter-path", head, "--save-path", tmp_path / "fused"]]
+    for words in uses:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr()
+        assert f"{file} is damaged: {name} holds values that are no numbers" in said.err and not said.out
+    assert not (tmp_path / "fused").exists()
+
+
+def test_an_encoder_that_gives_no_numbers_leaves_no_head(digits, tmp_path):
+    broken = shutil.copytree(CHECKPOINT, tmp_path / "broken")
+    arrays = mx.load(str(broken / "model.safetensors"))
+    name = "trunk.post_trunk_norm.weight"
+    mx.save_safetensors(str(broken / "model.safetensors"), arrays | {name: arrays[name] * mx.nan})
+    for kind in ("linear", "knn", "attentive", "lora"):
+        with pytest.raises(ValueError, match=r"not finite|no number"):
+            fit(digits, broken, tmp_path / kind, fine_tune_type=kind, **SHORT[kind])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "cache", "digits"]
+
+
+def test_an_encoder_that_has_moved_is_asked_for_by_fuse_too(digits, tmp_path):
+    encoder = shutil.copytree(CHECKPOINT, tmp_path / "encoder")
+    fit(digits, encoder, tmp_path / "head", fine_tune_type="lora", iters=1, batch_size=4)
+    encoder.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"head needs is not there: .*encoder.*, --model MODEL"):
+        fuse(tmp_path / "head", tmp_path / "fused")
+    fuse(tmp_path / "head", tmp_path / "fused", model=str(tmp_path / "moved"))
 
 
 def computed(*arguments, **settings):

@@ -1,6 +1,7 @@
 """Adapters: zero at the start, fused equal to applied, in mlx-lm's files; `fuse` makes a checkpoint like any other."""
 
 import json
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -132,7 +133,9 @@ def test_adapters_of_all_blocks_may_say_so_by_minus_one(tmp_path):
         ({"num_layers": 9}, "num_layers 9, and this encoder has 4 blocks"),
         ({"num_layers": 3}, "is not for this encoder: blocks.1.attn.proj.lora_a is missing, wanted"),
         ({"fine_tune_type": "magic"}, "wanted fine_tune_type lora or dora"),
-        ({"lora_parameters": {"scale": 2.0}}, "lora_parameters has no number for rank"),
+        ({"lora_parameters": {"scale": 2.0}}, "lora_parameters has None for rank"),
+        ({"lora_parameters": {"rank": 10**9, "scale": 2.0}}, "lora_parameters has 1000000000 for rank"),
+        ({"lora_parameters": {"rank": 3, "scale": math.nan}}, "lora_parameters has nan for scale"),
         ({"lora_parameters": {"rank": 3, "scale": 2.0, "keys": ["attn.q"]}}, "the adapters of this package are on"),
     ],
 )

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.learn.segment import data as mask_files
+from mlx_aimv2.learn.task import guess_task
 
 
 def image(path, size=(11, 7), seed=None):
@@ -29,8 +30,9 @@ def folder(root, count=7, layout="{part}/images/{name}", masks="{part}/masks/{na
     for part in parts:
         for number in range(count):
             seed = zlib.crc32(f"{part}{number}".encode())  # hash() would give others in each process
-            image(root / layout.format(part=part, name=f"{part}{number}.jpg").lstrip("/"), seed=seed)
-            mask(root / masks.format(part=part, name=f"{part}{number}.png").lstrip("/"), **settings)
+            stem = f"{part}{number}"
+            image(root / layout.format(part=part, stem=stem, name=f"{stem}.jpg").lstrip("/"), seed=seed)
+            mask(root / masks.format(part=part, stem=stem, name=f"{stem}.png").lstrip("/"), **settings)
     return root
 
 
@@ -47,14 +49,110 @@ def lines(data, **settings):
         ("images/{part}/{name}", "annotations/{part}/{name}"),
         ("img_dir/{part}/{name}", "ann_dir/{part}/{name}"),
         ("{part}/JPEGImages/{name}", "{part}/SegmentationClass/{name}"),
+        ("leftImg8bit/{part}/ulm/{stem}_leftImg8bit.png", "gtFine/{part}/ulm/{stem}_gtFine_labelIds.png"),
+        ("{part}/images/{name}", "{part}/masks/{stem}_mask.png"),
+        ("{part}/{name}", "{part}/{stem}_mask.png"),
+        ("{part}/{name}", "{part}/masks/{name}"),
+        ("JPEGImages/{name}", "SegmentationClass/{name}"),
     ],
 )
 def test_every_usual_layout_is_read(tmp_path, layout, masks):
     data = folder(tmp_path, 3, layout, masks, parts=("train", "val"))
+    if layout.startswith("JPEG"):  # VOC: images without masks, and lists of each part and class
+        lists = data / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        for part in ("train", "val"):
+            image(data / layout.format(name=f"more-{part}.jpg"))
+            (lists / f"{part}.txt").write_text("".join(f"{part}{number}\n" for number in range(3)))
+        (lists / "trainval.txt").write_text("train0\nval0\n")
     assert mask_files.recognise(data)
     found = mask_files.read(data)
     assert {part: len(samples) for part, samples in found.splits.items()} == {"train": 3, "val": 3, "test": 0}
     assert found.classes == ("0", "1", "2")
+    wanted = ["has no mask of its name"] if layout.startswith("JPEG") else []
+    assert [note for note in found.notes if not any(words in note for words in wanted)] == []
+    assert guess_task(data)[0].name == "segment"
+
+
+def test_a_list_of_a_part_that_lacks_an_image_and_an_image_without_list_are_told(tmp_path):
+    data = folder(tmp_path, 9, "JPEGImages/{name}", "SegmentationClass/{name}")
+    lists = data / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("0\n1\n2\n3\n4\n77\n")
+    (lists / "val.txt").write_text("5\n6\n7\n")
+    found = mask_files.read(data)
+    assert {part: len(samples) for part, samples in found.splits.items()} == {"train": 5, "val": 3, "test": 0}
+    said = "\n".join(found.notes)
+    assert "77 in " in said and "8.jpg is in no list of " in said
+
+
+@pytest.mark.parametrize("classes", [None, "sky\nsea\n"])
+def test_masks_of_0_and_255_alone_are_black_and_white(tmp_path, classes):
+    data = folder(tmp_path, 9, values=(0, 255, 255))
+    mask(data / "masks" / "3.png", (0,))
+    if classes:
+        (data / "classes.txt").write_text(classes)
+    found = mask_files.read(data)
+    names = ("sky", "sea") if classes else ("0", "1")
+    assert found.classes == names
+    assert f"255 is taken for class {names[1]}" in "\n".join(found.notes)
+    values = {np.unique(mask_files.read_mask(sample.target)).tolist()[-1] for sample in found.splits["train"]}
+    assert values <= {0, 1} and 1 in values
+    (scored,) = [part for part in mask_files.read(data, classes=names[::-1]).splits.values() if part]
+    assert sorted(mask_files.read_mask(scored[0].target).ravel()[:3].tolist()) == [0, 0, 1]
+
+
+def test_255_is_ignored_where_any_mask_has_another_class(tmp_path):
+    data = folder(tmp_path, 9, values=(0, 255))
+    mask(data / "masks" / "3.png", (0, 1, 255))
+    found = mask_files.read(data)
+    assert found.classes == ("0", "1") and "taken for" not in "\n".join(found.notes)
+    assert {255} <= set(np.unique(mask_files.read_mask(found.splits["train"][0].target)).tolist())
+
+
+def test_a_few_values_far_apart_are_these_classes_alone(tmp_path):
+    assert mask_files.read(folder(tmp_path, 9, values=(0, 128))).classes == ("0", "128")
+
+
+def test_roboflows_table_names_the_values(tmp_path):
+    data = folder(tmp_path, 3, "{part}/{name}", "{part}/{stem}_mask.png", parts=("train", "val"))
+    for part in ("train", "val"):
+        (data / part / "_classes.csv").write_text("Pixel Value, Class\n0, sky\n1, sea\n2, land, dry\n")
+    found = mask_files.read(data)
+    assert found.classes == ("sky", "sea", "land, dry")
+    (data / "val" / "_classes.csv").write_text("Pixel Value, Class\n0, sea\n1, sky\n2, land\n")
+    assert "give different names to the values" in lines(data)[0]
+
+
+@pytest.mark.parametrize("name", ["{stem}.jpg", "{stem}_mask.jpg"])
+def test_a_jpeg_is_no_mask_and_said_once(tmp_path, name):
+    data = folder(tmp_path, 9, masks="masks/" + name)
+    (line,) = lines(data)
+    assert "and 8 more cannot be a mask: compression changes the numbers of its classes, save it as PNG" in line
+
+
+def test_two_masks_of_one_image_are_refused(tmp_path):
+    data = folder(tmp_path, 3)
+    mask(data / "masks" / "1_mask.png")
+    assert "has no image of its name" in "\n".join(mask_files.read(data).notes)  # the exact name goes first
+    (data / "masks" / "1.png").rename(data / "masks" / "1_labels.png")
+    assert "belong to one image" in lines(data)[0]
+
+
+def test_a_mask_on_the_stored_pixels_of_a_turned_image_is_refused_with_its_reason(tmp_path):
+    data, exif = folder(tmp_path, 9), Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((11, 7, 3), np.uint8)).save(data / "images" / "3.jpg", exif=exif)
+    (line,) = lines(data)
+    assert "3.jpg is turned by its EXIF tag, 7x11 pixels upright (height x width), but its mask" in line
+    assert "remove the tag (exiftool -Orientation= " in line
+
+
+def test_a_value_below_0_is_named(tmp_path):
+    data = folder(tmp_path, 9)
+    Image.fromarray(np.full((11, 7), -3, np.int32)).save(data / "masks" / "3.tif")
+    (data / "masks" / "3.png").unlink()
+    assert "3.tif has the value -3: classes go from 0 to 254" in lines(data)[0]
 
 
 def test_without_parts_the_images_are_split(tmp_path):
@@ -88,7 +186,7 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
 def test_a_value_beyond_the_classes_is_named(tmp_path):
     (folder(tmp_path, 2, values=(0, 1, 7, 255)) / "classes.txt").write_text("sky\nsea\n")
     assert [line.split(" has the value ")[1] for line in lines(tmp_path)] == [
-        "7, but classes.txt has 2 lines, from 0 to 1 (255 is ignored)"
+        "7, but only 0, 1 have names (255 is ignored)"
     ] * 2
 
 
@@ -101,7 +199,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     Image.fromarray(np.full((11, 7), 300, np.uint16)).save(data / "masks" / "7.png")
     found = "\n".join(lines(data))
     for part in (
-        "3.png has 7x11 pixels (height x width), its image 11x7",
+        "3.jpg has 11x7 pixels upright (height x width), but its mask ",
         "4.jpg is not an image",
         "5.png is not an image",
         "6.png has the colour mode RGB; a mask holds one class number per pixel",
@@ -120,7 +218,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_left_out_aloud(tmp_p
     said = "\n".join(found.notes)
     assert "1.jpg has no mask of its name in " in said and "2.png has no image of its name in " in said
     for file in (data / "masks").iterdir():
-        file.rename(file.with_name(f"{file.stem}_mask.png"))
+        file.rename(file.with_name(f"of-{file.stem}.png"))
     assert "no image in" in lines(data)[0] and "has a mask of its name in" in lines(data)[0]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import KnownFiles
+from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import OpenImage
 from mlx_aimv2.learn import classify, detect, evaluate, fit, samples, segment
 from mlx_aimv2.learn.classify import data as label_files
@@ -154,10 +155,9 @@ def test_with_given_classes_nothing_is_split(digits):
     ("text", "words"),
     [
         ("file_name,label\nmissing.png,a\n", "line 2: missing.png does not exist"),
-        ("file_name,label\ndigit 0/000.png,\n", "line 2: digit 0/000.png has no label"),
-        ("name,label\ndigit 0/000.png,a\n", "line 2: no file_name"),
-        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "is listed more than once"),
         ("file_name,label\n", "has no rows"),
+        ("name,label\ndigit 0/000.png,a\n", "has no column file_name, but name, label: call the column of the images"),
+        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "line 3: digit 0/000.png has more than one label"),
     ],
 )
 def test_wrong_metadata_is_named_with_its_line(digits, text, words):
@@ -178,19 +178,27 @@ def test_what_is_no_task_is_said(tmp_path):
         find_task("translate")
 
 
-def test_a_known_file_is_not_read_again_until_it_changes(digits):
+def test_a_known_file_is_not_read_again_until_it_changes(digits, monkeypatch):
     paths = sorted(map(str, digits.rglob("*.png")))
     for path in paths:
         os.utime(path, (1e9, 1e9))
     first, _ = samples.check_images(paths)
     assert first[paths[0]].size == (8, 8)
-    for path in paths[:5]:  # as large and as old as before: taken for the same
-        Path(path).write_bytes(bytes(Path(path).stat().st_size))
-        os.utime(path, (1e9, 1e9))
-    assert samples.check_images(paths) == (first, [])
+    read = []
+    monkeypatch.setattr(samples, "read_image_file", lambda path: read.append(path) or read_image_file(path))
+    assert samples.check_images(paths) == (first, []) and not read
     os.utime(paths[3], (1e9, 1e9 + 1))
-    second, faults = samples.check_images(paths)
-    assert len(second) == len(paths) - 1 and paths[3] in faults[0]
+    assert samples.check_images(paths) == (first, []) and read == [paths[3]]
+    one, other = Path(paths[0]), Path(paths[5])
+    for path in (one, other):
+        path.write_bytes(path.read_bytes().ljust(1000, b"\0"))
+        os.utime(path, (1e9, 1e9))
+    before, _ = samples.check_images(paths)
+    one.rename("aside")
+    other.rename(one)
+    Path("aside").rename(other)
+    after, _ = samples.check_images(paths)
+    assert (after[paths[0]], after[paths[5]]) == (before[paths[5]], before[paths[0]])
 
 
 def test_a_header_that_was_read_does_not_count_as_a_decoded_image(digits):
@@ -491,6 +499,37 @@ def test_evaluate_tells_how_many_images_the_head_was_trained_on(digits, tmp_path
     assert f"note: {fitted.images['train']} of the 36 images scored are images that the head was trained on" in err
     (tmp_path / "head" / "trained_on.sha256").unlink()  # as in a head of an older version
     assert not evaluate(tmp_path / "head", digits).notes
+
+
+@every_task
+def test_broken_images_are_refused_all_at_once_or_left_out(task, tmp_path):
+    write(task, tmp_path / "d", range(60))
+    images = sorted(file for file in (tmp_path / "d").rglob("*.png") if "masks" not in file.parts)[::2]
+    for image in images:
+        image.write_bytes(image.read_bytes()[:-30])
+    images[0].write_bytes(b"not even a header")
+    with pytest.raises(
+        DataError, match="; and 10 more; --json lists everything; --skip-broken leaves out 30 "
+    ) as error:
+        TASKS[task].data.read(tmp_path / "d", decode=False)
+    assert {line.split(".png")[0] for line in error.value.lines} == {str(image)[:-4] for image in images}
+    found = TASKS[task].data.read(tmp_path / "d", skip_broken=True)
+    assert sum(counts(found)) == 30 and "30 images left out that cannot be read: " in said(found)
+    assert [line for line in found.left_out if ".png" in line][:30] == list(error.value.lines)
+
+
+def test_fit_and_evaluate_leave_broken_images_out_where_asked(digits, tmp_path, capsys):
+    for file in sorted((digits / "digit 0").iterdir())[:3]:
+        file.write_bytes(file.read_bytes()[:-30])  # a good header: the features find it out
+    head = tmp_path / "head"
+    for command in (["fit", str(digits), "-m", str(CHECKPOINT), "-o", str(head)], ["evaluate", str(head), str(digits)]):
+        assert main([*command, "--json"]) == 2
+        out, err = capsys.readouterr()
+        assert len(json.loads(out)["faults"]) == 3 and "; --skip-broken leaves out 3 images that cannot be read" in err
+        assert main([*command, "--json", "--skip-broken"]) == 0
+        out, err = capsys.readouterr()
+        assert len(json.loads(out)["left_out"]) == 3 and "note: 3 images left out that cannot be read" in err
+    assert len((head / "left_out.txt").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow

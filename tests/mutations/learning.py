@@ -7,6 +7,9 @@ DATA = (
     "tests/learn/test_samples.py::test_equal_content_never_lies_in_two_parts",
 )
 SAMPLES = ("tests/learn/test_samples.py",)
+METADATA, CAPTIONED = "tests/learn/test_metadata.py", "tests/pretrain/test_captioned.py"
+BROKEN = (f"{SAMPLES[0]}::test_broken_images_are_refused_all_at_once_or_left_out",)
+READ, REFUSED = f"{METADATA}::test_a_table_that_means_one_thing_is_read", f"{METADATA}::test_a_table_that_is_unclear"
 PARTS = tuple(
     f"{SAMPLES[0]}::test_{name}" for name in ("what_a_head_is_scored_on", "with_given_classes_nothing_is_split")
 )
@@ -25,9 +28,74 @@ IOU, GEOMETRY, PLACES = (
     ("tests/learn/test_boxes.py",),
     ("tests/learn/test_placement.py",),
 )
+FORMATS, MASKS, COCO = (
+    ("tests/learn/test_box_formats.py",),
+    ("tests/learn/test_mask_files.py",),
+    ("tests/learn/test_coco.py",),
+)
 OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test_lit_tuning.py",)
 
 LEARNING = (
+    Mutation(
+        "every table is taken for one with commas",
+        "separator = max(names, key=lambda one: (bool(column(names[one], IMAGE)), len(names[one])))",
+        'separator = ","',
+        (f"{READ}[semicolons]", f"{READ}[tabs]"),
+    ),
+    Mutation(
+        "a name with backslashes is looked for as it is",
+        'slashes = (name, name.replace("\\\\", "/"))',
+        "slashes = (name,)",
+        (f"{READ}[backslashes]",),
+    ),
+    Mutation(
+        "of an image with two labels the first one counts",
+        " or (path and found.get(str(path), (text,))[0] != text)",
+        "",
+        (f"{REFUSED}_is_refused_with_what_to_change[two labels]",),
+    ),
+    Mutation(
+        "whole numbers keep the point that pandas gave them",
+        '        texts = [WHOLE.sub(r"\\1", text) for text in texts]\n',
+        "",
+        (f"{METADATA}::test_labels_are_text_or_whole_numbers",),
+    ),
+    Mutation(
+        "folders with a table each are labels",
+        "if files := [source] if source.is_file() else _nested(source, scan):",
+        "if files := [source] if source.is_file() else []:",
+        (f"{METADATA}::test_folders_with_a_table_each_are_no_labels",),
+    ),
+    Mutation(
+        "what lies in DATA is denied",
+        "if (others := not_read(data)) else",
+        "if (others := list[str]()) else",
+        (f"{METADATA}::test_what_lies_there_is_named_and_never_denied",),
+    ),
+    Mutation(
+        "broken images are left out without being asked to",
+        "faults = [*([] if skip_broken else broken), *found.faults]",
+        "faults = [*found.faults]",
+        BROKEN,
+    ),
+    Mutation(
+        "of broken images those alone are told that a header shows",
+        "return check_images(paths) if faults and not decode else (known | found, faults)",
+        "return known | found, faults",
+        BROKEN,
+    ),
+    Mutation(
+        "a broken image in a shard is told in every epoch",
+        "if line not in self._said:",
+        "if line:",
+        (f"{CAPTIONED}::test_a_broken_image_in_a_shard_is_named_once_or_refused",),
+    ),
+    Mutation(
+        "pretrain trains on the shards of val",
+        'found.setdefault(part_of(file.stem) or "", []).append(file)',
+        'found.setdefault("", []).append(file)',
+        (f"{CAPTIONED}::test_of_parts_train_is_trained_on_and_the_others_are_named",),
+    ),
     Mutation(
         "the numbers of the classes are off by one",
         "for number, name in enumerate(names)}",
@@ -301,8 +369,75 @@ LEARNING = (
     ),
     Mutation(
         "a head takes its encoder's newest commit, not its own",
-        'revision=None if model else wanted.get("commit")',
-        "revision=None",
+        'revision = revision or (None if model else wanted.get("commit"))',
+        "revision = None",
         ("tests/learn/test_fit.py::test_a_head_asks_for_the_commit_of_its_encoder_that_it_was_trained_on",),
+    ),
+    Mutation(
+        "VOC's pixels are counted from 0",
+        "(x - (right > x), y - (bottom > y), right, bottom)",
+        "(x, y, right, bottom)",
+        FORMATS,
+    ),
+    Mutation(
+        "YOLO's centre is a corner",
+        "(x - w / 2, y - h / 2, x + w / 2, y + h / 2)",
+        "(x, y, x + w, y + h)",
+        FORMATS,
+    ),
+    Mutation(
+        "a polygon of YOLO is its first four numbers",
+        "if len(values) >= 6 and len(values) % 2 == 0",
+        "if len(values) >= 600 and len(values) % 2 == 0",
+        FORMATS,
+    ),
+    Mutation("names of YAML become numbers and booleans", "yaml.BaseLoader", "yaml.SafeLoader", FORMATS),
+    Mutation(
+        "VOC's difficult objects are trained on",
+        'Row(f"object {count}", name, box, crowd=difficult)',
+        'Row(f"object {count}", name, box)',
+        FORMATS,
+    ),
+    Mutation(
+        "the lists of VOC's classes are parts",
+        "(part := part_of(file.stem)) and file.stem.isalpha()",
+        "(part := part_of(file.stem))",
+        FORMATS,
+    ),
+    Mutation(
+        "an image is found by its whole name alone",
+        'dict.fromkeys([name, PurePosixPath(name.replace("\\\\", "/")).name])',
+        "dict.fromkeys([name])",
+        FORMATS,
+    ),
+    Mutation(
+        "Roboflow's root category is a class",
+        "if unused in reading.above:",
+        'if unused == "":',
+        COCO,
+    ),
+    Mutation(
+        "boxes of an image that EXIF turns may be of any pixels",
+        "and open_image(path).orientation > 1:",
+        "and open_image(path).orientation > 8:",
+        COCO,
+    ),
+    Mutation(
+        "why a mask does not fit on an image that EXIF turns is not said",
+        "open_image(path).orientation >= 5:",
+        "open_image(path).orientation > 8:",
+        (*MASKS, *COCO),
+    ),
+    Mutation(
+        "255 is class 1 though other classes are there",
+        "        if not seen <= {0, IGNORED}:\n            return False\n    return seen ==",
+        "    return seen >=",
+        MASKS,
+    ),
+    Mutation(
+        "an image with two masks takes one of them",
+        "elif len(found) > 1:",
+        "elif len(found) > 2:",
+        MASKS,
     ),
 )

@@ -7,12 +7,6 @@ HTML, DAMAGED = (f"tests/index/test_{name}.py::test_" for name in ("html", "dama
 
 RESULTS = (
     Mutation(
-        "a label breaks the table of a card",
-        '[cell.replace("|", "\\\\|").replace("\\n", " ") for cell in row]',
-        "list(row)",
-        (FIT + "a_label_may_hold_what_parts_the_cells_of_a_table",),
-    ),
-    Mutation(
         "--labels are compared without Unicode's one form",
         "allowed = [same_form(name) for name in labels or dataset.classes]",
         "allowed = list(labels or dataset.classes)",
@@ -38,7 +32,7 @@ RESULTS = (
     ),
     Mutation(
         "two classes of masks may have one name",
-        "if duplicates := [name for name, count in Counter(names).items() if count > 1]:",
+        "if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:",
         "if duplicates := list[str]():",
         ("tests/learn/test_mask_files.py::test_two_classes_of_one_name_are_refused",),
     ),

@@ -30,7 +30,9 @@ EPOCHS = fit("every_epoch_takes_each_image_once_in_another_order")
 MIXUP = fit("images_that_are_mixed_take_their_share_of_the_targets_with_them")
 RESUMED = fit("a_run_that_was_stopped_and_resumed_equals_one_that_was_not")
 CHANGES = fit("an_option_changes_what_is_learned")
-OWN = fit("a_run_is_resumed_with_its_own_encoder_and_images_alone")
+OWN = fit("a_run_is_resumed_with_its_own_encoder_alone", "a_run_is_resumed_with_its_own_images_and_labels_alone")
+CAPTIONS = pretrain("a_run_goes_on_with_its_own_images_and_captions_alone")
+WITH_LESS = "a_loss_that_is_no_number_stops_and_can_be_gone_on_from_with_less"
 CUT_OFF = fit("features_that_were_cut_off_are_computed_and_the_others_are_not")
 WIRED = ("tests/backend/test_x86_training.py::test_on_a_mac_memory_is_wired_while_a_training_runs",)
 RATE, LENGTH = fit("the_rate_falls_towards_the_end"), fit("gradients_are_cut_to_one_length")
@@ -46,17 +48,65 @@ PRE_RESUMED = pretrain("a_run_that_was_stopped_and_resumed_equals_one_that_was_n
 FIRST_CAPTION = pretrain("the_first_caption_alone_is_as_if_there_were_no_others")
 PRE_RATE, PRE_LENGTH = pretrain("the_rate_falls_towards_the_end"), pretrain("gradients_are_cut_to_one_length")
 
+UNTRUSTED = ("tests/test_untrusted_json.py",)
+SHARDS = tuple(
+    f"tests/pretrain/test_captioned.py::test_{name}"
+    for name in (
+        "the_files_of_an_example_are_bounded_together_and_others_are_not_held",
+        "a_shard_that_unpacks_to_much_more_than_itself_is_bounded",
+    )
+)
+WRITTEN = tuple(
+    f"tests/cli/test_streams.py::test_{name}"
+    for name in (
+        "a_shortened_line_keeps_its_start_and_its_advice",
+        "an_import_that_a_signal_breaks_is_no_broken_package",
+    )
+)
+HOME = (
+    "tests/test_files.py::test_without_a_home_what_may_be_computed_again_goes_to_the_temporary_folder",
+    "tests/test_files.py::test_a_name_that_no_file_can_have_is_one_that_is_not_there",
+)
+
 TRAINING = (
+    Mutation("untrusted JSON may be as deep as it likes", "if _is_deeper(value, MAX_DEPTH):", "if False:", UNTRUSTED),
+    Mutation(
+        "a number in untrusted JSON may be infinite or none",
+        "isinstance(value, kinds) and (not isinstance(value, float) or math.isfinite(value))",
+        "isinstance(value, kinds)",
+        UNTRUSTED,
+    ),
+    Mutation(
+        "weights of a head or of adapters may be NaN",
+        "if bad := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:",
+        "if bad := []:",
+        UNTRUSTED,
+    ),
+    Mutation(
+        "a state's progress may be anything",
+        'is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])',
+        "is_whole = True",
+        UNTRUSTED,
+    ),
+    Mutation("the files of an example are unbounded", "if held > MAX_KEY_BYTES or (", "if (", SHARDS),
+    Mutation("a shard may unpack to anything", "if not 0 <= member.size <= unpacked <= limit:", "if False:", SHARDS),
+    Mutation(
+        "a line is as long as what it quotes", "return line if len(line) <= limit else", "return line or", WRITTEN
+    ),
+    Mutation(
+        "an import that a signal stops advises to reinstall", "if stops:  # a module in C", "if False:  # C", WRITTEN
+    ),
+    Mutation("without a home a folder is called ~", "if homeless else folder", "if False else folder", HOME),
     Mutation(
         "the cache of files ignores when they were changed",
-        "WHERE path = ? AND size = ? AND mtime_ns = ?",
-        "WHERE path = ? AND size = ? AND 0 <= ?",
+        "is_unchanged(about, *row[4:])",
+        "is_unchanged(about, row[4], about.st_mtime_ns, None, None)",
         FILE_CHANGES,
     ),
     Mutation(
         "the cache of files remembers those that may still change",
-        "if (about := _about(path)) and about[2] < settled",
-        "if (about := _about(path))",
+        "if (about := stat_of(path)) and about.st_mtime_ns < settled",
+        "if (about := stat_of(path))",
         FILE_CHANGES,
     ),
     Mutation(
@@ -191,7 +241,7 @@ TRAINING = (
     ),
     Mutation(
         "a state of lit is another one's where it is saved more often",
-        " if name not in BESIDE}",
+        " if name not in MAY_CHANGE}",
         "}",
         pretrain("how_often_a_run_reports_and_saves_may_change_when_it_goes_on"),
     ),
@@ -285,8 +335,8 @@ TRAINING = (
     ),
     Mutation(
         "a copy in an index loses the digest of its content",
-        "copy.size, copy.mtime_ns, sha256)",
-        "copy.size, copy.mtime_ns, bytes(32))",
+        "return (*_of_file(copy.file), length",
+        "return (*_of_file(copy.file)[:3], bytes(32), *_of_file(copy.file)[4:], length",
         INDEX,
     ),
     Mutation(
@@ -316,8 +366,8 @@ TRAINING = (
     ),
     Mutation(
         "a run of fit goes on with other images",
-        ', "train_images": content[:16]}',
-        "}",
+        "digest_of([sample.sha256 for sample in samples])",
+        '""',
         OWN,
     ),
     Mutation(
@@ -352,8 +402,8 @@ TRAINING = (
     ),
     Mutation(
         "a setting that one of two runs lacks may be anything",
-        "before.keys() | self.identity.keys()",
-        "before.keys() & self.identity.keys()",
+        "sorted(then.keys() | now.keys())",
+        "sorted(then.keys() & now.keys())",
         train("a_state_of_other_settings_or_another_model_is_refused"),
     ),
     Mutation(
@@ -484,8 +534,8 @@ TRAINING = (
     ),
     Mutation(
         "a run of fit is resumed with another seed",
-        'if name not in ("learning_rate", "patience")}',
-        'if name not in ("learning_rate", "patience", "seed")}',
+        'may_change = ("learning_rate", "patience", "adapter_path")',
+        'may_change = ("learning_rate", "patience", "adapter_path", "seed")',
         fit("a_run_is_resumed_with_its_own_settings_alone"),
     ),
     Mutation(
@@ -546,8 +596,8 @@ TRAINING = (
     ),
     Mutation(
         "a run of pretrain goes on with other ranks",
-        'settings.identity | {"ranks": ranks.size}',
-        "settings.identity",
+        ', "ranks": ranks.size}',
+        "}",
         pretrain("pretraining_goes_on_with_as_many_ranks_as_it_was_begun_with"),
     ),
     Mutation(
@@ -630,8 +680,8 @@ TRAINING = (
     ),
     Mutation(
         "lit goes on with other views",
-        "if name not in BESIDE}",
-        'if name not in (*BESIDE, "views")}',
+        "if name not in MAY_CHANGE}",
+        'if name not in (*MAY_CHANGE, "views")}',
         pretrain("lit_goes_on_with_as_many_views_as_it_was_begun_with"),
     ),
     Mutation(
@@ -705,5 +755,83 @@ TRAINING = (
         "tokenizer, folder if resume else start)",
         "tokenizer, folder if resume else None)",
         (PRETRAIN_RUNS + "a_run_that_goes_on_elsewhere_keeps_its_words",),
+    ),
+    Mutation(
+        "a run goes on with other labels",
+        "digest_of([dataset.classes, *(_content(sample.target) for sample in samples)])",
+        "digest_of(dataset.classes)",
+        OWN,
+    ),
+    Mutation(
+        "a mask is known by its name",
+        "return Path(target) if isinstance(target, str) else target",
+        "return target",
+        OWN,
+    ),
+    Mutation(
+        "a run goes on with other captions",
+        "(example.name, example.image, example.texts) for example",
+        "(example.name, example.image) for example",
+        CAPTIONS,
+    ),
+    Mutation(
+        "shards of the same names are the same data",
+        "digest_of((file.name, file) for file in data.files)",
+        "digest_of(file.name for file in data.files)",
+        CAPTIONS,
+    ),
+    Mutation(
+        "a run goes on with another tokenizer of its size",
+        "digest_of([tokenizer.backend.to_str()])",
+        '""',
+        pretrain("a_run_goes_on_with_its_own_tokenizer_alone"),
+    ),
+    Mutation(
+        "two runs into one target write one state",
+        "with locked(folder, patience=0) if rank == 0 else nullcontext():",
+        "with nullcontext():",
+        train("one_run_at_a_time_has_a_target"),
+    ),
+    Mutation(
+        "a state of an exploded loss is kept",
+        "is_pending and loss <= EXPLODED * (1 + done.first_loss), False",
+        "is_pending, False",
+        (*fit(WITH_LESS), *pretrain(WITH_LESS)),
+    ),
+    Mutation(
+        "a pretraining goes on at no other rate",
+        'MAY_CHANGE = ("learning_rate", "steps_per_report",',
+        'MAY_CHANGE = ("steps_per_report",',
+        pretrain(WITH_LESS),
+    ),
+    Mutation(
+        "weights that are no numbers are loaded",
+        'is not None:\n        raise ValueError(f"{file} is damaged: {name} holds',
+        '== 0:\n        raise ValueError(f"{file} is damaged: {name} holds',
+        ("tests/learn/test_fit.py::test_weights_that_are_no_numbers_are_refused_by_whoever_uses_them",),
+    ),
+    Mutation(
+        "a run that fails before its first state leaves its tokenizer",
+        "            if rank == 0 and not state.is_file():\n                discard(folder)\n",
+        "",
+        train("a_run_that_fails_without_a_state_leaves_only_what_is_not_its_own"),
+    ),
+    Mutation(
+        "a spreadsheet computes a label",
+        "if FORMULA.match(cell) else cell",
+        "if False else cell",
+        ("tests/learn/test_fit.py::test_a_label_is_text_on_the_card_and_in_a_spreadsheet",),
+    ),
+    Mutation(
+        "Markdown acts on a label",
+        "_as_text(cell) for cell in row",
+        "cell for cell in row",
+        ("tests/learn/test_fit.py::test_a_label_is_text_on_the_card_and_in_a_spreadsheet",),
+    ),
+    Mutation(
+        "a full disk does not say what to do",
+        'if error.errno in FULL else ""',
+        'if error.errno in () else ""',
+        ("tests/test_whole_or_nothing.py::test_a_file_that_may_not_grow_is_one_line_and_leaves_nothing",),
     ),
 )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
+from mlx_aimv2.pretrain import data as data_module
 from mlx_aimv2.pretrain.data import Example, Preparation, Shards, Stream, grid_of, open_data, shuffled
 from mlx_aimv2.tokenizer import Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation, random_crop
@@ -147,6 +148,54 @@ def test_captions_lie_in_csv_too_and_a_line_ends_at_a_newline_alone(tmp_path):
     assert [example.texts for example in open_data(folder).epoch(None)] == [("three",)]
 
 
+@pytest.mark.parametrize("file", ["captions.csv", "train/metadata.csv", "a/metadata.csv", "train/b/metadata.csv"])
+def test_captions_lie_in_tables_of_other_names_and_folders(tmp_path, file):
+    place = (tmp_path / file).parent
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "0.png").write_bytes(png(0))
+    (tmp_path / file).write_text("Image;Caption\n0.png;one\n0.png;two\n;\n")
+    with pytest.warns(UserWarning) as found:
+        assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("one", "two")]
+    notes = " ".join(str(one.message) for one in found)
+    assert "has the images in its column image" in notes and "line 4, is an empty row: left out" in notes
+
+
+@pytest.mark.parametrize("kind", ["tables", "shards", "folders of shards"])
+def test_of_parts_train_is_trained_on_and_the_others_are_named(tmp_path, kind):
+    for number, part in enumerate(("train", "val")):
+        (tmp_path / part).mkdir()
+        if kind == "tables":
+            (tmp_path / part / f"{number}.png").write_bytes(png(number))
+            (tmp_path / part / "metadata.jsonl").write_text(f'{{"file_name": "{number}.png", "text": "{part}"}}\n')
+        else:
+            members = [("0.png", png(0)), ("0.txt", part.encode())]
+            shard(tmp_path / (f"{part}/0.tar" if kind == "folders of shards" else f"{part}-0.tar"), members)
+    with pytest.warns(UserWarning, match="is of another part: left out"):
+        assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("train",)]
+
+
+@pytest.mark.parametrize(("image", "text"), [("jpeg", "txt"), ("webp", "caption"), ("png", "json")])
+def test_members_of_a_shard_may_have_the_fields_endings(tmp_path, image, text):
+    caption = b'{"caption": "one"}' if text == "json" else b"one"
+    shard(tmp_path / "0.tar", [(f"0.{image}", b"image"), (f"0.seg.{image}", b"x"), (f"0.{text}", caption)])
+    assert [(one.image, one.texts) for one in open_data(tmp_path).epoch(None)] == [(b"image", ("one",))]
+
+
+def test_a_broken_image_in_a_shard_is_named_once_or_refused(tmp_path):
+    shard(tmp_path / "0.tar", [*members(0, 3), ("9.png", b"broken"), ("9.txt", b"nine")])
+    with pytest.warns(UserWarning) as found:
+        assert {one.caption for one in taken(tmp_path, 12)} == {"caption 0", "caption 1", "caption 2"}
+    assert ["0.tar:9 is not an image" in str(one.message) for one in found] == [True]
+    with pytest.raises(ValueError, match=r"0\.tar:9 is not an image .*; --skip-broken leaves out such images"):
+        taken(tmp_path, 12, data=open_data(tmp_path, skip_broken=False))
+
+
+def test_what_lies_there_instead_of_captions_is_named(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,b\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv has no column text among its columns \(file_name, label\)"):
+        open_data(tmp_path)
+
+
 def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):
     shard(tmp_path / "0.tar", members(0, 3))
     whole = shard(tmp_path / "1.tar", members(3, 3)).read_bytes()
@@ -165,6 +214,61 @@ def test_the_example_at_which_a_shard_breaks_is_left_out(tmp_path):
     file.write_bytes(file.read_bytes()[:-20_000])
     with pytest.warns(UserWarning, match="is a broken shard"):
         assert names(open_data(tmp_path)) == ["0.tar:000", "0.tar:001"]
+
+
+def sized(file, size, *, kind=tarfile.REGTYPE, name="big.png"):
+    """Writes a shard of four examples amid which a header says that so many bytes follow."""
+    about = tarfile.TarInfo(name)
+    about.size, about.type = size, kind
+    start, end = (shard(file, members(first, 2)).read_bytes()[:4096] for first in (0, 2))
+    file.write_bytes(start + about.tobuf(tarfile.GNU_FORMAT) + end)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [1 << 31, 1 << 87, -1])
+def test_a_size_that_no_shard_has_ends_it(tmp_path, kind, size):
+    sized(tmp_path / "0.tar", size, kind=kind)
+    with pytest.warns(UserWarning, match=r"0\.tar .* is a broken shard: used up to the fault"):
+        assert names(open_data(tmp_path)) == ["0.tar:000"]
+
+
+@pytest.mark.parametrize("name", ["0.json", "0.png", "0.bin", "x" * 120 + ".png"])
+def test_a_shard_that_unpacks_to_much_more_than_itself_is_bounded(tmp_path, monkeypatch, name):
+    """3 MB of gzip hold 3 GB of zeros; here some kilobytes stand for them."""
+    monkeypatch.setattr(data_module, "MAX_EXPANSION", 10)
+    with tarfile.open(tmp_path / "0.tar", "w:gz") as archive:
+        for file, content in [*members(1, 2), (name, bytes(1 << 24)), *members(3, 1)]:
+            about = tarfile.TarInfo(file)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    assert (tmp_path / "0.tar").stat().st_size < 50_000
+    with pytest.warns(UserWarning, match="broken shard"):
+        assert names(open_data(tmp_path)) == ["0.tar:001"]
+
+
+def test_the_files_of_an_example_are_bounded_together_and_others_are_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "MAX_KEY_BYTES", 3000)
+    many = [(f"7.{number}.png", bytes(1000)) for number in range(9)]
+    shard(tmp_path / "0.tar", [("7.mp4", bytes(100_000)), ("7.txt", b"a cat"), *many, *members(8, 1)])
+    with pytest.warns(UserWarning, match=r"7\.2\.png is too large: skipped \(and 6 more\)"):
+        assert "0.tar:008" in names(open_data(tmp_path))
+
+
+def test_a_caption_with_half_a_character_is_none(tmp_path):
+    shard(tmp_path / "0.tar", [("0.png", png(1)), ("0.json", b'{"text": "a \\ud83d"}'), *members(1, 1)])
+    with pytest.warns(UserWarning, match="has no caption"):
+        assert names(open_data(tmp_path)) == ["0.tar:001"]
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_that_is_not_there(tmp_path):
+    rows = [
+        {"file_name": f"{'n' * 300}.png", "text": "a"},
+        {"file_name": "a\0.png", "text": "b"},
+        {"file_name": "b.png", "text": "c"},
+    ]
+    folder = image_folder(tmp_path / "in", rows, images=["b.png"])
+    with pytest.warns(UserWarning, match=r"is listed but not there: skipped \(and 1 more\)"):
+        assert names(open_data(folder)) == ["b.png"]
 
 
 def test_in_a_shard_an_image_without_caption_and_a_caption_without_image_are_named(tmp_path):
@@ -195,11 +299,11 @@ def test_the_buffer_bounds_what_is_held():
 GRID = (2, 2)
 
 
-def taken(folder, size, **options):
+def taken(folder, size, *, data=None, **options):
     """The first examples of a stream."""
     vision = Aimv2VisionConfig(22, 13, 2, 2, image_size=10, patch_size=5)
     prepare = Preparation(vision, seed=3, augmentation=Augmentation())
-    order = Stream(open_data(folder), lambda number: GRID, size=size, seed=3, **options)
+    order = Stream(data or open_data(folder), lambda number: GRID, size=size, seed=3, **options)
     batches = Batches(order, lambda item: prepare(*item), collate=list)
     try:
         return batches(0)[0]

@@ -1,6 +1,10 @@
 """What `pretrain` and `lit` are promised to do, as tables of facts over both, through the command alone."""
 
+import io
 import json
+import shutil
+import tarfile
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -82,6 +86,99 @@ def test_lit_goes_on_with_its_own_encoder_alone(shop, tmp_path, capsys):
     other = write_encoder(tmp_path / "other", load(shop.encoder)[0].config, seed=4)
     assert main([*words, "--encoder", str(other), "-o", str(output), "--resume"]) == 2
     assert "was begun with encoder " in capsys.readouterr().err
+    moved = shutil.copytree(shop.encoder, tmp_path / "moved")
+    about = json.loads((moved / "preprocessor_config.json").read_text()) | {"image_std": [0.5, 0.5, 0.5]}
+    (moved / "preprocessor_config.json").write_text(json.dumps(about))
+    assert main([*words, "--encoder", str(moved), "-o", str(output), "--resume"]) == 2
+    assert "was begun with preprocessing " in capsys.readouterr().err
+
+
+def darker(folder):
+    """Another image of the same name, of as many bytes."""
+    name = folder / "4.bmp"
+    name.write_bytes(name.read_bytes()[:-9] + bytes(9))
+
+
+def renamed(folder):
+    """Another caption of the same length."""
+    file = folder / "metadata.jsonl"
+    file.write_text(file.read_text().replace("eagle", "snake"))
+
+
+def fewer(folder):
+    file = folder / "metadata.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
+def write_shards(folder, data):
+    """The images and their captions as a shard."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for row in map(json.loads, (data / "metadata.jsonl").read_text().splitlines()):
+            name = Path(row["file_name"])
+            texts = {name: (data / name).read_bytes(), name.with_suffix(".txt"): row["text"][0].encode()}
+            for member, content in texts.items():
+                about = tarfile.TarInfo(str(member))
+                about.size = len(content)
+                archive.addfile(about, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("change", [darker, renamed, fewer])
+@pytest.mark.parametrize("form", ["folder", "shards"])
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_a_run_goes_on_with_its_own_images_and_captions_alone(shop, tmp_path, capsys, verb, form, change):
+    """Wherever they lie: the same data elsewhere are gone on with."""
+    data = shutil.copytree(shop.data[1], tmp_path / "data")
+    Image.open(data / "4.png").save(data / "4.bmp")
+    (data / "metadata.jsonl").write_text((data / "metadata.jsonl").read_text().replace("4.png", "4.bmp"))
+    (data / "4.png").unlink()
+
+    def words(data, to):
+        if form == "shards":
+            write_shards(to, data)
+            data = to
+        command = shop.words(verb, "--iters", 5, "--save-every", 1, "--steps-per-report", 1)
+        return [command[0], str(data), *command[2:], "-o", str(tmp_path / "out")]
+
+    with stopped_by("step 3 "):
+        assert main(words(data, tmp_path / "a")) != 0
+    changed = shutil.copytree(data, tmp_path / "changed")
+    change(changed)
+    capsys.readouterr()
+    assert main([*words(changed, tmp_path / "b"), "--resume"]) == 2
+    assert "was begun with data " in capsys.readouterr().err
+    assert main([*words(data, tmp_path / "c"), "--resume"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_a_run_goes_on_with_its_own_tokenizer_alone(shop, capsys, verb):
+    output, words = stopped(shop, verb)
+    training = output.with_name(f"{output.name}.training")
+    tokenizer = training / "tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace('"b"', '"both"').replace('"c"', '"b"').replace('"both"', '"c"'))
+    assert main([*words, "-o", str(output), "--resume"]) == 2
+    assert "was begun with tokenizer " in capsys.readouterr().err
+    tokenizer.unlink()  # it is made again from the captions
+    assert main([*words, "-o", str(output), "--resume"]) == 0
+    assert result(output) == shop.bits(verb, "--iters", 5)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("verb", ["pretrain", "lit"])
+def test_a_loss_that_is_no_number_stops_and_can_be_gone_on_from_with_less(shop, capsys, verb, every):
+    """The state that is kept is the last one whose weights have given a number, and no huge one."""
+    output = shop.new()
+    words = [*shop.words(verb, "--iters", 9, "--save-every", every, "--warm-up", 0), "-o", str(output)]
+    with stopped_by("step 5 "):
+        assert main([*words, "--steps-per-report", "1"]) != 0
+    assert main([*words, "--learning-rate", "1e30", "--resume"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "the loss is " in line and "--resume and less than --learning-rate 1e+30" in line
+    state = arrays(output.with_name(f"{output.name}.training") / "state.safetensors")
+    assert all(np.isfinite(array).all() for array in state.values())
+    assert main([*words, "--resume"]) == 0
+    assert result(output) == shop.bits(verb, "--iters", 9, "--warm-up", 0)
 
 
 def test_lit_goes_on_with_as_many_views_as_it_was_begun_with(shop, capsys):

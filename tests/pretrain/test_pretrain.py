@@ -73,8 +73,8 @@ def test_a_finished_run_is_not_begun_again(shop, capsys):
 def test_other_settings_on_resume_are_refused_by_name(shop, capsys):
     output = shop.run("pretrain")
     output.rename(shop.folder / "elsewhere")
-    line = said(shop, capsys, "--alpha", 0.5, "--learning-rate", 1e-3, "--resume", output=output)
-    assert "alpha 0.4, now 0.5" in line and "learning-rate 0.003, now 0.001" in line
+    line = said(shop, capsys, "--alpha", 0.5, "--warm-up", 2, "--resume", output=output)
+    assert "alpha 0.4, now 0.5" in line and "warm-up 1, now 2" in line
 
 
 def test_resuming_what_never_began_is_an_error(shop, capsys):

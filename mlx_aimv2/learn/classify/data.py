@@ -1,36 +1,30 @@
-"""Images with a label each, from folders named after labels, or from `metadata.csv` or `metadata.jsonl` beside them.
+"""Images with a label each, from folders named after labels, or from tables such as `metadata.csv` beside them.
 
 The target of a sample is the number of its class.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.files import read_text
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn import samples
+from mlx_aimv2.learn import metadata, samples
 from mlx_aimv2.learn.learner import canvas_size
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, one_image, part_of, same_form
+from mlx_aimv2.learn.metadata import LABEL, PART, column, columns_of, folder_of, image_of, metadata_file, metadata_rows
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, listed, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
 
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""
-
-METADATA = ("metadata.csv", "metadata.jsonl")
-"""Names of the files by which Hugging Face's `imagefolder` knows its images."""
 
 MIN_AREA = 0.5
 """Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
@@ -38,38 +32,72 @@ MIN_AREA = 0.5
 OPERATIONS = 2
 """Of RandAugment, on each training image."""
 
+NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.compile(r"(-?\d+)\.0*$")
+"""A number as text, and a whole one as pandas writes it where a column has gaps."""
+
+SEVERAL = "several labels an image are not possible yet: keep one, or make each combination a label"
+
+tables = partial(metadata.tables, of=LABEL)
+
 
 def recognise(data: Path) -> str | None:
     """Why `data` has a label for each image, a phrase; None where it has none."""
     scan = Scan()
-    for folder in _parts(data, scan).values():
-        if (file := metadata_file(folder)) is not None:
-            rows, _ = metadata_rows(file)
-            return f"labels in {file.name}" if rows and "label" in rows[0] else None
-        if count := len({same_form(place.name) for place in scan.folders(folder) if scan.images(place)}):
-            return f"a folder for each of {one_image(count, 'label')}"
-    return None
+    sources = _sources(data, scan)
+    if files := [source.name for source in sources.values() if source.is_file()]:
+        return f"labels in {listed(dict.fromkeys(files))}"
+    nested = [file.name for folder in sources.values() for file in _nested(folder, scan)]
+    if nested:
+        return f"labels in {listed(dict.fromkeys(nested))} of its folders"
+    count = len({same_form(place.name) for folder in sources.values() for place in _label_folders(folder, scan)})
+    return f"a folder for each of {one_image(count, 'label')}" if count else None
 
 
-def _parts(data: Path, scan: Scan) -> dict[str, Path]:
-    """The parts of DATA: folders with a metadata file or a folder for each label."""
+def _sources(data: Path, scan: Scan) -> dict[str, Path]:
+    """Of each part its table, or its folder with a folder for each label.
 
-    def holds(folder: Path) -> bool:
-        return metadata_file(folder) is not None or any(scan.images(place) for place in scan.folders(folder))
+    Right in DATA folders win over a table that is not called metadata, as it may be about something else.
+    """
+    here = tables(data)
+    if metadata_file(data) in here.values():
+        return here
+    parts = samples.parts_of(
+        data, scan, lambda folder: bool(tables(folder) or _label_folders(folder, scan) or _nested(folder, scan))
+    )
+    found: dict[str, Path] = {}
+    for part, folder in parts.items():
+        own = tables(folder) if part else {}
+        if len(own) > 1:
+            raise DataError([f"{folder} has several tables of images ({listed(map(str, own.values()))}): keep one"])
+        found[part] = next(iter(own.values()), folder)
+    names = {place.name for folder in found.values() if folder.is_dir() for place in _label_folders(folder, scan)}
+    is_by_folder = len(names) > 1 and not all(map(part_of, names))
+    return found if is_by_folder or not here else here
 
-    return {"": data} if metadata_file(data) is not None else samples.parts_of(data, scan, holds)
+
+def _label_folders(folder: Path, scan: Scan) -> list[Path]:
+    return [place for place in scan.folders(folder) if scan.images(place)]
+
+
+def _nested(folder: Path, scan: Scan) -> list[Path]:
+    """The metadata files with labels in the folders of a folder."""
+    files = [metadata_file(place) for place in scan.folders(folder)]
+    return [file for file in files if file and column(columns_of(file), LABEL)]
 
 
 def _find(data: Path, scan: Scan) -> Found:
     found = Found({})
-    for part, folder in _parts(data, scan).items():
-        if (file := metadata_file(folder)) is not None:
-            labelled, faults = _by_metadata(file, scan)
-            found.faults += faults
-            found.parts |= {part: labelled} if part else _parts_of_rows(labelled, folder, scan)
+    sources = _sources(data, scan)
+    for part, source in sources.items():
+        if files := [source] if source.is_file() else _nested(source, scan):
+            rows = [row for file in files for row in _by_table(file, scan, found.faults)]
+            parts = {part: [row[:2] for row in rows]} if part else _parts_of_rows(rows, data, scan)
+            found.parts |= parts
+            if others := {*_label_folders(source, scan)} - {file.parent for file in files} if source.is_dir() else ():
+                scan.note(sorted(map(str, others)), "has no metadata with labels: skipped")
             continue
         found.parts[part] = []
-        places = scan.folders(folder)
+        places = scan.folders(source)
         if not part and places and all(part_of(place.name) for place in places):
             found.faults += [f"{place} is a part of the data without a folder for each label" for place in places]
             continue
@@ -78,87 +106,76 @@ def _find(data: Path, scan: Scan) -> Found:
             found.parts[part] += [(path, same_form(place.name)) for path in images]
             if not images:
                 found.faults.append(f"{place} is a label without images")
-        if loose := scan.loose(folder):
-            scan.note(loose[0], "lies in no label's folder: skipped", len(loose))
+        if loose := scan.loose(source):
+            scan.note(loose, "lies in no label's folder: skipped")
+    for file in {*tables(data).values()} - {*sources.values()}:
+        if any(label not in map(same_form, Path(path).parts) for path, label, _ in _by_table(file, Scan(), [])):
+            found.faults.append(
+                f"{file} and the folders have different labels: call it metadata.csv if it is right, else move it away"
+            )
+        scan.note(str(file), "is not read, as folders name the labels")
     return found
 
 
-def _by_metadata(file: Path, scan: Scan) -> tuple[Labelled, list[str]]:
-    rows, faults = metadata_rows(file)
-    labelled = []
-    for row in rows:
-        where = f"{file}, line {row['']}"
-        path, label = file.parent / row["file_name"], row.get("label")
-        if label is None or isinstance(label, (dict, list, float)) or str(label).strip() == "":
-            faults.append(f"{where}: {row['file_name']} has no label; wanted a column called label")
-        elif not path.is_file():
-            faults.append(f"{where}: {row['file_name']} does not exist")
+def _by_table(file: Path, scan: Scan, faults: list[str]) -> list[tuple[str, str, str]]:
+    """Path, label and part of each row that names an image; what is wrong is added to `faults`."""
+    rows, wrong = metadata_rows(file, scan)
+    faults += wrong
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    labels, parts = column(names, LABEL), column(names, PART)
+    if rows and len(labels) != 1:
+        what = f"{listed(labels)} may all name the labels" if labels else "no column label"
+        faults.append(f"{file} has {what}: call the column of the labels label")
+    if len(labels) != 1:
+        return []
+    if labels != ["label"]:
+        scan.note(str(file), f"has the labels in its column {labels[0]}")
+    texts = _texts([row.get(labels[0]) for row in rows])
+    if all(NUMBER.fullmatch(text) for text in texts if text):
+        texts = [WHOLE.sub(r"\1", text) for text in texts]
+        if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
+            faults.append(f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number")
+            return []
+    folder = folder_of(file, rows, scan)
+    found: dict[str, tuple[str, str]] = {}
+    unlabelled: list[str] = []
+    for row, text in zip(rows, texts, strict=True):
+        where, path = f"{file}, line {row['']}: {row['file_name']:.80}", image_of(folder, row["file_name"])
+        value = row.get(labels[0])
+        if (isinstance(value, list) and len(value) > 1) or (path and found.get(str(path), (text,))[0] != text):
+            faults.append(f"{where} has more than one label; {SEVERAL}")
+        elif isinstance(value, dict):
+            faults.append(f"{where} has no text as its label")
+        elif not text:
+            scan.note(where, "has no label: left out")
+            unlabelled.append(str(path))
+        elif path is None:
+            faults.append(f"{where} does not exist")
+        elif str(path) in found:
+            scan.note(where, "is there already, with the same label: left out")
         else:
-            labelled.append((str(path), same_form(str(label))))
-    twice = [path for path, count in Counter(path for path, _ in labelled).items() if count > 1]
-    faults += [f"{file}: {path} is listed more than once" for path in twice]
-    scan.unlisted(file.parent, file, [path for path, _ in labelled])
-    return labelled, faults
+            found[str(path)] = text, part_of(str(row.get(parts[0], ""))) or "" if len(parts) == 1 else ""
+    scan.unlisted(folder, file, (*found, *unlabelled))
+    return [(path, label, part) for path, (label, part) in found.items()]
 
 
-def _parts_of_rows(labelled: Labelled, folder: Path, scan: Scan) -> dict[str, Labelled]:
-    """Rows by the part that a folder in their path names, if all have one or several parts are named."""
-    found: dict[str, Labelled] = {}
-    for path, label in labelled:
+def _texts(values: Sequence[Any]) -> list[str]:
+    """Labels as text, "" where there is none: nothing, an empty list, or what is not a number."""
+    single = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in values]
+    return ["" if value in (None, []) or value != value else same_form(str(value)) for value in single]
+
+
+def _parts_of_rows(rows: Sequence[tuple[str, str, str]], folder: Path, scan: Scan) -> dict[str, Labelled]:
+    """Rows by the part that they say, or a folder in their path, if all have one or several parts are named."""
+    found: dict[str, Labelled] = {} if rows else {"": []}
+    for path, label, part in rows:
         inside = Path(path).relative_to(folder).parent.parts if Path(path).is_relative_to(folder) else ()
-        part = next((part for name in inside if (part := part_of(name))), "")
-        found.setdefault(part, []).append((path, label))
+        found.setdefault(part or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
     if "" in found and len(found) == 2:
-        return {"": labelled}  # a class that is called like a part
+        return {"": [row[:2] for row in rows]}  # a class that is called like a part
     if len(found) > 2 and (rest := found.pop("", [])):
-        scan.note(rest[0][0], "lies in no part of the labelled data (train, val, test): skipped", len(rest))
+        scan.note([path for path, _ in rest], "lies in no part of the labelled data (train, val, test): skipped")
     return found
-
-
-def metadata_file(folder: Path) -> Path | None:
-    """The metadata file right in a folder, if there is one. DataError if there are two."""
-    files = [folder / name for name in METADATA if (folder / name).is_file()]
-    if len(files) > 1:
-        raise DataError([f"{folder} has {files[0].name} and {files[1].name}: keep one of them"])
-    return files[0] if files else None
-
-
-def metadata_rows(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a metadata file, each with `file_name` and its line under "", and what is wrong with the others."""
-    try:
-        text = read_text(file, max_bytes=samples.MAX_BYTES)
-    except UnicodeDecodeError as error:
-        return [], [f"{file} is not UTF-8 text: {error}"]
-    rows, faults = [], []
-    numbered = _csv_rows(file, text) if file.suffix == ".csv" else _json_rows(text)
-    for line, row in numbered:
-        if not isinstance(row, dict):
-            faults.append(f'{file}, line {line}: wanted {{"file_name": …}}, got no JSON object')
-        elif not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            faults.append(f"{file}, line {line}: no file_name")
-        else:
-            rows.append({**row, "": line})
-    if not rows and not faults:
-        faults.append(f"{file} has no rows")
-    return rows, faults
-
-
-def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, {key: value for key, value in row.items() if key is not None}
-    except csv.Error as error:
-        raise DataError([f"{file}, line {reader.line_num}: {error}"]) from None
-
-
-def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                yield number, None
 
 
 def _labels(marked: Sequence[tuple[str, str, samples.Size]], scan: Scan) -> list[Labels]:
@@ -169,7 +186,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
     return numbers[labels.names[0]]
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2))
+read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2, others=metadata.not_read))
 
 
 def example(

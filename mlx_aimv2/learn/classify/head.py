@@ -19,6 +19,8 @@ from mlx_aimv2.embed.cache import Array
 from mlx_aimv2.layers import attention, merge_heads, split_heads
 from mlx_aimv2.learn.task import Labelled
 from mlx_aimv2.model import unit_length
+from mlx_aimv2.train.settings import MAX_COUNT
+from mlx_aimv2.untrusted_json import misfit
 
 SPREAD = 0.02
 """Standard deviation of the learned query and of the classifier at the start, as in big_vision's probes."""
@@ -138,6 +140,8 @@ def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mappi
     if kind == "attentive":
         return AttentiveHead(config.hidden_size, config.num_attention_heads, classes)
     if kind == "knn":
+        if misfit(options, {"images": int}) or not 0 < options["images"] <= MAX_COUNT:
+            raise ValueError(f"head.json says {options.get('images')!r:.60} of the images that vote: it is damaged")
         return KnnHead(config.hidden_size, classes, options["images"])
     return MeanHead(config.hidden_size, classes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ SHOWN = 5
 
 MISTAKES = 12
 """Images on the model card that were called what they are not."""
+
+
+FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d*\.?\d+$)")
+"""How cells begin that spreadsheets compute, numbers aside; an apostrophe keeps them texts (OWASP, CSV injection)."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,9 @@ def save_prediction(path: str, prediction: Classification, classes: Sequence[str
 
 def save_all(records: Sequence[list[str]], classes: Sequence[str], folder: Path) -> None:
     """`predictions.csv`: the best label and its probability for each image."""
+    rows = ([f"'{cell}" if FORMULA.match(cell) else cell for cell in record] for record in records)
     with (folder / "predictions.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-        csv.writer(stream).writerows([["path", "label", "probability"], *records])
+        csv.writer(stream).writerows([["path", "label", "probability"], *rows])
 
 
 def card(

@@ -1,4 +1,4 @@
-"""Detection: boxes around objects with their class, from COCO JSON."""
+"""Detection: boxes around objects with their class, from COCO JSON and four other formats."""
 
 from mlx_aimv2.learn.detect import data, head, results
 from mlx_aimv2.learn.task import Task, Type

@@ -1,12 +1,13 @@
-"""Images with masks: a folder of images beside one of masks, or folders with the field's other names for them.
+"""Images with masks: a folder of images beside one of masks, the field's other names for them, or one folder for both.
 
-Every image needs a mask of the same name and size. Parts are folders around `images` and `masks` or within both.
-Without `classes.txt`, whose first line is the class of the value 0, the values are their own names. The target of a
-sample is what `read_mask` takes.
+Every image needs a mask of its name, or with an ending such as `_mask`, and of its size. Parts are folders around
+`images` and `masks` or within both, or VOC's ImageSets. Without `classes.txt` or Roboflow's `_classes.csv` the values
+are their own names. The target of a sample is what `read_mask` takes.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,34 +25,38 @@ from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.learner import canvas_size
+from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
 
-IMAGES = ("images", "img_dir", "JPEGImages", "image", "imgs")
+MASKS = ("masks", "ann_dir", "SegmentationClass", "SegmentationClassPNG", "gtFine", "annotations", "labels", "mask")
+"""Names of the folder of masks; the first is ours, the others mmsegmentation's, VOC's, Cityscapes' and ADE20K's."""
 
-MASKS = ("masks", "ann_dir", "SegmentationClass", "annotations", "labels", "mask")
-"""Names of the two folders; the first are this package's, the others mmsegmentation's, PASCAL VOC's and ADE20K's."""
+LISTS = Path("ImageSets", "Segmentation")
+"""Where VOC lists the images of each part."""
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
-CLASSES_FILE = "classes.txt"
+CLASSES_FILE, CLASSES_TABLE = "classes.txt", "_classes.csv"
+"""Our list of the classes' names, a line each from the value 0 on, and Roboflow's table of values and names."""
 
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes in which a pixel is one number."""
 
-Names: TypeAlias = "tuple[str, ...] | None"
-"""The class of each value, from 0 on; None where the values are their own names."""
+Names: TypeAlias = "dict[int, str] | None"
+"""The class of each value; None where the values are their own names."""
 
 MaskTarget: TypeAlias = "str | tuple[str, tuple[tuple[int, int], ...]]"
 """The file of a mask whose values are the numbers of the classes; or the file, and pairs of a value and its class."""
 
 
 def recognise(data: Path) -> str | None:
-    """`images/ beside masks/` where DATA has masks, else None."""
-    folders = samples.parts_of(data, Scan(), _holds).values() if data.is_dir() else ()
-    pair = next((pair for folder in folders if (pair := _pair(folder)) is not None), None)
-    return f"{pair[1].name}/ beside {pair[0].name}/" if pair else None
+    """`masks/ beside images/` where DATA has masks, else None."""
+    images, masks = next(iter(_folders(data, Scan()).values()), (None, None)) if data.is_dir() else (None, None)
+    if images is None or masks is None:
+        return None
+    return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
 
 
 def read_mask(mask: MaskTarget) -> NDArray[Any]:
@@ -68,81 +73,103 @@ def read_mask(mask: MaskTarget) -> NDArray[Any]:
         )
     try:
         values = np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # decoders raise whatever they meet
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
-    if values.max() > IGNORED:
-        raise ValueError(
-            f"{path} has the value {values.max()}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored"
-        )
+    if odd := [value for value in (values.min(), values.max()) if not 0 <= value <= IGNORED]:
+        raise ValueError(f"{path} has the value {odd[0]}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored")
     classes = np.arange(IGNORED + 1, dtype=np.uint8)
     for value, number in numbers:
         classes[value] = number
     return classes[values.astype(np.uint8)] if numbers else values.astype(np.uint8)
 
 
-def _parts(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
-    """Folders of images and masks by part; the part is empty where DATA says none."""
-    around = samples.parts_of(data, scan, _holds)
-    pairs = {part: pair for part, folder in around.items() if (pair := _pair(folder)) is not None}
-    if "" not in pairs:
-        return pairs
-    images, masks = pairs[""]
-    within = samples.parts_of(images, scan, lambda folder: (masks / folder.relative_to(images)).is_dir())
-    return {part: (folder, masks / folder.relative_to(images)) for part, folder in within.items()}
+def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
+    """Folders of images and masks by part."""
 
+    def holds(folder: Path, beside: bool) -> bool:
+        names = {Path(path).stem for path in (scan.loose(folder) if beside else scan.images(folder))}
+        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names) or (
+            bool(names) and not beside
+        )
 
-def _holds(folder: Path) -> bool:
-    return _pair(folder) is not None
-
-
-def _pair(folder: Path) -> tuple[Path, Path] | None:
-    images, masks = (
-        next((folder / name for name in names if (folder / name).is_dir()), None) for names in (IMAGES, MASKS)
-    )
-    return (images, masks) if images and masks else None
+    return dense.folders_beside(data, scan, MASKS, holds)
 
 
 def _find(data: Path, scan: Scan) -> Found:
-    folders = _parts(data, scan)
+    folders = _folders(data, scan)
     if not folders:
-        raise DataError([f"{data} has no masks: put images in {data / IMAGES[0]} and their masks in {MASKS[0]}/"])
-    names = _class_names(data)
-    found = Found({}, list(names) if names else None)
+        advice = f"put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"
+        raise DataError([f"{data} has no masks: {advice}", *not_read(data)])
+    names = _class_names([data, *(masks for _, masks in folders.values())])
+    found = Found({}, list(names.values()) if names else None)
     for part, (images, masks) in folders.items():
-        found.parts[part] = [(image, (mask, names)) for image, mask in _pairs(images, masks, scan)]
-        if not found.parts[part]:
+        files = _masks_in(images, masks, scan, found.faults)
+        pairs = dense.by_name((images, masks), files, "mask", scan)
+        if not pairs and not found.faults:
             found.faults.append(f"no image in {images} has a mask of its name in {masks}")
+        lists = {part: pairs} if part else dense.by_lists(data / LISTS, pairs, images, scan)
+        found.parts |= {own: [(image, (mask, names)) for image, mask in chosen] for own, chosen in lists.items()}
+    if (names is None or len(names) == 2) and not found.faults and _is_binary(found):
+        black, white = names.values() if names else ("0", "1")
+        scan.note(str(data), f"has masks of 0 and {IGNORED} alone: {IGNORED} is taken for class {white}")
+        binary = {0: black, IGNORED: white}
+        found.parts = {
+            part: [(image, (mask, binary)) for image, (mask, _) in pairs] for part, pairs in found.parts.items()
+        }
     return found
 
 
-def _pairs(images: Path, masks: Path, scan: Scan) -> list[tuple[str, str]]:
-    """Images with the masks of the same name below the other folder; what has none or no image is left out."""
-    by_stem = {
-        Path(mask).relative_to(masks).with_suffix(""): mask
-        for mask in scan.images(masks)
-        if mask.lower().endswith(MASK_SUFFIXES)
-    }
-    pairs: list[tuple[str, str]] = []
-    for image in scan.images(images):
-        stem = Path(image).relative_to(images).with_suffix("")
-        if (mask := by_stem.pop(stem, None)) is None:
-            scan.note(image, f"has no mask of its name in {masks}: left out")
-        else:
-            pairs.append((image, mask))
-    for mask in by_stem.values():
-        scan.note(mask, f"has no image of its name in {images}: left out")
-    return pairs
+def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[str]:
+    """The files of masks; a line of `faults` where they are JPEGs, which have no exact values."""
+    files = scan.images(masks)
+    if images == masks:
+        stems = {Path(file).stem for file in files}
+        files = [file for file in files if dense.ENDINGS.sub("", Path(file).stem) in stems - {Path(file).stem}]
+    exact = [file for file in files if file.lower().endswith(MASK_SUFFIXES)]
+    known = {Path(file).with_suffix("") for file in exact}
+    if lossy := [file for file in files if Path(file).with_suffix("") not in known]:
+        faults.append(
+            f"{lossy[0]}{f' and {len(lossy) - 1:,} more' if len(lossy) > 1 else ''} cannot be a mask: compression "
+            "changes the numbers of its classes, save it as PNG from where it was drawn"
+        )
+    return exact
 
 
-def _class_names(data: Path) -> Names:
-    """The lines of `classes.txt`, None where there is no such file."""
-    file = data / CLASSES_FILE
-    if not file.is_file():
-        return None
-    names = [same_form(line) for line in read_text(file).splitlines() if line.strip()]
-    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+def _is_binary(found: Found) -> bool:
+    """Whether no mask has another value than 0 and 255, and at least one has 255: not what VOC means by it."""
+    seen: set[int] = set()
+    for path in (mask for pairs in found.parts.values() for _, (mask, _) in pairs):
+        try:
+            seen |= set(np.unique(read_mask(path)).tolist())
+        except (ValueError, OSError):  # which is told as the masks are checked
+            continue
+        if not seen <= {0, IGNORED}:
+            return False
+    return seen == {0, IGNORED}
+
+
+def _class_names(folders: Sequence[Path]) -> Names:
+    """The lines of `classes.txt` in the first of the folders, or the rows of `_classes.csv` in any; else None."""
+    if (file := folders[0] / CLASSES_FILE).is_file():
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
+        return _checked({number: same_form(line) for number, line in enumerate(lines)}, file)
+    files = [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
+    tables = []
+    for file in files:
+        rows = [line.partition(",") for line in read_text(file).splitlines()]
+        pairs = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
+        tables.append(_checked(pairs, file))
+        if tables[-1] != tables[0]:
+            raise DataError([f"{files[0]} and {file} give different names to the values: make them alike"])
+    return tables[0] if tables else None
+
+
+def _checked(names: dict[int, str], file: Path) -> dict[int, str]:
+    if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise DataError([f"{file} names {listed(duplicates)} twice"])
-    return tuple(names)
+    if any(value >= IGNORED for value in names):
+        raise DataError([f"{file} names a class {max(names)}: they go from 0 to {IGNORED - 1}, {IGNORED} is ignored"])
+    return names
 
 
 def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -> Iterator[Labels | list[str]]:
@@ -152,21 +179,18 @@ def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -
 
 def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str]:
     """The classes in a mask, each once, in the order of their values; or what is wrong with it."""
-    _, (path, names), size = marked
+    image, (path, names), size = marked
     try:
         mask = read_mask(path)
     except (ValueError, OSError) as error:
         return [" ".join(str(error).split())]
-    if mask.shape != size:
-        return [
-            f"{path} has {mask.shape[0]}x{mask.shape[1]} pixels (height x width), "
-            f"its image {size[0]}x{size[1]}: they must be equal"
-        ]
-    values = [int(value) for value in np.unique(mask) if value != IGNORED]
-    if names is not None and (unknown := [str(value) for value in values if value >= len(names)]):
+    if fault := dense.size_fault(image, size, mask.shape, f"its mask {path}"):
+        return [fault]
+    values = [int(value) for value in np.unique(mask) if value != IGNORED or IGNORED in (names or ())]
+    if names is not None and (unknown := [str(value) for value in values if value not in names]):
         return [
             f"{path} has the value{'s' if len(unknown) > 1 else ''} {listed(unknown)}, "
-            f"but {CLASSES_FILE} has {len(names)} lines, from 0 to {len(names) - 1} ({IGNORED} is ignored)"
+            f"but only {listed(map(str, names))} have names ({IGNORED} is ignored)"
         ]
     return Labels([names[value] if names else str(value) for value in values], (path, values))
 
@@ -178,8 +202,9 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> MaskTarget:
 
 
 def _all_values(names: set[str]) -> list[str]:
-    """Every value up to the highest, so that the numbers of the classes are the values."""
-    return [str(value) for value in range(max(map(int, names), default=-1) + 1)]
+    """Every value up to the highest, so that the numbers of the classes are the values; if most occur, else these."""
+    count = max(map(int, names), default=-1) + 1
+    return [str(value) for value in range(count)] if count <= 2 * len(names) else samples.in_order(names)
 
 
 read = partial(samples.read, form=Format(_find, _labels, _target, in_order=_all_values, stratified=False))

@@ -1,4 +1,4 @@
-"""`mlx-aimv2 info`: prints what an index, a checkpoint or an MLX folder holds, without reading weights."""
+"""`mlx-aimv2 info` prints what an index or a checkpoint holds, `compare` how far a model is from its reference."""
 
 from __future__ import annotations
 
@@ -8,32 +8,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.cli.flags import MODEL, add_revision
+from mlx_aimv2.cli.flags import MODEL, REVISION, add_revision, groups
 from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.config import DTYPES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, dtype_name
 from mlx_aimv2.files import expand_user, read_start
-
-HELP = "show what an index or a checkpoint contains"
-
-EXAMPLE = "photos.db"
 
 SQLITE = b"SQLite format 3\0"
 
 Facts = dict[str, Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the verb."""
-    add = parser.add_argument_group("input").add_argument
-    add("target", metavar="INDEX|MODEL", help=f"index written by mlx-aimv2 embed; {MODEL}")
-    add_revision(add)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="print the facts as JSON")
+def add_info(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "input", "output")
+    add["input"]("target", metavar="INDEX|MODEL", help=f"index written by mlx-aimv2 embed; {MODEL}")
+    add_revision(add["input"])
+    add["output"]("--json", action="store_true", help="print the facts as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prints one fact a line."""
+def run_info(arguments: argparse.Namespace) -> int:
+    """Prints one fact a line; of a checkpoint no weights are read."""
     facts = about(arguments.target, revision=arguments.revision)
     if arguments.json:
         print(json.dumps(facts))
@@ -127,3 +120,30 @@ def _readable(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(_readable(part) for part in value)
     return "-" if value is None else str(value)
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    from mlx_aimv2.conversion.fidelity import MAX_IMAGES
+
+    add = groups(parser, "input", "output")
+    add["input"]("reference", metavar="REFERENCE", help=f"run in float32: {MODEL}")
+    add["input"]("other", metavar="MODEL", help="the model to judge, run in its own dtype")
+    words = f"take {MAX_IMAGES} images of this folder (default: four bundled photographs)"
+    add["input"]("--images", metavar="DIR", help=words)
+    words = f"of REFERENCE: {REVISION} (default: Apple's release, pinned)"
+    add["input"]("--revision", metavar="NAME", help=words)
+    add["output"]("--json", action="store_true", help="print everything as JSON, with the range of each block")
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Prints the table."""
+    from mlx_aimv2.conversion.fidelity import choose_images, compare, table
+
+    images = choose_images(arguments.images)
+    found = compare(arguments.reference, arguments.other, images=images, revision=arguments.revision)
+    if arguments.json:
+        print(json.dumps(found, indent=4))
+    else:
+        for line in table(found).split("\n"):
+            show(line)
+    return 0

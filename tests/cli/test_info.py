@@ -1,4 +1,4 @@
-"""Facts say what an index and a checkpoint hold."""
+"""`info` says what an index and a checkpoint hold."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 
-REFERENCE = Path(__file__).parent / "golden" / "reference"
+REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
 
 def test_info_says_what_an_index_holds(photo_index, capsys):

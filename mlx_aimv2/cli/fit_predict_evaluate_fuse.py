@@ -1,0 +1,173 @@
+"""`mlx-aimv2 fit` learns your labels; `predict`, `evaluate` and `fuse` use the folder that it writes, HEAD."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from mlx_aimv2.cli.flags import MODEL, Add, add_dtype, add_resume, add_revision, add_settings, add_skip_broken, groups
+from mlx_aimv2.cli.output import progress, say, show
+from mlx_aimv2.files import check_target, expand_user
+
+OWN = {"verb", "data", "model", "output", "json", "labels"}
+"""Arguments of `fit` that are no keyword of `learn.fit` of the same kind."""
+
+HEAD, OF_HEAD = "folder that fit has written", "the one that HEAD names"
+
+
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    from mlx_aimv2.learn.task import ADAPTERS, Options
+
+    add = groups(parser, "data", "model", "what is trained", "optimisation", "augmentation", ADAPTERS, "run", "output")
+    add["data"]("data", metavar="DATA", help="folder of images with labels, masks or boxes")
+    add_skip_broken(add["data"])
+    add["data"]("--labels", metavar="A,B,…", help="allowed labels; any other label in DATA is an error")
+    add["model"]("-m", "--model", required=True, metavar="MODEL", help=f"encoder: {MODEL}")
+    add_revision(add["model"])
+    add_dtype(add["model"], "the checkpoint's, for full float32")
+    types = "linear, attentive, knn, decoder, lora, dora, full (default: by task)"
+    add["what is trained"]("--task", metavar="NAME", help="classify, segment or detect (default: guessed from DATA)")
+    add["what is trained"]("--fine-tune-type", metavar="NAME", help=types)
+    add_settings(add, Options)
+    add_resume(add["run"])
+    add["run"]("--cache", metavar="DIR", help="where features are kept (default: in ~/.cache/mlx-aimv2)")
+    add["output"]("-o", "--output", required=True, metavar="HEAD", help="folder to write")
+    add["output"]("--json", action="store_true", help="print the scores as JSON")
+
+
+def run_fit(arguments: argparse.Namespace) -> int:
+    """Trains and prints the result."""
+    from mlx_aimv2.learn import fit
+
+    keywords = {name: value for name, value in vars(arguments).items() if name not in OWN}
+    labels = None if arguments.labels is None else [label.strip() for label in arguments.labels.split(",")]
+    with progress("steps") as bar, faults_as_json(arguments):
+        fitted = fit(
+            arguments.data,
+            arguments.model,
+            arguments.output,
+            labels=labels,
+            say=say,
+            progress=bar.begin,
+            **keywords,
+        )
+    if not fitted.line:  # another rank prints
+        return 0
+    if arguments.json:
+        found = {"head": str(fitted.folder), "metrics": fitted.scores, "images": fitted.images}
+        print(json.dumps(found | {"left_out": fitted.left_out}))
+    else:
+        show(fitted.line)
+        show(str(fitted.folder))
+    return 0
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "input", "model", "output")
+    add["input"]("head", metavar="HEAD", help=HEAD)
+    add["input"]("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
+    _add_encoder(add["model"])
+    words = "write predictions as files, too, into a new folder"
+    add["output"]("-o", "--output", type=expand_user, metavar="DIR", help=words)
+    add["output"]("--json", action="store_true", help="print a JSON object for each image, one a line")
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """Prints a prediction for each image; returns 1 when some could not be read."""
+    from mlx_aimv2.embed.encode import listed_files
+    from mlx_aimv2.learn.evaluation import predict, saving
+    from mlx_aimv2.learn.head_folder import load_head
+
+    failures: list[str] = []
+
+    def fail(path: str, reason: str) -> None:
+        failures.append(path)
+        say(f"{path} {reason}")
+
+    if (output := arguments.output) is not None:
+        check_target(output)  # before the model is loaded, which takes longer
+    head = load_head(arguments.head, model=arguments.model, dtype=arguments.dtype)
+    files = listed_files(arguments.images, fail)
+    with nullcontext() if output is None else saving(head, arguments.images, files, output) as save:
+        for path, found in predict(head, files, on_failure=fail):
+            if arguments.json:
+                print(json.dumps({"path": path, **head.task.results.as_json(found, head.classes)}), flush=True)
+            else:
+                for line in (path, *head.task.results.as_text(found, head.classes).split("\n")):
+                    show(line)
+            if save is not None:
+                save(path, found)
+    return 1 if failures else 0
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "input", "model", "output")
+    add["input"]("head", metavar="HEAD", help=HEAD)
+    add["input"]("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
+    add_skip_broken(add["input"])
+    _add_encoder(add["model"])
+    add["output"]("--card", metavar="DIR", help="write the model card's images for this data there")
+    add["output"]("--json", action="store_true", help="print the scores as JSON")
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Prints the scores and the table by class."""
+    from mlx_aimv2.learn import evaluate
+
+    keywords = {name: getattr(arguments, name) for name in ("model", "dtype", "card", "skip_broken")}
+    with faults_as_json(arguments):
+        found = evaluate(arguments.head, arguments.data, **keywords)
+    for note in found.notes:
+        say(f"note: {note}")
+    if arguments.json:
+        print(json.dumps({"part": found.part, "images": found.images, **found.scores, "left_out": found.left_out}))
+        return 0
+    widths = [max(map(len, column)) for column in zip(*found.table, strict=True)]
+    for first, *rest in found.table:
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        show("  ".join([first.ljust(widths[0]), *cells]))
+    scores = ", ".join(f"{name} {100 * score:.2f} %" for name, score in found.scores.items())
+    show(f"{scores} on {found.images:,} images")
+    return 0
+
+
+@contextmanager
+def faults_as_json(arguments: argparse.Namespace) -> Iterator[None]:
+    """Within it --json prints everything that is wrong with DATA, before the error that names the first of it."""
+    from mlx_aimv2.learn.samples import DataError
+
+    try:
+        yield
+    except DataError as error:
+        if arguments.json:
+            print(json.dumps({"faults": error.lines}))
+        raise
+
+
+def add_fuse(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "input", "output")
+    words = f"{HEAD}, or adapters alone"
+    add["input"]("--adapter-path", required=True, metavar="HEAD", help=words)
+    _add_model(add["input"])
+    add_revision(add["input"], OF_HEAD)
+    words = "folder to write (default: %(default)s)"
+    add["output"]("--save-path", default="fused_model", metavar="DIR", help=words)
+
+
+def run_fuse(arguments: argparse.Namespace) -> int:
+    """Fuses and prints where the result lies."""
+    from mlx_aimv2.learn import fuse
+
+    show(str(fuse(arguments.adapter_path, arguments.save_path, model=arguments.model, revision=arguments.revision)))
+    return 0
+
+
+def _add_model(add: Add) -> None:
+    add("-m", "--model", metavar="MODEL", help=f"encoder: {MODEL} (default: {OF_HEAD})")
+
+
+def _add_encoder(add: Add) -> None:
+    _add_model(add)
+    add_dtype(add, OF_HEAD)

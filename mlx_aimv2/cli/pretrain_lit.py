@@ -1,0 +1,119 @@
+"""`mlx-aimv2 pretrain` trains an encoder by the paper's own objective; `lit` tunes a text encoder to a frozen one.
+
+Both train on images with captions and write a folder in Apple's layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_aimv2.backend import WIDE_SIGHT, prepared
+from mlx_aimv2.cli.flags import MODEL, Add, add_resume, add_settings, add_skip_broken, groups, settings_of
+from mlx_aimv2.cli.output import say, show
+from mlx_aimv2.config import WIDTHS, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.files import read_json
+from mlx_aimv2.loading import load
+from mlx_aimv2.pretrain import LitSettings, Settings, lit, open_data, pretrain
+from mlx_aimv2.pretrain.data import Data
+from mlx_aimv2.pretrain.objective import DecoderConfig
+from mlx_aimv2.tokenizer import Tokenizer
+from mlx_aimv2.train.augment import Augmentation
+
+SIZES = ", ".join(WIDTHS)
+
+
+def add_pretrain(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "data", "what is trained", "optimisation", "augmentation", "run", "output")
+    _add_captions(add)
+    add["data"]("--validation", metavar="DATA", help="held-out data, whose losses are reported")
+    of_size = add["what is trained"]
+    of_size("--size", default="large", metavar="NAME", help=f"{SIZES}, or a config.json of your own (default: large)")
+    of_size("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the size's, 224)")
+    of_size("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: the size's, 14)")
+    of_size("--native", action="store_true", help="images of any size, a number of patches for each batch")
+    add_settings(add, Settings, Augmentation)
+
+
+def run_pretrain(arguments: argparse.Namespace) -> int:
+    """Trains and writes; losses go to stderr."""
+    vision, decoder = sizes(arguments.size)
+    own = {name: value for name in ("image_size", "patch_size") if (value := getattr(arguments, name)) is not None}
+    settings = settings_of(
+        Settings,
+        arguments,
+        vision=replace(vision, **own, is_native=vision.is_native or arguments.native),
+        decoder=replace(decoder, vocab_size=arguments.vocab_size),
+        augmentation=settings_of(Augmentation, arguments),
+    )
+    data, shared = _shared(arguments)
+    validation = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None
+    pretrain(data, arguments.output, settings=settings, validation=validation, **shared)
+    show(str(arguments.output))
+    return 0
+
+
+def sizes(size: str) -> tuple[Aimv2VisionConfig, DecoderConfig]:
+    """A released size's name, or a config.json with the encoder's fields and a `decoder_config` of its own."""
+    if size in WIDTHS:
+        return Aimv2VisionConfig(*WIDTHS[size]), DecoderConfig()
+    file = Path(size)
+    if not file.is_file():
+        raise ValueError(f"--size is {SIZES} or a config.json, got {size}")
+    raw: dict[str, Any] = read_json(file)
+    section, known = raw.get("decoder_config", {}), DecoderConfig.__dataclass_fields__
+    if not isinstance(section, dict) or section.keys() - known:
+        raise ValueError(f"{file}: decoder_config has {', '.join(sorted(known))}; got {section}")
+    vision = {name: value for name, value in raw.items() if name != "decoder_config"}
+    return Aimv2VisionConfig.from_dict({"use_head": False} | vision), DecoderConfig(**section)
+
+
+def add_lit(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "data", "model", "optimisation", "augmentation", "run", "output")
+    _add_captions(add)
+    add["model"]("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder: {MODEL}")
+    words = "config.json with text_config and projection_dim (default: Apple's LiT)"
+    add["model"]("--config", metavar="FILE", help=words)
+    add_settings(add, LitSettings, Augmentation)
+
+
+@prepared(WIDE_SIGHT)  # before the encoder is loaded: MLX reads its width once
+def run_lit(arguments: argparse.Namespace) -> int:
+    """Trains and writes; losses go to stderr."""
+    config = Aimv2Config.from_dict(read_json(Path(arguments.config))) if arguments.config else Aimv2Config()
+    settings = settings_of(
+        LitSettings,
+        arguments,
+        text=replace(config.text_config, vocab_size=arguments.vocab_size, eos_token_id=1),
+        projection_dim=config.projection_dim,
+        augmentation=settings_of(Augmentation, arguments),
+    )
+    data, shared = _shared(arguments)
+    model, processor = load(arguments.encoder, dtype="float32")
+    if model.vision is not model:
+        say(f"note: of the pair {arguments.encoder} the image encoder alone is used; its text encoder is trained anew")
+    lit(data, model.vision, processor, arguments.output, settings=settings, **shared)
+    show(str(arguments.output))
+    return 0
+
+
+def _add_captions(add: Mapping[str, Add]) -> None:
+    """What both verbs take: images with captions, what reads these, and the folder to write."""
+    add["data"]("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar")
+    add_skip_broken(add["data"], default=True)
+    words = "largest vocabulary trained on the captions (default: %(default)s)"
+    add["data"]("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=words)
+    words = "take this tokenizer instead of training one on the captions"
+    add["data"]("--tokenizer", metavar="DIR", help=words)
+    add["output"]("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
+    add_resume(add["run"])
+
+
+def _shared(arguments: argparse.Namespace) -> tuple[Data, dict[str, Any]]:
+    """The data, and the keywords that `pretrain` and `lit` share."""
+    data = open_data(arguments.data, skip_broken=arguments.skip_broken)
+    tokenizer = Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
+    return data, {"tokenizer": tokenizer, "resume": arguments.resume, "report": say}

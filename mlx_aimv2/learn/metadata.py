@@ -1,0 +1,259 @@
+"""Reads tables of images: `metadata.csv` and `metadata.jsonl` as Hugging Face has them, and those of other people.
+
+FILE -> rows, each with its image under `file_name` and its line under "", and what is wrong with the others
+
+What means one thing alone is taken: other separators and names of columns, letter case, byte order marks. What may mean
+two things is refused with what to change.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+from unicodedata import normalize
+
+from mlx_aimv2.files import read_bytes, read_start, stat_of
+from mlx_aimv2.images.find import SUFFIXES, Scan, has_suffix
+from mlx_aimv2.learn.samples import MAX_BYTES, DataError, listed, part_of
+from mlx_aimv2.untrusted_json import parse
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Names of the files by which Hugging Face's `imagefolder` knows its images."""
+
+TABLES = (".csv", ".tsv", ".jsonl")
+"""Endings of tables, which may have any name where they are the only one."""
+
+SEPARATORS = (",", ";", "\t", "|")
+
+Names: TypeAlias = "tuple[frozenset[str], ...]"
+
+IMAGE: Names = (
+    frozenset({"filename"}),
+    frozenset({"file", "filepath", "filepaths", "path", "image", "imagename", "imagepath", "imagefile", "img"}),
+    frozenset({"imageid", "id"}),
+)
+"""Names of the column of the images without case and underscores: the first set of which there is one decides."""
+
+LABEL: Names = (
+    frozenset({"label"}),
+    frozenset({"labels", "class", "classname", "category", "target", "tag", "choice", "species", "breed", "diagnosis"}),
+    frozenset({"classid", "classindex", "labelid", "categoryid"}),
+)
+"""Those of the column of the labels."""
+
+CAPTION: Names = (
+    frozenset({"text"}),
+    frozenset({"caption", "captions", "texts"}),
+    frozenset({"description", "prompt", "alttext", "title"}),
+)
+"""Those of the column of the captions."""
+
+PART: Names = (frozenset({"split", "part", "subset", "partition", "dataset"}),)
+"""Those of the column that says in which part an image is."""
+
+START = 1 << 16
+"""Bytes of a table in which its first rows lie."""
+
+
+def column(names: Iterable[str], meant: Names) -> list[str]:
+    """The columns that are called what is meant: one, none, or several where it is not clear which."""
+    plain = {name: re.sub(r"[\W_]", "", name) for name in names}
+    found = ([name for name in plain if plain[name] in alike] for alike in meant)
+    return next((columns for columns in found if columns), [])
+
+
+def columns_of(file: Path) -> list[str]:
+    """The names of a table's columns in lower case, from its first rows; none where these cannot be read."""
+    try:
+        text, fault = _decoded(read_start(file, max_bytes=START))
+    except (ValueError, OSError):
+        return []
+    if fault or file.suffix.lower() != ".jsonl":
+        return [] if fault else _header(text)[0]
+    return list(dict.fromkeys(name for _, row in islice(_json_rows(text), 5) if isinstance(row, dict) for name in row))
+
+
+def metadata_file(folder: Path) -> Path | None:
+    """The metadata file right in a folder, if there is one. DataError if there are two."""
+    files = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(files) > 1:
+        raise DataError([f"{folder} has {files[0].name} and {files[1].name}: keep one of them"])
+    return files[0] if files else None
+
+
+def tables(folder: Path, *, of: Names) -> dict[str, Path]:
+    """The tables right in a folder that name images and have a column `of` something, by the part that they are for.
+
+    That is the metadata file, be it readable or not, or else those of other names; the part is "" where a name says
+    none. Raises DataError where two are for the same part.
+    """
+    given = metadata_file(folder)
+    if given and (not (names := columns_of(given)) or column(names, of)):
+        return {"": given}
+    found: dict[str, Path] = {}
+    for file in sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in TABLES):
+        names = columns_of(file)
+        if not column(names, IMAGE) or not column(names, of):
+            continue
+        part = part_of(file.stem) or ""
+        if part in found:
+            raise DataError([f"{found[part]} and {file} both list images: keep one, or call it {METADATA[0]}"])
+        found[part] = file
+    return found
+
+
+def metadata_rows(file: Path, scan: Scan | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a table, each with `file_name` and its line under "", and what is wrong with the others.
+
+    Names of columns are in lower case. What was left out or taken for something is noted in `scan`.
+    """
+    scan = scan or Scan()
+    text, fault = _decoded(read_bytes(file, max_bytes=MAX_BYTES))
+    if fault:
+        return [], [f"{file}, {fault}"]
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for line, row in _rows(file, text):
+        if isinstance(row, str):
+            faults.append(f"{file}, line {line}: {row}")
+        elif any(cell not in ("", None) for cell in row.values()):
+            rows.append({**row, "": line})
+        else:
+            scan.note(f"{file}, line {line},", "is an empty row: left out")
+    names = list(dict.fromkeys(name for row in rows for name in row if name))
+    images = column(names, IMAGE)
+    if rows and len(images) != 1:
+        what = f"{listed(images)} may all name the images" if images else f"no column file_name, but {listed(names)}"
+        return [], [*faults, f"{file} has {what}: call the column of the images file_name"]
+    if rows and images != ["file_name"]:
+        scan.note(f"{file}", f"has the images in its column {images[0]}")
+    for row in rows:
+        row["file_name"] = row.get(images[0])
+        if not isinstance(row["file_name"], str) or not row["file_name"]:
+            faults.append(f"{file}, line {row['']}: no file_name")
+    if not rows and not faults:
+        faults.append(f"{file} has no rows")
+    return [row for row in rows if isinstance(row["file_name"], str) and row["file_name"]], faults
+
+
+def _decoded(data: bytes) -> tuple[str, str]:
+    """A table's text, or what is wrong with it."""
+    coding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(coding)
+    except UnicodeDecodeError as error:
+        before, after = data[: error.start].split(b"\n"), data[error.start :].split(b"\n")
+        if len(data) == START and len(after) == 1:
+            return data[: error.start].decode(coding), ""  # the end of a start, cut within a character
+        guess = (before[-1] + after[0]).decode("cp1252", "replace").strip()
+        return "", f"line {len(before)}, is not UTF-8 (cp1252, perhaps: {guess:.60}): save it as UTF-8"
+    return text, "which holds NULs, is no text in UTF-8, nor in UTF-16 with its mark" if "\0" in text else ""
+
+
+def _rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Lines and rows, or what is wrong with a row."""
+    return _json_rows(text) if file.suffix.lower() == ".jsonl" else _csv_rows(text)
+
+
+def _header(text: str) -> tuple[list[str], str]:
+    """The names of the columns, none where the first line is no header, and what separates them."""
+    first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    names = {separator: [cell.strip(' "').lower() for cell in first.split(separator)] for separator in SEPARATORS}
+    separator = max(names, key=lambda one: (bool(column(names[one], IMAGE)), len(names[one])))
+    return [] if any(map(has_suffix, names[separator])) else names[separator], separator
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    names, separator = _header(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        first = next((cells for cells in reader if cells), [])
+        if first and not names:
+            yield reader.line_num, f"{separator.join(first):.60} is no header: write file_name{separator}label above it"
+            return
+        for cells in reader:
+            own = [cell.strip() for cell in cells] + [""] * len(names)
+            if any(own[len(names) :]):
+                yield reader.line_num, f"{len(cells)} cells, but {len(names)} columns: quote a text with {separator!r}"
+            elif cells:
+                yield reader.line_num, {name: cell for name, cell in zip(names, own, strict=False) if name}
+    except csv.Error as error:
+        yield reader.line_num, str(error)
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
+        if not line.strip():
+            continue
+        try:
+            row = parse(line, "a line")
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            yield number, {name.strip().lower(): value for name, value in row.items()}
+        else:
+            yield number, 'wanted {"file_name": …}, got no JSON object'
+
+
+def image_of(folder: Path, name: str) -> Path | None:
+    """The file that a row names: with either slash, in either Unicode form, and without its suffix if it is the one."""
+    slashes = (name, name.replace("\\", "/"))
+    forms = dict.fromkeys(form for one in slashes for form in (one, normalize("NFC", one), normalize("NFD", one)))
+    for suffixes in ([""], [] if has_suffix(name) else SUFFIXES):
+        for form in forms:
+            found = [folder / f"{form}{suffix}" for suffix in suffixes]
+            there = [path for path in found if (about := stat_of(str(path))) and stat.S_ISREG(about.st_mode)]
+            if len(there) == 1:
+                return there[0]
+    return None
+
+
+def folder_of(file: Path, rows: Sequence[Mapping[str, Any]], scan: Scan) -> Path:
+    """Where a table's images lie: beside it, or else in the one folder beside it that holds one of the first."""
+    first = [row["file_name"] for row in rows[:5]]
+    holding = [
+        place for place in (file.parent, *scan.folders(file.parent)) if any(image_of(place, name) for name in first)
+    ]
+    if len(holding) != 1 or holding[0] == file.parent:
+        return file.parent
+    scan.note(str(file), f"has its images in {holding[0].name}/")
+    return holding[0]
+
+
+FOREIGN = {
+    (".parquet", ".arrow", ".feather"): "is a table with images in it, which is not read: write them as files first",
+    (".tfrecord", ".tfrecords", ".rec", ".mdb"): "holds records, which are not read: write its images as files",
+    (".npz", ".npy", ".mat", ".h5", ".hdf5", ".pkl", ".pt"): "holds arrays, which are not read: write them as images",
+    (".tar",): "is an archive, of which only pretrain and lit read the images: unpack it",
+    (".zip", ".tgz", ".gz", ".7z", ".rar"): "is an archive: unpack it",
+    (".xlsx", ".xls", ".ods"): "is a spreadsheet: save it as metadata.csv",
+    (".yaml", ".yml", ".xml", ".json"): "is no description of labels, masks or boxes in a form that is read",
+}
+"""Endings of what may describe images, or hold them, and is not read, and what to do about it."""
+
+EXPORTS = {b'"lead_time"': "Label Studio", b'"imagePath"': "LabelMe", b'"_via_': "VIA", b"<annotations>": "CVAT"}
+"""What begins the files of annotation programs, where what is written is not read: they can export others."""
+
+
+def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
+    """What lies in DATA or its folders that may describe it and is not read, a line for each reason."""
+    scan = Scan()
+    for file in sorted([*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")]):
+        endings = [ending.partition("-")[0].lower() for ending in file.suffixes[-1:]]
+        reason = next((reason for known, reason in FOREIGN.items() if {*known} & {*endings}), None)
+        if file.suffix.lower() in TABLES:
+            names = columns_of(file)
+            missing = [name for name, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)]
+            wanted = " and no ".join(f"column {name}" for name in missing)
+            reason = f"has no {wanted} among its columns ({listed(names)})" if missing else None
+        if reason and file.is_file():
+            program = next((name for mark, name in EXPORTS.items() if mark in read_start(file, max_bytes=START)), None)
+            scan.note(str(file), f"is {program}'s own: export it as COCO or CSV" if program else reason)
+    return scan.notes

@@ -1,0 +1,70 @@
+"""Reads JSON that somebody else wrote: bounded, so that nothing later meets a value that it cannot hold, and typed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+MAX_DEPTH = 100
+"""Objects and lists within each other; config.json has four. Python itself gives up at some thousand."""
+
+MAX_DIGITS = 300
+"""Of a number: what has more does not fit into a float."""
+
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+
+Fields: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
+"""Names that an object must have, and of what type their values are."""
+
+
+def parse(content: str | bytes, name: object) -> Any:
+    """The value of a JSON text, which `name` names in errors. ValueError with one line for what is none, or is endless.
+
+    Every whole number fits into a float, and nothing is nested deeper than `MAX_DEPTH`. NaN and infinity, which
+    Python's json writes, are read: `misfit` refuses them.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        if _LONG_NUMBER.search(text):
+            raise ValueError(f"a number of more than {MAX_DIGITS} digits")
+        value = json.loads(text)
+        if _is_deeper(value, MAX_DEPTH):
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(f"{name}: not JSON that is read here (nested more than {MAX_DEPTH} deep)") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
+    return value
+
+
+def misfit(value: Any, fields: Fields) -> str | None:
+    """The first of the fields that `value` does not have, or has of another type; None where all are as they should.
+
+    A bool is no number, and a number is finite.
+    """
+    has = value if isinstance(value, dict) else {}
+    return next((name for name, kind in fields.items() if name not in has or not _is(has[name], kind)), None)
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether a value is a list of finite numbers."""
+    return isinstance(value, list) and all(_is(one, (int, float)) for one in value)
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) and (not isinstance(value, float) or math.isfinite(value))
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and lists are nested deeper than this."""
+    level: list[Any] = [[value]]
+    for _ in range(depth + 1):
+        inside = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
+        level = [part for part in inside if isinstance(part, (dict, list))]
+    return bool(level)
