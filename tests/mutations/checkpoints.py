@@ -206,8 +206,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a query keeps its length",
-        "query = query / np.linalg.norm(query)",
-        "query = query / 1.0",
+        "unit: NDArray[Any] = total / length",
+        "unit: NDArray[Any] = total / 1.0",
         SEARCH,
     ),
     Mutation("the worst of the matches come first", "sorted(found)[:k]]", "sorted(found)[::-1][:k]]", SEARCH),
@@ -225,8 +225,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "an index takes embeddings of another model",
-        "differences(self.index.provenance, description) if self.index is not None else ([], [])",
-        "([], [])",
+        "refused, notes = differences(self.index.provenance if self.index is not None else description, description)",
+        "refused, notes = differences(description, description)",
         ("tests/embed/test_job.py",),
     ),
     Mutation(

@@ -332,8 +332,8 @@ LEARNING = (
     ),
     Mutation(
         "an image whose header was read counts as decoded",
-        "if row and row[3] >= decoded:",
-        "if row:",
+        "if row and about and row[3] >= decoded and is_unchanged(about, *row[4:]):",
+        "if row and about and is_unchanged(about, *row[4:]):",
         ("tests/learn/test_samples.py::test_a_header_that_was_read_does_not_count_as_a_decoded_image",),
     ),
     Mutation("an image in two parts is no note", "if other != part:", "if other is None:", SAMPLES),

@@ -192,10 +192,8 @@ NETWORK = (
     ),
     Mutation(
         "mean and standard deviation are swapped",
-        "values -= np.tile(np.array(steps.image_mean, np.float32), width)\n"
-        "        values /= np.tile(np.array(steps.image_std, np.float32), width)",
-        "values -= np.tile(np.array(steps.image_std, np.float32), width)\n"
-        "        values /= np.tile(np.array(steps.image_mean, np.float32), width)",
+        "pixels = (pixels - mx.array(steps.image_mean)) / mx.array(steps.image_std)",
+        "pixels = (pixels - mx.array(steps.image_std)) / mx.array(steps.image_mean)",
         PIXELS,
     ),
     Mutation(
@@ -230,14 +228,14 @@ NETWORK = (
     ),
     Mutation(
         "the orientation in EXIF is ignored",
-        "}.get(orientation)",
-        "}.get(1)",
+        "upright = image.transpose(Image.Transpose[TURNS[orientation - 2]])",
+        "upright = image.copy()",
         (f"{SOURCES[0]}::test_a_photograph_is_turned_upright_as_its_exif_tag_says",),
     ),
     Mutation(
         "a photograph is turned the other way",
-        "6: turn.ROTATE_270",
-        "6: turn.ROTATE_90",
+        '"TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")',
+        '"TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")',
         (f"{SOURCES[0]}::test_a_photograph_is_turned_upright_as_its_exif_tag_says",),
     ),
     Mutation("what is transparent becomes black", "image.size, (255, 255, 255))", "image.size, (0, 0, 0))", SOURCES),

@@ -5,6 +5,9 @@ from tests.mutations import Mutation
 FIT, DENSE = (f"tests/learn/test_{name}.py::test_" for name in ("fit", "dense"))
 HTML, DAMAGED = (f"tests/index/test_{name}.py::test_" for name in ("html", "damaged_index"))
 
+NEAREST = ("tests/index/test_nearest.py",)
+DUPLICATES = ("tests/index/test_duplicates.py",)
+
 RESULTS = (
     Mutation(
         "--labels are compared without Unicode's one form",
@@ -38,8 +41,8 @@ RESULTS = (
     ),
     Mutation(
         "endings in a shard may not be capitals",
-        "yield str(path.parent / stem), ending.lower(), content.read()",
-        "yield str(path.parent / stem), ending, content.read()",
+        "yield key, ending.lower(), content.read()",
+        "yield key, ending, content.read()",
         ("tests/pretrain/test_captioned.py::test_endings_in_a_shard_may_be_capitals",),
     ),
     Mutation(
@@ -50,8 +53,8 @@ RESULTS = (
     ),
     Mutation(
         "a bar of a page may be shorter than nothing",
-        'share=f"{100 * max(0.0, min(1.0, match.score)):.1f}"',
-        'share=f"{100 * match.score:.1f}"',
+        "{100 * min(1.0, max(0.0, card.bar)):.1f}",
+        "{100 * min(1.0, card.bar):.1f}",
         (HTML + "a_bar_is_as_long_as_the_score_and_never_shorter_than_nothing",),
     ),
     Mutation(
@@ -80,7 +83,7 @@ RESULTS = (
     ),
     Mutation(
         "what an index says of a file may be anything",
-        "if [type(value) for value in values] != [int, int, bytes]:",
+        "if kinds != [int, int, bytes] or not all(isinstance(one, (int, NoneType)) for one in others):",
         "if False:",
         (DAMAGED + "what_an_index_says_of_a_file_is_checked",),
     ),
@@ -89,5 +92,49 @@ RESULTS = (
         "            self._columns(move.source)  # raises KeyError before the target's entry is removed\n",
         "",
         ("tests/index/test_writer.py::test_an_addition_that_fails_changes_nothing",),
+    ),
+    Mutation(
+        "the parts of a query have their own lengths",
+        "total += weight * (one / np.linalg.norm(one))",
+        "total += weight * one",
+        NEAREST,
+    ),
+    Mutation(
+        "a folder is any beginning of a name",
+        """.rstrip(b"/") + b"/"
+""",
+        """.rstrip(b"/")
+""",
+        NEAREST,
+    ),
+    Mutation(
+        "what is subtracted is added",
+        "queries += [query._replace(weight=-query.weight) for",
+        "queries += [query._replace(weight=query.weight) for",
+        ("tests/embed/test_query.py::test_images_and_words_combine",),
+    ),
+    Mutation(
+        "two images are one by their vectors alone",
+        "result[rows] = self._difference(way[rows]) <= MAX_DIFFERENCE",
+        "result[rows] = True",
+        DUPLICATES,
+    ),
+    Mutation(
+        "images are compared without being laid over each other",
+        "place = (place - step).clip(-MAX_CROP, MAX_CROP).astype(np.float32)",
+        "place = place.astype(np.float32)",
+        DUPLICATES,
+    ),
+    Mutation(
+        "small versions join what their originals keep apart",
+        "(sorted(largest) == sorted(pair) or small.same(np.array([largest]))[0])",
+        "True",
+        DUPLICATES,
+    ),
+    Mutation(
+        "the smallest image is the one to keep",
+        "return -member.height * member.width, -member.bytes,",
+        "return member.height * member.width, -member.bytes,",
+        DUPLICATES,
     ),
 )

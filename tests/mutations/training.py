@@ -78,8 +78,8 @@ TRAINING = (
     ),
     Mutation(
         "weights of a head or of adapters may be NaN",
-        "if bad := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:",
-        "if bad := []:",
+        'is not None:\n        raise ValueError(f"{file} is damaged: {name} holds',
+        'is False:\n        raise ValueError(f"{file} is damaged: {name} holds',
         UNTRUSTED,
     ),
     Mutation(
@@ -438,8 +438,8 @@ TRAINING = (
     ),
     Mutation(
         "a state of a model of other shapes is taken",
-        'if {name: tuple(array.shape) for name, array in parts["model"].items()} != shapes:',
-        'if parts["model"].keys() != shapes.keys():',
+        "if found != expected or not all(mx.issubdtype(array.dtype, mx.floating) for array in tensors.values()):",
+        "if found.keys() != expected.keys():",
         train("a_state_of_other_settings_or_another_model_is_refused"),
     ),
     Mutation(
@@ -468,8 +468,8 @@ TRAINING = (
     ),
     Mutation(
         "a resumed run forgets its patience",
-        "Progress(**(state.progress or {}))",
-        'Progress(**((state.progress or {}) | {"stale": 0}))',
+        "parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)",
+        'parts, done = state.load(flat(model.trainable_parameters())), Progress(**(saved | {"stale": 0}))',
         train("a_resumed_run_is_as_patient_as_one_that_was_not_stopped"),
     ),
     Mutation(
