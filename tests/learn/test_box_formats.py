@@ -449,7 +449,7 @@ WRONG = {
         "object 1 has no name",
     ),
     "another size": (voc_2012, "Annotations/out.xml", voc([], "out").replace("23", "24"), "out.xml has 24x31"),
-    "no JSON": (create_ml_old, "annotations.json", '[{"label": 1, "coordinates":', "cannot be read as JSON"),
+    "no JSON": (create_ml_old, "annotations.json", '[{"label": 1, "coordinates":', "not JSON"),
     "no image": (
         create_ml_old,
         "annotations.json",
