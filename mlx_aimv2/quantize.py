@@ -55,7 +55,7 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
     }
     for key, choices in known.items():
         if type(settings[key]) is not int or settings[key] not in choices:
-            raise ValueError(f"q_{key} must be {_or(choices)} with q_mode {mode}, got {settings[key]}")
+            raise ValueError(f"q_{key} must be {_or(choices)} with q_mode {mode}, got {settings[key]!r:.40}")
     return settings
 
 

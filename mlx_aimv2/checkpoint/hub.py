@@ -36,6 +36,8 @@ def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Pat
         folder = Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=cache_only)
         )
+    if not folder.is_dir():  # as the Hub's library leaves it where no name fits a pattern
+        raise FileNotFoundError(f"{repo}{at} holds no file of a checkpoint")
     _check_inside(folder, Path(constants.HF_HUB_CACHE))
     return folder
 
