@@ -7,8 +7,8 @@ import pytest
 
 from mlx_aimv2 import load
 from mlx_aimv2.learn import detect, fit
-from mlx_aimv2.learn.classify.data import metadata_rows
 from mlx_aimv2.learn.head_folder import fuse, load_head
+from mlx_aimv2.learn.metadata import metadata_rows
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.untrusted_json import MAX_DEPTH, MAX_DIGITS, are_numbers, misfit, parse
@@ -169,7 +169,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, work, adapted, use):
     arrays = dict(mx.load(str(file)))
     name = sorted(arrays)[0]
     mx.save_safetensors(str(file), arrays | {name: mx.full(arrays[name].shape, float("nan"))})
-    with pytest.raises(ValueError, match=f"{file.name} is damaged: {name} holds what is no number"):
+    with pytest.raises(ValueError, match=f"{file.name} is damaged: {name} holds values that are no numbers"):
         load_head(tmp_path) if use == "predict" else fuse(tmp_path, tmp_path / "fused")
 
 

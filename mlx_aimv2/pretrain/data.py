@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -45,10 +45,8 @@ from mlx_aimv2.learn.metadata import (
     METADATA,
     TABLES,
     column,
-    folder_of,
-    image_of,
-    metadata_rows,
     not_read,
+    rows_with_images,
     tables,
 )
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
@@ -95,16 +93,33 @@ class Example:
     texts: tuple[str, ...]
 
 
-class Data(Protocol):
-    """A collection that can be gone through in a new order for each epoch."""
+class Data:
+    """A collection that can be gone through in a new order for each epoch; what is wrong with it is told once."""
+
+    def __init__(self, scan: Scan, skip_broken: bool) -> None:
+        self._said: set[str] = set()
+        self._skip_broken = skip_broken
+        self.tell(scan)
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
         """All examples, shuffled by `rng`; in the order of the files with None."""
-        ...
+        raise NotImplementedError
+
+    def tell(self, scan: Scan) -> None:
+        """Gives what was left out as warnings."""
+        for note in scan.notes:
+            self._warn(note)
 
     def broken(self, line: str) -> None:
-        """Notes once that an image cannot be read, or raises ValueError where that is not to be skipped."""
-        ...
+        """Warns once that an image cannot be read, or raises ValueError where that is not to be skipped."""
+        if not self._skip_broken:
+            raise ValueError(f"{line}; --skip-broken leaves out such images")
+        self._warn(f"{line}; skipped")
+
+    def _warn(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            warnings.warn(line, stacklevel=4)
 
 
 def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
@@ -139,32 +154,7 @@ def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
     return {part: files for part, files in found.items() if files}
 
 
-class Collection:
-    """What was told of a collection, so that it is told once."""
-
-    def __init__(self, scan: Scan, skip_broken: bool) -> None:
-        self._said: set[str] = set()
-        self._skip_broken = skip_broken
-        self.tell(scan)
-
-    def tell(self, scan: Scan) -> None:
-        """Gives what was left out as warnings."""
-        for note in scan.notes:
-            self._warn(note)
-
-    def broken(self, line: str) -> None:
-        """As `Data` says."""
-        if not self._skip_broken:
-            raise ValueError(f"{line}; --skip-broken leaves out such images")
-        self._warn(f"{line}; skipped")
-
-    def _warn(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            warnings.warn(line, stacklevel=4)
-
-
-class ImageFolder(Collection):
+class ImageFolder(Data):
     """Hugging Face's imagefolder with captions; only the list is held in memory."""
 
     def __init__(self, files: Sequence[Path], scan: Scan, skip_broken: bool = True) -> None:
@@ -172,19 +162,15 @@ class ImageFolder(Collection):
         found: dict[Path, tuple[str, dict[str, None]]] = {}
         faults: list[str] = []
         for file in files:
-            rows, wrong = metadata_rows(file, scan)
+            rows, wrong = rows_with_images(file, scan)
             faults += wrong
-            folder, names = folder_of(file, rows, scan), list[str]()
-            for row in rows:
-                image, texts = image_of(folder, row["file_name"]), captions_of(row)
-                names.append(str(image or folder / row["file_name"]))
-                if not texts:
-                    scan.note(names[-1], "has no caption: skipped")
+            for where, row, image in rows:
+                if not (texts := captions_of(row)):
+                    scan.note(where, "has no caption: skipped")
                 elif image is None:
-                    scan.note(names[-1], "is listed but not there: skipped")
+                    scan.note(where, "is listed but not there: skipped")
                 else:
                     found.setdefault(image, (row["file_name"], {}))[1].update(dict.fromkeys(texts))
-            scan.unlisted(folder, file, names)
         if faults:
             raise DataError(faults)
         super().__init__(scan, skip_broken)
@@ -193,13 +179,12 @@ class ImageFolder(Collection):
             raise ValueError(f"{files[0]} lists no image with a caption")
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
-        """As `Data` says."""
         for i in range(len(self.captioned)) if rng is None else rng.permutation(len(self.captioned)):
             image, (name, texts) = self.captioned[i]
             yield Example(name, image, tuple(texts))
 
 
-class Shards(Collection):
+class Shards(Data):
     """WebDataset tar shards, read one after another; a buffer of examples is shuffled."""
 
     def __init__(
@@ -209,7 +194,6 @@ class Shards(Collection):
         self.files, self.buffer = files, buffer
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
-        """As `Data` says."""
         scan = Scan()
         order = range(len(self.files)) if rng is None else rng.permutation(len(self.files))
         found = (example for i in order for example in read_shard(self.files[i], scan))
