@@ -362,7 +362,13 @@ class _Lister:
             except OSError as error:
                 self.problem(path, error)
                 continue
-            if below and not self.enters(path, below, {entry.name for entry in entries}):
+            names = {entry.name for entry in entries}
+            is_own = bool(below) and any(names.issuperset(files) for files in OWN_FILES)
+            if is_own and not self.rules.includes(below.rstrip("/"), is_folder=True):
+                self.found.excluded[OWN] += 1
+                continue
+            if below and not self.deep:
+                self.found.folders.append(path)
                 continue
             for entry in entries:
                 try:
@@ -370,16 +376,6 @@ class _Lister:
                 except OSError as error:
                     if has_suffix(entry.name) or error.errno == errno.ELOOP:
                         self.problem(entry.path, error)
-
-    def enters(self, path: str, below: str, names: set[str]) -> bool:
-        """Whether what lies in a folder below the one asked for is wanted; counts or lists the folder if not."""
-        is_own = any(names.issuperset(files) for files in OWN_FILES)
-        if is_own and not self.rules.includes(below.rstrip("/"), is_folder=True):
-            self.found.excluded[OWN] += 1
-            return False
-        if not self.deep:
-            self.found.folders.append(path)
-        return self.deep
 
     def entry(self, entry: os.DirEntry[str], folder: _Folder, pending: list[_Folder]) -> None:
         name, below = entry.name, f"{folder[2]}{entry.name}"

@@ -58,15 +58,26 @@ def column(names: Iterable[str], meant: Names) -> list[str]:
     return next((columns for columns in found if columns), [])
 
 
+def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan: Scan, faults: list[str]) -> str:
+    """The column that is meant, with a note if it is not `called` so; "" and a fault where that is not clear."""
+    names = [name for name in dict.fromkeys(names) if name]
+    found = column(names, meant)
+    if len(found) != 1:
+        count = f"{len(found)} columns that may be" if found else "no column"
+        faults.append(f"{file} has {count} {called} ({listed(found or names)}): call one of them {called}")
+    elif found[0] != called:
+        scan.note(str(file), f"has the column {found[0]} as its {called}")
+    return found[0] if len(found) == 1 else ""
+
+
 def columns_of(file: Path) -> list[str]:
     """The names of a table's columns in lower case, from its first rows; none where these cannot be read."""
     try:
-        start = read_start(file, max_bytes=START)
+        text, fault = _decoded(read_start(file, max_bytes=START), "ignore")
     except (ValueError, OSError):
         return []
-    text = start.decode(_coding(start), "ignore")
-    if "\0" in text or file.suffix.lower() != ".jsonl":
-        return [] if "\0" in text else _header(text)[0]
+    if fault or file.suffix.lower() != ".jsonl":
+        return [] if fault else _header(text)[0]
     return list(dict.fromkeys(name for _, row in islice(_json_rows(text), 5) if isinstance(row, dict) for name in row))
 
 
@@ -99,12 +110,11 @@ def tables(folder: Path, *, of: Names) -> dict[str, Path]:
     return found
 
 
-def metadata_rows(file: Path, scan: Scan | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def metadata_rows(file: Path, scan: Scan) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a table, each with `file_name` and its line under "", and what is wrong with the others.
 
     Names of columns are in lower case. What was left out or taken for something is noted in `scan`.
     """
-    scan = scan or Scan()
     text, fault = _decoded(read_bytes(file, max_bytes=MAX_BYTES))
     if fault:
         return [], [f"{file}, {fault}"]
@@ -117,28 +127,22 @@ def metadata_rows(file: Path, scan: Scan | None = None) -> tuple[list[dict[str, 
             rows.append({**row, "": line})
         else:
             scan.note(f"{file}, line {line},", "is an empty row: left out")
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
-    images = column(names, IMAGE)
-    if rows and len(images) != 1:
-        what = f"{listed(images)} may all name the images" if images else f"no column file_name, but {listed(names)}"
-        return [], [*faults, f"{file} has {what}: call the column of the images file_name"]
-    if rows and images != ["file_name"]:
-        scan.note(f"{file}", f"has the images in its column {images[0]}")
-    if not rows and not faults:
-        faults.append(f"{file} has no rows")
-    named = [{**row, "file_name": name} for row in rows if isinstance(name := row.get(images[0]), str) and name]
-    faults += [f"{file}, line {line}: no file_name" for line in {row[""] for row in rows} - {row[""] for row in named}]
-    return named, faults
+    if not rows:
+        return [], faults or [f"{file} has no rows"]
+    if not (images := one_column((name for row in rows for name in row), IMAGE, "file_name", file, scan, faults)):
+        return [], faults
+    for row in rows:
+        row["file_name"] = row.get(images)
+        if not isinstance(row["file_name"], str) or not row["file_name"]:
+            faults.append(f"{file}, line {row['']}: no file_name")
+    return [row for row in rows if isinstance(row["file_name"], str) and row["file_name"]], faults
 
 
-def _coding(data: bytes) -> str:
-    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-
-
-def _decoded(data: bytes) -> tuple[str, str]:
+def _decoded(data: bytes, errors: str = "strict") -> tuple[str, str]:
     """A table's text, or what is wrong with it."""
+    coding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = data.decode(_coding(data))
+        text = data.decode(coding, errors)
     except UnicodeDecodeError as error:
         before, after = data[: error.start].split(b"\n"), data[error.start :].split(b"\n")
         guess = (before[-1] + after[0]).decode("cp1252", "replace").strip()
@@ -147,26 +151,22 @@ def _decoded(data: bytes) -> tuple[str, str]:
 
 
 def _header(text: str) -> tuple[list[str], str]:
-    """The names of the columns, none where the first line is no header, and what separates them."""
+    """The names of the columns, and what separates them."""
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     names = {separator: [cell.strip(' "').lower() for cell in first.split(separator)] for separator in SEPARATORS}
     separator = max(names, key=lambda one: (bool(column(names[one], IMAGE)), len(names[one])))
-    return [] if any(map(has_suffix, names[separator])) else names[separator], separator
+    return names[separator], separator
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     names, separator = _header(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
-        first = next((cells for cells in reader if cells), [])
-        if first and not names:
-            yield reader.line_num, f"{separator.join(first):.60} is no header: write file_name{separator}label above it"
-            return
-        for cells in reader:
+        for cells in islice(filter(None, reader), 1, None):
             own = [cell.strip() for cell in cells] + [""] * len(names)
             if any(own[len(names) :]):
                 yield reader.line_num, f"{len(cells)} cells, but {len(names)} columns: quote a text with {separator!r}"
-            elif cells:
+            else:
                 yield reader.line_num, {name: cell for name, cell in zip(names, own, strict=False) if name}
     except csv.Error as error:
         yield reader.line_num, str(error)
@@ -188,8 +188,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def image_of(folder: Path, name: str) -> Path | None:
     """The file that a row names: with either slash, in either Unicode form, and without its suffix if it is the one."""
-    slashes = (name, name.replace("\\", "/"))
-    forms = dict.fromkeys(form for one in slashes for form in (one, normalize("NFC", one), normalize("NFD", one)))
+    slashed = name.replace("\\", "/")
+    forms = dict.fromkeys([name, slashed, normalize("NFC", slashed), normalize("NFD", slashed)])
     for suffixes in ([""], [] if has_suffix(name) else SUFFIXES):
         for form in forms:
             there = [path for suffix in suffixes if is_file(path := folder / f"{form}{suffix}")]

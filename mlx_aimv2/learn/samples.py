@@ -147,7 +147,6 @@ class Format:
     labels: Callable[[Sequence[tuple[str, Any, Size]], Scan], Iterable[Labels | list[str] | str]]
     target: Callable[[Labels, Mapping[str, int]], Any]
     in_order: Callable[[set[str]], list[str]] = in_order
-    noun: str = "image"
     min_classes: int = 2
     min_images: int = 1
     stratified: bool = True
@@ -181,7 +180,7 @@ def read(
     paths = [path for pairs in found.parts.values() for path, _ in pairs]
     images, unreadable = check_images(paths, decode=decode)
     broken = [*scan.faults, *unreadable]
-    faults = list(found.faults)
+    faults = found.faults
     labelled: dict[str, dict[str, Labels]] = {}
     for part, pairs in found.parts.items():
         marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
@@ -199,9 +198,9 @@ def read(
     names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
-    unknown = Counter(name for own in every.values() for name in own if name not in numbers)
+    unknown = Counter(name for own in every.values() for name in {*own} - {*numbers})
     faults += [
-        f"the label {short(name)} ({one_image(count, form.noun)}) is not in the list {listed(names)}"
+        f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
         for name, count in sorted(unknown.items())
     ]
     # Names of folders may hold bytes that are no text.

@@ -18,7 +18,7 @@ from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import metadata, samples
 from mlx_aimv2.learn.learner import canvas_size
-from mlx_aimv2.learn.metadata import IMAGE, LABEL, PART, TABLES, column, columns_of, metadata_file, rows_with_images
+from mlx_aimv2.learn.metadata import LABEL, PART, TABLES, column, columns_of, metadata_file
 from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, listed, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
@@ -104,37 +104,31 @@ def _find(data: Path, scan: Scan) -> Found:
 
 
 def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan, faults: list[str]) -> None:
-    """Notes the tables of images in DATA that are not read, as folders name the labels; a fault where they differ."""
+    """Notes the tables in DATA that are not read, as folders name the labels; a fault where they differ."""
     for file in sorted(file for file in data.glob("[!.]*") if file.suffix.lower() in TABLES):
-        if column(columns_of(file), IMAGE):
-            scan.note(str(file), "is not read, as folders name the labels")
-            if any(by_folder.get(path, label) != label for path, label, _ in _by_tables([file], Scan(), [])):
-                faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
+        scan.note(str(file), "is not read, as folders name the labels")
+        if any(by_folder.get(path, label) != label for path, label, _ in _by_tables([file], Scan(), [])):
+            faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
 
 
 def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> list[tuple[str, str, str]]:
     """Path, label and part of each row that names an image; what is wrong is added to `faults`."""
     found: dict[str, tuple[str, str]] = {}
     for file in files:
-        rows, wrong = rows_with_images(file, scan)
+        rows, wrong = metadata.rows_with_images(file, scan)
         faults += wrong
-        names = list(dict.fromkeys(name for _, row, _ in rows for name in row))
-        labels, parts = column(names, LABEL), column(names, PART)
-        if rows and len(labels) != 1:
-            what = f"{listed(labels)} may all name the labels" if labels else "no column label"
-            faults.append(f"{file} has {what}: call the column of the labels label")
-        if len(labels) != 1:
+        names = dict.fromkeys(name for _, row, _ in rows for name in row)
+        if not rows or not (labels := metadata.one_column(names, LABEL, "label", file, scan, faults)):
             continue
-        if labels != ["label"]:
-            scan.note(str(file), f"has the labels in its column {labels[0]}")
-        texts = _texts([row.get(labels[0]) for _, row, _ in rows])
+        parts = [name for name in column(names, PART) if name != labels]
+        texts = _texts([row.get(labels) for _, row, _ in rows])
         if all(NUMBER.fullmatch(text) for text in texts if text):
             texts = [WHOLE.sub(r"\1", text) for text in texts]
             if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
                 faults.append(f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number")
                 continue
         for (where, row, image), text in zip(rows, texts, strict=True):
-            path, value = str(image), row.get(labels[0])
+            path, value = str(image), row.get(labels)
             is_several = isinstance(value, dict) or (isinstance(value, list) and len(value) > 1)
             if is_several or (image and found.get(path, (text,))[0] != text):
                 faults.append(f"{where} has no single label; {SEVERAL}")
