@@ -125,9 +125,8 @@ def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> 
     for pattern, rule in reversed(rules):
         found = rule.match_file(name)
         # pathspec marks with this group what is matched because it lies in a folder of that name.
-        if found is None or (found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name)):
-            continue
-        return pattern if rule.include else None
+        if found and not (found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name)):
+            return pattern if rule.include else None
     return None
 
 
@@ -253,8 +252,7 @@ class Scan:
 
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
-        if file.is_relative_to(folder):
-            self.was_read(folder, file.suffix)
+        self.was_read(folder, file.suffix)
         if rest := sorted(set(self.images(folder)).difference(names)):
             self.note(rest, f"is not listed in {file.name}: skipped")
 

@@ -242,13 +242,12 @@ def _divided(
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """The parts that training needs, those that DATA does not have taken from the others, and notes that say so."""
     splits = {part: samples.get(part, []) for part in PARTS}
-    if not (splits["val"] or splits["test"]):
-        whole = samples.get("", splits["train"])
-        splits = split(whole, [stratum(sample) for sample in whole])
-        return splits, [f"{one_image(len(whole))}, split by content, the same each time"]
     if splits["val"]:
         return splits, []
-    parts = split(splits["train"], [stratum(sample) for sample in splits["train"]])
+    whole = samples.get("", splits["train"])
+    parts = split(whole, [stratum(sample) for sample in whole])
+    if not splits["test"]:
+        return parts, [f"{one_image(len(whole))}, split by content, the same each time"]
     train = sorted([*parts["train"], *parts["test"]], key=lambda sample: sample.path)
     note = f"{one_image(len(parts['val']))} of train serve as val, chosen by content"
     return {"train": train, "val": parts["val"], "test": splits["test"]}, [note]

@@ -40,15 +40,7 @@ from mlx_aimv2.images.find import Scan, has_suffix, is_junk
 from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn.metadata import (
-    CAPTION,
-    METADATA,
-    TABLES,
-    column,
-    not_read,
-    rows_with_images,
-    tables,
-)
+from mlx_aimv2.learn.metadata import CAPTION, METADATA, TABLES, column, not_read, rows_with_images, tables
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
@@ -143,8 +135,8 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
 def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
     """The tables with captions, or the shards, in a folder or in its folders, by part."""
     found: dict[str, list[Path]] = {part: [file] for part, file in tables(place, of=CAPTION).items()}
-    if not found:
-        for file in sorted(file for file in place.glob("*.tar") if not is_junk(file.name)):
+    for file in sorted([] if found else place.glob("*.tar")):
+        if not is_junk(file.name):
             found.setdefault(part_of(file.stem) or "", []).append(file)
     if found:
         return found
@@ -368,18 +360,7 @@ class Stream:
         self.position = start
         self._grid, self._size, self._max_failures = grid, size, 10 * size + 100
         self._broken = data.broken
-        self._numbered = self._own(data, seed, start, rank, ranks)
-
-    def _own(self, data: Data, seed: int, start: int, rank: int, ranks: int) -> Iterator[tuple[int, Example]]:
-        number = 0
-        for epoch in count():
-            before = number
-            for example in data.epoch(np.random.default_rng((seed, 0, epoch))):
-                if number >= start and number % ranks == rank:
-                    yield number, example
-                number += 1
-            if number == before:
-                raise ValueError("the data holds no image with a caption that can be read")
+        self._numbered = islice(enumerate(_without_end(data, seed)), start + (rank - start) % ranks, None, ranks)
 
     def __call__(self, number: int, make_all: MakeAll) -> tuple[list[Prepared], int]:
         """The examples of batch `number`, in one grid; batches are taken in their order.
@@ -401,6 +382,15 @@ class Stream:
                 if failed > self._max_failures:
                     raise ValueError(f"{failed} images in a row cannot be read, the last one: {made}")
         return found, self.position
+
+
+def _without_end(data: Data, seed: int) -> Iterator[Example]:
+    for epoch in count():
+        example = None
+        for example in data.epoch(np.random.default_rng((seed, 0, epoch))):
+            yield example
+        if example is None:
+            raise ValueError("the data holds no image with a caption that can be read")
 
 
 def first_examples(data: Data, prepare: Preparation, grid: Grid, limit: int) -> list[Prepared]:

@@ -83,8 +83,7 @@ def _find(data: Path, scan: Scan) -> Found:
     sources = _sources(data, scan)
     for part, (folder, files) in sources.items():
         if files:
-            rows = _by_tables(files, scan, found.faults)
-            found.parts |= {part: [row[:2] for row in rows]} if part else _parts_of_rows(rows, data, scan)
+            found.parts |= _by_part(_by_tables(files, scan, found.faults), part, data, scan)
             others = {*_label_folders(folder, scan)} - {file.parent for file in files}
             if files[0].parent != folder and others:
                 scan.note(sorted(map(str, others)), "has no metadata with labels: skipped")
@@ -107,12 +106,12 @@ def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan, faults: list[
     """Notes the tables in DATA that are not read, as folders name the labels; a fault where they differ."""
     for file in sorted(file for file in data.glob("[!.]*") if file.suffix.lower() in TABLES):
         scan.note(str(file), "is not read, as folders name the labels")
-        if any(by_folder.get(path, label) != label for path, label, _ in _by_tables([file], Scan(), [])):
+        if any(by_folder.get(path, label) != label for path, (label, _) in _by_tables([file], Scan(), []).items()):
             faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
 
 
-def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> list[tuple[str, str, str]]:
-    """Path, label and part of each row that names an image; what is wrong is added to `faults`."""
+def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> dict[str, tuple[str, str]]:
+    """Of the path of each image in the rows its label and its part; what is wrong is added to `faults`."""
     found: dict[str, tuple[str, str]] = {}
     for file in files:
         rows, wrong = metadata.rows_with_images(file, scan)
@@ -120,7 +119,6 @@ def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> list[tup
         names = dict.fromkeys(name for _, row, _ in rows for name in row)
         if not rows or not (labels := metadata.one_column(names, LABEL, "label", file, scan, faults)):
             continue
-        parts = [name for name in column(names, PART) if name != labels]
         texts = _texts([row.get(labels) for _, row, _ in rows])
         if all(NUMBER.fullmatch(text) for text in texts if text):
             texts = [WHOLE.sub(r"\1", text) for text in texts]
@@ -139,8 +137,8 @@ def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> list[tup
             elif path in found:
                 scan.note(where, "is there already, with the same label: left out")
             else:
-                found[path] = text, part_of(str(row.get(parts[0], ""))) or "" if len(parts) == 1 else ""
-    return [(path, label, part) for path, (label, part) in found.items()]
+                found[path] = text, part_of(" ".join(str(row.get(name)) for name in column(names, PART))) or ""
+    return found
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
@@ -149,14 +147,15 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value in (None, []) or value != value else same_form(str(value)) for value in single]
 
 
-def _parts_of_rows(rows: Sequence[tuple[str, str, str]], folder: Path, scan: Scan) -> dict[str, Labelled]:
-    """Rows by the part that they say, or a folder in their path, if all have one or several parts are named."""
+def _by_part(rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan) -> dict[str, Labelled]:
+    """Rows of a `part`, or by the one that they say or a folder in their path, if all have one or several are named."""
+    pairs = [(path, label) for path, (label, _) in rows.items()]
     found: dict[str, Labelled] = {} if rows else {"": []}
-    for path, label, part in rows:
-        inside = Path(path).relative_to(folder).parent.parts if Path(path).is_relative_to(folder) else ()
-        found.setdefault(part or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
-    if "" in found and len(found) == 2:
-        return {"": [row[:2] for row in rows]}  # a class that is called like a part
+    for path, (label, own) in rows.items():
+        inside = Path(path).relative_to(data).parent.parts if Path(path).is_relative_to(data) else ()
+        found.setdefault(own or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
+    if part or ("" in found and len(found) == 2):  # a class that is called like a part
+        return {part: pairs}
     if len(found) > 2 and (rest := found.pop("", [])):
         scan.note([path for path, _ in rest], "lies in no part of the labelled data (train, val, test): skipped")
     return found
