@@ -44,8 +44,8 @@ LEARNING = (
     ),
     Mutation(
         "a name with backslashes is looked for as it is",
-        'slashes = (name, name.replace("\\\\", "/"))',
-        "slashes = (name,)",
+        'slashed = name.replace("\\\\", "/")',
+        "slashed = name",
         (f"{READ}[backslashes]",),
     ),
     Mutation(
