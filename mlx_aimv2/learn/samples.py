@@ -154,12 +154,7 @@ class Format:
 
 
 def read(
-    data: Path,
-    form: Format,
-    *,
-    classes: Sequence[str] | None = None,
-    decode: bool = True,
-    skip_broken: bool = False,
+    data: Path, form: Format, *, classes: Sequence[str] | None = None, decode: bool = True, skip_broken: bool = False
 ) -> Dataset:
     """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
 
