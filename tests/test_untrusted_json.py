@@ -6,9 +6,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2 import load
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import detect, fit
-from mlx_aimv2.learn.classify.data import metadata_rows
 from mlx_aimv2.learn.head_folder import fuse, load_head
+from mlx_aimv2.learn.metadata import metadata_rows
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.untrusted_json import MAX_DEPTH, MAX_DIGITS, are_numbers, misfit, parse
@@ -109,7 +110,7 @@ def _coco(folder, text, work, adapted):
 
 def _rows(folder, text, work, adapted):
     (folder / "metadata.jsonl").write_text(f'{text}\n{{"file_name": "a.png", "label": "a"}}\n')
-    rows, faults = metadata_rows(folder / "metadata.jsonl")
+    rows, faults = metadata_rows(folder / "metadata.jsonl", Scan())
     assert [row["file_name"] for row in rows] == ["a.png"]
     raise DataError(faults or [f"{folder / 'metadata.jsonl'} has an empty line"])
 

@@ -248,7 +248,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
 
 def test_a_class_outside_the_list_is_wrong(tmp_path):
     write(tmp_path / "train" / "_annotations.coco.json", content(2))
-    assert "the label dog (1 object) is not in the list cat, cow" in lines(tmp_path, classes=("cat", "cow"))[0]
+    assert "the label dog (1 image) is not in the list cat, cow" in lines(tmp_path, classes=("cat", "cow"))[0]
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ RESULTS = (
     ),
     Mutation(
         "endings in a shard may not be capitals",
-        "yield str(path.parent / stem), ending.lower(), content.read()",
-        "yield str(path.parent / stem), ending, content.read()",
+        "yield key, ending.lower(), content.read()",
+        "yield key, ending, content.read()",
         ("tests/pretrain/test_captioned.py::test_endings_in_a_shard_may_be_capitals",),
     ),
     Mutation(

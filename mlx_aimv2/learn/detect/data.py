@@ -279,7 +279,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> GroundTruth:
     )
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, noun="object", min_classes=1))
+read = partial(samples.read, form=Format(_find, _labels, _target, min_classes=1))
 
 
 def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:

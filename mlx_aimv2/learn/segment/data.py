@@ -62,21 +62,20 @@ def recognise(data: Path) -> str | None:
 def read_mask(mask: MaskTarget) -> NDArray[Any]:
     """The classes of a mask's pixels, `-> (H, W) uint8`; raises ValueError or OSError with one line.
 
-    Grey and palette images hold class numbers; white of a black and white image is class 1.
+    DataError, a ValueError too, means that the mask can be read and holds something else. Grey and palette images hold
+    class numbers; white of a black and white image is class 1.
     """
     path, numbers = (mask, ()) if isinstance(mask, str) else mask
     image = open_image(path).image
     if image.mode not in MODES:
-        raise ValueError(
-            f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel, as a grey or palette "
-            "PNG does: save it so, not in colours"
-        )
+        fault = f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel"
+        raise DataError([f"{fault}, as a grey or palette PNG does: save it so, not in colours"])
     try:
         values = np.asarray(image)
     except Exception as error:  # decoders raise whatever they meet
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
     if odd := [value for value in (values.min(), values.max()) if not 0 <= value <= IGNORED]:
-        raise ValueError(f"{path} has the value {odd[0]}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored")
+        raise DataError([f"{path} has the value {odd[0]}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored"])
     classes = np.arange(IGNORED + 1, dtype=np.uint8)
     for value, number in numbers:
         classes[value] = number
@@ -172,18 +171,20 @@ def _checked(names: dict[int, str], file: Path) -> dict[int, str]:
     return names
 
 
-def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -> Iterator[Labels | list[str]]:
+def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -> Iterator[Labels | list[str] | str]:
     with ThreadPoolExecutor(cpu_count() or 1, "masks") as pool:
         yield from pool.map(_labels_of_one, marked)
 
 
-def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str]:
-    """The classes in a mask, each once, in the order of their values; or what is wrong with it."""
+def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str] | str:
+    """The classes in a mask, each once, in the order of their values; or what is wrong with it, as `Format` says."""
     image, (path, names), size = marked
     try:
         mask = read_mask(path)
+    except DataError as error:
+        return list(error.lines)
     except (ValueError, OSError) as error:
-        return [" ".join(str(error).split())]
+        return " ".join(str(error).split())
     if fault := dense.size_fault(image, size, mask.shape, f"its mask {path}"):
         return [fault]
     values = [int(value) for value in np.unique(mask) if value != IGNORED or IGNORED in (names or ())]
