@@ -118,9 +118,9 @@ def test_the_progress_of_a_resumed_run_begins_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(make=killed_at(7), state=StateFile(tmp_path, {}))
     counts = []
-    watch = Watch(evaluate=score, advance=counts.append)
+    watch = Watch(evaluate=score, on_progress=counts.append)
     train(Line(), losses, Numbered(batch), plan(), state=StateFile(tmp_path, {}), watch=watch)
-    assert counts == [6, 1, 1, 1, 1, 1]
+    assert counts == [7, 8, 9, 10, 11]
 
 
 class WithAnother(Ranks):

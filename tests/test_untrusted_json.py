@@ -191,7 +191,7 @@ def test_a_state_of_no_sense_is_refused(tmp_path, work, change):
             cache=work.folder / "cache", iters=4, steps_per_eval=1, **settings)  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
-        run(progress=stopping_at(2))
+        run(on_progress=stopping_at(2))
     file = tmp_path / "head.training" / "state.safetensors"
     tensors, about = mx.load(str(file), return_metadata=True)
     mx.eval(tensors)

@@ -1,25 +1,18 @@
-"""Scores a head on labelled images, lets it predict for new ones, and writes the model card of a head folder."""
+"""Scores a head on labelled images, and lets it predict for new ones."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.conversion.model_card import front_matter
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
 from mlx_aimv2.learn.samples import seen
-from mlx_aimv2.learn.task import Task
-
-MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
-"""What makes images, links, code and HTML of text in Markdown, and what ends a cell."""
 
 
 @dataclass(frozen=True)
@@ -74,100 +67,27 @@ def predict(
     *,
     model: str | None = None,
     dtype: str | None = None,
-    on_failure: OnFailure | None = None,
+    output: str | os.PathLike[str] | None = None,
+    on_failure: OnFailure = raise_failure,
 ) -> Iterator[tuple[str, Any]]:
     """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
 
     The prediction is the task's own; for `classify` it has `probabilities` (classes,). An image that cannot be read
-    raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out.
+    raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out. `output` is a
+    folder for predictions as files, which must not exist yet and appears when all is written; a file below a folder
+    that was given keeps its path in there.
     """
-    fail = on_failure or raise_failure
     loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
-    for image, outputs in outputs_of_files(loaded.learner, listed_files(images, fail), loaded.processor, fail):
-        yield image.path, loaded.task.results.decode(outputs, image.upright)
-
-
-@contextmanager
-def saving(
-    head: Head, given: Iterable[str | os.PathLike[str]], files: Sequence[str], output: Path
-) -> Iterator[Callable[[str, Any], None]]:
-    """A function that writes a file's prediction, `(path, prediction)`, into the folder `output`.
-
-    A file below a folder that was `given` keeps its path in there. The folder must not exist yet, and appears when all
-    is written.
-    """
-    stems = stems_below(given, files)
-    records: list[Any] = []
-    with atomic_folder(output) as folder:
-
-        def save(path: str, prediction: Any) -> None:
-            stem = folder / stems[path]
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            records.append(head.task.results.save_prediction(path, prediction, head.classes, stem))
-
-        yield save
-        head.task.results.save_all(records, head.classes, folder)
-
-
-def write_card(
-    folder: Path,
-    info: Mapping[str, Any],
-    task: Task,
-    table: Sequence[Sequence[str]],
-    shown: Sequence[tuple[str, str]],
-    *,
-    name: str,
-) -> None:
-    """Writes README.md into a head folder: the scores, the table of the last part, images by title and file name."""
-    encoder, metrics = info["encoder"], info["metrics"]
-    at = f"`{Path(encoder['checkpoint']).name}`"  # of a path the last part alone
-    if encoder.get("commit"):
-        at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`"
-    names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
-    rows = [["part", "images", *names]]
-    for part, scores in metrics.items():
-        values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
-        rows.append([part, f"{info['images'][part]:,}", *values])
-    images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
-    text = f"""\
-{front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
-
-# {_as_text(name)}
-
-A head for {task.pipeline_tag.split("-")[1]} on {at}, trained with mlx-aimv2 {info["versions"]["mlx-aimv2"]} \
-(`--fine-tune-type {info["fine_tune_type"]}`) on images: \
-{", ".join(f"{count:,} {which}" for which, count in info["images"].items())}.
-The encoder's licence holds for what is made with it; its weights are not in this folder\
-{", but the changed ones are" if info["fine_tune_type"] == "full" else ""}.
-
-## Result
-
-{_markdown(rows)}
-
-`val` chose the settings and the best step, so its numbers flatter a little\
-{"; `test` chose nothing" if "test" in metrics else ""}.
-
-## By class, on {part}
-
-{_markdown(table)}
-
-{images}## Use
-
-```sh
-mlx-aimv2 predict {name} IMAGE
-mlx-aimv2 evaluate {name} DATA
-```
-"""
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header; numbers stand at the right, and labels as they are written."""
-    header, *rest = ([_as_text(cell) for cell in row] for row in rows)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rest))
-
-
-def _as_text(label: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(label.split()))
+    given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    files, results, records = listed_files(given, on_failure), loaded.task.results, list[Any]()
+    with nullcontext() if output is None else atomic_folder(expand_user(output)) as folder:
+        stems = {} if folder is None else stems_below(given, files)
+        for image, outputs in outputs_of_files(loaded.learner, files, loaded.processor, on_failure):
+            prediction = results.decode(outputs, image.upright)
+            if folder is not None:
+                stem = folder / stems[image.path]
+                stem.parent.mkdir(parents=True, exist_ok=True)
+                records.append(results.save_prediction(image.path, prediction, loaded.classes, stem))
+            yield image.path, prediction
+        if folder is not None:
+            results.save_all(records, loaded.classes, folder)

@@ -26,7 +26,7 @@ from mlx_aimv2.embed.cache import differences, fingerprint
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.learner import Learner, grid_of
+from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.lora import load_arrays
 from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
@@ -151,7 +151,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     check_encoder(folder, wanted, loaded)
     _check_positions(folder, info, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
-    if (patches := math.prod(grid_of(processor))) > MANY_PATCHES:
+    if (patches := math.prod(processor.grid)) > MANY_PATCHES:
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     _load_changes(folder, info["fine_tune_type"], vision)
     head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])

@@ -218,7 +218,7 @@ class Views(Decoder):
 
     def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
         """The views, from their first."""
-        settings, size = self.settings, self.processor.preprocessing.final_size or (0, 0)
+        settings, size = self.settings, self.processor.canvas
         rng = np.random.default_rng([settings.seed, 2, *np.frombuffer(sha256, "<u4").tolist()])
         image, _ = opened.rgb()
         images = [image, *(settings.augmentation(image, size, rng) for _ in range(settings.views - 1))]

@@ -86,7 +86,7 @@ class Watch:
     evaluate: Callable[[Any], float] | None = None
     after_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None
     say: Callable[[str], None] = lambda line: None
-    advance: Callable[[int], None] = lambda steps: None
+    on_progress: Callable[[int], None] = lambda steps: None
 
 
 @dataclass
@@ -201,7 +201,6 @@ def train(
     kept, done, is_pending = flat(model.trainable_parameters()), Progress(), False
     if state is not None and state.progress is not None:
         kept, done = _resumed(model, step.optimizer, state, plan)
-        watch.advance(done.step)
 
     def evaluated() -> None:
         nonlocal kept
@@ -236,7 +235,7 @@ def train(
                 done.losses += means["loss"]
                 if plan.keep == "average":
                     kept = _averaged(kept, model, done.step)
-                watch.advance(1)
+                watch.on_progress(done.step)
                 watch.after_step(done.step, means)
                 is_last = done.step == plan.steps
                 if watch.evaluate is not None and (is_due(done.step, plan.eval_every) or is_last):

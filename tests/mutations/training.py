@@ -632,8 +632,8 @@ TRAINING = (
     ),
     Mutation(
         "the progress of a resumed run begins at nothing",
-        "        watch.advance(done.step)\n",
-        "",
+        "watch.on_progress(done.step)",
+        "watch.on_progress(1)",
         train("the_progress_of_a_resumed_run_begins_where_it_was"),
     ),
     Mutation(
