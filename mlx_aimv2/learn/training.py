@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -30,9 +31,9 @@ from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
 from mlx_aimv2.learn.task import Options, Solve, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
-from mlx_aimv2.train.loop import LossError, Plan, Progress, Watch, train
+from mlx_aimv2.train.loop import LossError, Plan, Watch, train
 from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
-from mlx_aimv2.train.state import StateFile
+from mlx_aimv2.train.state import Progress, StateFile
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
 """What a head, or an encoder with a head, gives for samples."""
@@ -169,15 +170,12 @@ class Run:
         )
         self.on_progress(0, steps, "steps")
         watch = Watch(evaluate, say=self.say, on_progress=lambda done: self.on_progress(done, steps, "steps"))
-        batches = Batches(order, lambda item: make(*item))
 
         def mean_loss(model: Any, batch: Any, key: mx.array) -> dict[str, mx.array]:
             return {"loss": loss(model, batch, key).mean()}
 
-        try:
+        with closing(Batches(order, lambda item: make(*item))) as batches:
             return train(model, mean_loss, batches, plan, state=self.state, ranks=ranks, watch=watch)
-        finally:
-            batches.close()
 
 
 @dataclass(frozen=True)
@@ -355,8 +353,7 @@ def _with_adapters(run: Run, layers: int) -> dict[str, Any] | None:
         "scale": lora.SCALE if options.lora_scale is None else options.lora_scale,
         "dropout": options.lora_dropout or lora.DROPOUT,
     }
-    lora.add_adapters(encoder, run.kind, **settings)
-    return lora.config_of(run.kind, **settings)
+    return lora.add_adapters(encoder, run.kind, **settings)
 
 
 def _groups(depth: int, layers: int, decay: float) -> Table:

@@ -210,7 +210,7 @@ def pretrain(
             grid,
             size=size,
             seed=settings.seed,
-            start=state.progress["positions"][ranks.rank] if state.progress is not None else 0,
+            start=state.progress.positions[ranks.rank] if state.progress is not None else 0,
             rank=ranks.rank,
             ranks=ranks.size,
         )
