@@ -145,10 +145,10 @@ def test_adapters_of_no_sense_are_refused(tmp_path, work, adapted, change):
 
 
 WRONG_HEADS = {
-    "no encoder": ({"encoder": {}}, "encoder says checkpoint"),
+    "no encoder": ({"encoder": {}}, "encoder is {}"),
     "a sample of texts": ({"encoder": {"weights": {"digest": "x", "sample": ["a"] * 900}}}, "another encoder"),
     "a size that is none": ({"image_size": True}, "image_size is True"),
-    "a type of another task": ({"fine_tune_type": "decoder"}, "no fine_tune_type decoder"),
+    "a type of another task": ({"fine_tune_type": "decoder"}, "fine_tune_type is .decoder."),
 }
 
 

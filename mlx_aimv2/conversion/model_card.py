@@ -29,6 +29,12 @@ LONGEST = 300
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Fields of a card that are copied from the source's card unchanged."""
 
+SCALAR = re.compile(
+    rf"""^({"|".join(LICENCE_KEYS)}|base_model):[ \t]+(["']?)([\w./][^"'\\\n]*?)\2[ \t]*(?:[ \t]#.*)?\r?$""",
+    re.MULTILINE,
+)
+"""A field of the source's card whose value is a string on one line, quoted or not: key, quote, value."""
+
 _USE = {
     "vision": """\
 from mlx_aimv2 import load
@@ -53,13 +59,8 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{name}")
 """,
-    "apple": """\
-from mlx_aimv2 import load  # or Apple's own PyTorch code, whose layout this is
-
-model, processor = load("{name}")
-""",
 }
-"""What loads a folder and runs it: an MLX folder by what it holds, a PyTorch folder by its layout."""
+"""What loads a folder and runs it, by what it holds, or for transformers."""
 
 
 def write(
@@ -84,6 +85,7 @@ def write(
     at = f" (commit `{origin.commit}`)" if origin.commit else ""
     target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
+    package += ", or Apple's own PyTorch code," if layout == "apple" else ""
     parts = [
         front_matter(_head(place, source, card, is_mlx=layout is None, is_quantized="quantization" in config)),
         f"# {title}",
@@ -131,20 +133,10 @@ def _source_card(source: Source) -> dict[str, str]:
         return {}
     head = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
     found: dict[str, str] = {}
-    for key in (*LICENCE_KEYS, "base_model"):
-        line = re.search(rf"^{key}:[ \t]+(.+?)[ \t]*\r?$", head[1] if head else "", re.MULTILINE)
-        value = _plain_scalar(line[1]) if line else None
-        if value:
-            found[key] = value
+    for key, _, value in SCALAR.findall(head[1] if head else ""):
+        if len(value) <= LONGEST and value.isprintable() and ": " not in value:
+            found.setdefault(key, value)
     return found
-
-
-def _plain_scalar(text: str) -> str | None:
-    """A short string of YAML on one line, quoted or not; None for anything else that YAML can say."""
-    quoted = re.fullmatch(r"""(["'])([^"'\\]*)\1""", text)
-    value = quoted[2] if quoted else re.sub(r"\s+#.*$", "", text)
-    is_plain = quoted is not None or re.match(r"[\w./]", value)
-    return value if is_plain and len(value) <= LONGEST and value.isprintable() and ": " not in value else None
 
 
 def _precision(config: Mapping[str, Any]) -> str:
@@ -159,7 +151,7 @@ def _precision(config: Mapping[str, Any]) -> str:
 def _snippet(config: AnyConfig, layout: str | None, name: str | None) -> str:
     """What loads the folder and runs it, with the shapes that come out."""
     width, count = config.vision.hidden_size, config.vision.num_patches or "tokens"
-    code = _USE[layout or ("pair" if isinstance(config, Aimv2Config) else "vision")]
+    code = _USE[layout] if layout in _USE else _USE["pair" if isinstance(config, Aimv2Config) else "vision"]
     return code.format(name=name or "path/to/this/folder", tokens=f"(1, {count}, {width})", width=width)
 
 

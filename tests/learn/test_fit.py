@@ -149,7 +149,7 @@ def test_another_encoder_is_refused(head, tmp_path):
         ({"format_version": 2}, "was written by a newer version of mlx-aimv2 .format 2, this one reads 1."),
         ({"classes": "abc"}, "is damaged: classes is 'abc'"),
         ({"task": "paint"}, "is damaged: task is 'paint'"),
-        ({"encoder": {}}, "is damaged: encoder says checkpoint None"),
+        ({"encoder": {}}, "is damaged: encoder is {}"),
         ({"image_size": 1 << 40}, "is damaged: image_size is 1099511627776"),
         ({"image_size": 0}, "is damaged: image_size is 0"),
     ],
