@@ -79,7 +79,7 @@ def fit(
     Nothing stands at HEAD unless the run was complete.
     """
     started = time.monotonic()
-    options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
+    options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
     with training_run(target, resume=resume, rank=ranks.rank) as training:
@@ -110,13 +110,6 @@ def fit(
         fitted = _written(target, run, trained, seconds=time.monotonic() - started)
         discard(training)
         return fitted
-
-
-def _options(settings: dict[str, Any]) -> Options:
-    try:
-        return Options(**settings)
-    except TypeError as error:  # a keyword that is none
-        raise TypeError(str(error).replace("Options.__init__()", "fit()")) from None
 
 
 def _encoder(

@@ -347,13 +347,14 @@ def _with_adapters(run: Run, layers: int) -> dict[str, Any] | None:
         return None
     if options.adapter_path is not None:
         return lora.load_adapters(encoder, Path(options.adapter_path))
-    settings: dict[str, Any] = {
-        "num_layers": layers,
-        "rank": options.lora_rank or lora.RANK,
-        "scale": lora.SCALE if options.lora_scale is None else options.lora_scale,
-        "dropout": options.lora_dropout or lora.DROPOUT,
-    }
-    return lora.add_adapters(encoder, run.kind, **settings)
+    return lora.add_adapters(
+        encoder,
+        run.kind,
+        num_layers=layers,
+        rank=options.lora_rank or lora.RANK,
+        scale=lora.SCALE if options.lora_scale is None else options.lora_scale,
+        dropout=options.lora_dropout or lora.DROPOUT,
+    )
 
 
 def _groups(depth: int, layers: int, decay: float) -> Table:

@@ -48,10 +48,7 @@ FROZEN_TRUNK = [(r"vision_model\.(?!head\.).*", FROZEN)]
 
 @dataclass(frozen=True, kw_only=True)
 class LitSettings(Captioned):
-    """Sizes of the text side and how it is trained; the text encoder's defaults are aimv2-large-patch14-224-lit's.
-
-    `views` is how many crops of each image are kept: the whole image, and random ones.
-    """
+    """Sizes of the text side and how it is trained; the text encoder's defaults are aimv2-large-patch14-224-lit's."""
 
     text: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
     projection_dim: int = 768

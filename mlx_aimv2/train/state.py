@@ -52,7 +52,6 @@ def training_run(output: Path, *, resume: bool, rank: int = 0) -> Iterator[Path]
     """
     folder = training_folder(output)
     state = folder / STATE_FILE
-    check_target(output)
     with locked(folder, patience=0) if rank == 0 else nullcontext():
         check_target(output)  # a run that has just ended may have made it
         if state.is_file() and not resume:
@@ -176,24 +175,21 @@ def digest_of(values: Iterable[Any]) -> str:
     """A short name of numbers, texts, arrays, files (`Path`) and what holds them: of their content alone."""
     digest = hashlib.sha256()
     for value in values:
-        _feed(digest, value)
+        digest.update(repr(_plain(value)).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def _feed(digest: Any, value: Any) -> None:
+def _plain(value: Any) -> Any:
+    """Tuples of numbers and texts, equal for equal content; bytes are their digest."""
     if isinstance(value, np.ndarray):
         value = (str(value.dtype), value.shape, value.tobytes())
     elif is_dataclass(value):
         value = tuple(vars(value).values())
     elif isinstance(value, Path):
         value = tuple(_blocks(value))
-    if isinstance(value, (tuple, list)):
-        digest.update(f"{len(value)} of:".encode())
-        for one in value:
-            _feed(digest, one)
-    else:
-        content = value if isinstance(value, bytes) else repr(value).encode(errors="surrogateescape")
-        digest.update(f"{len(content)} bytes:".encode() + content)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _blocks(file: Path) -> Iterator[int | bytes]:
