@@ -22,14 +22,12 @@ from mlx_aimv2.conversion.model_card import front_matter
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
-from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
 from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
-from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
 
 MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
@@ -82,12 +80,20 @@ def fit(
     options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
+    if ranks.rank > 0:  # the first one tells
+        say, on_progress = (lambda line: None), (lambda done, total, unit: None)
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
         decode = skip_broken or found.types[kind].features is None
         dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken)
-        encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
+        loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
+        encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.dense)
+        described = head_folder.describe_encoder(loaded, processor)
+        del loaded  # or the text encoder of a pair would stay in memory
+        rows, columns = processor.grid
+        if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
+            say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
         run = Run(
             task=found,
             kind=kind,
@@ -100,8 +106,8 @@ def fit(
             state=StateFile(training, _identity(found, kind, described, dataset, options)),
             ranks=ranks,
             cache=Path(cache) if cache is not None else None,
-            say=say if ranks.rank == 0 else lambda line: None,
-            on_progress=on_progress if ranks.rank == 0 else lambda done, total, unit: None,
+            say=say,
+            on_progress=on_progress,
         )
         mx.random.seed(options.seed)
         trained = train_on_features(run) if run.type.features else fine_tune(run)
@@ -110,23 +116,6 @@ def fit(
         fitted = _written(target, run, trained, seconds=time.monotonic() - started)
         discard(training)
         return fitted
-
-
-def _encoder(
-    model: str | os.PathLike[str],
-    task: Task,
-    options: Options,
-    revision: str | None,
-    dtype: str | None,
-    say: Callable[[str], None],
-) -> tuple[Aimv2VisionModel, Aimv2Processor, dict[str, Any]]:
-    """The encoder and its processor at the size that is asked for, and what the head folder keeps of them."""
-    loaded = read_source(model, revision=revision).load(dtype=dtype)
-    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.dense)
-    rows, columns = processor.grid
-    if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
-        say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
-    return encoder, processor, head_folder.describe_encoder(loaded, processor)
 
 
 def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fitted:
