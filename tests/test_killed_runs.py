@@ -23,7 +23,7 @@ PAIRS = 10
 FORK = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-import mlx_aimv2.cli.fit, mlx_aimv2.cli.embed, mlx_aimv2.cli.pretrain, mlx_aimv2.cli.lit, mlx_aimv2.learn.fit_head
+import mlx_aimv2.cli.embed_search, mlx_aimv2.cli.pretrain_lit, mlx_aimv2.learn.fit_head
 from mlx_aimv2.cli import main
 folder, seed, times, command = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 rng = random.Random(seed)

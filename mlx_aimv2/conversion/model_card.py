@@ -71,12 +71,13 @@ def write(
     report: Mapping[str, Any] | None,
     hub_name: str | None = None,
     layout: str | None = None,
+    is_tuned: bool = False,
 ) -> None:
     """Writes README.md into a converted folder, replacing what was there.
 
     `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
     compared, `hub_name` the repository it will be uploaded to, None for a folder that stays, `layout` that of a PyTorch
-    folder.
+    folder; `is_tuned` says that its weights are not the source's.
     """
     card, origin = _source_card(source), source.origin
     name = origin.repo or origin.folder.absolute().name
@@ -86,10 +87,12 @@ def write(
     target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
     package += ", or Apple's own PyTorch code," if layout == "apple" else ""
+    made = "fine-tuned and converted" if is_tuned else "converted"
+    relation = "finetune" if is_tuned else "quantized" if "quantization" in config else None
     parts = [
-        front_matter(_head(place, source, card, is_mlx=layout is None, is_quantized="quantization" in config)),
+        front_matter(_head(place, source, card, is_mlx=layout is None, relation=relation)),
         f"# {title}",
-        f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
+        f"{link}{at}, {made} to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
         f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name)}```",
         _fidelity(report),
         _licence(place, card),
@@ -104,7 +107,9 @@ def front_matter(head: Mapping[str, Any]) -> str:
     return f"---\n{ModelCardData(**head).to_yaml().strip()}\n---"
 
 
-def _head(place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool, is_quantized: bool) -> dict[str, Any]:
+def _head(
+    place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool, relation: str | None
+) -> dict[str, Any]:
     origin, is_pair = source.origin, isinstance(source.config, Aimv2Config)
     head: dict[str, Any] = {
         "library_name": "mlx" if is_mlx else "transformers",
@@ -113,8 +118,8 @@ def _head(place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool,
     }
     if base := origin.repo or card.get("base_model"):
         head["base_model"] = base
-        if is_quantized:
-            head["base_model_relation"] = "quantized"
+        if relation is not None:
+            head["base_model_relation"] = relation
     head |= {key: card[key] for key in LICENCE_KEYS if key in card}
     link = head.get("license_link")
     if origin.repo and isinstance(link, str) and "://" not in link and not (place / link).is_file():
@@ -158,7 +163,7 @@ def _snippet(config: AnyConfig, layout: str | None, name: str | None) -> str:
 def _fidelity(report: Mapping[str, Any] | None) -> str:
     title = "## Fidelity"
     if report is None:
-        return f"{title}\n\nNot measured: the conversion ran with `--no-verify`."
+        return f"{title}\n\nNot measured."
     lines = [f"| {what} | {value} |" for what, value in rows(report).items()]
     warnings = [f"- {warning}" for warning in report["warnings"]]
     table = "\n".join(["| measured against the source in float32 | |", "|---|---|", *lines])

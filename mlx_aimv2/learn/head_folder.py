@@ -283,7 +283,7 @@ def fuse(
         mlx_folder.save_weights(place, sorted(flat(loaded.model.parameters()).items()))
         mlx_folder.save_config(place, config)
         mlx_folder.save_beside(place, loaded.source)
-        model_card.write(place, source=loaded.source, config=config, report=None)
+        model_card.write(place, source=loaded.source, config=config, report=None, is_tuned=True)
     return target
 
 

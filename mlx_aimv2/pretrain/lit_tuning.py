@@ -139,7 +139,7 @@ def _train(
         return {"loss": contrastive_loss(logits, ranks.rows(own_keys)), "scale": mx.exp(model.logit_scale)}
 
     def after_step(step: int, losses: dict[str, float]) -> None:
-        if ranks.rank == 0 and (is_due(step, settings.steps_per_report) or step == settings.iters):
+        if is_due(step, settings.steps_per_report) or step == settings.iters:
             log(step, losses)
 
     order = Shuffled(

@@ -219,7 +219,7 @@ def pretrain(
                 settings.plan(),
                 state=state,
                 ranks=ranks,
-                watch=Watch(after_step=after_step if ranks.rank == 0 else lambda step, losses: None, say=report),
+                watch=Watch(after_step=after_step, say=report),
             )
         if ranks.rank == 0:
             write_checkpoint(model.encoder, output, tokenizer=tokenizer)

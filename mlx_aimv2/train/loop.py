@@ -221,7 +221,8 @@ def train(
             if plan.keep == "average":
                 kept = _averaged(kept, model, done.step)
             watch.on_progress(done.step)
-            watch.after_step(done.step, means)
+            if ranks.rank == 0:
+                watch.after_step(done.step, means)
             is_last = done.step == plan.steps
             if watch.evaluate is not None and (is_due(done.step, plan.eval_every) or is_last):
                 evaluated()

@@ -163,6 +163,7 @@ def test_fuse_makes_a_checkpoint_that_load_and_the_converter_read(kind, tmp_path
 
     fused, _ = load(tmp_path / "fused")
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert ", fine-tuned and converted to MLX by" in (tmp_path / "fused" / "README.md").read_text()
     wanted = np.array(load_head(tmp_path / "head").learner.encoder(PIXELS).last_hidden_state)
     np.testing.assert_allclose(np.array(fused(PIXELS).last_hidden_state), wanted, atol=1e-5)
     convert(tmp_path / "fused", tmp_path / "exported", export_layout="transformers", verify=False)
