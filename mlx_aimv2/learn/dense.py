@@ -30,7 +30,6 @@ from mlx_aimv2.images import open_image, to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Sample, Size, part_of
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
@@ -219,7 +218,7 @@ def example(
 ) -> Arrays:
     """`pixels` (H, W, 3) of a sample and its `targets` where it lies, which `rng` decides if there is one."""
     image = to_rgb(sample.path)
-    size, canvas = (image.height, image.width), canvas_size(processor)
+    size, canvas = (image.height, image.width), processor.canvas
     place = plain(size, canvas) if rng is None else random(size, canvas, rng, flip=flip)
     if rng is not None:
         image = jittered(image, COLOUR, rng)

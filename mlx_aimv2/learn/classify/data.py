@@ -17,7 +17,6 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import metadata, samples
-from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import LABEL, PART, TABLES, column, columns_of, metadata_file
 from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, listed, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
@@ -179,7 +178,7 @@ def example(
     image: Any = sample.path
     if rng is not None:
         changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
-        image = changed(to_rgb(sample.path), canvas_size(processor), rng)
+        image = changed(to_rgb(sample.path), processor.canvas, rng)
     return {"pixels": processor.pixels(image), **targets(sample, processor)}
 
 

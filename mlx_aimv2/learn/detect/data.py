@@ -24,7 +24,6 @@ from mlx_aimv2.learn.detect import formats
 from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
 from mlx_aimv2.learn.detect.formats import Objects, Reading, Row, number
 from mlx_aimv2.learn.detect.head import assign, points
-from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, part_of, same_form
 from mlx_aimv2.train.batches import Arrays
@@ -285,7 +284,7 @@ read = partial(samples.read, form=Format(_find, _labels, _target, min_classes=1)
 def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:
     """What each of the P positions should say, `label` (P,) and `distances` (P, 4), of the image as `place` puts it."""
     truth: GroundTruth = sample.target
-    place = place or dense.plain(sample.size, canvas_size(processor))
+    place = place or dense.plain(sample.size, processor.canvas)
     height, width = place.canvas
     whole = place.boxes(truth.boxes)
     cut = whole.clip(0, np.array([width, height] * 2, np.float64))

@@ -24,7 +24,6 @@ from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
 from mlx_aimv2.plot import IGNORED
@@ -215,7 +214,7 @@ def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | 
     """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
     from PIL import Image
 
-    place = place or dense.plain(sample.size, canvas_size(processor))
+    place = place or dense.plain(sample.size, processor.canvas)
     mask = Image.fromarray(read_mask(sample.target))
     return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}
 
