@@ -236,8 +236,8 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     for part in (
         "names 0.png, but ",
         "1.png is not an image",
-        "annotation 72 has the image_id 99, which is not among its images",
-        "annotation 73 has the category_id 98, which is not among its categories",
+        "annotation 72 has the image_id 99, which is not among its images and",
+        "annotation 73 has the category_id 98, which is not among its",
         "4.png: the box of annotation 74",
         "5.png has 31x23 pixels upright (height x width), but _annotations.coco.json has 23x31",
         "an entry of annotations has no usable image_id",

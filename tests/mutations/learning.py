@@ -387,14 +387,14 @@ LEARNING = (
     ),
     Mutation(
         "a polygon of YOLO is its first four numbers",
-        "if len(values) >= 6 and len(values) % 2 == 0",
-        "if len(values) >= 600 and len(values) % 2 == 0",
+        "if len(values) >= 6 and len(values) % 2 == 0:",
+        "if len(values) >= 600 and len(values) % 2 == 0:",
         FORMATS,
     ),
     Mutation("names of YAML become numbers and booleans", "yaml.BaseLoader", "yaml.SafeLoader", FORMATS),
     Mutation(
         "VOC's difficult objects are trained on",
-        'Row(f"object {count}", name, box, crowd=difficult)',
+        'Row(f"object {count}", name, box, entry.findtext("difficult"))',
         'Row(f"object {count}", name, box)',
         FORMATS,
     ),
@@ -412,8 +412,8 @@ LEARNING = (
     ),
     Mutation(
         "Roboflow's root category is a class",
-        "if unused in reading.above:",
-        'if unused == "":',
+        "roots = reading.above - used",
+        "roots = set[str]()",
         COCO,
     ),
     Mutation(
