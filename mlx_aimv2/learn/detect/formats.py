@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -33,8 +33,13 @@ from mlx_aimv2.untrusted_json import parse
 COCO = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 """The lists of a COCO file, and those fields of their entries that must be there, as text or numbers."""
 
-YOLO_ROW = re.compile(rb"\A\s*\S+([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
-"""How a text file starts that holds boxes or polygons, not a caption."""
+COCO_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\{(?=.*"images")(?=.*"annotations")', re.DOTALL)
+CREATE_ML_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\[(?=.*"coordinates")(?=.*"label")', re.DOTALL)
+VOC_START = re.compile(rb"<annotation\b")
+YOLO_START = re.compile(rb"\A\s*\S+([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
+"""What the start of a file has in each format; that of YOLO's text is no caption."""
+
+XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 
 NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 """The names of YOLO's classes, one a line, where no YAML file has them."""
@@ -137,20 +142,15 @@ def _sources(data: Path, scan: Scan, files: Callable[[Path], Sequence[Path]]) ->
     return found
 
 
-def _json_files(folder: Path, opening: str, words: Iterable[str]) -> list[Path]:
-    """The JSON files right in a folder that begin as a format does and soon have its words."""
-    found = []
-    for file in _files(folder, "json", beside=True):
-        start = read_start(file, max_bytes=START).decode(errors="ignore").lstrip("\ufeff \r\n\t")
-        if start.startswith(opening) and all(f'"{word}"' in start for word in words):
-            found.append(file)
-    return found
-
-
 def _files(folder: Path, suffix: str, beside: bool) -> list[Path]:
     """The files of a suffix right in a folder, or also below it, but for hidden ones."""
     pattern = f"[!.]*.{suffix}" if beside else f"**/[!.]*.{suffix}"
     return [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
+def _like(files: Iterable[Path], start: re.Pattern[bytes]) -> Iterator[Path]:
+    """The files that begin as a format does."""
+    return (file for file in files if start.search(read_start(file, max_bytes=START)))
 
 
 def _coco_files(folder: Path) -> list[Path]:
@@ -159,7 +159,11 @@ def _coco_files(folder: Path) -> list[Path]:
         return [file]
     files = _files(folder / "annotations", "json", beside=True)
     files = [file for file in files if file.stem.startswith("instances")] or files
-    return files or _json_files(folder, "{", ["images", "annotations"])
+    return files or [*_like(_files(folder, "json", beside=True), COCO_START)]
+
+
+def _create_ml_files(folder: Path) -> list[Path]:
+    return [*_like(_files(folder, "json", beside=True), CREATE_ML_START)]
 
 
 def _objects_files(folder: Path) -> list[Path]:
@@ -168,7 +172,7 @@ def _objects_files(folder: Path) -> list[Path]:
 
 
 find_coco = partial(_sources, files=_coco_files)
-find_create_ml = partial(_sources, files=partial(_json_files, opening="[", words=["coordinates", "label"]))
+find_create_ml = partial(_sources, files=_create_ml_files)
 find_objects = partial(_sources, files=_objects_files)
 
 
@@ -279,22 +283,21 @@ def _beside(
     """Folders of images and of the files of a suffix by part, at least one of which starts as it should."""
 
     def holds(folder: Path, beside: bool) -> bool:
-        files = _files(folder, suffix, beside)
-        return any(start.search(read_start(file, max_bytes=START)) for file in files)
+        return next(_like(_files(folder, suffix, beside), start), None) is not None
 
     return dense.folders_beside(data, scan, names, holds)
 
 
-XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
-find_voc = partial(_beside, names=XML_FOLDERS, suffix="xml", start=re.compile(rb"<annotation\b"))
+find_voc = partial(_beside, names=XML_FOLDERS, suffix="xml", start=VOC_START)
 
 
 def find_yolo(data: Path, scan: Scan) -> dict[str, list[tuple[Path, Path]]]:
     """Folders of images and of their texts: as a YAML file names them, or `images` beside `labels`, or one for both."""
     file, settings = _settings(data)
-    named = [(key, name) for key in ("train", "val", "valid", "test") for name in _texts(settings.get(key))]
+    given = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+    named = [(key, str(name)) for key in ("train", "val", "test") for name in given.get(key, []) if name]
     if file is None or not named:
-        return {part: [pair] for part, pair in _beside(data, scan, ("labels",), "txt", YOLO_ROW).items()}
+        return {part: [pair] for part, pair in _beside(data, scan, ("labels",), "txt", YOLO_START).items()}
     found: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
     roots = [file.parent / str(settings.get("path", "")), file.parent]
     for key, name in named:
@@ -366,10 +369,6 @@ def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
         if isinstance(content, dict) and "names" in content:
             return file, content
     return None, {}
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
 
 
 def read_voc(folders: Mapping[str, tuple[Path, Path]], reading: Reading) -> None:
