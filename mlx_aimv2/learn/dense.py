@@ -91,15 +91,15 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
     several.
     """
     images, others = folders
-    exact = {_stem(file, others): file for file in files}
-    longer: dict[str, list[str]] = defaultdict(list)
-    for stem, file in exact.items():
-        longer[ENDINGS.sub("", stem)].append(file)
+    alike: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        alike[ENDINGS.sub("", _stem(file, others))].append(file)
     pairs: Pairs = []
     faults: list[str] = []
     for image in sorted(set(scan.images(images)).difference(files)):
         stem = _stem(image, images)
-        found = [exact[stem]] if stem in exact else longer[ENDINGS.sub("", stem)]
+        longer = alike[ENDINGS.sub("", stem)]
+        found = [file for file in longer if _stem(file, others) == stem] or longer
         if not found:
             scan.note(image, f"has no {noun} of its name in {others}: left out")
         elif len(found) > 1:
@@ -144,13 +144,11 @@ def size_fault(path: str, size: Size, stated: Size, source: str) -> str | None:
     """
     if stated == size:
         return None
-    own, other = (f"{height}x{width}" for height, width in (size, stated))
+    fault = f"{size[0]}x{size[1]} pixels upright (height x width), but {source} has {stated[0]}x{stated[1]}"
     if stated == size[::-1] and open_image(path).orientation >= 5:
-        return (
-            f"{path} is turned by its EXIF tag, {own} pixels upright (height x width), but {source} has {other}, as it "
-            f"is stored: remove the tag (exiftool -Orientation= {path}), or draw on the upright image"
-        )
-    return f"{path} has {own} pixels upright (height x width), but {source} has {other}: they must be equal"
+        advice = f"remove the tag (exiftool -Orientation= {path}), or draw on the upright image"
+        return f"{path} is turned by its EXIF tag, {fault}, as it is stored: {advice}"
+    return f"{path} has {fault}: they must be equal"
 
 
 @dataclass(frozen=True)
@@ -291,10 +289,7 @@ class Refine(nn.Module):
 
 def halve(x: mx.array) -> mx.array:
     """The largest of each 2 x 2 positions: `(B, h, w, C) -> (B, ceil(h/2), ceil(w/2), C)`; an odd edge is repeated."""
-    if x.shape[1] % 2:
-        x = mx.concatenate([x, x[:, -1:]], axis=1)
-    if x.shape[2] % 2:
-        x = mx.concatenate([x, x[:, :, -1:]], axis=2)
+    x = mx.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)], mode="edge")
     batch, rows, columns, channels = x.shape
     return x.reshape(batch, rows // 2, 2, columns // 2, 2, channels).max(axis=(2, 4))
 
@@ -310,10 +305,6 @@ def bilinear(x: mx.array, size: tuple[int, int]) -> mx.array:
 @lru_cache(maxsize=32)
 def linear_weights(source: int, target: int) -> np.ndarray:
     """Weights of linear interpolation along one axis, `-> (target, source)` float32; pixel centres, edges repeated."""
-    places = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    first = np.minimum(np.floor(places).astype(int), max(source - 2, 0))
-    weights = np.zeros((target, source), np.float32)
-    rows = np.arange(target)
-    weights[rows, first] += 1 - (places - first)
-    weights[rows, np.minimum(first + 1, source - 1)] += places - first
-    return weights
+    places = (np.arange(target) + 0.5) * source / target - 0.5
+    columns = [np.interp(places, np.arange(source), one) for one in np.eye(source)]
+    return np.stack(columns, axis=1).astype(np.float32)

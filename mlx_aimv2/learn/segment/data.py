@@ -87,10 +87,10 @@ def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     """Folders of images and masks by part."""
 
     def holds(folder: Path, beside: bool) -> bool:
-        names = {Path(path).stem for path in (scan.loose(folder) if beside else scan.images(folder))}
-        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names) or (
-            bool(names) and not beside
-        )
+        if not beside:
+            return bool(scan.images(folder))
+        names = {Path(path).stem for path in scan.loose(folder)}
+        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names)
 
     return dense.folders_beside(data, scan, MASKS, holds)
 
@@ -150,21 +150,23 @@ def _is_binary(found: Found) -> bool:
 
 def _class_names(folders: Sequence[Path]) -> Names:
     """The lines of `classes.txt` in the first of the folders, or the rows of `_classes.csv` in any; else None."""
-    if (file := folders[0] / CLASSES_FILE).is_file():
-        lines = [line for line in read_text(file).splitlines() if line.strip()]
-        return _checked({number: same_form(line) for number, line in enumerate(lines)}, file)
-    files = [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
-    tables = []
-    for file in files:
-        rows = [line.partition(",") for line in read_text(file).splitlines()]
-        pairs = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
-        tables.append(_checked(pairs, file))
-        if tables[-1] != tables[0]:
+    lists = [file for folder in folders[:1] if (file := folder / CLASSES_FILE).is_file()]
+    files = lists or [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
+    found = [_names_in(file) for file in files]
+    for file, names in zip(files, found, strict=True):
+        if names != found[0]:
             raise DataError([f"{files[0]} and {file} give different names to the values: make them alike"])
-    return tables[0] if tables else None
+    return found[0] if found else None
 
 
-def _checked(names: dict[int, str], file: Path) -> dict[int, str]:
+def _names_in(file: Path) -> dict[int, str]:
+    """The class of each value; DataError for duplicates and for values that a mask cannot hold."""
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    if file.name == CLASSES_TABLE:
+        rows = [line.partition(",") for line in lines]
+        names = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
+    else:
+        names = dict(enumerate(map(same_form, lines)))
     if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise DataError([f"{file} names {listed(duplicates)} twice"])
     if any(value >= IGNORED for value in names):
