@@ -108,8 +108,8 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
             pairs.append((image, found[0]))
     if faults:
         raise DataError(faults)
-    for file in sorted(set(files).difference(file for _, file in pairs)):
-        scan.note(file, f"has no image of its name in {images}: left out")
+    alone = sorted(set(files).difference(file for _, file in pairs))
+    scan.note(alone, f"has no image of its name in {images}: left out")
     return pairs
 
 
@@ -125,14 +125,13 @@ def by_lists(lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, P
     known = {_stem(pair[0], images): pair for pair in pairs}
     found: dict[str, Pairs] = {}
     for part, file in files.items():
-        names = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_text(file).splitlines() if line.strip()]
-        found[part] = [known[name] for name in dict.fromkeys(names) if name in known]
-        for name in dict.fromkeys(names):
-            if name not in known:
-                scan.note(f"{name} in {file}", "has no image or nothing that belongs to it: left out")
+        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+        names = dict.fromkeys(re.sub(r"\s+-?[01]$", "", line) for line in lines)
+        found[part] = [known[name] for name in names if name in known]
+        missing = [f"{name} in {file}" for name in names if name not in known]
+        scan.note(missing, "has no image or nothing that belongs to it: left out")
     listed = {pair for part in found.values() for pair in part}
-    for image in sorted(pair[0] for pair in set(pairs) - listed):
-        scan.note(image, f"is in no list of {lists}: left out")
+    scan.note(sorted(image for image, _ in set(pairs) - listed), f"is in no list of {lists}: left out")
     return {part: own for part, own in found.items() if own}
 
 
@@ -168,15 +167,14 @@ class Placement:
 
     def boxes(self, boxes: NDArray[Any]) -> NDArray[Any]:
         """Boxes of the image on the canvas, not cut at its edge: `(n, 4) -> (n, 4)` left, top, right, bottom."""
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        boxes = np.array(boxes, np.float64).reshape(-1, 4)
         if self.mirrored:
-            width = self.size[1]
-            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+            boxes[:, [0, 2]] = self.size[1] - boxes[:, [2, 0]]
         scale = np.array([self.scale_x, self.scale_y] * 2)
         return boxes * scale + np.array([self.left, self.top] * 2)
 
     def back(self, boxes: NDArray[Any]) -> NDArray[Any]:
-        """Boxes of the canvas in the image, cut at its edge: `(n, 4) -> (n, 4)`; for placements not mirrored."""
+        """Boxes of the canvas in the image, cut at its edge and mirrored as it lies there: `(n, 4) -> (n, 4)`."""
         scale = np.array([self.scale_x, self.scale_y] * 2)
         boxes = (np.asarray(boxes, np.float64) - np.array([self.left, self.top] * 2)) / scale
         result: NDArray[Any] = np.clip(boxes, 0, np.array([self.size[1], self.size[0]] * 2, np.float64))
@@ -189,16 +187,14 @@ class Placement:
         if self.mirrored:
             image = ImageOps.mirror(image)
         height, width = self.canvas
-        # The part of the image that lies on the canvas, and where it lies there, in whole pixels of the canvas.
-        x = np.clip(np.rint([self.left, self.left + self.scale_x * self.size[1]]), 0, width).astype(int)
-        y = np.clip(np.rint([self.top, self.top + self.scale_y * self.size[0]]), 0, height).astype(int)
         canvas = Image.new(image.mode, (width, height), fill)
-        if x[1] > x[0] and y[1] > y[0]:
-            part = np.array([x[0] - self.left, y[0] - self.top, x[1] - self.left, y[1] - self.top])
-            part = part / np.array([self.scale_x, self.scale_y] * 2)
-            part = np.clip(part, 0, np.array([*image.size] * 2, np.float64))
-            shape = (int(x[1] - x[0]), int(y[1] - y[0]))
-            canvas.paste(image.resize(shape, resample, box=tuple(part.tolist())), (int(x[0]), int(y[0])))
+        # The part of the image that lies on the canvas, and where it lies there, in whole pixels of the canvas.
+        whole = np.rint(self.boxes(np.array([0, 0, *image.size])))
+        there = np.clip(whole, 0, np.array([width, height] * 2)).astype(int)
+        left, top, right, bottom = there[0].tolist()
+        if right > left and bottom > top:
+            part = tuple(self.back(there)[0].tolist())
+            canvas.paste(image.resize((right - left, bottom - top), resample, box=part), (left, top))
         return canvas
 
 

@@ -182,8 +182,8 @@ LEARNING = (
     ),
     Mutation(
         "mirrored boxes keep their sides",
-        "[width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]",
-        "[boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]]",
+        "boxes[:, [0, 2]] = self.size[1] - boxes[:, [2, 0]]",
+        "boxes[:, [0, 2]] = boxes[:, [0, 2]]",
         PLACES,
     ),
     Mutation(

@@ -52,7 +52,7 @@ def _formats_of(data: Path) -> Iterator[str]:
     for name, form in FORMATS.items():
         try:
             found: Any = form.find(data, Scan())
-        except DataError as error:  # which is raised again where this format is read
+        except (ValueError, OSError) as error:  # which is raised again where this format is read
             found = error
         if found:
             yield name

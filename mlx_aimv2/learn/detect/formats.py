@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 from xml.etree import ElementTree
@@ -117,10 +117,11 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def _around(points: Sequence[Any]) -> list[float]:
-    """Left, top, width, height around the points of polygons, `[x, y, x, y, …]`."""
-    corners = np.array([number(value) for value in points]).reshape(-1, 2)
-    return [*corners.min(axis=0).tolist(), *np.ptp(corners, axis=0).tolist()]
+def _around(polygons: Any) -> list[float]:
+    """Left, top, width, height around polygons, each `[x, y, x, y, …]`; nothing where there is none."""
+    lists = [polygon for polygon in polygons if isinstance(polygon, list)] if isinstance(polygons, list) else []
+    points = [(number(x), number(y)) for own in lists for x, y in zip(own[::2], own[1::2], strict=False)]
+    return [*np.min(points, axis=0).tolist(), *np.ptp(points, axis=0).tolist()] if points else []
 
 
 # Files that list images: COCO, Create ML, Hugging Face
@@ -176,19 +177,11 @@ find_create_ml = partial(_sources, files=_create_ml_files)
 find_objects = partial(_sources, files=_objects_files)
 
 
-def _json(file: Path) -> Any:
-    """What a JSON file holds; DataError for one that cannot be read."""
-    try:
-        return parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
-    except (OSError, ValueError) as error:
-        raise DataError([str(error)]) from None
-
-
 def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
     """Classes are the categories of training in the order of their ids."""
     for part, source in sources.items():
         file, faults = source[0], reading.faults
-        content = _json(file)
+        content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
         entries, annotations, categories = (_coco_entries(content, section, file, faults) for section in COCO)
         names = {str(entry["id"]): same_form(str(entry["name"])) for entry in categories}
         if part in ("train", ""):
@@ -207,7 +200,7 @@ def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
                 own = f"{unknown[0]} {entry[unknown[0]]!r:.40}"
                 faults.append(f"{file}: {where} has the {own}, which is not among its images and categories")
                 continue
-            name, box = names[str(entry["category_id"])], entry.get("bbox") or _outline(entry)
+            name, box = names[str(entry["category_id"])], entry.get("bbox") or _around(entry.get("segmentation"))
             row = Row(where, name, box, entry.get("iscrowd"), entry.get("area"))
             images[str(entry["image_id"])].rows.append(row)
 
@@ -228,14 +221,6 @@ def _coco_entries(content: Any, section: str, file: Path, faults: list[str]) -> 
     return found
 
 
-def _outline(entry: Mapping[str, Any]) -> list[float] | None:
-    """The box of an annotation that has polygons alone; None where it has none."""
-    polygons = entry.get("segmentation")
-    lists = [polygon for polygon in polygons if isinstance(polygon, list)] if isinstance(polygons, list) else []
-    numbers = [value for polygon in lists for value in polygon[: len(polygon) // 2 * 2]]
-    return _around(numbers) if numbers else None
-
-
 def read_entries(sources: Mapping[str, Source], reading: Reading) -> None:
     """Entries of an image and its objects, which are a list, or an object of lists.
 
@@ -247,9 +232,7 @@ def read_entries(sources: Mapping[str, Source], reading: Reading) -> None:
         for (where, name, objects), inner in zip(entries, within, strict=True):
             if isinstance(objects, dict):
                 columns = {key: value for key, value in objects.items() if isinstance(value, list)}
-                if len({len(column) for column in columns.values()}) > 1:
-                    reading.faults.append(f"{file}: the lists of objects in {where} are not equally long")
-                objects = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
+                objects = [dict(zip(columns, values, strict=True)) for values in zip_longest(*columns.values())]
             if not isinstance(name, str) or not isinstance(objects, list):
                 fault = f"has no image or no list of its objects, be it empty: {name!r:.80}"
                 reading.faults.append(f"{file}: {where} {fault}")
@@ -267,7 +250,8 @@ def read_entries(sources: Mapping[str, Source], reading: Reading) -> None:
 def _entries(file: Path, reading: Reading) -> list[tuple[str, Any, Any]]:
     """Where an entry is, the name of its image and its objects: of Create ML's JSON, or of a table."""
     if file.suffix.lower() == ".json":
-        own = [entry if isinstance(entry, dict) else {} for entry in _json(file)]
+        content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
+        own = [entry if isinstance(entry, dict) else {} for entry in content]
         return [(f"entry {count}", one.get("image"), one.get("annotations")) for count, one in enumerate(own, 1)]
     rows, faults = metadata_rows(file, reading.scan)
     reading.faults += faults
@@ -351,7 +335,7 @@ def _yolo_rows(
         elif key:
             values: Sequence[Any] = box
             if len(values) >= 6 and len(values) % 2 == 0:
-                left, top, width, height = _around(values)
+                left, top, width, height = _around([values])
                 values = [left + width / 2, top + height / 2, width, height]
             rows.append(Row(f"line {count}", names.get(key, key), values))
     return rows

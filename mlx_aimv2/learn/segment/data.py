@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from os import cpu_count
 from pathlib import Path
@@ -101,22 +102,21 @@ def _find(data: Path, scan: Scan) -> Found:
         advice = f"put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"
         raise DataError([f"{data} has no masks: {advice}", *not_read(data)])
     names = _class_names([data, *(masks for _, masks in folders.values())])
-    found = Found({}, list(names.values()) if names else None)
+    chosen: dict[str, dense.Pairs] = {}
+    faults: list[str] = []
     for part, (images, masks) in folders.items():
-        files = _masks_in(images, masks, scan, found.faults)
+        files = _masks_in(images, masks, scan, faults)
         pairs = dense.by_name((images, masks), files, "mask", scan)
-        if not pairs and not found.faults:
-            found.faults.append(f"no image in {images} has a mask of its name in {masks}")
-        lists = {part: pairs} if part else dense.by_lists(data / LISTS, pairs, images, scan)
-        found.parts |= {own: [(image, (mask, names)) for image, mask in chosen] for own, chosen in lists.items()}
-    if (names is None or len(names) == 2) and not found.faults and _is_binary(found):
+        if not pairs and not faults:
+            faults.append(f"no image in {images} has a mask of its name in {masks}")
+        chosen |= {part: pairs} if part else dense.by_lists(data / LISTS, pairs, images, scan)
+    every = [mask for pairs in chosen.values() for _, mask in pairs]
+    if (names is None or len(names) == 2) and not faults and _are_binary(every):
         black, white = names.values() if names else ("0", "1")
         scan.note(str(data), f"has masks of 0 and {IGNORED} alone: {IGNORED} is taken for class {white}")
-        binary = {0: black, IGNORED: white}
-        found.parts = {
-            part: [(image, (mask, binary)) for image, (mask, _) in pairs] for part, pairs in found.parts.items()
-        }
-    return found
+        names = {0: black, IGNORED: white}
+    parts = {part: [(image, (mask, names)) for image, mask in pairs] for part, pairs in chosen.items()}
+    return Found(parts, list(names.values()) if names else None, faults)
 
 
 def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[str]:
@@ -129,20 +129,18 @@ def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[
     known = {Path(file).with_suffix("") for file in exact}
     if lossy := [file for file in files if Path(file).with_suffix("") not in known]:
         faults.append(
-            f"{lossy[0]}{f' and {len(lossy) - 1:,} more' if len(lossy) > 1 else ''} cannot be a mask: compression "
-            "changes the numbers of its classes, save it as PNG from where it was drawn"
+            f"{listed(lossy, shown=1)} cannot be a mask: compression changes the numbers of its classes, "
+            "save it as PNG from where it was drawn"
         )
     return exact
 
 
-def _is_binary(found: Found) -> bool:
+def _are_binary(masks: Sequence[str]) -> bool:
     """Whether no mask has another value than 0 and 255, and at least one has 255: not what VOC means by it."""
     seen: set[int] = set()
-    for path in (mask for pairs in found.parts.values() for _, (mask, _) in pairs):
-        try:
+    for path in masks:
+        with suppress(ValueError, OSError):  # which is told as the masks are checked
             seen |= set(np.unique(read_mask(path)).tolist())
-        except (ValueError, OSError):  # which is told as the masks are checked
-            continue
         if not seen <= {0, IGNORED}:
             return False
     return seen == {0, IGNORED}
