@@ -88,7 +88,7 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
     """Images of the first folder with those of the `files` below the other that have their name.
 
     A file may have one of `ENDINGS` more. What has no counterpart is left out with a note; DataError where an image has
-    several.
+    several, and where none has any.
     """
     images, others = folders
     alike: dict[str, list[str]] = defaultdict(list)
@@ -106,6 +106,8 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
             faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
         else:
             pairs.append((image, found[0]))
+    if files and not pairs and not faults:
+        faults.append(f"no {noun} in {others} has the name of an image in {images}")
     if faults:
         raise DataError(faults)
     alone = sorted(set(files).difference(file for _, file in pairs))
@@ -117,16 +119,15 @@ def _stem(file: str, folder: Path) -> str:
     return str(Path(file).relative_to(folder).with_suffix(""))
 
 
-def by_lists(lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, Pairs]:
-    """Images by the parts that VOC's ImageSets name in `train.txt` and `val.txt`; under "" where there are no lists."""
+def by_lists(around: str, lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, Pairs]:
+    """Pairs by part: that of the folder `around` them, or those that VOC's ImageSets list in `train.txt`, `val.txt`."""
     files = {part: file for file in sorted(lists.glob("*.txt")) if (part := part_of(file.stem)) and file.stem.isalpha()}
-    if not files:
-        return {"": pairs}
+    if around or not files:
+        return {around: pairs}
     known = {_stem(pair[0], images): pair for pair in pairs}
     found: dict[str, Pairs] = {}
     for part, file in files.items():
-        lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-        names = dict.fromkeys(re.sub(r"\s+-?[01]$", "", line) for line in lines)
+        names = dict.fromkeys(line.strip() for line in read_text(file).splitlines() if line.strip())
         found[part] = [known[name] for name in names if name in known]
         missing = [f"{name} in {file}" for name in names if name not in known]
         scan.note(missing, "has no image or nothing that belongs to it: left out")
@@ -247,11 +248,6 @@ def worst(
         drawn = draw(to_rgb(sample.path), sample, prediction)
         columns.append(plot.below([plot.to_height(image, 300) for image in drawn], gap=8))
     return plot.beside(columns, gap=8)
-
-
-def as_map(tokens: mx.array, grid: tuple[int, int]) -> mx.array:
-    """Tokens in their grid: `(B, N, D) -> (B, h, w, D)`."""
-    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
 
 
 class Double(nn.Module):

@@ -362,7 +362,7 @@ def read_voc(folders: Mapping[str, tuple[Path, Path]], reading: Reading) -> None
         pairs = dense.by_name((images, others), files, "XML file", reading.scan)
         reading.scan.was_read(images, ".xml")
         lists = reading.data / "ImageSets" / "Main"
-        for own, chosen in ({part: pairs} if part else dense.by_lists(lists, pairs, images, reading.scan)).items():
+        for own, chosen in dense.by_lists(part, lists, pairs, images, reading.scan).items():
             reading.parts[own] = {image: _voc_objects(Path(file), reading) for image, file in chosen}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.learn.dense import Double, Refine, as_map, halve
+from mlx_aimv2.learn.dense import Double, Refine, halve
 from mlx_aimv2.learn.detect.boxes import areas
 
 WIDTH = 256
@@ -87,7 +87,7 @@ class DetectHead(nn.Module):
         self.scales = mx.ones(len(LEVELS))
 
     def __call__(self, tokens: mx.array, grid: tuple[int, int]) -> dict[str, mx.array]:
-        maps = self.pyramid(as_map(tokens, grid))
+        maps = self.pyramid(mx.unflatten(tokens, 1, grid))
         classes, distances, centre = [], [], []
         for level, x in enumerate(maps):
             by_class, by_box = self.class_branch(x), self.box_branch(x)

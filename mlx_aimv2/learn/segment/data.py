@@ -34,9 +34,6 @@ from mlx_aimv2.train.batches import Arrays
 MASKS = ("masks", "ann_dir", "SegmentationClass", "SegmentationClassPNG", "gtFine", "annotations", "labels", "mask")
 """Names of the folder of masks; the first is ours, the others mmsegmentation's, VOC's, Cityscapes' and ADE20K's."""
 
-LISTS = Path("ImageSets", "Segmentation")
-"""Where VOC lists the images of each part."""
-
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 CLASSES_FILE, CLASSES_TABLE = "classes.txt", "_classes.csv"
@@ -54,10 +51,9 @@ MaskTarget: TypeAlias = "str | tuple[str, tuple[tuple[int, int], ...]]"
 
 def recognise(data: Path) -> str | None:
     """`masks/ beside images/` where DATA has masks, else None."""
-    images, masks = next(iter(_folders(data, Scan()).values()), (None, None)) if data.is_dir() else (None, None)
-    if images is None or masks is None:
-        return None
-    return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    for images, masks in (_folders(data, Scan()) if data.is_dir() else {}).values():
+        return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    return None
 
 
 def read_mask(mask: MaskTarget) -> NDArray[Any]:
@@ -107,9 +103,7 @@ def _find(data: Path, scan: Scan) -> Found:
     for part, (images, masks) in folders.items():
         files = _masks_in(images, masks, scan, faults)
         pairs = dense.by_name((images, masks), files, "mask", scan)
-        if not pairs and not faults:
-            faults.append(f"no image in {images} has a mask of its name in {masks}")
-        chosen |= {part: pairs} if part else dense.by_lists(data / LISTS, pairs, images, scan)
+        chosen |= dense.by_lists(part, data / "ImageSets" / "Segmentation", pairs, images, scan)
     every = [mask for pairs in chosen.values() for _, mask in pairs]
     if (names is None or len(names) == 2) and not faults and _are_binary(every):
         black, white = names.values() if names else ("0", "1")
