@@ -326,6 +326,18 @@ def test_classes_of_a_head_are_met_by_name_in_every_format(write, tmp_path):
     assert any("the label cat" in line for line in lines(tmp_path, classes=("dog", "ape")))
 
 
+def test_absolute_paths_are_met_in_a_folder_that_is_named_from_here(tmp_path, monkeypatch):
+    coco_2017(tmp_path / "pets")
+    for part, names in TWO_PARTS.items():
+        rows = {name: ROWS[name] for name in names}
+        content = coco(rows, f"{tmp_path}/pets/{part}2017/")
+        put(tmp_path / "pets" / "annotations" / f"instances_{part}2017.json", content)
+    monkeypatch.chdir(tmp_path)
+    found = boxes.read(Path("pets"))
+    assert truths(found) == WANTED
+    assert "is not listed" not in "\n".join(found.notes)
+
+
 def put_voc(root, **parts):
     """A VOC file for each image whose boxes are given as XML."""
     for number, (name, objects) in enumerate(parts.items()):

@@ -406,8 +406,8 @@ LEARNING = (
     ),
     Mutation(
         "an image is found by its whole name alone",
-        'dict.fromkeys([name, PurePosixPath(name.replace("\\\\", "/")).name])',
-        "dict.fromkeys([name])",
+        'PurePosixPath(name.replace("\\\\", "/")).name, name]',
+        "name]",
         FORMATS,
     ),
     Mutation(

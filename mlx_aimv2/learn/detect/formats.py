@@ -98,7 +98,7 @@ class Reading:
         It has the name as it stands in one of the folders, or the last part of one from another machine.
         """
         file, folders = source
-        names = dict.fromkeys([name, PurePosixPath(name.replace("\\", "/")).name])
+        names = dict.fromkeys([name.lstrip("/"), PurePosixPath(name.replace("\\", "/")).name, name])
         for own, folder in product(names, folders):
             if (path := image_of(folder, own)) is not None:
                 self.listed.setdefault(folder, file)

@@ -87,22 +87,20 @@ class DetectHead(nn.Module):
         self.scales = mx.ones(len(LEVELS))
 
     def __call__(self, tokens: mx.array, grid: tuple[int, int]) -> dict[str, mx.array]:
-        maps = self.pyramid(mx.unflatten(tokens, 1, grid))
         classes, distances, centre = [], [], []
-        for level, x in enumerate(maps):
+        for scale, x in zip(self.scales, self.pyramid(mx.unflatten(tokens, 1, grid)), strict=True):
             by_class, by_box = self.class_branch(x), self.box_branch(x)
-            stride = LEVELS[level] * self.patch_size
             classes.append(self.classes(by_class).flatten(1, 2))
-            # exp, as in FCOS, of numbers near zero: objects start some strides large.
-            sides = mx.exp(mx.clip(self.scales[level] * self.distances(by_box), -6, 6)) * (2 * stride)
-            distances.append(sides.flatten(1, 2))
+            distances.append((scale * self.distances(by_box)).flatten(1, 2))
             centre.append(self.centre(by_box).flatten(1, 3))
         batch = tokens.shape[0]
         where = mx.array(points(grid, self.patch_size))
         canvas = mx.array(grid, mx.float32) * self.patch_size
+        # exp, as in FCOS, of numbers near zero: objects start some strides large.
+        sides = mx.exp(mx.clip(mx.concatenate(distances, axis=1), -6, 6))
         return {
             "classes": mx.concatenate(classes, axis=1),
-            "distances": mx.concatenate(distances, axis=1),
+            "distances": sides * (2 * where[:, 2:]).astype(sides.dtype),
             "centre": mx.concatenate(centre, axis=1),
             "points": mx.broadcast_to(where, (batch, *where.shape)),
             "canvas": mx.broadcast_to(canvas, (batch, 2)),
