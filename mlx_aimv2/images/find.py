@@ -253,12 +253,12 @@ class Scan:
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
         self.was_read(folder, file.suffix)
-        if rest := sorted(set(self.images(folder)).difference(names)):
-            self.note(rest, f"is not listed in {file.name}: skipped")
+        self.note(sorted(set(self.images(folder)).difference(names)), f"is not listed in {file.name}: skipped")
 
     def note(self, names: str | Iterable[str], reason: str) -> None:
         """Keeps that one or several things were skipped or changed, and why."""
-        self._notes.setdefault(reason, []).extend([names] if isinstance(names, str) else names)
+        if names := [names] if isinstance(names, str) else list(names):
+            self._notes.setdefault(reason, []).extend(names)
 
     @property
     def all_noted(self) -> list[str]:

@@ -194,8 +194,8 @@ LEARNING = (
     ),
     Mutation(
         "mirrored boxes keep their sides",
-        "[width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]]",
-        "[boxes[:, 0], boxes[:, 1], boxes[:, 2], boxes[:, 3]]",
+        "boxes[:, [0, 2]] = self.size[1] - boxes[:, [2, 0]]",
+        "boxes[:, [0, 2]] = boxes[:, [0, 2]]",
         PLACES,
     ),
     Mutation(
@@ -399,14 +399,14 @@ LEARNING = (
     ),
     Mutation(
         "a polygon of YOLO is its first four numbers",
-        "if len(values) >= 6 and len(values) % 2 == 0",
-        "if len(values) >= 600 and len(values) % 2 == 0",
+        "if len(values) >= 6 and len(values) % 2 == 0:",
+        "if len(values) >= 600 and len(values) % 2 == 0:",
         FORMATS,
     ),
     Mutation("names of YAML become numbers and booleans", "yaml.BaseLoader", "yaml.SafeLoader", FORMATS),
     Mutation(
         "VOC's difficult objects are trained on",
-        'Row(f"object {count}", name, box, crowd=difficult)',
+        'Row(f"object {count}", name, box, entry.findtext("difficult"))',
         'Row(f"object {count}", name, box)',
         FORMATS,
     ),
@@ -418,14 +418,14 @@ LEARNING = (
     ),
     Mutation(
         "an image is found by its whole name alone",
-        'dict.fromkeys([name, PurePosixPath(name.replace("\\\\", "/")).name])',
-        "dict.fromkeys([name])",
+        'PurePosixPath(name.replace("\\\\", "/")).name, name]',
+        "name]",
         FORMATS,
     ),
     Mutation(
         "Roboflow's root category is a class",
-        "if unused in reading.above:",
-        'if unused == "":',
+        "roots = reading.above - used",
+        "roots = set[str]()",
         COCO,
     ),
     Mutation(

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from os import cpu_count
 from pathlib import Path
@@ -32,9 +33,6 @@ from mlx_aimv2.train.batches import Arrays
 MASKS = ("masks", "ann_dir", "SegmentationClass", "SegmentationClassPNG", "gtFine", "annotations", "labels", "mask")
 """Names of the folder of masks; the first is ours, the others mmsegmentation's, VOC's, Cityscapes' and ADE20K's."""
 
-LISTS = Path("ImageSets", "Segmentation")
-"""Where VOC lists the images of each part."""
-
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
 CLASSES_FILE, CLASSES_TABLE = "classes.txt", "_classes.csv"
@@ -52,10 +50,9 @@ MaskTarget: TypeAlias = "str | tuple[str, tuple[tuple[int, int], ...]]"
 
 def recognise(data: Path) -> str | None:
     """`masks/ beside images/` where DATA has masks, else None."""
-    images, masks = next(iter(_folders(data, Scan()).values()), (None, None)) if data.is_dir() else (None, None)
-    if images is None or masks is None:
-        return None
-    return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    for images, masks in (_folders(data, Scan()) if data.is_dir() else {}).values():
+        return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    return None
 
 
 def read_mask(mask: MaskTarget) -> NDArray[Any]:
@@ -85,10 +82,10 @@ def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     """Folders of images and masks by part."""
 
     def holds(folder: Path, beside: bool) -> bool:
-        names = {Path(path).stem for path in (scan.loose(folder) if beside else scan.images(folder))}
-        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names) or (
-            bool(names) and not beside
-        )
+        if not beside:
+            return bool(scan.images(folder))
+        names = {Path(path).stem for path in scan.loose(folder)}
+        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names)
 
     return dense.folders_beside(data, scan, MASKS, holds)
 
@@ -99,22 +96,19 @@ def _find(data: Path, scan: Scan) -> Found:
         advice = f"put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"
         raise DataError([f"{data} has no masks: {advice}", *not_read(data)])
     names = _class_names([data, *(masks for _, masks in folders.values())])
-    found = Found({}, list(names.values()) if names else None)
+    chosen: dict[str, dense.Pairs] = {}
+    faults: list[str] = []
     for part, (images, masks) in folders.items():
-        files = _masks_in(images, masks, scan, found.faults)
+        files = _masks_in(images, masks, scan, faults)
         pairs = dense.by_name((images, masks), files, "mask", scan)
-        if not pairs and not found.faults:
-            found.faults.append(f"no image in {images} has a mask of its name in {masks}")
-        lists = {part: pairs} if part else dense.by_lists(data / LISTS, pairs, images, scan)
-        found.parts |= {own: [(image, (mask, names)) for image, mask in chosen] for own, chosen in lists.items()}
-    if (names is None or len(names) == 2) and not found.faults and _is_binary(found):
+        chosen |= dense.by_lists(part, data / "ImageSets" / "Segmentation", pairs, images, scan)
+    every = [mask for pairs in chosen.values() for _, mask in pairs]
+    if (names is None or len(names) == 2) and not faults and _are_binary(every):
         black, white = names.values() if names else ("0", "1")
         scan.note(str(data), f"has masks of 0 and {IGNORED} alone: {IGNORED} is taken for class {white}")
-        binary = {0: black, IGNORED: white}
-        found.parts = {
-            part: [(image, (mask, binary)) for image, (mask, _) in pairs] for part, pairs in found.parts.items()
-        }
-    return found
+        names = {0: black, IGNORED: white}
+    parts = {part: [(image, (mask, names)) for image, mask in pairs] for part, pairs in chosen.items()}
+    return Found(parts, list(names.values()) if names else None, faults)
 
 
 def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[str]:
@@ -127,20 +121,18 @@ def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[
     known = {Path(file).with_suffix("") for file in exact}
     if lossy := [file for file in files if Path(file).with_suffix("") not in known]:
         faults.append(
-            f"{lossy[0]}{f' and {len(lossy) - 1:,} more' if len(lossy) > 1 else ''} cannot be a mask: compression "
-            "changes the numbers of its classes, save it as PNG from where it was drawn"
+            f"{listed(lossy, shown=1)} cannot be a mask: compression changes the numbers of its classes, "
+            "save it as PNG from where it was drawn"
         )
     return exact
 
 
-def _is_binary(found: Found) -> bool:
+def _are_binary(masks: Sequence[str]) -> bool:
     """Whether no mask has another value than 0 and 255, and at least one has 255: not what VOC means by it."""
     seen: set[int] = set()
-    for path in (mask for pairs in found.parts.values() for _, (mask, _) in pairs):
-        try:
+    for path in masks:
+        with suppress(ValueError, OSError):  # which is told as the masks are checked
             seen |= set(np.unique(read_mask(path)).tolist())
-        except (ValueError, OSError):  # which is told as the masks are checked
-            continue
         if not seen <= {0, IGNORED}:
             return False
     return seen == {0, IGNORED}
@@ -148,21 +140,23 @@ def _is_binary(found: Found) -> bool:
 
 def _class_names(folders: Sequence[Path]) -> Names:
     """The lines of `classes.txt` in the first of the folders, or the rows of `_classes.csv` in any; else None."""
-    if (file := folders[0] / CLASSES_FILE).is_file():
-        lines = [line for line in read_text(file).splitlines() if line.strip()]
-        return _checked({number: same_form(line) for number, line in enumerate(lines)}, file)
-    files = [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
-    tables = []
-    for file in files:
-        rows = [line.partition(",") for line in read_text(file).splitlines()]
-        pairs = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
-        tables.append(_checked(pairs, file))
-        if tables[-1] != tables[0]:
+    lists = [file for folder in folders[:1] if (file := folder / CLASSES_FILE).is_file()]
+    files = lists or [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
+    found = [_names_in(file) for file in files]
+    for file, names in zip(files, found, strict=True):
+        if names != found[0]:
             raise DataError([f"{files[0]} and {file} give different names to the values: make them alike"])
-    return tables[0] if tables else None
+    return found[0] if found else None
 
 
-def _checked(names: dict[int, str], file: Path) -> dict[int, str]:
+def _names_in(file: Path) -> dict[int, str]:
+    """The class of each value; DataError for duplicates and for values that a mask cannot hold."""
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    if file.name == CLASSES_TABLE:
+        rows = [line.partition(",") for line in lines]
+        names = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
+    else:
+        names = dict(enumerate(map(same_form, lines)))
     if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise DataError([f"{file} names {listed(duplicates)} twice"])
     if any(value >= IGNORED for value in names):
