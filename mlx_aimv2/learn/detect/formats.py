@@ -50,7 +50,7 @@ CATEGORIES = ("categories", "category", "category_id", "labels", "label", "class
 MAX_BYTES = 1 << 22
 """Of a file about one image."""
 
-SETTINGS_BYTES = 1 << 18
+SETTINGS_BYTES = 1 << 17
 """Of YAML, which takes some 10 s for each megabyte; the names of a thousand classes have 30 kB."""
 
 Source: TypeAlias = "tuple[Path, list[Path]]"
