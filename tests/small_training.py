@@ -253,20 +253,13 @@ class CaptionWorkshop:
 
 
 def stopping_at(steps: int):
-    """A `progress` for `fit` that interrupts once so many steps are done."""
+    """An `on_progress` for `fit` that interrupts once so many steps are done."""
 
-    def progress(total: int, unit: str):
-        done = 0
+    def on_progress(done: int, total: int, unit: str) -> None:
+        if unit == "steps" and done >= steps:
+            raise KeyboardInterrupt
 
-        def advance(count: int = 1) -> None:
-            nonlocal done
-            done += count
-            if unit == "steps" and done >= steps:
-                raise KeyboardInterrupt
-
-        return advance
-
-    return progress
+    return on_progress
 
 
 class _Stderr:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,7 +25,7 @@ from mlx_aimv2.train.optimizer import (
     layer_decay,
     warm_up_cosine,
 )
-from mlx_aimv2.train.state import StateFile, training_run
+from mlx_aimv2.train.state import Progress, StateFile, training_run
 from tests.labelled import CHECKPOINT, write_digits
 
 
@@ -118,9 +119,9 @@ def test_the_progress_of_a_resumed_run_begins_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(make=killed_at(7), state=StateFile(tmp_path, {}))
     counts = []
-    watch = Watch(evaluate=score, advance=counts.append)
+    watch = Watch(evaluate=score, on_progress=counts.append)
     train(Line(), losses, Numbered(batch), plan(), state=StateFile(tmp_path, {}), watch=watch)
-    assert counts == [6, 1, 1, 1, 1, 1]
+    assert counts == [7, 8, 9, 10, 11]
 
 
 class WithAnother(Ranks):
@@ -192,7 +193,7 @@ def test_a_long_average_keeps_999_parts_of_1000_at_each_step(tmp_path):
     run(state=StateFile(tmp_path, {}), steps=1, **options)
     state = StateFile(tmp_path, {})
     parts = state.load({"weight": mx.zeros((1, 3))})
-    state.save(parts | {"kept": {"weight": mx.zeros((1, 3))}}, state.progress | {"step": 20_000})
+    state.save(parts | {"kept": {"weight": mx.zeros((1, 3))}}, replace(state.progress, step=20_000))
     kept, _ = run(state=StateFile(tmp_path, {}), steps=20_001, **options)
     np.testing.assert_allclose(kept, 0.001 * np.array(Line().weight), rtol=1e-3)
 
@@ -206,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
     with pytest.raises(LossError, match=r"the loss is nan at step 8: stopped; .* go on with --resume and less than"):
         run(state=StateFile(tmp_path, {}), losses=poisoned)
     kept = StateFile(tmp_path, {})
-    assert kept.progress["step"] == 6
+    assert kept.progress.step == 6
     assert np.isfinite(np.array(kept.load({"weight": mx.zeros((1, 3))})["model"]["weight"])).all()
 
 
@@ -230,7 +231,7 @@ def test_what_was_stopped_is_resumed_or_removed_and_nothing_else_is_resumed(tmp_
     with pytest.raises(FileNotFoundError, match=r"nothing to resume: .*head.training has no state"):
         training_run(output, resume=True).__enter__()
     with training_run(output, resume=False) as folder:
-        StateFile(folder, {}).save({}, {})
+        StateFile(folder, {}).save({}, Progress())
     with pytest.raises(FileExistsError, match="holds a run that was stopped: go on with --resume, or remove"):
         training_run(output, resume=False).__enter__()
     output.mkdir()

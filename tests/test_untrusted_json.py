@@ -6,9 +6,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_aimv2 import load
+from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import detect, fit
-from mlx_aimv2.learn.classify.data import metadata_rows
 from mlx_aimv2.learn.head_folder import fuse, load_head
+from mlx_aimv2.learn.metadata import metadata_rows
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.untrusted_json import MAX_DEPTH, MAX_DIGITS, are_numbers, misfit, parse
@@ -109,7 +110,7 @@ def _coco(folder, text, work, adapted):
 
 def _rows(folder, text, work, adapted):
     (folder / "metadata.jsonl").write_text(f'{text}\n{{"file_name": "a.png", "label": "a"}}\n')
-    rows, faults = metadata_rows(folder / "metadata.jsonl")
+    rows, faults = metadata_rows(folder / "metadata.jsonl", Scan())
     assert [row["file_name"] for row in rows] == ["a.png"]
     raise DataError(faults or [f"{folder / 'metadata.jsonl'} has an empty line"])
 
@@ -145,10 +146,10 @@ def test_adapters_of_no_sense_are_refused(tmp_path, work, adapted, change):
 
 
 WRONG_HEADS = {
-    "no encoder": ({"encoder": {}}, "encoder says checkpoint"),
+    "no encoder": ({"encoder": {}}, "encoder is {}"),
     "a sample of texts": ({"encoder": {"weights": {"digest": "x", "sample": ["a"] * 900}}}, "another encoder"),
     "a size that is none": ({"image_size": True}, "image_size is True"),
-    "a type of another task": ({"fine_tune_type": "decoder"}, "no fine_tune_type decoder"),
+    "a type of another task": ({"fine_tune_type": "decoder"}, "fine_tune_type is .decoder."),
 }
 
 
@@ -191,7 +192,7 @@ def test_a_state_of_no_sense_is_refused(tmp_path, work, change):
             cache=work.folder / "cache", iters=4, steps_per_eval=1, **settings)  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
-        run(progress=stopping_at(2))
+        run(on_progress=stopping_at(2))
     file = tmp_path / "head.training" / "state.safetensors"
     tensors, about = mx.load(str(file), return_metadata=True)
     mx.eval(tensors)

@@ -73,7 +73,7 @@ def run_embed(arguments: argparse.Namespace) -> int:
     settings = Settings(**{one.name: given[one.name] for one in fields(Settings)})
     options = Options(**{one.name: given[one.name] for one in fields(Options)})
     try:
-        with progress("images") as on_progress:
+        with progress() as on_progress:
             summary = update_index(arguments.paths, output, settings, options, report=say, on_progress=on_progress)
     except ConnectionError as error:  # another rank is gone
         say(error)

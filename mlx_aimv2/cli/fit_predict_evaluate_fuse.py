@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from mlx_aimv2.cli.flags import MODEL, Add, add_dtype, add_resume, add_revision, add_settings, add_skip_broken, groups
 from mlx_aimv2.cli.output import progress, say, show
@@ -43,14 +43,14 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
     keywords = {name: value for name, value in vars(arguments).items() if name not in OWN}
     labels = None if arguments.labels is None else [label.strip() for label in arguments.labels.split(",")]
-    with progress("steps") as bar, faults_as_json(arguments):
+    with progress() as on_progress, faults_as_json(arguments):
         fitted = fit(
             arguments.data,
             arguments.model,
             arguments.output,
             labels=labels,
             say=say,
-            progress=bar.begin,
+            on_progress=on_progress,
             **keywords,
         )
     if not fitted.line:  # another rank prints
@@ -76,8 +76,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 
 def run_predict(arguments: argparse.Namespace) -> int:
     """Prints a prediction for each image; returns 1 when some could not be read."""
-    from mlx_aimv2.embed.encode import listed_files
-    from mlx_aimv2.learn.evaluation import predict, saving
+    from mlx_aimv2.learn import predict
     from mlx_aimv2.learn.head_folder import load_head
 
     failures: list[str] = []
@@ -89,16 +88,12 @@ def run_predict(arguments: argparse.Namespace) -> int:
     if (output := arguments.output) is not None:
         check_target(output)  # before the model is loaded, which takes longer
     head = load_head(arguments.head, model=arguments.model, dtype=arguments.dtype)
-    files = listed_files(arguments.images, fail)
-    with nullcontext() if output is None else saving(head, arguments.images, files, output) as save:
-        for path, found in predict(head, files, on_failure=fail):
-            if arguments.json:
-                print(json.dumps({"path": path, **head.task.results.as_json(found, head.classes)}), flush=True)
-            else:
-                for line in (path, *head.task.results.as_text(found, head.classes).split("\n")):
-                    show(line)
-            if save is not None:
-                save(path, found)
+    for path, found in predict(head, arguments.images, output=output, on_failure=fail):
+        if arguments.json:
+            print(json.dumps({"path": path, **head.task.results.as_json(found, head.classes)}), flush=True)
+        else:
+            for line in (path, *head.task.results.as_text(found, head.classes).split("\n")):
+                show(line)
     return 1 if failures else 0
 
 

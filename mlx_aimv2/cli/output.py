@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -83,15 +83,18 @@ def escape(text: str) -> str:
 class Progress:
     """How far a long run is: on a terminal a bar, in a log a line every ten seconds. A call returns at once."""
 
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
+    def __init__(self) -> None:
+        self.unit = "images"
         self.started = self.last = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Shows that `done` of `total` are done."""
+    def __call__(self, done: int, total: int, unit: str = "images") -> None:
+        """Shows that `done` of `total` are done; another unit ends the bar before."""
         global _bar
         from tqdm import tqdm
 
+        if unit != self.unit:
+            self.close()
+            self.unit, self.started = unit, time.monotonic()
         if sys.stderr is not None and sys.stderr.isatty():
             if _bar is None:
                 _bar = tqdm(total=total, unit=f" {self.unit}", file=_Patient(), leave=False, dynamic_ncols=True)
@@ -99,19 +102,6 @@ class Progress:
         elif (now := time.monotonic()) - self.last >= SECONDS_IN_LOG:
             self.last = now
             say(tqdm.format_meter(done, total, now - self.started, ncols=0, unit=f" {self.unit}").strip())
-
-    def begin(self, total: int, unit: str) -> Callable[[int], None]:
-        """Ends the bar before and begins one of `total` units; gives a function that counts them."""
-        self.close()
-        self.unit, self.started = unit, time.monotonic()
-        done = 0
-
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            self(done, total)
-
-        return count
 
     def close(self) -> None:
         """Takes the bar off the terminal."""
@@ -122,9 +112,9 @@ class Progress:
 
 
 @contextmanager
-def progress(unit: str) -> Iterator[Progress]:
+def progress() -> Iterator[Progress]:
     """Gives what shows the progress of a run. Within it the first ten notes are written, the others counted."""
-    count, shown = 0, Progress(unit)
+    count, shown = 0, Progress()
 
     def limited(message: Warning | str, *_: object, **__: object) -> None:
         nonlocal count

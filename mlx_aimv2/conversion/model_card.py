@@ -29,6 +29,12 @@ LONGEST = 300
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Fields of a card that are copied from the source's card unchanged."""
 
+SCALAR = re.compile(
+    rf"""^({"|".join(LICENCE_KEYS)}|base_model):[ \t]+(["']?)([\w./][^"'\\\n]*?)\2[ \t]*(?:[ \t]#.*)?\r?$""",
+    re.MULTILINE,
+)
+"""A field of the source's card whose value is a string on one line, quoted or not: key, quote, value."""
+
 _USE = {
     "vision": """\
 from mlx_aimv2 import load
@@ -53,13 +59,8 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{name}")
 """,
-    "apple": """\
-from mlx_aimv2 import load  # or Apple's own PyTorch code, whose layout this is
-
-model, processor = load("{name}")
-""",
 }
-"""What loads a folder and runs it: an MLX folder by what it holds, a PyTorch folder by its layout."""
+"""What loads a folder and runs it, by what it holds, or for transformers."""
 
 
 def write(
@@ -70,12 +71,13 @@ def write(
     report: Mapping[str, Any] | None,
     hub_name: str | None = None,
     layout: str | None = None,
+    is_tuned: bool = False,
 ) -> None:
     """Writes README.md into a converted folder, replacing what was there.
 
     `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
     compared, `hub_name` the repository it will be uploaded to, None for a folder that stays, `layout` that of a PyTorch
-    folder.
+    folder; `is_tuned` says that its weights are not the source's.
     """
     card, origin = _source_card(source), source.origin
     name = origin.repo or origin.folder.absolute().name
@@ -84,10 +86,13 @@ def write(
     at = f" (commit `{origin.commit}`)" if origin.commit else ""
     target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
+    package += ", or Apple's own PyTorch code," if layout == "apple" else ""
+    made = "fine-tuned and converted" if is_tuned else "converted"
+    relation = "finetune" if is_tuned else "quantized" if "quantization" in config else None
     parts = [
-        front_matter(_head(place, source, card, is_mlx=layout is None, is_quantized="quantization" in config)),
+        front_matter(_head(place, source, card, is_mlx=layout is None, relation=relation)),
         f"# {title}",
-        f"{link}{at}, converted to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
+        f"{link}{at}, {made} to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
         f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name)}```",
         _fidelity(report),
         _licence(place, card),
@@ -102,7 +107,9 @@ def front_matter(head: Mapping[str, Any]) -> str:
     return f"---\n{ModelCardData(**head).to_yaml().strip()}\n---"
 
 
-def _head(place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool, is_quantized: bool) -> dict[str, Any]:
+def _head(
+    place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool, relation: str | None
+) -> dict[str, Any]:
     origin, is_pair = source.origin, isinstance(source.config, Aimv2Config)
     head: dict[str, Any] = {
         "library_name": "mlx" if is_mlx else "transformers",
@@ -111,8 +118,8 @@ def _head(place: Path, source: Source, card: Mapping[str, str], *, is_mlx: bool,
     }
     if base := origin.repo or card.get("base_model"):
         head["base_model"] = base
-        if is_quantized:
-            head["base_model_relation"] = "quantized"
+        if relation is not None:
+            head["base_model_relation"] = relation
     head |= {key: card[key] for key in LICENCE_KEYS if key in card}
     link = head.get("license_link")
     if origin.repo and isinstance(link, str) and "://" not in link and not (place / link).is_file():
@@ -131,20 +138,10 @@ def _source_card(source: Source) -> dict[str, str]:
         return {}
     head = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
     found: dict[str, str] = {}
-    for key in (*LICENCE_KEYS, "base_model"):
-        line = re.search(rf"^{key}:[ \t]+(.+?)[ \t]*\r?$", head[1] if head else "", re.MULTILINE)
-        value = _plain_scalar(line[1]) if line else None
-        if value:
-            found[key] = value
+    for key, _, value in SCALAR.findall(head[1] if head else ""):
+        if len(value) <= LONGEST and value.isprintable() and ": " not in value:
+            found.setdefault(key, value)
     return found
-
-
-def _plain_scalar(text: str) -> str | None:
-    """A short string of YAML on one line, quoted or not; None for anything else that YAML can say."""
-    quoted = re.fullmatch(r"""(["'])([^"'\\]*)\1""", text)
-    value = quoted[2] if quoted else re.sub(r"\s+#.*$", "", text)
-    is_plain = quoted is not None or re.match(r"[\w./]", value)
-    return value if is_plain and len(value) <= LONGEST and value.isprintable() and ": " not in value else None
 
 
 def _precision(config: Mapping[str, Any]) -> str:
@@ -159,14 +156,14 @@ def _precision(config: Mapping[str, Any]) -> str:
 def _snippet(config: AnyConfig, layout: str | None, name: str | None) -> str:
     """What loads the folder and runs it, with the shapes that come out."""
     width, count = config.vision.hidden_size, config.vision.num_patches or "tokens"
-    code = _USE[layout or ("pair" if isinstance(config, Aimv2Config) else "vision")]
+    code = _USE[layout] if layout in _USE else _USE["pair" if isinstance(config, Aimv2Config) else "vision"]
     return code.format(name=name or "path/to/this/folder", tokens=f"(1, {count}, {width})", width=width)
 
 
 def _fidelity(report: Mapping[str, Any] | None) -> str:
     title = "## Fidelity"
     if report is None:
-        return f"{title}\n\nNot measured: the conversion ran with `--no-verify`."
+        return f"{title}\n\nNot measured."
     lines = [f"| {what} | {value} |" for what, value in rows(report).items()]
     warnings = [f"- {warning}" for warning in report["warnings"]]
     table = "\n".join(["| measured against the source in float32 | |", "|---|---|", *lines])

@@ -125,9 +125,8 @@ def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> 
     for pattern, rule in reversed(rules):
         found = rule.match_file(name)
         # pathspec marks with this group what is matched because it lies in a folder of that name.
-        if found is None or (found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name)):
-            continue
-        return pattern if rule.include else None
+        if found and not (found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name)):
+            return pattern if rule.include else None
     return None
 
 
@@ -253,14 +252,13 @@ class Scan:
 
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
-        if file.is_relative_to(folder):
-            self.was_read(folder, file.suffix)
-        if rest := sorted(set(self.images(folder)).difference(names)):
-            self.note(rest, f"is not listed in {file.name}: skipped")
+        self.was_read(folder, file.suffix)
+        self.note(sorted(set(self.images(folder)).difference(names)), f"is not listed in {file.name}: skipped")
 
     def note(self, names: str | Iterable[str], reason: str) -> None:
         """Keeps that one or several things were skipped or changed, and why."""
-        self._notes.setdefault(reason, []).extend([names] if isinstance(names, str) else names)
+        if names := [names] if isinstance(names, str) else list(names):
+            self._notes.setdefault(reason, []).extend(names)
 
     @property
     def all_noted(self) -> list[str]:
@@ -362,7 +360,13 @@ class _Lister:
             except OSError as error:
                 self.problem(path, error)
                 continue
-            if below and not self.enters(path, below, {entry.name for entry in entries}):
+            names = {entry.name for entry in entries}
+            is_own = bool(below) and any(names.issuperset(files) for files in OWN_FILES)
+            if is_own and not self.rules.includes(below.rstrip("/"), is_folder=True):
+                self.found.excluded[OWN] += 1
+                continue
+            if below and not self.deep:
+                self.found.folders.append(path)
                 continue
             for entry in entries:
                 try:
@@ -370,16 +374,6 @@ class _Lister:
                 except OSError as error:
                     if has_suffix(entry.name) or error.errno == errno.ELOOP:
                         self.problem(entry.path, error)
-
-    def enters(self, path: str, below: str, names: set[str]) -> bool:
-        """Whether what lies in a folder below the one asked for is wanted; counts or lists the folder if not."""
-        is_own = any(names.issuperset(files) for files in OWN_FILES)
-        if is_own and not self.rules.includes(below.rstrip("/"), is_folder=True):
-            self.found.excluded[OWN] += 1
-            return False
-        if not self.deep:
-            self.found.folders.append(path)
-        return self.deep
 
     def entry(self, entry: os.DirEntry[str], folder: _Folder, pending: list[_Folder]) -> None:
         name, below = entry.name, f"{folder[2]}{entry.name}"

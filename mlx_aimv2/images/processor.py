@@ -98,6 +98,19 @@ class Aimv2Processor:
         """Whether images keep their own size."""
         return self.preprocessing.resize is None and self.preprocessing.crop is None
 
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) of every image, where all have one size, as `loading.at_size` sees to it."""
+        if (size := self.preprocessing.final_size) is None:
+            raise ValueError("images of one batch need one size: make the processor with loading.at_size")
+        return size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of every image, where all have one size."""
+        height, width = self.canvas
+        return height // self.patch_size, width // self.patch_size
+
     def __call__(
         self,
         images: ImageInput | Iterable[ImageInput],

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from mlx_aimv2 import lazily
 
 if TYPE_CHECKING:
-    from mlx_aimv2.learn.evaluation import evaluate, predict
     from mlx_aimv2.learn.fit_head import fit
-    from mlx_aimv2.learn.head_folder import fuse
+    from mlx_aimv2.learn.head_folder import evaluate, fuse, predict
 
 __all__ = ["evaluate", "fit", "fuse", "predict"]
 
 __getattr__, __dir__ = lazily(
-    globals(), {"evaluate": "evaluation", "fit": "fit_head", "fuse": "head_folder", "predict": "evaluation"}
+    globals(), {"evaluate": "head_folder", "fit": "fit_head", "fuse": "head_folder", "predict": "head_folder"}
 )

@@ -30,7 +30,6 @@ from mlx_aimv2.images import open_image, to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.samples import DataError, Sample, Size, part_of
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
@@ -88,28 +87,30 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
     """Images of the first folder with those of the `files` below the other that have their name.
 
     A file may have one of `ENDINGS` more. What has no counterpart is left out with a note; DataError where an image has
-    several.
+    several, and where none has any.
     """
     images, others = folders
-    exact = {_stem(file, others): file for file in files}
-    longer: dict[str, list[str]] = defaultdict(list)
-    for stem, file in exact.items():
-        longer[ENDINGS.sub("", stem)].append(file)
+    alike: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        alike[ENDINGS.sub("", _stem(file, others))].append(file)
     pairs: Pairs = []
     faults: list[str] = []
     for image in sorted(set(scan.images(images)).difference(files)):
         stem = _stem(image, images)
-        found = [exact[stem]] if stem in exact else longer[ENDINGS.sub("", stem)]
+        longer = alike[ENDINGS.sub("", stem)]
+        found = [file for file in longer if _stem(file, others) == stem] or longer
         if not found:
             scan.note(image, f"has no {noun} of its name in {others}: left out")
         elif len(found) > 1:
             faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
         else:
             pairs.append((image, found[0]))
+    if files and not pairs and not faults:
+        faults.append(f"no {noun} in {others} has the name of an image in {images}")
     if faults:
         raise DataError(faults)
-    for file in sorted(set(files).difference(file for _, file in pairs)):
-        scan.note(file, f"has no image of its name in {images}: left out")
+    alone = sorted(set(files).difference(file for _, file in pairs))
+    scan.note(alone, f"has no image of its name in {images}: left out")
     return pairs
 
 
@@ -117,22 +118,20 @@ def _stem(file: str, folder: Path) -> str:
     return str(Path(file).relative_to(folder).with_suffix(""))
 
 
-def by_lists(lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, Pairs]:
-    """Images by the parts that VOC's ImageSets name in `train.txt` and `val.txt`; under "" where there are no lists."""
+def by_lists(around: str, lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, Pairs]:
+    """Pairs by part: that of the folder `around` them, or those that VOC's ImageSets list in `train.txt`, `val.txt`."""
     files = {part: file for file in sorted(lists.glob("*.txt")) if (part := part_of(file.stem)) and file.stem.isalpha()}
-    if not files:
-        return {"": pairs}
+    if around or not files:
+        return {around: pairs}
     known = {_stem(pair[0], images): pair for pair in pairs}
     found: dict[str, Pairs] = {}
     for part, file in files.items():
-        names = [re.sub(r"\s+-?[01]$", "", line.strip()) for line in read_text(file).splitlines() if line.strip()]
-        found[part] = [known[name] for name in dict.fromkeys(names) if name in known]
-        for name in dict.fromkeys(names):
-            if name not in known:
-                scan.note(f"{name} in {file}", "has no image or nothing that belongs to it: left out")
+        names = dict.fromkeys(line.strip() for line in read_text(file).splitlines() if line.strip())
+        found[part] = [known[name] for name in names if name in known]
+        missing = [f"{name} in {file}" for name in names if name not in known]
+        scan.note(missing, "has no image or nothing that belongs to it: left out")
     listed = {pair for part in found.values() for pair in part}
-    for image in sorted(pair[0] for pair in set(pairs) - listed):
-        scan.note(image, f"is in no list of {lists}: left out")
+    scan.note(sorted(image for image, _ in set(pairs) - listed), f"is in no list of {lists}: left out")
     return {part: own for part, own in found.items() if own}
 
 
@@ -144,13 +143,11 @@ def size_fault(path: str, size: Size, stated: Size, source: str) -> str | None:
     """
     if stated == size:
         return None
-    own, other = (f"{height}x{width}" for height, width in (size, stated))
+    fault = f"{size[0]}x{size[1]} pixels upright (height x width), but {source} has {stated[0]}x{stated[1]}"
     if stated == size[::-1] and open_image(path).orientation >= 5:
-        return (
-            f"{path} is turned by its EXIF tag, {own} pixels upright (height x width), but {source} has {other}, as it "
-            f"is stored: remove the tag (exiftool -Orientation= {path}), or draw on the upright image"
-        )
-    return f"{path} has {own} pixels upright (height x width), but {source} has {other}: they must be equal"
+        advice = f"remove the tag (exiftool -Orientation= {path}), or draw on the upright image"
+        return f"{path} is turned by its EXIF tag, {fault}, as it is stored: {advice}"
+    return f"{path} has {fault}: they must be equal"
 
 
 @dataclass(frozen=True)
@@ -170,15 +167,14 @@ class Placement:
 
     def boxes(self, boxes: NDArray[Any]) -> NDArray[Any]:
         """Boxes of the image on the canvas, not cut at its edge: `(n, 4) -> (n, 4)` left, top, right, bottom."""
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        boxes = np.array(boxes, np.float64).reshape(-1, 4)
         if self.mirrored:
-            width = self.size[1]
-            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+            boxes[:, [0, 2]] = self.size[1] - boxes[:, [2, 0]]
         scale = np.array([self.scale_x, self.scale_y] * 2)
         return boxes * scale + np.array([self.left, self.top] * 2)
 
     def back(self, boxes: NDArray[Any]) -> NDArray[Any]:
-        """Boxes of the canvas in the image, cut at its edge: `(n, 4) -> (n, 4)`; for placements not mirrored."""
+        """Boxes of the canvas in the image, cut at its edge and mirrored as it lies there: `(n, 4) -> (n, 4)`."""
         scale = np.array([self.scale_x, self.scale_y] * 2)
         boxes = (np.asarray(boxes, np.float64) - np.array([self.left, self.top] * 2)) / scale
         result: NDArray[Any] = np.clip(boxes, 0, np.array([self.size[1], self.size[0]] * 2, np.float64))
@@ -191,16 +187,14 @@ class Placement:
         if self.mirrored:
             image = ImageOps.mirror(image)
         height, width = self.canvas
-        # The part of the image that lies on the canvas, and where it lies there, in whole pixels of the canvas.
-        x = np.clip(np.rint([self.left, self.left + self.scale_x * self.size[1]]), 0, width).astype(int)
-        y = np.clip(np.rint([self.top, self.top + self.scale_y * self.size[0]]), 0, height).astype(int)
         canvas = Image.new(image.mode, (width, height), fill)
-        if x[1] > x[0] and y[1] > y[0]:
-            part = np.array([x[0] - self.left, y[0] - self.top, x[1] - self.left, y[1] - self.top])
-            part = part / np.array([self.scale_x, self.scale_y] * 2)
-            part = np.clip(part, 0, np.array([*image.size] * 2, np.float64))
-            shape = (int(x[1] - x[0]), int(y[1] - y[0]))
-            canvas.paste(image.resize(shape, resample, box=tuple(part.tolist())), (int(x[0]), int(y[0])))
+        # The part of the image that lies on the canvas, and where it lies there, in whole pixels of the canvas.
+        whole = np.rint(self.boxes(np.array([0, 0, *image.size])))
+        there = np.clip(whole, 0, np.array([width, height] * 2)).astype(int)
+        left, top, right, bottom = there[0].tolist()
+        if right > left and bottom > top:
+            part = tuple(self.back(there)[0].tolist())
+            canvas.paste(image.resize((right - left, bottom - top), resample, box=part), (left, top))
         return canvas
 
 
@@ -219,7 +213,7 @@ def example(
 ) -> Arrays:
     """`pixels` (H, W, 3) of a sample and its `targets` where it lies, which `rng` decides if there is one."""
     image = to_rgb(sample.path)
-    size, canvas = (image.height, image.width), canvas_size(processor)
+    size, canvas = (image.height, image.width), processor.canvas
     place = plain(size, canvas) if rng is None else random(size, canvas, rng, flip=flip)
     if rng is not None:
         image = jittered(image, COLOUR, rng)
@@ -255,11 +249,6 @@ def worst(
     return plot.beside(columns, gap=8)
 
 
-def as_map(tokens: mx.array, grid: tuple[int, int]) -> mx.array:
-    """Tokens in their grid: `(B, N, D) -> (B, h, w, D)`."""
-    return tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
-
-
 class Double(nn.Module):
     """Twice as many rows and columns: `(B, h, w, C) -> (B, 2h, 2w, E)`; each position becomes four by a linear map."""
 
@@ -291,10 +280,7 @@ class Refine(nn.Module):
 
 def halve(x: mx.array) -> mx.array:
     """The largest of each 2 x 2 positions: `(B, h, w, C) -> (B, ceil(h/2), ceil(w/2), C)`; an odd edge is repeated."""
-    if x.shape[1] % 2:
-        x = mx.concatenate([x, x[:, -1:]], axis=1)
-    if x.shape[2] % 2:
-        x = mx.concatenate([x, x[:, :, -1:]], axis=2)
+    x = mx.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)], mode="edge")
     batch, rows, columns, channels = x.shape
     return x.reshape(batch, rows // 2, 2, columns // 2, 2, channels).max(axis=(2, 4))
 
@@ -310,10 +296,6 @@ def bilinear(x: mx.array, size: tuple[int, int]) -> mx.array:
 @lru_cache(maxsize=32)
 def linear_weights(source: int, target: int) -> np.ndarray:
     """Weights of linear interpolation along one axis, `-> (target, source)` float32; pixel centres, edges repeated."""
-    places = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    first = np.minimum(np.floor(places).astype(int), max(source - 2, 0))
-    weights = np.zeros((target, source), np.float32)
-    rows = np.arange(target)
-    weights[rows, first] += 1 - (places - first)
-    weights[rows, np.minimum(first + 1, source - 1)] += places - first
-    return weights
+    places = (np.arange(target) + 0.5) * source / target - 0.5
+    columns = [np.interp(places, np.arange(source), one) for one in np.eye(source)]
+    return np.stack(columns, axis=1).astype(np.float32)

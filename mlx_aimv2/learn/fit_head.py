@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ import mlx.core as mx
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.backend import prepared
+from mlx_aimv2.conversion.model_card import front_matter
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
-from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import head_folder
-from mlx_aimv2.learn.evaluation import write_card
-from mlx_aimv2.learn.learner import Learner, canvas_size, decoded, grid_of
+from mlx_aimv2.learn.learner import Learner, decoded
 from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
-from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
+
+MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
+"""What makes images, links, code and HTML of text in Markdown, and what ends a cell."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +61,39 @@ def fit(
     resume: bool = False,
     skip_broken: bool = False,
     say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, str], Callable[[int], None]] = lambda total, unit: lambda count: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
     **settings: Any,
 ) -> Fitted:
     """Trains a head, or an encoder with one, on labelled images: `DATA, MODEL, HEAD -> Fitted`.
 
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
     fields of `task.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
-    a line for each thing worth knowing; `progress(total, unit)` gives a function that counts. With `resume` a run that
-    was stopped goes on. With `skip_broken` images that cannot be read are left out; HEAD/left_out.txt lists what was.
+    a line for each thing worth knowing; `on_progress` takes how many images or steps are done, how many there are, and
+    the word. With `resume` a run that was stopped goes on. With `skip_broken` images that cannot be read are left out;
+    HEAD/left_out.txt lists what was.
 
     Raises DataError (a ValueError) with everything that is wrong with the data, ValueError for options that
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
     Nothing stands at HEAD unless the run was complete.
     """
     started = time.monotonic()
-    options, source, target, ranks = _options(settings), expand_user(data), expand_user(output), Ranks()
+    options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
+    if ranks.rank > 0:  # the first one tells
+        say, on_progress = (lambda line: None), (lambda done, total, unit: None)
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
         decode = skip_broken or found.types[kind].features is None
         dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken)
-        encoder, processor, described = _encoder(model, found, options, revision, _dtype(kind, dtype), say)
-        how = RECIPES[options.recipe] if options.recipe else found.types[kind]
+        loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
+        encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.dense)
+        described = head_folder.describe_encoder(loaded, processor)
+        del loaded  # or the text encoder of a pair would stay in memory
+        rows, columns = processor.grid
+        if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
+            say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
         run = Run(
             task=found,
             kind=kind,
@@ -91,15 +101,13 @@ def fit(
             encoder=encoder,
             processor=processor,
             options=options,
-            type=how,
+            type=RECIPES[options.recipe] if options.recipe else found.types[kind],
             described=described,
-            state=StateFile(training, _identity(found, kind, described, dataset, options))
-            if how.learning_rates
-            else None,
+            state=StateFile(training, _identity(found, kind, described, dataset, options)),
             ranks=ranks,
             cache=Path(cache) if cache is not None else None,
-            say=say if ranks.rank == 0 else lambda line: None,
-            progress=progress if ranks.rank == 0 else lambda total, unit: lambda count: None,
+            say=say,
+            on_progress=on_progress,
         )
         mx.random.seed(options.seed)
         trained = train_on_features(run) if run.type.features else fine_tune(run)
@@ -108,30 +116,6 @@ def fit(
         fitted = _written(target, run, trained, seconds=time.monotonic() - started)
         discard(training)
         return fitted
-
-
-def _options(settings: dict[str, Any]) -> Options:
-    try:
-        return Options(**settings)
-    except TypeError as error:  # a keyword that is none
-        raise TypeError(str(error).replace("Options.__init__()", "fit()")) from None
-
-
-def _encoder(
-    model: str | os.PathLike[str],
-    task: Task,
-    options: Options,
-    revision: str | None,
-    dtype: str | None,
-    say: Callable[[str], None],
-) -> tuple[Aimv2VisionModel, Aimv2Processor, dict[str, Any]]:
-    """The encoder and its processor at the size that is asked for, and what the head folder keeps of them."""
-    loaded = read_source(model, revision=revision).load(dtype=dtype)
-    encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=task.dense)
-    rows, columns = grid_of(processor)
-    if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
-        say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
-    return encoder, processor, head_folder.describe_encoder(loaded, processor)
 
 
 def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fitted:
@@ -148,7 +132,7 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
         "classes": list(classes),
         "options": trained.head_options,
         "encoder": run.described,
-        "image_size": canvas_size(run.processor)[0],
+        "image_size": run.processor.canvas[0],
         "images": images,
         "metrics": scores,
         "settings": {name: getattr(run.options, name) for name in run.options.given()} | trained.settings,
@@ -160,7 +144,7 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     with atomic_folder(target) as place:
         head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
         shown = task.results.card(splits[part], predictions, classes, place)
-        write_card(place, info, task, table, shown, name=target.name)
+        _write_card(place, info, task, table, shown, name=target.name)
         if left_out := run.dataset.left_out:
             lines = "".join(line.replace("\n", "\\n") + "\n" for line in left_out)
             (place / "left_out.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
@@ -180,6 +164,70 @@ def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> 
     text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
     flattered = "; chosen on the same images, so a little flattering: a test part would tell"
     return text + (flattered if part == "val" else "")
+
+
+def _write_card(
+    folder: Path,
+    info: Mapping[str, Any],
+    task: Task,
+    table: Sequence[Sequence[str]],
+    shown: Sequence[tuple[str, str]],
+    *,
+    name: str,
+) -> None:
+    """Writes README.md into a head folder: the scores, the table of the last part, images by title and file name."""
+    encoder, metrics = info["encoder"], info["metrics"]
+    at = f"`{Path(encoder['checkpoint']).name}`"  # of a path the last part alone
+    if encoder.get("commit"):
+        at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`"
+    names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
+    rows = [["part", "images", *names]]
+    for part, scores in metrics.items():
+        values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
+        rows.append([part, f"{info['images'][part]:,}", *values])
+    images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
+    text = f"""\
+{front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
+
+# {_as_text(name)}
+
+A head for {task.pipeline_tag.split("-")[1]} on {at}, trained with mlx-aimv2 {info["versions"]["mlx-aimv2"]} \
+(`--fine-tune-type {info["fine_tune_type"]}`) on images: \
+{", ".join(f"{count:,} {which}" for which, count in info["images"].items())}.
+The encoder's licence holds for what is made with it; its weights are not in this folder\
+{", but the changed ones are" if info["fine_tune_type"] == "full" else ""}.
+
+## Result
+
+{_markdown(rows)}
+
+`val` chose the settings and the best step, so its numbers flatter a little\
+{"; `test` chose nothing" if "test" in metrics else ""}.
+
+## By class, on {part}
+
+{_markdown(table)}
+
+{images}## Use
+
+```sh
+mlx-aimv2 predict {name} IMAGE
+mlx-aimv2 evaluate {name} DATA
+```
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the header; numbers stand at the right, and labels as they are written."""
+    header, *rest = ([_as_text(cell) for cell in row] for row in rows)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rest))
+
+
+def _as_text(label: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(label.split()))
 
 
 def _dtype(kind: str, dtype: str | None) -> str | None:

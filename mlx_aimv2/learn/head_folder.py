@@ -1,4 +1,4 @@
-"""The folder that training leaves: head, classes, scores, the encoder that it needs; `fuse` makes it a checkpoint.
+"""The folder that training leaves, HEAD: head, classes, scores, the encoder that it needs; and what is done with it.
 
 `head.json`, `head.safetensors` and `trained_on.sha256`; for lora and dora mlx-lm's adapter files; for full
 `encoder.safetensors` with the weights that changed; `README.md` with its images.
@@ -11,7 +11,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -23,11 +24,13 @@ from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.embed.cache import differences, fingerprint
-from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
+from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, stems_below, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.learner import Learner, grid_of
+from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_files, outputs_of_learner
 from mlx_aimv2.learn.lora import load_arrays
+from mlx_aimv2.learn.samples import seen
 from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
@@ -121,37 +124,40 @@ def read_info(folder: Path) -> dict[str, Any]:
             f"{folder} was written by a newer version of mlx-aimv2 (format {version}, this one reads {FORMAT}): "
             "pip install -U mlx-aimv2"
         )
-    if version != FORMAT:
-        raise ValueError(f"{file} is damaged: format_version is {version!r}")
-    if (name := misfit(info, FIELDS)) is not None:
+    if (name := misfit(info, FIELDS)) is None:
+        is_right = {
+            "format_version": version == FORMAT,
+            "task": info["task"] in TASKS,
+            "fine_tune_type": info["task"] in TASKS and info["fine_tune_type"] in find_task(info["task"]).types,
+            "encoder": misfit(info["encoder"], ENCODER_FIELDS) is None,
+            "image_size": 1 <= info["image_size"] <= MAX_SIDE,
+            "classes": info["classes"] and all(isinstance(one, str) for one in info["classes"]),
+        }
+        name = next((one for one, is_so in is_right.items() if not is_so), None)
+    if name is not None:
         raise ValueError(f"{file} is damaged: {name} is {info.get(name)!r:.60}")
-    if info["task"] not in TASKS:
-        raise ValueError(f"{file} is damaged: task is {info['task']!r:.60}, none of {', '.join(TASKS)}")
-    if (name := misfit(info["encoder"], ENCODER_FIELDS)) is not None:
-        raise ValueError(f"{file} is damaged: encoder says {name} {info['encoder'].get(name)!r:.60}")
-    if not 1 <= info["image_size"] <= MAX_SIDE:
-        raise ValueError(f"{file} is damaged: image_size is {info['image_size']}")
-    if not info["classes"] or not all(isinstance(name, str) for name in info["classes"]):
-        raise ValueError(f"{file} is damaged: classes are not a list of names")
     return info
 
 
 def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None) -> Head:
     """A head folder with the encoder that it needs, from where it was trained or from `model`: `folder -> Head`.
 
-    Raises ValueError where the encoder's weights or preprocessing are not those that the head was trained on.
+    Raises ValueError where the encoder's weights or preprocessing, or the rule by which its positions are resampled,
+    are not those that the head was trained on.
     """
     folder = expand_user(folder)
     info = read_info(folder)
     task = find_task(info["task"])
-    if info["fine_tune_type"] not in task.types:
-        raise ValueError(f"{folder / INFO_FILE} is damaged: {task.name} has no fine_tune_type {info['fine_tune_type']}")
-    wanted = info["encoder"]
+    wanted, size = info["encoder"], info["image_size"]
     loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
-    _check_positions(folder, info, loaded)
-    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
-    if (patches := math.prod(grid_of(processor))) > MANY_PATCHES:
+    if (own := loaded.model.vision.config.image_size) not in (None, size) and wanted.get("positions") != POSITIONS:
+        raise ValueError(
+            f"{folder} was fitted on images of {size} pixels, its encoder is for {own}, and its positions came from "
+            "another rule (earlier versions did not antialias them): fit it again with mlx-aimv2 fit"
+        )
+    vision, processor = at_size(loaded.model.vision, loaded.processor, size, whole=task.dense)
+    if (patches := math.prod(processor.grid)) > MANY_PATCHES:
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     _load_changes(folder, info["fine_tune_type"], vision)
     head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
@@ -161,6 +167,84 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     digests = folder / TRAINED_ON_FILE
     trained_on = read_bytes(digests) if digests.is_file() else b""
     return Head(task, tuple(info["classes"]), learner, processor, trained_on)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA.
+
+    `left_out` has a line for each thing in DATA that was left out.
+    """
+
+    scores: dict[str, float]
+    images: int
+    part: str
+    table: list[list[str]]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def evaluate(
+    head: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
+) -> Evaluation:
+    """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
+
+    Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
+    card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
+    that the head does not know among it; with `skip_broken` images that cannot be read are left out.
+    """
+    target = None if card is None else expand_user(card)
+    if target is not None:
+        check_target(target)
+    loaded = load_head(head, model=model, dtype=dtype)
+    classes, results = loaded.classes, loaded.task.results
+    dataset = loaded.task.data.read(expand_user(data), classes=classes, skip_broken=skip_broken)
+    part, samples = dataset.to_score()
+    predictions = decoded(loaded.task, samples, outputs_of_learner(loaded.learner, samples, loaded.processor))
+    if target is not None:
+        with atomic_folder(target) as folder:
+            results.card(samples, predictions, classes, folder)
+    scores, table = results.score(samples, predictions, classes)
+    notes = (*dataset.notes, *seen(samples, loaded.trained_on))
+    return Evaluation(scores, len(samples), part, table, notes, dataset.left_out)
+
+
+def predict(
+    head: str | os.PathLike[str] | Head,
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    on_failure: OnFailure = raise_failure,
+) -> Iterator[tuple[str, Any]]:
+    """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
+
+    The prediction is the task's own; for `classify` it has `probabilities` (classes,). An image that cannot be read
+    raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out. `output` is a
+    folder for predictions as files, which must not exist yet and appears when all is written; a file below a folder
+    that was given keeps its path in there.
+    """
+    loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
+    given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    files, results, records = listed_files(given, on_failure), loaded.task.results, list[Any]()
+    with nullcontext() if output is None else atomic_folder(expand_user(output)) as folder:
+        stems = {} if folder is None else stems_below(given, files)
+        for image, outputs in outputs_of_files(loaded.learner, files, loaded.processor, on_failure):
+            prediction = results.decode(outputs, image.upright)
+            if folder is not None:
+                stem = folder / stems[image.path]
+                stem.parent.mkdir(parents=True, exist_ok=True)
+                records.append(results.save_prediction(image.path, prediction, loaded.classes, stem))
+            yield image.path, prediction
+        if folder is not None:
+            results.save_all(records, loaded.classes, folder)
 
 
 def fuse(
@@ -178,7 +262,7 @@ def fuse(
     """
     head, target = expand_user(adapter_path), expand_user(save_path)
     check_target(target)
-    info: dict[str, Any] = read_info(head) if (head / INFO_FILE).is_file() else {}
+    info = read_info(head) if (head / INFO_FILE).is_file() else {}
     kind, encoder = info.get("fine_tune_type", "lora"), info.get("encoder", {})
     if kind not in ENCODER_FILES:
         raise ValueError(f"{head} left the encoder as it is ({kind}): nothing to fuse")
@@ -194,13 +278,12 @@ def fuse(
             "train it without --image-size, or by lora, whose adapters fit any size"
         )
     _load_changes(head, kind, loaded.model.vision)
-    source = loaded.source
+    config = loaded.source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
     with atomic_folder(target) as place:
         mlx_folder.save_weights(place, sorted(flat(loaded.model.parameters()).items()))
-        config = source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
         mlx_folder.save_config(place, config)
-        mlx_folder.save_beside(place, source)
-        model_card.write(place, source=source, config=config, report=None)
+        mlx_folder.save_beside(place, loaded.source)
+        model_card.write(place, source=loaded.source, config=config, report=None, is_tuned=True)
     return target
 
 
@@ -241,13 +324,3 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
-
-
-def _check_positions(folder: Path, info: Mapping[str, Any], loaded: Loaded) -> None:
-    """Raises ValueError for a head whose encoder got its positions for another image size by another rule than ours."""
-    own, size = loaded.model.vision.config.image_size, info["image_size"]
-    if own not in (None, size) and info["encoder"].get("positions") != POSITIONS:
-        raise ValueError(
-            f"{folder} was fitted on images of {size} pixels, its encoder is for {own}, and its positions came from "
-            "another rule (earlier versions did not antialias them): fit it again with mlx-aimv2 fit"
-        )

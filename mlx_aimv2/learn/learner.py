@@ -83,20 +83,6 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
     return x.at[chosen].add((run(kept) - kept) / (1 - rate))
 
 
-def canvas_size(processor: Aimv2Processor) -> tuple[int, int]:
-    """(height, width) of every image from a processor with one final size."""
-    size = processor.preprocessing.final_size
-    if size is None:
-        raise ValueError("images of one batch need one size: make the processor with loading.at_size")
-    return size
-
-
-def grid_of(processor: Aimv2Processor) -> tuple[int, int]:
-    """Rows and columns of patches of every image from a processor with one final size."""
-    height, width = canvas_size(processor)
-    return height // processor.patch_size, width // processor.patch_size
-
-
 def outputs_of_head(
     head: nn.Module, samples: Sequence[Sample], features: Features, grid: tuple[int, int]
 ) -> Iterator[Outputs]:
@@ -112,7 +98,7 @@ def outputs_of_files(
     learner: Learner, files: Sequence[str], processor: Aimv2Processor, fail: OnFailure = raise_failure
 ) -> Iterator[tuple[Decoded, Outputs]]:
     """The outputs of encoder and head on images as they are; one that cannot be read goes to `fail(path, reason)`."""
-    tokens = math.prod(grid_of(processor))
+    tokens = math.prod(processor.grid)
     for chunk in run_ahead(
         split_into_chunks(files, images_at_once(tokens)),
         Decoder(processor),

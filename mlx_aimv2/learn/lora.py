@@ -93,13 +93,18 @@ def add_adapters(
     rank: int = RANK,
     scale: float = SCALE,
     dropout: float = DROPOUT,
-) -> None:
-    """Freezes the encoder and puts adapters around the matrices of its last `num_layers` blocks."""
+) -> dict[str, Any]:
+    """Freezes the encoder and puts adapters around the matrices of its last `num_layers` blocks.
+
+    Returns the content of adapter_config.json, as mlx-lm writes it, for adapters.safetensors beside it.
+    """
     encoder.freeze()
     for block in encoder.blocks[len(encoder.blocks) - num_layers :]:
         for part, layer in LAYERS:
             adapter = KINDS[kind](block[part][layer], rank=rank, scale=scale, dropout=dropout)
             setattr(block[part], layer, adapter)
+    parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": KEYS}
+    return {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
 
 
 def remove_adapters(encoder: Aimv2VisionModel) -> None:
@@ -110,43 +115,22 @@ def remove_adapters(encoder: Aimv2VisionModel) -> None:
                 setattr(block[part], layer, adapter.fused())
 
 
-def config_of(kind: str, *, num_layers: int, rank: int, scale: float, dropout: float) -> dict[str, Any]:
-    """The content of adapter_config.json, as mlx-lm writes it, for adapters.safetensors beside it."""
-    parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": KEYS}
-    return {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
-
-
 def load_adapters(encoder: Aimv2VisionModel, folder: Path) -> dict[str, Any]:
     """Puts the adapters of a folder into an encoder and returns their configuration.
 
     Raises FileNotFoundError or ValueError with one line where files are missing, damaged, or for another encoder.
     """
-    config = _read_config(folder / CONFIG_FILE, len(encoder.blocks))
-    parameters = config["lora_parameters"]
-    add_adapters(
-        encoder,
-        config["fine_tune_type"],
-        num_layers=len(encoder.blocks) if config["num_layers"] == -1 else config["num_layers"],
-        rank=int(parameters["rank"]),
-        scale=float(parameters["scale"]),
-        dropout=float(parameters.get("dropout", 0.0)),
-    )
-    load_arrays(folder / WEIGHTS_FILE, encoder, encoder.trainable_parameters())
-    return config
-
-
-def _read_config(file: Path, depth: int) -> dict[str, Any]:
-    """adapter_config.json, checked, for an encoder of `depth` blocks."""
+    file, depth = folder / CONFIG_FILE, len(encoder.blocks)
     try:
         config: dict[str, Any] = read_json(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: {file.parent} is no adapter folder") from None
+        raise FileNotFoundError(f"{file} does not exist: {folder} is no adapter folder") from None
     if misfit(config, {"fine_tune_type": str, "lora_parameters": dict}) or config["fine_tune_type"] not in KINDS:
         raise ValueError(f"{file}: wanted fine_tune_type {' or '.join(KINDS)} and lora_parameters")
-    keys = config["lora_parameters"].get("keys", KEYS)
+    parameters: dict[str, Any] = {"dropout": DROPOUT, "keys": KEYS} | config["lora_parameters"]
+    keys = parameters.pop("keys")
     if not isinstance(keys, list) or len(keys) != len(KEYS) or any(key not in keys for key in KEYS):
         raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys!r:.200}")
-    parameters = {"dropout": DROPOUT, **config["lora_parameters"]}
     name = misfit(parameters, PARAMETERS)
     name = name or next((one for one, (low, high) in BOUNDS.items() if not low <= parameters[one] <= high), None)
     if name is not None:
@@ -154,6 +138,9 @@ def _read_config(file: Path, depth: int) -> dict[str, Any]:
     layers = config.setdefault("num_layers", -1)
     if misfit(config, {"num_layers": int}) or not (layers == -1 or 1 <= layers <= depth):
         raise ValueError(f"{file}: num_layers {layers!r:.60}, and this encoder has {depth} blocks")
+    numbers = {name: parameters[name] for name in PARAMETERS}
+    add_adapters(encoder, config["fine_tune_type"], num_layers=depth if layers == -1 else layers, **numbers)
+    load_arrays(folder / WEIGHTS_FILE, encoder, encoder.trainable_parameters())
     return config
 
 

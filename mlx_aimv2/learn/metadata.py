@@ -12,14 +12,13 @@ import codecs
 import csv
 import io
 import re
-import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 from unicodedata import normalize
 
-from mlx_aimv2.files import read_bytes, read_start, stat_of
+from mlx_aimv2.files import is_file, read_bytes, read_start
 from mlx_aimv2.images.find import SUFFIXES, Scan, has_suffix
 from mlx_aimv2.learn.samples import MAX_BYTES, DataError, listed, part_of
 from mlx_aimv2.untrusted_json import parse
@@ -32,31 +31,21 @@ TABLES = (".csv", ".tsv", ".jsonl")
 
 SEPARATORS = (",", ";", "\t", "|")
 
-Names: TypeAlias = "tuple[frozenset[str], ...]"
+Names: TypeAlias = "tuple[str, ...]"
+"""What a column may be called, without case and underscores: the first line of which there is one decides."""
 
 IMAGE: Names = (
-    frozenset({"filename"}),
-    frozenset({"file", "filepath", "filepaths", "path", "image", "imagename", "imagepath", "imagefile", "img"}),
-    frozenset({"imageid", "id"}),
+    "filename",
+    "file filepath filepaths path image imagename imagepath imagefile img",
+    "imageid id",
 )
-"""Names of the column of the images without case and underscores: the first set of which there is one decides."""
-
 LABEL: Names = (
-    frozenset({"label"}),
-    frozenset({"labels", "class", "classname", "category", "target", "tag", "choice", "species", "breed", "diagnosis"}),
-    frozenset({"classid", "classindex", "labelid", "categoryid"}),
+    "label",
+    "labels class classname category target tag choice species breed diagnosis",
+    "classid classindex labelid categoryid",
 )
-"""Those of the column of the labels."""
-
-CAPTION: Names = (
-    frozenset({"text"}),
-    frozenset({"caption", "captions", "texts"}),
-    frozenset({"description", "prompt", "alttext", "title"}),
-)
-"""Those of the column of the captions."""
-
-PART: Names = (frozenset({"split", "part", "subset", "partition", "dataset"}),)
-"""Those of the column that says in which part an image is."""
+CAPTION: Names = ("text", "caption captions texts", "description prompt alttext title")
+PART: Names = ("split part subset partition dataset",)
 
 START = 1 << 16
 """Bytes of a table in which its first rows lie."""
@@ -65,14 +54,26 @@ START = 1 << 16
 def column(names: Iterable[str], meant: Names) -> list[str]:
     """The columns that are called what is meant: one, none, or several where it is not clear which."""
     plain = {name: re.sub(r"[\W_]", "", name) for name in names}
-    found = ([name for name in plain if plain[name] in alike] for alike in meant)
+    found = ([name for name in plain if plain[name] in alike.split()] for alike in meant)
     return next((columns for columns in found if columns), [])
+
+
+def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan: Scan, faults: list[str]) -> str:
+    """The column that is meant, with a note if it is not `called` so; "" and a fault where that is not clear."""
+    names = [name for name in dict.fromkeys(names) if name]
+    found = column(names, meant)
+    if len(found) != 1:
+        count = f"{len(found)} columns that may be" if found else "no column"
+        faults.append(f"{file} has {count} {called} ({listed(found or names)}): call one of them {called}")
+    elif found[0] != called:
+        scan.note(str(file), f"has the column {found[0]} as its {called}")
+    return found[0] if len(found) == 1 else ""
 
 
 def columns_of(file: Path) -> list[str]:
     """The names of a table's columns in lower case, from its first rows; none where these cannot be read."""
     try:
-        text, fault = _decoded(read_start(file, max_bytes=START))
+        text, fault = _decoded(read_start(file, max_bytes=START), "ignore")
     except (ValueError, OSError):
         return []
     if fault or file.suffix.lower() != ".jsonl":
@@ -109,80 +110,63 @@ def tables(folder: Path, *, of: Names) -> dict[str, Path]:
     return found
 
 
-def metadata_rows(file: Path, scan: Scan | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+def metadata_rows(file: Path, scan: Scan) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a table, each with `file_name` and its line under "", and what is wrong with the others.
 
     Names of columns are in lower case. What was left out or taken for something is noted in `scan`.
     """
-    scan = scan or Scan()
     text, fault = _decoded(read_bytes(file, max_bytes=MAX_BYTES))
     if fault:
         return [], [f"{file}, {fault}"]
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
-    for line, row in _rows(file, text):
+    for line, row in _json_rows(text) if file.suffix.lower() == ".jsonl" else _csv_rows(text):
         if isinstance(row, str):
             faults.append(f"{file}, line {line}: {row}")
         elif any(cell not in ("", None) for cell in row.values()):
             rows.append({**row, "": line})
         else:
             scan.note(f"{file}, line {line},", "is an empty row: left out")
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
-    images = column(names, IMAGE)
-    if rows and len(images) != 1:
-        what = f"{listed(images)} may all name the images" if images else f"no column file_name, but {listed(names)}"
-        return [], [*faults, f"{file} has {what}: call the column of the images file_name"]
-    if rows and images != ["file_name"]:
-        scan.note(f"{file}", f"has the images in its column {images[0]}")
+    if not rows:
+        return [], faults or [f"{file} has no rows"]
+    if not (images := one_column((name for row in rows for name in row), IMAGE, "file_name", file, scan, faults)):
+        return [], faults
     for row in rows:
-        row["file_name"] = row.get(images[0])
+        row["file_name"] = row.get(images)
         if not isinstance(row["file_name"], str) or not row["file_name"]:
             faults.append(f"{file}, line {row['']}: no file_name")
-    if not rows and not faults:
-        faults.append(f"{file} has no rows")
     return [row for row in rows if isinstance(row["file_name"], str) and row["file_name"]], faults
 
 
-def _decoded(data: bytes) -> tuple[str, str]:
+def _decoded(data: bytes, errors: str = "strict") -> tuple[str, str]:
     """A table's text, or what is wrong with it."""
     coding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = data.decode(coding)
+        text = data.decode(coding, errors)
     except UnicodeDecodeError as error:
         before, after = data[: error.start].split(b"\n"), data[error.start :].split(b"\n")
-        if len(data) == START and len(after) == 1:
-            return data[: error.start].decode(coding), ""  # the end of a start, cut within a character
         guess = (before[-1] + after[0]).decode("cp1252", "replace").strip()
         return "", f"line {len(before)}, is not UTF-8 (cp1252, perhaps: {guess:.60}): save it as UTF-8"
     return text, "which holds NULs, is no text in UTF-8, nor in UTF-16 with its mark" if "\0" in text else ""
 
 
-def _rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Lines and rows, or what is wrong with a row."""
-    return _json_rows(text) if file.suffix.lower() == ".jsonl" else _csv_rows(text)
-
-
 def _header(text: str) -> tuple[list[str], str]:
-    """The names of the columns, none where the first line is no header, and what separates them."""
+    """The names of the columns, and what separates them."""
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     names = {separator: [cell.strip(' "').lower() for cell in first.split(separator)] for separator in SEPARATORS}
     separator = max(names, key=lambda one: (bool(column(names[one], IMAGE)), len(names[one])))
-    return [] if any(map(has_suffix, names[separator])) else names[separator], separator
+    return names[separator], separator
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     names, separator = _header(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     try:
-        first = next((cells for cells in reader if cells), [])
-        if first and not names:
-            yield reader.line_num, f"{separator.join(first):.60} is no header: write file_name{separator}label above it"
-            return
-        for cells in reader:
+        for cells in islice(filter(None, reader), 1, None):
             own = [cell.strip() for cell in cells] + [""] * len(names)
             if any(own[len(names) :]):
                 yield reader.line_num, f"{len(cells)} cells, but {len(names)} columns: quote a text with {separator!r}"
-            elif cells:
+            else:
                 yield reader.line_num, {name: cell for name, cell in zip(names, own, strict=False) if name}
     except csv.Error as error:
         yield reader.line_num, str(error)
@@ -204,27 +188,33 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def image_of(folder: Path, name: str) -> Path | None:
     """The file that a row names: with either slash, in either Unicode form, and without its suffix if it is the one."""
-    slashes = (name, name.replace("\\", "/"))
-    forms = dict.fromkeys(form for one in slashes for form in (one, normalize("NFC", one), normalize("NFD", one)))
+    slashed = name.replace("\\", "/")
+    forms = dict.fromkeys([name, slashed, normalize("NFC", slashed), normalize("NFD", slashed)])
     for suffixes in ([""], [] if has_suffix(name) else SUFFIXES):
         for form in forms:
-            found = [folder / f"{form}{suffix}" for suffix in suffixes]
-            there = [path for path in found if (about := stat_of(str(path))) and stat.S_ISREG(about.st_mode)]
+            there = [path for suffix in suffixes if is_file(path := folder / f"{form}{suffix}")]
             if len(there) == 1:
                 return there[0]
     return None
 
 
-def folder_of(file: Path, rows: Sequence[Mapping[str, Any]], scan: Scan) -> Path:
-    """Where a table's images lie: beside it, or else in the one folder beside it that holds one of the first."""
-    first = [row["file_name"] for row in rows[:5]]
-    holding = [
-        place for place in (file.parent, *scan.folders(file.parent)) if any(image_of(place, name) for name in first)
+def rows_with_images(file: Path, scan: Scan) -> tuple[list[tuple[str, dict[str, Any], Path | None]], list[str]]:
+    """Where each row of a table stands, the row, and its image if it is there; and what is wrong with the others.
+
+    Images lie beside the table, or else in the one folder beside it that holds one of the first. Those that no row
+    names are noted in `scan`.
+    """
+    rows, faults = metadata_rows(file, scan)
+    places = [file.parent, *scan.folders(file.parent)]
+    holding = [place for place in places if any(image_of(place, row["file_name"]) for row in rows[:5])]
+    folder = holding[0] if len(holding) == 1 else file.parent
+    if folder != file.parent:
+        scan.note(str(file), f"has its images in {folder.name}/")
+    found = [
+        (f"{file}, line {row['']}: {row['file_name']:.80}", row, image_of(folder, row["file_name"])) for row in rows
     ]
-    if len(holding) != 1 or holding[0] == file.parent:
-        return file.parent
-    scan.note(str(file), f"has its images in {holding[0].name}/")
-    return holding[0]
+    scan.unlisted(folder, file, [str(image) for _, _, image in found if image])
+    return found, faults
 
 
 FOREIGN = {
@@ -234,26 +224,28 @@ FOREIGN = {
     (".tar",): "is an archive, of which only pretrain and lit read the images: unpack it",
     (".zip", ".tgz", ".gz", ".7z", ".rar"): "is an archive: unpack it",
     (".xlsx", ".xls", ".ods"): "is a spreadsheet: save it as metadata.csv",
-    (".yaml", ".yml", ".xml", ".json"): "is no description of labels, masks or boxes in a form that is read",
+    (".yaml", ".yml", ".xml", ".json"): "is no description of labels, masks or boxes in a form that is read: "
+    "annotation programs export others, as COCO or CSV",
 }
 """Endings of what may describe images, or hold them, and is not read, and what to do about it."""
-
-EXPORTS = {b'"lead_time"': "Label Studio", b'"imagePath"': "LabelMe", b'"_via_': "VIA", b"<annotations>": "CVAT"}
-"""What begins the files of annotation programs, where what is written is not read: they can export others."""
 
 
 def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
     """What lies in DATA or its folders that may describe it and is not read, a line for each reason."""
     scan = Scan()
-    for file in sorted([*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")]):
-        endings = [ending.partition("-")[0].lower() for ending in file.suffixes[-1:]]
-        reason = next((reason for known, reason in FOREIGN.items() if {*known} & {*endings}), None)
-        if file.suffix.lower() in TABLES:
+    for file in sorted(file for file in [*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")] if file.is_file()):
+        ending = file.suffix.partition("-")[0].lower()
+        reason = next((reason for endings, reason in FOREIGN.items() if ending in endings), None)
+        if ending in TABLES:
             names = columns_of(file)
             missing = [name for name, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)]
             wanted = " and no ".join(f"column {name}" for name in missing)
-            reason = f"has no {wanted} among its columns ({listed(names)})" if missing else None
-        if reason and file.is_file():
-            program = next((name for mark, name in EXPORTS.items() if mark in read_start(file, max_bytes=START)), None)
-            scan.note(str(file), f"is {program}'s own: export it as COCO or CSV" if program else reason)
+            one_hot = (
+                "; several labels an image, a column for each, are not possible yet"
+                if missing == ["label"] and len(names) > 2
+                else ""
+            )
+            reason = f"has no {wanted} among its columns ({listed(names)}){one_hot}" if missing else None
+        if reason:
+            scan.note(str(file), reason)
     return scan.notes

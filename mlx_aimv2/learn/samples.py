@@ -135,8 +135,8 @@ class Format:
     """How labelled images of one kind are read.
 
     `find(data, scan)` lists the images without opening one. `labels(marked, scan)` gives the labels of each, or the
-    lines that say what is wrong with it; `marked` are its path, mark and size. `target(labels, numbers)` is what
-    training compares with, where `numbers` are those of the classes.
+    lines that say what is wrong with it, or the one line that says why they cannot be read; `marked` are its path, mark
+    and size. `target(labels, numbers)` is what training compares with, where `numbers` are those of the classes.
 
     At least `min_classes` must occur in training, each in `min_images` different images. `in_order` gives the names of
     the classes, where the format lists none, from those that occur in training. Where DATA is split, images of each
@@ -144,10 +144,9 @@ class Format:
     """
 
     find: Callable[[Path, Scan], Found]
-    labels: Callable[[Sequence[tuple[str, Any, Size]], Scan], Iterable[Labels | list[str]]]
+    labels: Callable[[Sequence[tuple[str, Any, Size]], Scan], Iterable[Labels | list[str] | str]]
     target: Callable[[Labels, Mapping[str, int]], Any]
     in_order: Callable[[set[str]], list[str]] = in_order
-    noun: str = "image"
     min_classes: int = 2
     min_images: int = 1
     stratified: bool = True
@@ -155,12 +154,7 @@ class Format:
 
 
 def read(
-    data: Path,
-    form: Format,
-    *,
-    classes: Sequence[str] | None = None,
-    decode: bool = True,
-    skip_broken: bool = False,
+    data: Path, form: Format, *, classes: Sequence[str] | None = None, decode: bool = True, skip_broken: bool = False
 ) -> Dataset:
     """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
 
@@ -169,7 +163,7 @@ def read(
     `test`, else `val`, else what lies in no part, as `test`, else `train`, with a note.
 
     Without `decode` only the headers of images are read: for a caller that decodes all of them before it trusts them.
-    Images that cannot be read are refused, all at once, or with `skip_broken` left out with a note.
+    Images and masks that cannot be read are refused, all at once, or with `skip_broken` left out with a note.
     """
     if not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
@@ -181,7 +175,7 @@ def read(
     paths = [path for pairs in found.parts.values() for path, _ in pairs]
     images, unreadable = check_images(paths, decode=decode)
     broken = [*scan.faults, *unreadable]
-    faults = [*([] if skip_broken else broken), *found.faults]
+    faults = found.faults
     labelled: dict[str, dict[str, Labels]] = {}
     for part, pairs in found.parts.items():
         marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
@@ -189,16 +183,19 @@ def read(
         for (path, _, _), labels in zip(marked, form.labels(marked, scan), strict=True):
             if isinstance(labels, Labels):
                 labelled[part][path] = labels
+            elif isinstance(labels, str):
+                broken.append(labels)
             else:
                 faults += labels
+    faults = [*([] if skip_broken else broken), *faults]
     training = labelled.get("train", labelled.get("", {}))
     occurring = {name for labels in training.values() for name in labels.names}
     names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
-    unknown = Counter(name for own in every.values() for name in own if name not in numbers)
+    unknown = Counter(name for own in every.values() for name in {*own} - {*numbers})
     faults += [
-        f"the label {short(name)} ({one_image(count, form.noun)}) is not in the list {listed(names)}"
+        f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
         for name, count in sorted(unknown.items())
     ]
     # Names of folders may hold bytes that are no text.
@@ -240,13 +237,12 @@ def _divided(
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """The parts that training needs, those that DATA does not have taken from the others, and notes that say so."""
     splits = {part: samples.get(part, []) for part in PARTS}
-    if not (splits["val"] or splits["test"]):
-        whole = samples.get("", splits["train"])
-        splits = split(whole, [stratum(sample) for sample in whole])
-        return splits, [f"{one_image(len(whole))}, split by content, the same each time"]
     if splits["val"]:
         return splits, []
-    parts = split(splits["train"], [stratum(sample) for sample in splits["train"]])
+    whole = samples.get("", splits["train"])
+    parts = split(whole, [stratum(sample) for sample in whole])
+    if not splits["test"]:
+        return parts, [f"{one_image(len(whole))}, split by content, the same each time"]
     train = sorted([*parts["train"], *parts["test"]], key=lambda sample: sample.path)
     note = f"{one_image(len(parts['val']))} of train serve as val, chosen by content"
     return {"train": train, "val": parts["val"], "test": splits["test"]}, [note]

@@ -181,16 +181,10 @@ class Options:
         None, "data", "side of the images in pixels (default: the checkpoint's)", "at least 1", maximum=MAX_SIDE
     )
     recipe: str | None = setting(
-        None,
-        "what is trained",
-        "paper: the settings of AIMv2's attentive probe, without its augmentation",
-        choices=tuple(RECIPES),
+        None, "what is trained", "paper: as AIMv2's attentive probe, without its augmentation", choices=tuple(RECIPES)
     )
     num_layers: int | None = setting(
-        None,
-        "what is trained",
-        "train the last N blocks alone; -1 for all (default)",
-        "a number of blocks, or -1 for all",
+        None, "what is trained", "the last N blocks alone; -1 for all (default)", "a number of blocks, or -1 for all"
     )
     batch_size: int | None = setting(None, "optimisation", "images of a batch, on all ranks", "at least 1")
     iters: int | None = setting(None, "optimisation", "steps", "at least 1")
@@ -211,17 +205,11 @@ class Options:
     drop_path: float | None = setting(
         None, "augmentation", "share of images that skip the last block, less before it", "at least 0, below 1"
     )
-    lora_rank: int | None = setting(
-        None, ADAPTERS, "width of the adapters (default: 8)", "at least 1", maximum=MAX_RANK
-    )
-    lora_scale: float | None = setting(None, ADAPTERS, "weight of the adapters (default: 20)")
-    lora_dropout: float | None = setting(
-        None, ADAPTERS, "dropout before the adapters (default: 0)", "at least 0, below 1"
-    )
+    lora_rank: int | None = setting(None, ADAPTERS, "their width (default: 8)", "at least 1", maximum=MAX_RANK)
+    lora_scale: float | None = setting(None, ADAPTERS, "their weight (default: 20)")
+    lora_dropout: float | None = setting(None, ADAPTERS, "dropout before them (default: 0)", "at least 0, below 1")
     adapter_path: str | None = setting(None, ADAPTERS, "begin with the adapters in this folder", metavar="HEAD")
-    steps_per_eval: int | None = setting(
-        None, "run", "steps between evaluations (default: a twentieth of all)", "at least 1"
-    )
+    steps_per_eval: int | None = setting(None, "run", "steps between evaluations (default: 1/20 of all)", "at least 1")
     patience: int | None = setting(
         None,
         "run",

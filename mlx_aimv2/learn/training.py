@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -25,14 +26,14 @@ from mlx_aimv2.images import FAST
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
-from mlx_aimv2.learn.learner import Learner, decoded, grid_of, outputs_of_head, outputs_of_learner
+from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
 from mlx_aimv2.learn.task import Options, Solve, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
-from mlx_aimv2.train.loop import LossError, Plan, Progress, Watch, train
+from mlx_aimv2.train.loop import LossError, Plan, Watch, train
 from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
-from mlx_aimv2.train.state import StateFile
+from mlx_aimv2.train.state import Progress, StateFile
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
 """What a head, or an encoder with a head, gives for samples."""
@@ -49,7 +50,7 @@ STEP = 64
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that training needs; `state` is None where no loop runs."""
+    """Everything that training needs."""
 
     task: Task
     kind: str
@@ -60,11 +61,11 @@ class Run:
     type: Type
     described: dict[str, Any]
     """What the head folder keeps of the encoder, as it was before."""
-    state: StateFile | None
+    state: StateFile
     ranks: Ranks
     cache: Path | None
     say: Callable[[str], None]
-    progress: Callable[[int, str], Callable[[int], None]]
+    on_progress: Callable[[int, int, str], None]
 
     def head(self) -> nn.Module:
         """A new head for this run's classes."""
@@ -105,21 +106,21 @@ class Run:
 
         Raises OSError with one line where the disk is full; what was computed stays.
         """
-        model, processor, (rows, columns) = self.encoder, self.processor, grid_of(self.processor)
+        model, processor, (rows, columns) = self.encoder, self.processor, self.processor.grid
         shape = (*(() if kind == "mean" else (rows * columns,)), model.config.hidden_size)
         folder = (self.cache or cache_folder() / "features") / cache_key(model, processor, kind=kind)
         unique = {sample.sha256: sample.path for sample in samples}
-        advance = self.progress(len(unique), "images")
         with open_features(folder, shape, KINDS[kind], advice="choose another --cache; what was done is kept") as cache:
             missing = {sha256: path for sha256, path in unique.items() if sha256 not in cache.index}
             cache.reserve(len(missing))
-            advance(len(unique) - len(missing))
-            failed: list[str] = []
+            done, failed = len(unique) - len(missing), list[str]()
+            self.on_progress(done, len(unique), "images")
             decoder, chunks = Decoder(processor, policy=FAST), split_into_chunks(sorted(missing.values()))
             for result in embed_chunks(chunks, decoder, model, Pooling.of(model, kind)):
                 cache.append((one.sha256, one.vector) for one in result.embeddings if one.sha256 in missing)
                 failed += [f"{path} {reason}" for path, reason in result.failures]
-                advance(len(result.embeddings))
+                done += len(result.embeddings)
+                self.on_progress(done, len(unique), "images")
             if failed:
                 raise refusal(failed, broken=len(failed))
             if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:
@@ -167,16 +168,14 @@ class Run:
             patience=patience if options.patience is None else options.patience,
             seed=options.seed,
         )
-        watch = Watch(evaluate=evaluate, say=self.say, advance=self.progress(steps, "steps"))
-        batches = Batches(order, lambda item: make(*item))
+        self.on_progress(0, steps, "steps")
+        watch = Watch(evaluate, say=self.say, on_progress=lambda done: self.on_progress(done, steps, "steps"))
 
         def mean_loss(model: Any, batch: Any, key: mx.array) -> dict[str, mx.array]:
             return {"loss": loss(model, batch, key).mean()}
 
-        try:
+        with closing(Batches(order, lambda item: make(*item))) as batches:
             return train(model, mean_loss, batches, plan, state=self.state, ranks=ranks, watch=watch)
-        finally:
-            batches.close()
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class Trained:
 def train_on_features(run: Run) -> Trained:
     """The head of this run on features that are computed once: solved for, or the best of several that are trained."""
     samples = [sample for part in run.dataset.splits.values() for sample in part]
-    features, grid = run.features(run.type.features or "tokens", samples), grid_of(run.processor)
+    features, grid = run.features(run.type.features or "tokens", samples), run.processor.grid
 
     def outputs_of(head: nn.Module) -> OutputsOf:
         return lambda part: outputs_of_head(head, part, features, grid)
@@ -290,7 +289,7 @@ def fine_tune(run: Run) -> Trained:
     groups = _groups(depth, layers, decay) if adapters is None else []  # adapters have frozen all but themselves
     freeze(learner, groups)
     drop_path = run.type.drop_path if options.drop_path is None else options.drop_path
-    patches = math.prod(grid_of(run.processor))
+    patches = math.prod(run.processor.grid)
     hidden = round(options.mask_ratio * patches)
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
@@ -348,14 +347,14 @@ def _with_adapters(run: Run, layers: int) -> dict[str, Any] | None:
         return None
     if options.adapter_path is not None:
         return lora.load_adapters(encoder, Path(options.adapter_path))
-    settings: dict[str, Any] = {
-        "num_layers": layers,
-        "rank": options.lora_rank or lora.RANK,
-        "scale": lora.SCALE if options.lora_scale is None else options.lora_scale,
-        "dropout": options.lora_dropout or lora.DROPOUT,
-    }
-    lora.add_adapters(encoder, run.kind, **settings)
-    return lora.config_of(run.kind, **settings)
+    return lora.add_adapters(
+        encoder,
+        run.kind,
+        num_layers=layers,
+        rank=options.lora_rank or lora.RANK,
+        scale=lora.SCALE if options.lora_scale is None else options.lora_scale,
+        dropout=options.lora_dropout or lora.DROPOUT,
+    )
 
 
 def _groups(depth: int, layers: int, decay: float) -> Table:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -40,17 +40,7 @@ from mlx_aimv2.images.find import Scan, has_suffix, is_junk
 from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn.metadata import (
-    CAPTION,
-    METADATA,
-    TABLES,
-    column,
-    folder_of,
-    image_of,
-    metadata_rows,
-    not_read,
-    tables,
-)
+from mlx_aimv2.learn.metadata import CAPTION, METADATA, TABLES, column, not_read, rows_with_images, tables
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
@@ -95,16 +85,33 @@ class Example:
     texts: tuple[str, ...]
 
 
-class Data(Protocol):
-    """A collection that can be gone through in a new order for each epoch."""
+class Data:
+    """A collection that can be gone through in a new order for each epoch; what is wrong with it is told once."""
+
+    def __init__(self, scan: Scan, skip_broken: bool) -> None:
+        self._said: set[str] = set()
+        self._skip_broken = skip_broken
+        self.tell(scan)
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
         """All examples, shuffled by `rng`; in the order of the files with None."""
-        ...
+        raise NotImplementedError
+
+    def tell(self, scan: Scan) -> None:
+        """Gives what was left out as warnings."""
+        for note in scan.notes:
+            self._warn(note)
 
     def broken(self, line: str) -> None:
-        """Notes once that an image cannot be read, or raises ValueError where that is not to be skipped."""
-        ...
+        """Warns once that an image cannot be read, or raises ValueError where that is not to be skipped."""
+        if not self._skip_broken:
+            raise ValueError(f"{line}; --skip-broken leaves out such images")
+        self._warn(f"{line}; skipped")
+
+    def _warn(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            warnings.warn(line, stacklevel=4)
 
 
 def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
@@ -128,8 +135,8 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
 def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
     """The tables with captions, or the shards, in a folder or in its folders, by part."""
     found: dict[str, list[Path]] = {part: [file] for part, file in tables(place, of=CAPTION).items()}
-    if not found:
-        for file in sorted(file for file in place.glob("*.tar") if not is_junk(file.name)):
+    for file in sorted([] if found else place.glob("*.tar")):
+        if not is_junk(file.name):
             found.setdefault(part_of(file.stem) or "", []).append(file)
     if found:
         return found
@@ -139,32 +146,7 @@ def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
     return {part: files for part, files in found.items() if files}
 
 
-class Collection:
-    """What was told of a collection, so that it is told once."""
-
-    def __init__(self, scan: Scan, skip_broken: bool) -> None:
-        self._said: set[str] = set()
-        self._skip_broken = skip_broken
-        self.tell(scan)
-
-    def tell(self, scan: Scan) -> None:
-        """Gives what was left out as warnings."""
-        for note in scan.notes:
-            self._warn(note)
-
-    def broken(self, line: str) -> None:
-        """As `Data` says."""
-        if not self._skip_broken:
-            raise ValueError(f"{line}; --skip-broken leaves out such images")
-        self._warn(f"{line}; skipped")
-
-    def _warn(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
-            warnings.warn(line, stacklevel=4)
-
-
-class ImageFolder(Collection):
+class ImageFolder(Data):
     """Hugging Face's imagefolder with captions; only the list is held in memory."""
 
     def __init__(self, files: Sequence[Path], scan: Scan, skip_broken: bool = True) -> None:
@@ -172,19 +154,15 @@ class ImageFolder(Collection):
         found: dict[Path, tuple[str, dict[str, None]]] = {}
         faults: list[str] = []
         for file in files:
-            rows, wrong = metadata_rows(file, scan)
+            rows, wrong = rows_with_images(file, scan)
             faults += wrong
-            folder, names = folder_of(file, rows, scan), list[str]()
-            for row in rows:
-                image, texts = image_of(folder, row["file_name"]), captions_of(row)
-                names.append(str(image or folder / row["file_name"]))
-                if not texts:
-                    scan.note(names[-1], "has no caption: skipped")
+            for where, row, image in rows:
+                if not (texts := captions_of(row)):
+                    scan.note(where, "has no caption: skipped")
                 elif image is None:
-                    scan.note(names[-1], "is listed but not there: skipped")
+                    scan.note(where, "is listed but not there: skipped")
                 else:
                     found.setdefault(image, (row["file_name"], {}))[1].update(dict.fromkeys(texts))
-            scan.unlisted(folder, file, names)
         if faults:
             raise DataError(faults)
         super().__init__(scan, skip_broken)
@@ -193,13 +171,12 @@ class ImageFolder(Collection):
             raise ValueError(f"{files[0]} lists no image with a caption")
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
-        """As `Data` says."""
         for i in range(len(self.captioned)) if rng is None else rng.permutation(len(self.captioned)):
             image, (name, texts) = self.captioned[i]
             yield Example(name, image, tuple(texts))
 
 
-class Shards(Collection):
+class Shards(Data):
     """WebDataset tar shards, read one after another; a buffer of examples is shuffled."""
 
     def __init__(
@@ -209,7 +186,6 @@ class Shards(Collection):
         self.files, self.buffer = files, buffer
 
     def epoch(self, rng: np.random.Generator | None) -> Iterator[Example]:
-        """As `Data` says."""
         scan = Scan()
         order = range(len(self.files)) if rng is None else rng.permutation(len(self.files))
         found = (example for i in order for example in read_shard(self.files[i], scan))
@@ -384,18 +360,7 @@ class Stream:
         self.position = start
         self._grid, self._size, self._max_failures = grid, size, 10 * size + 100
         self._broken = data.broken
-        self._numbered = self._own(data, seed, start, rank, ranks)
-
-    def _own(self, data: Data, seed: int, start: int, rank: int, ranks: int) -> Iterator[tuple[int, Example]]:
-        number = 0
-        for epoch in count():
-            before = number
-            for example in data.epoch(np.random.default_rng((seed, 0, epoch))):
-                if number >= start and number % ranks == rank:
-                    yield number, example
-                number += 1
-            if number == before:
-                raise ValueError("the data holds no image with a caption that can be read")
+        self._numbered = islice(enumerate(_without_end(data, seed)), start + (rank - start) % ranks, None, ranks)
 
     def __call__(self, number: int, make_all: MakeAll) -> tuple[list[Prepared], int]:
         """The examples of batch `number`, in one grid; batches are taken in their order.
@@ -417,6 +382,15 @@ class Stream:
                 if failed > self._max_failures:
                     raise ValueError(f"{failed} images in a row cannot be read, the last one: {made}")
         return found, self.position
+
+
+def _without_end(data: Data, seed: int) -> Iterator[Example]:
+    for epoch in count():
+        example = None
+        for example in data.epoch(np.random.default_rng((seed, 0, epoch))):
+            yield example
+        if example is None:
+            raise ValueError("the data holds no image with a caption that can be read")
 
 
 def first_examples(data: Data, prepare: Preparation, grid: Grid, limit: int) -> list[Prepared]:

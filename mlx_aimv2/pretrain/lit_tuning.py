@@ -48,10 +48,7 @@ FROZEN_TRUNK = [(r"vision_model\.(?!head\.).*", FROZEN)]
 
 @dataclass(frozen=True, kw_only=True)
 class LitSettings(Captioned):
-    """Sizes of the text side and how it is trained; the text encoder's defaults are aimv2-large-patch14-224-lit's.
-
-    `views` is how many crops of each image are kept: the whole image, and random ones.
-    """
+    """Sizes of the text side and how it is trained; the text encoder's defaults are aimv2-large-patch14-224-lit's."""
 
     text: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
     projection_dim: int = 768
@@ -142,7 +139,7 @@ def _train(
         return {"loss": contrastive_loss(logits, ranks.rows(own_keys)), "scale": mx.exp(model.logit_scale)}
 
     def after_step(step: int, losses: dict[str, float]) -> None:
-        if ranks.rank == 0 and (is_due(step, settings.steps_per_report) or step == settings.iters):
+        if is_due(step, settings.steps_per_report) or step == settings.iters:
             log(step, losses)
 
     order = Shuffled(
@@ -218,7 +215,7 @@ class Views(Decoder):
 
     def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
         """The views, from their first."""
-        settings, size = self.settings, self.processor.preprocessing.final_size or (0, 0)
+        settings, size = self.settings, self.processor.canvas
         rng = np.random.default_rng([settings.seed, 2, *np.frombuffer(sha256, "<u4").tolist()])
         image, _ = opened.rgb()
         images = [image, *(settings.augmentation(image, size, rng) for _ in range(settings.views - 1))]

@@ -74,9 +74,7 @@ MAY_CHANGE = ("learning_rate", "steps_per_report", "steps_per_eval", "save_every
 class Captioned:
     """What training on images with captions is told, by the paper's objective or by LiT's; defaults of the former.
 
-    `batch_size` counts examples on all ranks; `warm_up` None is a tenth of the steps. `first_caption` is how often the
-    first of an example's captions is taken; otherwise all are drawn alike. What is done every so many steps is never
-    done with 0.
+    What is done every so many steps is never done with 0.
     """
 
     batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
@@ -119,12 +117,7 @@ class Captioned:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Captioned):
-    """What pre-training is told.
-
-    `learning_rate` None is the paper's, scaled by the examples of a step, which are `grad_accumulation_steps` batches.
-    `patches` are the fewest and the most of an image, for native encoders. `start` is an earlier result, whose weights
-    go on in this run, at another resolution for example.
-    """
+    """What pre-training is told."""
 
     vision: Aimv2VisionConfig
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -210,7 +203,7 @@ def pretrain(
             grid,
             size=size,
             seed=settings.seed,
-            start=state.progress["positions"][ranks.rank] if state.progress is not None else 0,
+            start=state.progress.positions[ranks.rank] if state.progress is not None else 0,
             rank=ranks.rank,
             ranks=ranks.size,
         )
@@ -226,7 +219,7 @@ def pretrain(
                 settings.plan(),
                 state=state,
                 ranks=ranks,
-                watch=Watch(after_step=after_step if ranks.rank == 0 else lambda step, losses: None, say=report),
+                watch=Watch(after_step=after_step, say=report),
             )
         if ranks.rank == 0:
             write_checkpoint(model.encoder, output, tokenizer=tokenizer)

@@ -30,12 +30,10 @@ GREY = (124, 116, 104)
 class Augmentation:
     """What may happen to a training image; the defaults are the paper's for pre-training.
 
-    `min_area` is the smallest crop as a share of the image; `flip` mirrors half of the images; `jitter` is the largest
-    change of brightness, contrast and saturation as a share; `grey` the share of images that lose their colours;
-    `operations` how many of RandAugment's are drawn for each image.
+    `flip` mirrors half of the images; `operations` is how many of RandAugment's are drawn for each image.
     """
 
-    min_area: float = setting(0.4, "augmentation", "smallest random crop", "from 0.01 to 1")
+    min_area: float = setting(0.4, "augmentation", "smallest random crop, as a share of the image", "from 0.01 to 1")
     flip: bool = setting(True, "augmentation", "mirror no images: for data where left and right differ")
     jitter: float = setting(0.0, "augmentation", "change brightness, contrast, saturation by up to X", "from 0 to 1")
     grey: float = setting(0.0, "augmentation", "share of crops without colours", "from 0 to 1")

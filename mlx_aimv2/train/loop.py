@@ -7,10 +7,9 @@ the same bits as one that was not. What it needs to go on lies in OUTPUT.trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
@@ -29,9 +28,7 @@ from mlx_aimv2.train.optimizer import (
     groups_of,
     warm_up_cosine,
 )
-from mlx_aimv2.train.settings import MAX_COUNT
-from mlx_aimv2.train.state import KEPT, StateFile
-from mlx_aimv2.untrusted_json import misfit
+from mlx_aimv2.train.state import KEPT, Progress, StateFile
 
 Losses: TypeAlias = Callable[[Any, Any, mx.array], dict[str, mx.array]]
 """`model, batch, random key -> {"loss": (), …}`: "loss" is minimised, the rest is reported."""
@@ -86,21 +83,7 @@ class Watch:
     evaluate: Callable[[Any], float] | None = None
     after_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None
     say: Callable[[str], None] = lambda line: None
-    advance: Callable[[int], None] = lambda steps: None
-
-
-@dataclass
-class Progress:
-    """How far training is: steps, best score and its step, evaluations since, every evaluation, each rank's example."""
-
-    step: int = 0
-    best_score: float = -math.inf
-    best_step: int = 0
-    stale: int = 0
-    losses: float = 0.0
-    first_loss: float = math.inf
-    history: list[dict[str, float]] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    on_progress: Callable[[int], None] = lambda steps: None
 
 
 class Step:
@@ -200,8 +183,10 @@ def train(
     step = Step(model, losses, plan, ranks)
     kept, done, is_pending = flat(model.trainable_parameters()), Progress(), False
     if state is not None and state.progress is not None:
-        kept, done = _resumed(model, step.optimizer, state, plan)
-        watch.advance(done.step)
+        done, parts = state.progress, state.load(kept)
+        model.update(tree_unflatten(list(parts["model"].items())))
+        step.optimizer.lay_out(model, parts["optimizer"], step=done.step)
+        kept = parts["kept" if plan.keep != "last" else "model"]
 
     def evaluated() -> None:
         nonlocal kept
@@ -223,31 +208,36 @@ def train(
             if (name := first_not_finite(arrays)) is not None:
                 raise LossError(f"{name} is not finite after step {done.step}")
         if state is not None and ranks.rank == 0:
-            state.save(parts, asdict(done))
+            state.save(parts, done)
 
-    with _telling(plan, state, done, watch.say):
-        try:
-            if watch.evaluate is not None and not done.history:
-                evaluated()
-                is_pending = True
-            while done.step < plan.steps and not _is_over(done, plan):
-                means, position = step(done.step, batches, save_pending)
-                done.step += 1
-                done.losses += means["loss"]
-                if plan.keep == "average":
-                    kept = _averaged(kept, model, done.step)
-                watch.advance(1)
+    try:
+        if watch.evaluate is not None and not done.history:
+            evaluated()
+            is_pending = True
+        while done.step < plan.steps and not _is_over(done, plan):
+            means, position = step(done.step, batches, save_pending)
+            done.step += 1
+            done.losses += means["loss"]
+            if plan.keep == "average":
+                kept = _averaged(kept, model, done.step)
+            watch.on_progress(done.step)
+            if ranks.rank == 0:
                 watch.after_step(done.step, means)
-                is_last = done.step == plan.steps
-                if watch.evaluate is not None and (is_due(done.step, plan.eval_every) or is_last):
-                    evaluated()
-                if is_due(done.step, plan.save_every or plan.eval_every) or is_last:
-                    done.positions = ranks.each(position)
-                    is_pending = True
+            is_last = done.step == plan.steps
+            if watch.evaluate is not None and (is_due(done.step, plan.eval_every) or is_last):
+                evaluated()
+            if is_due(done.step, plan.save_every or plan.eval_every) or is_last:
+                done.positions = ranks.each(position)
+                is_pending = True
+        save_pending()
+    except KeyboardInterrupt:
+        with suppress(LossError):
             save_pending()
-        except KeyboardInterrupt:
-            save_pending()
-            raise
+        if state is not None and state.path.is_file():
+            watch.say(f"stopped; {state.folder} {KEPT}")
+        raise
+    except LossError as error:
+        raise LossError(f"{error}: stopped; {_advice(plan, done, state)}") from None
     if plan.keep != "last":
         model.update(tree_unflatten(list(kept.items())))
     model.eval()
@@ -257,19 +247,6 @@ def train(
 def is_due(step: int, every: int) -> bool:
     """Whether something that is done every so many steps, 0 for never, is done after this one."""
     return every > 0 and step % every == 0
-
-
-def _resumed(model: nn.Module, optimizer: Optimizer, state: StateFile, plan: Plan) -> tuple[Arrays, Progress]:
-    """Puts back what was saved; returns the kept parameters and the progress."""
-    saved, new = state.progress or {}, asdict(Progress())
-    kinds, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, new))
-    is_whole = kinds == wanted and not any(misfit(entry, {"step": int}) for entry in saved["history"])
-    if not is_whole or not 0 <= saved["step"] <= MAX_COUNT:
-        raise ValueError(f"{state.path} is damaged, or of another version: remove {state.folder} and begin anew")
-    parts, done = state.load(flat(model.trainable_parameters())), Progress(**saved)
-    model.update(tree_unflatten(list(parts["model"].items())))
-    optimizer.lay_out(model, parts["optimizer"], step=done.step)
-    return parts["kept" if plan.keep != "last" else "model"], done
 
 
 def _is_best(score: float, done: Progress, plan: Plan, say: Callable[[str], None]) -> bool:
@@ -303,26 +280,14 @@ def _averaged(average: Arrays, model: nn.Module, step: int) -> Arrays:
     return new
 
 
-@contextmanager
-def _telling(plan: Plan, state: StateFile | None, done: Progress, say: Callable[[str], None]) -> Iterator[None]:
-    """Says what is kept, and how to go on, where the loss is not a number or the user stops the run."""
-    try:
-        yield
-    except (LossError, KeyboardInterrupt) as error:
-        folder = state.folder if state is not None and state.path.is_file() else None
-        if isinstance(error, LossError):
-            raise LossError(f"{error}: stopped; {_advice(plan, done, folder)}") from None
-        if folder is not None:
-            say(f"stopped; {folder} {KEPT}")
-        raise
-
-
-def _advice(plan: Plan, done: Progress, folder: Path | None) -> str:
+def _advice(plan: Plan, done: Progress, state: StateFile | None) -> str:
     """What to do about a loss that is not a number."""
     rates = {group.rate for _, group in plan.groups if group.clip_with}  # of heads that are tried side by side
     less = f"less than --learning-rate {plan.learning_rate * min(rates, default=1.0):g}"
     if done.step == 0:
         return "nothing was learned yet, so no rate is to blame: look at the images and the encoder"
-    if folder is None:
+    if state is None or not state.path.is_file():
         return f"try {less}"
-    return f"{folder} {KEPT} and {less}" if len(rates) < 2 else f"remove {folder} and begin anew with {less}"
+    if len(rates) < 2:
+        return f"{state.folder} {KEPT} and {less}"
+    return f"remove {state.folder} and begin anew with {less}"

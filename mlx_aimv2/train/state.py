@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.conversion.folder import write_safetensors
 from mlx_aimv2.files import UNFINISHED, check_target, locked, one_line
 from mlx_aimv2.train.optimizer import Arrays
+from mlx_aimv2.train.settings import MAX_COUNT
 from mlx_aimv2.untrusted_json import are_numbers, misfit, parse
 
 STATE_FILE = "state.safetensors"
@@ -31,7 +33,7 @@ PARTS = ("model", "optimizer", "kept")
 
 SAMPLE = 1 << 12
 SAMPLES = 256
-"""Bytes of a block, and number of blocks that stand for a file which is larger than all of them, as shards are."""
+"""Bytes of a block, and about how many blocks stand for a file which is larger than all of them, as shards are."""
 
 KEPT = "keeps the state, go on with --resume"
 
@@ -50,7 +52,6 @@ def training_run(output: Path, *, resume: bool, rank: int = 0) -> Iterator[Path]
     """
     folder = training_folder(output)
     state = folder / STATE_FILE
-    check_target(output)
     with locked(folder, patience=0) if rank == 0 else nullcontext():
         check_target(output)  # a run that has just ended may have made it
         if state.is_file() and not resume:
@@ -76,6 +77,20 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
+@dataclass
+class Progress:
+    """How far training is: steps, best score and its step, evaluations since, every evaluation, each rank's example."""
+
+    step: int = 0
+    best_score: float = -math.inf
+    best_step: int = 0
+    stale: int = 0
+    losses: float = 0.0
+    first_loss: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+
 class StateFile:
     """`state.safetensors` in a folder, for one `identity`: all that must be the same when the run goes on."""
 
@@ -83,7 +98,7 @@ class StateFile:
         """Raises ValueError where the folder holds the state of another run, and says in what it differs."""
         self.folder, self.path = folder, folder / STATE_FILE
         self.identity = json.loads(json.dumps(identity))
-        self.progress: dict[str, Any] | None = None
+        self.progress: Progress | None = None
         if not self.path.is_file():
             return
         _, before, self.progress = self._read()
@@ -97,10 +112,10 @@ class StateFile:
                 f"{folder} was begun with {'; '.join(differences)}: resume with the same, or remove that folder"
             )
 
-    def save(self, parts: Mapping[str, Arrays], progress: Mapping[str, Any]) -> None:
+    def save(self, parts: Mapping[str, Arrays], progress: Progress) -> None:
         """Writes beside the file and takes its name when everything is on disk; a full disk leaves the one before."""
         tensors = {f"{part}.{name}": array for part in PARTS for name, array in parts.get(part, {}).items()}
-        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(dict(progress))}
+        metadata = {"identity": json.dumps(self.identity), "progress": json.dumps(asdict(progress))}
         beside = self.folder / f".{STATE_FILE}{UNFINISHED}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,18 +142,26 @@ class StateFile:
         mx.eval(parts)
         return parts
 
-    def _read(self) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
+    def _read(self) -> tuple[Arrays, dict[str, Any], Progress]:
         """The tensors of the file, and identity and progress of the run that wrote it."""
         try:
             tensors, about = read_safetensors(self.path)
-            identity, progress = (parse(about[name], name) for name in ("identity", "progress"))
+            identity, saved = (parse(about[name], name) for name in ("identity", "progress"))
             is_whole = isinstance(identity, dict) and {name.partition(".")[0] for name in tensors} <= set(PARTS)
-            if not is_whole or misfit(progress, {"positions": list}) or not are_numbers(progress["positions"]):
+            if not is_whole or not isinstance(saved, dict) or not _is_progress(saved):
                 raise ValueError("not what `save` writes")
-            return tensors, identity, progress
+            return tensors, identity, Progress(**saved)
         except (KeyError, ValueError):
             message = f"{self.path} is damaged, or of another version: remove {self.folder} and begin anew"
             raise ValueError(message) from None
+
+
+def _is_progress(saved: dict[str, Any]) -> bool:
+    """Whether the fields of a `Progress` have their types and values that it may have."""
+    found, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, vars(Progress())))
+    if found != wanted or not 0 <= saved["step"] <= MAX_COUNT or not are_numbers(saved["positions"]):
+        return False
+    return not any(misfit(entry, {"step": int}) for entry in saved["history"])
 
 
 def saved_weights(output: Path, *, prefix: str) -> Arrays:
@@ -152,24 +175,21 @@ def digest_of(values: Iterable[Any]) -> str:
     """A short name of numbers, texts, arrays, files (`Path`) and what holds them: of their content alone."""
     digest = hashlib.sha256()
     for value in values:
-        _feed(digest, value)
+        digest.update(repr(_plain(value)).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def _feed(digest: Any, value: Any) -> None:
+def _plain(value: Any) -> Any:
+    """Tuples of numbers and texts, equal for equal content; bytes are their digest."""
     if isinstance(value, np.ndarray):
         value = (str(value.dtype), value.shape, value.tobytes())
     elif is_dataclass(value):
-        value = tuple(getattr(value, one.name) for one in fields(value))
+        value = tuple(vars(value).values())
     elif isinstance(value, Path):
         value = tuple(_blocks(value))
-    if isinstance(value, (tuple, list)):
-        digest.update(f"{len(value)} of:".encode())
-        for one in value:
-            _feed(digest, one)
-    else:
-        content = value if isinstance(value, bytes) else repr(value).encode(errors="surrogateescape")
-        digest.update(f"{len(content)} bytes:".encode() + content)
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _blocks(file: Path) -> Iterator[int | bytes]:
@@ -177,9 +197,6 @@ def _blocks(file: Path) -> Iterator[int | bytes]:
     with suppress(OSError), file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         yield size
-        if size <= SAMPLE * SAMPLES:
-            yield stream.read()
-            return
-        for start in np.linspace(0, size - SAMPLE, SAMPLES).astype(int).tolist():
+        for start in range(0, size, max(SAMPLE, size // SAMPLES)):
             stream.seek(start)
             yield stream.read(SAMPLE)

@@ -120,7 +120,7 @@ def test_an_error_with_a_newline_in_a_name_is_one_line(capsys):
 def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
-    with progress("images") as advance:
+    with progress() as advance:
         for done in range(20, 520, 20):
             now[0] += 1
             advance(done, 1000)
@@ -133,7 +133,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
 
 def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress("images") as advance:
+    with progress() as advance:
         advance(1, 4)
         say("a line")
         time.sleep(0.15)
@@ -148,18 +148,17 @@ def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(monkeypatch, capsys
 
 def test_bars_that_follow_each_other_count_from_nothing(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress("images") as bar:
+    with progress() as bar:
         for total, unit in ((5, "images"), (7, "steps")):
-            count = bar.begin(total, unit)
-            for _ in range(2):
+            for done in (1, 2):
                 time.sleep(0.15)
-                count(1)
+                bar(done, total, unit)
     err = capsys.readouterr().err
     assert "2/5" in err and "2/7" in err and "steps/s" in err.split("2/7")[1]
 
 
 def test_the_first_ten_notes_are_written_and_the_others_counted(capsys):
-    with progress("images"):
+    with progress():
         for number in range(13):
             warnings.warn(f"note {number}", stacklevel=1)
     lines = capsys.readouterr().err.splitlines()

@@ -129,7 +129,7 @@ def test_the_shape_in_the_snippet_is_the_shape(apples, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "library"), [("transformers", "from transformers import"), ("apple", "Apple's own")]
+    ("layout", "library"), [("transformers", "from transformers import"), ("apple", "pixels = processor(")]
 )
 def test_an_export_is_a_pytorch_card(apples, tmp_path, layout, library):
     written = card_of(apples, tmp_path / "out", layout=layout)

@@ -62,7 +62,7 @@ MODULES = (
     "mlx_aimv2.convert",
     "mlx_aimv2.index.export",
     "mlx_aimv2.learn.fit_head",
-    "mlx_aimv2.learn.evaluation",
+    "mlx_aimv2.learn.head_folder",
     "mlx_aimv2.learn.classify",
     "mlx_aimv2.learn.segment",
     "mlx_aimv2.learn.detect",

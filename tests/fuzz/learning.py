@@ -87,7 +87,7 @@ def make_whole(folder: Path) -> None:
         fit(
             work.data["classify"], work.encoder, folder / "state" / "head",
             task="classify", fine_tune_type="attentive", cache=folder / "cache", iters=4, steps_per_eval=1,
-            progress=small.stopping_at(2),
+            on_progress=small.stopping_at(2),
         )  # fmt: skip
     small.write_captions(folder / "captions", captions=2)
     for number in range(4):

@@ -106,7 +106,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch, stream
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(output, "SECONDS_IN_LOG", -1.0)
     say("a line")
-    with progress("images") as advance:
+    with progress() as advance:
         say("a line")
         advance(3, 3)
     monkeypatch.undo()

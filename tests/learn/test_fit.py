@@ -149,7 +149,7 @@ def test_another_encoder_is_refused(head, tmp_path):
         ({"format_version": 2}, "was written by a newer version of mlx-aimv2 .format 2, this one reads 1."),
         ({"classes": "abc"}, "is damaged: classes is 'abc'"),
         ({"task": "paint"}, "is damaged: task is 'paint'"),
-        ({"encoder": {}}, "is damaged: encoder says checkpoint None"),
+        ({"encoder": {}}, "is damaged: encoder is {}"),
         ({"image_size": 1 << 40}, "is damaged: image_size is 1099511627776"),
         ({"image_size": 0}, "is damaged: image_size is 0"),
     ],
@@ -220,8 +220,8 @@ def test_an_encoder_that_has_moved_is_asked_for_by_fuse_too(digits, tmp_path):
 def computed(*arguments, **settings):
     """How many images `fit` has the encoder see: what its progress counts after the images that the cache has."""
     counts = []
-    fit(*arguments, **settings, progress=lambda total, unit: counts.append if unit == "images" else lambda count: None)
-    return sum(counts[1:])
+    fit(*arguments, **settings, on_progress=lambda done, total, unit: counts.append(done) if unit == "images" else None)
+    return counts[-1] - counts[0]
 
 
 def test_an_interrupted_cache_goes_on_where_it_was(digits, tmp_path):
@@ -369,5 +369,5 @@ def test_evaluate_and_predict_print_a_table_and_the_best_labels(head, digits, ca
 
 
 def test_a_keyword_that_there_is_not_is_named_as_one_of_fit(tmp_path):
-    with pytest.raises(TypeError, match=r"^fit\(\) got an unexpected keyword argument 'epoch'"):
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'epoch'"):
         fit(tmp_path, "nowhere", tmp_path / "head", epoch=3)

@@ -41,6 +41,11 @@ def save(model, folder, config):
 PIXELS = mx.random.normal((2, 56, 56, 3), key=mx.random.key(1))
 
 
+def config_of(kind: str, *, num_layers: int) -> dict:
+    """What `add_adapters` says of the adapters of `encoder_with`."""
+    return lora.add_adapters(load(CHECKPOINT)[0], kind, num_layers=2, rank=3, scale=1.7) | {"num_layers": num_layers}
+
+
 @pytest.mark.parametrize("kind", lora.KINDS)
 def test_a_new_adapter_changes_nothing(kind):
     model, _ = load(CHECKPOINT)
@@ -103,7 +108,7 @@ def test_only_the_matrices_of_the_last_blocks_are_adapted_and_all_else_is_frozen
 
 def test_the_files_are_mlx_lms(tmp_path):
     model = encoder_with("dora", num_layers=2)
-    config = lora.config_of("dora", num_layers=2, rank=3, scale=1.7, dropout=0.0)
+    config = config_of("dora", num_layers=2)
     save(model, tmp_path, config)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["fine_tune_type"] == "dora"
@@ -122,7 +127,7 @@ def test_the_files_are_mlx_lms(tmp_path):
 def test_adapters_of_all_blocks_may_say_so_by_minus_one(tmp_path):
     """As mlx-lm does."""
     model, again = encoder_with("lora"), load(CHECKPOINT)[0]
-    save(model, tmp_path, lora.config_of("lora", num_layers=-1, rank=3, scale=1.7, dropout=0.0))
+    save(model, tmp_path, config_of("lora", num_layers=-1))
     lora.load_adapters(again, tmp_path)
     np.testing.assert_array_equal(np.array(again(PIXELS).last_hidden_state), np.array(model(PIXELS).last_hidden_state))
 
@@ -140,7 +145,7 @@ def test_adapters_of_all_blocks_may_say_so_by_minus_one(tmp_path):
     ],
 )
 def test_adapters_for_something_else_are_refused(tmp_path, change, words):
-    config = lora.config_of("lora", num_layers=2, rank=3, scale=1.7, dropout=0.0)
+    config = config_of("lora", num_layers=2)
     save(encoder_with("lora", num_layers=2), tmp_path, config)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=words):
@@ -158,6 +163,7 @@ def test_fuse_makes_a_checkpoint_that_load_and_the_converter_read(kind, tmp_path
 
     fused, _ = load(tmp_path / "fused")
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert ", fine-tuned and converted to MLX by" in (tmp_path / "fused" / "README.md").read_text()
     wanted = np.array(load_head(tmp_path / "head").learner.encoder(PIXELS).last_hidden_state)
     np.testing.assert_allclose(np.array(fused(PIXELS).last_hidden_state), wanted, atol=1e-5)
     convert(tmp_path / "fused", tmp_path / "exported", export_layout="transformers", verify=False)

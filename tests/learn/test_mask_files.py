@@ -219,7 +219,7 @@ def test_an_image_without_mask_and_a_mask_without_image_are_left_out_aloud(tmp_p
     assert "1.jpg has no mask of its name in " in said and "2.png has no image of its name in " in said
     for file in (data / "masks").iterdir():
         file.rename(file.with_name(f"of-{file.stem}.png"))
-    assert "no image in" in lines(data)[0] and "has a mask of its name in" in lines(data)[0]
+    assert "no mask in" in lines(data)[0] and "has the name of an image in" in lines(data)[0]
 
 
 def test_one_value_is_no_segmentation(tmp_path):

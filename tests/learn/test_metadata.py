@@ -67,8 +67,8 @@ READ = {
     "tabs": ("metadata.csv", table("\t", "file_name\tlabel"), ""),
     "blanks": ("metadata.csv", table(", ", " file_name , label "), ""),
     "capitals": ("metadata.csv", table(header="File_Name,LABEL"), ""),
-    "filename": ("metadata.csv", table(header="filename,label"), "has the images in its column filename"),
-    "other names": ("metadata.csv", table(header="image,Category"), "has the labels in its column category"),
+    "filename": ("metadata.csv", table(header="filename,label"), "has the column filename as its file_name"),
+    "other names": ("metadata.csv", table(header="image,Category"), "has the column category as its label"),
     "byte order mark": ("metadata.csv", "\ufeff" + table(), ""),
     "utf-16": ("metadata.csv", table().encode("utf-16"), ""),
     "windows": ("metadata.csv", table(end="\r\n"), ""),
@@ -82,9 +82,9 @@ READ = {
         table(rows=[*ROWS, ROWS[0]]),
         "line 10: img/disc0.png is there already, with the same",
     ),
-    "no suffix": ("metadata.csv", table(header="id,breed").replace(".png", ""), "has the images in its column id"),
-    "tsv": ("labels.tsv", table("\t", "path\tclass"), "has the labels in its column class"),
-    "csv of another name": ("train.csv", table(header="image_id,label"), "has the images in its column image_id"),
+    "no suffix": ("metadata.csv", table(header="id,breed").replace(".png", ""), "has the column id as its file_name"),
+    "tsv": ("labels.tsv", table("\t", "path\tclass"), "has the column class as its label"),
+    "csv of another name": ("train.csv", table(header="image_id,label"), "has the column image_id as its file_name"),
     "beside the folder": ("labels.csv", table().replace("img/", ""), "labels.csv has its images in img/"),
     "json lines": ("metadata.jsonl", lines({"file_name": name, "label": label} for name, label in ROWS), ""),
     "json capitals": ("data.jsonl", lines({"Image": name, "Label": label} for name, label in ROWS), "column image"),
@@ -144,13 +144,19 @@ REFUSED = {
     "utf-16 without its mark": (table().encode("utf-16-le"), "which holds NULs, is no text in UTF-8"),
     "no header": (
         table().partition("\n")[2],
-        "line 1: img/disc0.png,disc is no header: write file_name,label above it",
+        "metadata.csv has no column file_name and no column label among its columns (img/disc0.png, disc)",
     ),
-    "two columns of images": (table(header="image,path,label", rows=THREE), "image, path may all name the images"),
-    "two of labels": (table(header="file_name,class,category", rows=THREE), "class, category may all name the labels"),
+    "two columns of images": (
+        table(header="image,path,label", rows=THREE),
+        "has 2 columns that may be file_name (image, path): call one",
+    ),
+    "two of labels": (
+        table(header="file_name,class,category", rows=THREE),
+        "has 2 columns that may be label (class, category): call one",
+    ),
     "more cells than columns": (table() + "img/disc0.png,disc, small\n", "line 10: 3 cells, but 2 columns: quote"),
     "an unfinished quote": (table() + '"img/disc0.png,disc\n', "unexpected end of data"),
-    "two labels": (table(rows=[*ROWS, (ROWS[0][0], "x")]), "line 10: img/disc0.png has more than one label; several"),
+    "two labels": (table(rows=[*ROWS, (ROWS[0][0], "x")]), "line 10: img/disc0.png has no single label; several"),
     "a number that is not whole": (table(rows=[(name, 0.5) for name, _ in ROWS]), "numbers as labels, 0.5 for one"),
     "a missing image": (table() + "img/disc9.png,disc\n", "line 10: img/disc9.png does not exist"),
     "a long name": (table() + f"{'n' * 300}.png,disc\n", "line 10: nnnn"),
@@ -158,7 +164,7 @@ REFUSED = {
         lines({"file_name": name, "label": [label, "x"]} for name, label in ROWS),
         "several labels an",
     ),
-    "no text": (lines({"file_name": name, "label": {"a": 1}} for name, label in ROWS), "has no text as its label"),
+    "no text": (lines({"file_name": name, "label": {"a": 1}} for name, label in ROWS), "has no single label"),
     "deep json": (
         lines({"file_name": name, "label": label} for name, label in ROWS) + "[" * 100_000,
         'line 9: wanted {"file_name": …}, got no JSON object',
@@ -215,7 +221,7 @@ def test_folders_with_a_table_each_are_no_labels(tmp_path):
         for seed, (name, _) in enumerate(ROWS):
             save(tmp_path / batch / name, seed + 20 * (batch == "two"))
         (tmp_path / batch / "metadata.csv").write_text(table())
-    assert guess_task(tmp_path)[1] == "labels in metadata.csv of its folders"
+    assert guess_task(tmp_path)[1] == "labels in metadata.csv"
     found = read(tmp_path)
     assert found.classes == ("disc", "square") and count(found) == 16
 
@@ -229,7 +235,40 @@ def test_folders_name_the_labels_where_a_table_agrees_or_has_none(tmp_path):
     (tmp_path / "birds.csv").write_text(table(header="filepaths,labels", rows=rows))
     assert "birds.csv is not read, as folders name the labels" in "\n".join(read(tmp_path).notes)
     (tmp_path / "birds.csv").write_text(table(header="filepaths,labels", rows=[(name, "x") for name, _ in rows]))
-    assert "birds.csv and the folders have different labels: call it metadata.csv" in refused(tmp_path)[0]
+    assert "birds.csv has other labels: call it metadata.csv if it is right" in refused(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "header"), [("sample_submission.csv", "file,species"), ("HAM10000_metadata.csv", "image_id,dx")]
+)
+def test_a_table_of_something_else_beside_folders_is_named(tmp_path, name, header):
+    for seed, (file, label) in enumerate(ROWS):
+        save(tmp_path / "train" / label / file, seed)
+    save(tmp_path / "test" / "0.png", 99)
+    (tmp_path / name).write_text(table(header=header, rows=[("0.png", "disc")]))
+    found = read(tmp_path)
+    assert found.classes == ("disc", "square") and count(found) == 8
+    assert f"{name} is not read, as folders name the labels" in "\n".join(found.notes)
+
+
+def test_a_table_of_no_part_beside_one_of_a_part_is_not_scored(tmp_path):
+    """Kaggle's sample_submission.csv has labels, which say nothing."""
+    for seed, (name, _) in enumerate([*ROWS, ("x.png", "")]):
+        save(tmp_path / ("test_images" if name == "x.png" else "train_images") / name, seed)
+    (tmp_path / "train.csv").write_text(table(header="image_id,label"))
+    (tmp_path / "sample_submission.csv").write_text("image_id,label\nx.png,disc\n")
+    found = read(tmp_path)
+    assert count(found) == 8 and all("train_images" in one.path for part in found.splits.values() for one in part)
+    assert "sample_submission.csv is for no part, as others are: not read" in "\n".join(found.notes)
+
+
+def test_a_column_for_each_label_is_several_labels_an_image(tmp_path):
+    """As Roboflow exports a classification with several labels."""
+    for seed, part in enumerate(("train", "valid")):
+        save(tmp_path / part / "0.png", seed)
+        (tmp_path / part / "_classes.csv").write_text("filename, cat, dog\n0.png, 1, 1\n")
+    words = "train/_classes.csv has no column label among its columns (filename, cat, dog); several labels an image, a"
+    assert words in "\n".join(refused(tmp_path))
 
 
 NOT_READ = {
@@ -258,12 +297,6 @@ def test_what_lies_there_is_named_and_never_denied(data, name):
     with pytest.raises(DataError, match="holds no labelled images in a form that fit reads: ") as error:
         guess_task(data)
     assert f"{file} {NOT_READ[name]}" in str(error.value)
-
-
-def test_the_export_of_an_annotation_program_is_called_by_its_name(tmp_path):
-    (tmp_path / "project.json").write_text('[{"id": 1, "annotations": [{"lead_time": 3.5}]}]')
-    with pytest.raises(DataError, match="is Label Studio's own: export it as COCO or CSV"):
-        guess_task(tmp_path)
 
 
 def test_long_labels_are_shortened_where_they_are_shown(data, capsys):

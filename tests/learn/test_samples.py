@@ -156,8 +156,8 @@ def test_with_given_classes_nothing_is_split(digits):
     [
         ("file_name,label\nmissing.png,a\n", "line 2: missing.png does not exist"),
         ("file_name,label\n", "has no rows"),
-        ("name,label\ndigit 0/000.png,a\n", "has no column file_name, but name, label: call the column of the images"),
-        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "line 3: digit 0/000.png has more than one label"),
+        ("name,label\ndigit 0/000.png,a\n", "has no column file_name (name, label): call one of them file_name"),
+        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "line 3: digit 0/000.png has no single label"),
     ],
 )
 def test_wrong_metadata_is_named_with_its_line(digits, text, words):
@@ -516,6 +516,20 @@ def test_broken_images_are_refused_all_at_once_or_left_out(task, tmp_path):
     found = TASKS[task].data.read(tmp_path / "d", skip_broken=True)
     assert sum(counts(found)) == 30 and "30 images left out that cannot be read: " in said(found)
     assert [line for line in found.left_out if ".png" in line][:30] == list(error.value.lines)
+
+
+def test_an_image_whose_mask_is_broken_is_one_that_cannot_be_read(tmp_path):
+    write("segment", tmp_path / "d", range(20))
+    cut, none, wide = (tmp_path / "d" / "masks" / f"{seed}.png" for seed in range(3))
+    cut.write_bytes(cut.read_bytes()[:-30])
+    none.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"0\.png is a broken .*1\.png is not .*; --skip-broken leaves out 2 images"):
+        segment.data.read(tmp_path / "d")
+    found = segment.data.read(tmp_path / "d", skip_broken=True)
+    assert sum(counts(found)) == 18 and "2 images left out that cannot be read: " in said(found)
+    Image.new("RGB", (17, 11)).save(wide)
+    with pytest.raises(DataError, match="has the colour mode RGB"):
+        segment.data.read(tmp_path / "d", skip_broken=True)
 
 
 def test_fit_and_evaluate_leave_broken_images_out_where_asked(digits, tmp_path, capsys):

@@ -109,8 +109,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a head takes positions that came from another rule",
-        'if own not in (None, size) and info["encoder"].get("positions") != POSITIONS:',
-        "if False:",
+        'not in (None, size) and wanted.get("positions") != POSITIONS:',
+        "is False:",
         ("tests/test_image_size.py",),
     ),
     Mutation(

@@ -157,7 +157,7 @@ def test_captions_lie_in_tables_of_other_names_and_folders(tmp_path, file):
     with pytest.warns(UserWarning) as found:
         assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("one", "two")]
     notes = " ".join(str(one.message) for one in found)
-    assert "has the images in its column image" in notes and "line 4, is an empty row: left out" in notes
+    assert "has the column image as its file_name" in notes and "line 4, is an empty row: left out" in notes
 
 
 @pytest.mark.parametrize("kind", ["tables", "shards", "folders of shards"])

@@ -17,9 +17,8 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import metadata, samples
-from mlx_aimv2.learn.learner import canvas_size
-from mlx_aimv2.learn.metadata import LABEL, PART, column, columns_of, folder_of, image_of, metadata_file, metadata_rows
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, listed, one_image, part_of, same_form
+from mlx_aimv2.learn.metadata import LABEL, PART, TABLES, column, columns_of, metadata_file
+from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, listed, one_image, part_of, same_form
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
 
@@ -44,119 +43,101 @@ def recognise(data: Path) -> str | None:
     """Why `data` has a label for each image, a phrase; None where it has none."""
     scan = Scan()
     sources = _sources(data, scan)
-    if files := [source.name for source in sources.values() if source.is_file()]:
+    if files := [file.name for _, tables in sources.values() for file in tables]:
         return f"labels in {listed(dict.fromkeys(files))}"
-    nested = [file.name for folder in sources.values() for file in _nested(folder, scan)]
-    if nested:
-        return f"labels in {listed(dict.fromkeys(nested))} of its folders"
-    count = len({same_form(place.name) for folder in sources.values() for place in _label_folders(folder, scan)})
+    count = len({same_form(place.name) for folder, _ in sources.values() for place in _label_folders(folder, scan)})
     return f"a folder for each of {one_image(count, 'label')}" if count else None
 
 
-def _sources(data: Path, scan: Scan) -> dict[str, Path]:
-    """Of each part its table, or its folder with a folder for each label.
+def _sources(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
+    """Of each part its folder, and its tables with labels; where there are none, folders in it name the labels.
 
     Right in DATA folders win over a table that is not called metadata, as it may be about something else.
     """
     here = tables(data)
+    if len(here) > 1 and "" in here:  # as Kaggle's sample_submission.csv
+        scan.note(str(here.pop("")), "is for no part, as others are: not read")
+    by_table = {part: (data, [file]) for part, file in here.items()}
     if metadata_file(data) in here.values():
-        return here
-    parts = samples.parts_of(
-        data, scan, lambda folder: bool(tables(folder) or _label_folders(folder, scan) or _nested(folder, scan))
-    )
-    found: dict[str, Path] = {}
-    for part, folder in parts.items():
-        own = tables(folder) if part else {}
-        if len(own) > 1:
-            raise DataError([f"{folder} has several tables of images ({listed(map(str, own.values()))}): keep one"])
-        found[part] = next(iter(own.values()), folder)
-    names = {place.name for folder in found.values() if folder.is_dir() for place in _label_folders(folder, scan)}
+        return by_table
+    parts = samples.parts_of(data, scan, lambda folder: bool(_tables(folder, scan) or _label_folders(folder, scan)))
+    found = {part: (folder, [] if here and folder == data else _tables(folder, scan)) for part, folder in parts.items()}
+    names = {place.name for folder, files in found.values() if not files for place in _label_folders(folder, scan)}
     is_by_folder = len(names) > 1 and not all(map(part_of, names))
-    return found if is_by_folder or not here else here
+    return found if is_by_folder or not here else by_table
 
 
 def _label_folders(folder: Path, scan: Scan) -> list[Path]:
     return [place for place in scan.folders(folder) if scan.images(place)]
 
 
-def _nested(folder: Path, scan: Scan) -> list[Path]:
-    """The metadata files with labels in the folders of a folder."""
-    files = [metadata_file(place) for place in scan.folders(folder)]
-    return [file for file in files if file and column(columns_of(file), LABEL)]
+def _tables(folder: Path, scan: Scan) -> list[Path]:
+    """The tables with labels right in a folder, else the metadata files in its folders."""
+    inside = [metadata_file(place) for place in scan.folders(folder)]
+    return [*tables(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]
 
 
 def _find(data: Path, scan: Scan) -> Found:
     found = Found({})
     sources = _sources(data, scan)
-    for part, source in sources.items():
-        if files := [source] if source.is_file() else _nested(source, scan):
-            rows = [row for file in files for row in _by_table(file, scan, found.faults)]
-            parts = {part: [row[:2] for row in rows]} if part else _parts_of_rows(rows, data, scan)
-            found.parts |= parts
-            if others := {*_label_folders(source, scan)} - {file.parent for file in files} if source.is_dir() else ():
+    for part, (folder, files) in sources.items():
+        if files:
+            found.parts |= _by_part(_by_tables(files, scan, found.faults), part, data, scan)
+            others = {*_label_folders(folder, scan)} - {file.parent for file in files}
+            if files[0].parent != folder and others:
                 scan.note(sorted(map(str, others)), "has no metadata with labels: skipped")
             continue
-        found.parts[part] = []
-        places = scan.folders(source)
+        places = scan.folders(folder)
         if not part and places and all(part_of(place.name) for place in places):
             found.faults += [f"{place} is a part of the data without a folder for each label" for place in places]
-            continue
-        for place in places:
-            images = scan.images(place)
-            found.parts[part] += [(path, same_form(place.name)) for path in images]
-            if not images:
-                found.faults.append(f"{place} is a label without images")
-        if loose := scan.loose(source):
+            found.faults += metadata.not_read(data)
+            places = []
+        found.parts[part] = [(path, same_form(place.name)) for place in places for path in scan.images(place)]
+        found.faults += [f"{place} is a label without images" for place in places if not scan.images(place)]
+        if loose := scan.loose(folder):
             scan.note(loose, "lies in no label's folder: skipped")
-    for file in {*tables(data).values()} - {*sources.values()}:
-        if any(label not in map(same_form, Path(path).parts) for path, label, _ in _by_table(file, Scan(), [])):
-            found.faults.append(
-                f"{file} and the folders have different labels: call it metadata.csv if it is right, else move it away"
-            )
-        scan.note(str(file), "is not read, as folders name the labels")
+    if not any(files for _, files in sources.values()):
+        _compare(data, dict(pair for pairs in found.parts.values() for pair in pairs), scan, found.faults)
     return found
 
 
-def _by_table(file: Path, scan: Scan, faults: list[str]) -> list[tuple[str, str, str]]:
-    """Path, label and part of each row that names an image; what is wrong is added to `faults`."""
-    rows, wrong = metadata_rows(file, scan)
-    faults += wrong
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    labels, parts = column(names, LABEL), column(names, PART)
-    if rows and len(labels) != 1:
-        what = f"{listed(labels)} may all name the labels" if labels else "no column label"
-        faults.append(f"{file} has {what}: call the column of the labels label")
-    if len(labels) != 1:
-        return []
-    if labels != ["label"]:
-        scan.note(str(file), f"has the labels in its column {labels[0]}")
-    texts = _texts([row.get(labels[0]) for row in rows])
-    if all(NUMBER.fullmatch(text) for text in texts if text):
-        texts = [WHOLE.sub(r"\1", text) for text in texts]
-        if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
-            faults.append(f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number")
-            return []
-    folder = folder_of(file, rows, scan)
+def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan, faults: list[str]) -> None:
+    """Notes the tables in DATA that are not read, as folders name the labels; a fault where they differ."""
+    for file in sorted(file for file in data.glob("[!.]*") if file.suffix.lower() in TABLES):
+        scan.note(str(file), "is not read, as folders name the labels")
+        if any(by_folder.get(path, label) != label for path, (label, _) in _by_tables([file], Scan(), []).items()):
+            faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
+
+
+def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> dict[str, tuple[str, str]]:
+    """Of the path of each image in the rows its label and its part; what is wrong is added to `faults`."""
     found: dict[str, tuple[str, str]] = {}
-    unlabelled: list[str] = []
-    for row, text in zip(rows, texts, strict=True):
-        where, path = f"{file}, line {row['']}: {row['file_name']:.80}", image_of(folder, row["file_name"])
-        value = row.get(labels[0])
-        if (isinstance(value, list) and len(value) > 1) or (path and found.get(str(path), (text,))[0] != text):
-            faults.append(f"{where} has more than one label; {SEVERAL}")
-        elif isinstance(value, dict):
-            faults.append(f"{where} has no text as its label")
-        elif not text:
-            scan.note(where, "has no label: left out")
-            unlabelled.append(str(path))
-        elif path is None:
-            faults.append(f"{where} does not exist")
-        elif str(path) in found:
-            scan.note(where, "is there already, with the same label: left out")
-        else:
-            found[str(path)] = text, part_of(str(row.get(parts[0], ""))) or "" if len(parts) == 1 else ""
-    scan.unlisted(folder, file, (*found, *unlabelled))
-    return [(path, label, part) for path, (label, part) in found.items()]
+    for file in files:
+        rows, wrong = metadata.rows_with_images(file, scan)
+        faults += wrong
+        names = dict.fromkeys(name for _, row, _ in rows for name in row)
+        if not rows or not (labels := metadata.one_column(names, LABEL, "label", file, scan, faults)):
+            continue
+        texts = _texts([row.get(labels) for _, row, _ in rows])
+        if all(NUMBER.fullmatch(text) for text in texts if text):
+            texts = [WHOLE.sub(r"\1", text) for text in texts]
+            if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
+                faults.append(f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number")
+                continue
+        for (where, row, image), text in zip(rows, texts, strict=True):
+            path, value = str(image), row.get(labels)
+            is_several = isinstance(value, dict) or (isinstance(value, list) and len(value) > 1)
+            if is_several or (image and found.get(path, (text,))[0] != text):
+                faults.append(f"{where} has no single label; {SEVERAL}")
+            elif not text:
+                scan.note(where, "has no label: left out")
+            elif image is None:
+                faults.append(f"{where} does not exist")
+            elif path in found:
+                scan.note(where, "is there already, with the same label: left out")
+            else:
+                found[path] = text, part_of(" ".join(str(row.get(name)) for name in column(names, PART))) or ""
+    return found
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
@@ -165,14 +146,15 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value in (None, []) or value != value else same_form(str(value)) for value in single]
 
 
-def _parts_of_rows(rows: Sequence[tuple[str, str, str]], folder: Path, scan: Scan) -> dict[str, Labelled]:
-    """Rows by the part that they say, or a folder in their path, if all have one or several parts are named."""
+def _by_part(rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan) -> dict[str, Labelled]:
+    """Rows of a `part`, or by the one that they say or a folder in their path, if all have one or several are named."""
+    pairs = [(path, label) for path, (label, _) in rows.items()]
     found: dict[str, Labelled] = {} if rows else {"": []}
-    for path, label, part in rows:
-        inside = Path(path).relative_to(folder).parent.parts if Path(path).is_relative_to(folder) else ()
-        found.setdefault(part or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
-    if "" in found and len(found) == 2:
-        return {"": [row[:2] for row in rows]}  # a class that is called like a part
+    for path, (label, own) in rows.items():
+        inside = Path(path).relative_to(data).parent.parts if Path(path).is_relative_to(data) else ()
+        found.setdefault(own or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
+    if part or ("" in found and len(found) == 2):  # a class that is called like a part
+        return {part: pairs}
     if len(found) > 2 and (rest := found.pop("", [])):
         scan.note([path for path, _ in rest], "lies in no part of the labelled data (train, val, test): skipped")
     return found
@@ -196,7 +178,7 @@ def example(
     image: Any = sample.path
     if rng is not None:
         changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
-        image = changed(to_rgb(sample.path), canvas_size(processor), rng)
+        image = changed(to_rgb(sample.path), processor.canvas, rng)
     return {"pixels": processor.pixels(image), **targets(sample, processor)}
 
 

@@ -1,9 +1,9 @@
-"""Boxes in the field's other formats: YOLO's text, PASCAL VOC's XML, Create ML's JSON, Hugging Face's `objects`.
+"""The formats of boxes: COCO JSON, YOLO's text, PASCAL VOC's XML, Create ML's JSON, Hugging Face's `objects`.
 
 DATA -> `find_…`: what is there, by part -> `read_…`: into a Reading, each image with its rows as they are stated
 
 A format decides where its files lie and what their fields mean, nothing else: what is cut, left out or refused is
-decided in `data.py`, for COCO JSON too.
+decided in `data.py`, for all of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from xml.etree import ElementTree
 
 import numpy as np
@@ -26,29 +26,35 @@ import yaml
 from mlx_aimv2.files import read_start, read_text
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.metadata import columns_of, image_of, metadata_file, metadata_rows
+from mlx_aimv2.learn.metadata import START, columns_of, image_of, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError, part_of, same_form
 from mlx_aimv2.untrusted_json import parse
 
-YOLO_ROW = re.compile(rb"\s*\d+(\.0*)?([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
-"""How a text file starts that holds boxes or polygons, not a caption."""
+COCO = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+"""The lists of a COCO file, and those fields of their entries that must be there, as text or numbers."""
+
+COCO_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\{(?=.*"images")(?=.*"annotations")', re.DOTALL)
+CREATE_ML_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\[(?=.*"coordinates")(?=.*"label")', re.DOTALL)
+VOC_START = re.compile(rb"<annotation\b")
+YOLO_START = re.compile(rb"\A\s*\S+([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
+"""What the start of a file has in each format; that of YOLO's text is no caption."""
+
+XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 
 NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 """The names of YOLO's classes, one a line, where no YAML file has them."""
 
-XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
-
 CATEGORIES = ("categories", "category", "category_id", "labels", "label", "classes", "class")
 """What data sets on Hugging Face call the classes of an image's boxes."""
 
-CREATE_ML = (("image", "imagefilename"), ("annotations", "annotation"))
-"""Names of Create ML's two fields of an image, and those that older programs write."""
-
 MAX_BYTES = 1 << 22
-"""Of a file about one image, or of settings: parsing YAML takes some 10 s for each megabyte."""
+"""Of a file about one image."""
 
-START_BYTES = 1 << 16
-"""Of a file, by which its format is recognised."""
+SETTINGS_BYTES = 1 << 17
+"""Of YAML, which takes some 10 s for each megabyte; the names of a thousand classes have 30 kB."""
+
+Source: TypeAlias = "tuple[Path, list[Path]]"
+"""The file that lists the images of a part, and the folders in which these may lie."""
 
 
 class Row(NamedTuple):
@@ -57,7 +63,7 @@ class Row(NamedTuple):
     where: str
     name: str
     box: Any
-    crowd: bool = False
+    crowd: Any = None
     area: Any = None
 
 
@@ -78,7 +84,7 @@ class Reading:
     """What was read of DATA: by part, the objects of each image by its path, those without any included.
 
     `classes` are the names in their order, where a file lists them, and `above` those that others name as above
-    themselves; a line of `faults` refuses DATA.
+    themselves; `listed` are folders with the file that lists their images; a line of `faults` refuses DATA.
     """
 
     data: Path
@@ -86,7 +92,24 @@ class Reading:
     parts: dict[str, dict[str, Objects]] = field(default_factory=lambda: defaultdict(dict))
     classes: dict[str, None] = field(default_factory=dict)
     above: set[str] = field(default_factory=set)
+    listed: dict[Path, Path] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+
+    def image(self, part: str, name: str, source: Source, stated: tuple[Any, Any] | None = None) -> Objects:
+        """The objects of an image that a file names, to be filled, be it found or not.
+
+        It has the name as it stands in one of the folders, or the last part of one from another machine.
+        """
+        file, folders = source
+        names = dict.fromkeys([name.lstrip("/"), PurePosixPath(name.replace("\\", "/")).name, name])
+        for own, folder in product(names, folders):
+            if (path := image_of(folder, own)) is not None:
+                self.listed.setdefault(folder, file)
+                if str(path) in self.parts[part]:
+                    self.scan.note(str(path), f"stands more than once in {file.name}: its objects are taken together")
+                return self.parts[part].setdefault(str(path), Objects(file, stated))
+        self.faults.append(f"{file} names {name}, but {folders[0] / name} does not exist")
+        return Objects(file)
 
 
 def number(value: Any) -> float:
@@ -97,124 +120,227 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def around(points: Sequence[Any]) -> list[float]:
-    """Left, top, width, height around the points of polygons, `[x, y, x, y, …]`."""
-    corners = np.array([number(value) for value in points]).reshape(-1, 2)
-    return [*corners.min(axis=0).tolist(), *np.ptp(corners, axis=0).tolist()]
+def _around(polygons: Any) -> list[float]:
+    """Left, top, width, height around polygons, each `[x, y, x, y, …]`; nothing where there is none."""
+    lists = [polygon for polygon in polygons if isinstance(polygon, list)] if isinstance(polygons, list) else []
+    points = [(number(x), number(y)) for own in lists for x, y in zip(own[::2], own[1::2], strict=False)]
+    return [*np.min(points, axis=0).tolist(), *np.ptp(points, axis=0).tolist()] if points else []
 
 
-def read_json(file: Path, faults: list[str]) -> Any:
-    """What a JSON file holds; None and a line of `faults` for one that cannot be read."""
-    try:
-        return parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
-    except (OSError, ValueError) as error:
-        faults.append(str(error))
-        return None
+# Files that list images: COCO, Create ML, Hugging Face
 
 
-def json_files(folder: Path, opening: str, words: Iterable[str]) -> list[Path]:
-    """The JSON files right in a folder that begin as a format does and soon have its words."""
-    found = []
-    for file in sorted(folder.glob("*.json")):
-        if file.is_file() and not file.name.startswith("."):
-            start = read_start(file, max_bytes=START_BYTES).decode(errors="ignore").lstrip("\ufeff \r\n\t")
-            if start.startswith(opening) and all(f'"{word}"' in start for word in words):
-                found.append(file)
+def _sources(data: Path, scan: Scan, files: Callable[[Path], Sequence[Path]]) -> dict[str, Source]:
+    """Those of the `files` right in the folders of parts; of one folder, the part is in their names."""
+    found: dict[str, Source] = {}
+    for around, folder in samples.parts_of(data, scan, lambda folder: bool(files(folder))).items():
+        for file in files(folder):
+            part = around or part_of(file.stem) or ""
+            if part in found:
+                raise DataError([f"{found[part][0]} and {file} both mean {part or 'all images'}: keep one"])
+            word = next((word for word in re.split(r"[^A-Za-z0-9]+", file.stem) if part_of(word)), part)
+            names = dict.fromkeys([""] if around else [word, part, "", "default"])  # the last is CVAT's
+            found[part] = (file, [place / name for name in names for place in (folder, folder / "images")])
+    if "" in found and len(found) > 1:
+        raise DataError([f"{found[''][0]} names no part (train, val, test), but other files do: rename it"])
     return found
 
 
-def find_image(name: str, folders: Sequence[Path]) -> str | None:
-    """The image that a file means: by its name as it stands, or by the last part of one from another machine."""
-    names = dict.fromkeys([name, PurePosixPath(name.replace("\\", "/")).name])
-    paths = (image_of(folder, own) for own, folder in product(names, folders))
-    return next((str(path) for path in paths if path is not None), None)
+def _files(folder: Path, suffix: str, beside: bool) -> list[Path]:
+    """The files of a suffix right in a folder, or also below it, but for hidden ones."""
+    pattern = f"[!.]*.{suffix}" if beside else f"**/[!.]*.{suffix}"
+    return [file for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
-# YOLO
+def _like(files: Iterable[Path], start: re.Pattern[bytes]) -> Iterator[Path]:
+    """The files that begin as a format does."""
+    return (file for file in files if start.search(read_start(file, max_bytes=START)))
 
 
-def find_yolo(data: Path, scan: Scan) -> dict[str, list[str]]:
-    """The images of each part: as a YAML file names them, or in `images` beside `labels`, or beside their text."""
+def _coco_files(folder: Path) -> list[Path]:
+    """The COCO files of a folder: Roboflow's, those in `annotations`, or others right in it that are like one."""
+    if (file := folder / "_annotations.coco.json").is_file():
+        return [file]
+    files = _files(folder / "annotations", "json", beside=True)
+    files = [file for file in files if file.stem.startswith("instances")] or files
+    return files or [*_like(_files(folder, "json", beside=True), COCO_START)]
+
+
+def _create_ml_files(folder: Path) -> list[Path]:
+    return [*_like(_files(folder, "json", beside=True), CREATE_ML_START)]
+
+
+def _objects_files(folder: Path) -> list[Path]:
+    file = metadata_file(folder)
+    return [file] if file is not None and "objects" in columns_of(file) else []
+
+
+find_coco = partial(_sources, files=_coco_files)
+find_create_ml = partial(_sources, files=_create_ml_files)
+find_objects = partial(_sources, files=_objects_files)
+
+
+def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
+    """Classes are the categories of training in the order of their ids."""
+    for part, source in sources.items():
+        file, faults = source[0], reading.faults
+        content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
+        entries, annotations, categories = (_coco_entries(content, section, file, faults) for section in COCO)
+        names = {str(entry["id"]): same_form(str(entry["name"])) for entry in categories}
+        if part in ("train", ""):
+            reading.classes |= dict.fromkeys(names[key] for key in samples.in_order(names))
+        reading.above |= {same_form(str(entry.get("supercategory", ""))) for entry in categories}
+        images: dict[str, Objects] = {}
+        for entry in entries:
+            if (key := str(entry["id"])) in images:
+                faults.append(f"{file} has more than one image with the id {key}")
+            stated = (entry.get("height"), entry.get("width"))
+            images[key] = reading.image(part, str(entry["file_name"]), source, stated)
+        known: dict[str, Mapping[str, Any]] = {"image_id": images, "category_id": names}
+        for entry in annotations:
+            where = f"annotation {entry.get('id', '?')}"
+            if unknown := [key for key in known if str(entry[key]) not in known[key]]:
+                own = f"{unknown[0]} {entry[unknown[0]]!r:.40}"
+                faults.append(f"{file}: {where} has the {own}, which is not among its images and categories")
+                continue
+            name, box = names[str(entry["category_id"])], entry.get("bbox") or _around(entry.get("segmentation"))
+            row = Row(where, name, box, entry.get("iscrowd"), entry.get("area"))
+            images[str(entry["image_id"])].rows.append(row)
+
+
+def _coco_entries(content: Any, section: str, file: Path, faults: list[str]) -> list[dict[str, Any]]:
+    """The entries of one of a file's lists that have what they need."""
+    entries = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        faults.append(f"{file} is no COCO JSON: it has no list of {section}")
+        return []
+    found = []
+    for entry in entries:
+        own = entry if isinstance(entry, dict) else {}
+        if bad := [key for key in COCO[section] if not isinstance(own.get(key), (str, int))]:
+            faults.append(f"{file}: an entry of {section} has no usable {bad[0]}: {entry!r:.80}")
+        else:
+            found.append(entry)
+    return found
+
+
+def read_entries(sources: Mapping[str, Source], reading: Reading) -> None:
+    """Entries of an image and its objects, which are a list, or an object of lists.
+
+    Parts are folders, or the folders in the images' paths.
+    """
+    for part, source in sources.items():
+        file, entries = source[0], _entries(source[0], reading)
+        within = [next(filter(None, map(part_of, Path(str(name)).parent.parts)), "") for _, name, _ in entries]
+        for (where, name, objects), inner in zip(entries, within, strict=True):
+            if isinstance(objects, dict):
+                columns = {key: value for key, value in objects.items() if isinstance(value, list)}
+                objects = [dict(zip(columns, values, strict=True)) for values in zip_longest(*columns.values())]
+            if not isinstance(name, str) or not isinstance(objects, list):
+                fault = f"has no image or no list of its objects, be it empty: {name!r:.80}"
+                reading.faults.append(f"{file}: {where} {fault}")
+                continue
+            rows = reading.image(part or (inner if all(within) else ""), name, source).rows
+            for count, entry in enumerate(objects, 1):
+                own = entry if isinstance(entry, dict) else {}
+                label, box = next((own[key] for key in CATEGORIES if key in own), None), own.get("bbox")
+                if isinstance(place := own.get("coordinates"), dict):
+                    box = [place.get(end) for end in ("x", "y", "width", "height")]
+                label = same_form(str(label)) if isinstance(label, (str, int)) else ""
+                rows.append(Row(f"object {count} of {where}", label, box, own.get("iscrowd"), own.get("area")))
+
+
+def _entries(file: Path, reading: Reading) -> list[tuple[str, Any, Any]]:
+    """Where an entry is, the name of its image and its objects: of Create ML's JSON, or of a table."""
+    if file.suffix.lower() == ".json":
+        content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
+        own = [entry if isinstance(entry, dict) else {} for entry in content]
+        return [(f"entry {count}", one.get("image"), one.get("annotations")) for count, one in enumerate(own, 1)]
+    rows, faults = metadata_rows(file, reading.scan)
+    reading.faults += faults
+    return [(f"line {row['']}", row["file_name"], row.get("objects")) for row in rows]
+
+
+# Files of the images' names: YOLO, VOC
+
+
+def _beside(
+    data: Path, scan: Scan, names: Sequence[str], suffix: str, start: re.Pattern[bytes]
+) -> dict[str, tuple[Path, Path]]:
+    """Folders of images and of the files of a suffix by part, at least one of which starts as it should."""
 
     def holds(folder: Path, beside: bool) -> bool:
-        texts = (text for text in sorted(folder.glob("*.txt" if beside else "**/*.txt")) if text.is_file())
-        return any(not beside or YOLO_ROW.match(read_start(text, max_bytes=START_BYTES)) for text in texts)
+        return next(_like(_files(folder, suffix, beside), start), None) is not None
 
+    return dense.folders_beside(data, scan, names, holds)
+
+
+find_voc = partial(_beside, names=XML_FOLDERS, suffix="xml", start=VOC_START)
+
+
+def find_yolo(data: Path, scan: Scan) -> dict[str, list[tuple[Path, Path]]]:
+    """Folders of images and of their texts: as a YAML file names them, or `images` beside `labels`, or one for both."""
     file, settings = _settings(data)
-    named = [(key, name) for key in ("train", "val", "valid", "test") for name in _texts(settings.get(key))]
+    given = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+    named = [(key, str(name)) for key in ("train", "val", "test") for name in given.get(key, []) if name]
     if file is None or not named:
-        pairs = dense.folders_beside(data, scan, ("labels",), holds)
-        return {part: scan.images(images) for part, (images, _) in pairs.items()}
-    found: dict[str, list[str]] = defaultdict(list)
-    faults: list[str] = []
+        return {part: [pair] for part, pair in _beside(data, scan, ("labels",), "txt", YOLO_START).items()}
+    found: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
+    roots = [file.parent / str(settings.get("path", "")), file.parent]
     for key, name in named:
-        if (place := _place(file.parent, _texts(settings.get("path")), name)) is not None:
-            found[part_of(key) or ""] += _images_in(place, file.parent, scan)
+        # Roboflow writes ../train/images for what lies beside the file.
+        places = [root / own for own in (name, name.removeprefix("../")) for root in roots]
+        images = next((place for place in places if os.path.isdir(place)), None)  # noqa: PTH112 - names may be any text
+        if images is not None:
+            labels = Path(re.sub(r"^(.*/)?images(?=/|$)", r"\1labels", images.as_posix()))
+            found[part_of(key) or ""].append((images, labels if labels.is_dir() else images))
         elif key == "test":  # Roboflow names one where it wrote none
             scan.note(f"{file}: {name}, the part test,", "does not exist: left out")
         else:
-            faults.append(f"{file} says {key}: {name}, which does not exist")
-    if faults:
-        raise DataError(faults)
+            raise DataError([f"{file} says {key}: {name}, which is no folder of images"])
     return found
 
 
-def read_yolo(images: Mapping[str, list[str]], reading: Reading) -> None:
-    """The text file of an image lies beside it or in `labels`; without one it has no objects, as YOLO has it."""
+def read_yolo(folders: Mapping[str, list[tuple[Path, Path]]], reading: Reading) -> None:
+    """The text file of an image has its name; without one it has no objects, as YOLO has it."""
     file, settings = _settings(reading.data)
     names = settings.get("names")
     if not names:
-        folders = [reading.data, *sorted({Path(path).parent for paths in images.values() for path in paths})]
-        file = next((own for folder in folders for name in NAMES_FILES if (own := folder / name).is_file()), None)
+        places = [reading.data, *(place for pairs in folders.values() for pair in pairs for place in pair)]
+        file = next((own for place, name in product(places, NAMES_FILES) if (own := place / name).is_file()), None)
         names = read_text(file).split("\n") if file else []
     pairs = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else [])
     numbered = {str(key): same_form(name) for key, name in pairs if isinstance(name, str) and name.strip()}
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
-    texts: set[Path] = set()
-    for part, path in ((part, path) for part, paths in images.items() for path in paths):
-        if not os.path.isfile(path):  # noqa: PTH113 - a name that cannot be is no file
-            reading.faults.append(f"{path} is in the list of {part or 'all images'}, but does not exist")
-            continue
-        *before, last = re.split(r"(?<=[/\\])images(?=[/\\])", path)
-        text = Path("images".join(before) + "labels" + last if before else path).with_suffix(".txt")
-        text = text if text.is_file() else Path(path).with_suffix(".txt")
-        objects = reading.parts[part][path] = Objects(text)
-        if text.is_file():
-            texts.add(text)
-            objects.rows += _yolo_rows(text, numbered, file, "kpt_shape" in settings, reading.faults)
-        else:
-            reading.scan.note(path, "has no text file of its name: taken for an image without objects")
-    for folder in sorted({text.parent for text in texts}):
-        for suffix in (".txt", file.suffix if file else ".txt"):
-            reading.scan.was_read(folder, suffix)
-        for other in sorted(set(folder.glob("*.txt")) - texts):
-            if YOLO_ROW.match(read_start(other, max_bytes=START_BYTES)):
-                reading.scan.note(str(other), "has no image of its name: left out")
+    for part, (images, texts) in ((part, pair) for part, pairs in folders.items() for pair in pairs):
+        for path in reading.scan.images(images):
+            text = texts / Path(path).relative_to(images).with_suffix(".txt")
+            objects = reading.parts[part][path] = Objects(text)
+            if text.is_file():
+                objects.rows += _yolo_rows(text, numbered, file, reading.faults, keypoints="kpt_shape" in settings)
+            else:
+                reading.scan.note(path, "has no text file of its name: taken for an image without objects")
+        for suffix in (".txt", ".yaml", ".yml", ".names", ".labels"):
+            reading.scan.was_read(images, suffix)
 
 
 def _yolo_rows(
-    text: Path, names: Mapping[str, str], source: Path | None, keypoints: bool, faults: list[str]
+    text: Path, names: Mapping[str, str], source: Path | None, faults: list[str], *, keypoints: bool
 ) -> list[Row]:
-    """Lines of a class number and a box, the points of a polygon, or a box and keypoints."""
+    """Lines of a class number and a box, which keypoints may follow, or the points of a polygon."""
     rows = []
-    try:
-        lines = read_text(text, max_bytes=MAX_BYTES).splitlines()
-    except (OSError, ValueError) as error:
-        faults.append(str(error))
-        return []
-    for count, line in enumerate(lines, 1):
-        key, *values = line.split() or [""]
+    for count, line in enumerate(read_text(text, max_bytes=MAX_BYTES).splitlines(), 1):
+        key, *box = line.split()[: 5 if keypoints else None] or [""]
         key = re.sub(r"\.0*$", "", key)
         if key and not (key in names if names else key.isascii() and key.isdigit()):
             known = f"{source} has {len(names)} names" if names else "a class is a whole number"
             faults.append(f"{text}, line {count}: there is no class {key:.40}: {known}")
         elif key:
-            if len(values) >= 6 and len(values) % 2 == 0 and not keypoints:
-                left, top, width, height = around(values)
-                box: Sequence[Any] = [left + width / 2, top + height / 2, width, height]
-            else:
-                box = values[:4] if keypoints else values
-            rows.append(Row(f"line {count}", names.get(key, key), box))
+            values: Sequence[Any] = box
+            if len(values) >= 6 and len(values) % 2 == 0:
+                left, top, width, height = _around([values])
+                values = [left + width / 2, top + height / 2, width, height]
+            rows.append(Row(f"line {count}", names.get(key, key), values))
     return rows
 
 
@@ -222,7 +348,7 @@ def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
     """The YAML file right in DATA that names classes, and what it says, every value as text; or nothing."""
     for file in sorted(data.glob("*.y*ml")):
         try:
-            text = read_text(file, max_bytes=MAX_BYTES)
+            text = read_text(file, max_bytes=SETTINGS_BYTES)
             # Numbers, dates and words such as `no` stay the text that they are; no object of Python is made.
             content = yaml.load(text, yaml.BaseLoader) if re.search(r"^\W?names", text, re.MULTILINE) else None
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -232,55 +358,19 @@ def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def _texts(value: Any) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text]
-
-
-def _place(folder: Path, roots: Sequence[str], name: str) -> Path | None:
-    """Where a path leads from one of the roots, or from the folder itself, as Roboflow's `../train/images` does."""
-    bases = [*(folder / root for root in roots), folder]
-    places = (base / own for own in (name, name.removeprefix("../")) for base in bases)
-    return next((place for place in places if os.path.exists(place)), None)  # noqa: PTH110 - as above
-
-
-def _images_in(place: Path, folder: Path, scan: Scan) -> list[str]:
-    """The images of a folder, or those that a text file lists: paths below its own folder or that of the settings."""
-    if place.is_dir():
-        return scan.images(place)
-    lines = [line.strip() for line in read_text(place, max_bytes=samples.MAX_BYTES).splitlines() if line.strip()]
-    return [str(_place(folder, [str(place.parent)], line) or folder / line) for line in lines]
-
-
-# PASCAL VOC
-
-
-def find_voc(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
-    """Folders of images and of XML files by part."""
-
-    def holds(folder: Path, beside: bool) -> bool:
-        return any(b"<annotation" in read_start(file, max_bytes=START_BYTES) for file in _xml(folder, beside)[:8])
-
-    return dense.folders_beside(data, scan, XML_FOLDERS, holds)
-
-
-def _xml(folder: Path, beside: bool) -> list[Path]:
-    return [file for file in sorted(folder.glob("*.xml" if beside else "**/*.xml")) if file.is_file()]
-
-
 def read_voc(folders: Mapping[str, tuple[Path, Path]], reading: Reading) -> None:
     """Parts are folders, or the lists in ImageSets/Main. An image's file has its name, whatever it says itself."""
     for part, (images, others) in folders.items():
-        files = [str(file) for file in _xml(others, images == others)]
+        files = [str(file) for file in _files(others, "xml", images == others)]
         pairs = dense.by_name((images, others), files, "XML file", reading.scan)
         reading.scan.was_read(images, ".xml")
         lists = reading.data / "ImageSets" / "Main"
-        for own, chosen in ({part: pairs} if part else dense.by_lists(lists, pairs, images, reading.scan)).items():
+        for own, chosen in dense.by_lists(part, lists, pairs, images, reading.scan).items():
             reading.parts[own] = {image: _voc_objects(Path(file), reading) for image, file in chosen}
 
 
 def _voc_objects(file: Path, reading: Reading) -> Objects:
-    """The objects of an image; difficult ones count like crowds: neither trained on nor scored, as VOC does it."""
-    found = Objects(file, (None, None))
+    """The objects of an image; difficult ones count like crowds, as VOC does it."""
     try:
         text = read_text(file, max_bytes=MAX_BYTES)
         if "<!ENTITY" in text:
@@ -288,87 +378,36 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
         root = ElementTree.fromstring(text)
     except (OSError, ValueError, RecursionError, ElementTree.ParseError) as error:
         reading.faults.append(f"{file} cannot be read as XML: {error}")
-        return found
-    found.stated = (root.findtext("size/height"), root.findtext("size/width"))
+        return Objects(file)
+    found = Objects(file, (root.findtext("size/height"), root.findtext("size/width")))
     for count, entry in enumerate(root.iter("object"), 1):
-        name, difficult = same_form(entry.findtext("name") or ""), number(entry.findtext("difficult")) > 0
-        if difficult:
-            reading.scan.note(f"{file}: object {count}", "is difficult: neither trained on nor scored")
-        if not name:
-            reading.faults.append(f"{file}: object {count} has no name")
         box = [entry.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
-        found.rows.append(Row(f"object {count}", name, box, crowd=difficult))
+        name = same_form(entry.findtext("name") or "")
+        found.rows.append(Row(f"object {count}", name, box, entry.findtext("difficult")))
     return found
 
 
-# Create ML and Hugging Face
+class BoxFormat(NamedTuple):
+    """How boxes of one kind are found and read.
+
+    `find(data, scan)` gives what `read` takes, by part; nothing where DATA is not in this format. `layout` is how the
+    files lie, `numbers` what the four of a box are, `in_shares` of the image's sides or in pixels.
+    """
+
+    layout: str
+    numbers: str
+    find: Callable[[Path, Scan], Mapping[str, Any]]
+    read: Callable[[Any, Reading], None]
+    in_shares: bool = False
 
 
-def files_by_part(data: Path, scan: Scan, files: Callable[[Path], Sequence[Path]]) -> dict[str, Path]:
-    """The one file of each part among those that `files` finds right in a folder."""
-    folders = samples.parts_of(data, scan, lambda folder: bool(files(folder)))
-    found = {part: own for part, folder in folders.items() if (own := files(folder))}
-    if more := [own for own in found.values() if len(own) > 1]:
-        raise DataError([f"{more[0][0]} and {more[0][1]} both hold boxes: keep one of them"])
-    return {part: own[0] for part, own in found.items()}
-
-
-find_create_ml = partial(files_by_part, files=lambda folder: json_files(folder, "[", ["coordinates", "label"]))
-
-
-def _metadata(folder: Path) -> list[Path]:
-    file = metadata_file(folder)
-    return [file] if file is not None and "objects" in columns_of(file) else []
-
-
-find_hugging_face = partial(files_by_part, files=_metadata)
-
-
-def read_create_ml(files: Mapping[str, Path], reading: Reading) -> None:
-    """Entries of an image and its annotations, also by the two names of older programs."""
-    for part, file in files.items():
-        entries = [entry if isinstance(entry, dict) else {} for entry in read_json(file, reading.faults) or []]
-        for count, entry in enumerate(entries, 1):
-            name, objects = (entry.get(new, entry.get(old)) for new, old in CREATE_ML)
-            _read_entry(f"entry {count}", name, objects, file, reading.parts[part], reading.faults)
-        reading.scan.unlisted(file.parent, file, reading.parts[part])
-
-
-def read_hugging_face(files: Mapping[str, Path], reading: Reading) -> None:
-    """`objects` is a list of objects or an object of lists; parts are folders, or the folders in the rows' paths."""
-    for part, file in files.items():
-        rows, faults = metadata_rows(file, reading.scan)
-        reading.faults += faults
-        within = [next(filter(None, map(part_of, Path(row["file_name"]).parent.parts)), "") for row in rows]
-        for row, inner in zip(rows, within, strict=True):
-            objects, where = row.get("objects"), f"line {row['']}"
-            if isinstance(objects, dict):
-                columns = {key: value for key, value in objects.items() if isinstance(value, list)}
-                if len({len(column) for column in columns.values()}) > 1:
-                    reading.faults.append(f"{file}: the lists of objects in {where} are not equally long")
-                objects = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=False)]
-            found = reading.parts[part or inner if all(within) else part]
-            _read_entry(where, row["file_name"], objects, file, found, reading.faults)
-        reading.scan.unlisted(file.parent, file, [path for own in reading.parts.values() for path in own])
-
-
-def _read_entry(where: str, name: Any, objects: Any, file: Path, found: dict[str, Objects], faults: list[str]) -> None:
-    """Adds the objects of one image, each of which names its class under one of `CATEGORIES`."""
-    if not isinstance(name, str) or not isinstance(objects, list):
-        faults.append(f"{file}: {where} has no image or no list of its objects, be it empty: {name!r:.80}")
-        return
-    if (path := find_image(name, [file.parent, file.parent / "images"])) is None:
-        faults.append(f"{file} names {name}, but {file.parent / name} does not exist")
-        return
-    rows = found.setdefault(path, Objects(file)).rows
-    for count, entry in enumerate(objects, 1):
-        entry = entry if isinstance(entry, dict) else {}
-        label, place = next((entry[key] for key in CATEGORIES if key in entry), None), entry.get("coordinates")
-        if not isinstance(label, (str, int)) or not str(label).strip():
-            faults.append(f"{file}: object {count} of {where} has no label: {entry!r:.80}")
-            continue
-        box = (
-            [place.get(key) for key in ("x", "y", "width", "height")] if isinstance(place, dict) else entry.get("bbox")
-        )
-        crowd = number(entry.get("iscrowd")) > 0
-        rows.append(Row(f"object {count} of {where}", same_form(str(label)), box, crowd, entry.get("area")))
+FORMATS = {
+    "COCO JSON": BoxFormat("annotations/*.json or beside the images", "left, top, width, height", find_coco, read_coco),
+    "VOC's XML": BoxFormat("Annotations/*.xml", "xmin, ymin, xmax, ymax", find_voc, read_voc),
+    "YOLO's text": BoxFormat("labels/*.txt", "centre x, centre y, width, height", find_yolo, read_yolo, in_shares=True),
+    "Create ML's JSON": BoxFormat(
+        "annotations.json", "centre x, centre y, width, height", find_create_ml, read_entries
+    ),
+    "Hugging Face's objects": BoxFormat("metadata.jsonl", "left, top, width, height", find_objects, read_entries),
+}
+"""Name -> format, in the order in which DATA is tried."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.learn.dense import Double, Refine, as_map, halve
+from mlx_aimv2.learn.dense import Double, Refine, halve
 from mlx_aimv2.learn.detect.boxes import areas
 
 WIDTH = 256
@@ -87,22 +87,20 @@ class DetectHead(nn.Module):
         self.scales = mx.ones(len(LEVELS))
 
     def __call__(self, tokens: mx.array, grid: tuple[int, int]) -> dict[str, mx.array]:
-        maps = self.pyramid(as_map(tokens, grid))
         classes, distances, centre = [], [], []
-        for level, x in enumerate(maps):
+        for scale, x in zip(self.scales, self.pyramid(mx.unflatten(tokens, 1, grid)), strict=True):
             by_class, by_box = self.class_branch(x), self.box_branch(x)
-            stride = LEVELS[level] * self.patch_size
             classes.append(self.classes(by_class).flatten(1, 2))
-            # exp, as in FCOS, of numbers near zero: objects start some strides large.
-            sides = mx.exp(mx.clip(self.scales[level] * self.distances(by_box), -6, 6)) * (2 * stride)
-            distances.append(sides.flatten(1, 2))
+            distances.append((scale * self.distances(by_box)).flatten(1, 2))
             centre.append(self.centre(by_box).flatten(1, 3))
         batch = tokens.shape[0]
         where = mx.array(points(grid, self.patch_size))
-        canvas = mx.array([grid[0] * self.patch_size, grid[1] * self.patch_size], mx.float32)
+        canvas = mx.array(grid, mx.float32) * self.patch_size
+        # exp, as in FCOS, of numbers near zero: objects start some strides large.
+        sides = mx.exp(mx.clip(mx.concatenate(distances, axis=1), -6, 6))
         return {
             "classes": mx.concatenate(classes, axis=1),
-            "distances": mx.concatenate(distances, axis=1),
+            "distances": sides * (2 * where[:, 2:]).astype(sides.dtype),
             "centre": mx.concatenate(centre, axis=1),
             "points": mx.broadcast_to(where, (batch, *where.shape)),
             "canvas": mx.broadcast_to(canvas, (batch, 2)),
@@ -120,22 +118,15 @@ def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mappi
     return DetectHead(config.hidden_size, classes, config.patch_size)
 
 
-def shapes(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Rows and columns of each level for a grid of patches."""
-    result = [(2 * grid[0], 2 * grid[1]), grid]
-    for _ in LEVELS[2:]:
-        rows, columns = result[-1]
-        result.append((-(-rows // 2), -(-columns // 2)))
-    return result
-
-
 def points(grid: tuple[int, int], patch_size: int) -> NDArray[Any]:
     """Centres of all positions, level by level, row by row: `-> (P, 3)` float32 of x, y and stride in pixels."""
     levels = []
-    for level, (rows, columns) in zip(LEVELS, shapes(grid), strict=True):
+    rows, columns = 2 * grid[0], 2 * grid[1]
+    for level in LEVELS:
         stride = level * patch_size
         row, column = np.divmod(np.arange(rows * columns), columns)
         levels.append(np.stack([(column + 0.5) * stride, (row + 0.5) * stride, np.full(row.shape, stride)], axis=1))
+        rows, columns = -(-rows // 2), -(-columns // 2)
     return np.concatenate(levels).astype(np.float32)
 
 
@@ -194,12 +185,9 @@ def focal(logits: mx.array, labels: mx.array) -> mx.array:
 
 def centreness(distances: mx.array) -> mx.array:
     """How near positions are to the centre of their object, `(..., 4) -> (...)`: 1 in the centre, 0 at a side."""
-    ratios = []
-    for first, second in ((0, 2), (1, 3)):
-        low = mx.minimum(distances[..., first], distances[..., second])
-        high = mx.maximum(distances[..., first], distances[..., second])
-        ratios.append(low / mx.maximum(high, 1e-6))
-    return mx.sqrt(ratios[0] * ratios[1])
+    first, second = distances[..., :2], distances[..., 2:]
+    ratios = mx.minimum(first, second) / mx.maximum(mx.maximum(first, second), 1e-6)
+    return mx.sqrt(ratios[..., 0] * ratios[..., 1])
 
 
 def giou_of_distances(first: mx.array, second: mx.array) -> mx.array:

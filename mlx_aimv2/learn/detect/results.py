@@ -20,11 +20,7 @@ from mlx_aimv2.train.batches import Arrays
 if TYPE_CHECKING:
     from PIL import Image
 
-MIN_SCORE = 0.05
-
-CANDIDATES = 1000
-
-MAX_BOXES = 100
+MIN_SCORE, CANDIDATES, MAX_BOXES = 0.05, 1000, 100
 """What is kept of an image: boxes from this score on, so many before duplicates are taken out, and so many after."""
 
 SURE = 0.3

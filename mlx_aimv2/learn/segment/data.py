@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from os import cpu_count
 from pathlib import Path
@@ -24,7 +25,6 @@ from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.learner import canvas_size
 from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
 from mlx_aimv2.plot import IGNORED
@@ -32,9 +32,6 @@ from mlx_aimv2.train.batches import Arrays
 
 MASKS = ("masks", "ann_dir", "SegmentationClass", "SegmentationClassPNG", "gtFine", "annotations", "labels", "mask")
 """Names of the folder of masks; the first is ours, the others mmsegmentation's, VOC's, Cityscapes' and ADE20K's."""
-
-LISTS = Path("ImageSets", "Segmentation")
-"""Where VOC lists the images of each part."""
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -53,30 +50,28 @@ MaskTarget: TypeAlias = "str | tuple[str, tuple[tuple[int, int], ...]]"
 
 def recognise(data: Path) -> str | None:
     """`masks/ beside images/` where DATA has masks, else None."""
-    images, masks = next(iter(_folders(data, Scan()).values()), (None, None)) if data.is_dir() else (None, None)
-    if images is None or masks is None:
-        return None
-    return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    for images, masks in (_folders(data, Scan()) if data.is_dir() else {}).values():
+        return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    return None
 
 
 def read_mask(mask: MaskTarget) -> NDArray[Any]:
     """The classes of a mask's pixels, `-> (H, W) uint8`; raises ValueError or OSError with one line.
 
-    Grey and palette images hold class numbers; white of a black and white image is class 1.
+    DataError, a ValueError too, means that the mask can be read and holds something else. Grey and palette images hold
+    class numbers; white of a black and white image is class 1.
     """
     path, numbers = (mask, ()) if isinstance(mask, str) else mask
     image = open_image(path).image
     if image.mode not in MODES:
-        raise ValueError(
-            f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel, as a grey or palette "
-            "PNG does: save it so, not in colours"
-        )
+        fault = f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel"
+        raise DataError([f"{fault}, as a grey or palette PNG does: save it so, not in colours"])
     try:
         values = np.asarray(image)
     except Exception as error:  # decoders raise whatever they meet
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
     if odd := [value for value in (values.min(), values.max()) if not 0 <= value <= IGNORED]:
-        raise ValueError(f"{path} has the value {odd[0]}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored")
+        raise DataError([f"{path} has the value {odd[0]}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored"])
     classes = np.arange(IGNORED + 1, dtype=np.uint8)
     for value, number in numbers:
         classes[value] = number
@@ -87,10 +82,10 @@ def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     """Folders of images and masks by part."""
 
     def holds(folder: Path, beside: bool) -> bool:
-        names = {Path(path).stem for path in (scan.loose(folder) if beside else scan.images(folder))}
-        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names) or (
-            bool(names) and not beside
-        )
+        if not beside:
+            return bool(scan.images(folder))
+        names = {Path(path).stem for path in scan.loose(folder)}
+        return any((short := dense.ENDINGS.sub("", name)) != name and short in names for name in names)
 
     return dense.folders_beside(data, scan, MASKS, holds)
 
@@ -101,22 +96,19 @@ def _find(data: Path, scan: Scan) -> Found:
         advice = f"put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"
         raise DataError([f"{data} has no masks: {advice}", *not_read(data)])
     names = _class_names([data, *(masks for _, masks in folders.values())])
-    found = Found({}, list(names.values()) if names else None)
+    chosen: dict[str, dense.Pairs] = {}
+    faults: list[str] = []
     for part, (images, masks) in folders.items():
-        files = _masks_in(images, masks, scan, found.faults)
+        files = _masks_in(images, masks, scan, faults)
         pairs = dense.by_name((images, masks), files, "mask", scan)
-        if not pairs and not found.faults:
-            found.faults.append(f"no image in {images} has a mask of its name in {masks}")
-        lists = {part: pairs} if part else dense.by_lists(data / LISTS, pairs, images, scan)
-        found.parts |= {own: [(image, (mask, names)) for image, mask in chosen] for own, chosen in lists.items()}
-    if (names is None or len(names) == 2) and not found.faults and _is_binary(found):
+        chosen |= dense.by_lists(part, data / "ImageSets" / "Segmentation", pairs, images, scan)
+    every = [mask for pairs in chosen.values() for _, mask in pairs]
+    if (names is None or len(names) == 2) and not faults and _are_binary(every):
         black, white = names.values() if names else ("0", "1")
         scan.note(str(data), f"has masks of 0 and {IGNORED} alone: {IGNORED} is taken for class {white}")
-        binary = {0: black, IGNORED: white}
-        found.parts = {
-            part: [(image, (mask, binary)) for image, (mask, _) in pairs] for part, pairs in found.parts.items()
-        }
-    return found
+        names = {0: black, IGNORED: white}
+    parts = {part: [(image, (mask, names)) for image, mask in pairs] for part, pairs in chosen.items()}
+    return Found(parts, list(names.values()) if names else None, faults)
 
 
 def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[str]:
@@ -129,20 +121,18 @@ def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[
     known = {Path(file).with_suffix("") for file in exact}
     if lossy := [file for file in files if Path(file).with_suffix("") not in known]:
         faults.append(
-            f"{lossy[0]}{f' and {len(lossy) - 1:,} more' if len(lossy) > 1 else ''} cannot be a mask: compression "
-            "changes the numbers of its classes, save it as PNG from where it was drawn"
+            f"{listed(lossy, shown=1)} cannot be a mask: compression changes the numbers of its classes, "
+            "save it as PNG from where it was drawn"
         )
     return exact
 
 
-def _is_binary(found: Found) -> bool:
+def _are_binary(masks: Sequence[str]) -> bool:
     """Whether no mask has another value than 0 and 255, and at least one has 255: not what VOC means by it."""
     seen: set[int] = set()
-    for path in (mask for pairs in found.parts.values() for _, (mask, _) in pairs):
-        try:
+    for path in masks:
+        with suppress(ValueError, OSError):  # which is told as the masks are checked
             seen |= set(np.unique(read_mask(path)).tolist())
-        except (ValueError, OSError):  # which is told as the masks are checked
-            continue
         if not seen <= {0, IGNORED}:
             return False
     return seen == {0, IGNORED}
@@ -150,21 +140,23 @@ def _is_binary(found: Found) -> bool:
 
 def _class_names(folders: Sequence[Path]) -> Names:
     """The lines of `classes.txt` in the first of the folders, or the rows of `_classes.csv` in any; else None."""
-    if (file := folders[0] / CLASSES_FILE).is_file():
-        lines = [line for line in read_text(file).splitlines() if line.strip()]
-        return _checked({number: same_form(line) for number, line in enumerate(lines)}, file)
-    files = [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
-    tables = []
-    for file in files:
-        rows = [line.partition(",") for line in read_text(file).splitlines()]
-        pairs = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
-        tables.append(_checked(pairs, file))
-        if tables[-1] != tables[0]:
+    lists = [file for folder in folders[:1] if (file := folder / CLASSES_FILE).is_file()]
+    files = lists or [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
+    found = [_names_in(file) for file in files]
+    for file, names in zip(files, found, strict=True):
+        if names != found[0]:
             raise DataError([f"{files[0]} and {file} give different names to the values: make them alike"])
-    return tables[0] if tables else None
+    return found[0] if found else None
 
 
-def _checked(names: dict[int, str], file: Path) -> dict[int, str]:
+def _names_in(file: Path) -> dict[int, str]:
+    """The class of each value; DataError for duplicates and for values that a mask cannot hold."""
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
+    if file.name == CLASSES_TABLE:
+        rows = [line.partition(",") for line in lines]
+        names = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
+    else:
+        names = dict(enumerate(map(same_form, lines)))
     if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise DataError([f"{file} names {listed(duplicates)} twice"])
     if any(value >= IGNORED for value in names):
@@ -172,18 +164,20 @@ def _checked(names: dict[int, str], file: Path) -> dict[int, str]:
     return names
 
 
-def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -> Iterator[Labels | list[str]]:
+def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -> Iterator[Labels | list[str] | str]:
     with ThreadPoolExecutor(cpu_count() or 1, "masks") as pool:
         yield from pool.map(_labels_of_one, marked)
 
 
-def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str]:
-    """The classes in a mask, each once, in the order of their values; or what is wrong with it."""
+def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str] | str:
+    """The classes in a mask, each once, in the order of their values; or what is wrong with it, as `Format` says."""
     image, (path, names), size = marked
     try:
         mask = read_mask(path)
+    except DataError as error:
+        return list(error.lines)
     except (ValueError, OSError) as error:
-        return [" ".join(str(error).split())]
+        return " ".join(str(error).split())
     if fault := dense.size_fault(image, size, mask.shape, f"its mask {path}"):
         return [fault]
     values = [int(value) for value in np.unique(mask) if value != IGNORED or IGNORED in (names or ())]
@@ -214,7 +208,7 @@ def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | 
     """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
     from PIL import Image
 
-    place = place or dense.plain(sample.size, canvas_size(processor))
+    place = place or dense.plain(sample.size, processor.canvas)
     mask = Image.fromarray(read_mask(sample.target))
     return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.learn.dense import Double, Refine, as_map, bilinear
+from mlx_aimv2.learn.dense import Double, Refine, bilinear
 from mlx_aimv2.plot import IGNORED
 
 WIDTH = 256
@@ -31,7 +31,7 @@ class LinearSegmentHead(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def __call__(self, tokens: mx.array, grid: tuple[int, int]) -> dict[str, mx.array]:
-        return _outputs(self.linear(as_map(tokens, grid)), grid, self.patch_size)
+        return _outputs(self.linear(mx.unflatten(tokens, 1, grid)), grid, self.patch_size)
 
 
 class DecoderSegmentHead(nn.Module):
@@ -55,7 +55,7 @@ class DecoderSegmentHead(nn.Module):
         self.linear = nn.Linear(half, classes)
 
     def __call__(self, tokens: mx.array, grid: tuple[int, int]) -> dict[str, mx.array]:
-        x = self.inner(as_map(tokens, grid))  # (B, h, w, C)
+        x = self.inner(mx.unflatten(tokens, 1, grid))  # (B, h, w, C)
         for refine in self.context:
             x = refine(x)
         x = self.refine1(self.double1(x))  # (B, 2h, 2w, C)
