@@ -44,9 +44,9 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
         page = None
         if arguments.html is not None:
             page = check_page(arguments.html, index, overwrite=arguments.overwrite)
-        with progress("images") as shown:
+        with progress() as on_progress:
             groups, unreadable = find_duplicates(
-                index, similar=arguments.similar, under=arguments.under, progress=shown
+                index, similar=arguments.similar, under=arguments.under, on_progress=on_progress
             )
         for path in unreadable:
             say(f"{path} cannot be read any more")

@@ -69,8 +69,8 @@ ROWS = 2048
 """Of vectors multiplied with all others at a time."""
 
 
-Progress: TypeAlias = "Callable[[int, int], None]"
-"""Called with how many images are read, and how many there are to read."""
+Progress: TypeAlias = "Callable[[int, int, str], None]"
+"""Called with how many images are read, how many there are to read, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def find_duplicates(
     *,
     similar: float | None = None,
     under: str | os.PathLike[str] | None = None,
-    progress: Progress = lambda done, total: None,
+    on_progress: Progress = lambda done, total, unit: None,
 ) -> tuple[list[Group], list[str]]:
     """The groups by kind, and the paths of those images that cannot be read any more.
 
@@ -113,7 +113,7 @@ def find_duplicates(
     pairs, cosines = _neighbours(index, first)
     near = pairs[cosines >= MIN_COSINE]
     repeated = [one for one, paths in enumerate(contents) if len(paths) > 1]
-    small = _Small(first, np.union1d(near.ravel(), repeated).astype(int).tolist(), progress)
+    small = _Small(first, np.union1d(near.ravel(), repeated).astype(int).tolist(), on_progress)
     same = _Joined(len(contents), small.worth)
     while len(near := near[same.apart(near)]):  # what is joined by others need not be compared
         batch, near = near[:PAIRS], near[PAIRS:]
@@ -204,7 +204,7 @@ def _neighbours(index: Index, paths: Sequence[str]) -> tuple[Array, Array]:
 class _Small:
     """Small versions of the images of these numbers in `paths`, and their sizes (height, width) in pixels."""
 
-    def __init__(self, paths: Sequence[str], numbers: Sequence[int], progress: Progress) -> None:
+    def __init__(self, paths: Sequence[str], numbers: Sequence[int], on_progress: Progress) -> None:
         self.paths = paths
         self.sizes: dict[int, tuple[int, int]] = {}
         self.unreadable: list[str] = []
@@ -217,7 +217,7 @@ class _Small:
                 else:
                     self.rows[number] = len(self.rows)
                     self.pixels[self.rows[number]], self.sizes[number] = read
-                progress(done, len(numbers))
+                on_progress(done, len(numbers), "images")
 
     def _read(self, number: int, side: int = SIDE) -> tuple[Array, tuple[int, int]] | None:
         try:

@@ -656,8 +656,8 @@ TRAINING = (
     ),
     Mutation(
         "boxes that nobody is sure of are dropped",
-        "MIN_SCORE = 0.05",
-        "MIN_SCORE = 0.5",
+        "MAX_BOXES = 0.05, 1000, 100",
+        "MAX_BOXES = 0.5, 1000, 100",
         (DENSE + "a_box_that_nobody_is_sure_of_is_kept_and_not_printed",),
     ),
     Mutation(
