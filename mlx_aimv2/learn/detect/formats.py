@@ -53,6 +53,9 @@ MAX_BYTES = 1 << 22
 SETTINGS_BYTES = 1 << 17
 """Of YAML, which takes some 10 s for each megabyte; the names of a thousand classes have 30 kB."""
 
+MAX_BRACKETS = 500
+"""In YAML: each one within another makes all that follow slower."""
+
 Source: TypeAlias = "tuple[Path, list[Path]]"
 """The file that lists the images of a part, and the folders in which these may lie."""
 
@@ -349,6 +352,8 @@ def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
     for file in sorted(data.glob("*.y*ml")):
         try:
             text = read_text(file, max_bytes=SETTINGS_BYTES)
+            if text.count("[") + text.count("{") > MAX_BRACKETS:
+                raise ValueError(f"more than {MAX_BRACKETS} brackets")
             # Numbers, dates and words such as `no` stay the text that they are; no object of Python is made.
             content = yaml.load(text, yaml.BaseLoader) if re.search(r"^\W?names", text, re.MULTILINE) else None
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
