@@ -132,8 +132,9 @@ def test_an_index_is_read_and_gone_on_with(tmp_path, monkeypatch, capsys):
     assert main(["embed", "more.png", "-m", str(WRITTEN / "encoder"), "-o", "photos.db"]) == 0
     capsys.readouterr()
     assert main(["search", "photos.db", "more.png", "-m", str(WRITTEN / "encoder"), "--json"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 4 or len(lines[0]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == len(found["matches"]) == 4
+    assert found["matches"][0]["path"] == str(tmp_path / "more.png")
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
