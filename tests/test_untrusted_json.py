@@ -9,8 +9,8 @@ from mlx_aimv2 import load
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import detect, fit
 from mlx_aimv2.learn.head_folder import fuse, load_head
-from mlx_aimv2.learn.metadata import metadata_rows
 from mlx_aimv2.learn.samples import DataError
+from mlx_aimv2.learn.tables import metadata_rows
 from mlx_aimv2.pretrain.data import open_data
 from mlx_aimv2.untrusted_json import MAX_DEPTH, MAX_DIGITS, are_numbers, misfit, parse
 from tests.small_training import Workshop, stopping_at

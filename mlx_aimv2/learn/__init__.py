@@ -11,10 +11,12 @@ from mlx_aimv2 import lazily
 
 if TYPE_CHECKING:
     from mlx_aimv2.learn.fit_head import fit
-    from mlx_aimv2.learn.head_folder import evaluate, fuse, predict
+    from mlx_aimv2.learn.head_folder import fuse
+    from mlx_aimv2.learn.predict_evaluate import evaluate, predict
 
 __all__ = ["evaluate", "fit", "fuse", "predict"]
 
 __getattr__, __dir__ = lazily(
-    globals(), {"evaluate": "head_folder", "fit": "fit_head", "fuse": "head_folder", "predict": "head_folder"}
+    globals(),
+    {"evaluate": "predict_evaluate", "fit": "fit_head", "fuse": "head_folder", "predict": "predict_evaluate"},
 )

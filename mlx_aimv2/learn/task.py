@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, Scored
+from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.batches import Arrays
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges

@@ -40,8 +40,8 @@ from mlx_aimv2.images.find import Scan, has_suffix, is_junk
 from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn.metadata import CAPTION, METADATA, TABLES, column, not_read, rows_with_images, tables
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
+from mlx_aimv2.learn.tables import CAPTION, METADATA, TABLES, column, not_read, rows_with_images, tables
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation

@@ -7,7 +7,7 @@ DATA = (
     "tests/learn/test_samples.py::test_equal_content_never_lies_in_two_parts",
 )
 SAMPLES = ("tests/learn/test_samples.py",)
-METADATA, CAPTIONED = "tests/learn/test_metadata.py", "tests/pretrain/test_captioned.py"
+METADATA, CAPTIONED = "tests/learn/test_tables.py", "tests/pretrain/test_captioned.py"
 BROKEN = (f"{SAMPLES[0]}::test_broken_images_are_refused_all_at_once_or_left_out",)
 READ, REFUSED = f"{METADATA}::test_a_table_that_means_one_thing_is_read", f"{METADATA}::test_a_table_that_is_unclear"
 PARTS = tuple(
@@ -62,8 +62,8 @@ LEARNING = (
     ),
     Mutation(
         "folders with a table each are labels",
-        "[*tables(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]",
-        "[*tables(folder).values()]",
+        "[*tables_of(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]",
+        "[*tables_of(folder).values()]",
         (f"{METADATA}::test_folders_with_a_table_each_are_no_labels",),
     ),
     Mutation(

@@ -16,9 +16,9 @@ import numpy as np
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.learn import metadata, samples
-from mlx_aimv2.learn.metadata import LABEL, PART, TABLES, column, columns_of, metadata_file
+from mlx_aimv2.learn import samples, tables
 from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, listed, one_image, part_of, same_form
+from mlx_aimv2.learn.tables import LABEL, PART, TABLES, column, columns_of, metadata_file
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
 
@@ -36,7 +36,7 @@ NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.comp
 
 SEVERAL = "several labels an image are not possible yet: keep one, or make each combination a label"
 
-tables = partial(metadata.tables, of=LABEL)
+tables_of = partial(tables.tables, of=LABEL)
 
 
 def recognise(data: Path) -> str | None:
@@ -54,7 +54,7 @@ def _sources(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
 
     Right in DATA folders win over a table that is not called metadata, as it may be about something else.
     """
-    here = tables(data)
+    here = tables_of(data)
     if len(here) > 1 and "" in here:  # as Kaggle's sample_submission.csv
         scan.note(str(here.pop("")), "is for no part, as others are: not read")
     by_table = {part: (data, [file]) for part, file in here.items()}
@@ -74,7 +74,7 @@ def _label_folders(folder: Path, scan: Scan) -> list[Path]:
 def _tables(folder: Path, scan: Scan) -> list[Path]:
     """The tables with labels right in a folder, else the metadata files in its folders."""
     inside = [metadata_file(place) for place in scan.folders(folder)]
-    return [*tables(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]
+    return [*tables_of(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]
 
 
 def _find(data: Path, scan: Scan) -> Found:
@@ -90,7 +90,7 @@ def _find(data: Path, scan: Scan) -> Found:
         places = scan.folders(folder)
         if not part and places and all(part_of(place.name) for place in places):
             found.faults += [f"{place} is a part of the data without a folder for each label" for place in places]
-            found.faults += metadata.not_read(data)
+            found.faults += tables.not_read(data)
             places = []
         found.parts[part] = [(path, same_form(place.name)) for place in places for path in scan.images(place)]
         found.faults += [f"{place} is a label without images" for place in places if not scan.images(place)]
@@ -113,10 +113,10 @@ def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> dict[str
     """Of the path of each image in the rows its label and its part; what is wrong is added to `faults`."""
     found: dict[str, tuple[str, str]] = {}
     for file in files:
-        rows, wrong = metadata.rows_with_images(file, scan)
+        rows, wrong = tables.rows_with_images(file, scan)
         faults += wrong
         names = dict.fromkeys(name for _, row, _ in rows for name in row)
-        if not rows or not (labels := metadata.one_column(names, LABEL, "label", file, scan, faults)):
+        if not rows or not (labels := tables.one_column(names, LABEL, "label", file, scan, faults)):
             continue
         texts = _texts([row.get(labels) for _, row, _ in rows])
         if all(NUMBER.fullmatch(text) for text in texts if text):
@@ -168,7 +168,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
     return numbers[labels.names[0]]
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2, others=metadata.not_read))
+read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2, others=tables.not_read))
 
 
 def example(

@@ -22,8 +22,8 @@ from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
 from mlx_aimv2.learn.detect.formats import FORMATS, BoxFormat, Objects, Reading, number
 from mlx_aimv2.learn.detect.head import assign, points
-from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size
+from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.batches import Arrays
 
 MIN_VISIBLE = 0.5

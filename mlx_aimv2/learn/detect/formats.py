@@ -26,8 +26,8 @@ import yaml
 from mlx_aimv2.files import read_start, read_text
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.metadata import START, columns_of, image_of, metadata_file, metadata_rows
 from mlx_aimv2.learn.samples import DataError, part_of, same_form
+from mlx_aimv2.learn.tables import START, columns_of, image_of, metadata_file, metadata_rows
 from mlx_aimv2.untrusted_json import parse
 
 COCO = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}

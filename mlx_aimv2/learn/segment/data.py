@@ -25,8 +25,8 @@ from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.metadata import not_read
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
+from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
 

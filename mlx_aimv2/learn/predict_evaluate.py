@@ -1,0 +1,93 @@
+"""What a head folder says of images, and how right it is on labelled ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
+from mlx_aimv2.learn.head_folder import Head, load_head
+from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
+from mlx_aimv2.learn.samples import seen
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA.
+
+    `left_out` has a line for each thing in DATA that was left out.
+    """
+
+    scores: dict[str, float]
+    images: int
+    part: str
+    table: list[list[str]]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def evaluate(
+    head: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    card: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
+) -> Evaluation:
+    """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
+
+    Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
+    card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
+    that the head does not know among it; with `skip_broken` images that cannot be read are left out.
+    """
+    target = None if card is None else expand_user(card)
+    if target is not None:
+        check_target(target)
+    loaded = load_head(head, model=model, dtype=dtype)
+    classes, results = loaded.classes, loaded.task.results
+    dataset = loaded.task.data.read(expand_user(data), classes=classes, skip_broken=skip_broken)
+    part, samples = dataset.to_score()
+    predictions = decoded(loaded.task, samples, outputs_of_learner(loaded.learner, samples, loaded.processor))
+    if target is not None:
+        with atomic_folder(target) as folder:
+            results.card(samples, predictions, classes, folder)
+    scores, table = results.score(samples, predictions, classes)
+    notes = (*dataset.notes, *seen(samples, loaded.trained_on))
+    return Evaluation(scores, len(samples), part, table, notes, dataset.left_out)
+
+
+def predict(
+    head: str | os.PathLike[str] | Head,
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    on_failure: OnFailure = raise_failure,
+) -> Iterator[tuple[str, Any]]:
+    """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
+
+    The prediction is the task's own; for `classify` it has `probabilities` (classes,). An image that cannot be read
+    raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out. `output` is a
+    folder for predictions as files, which must not exist yet and appears when all is written; a file below a folder
+    that was given keeps its path in there.
+    """
+    loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
+    given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    files, results, records = listed_files(given, on_failure), loaded.task.results, list[Any]()
+    with nullcontext() if output is None else atomic_folder(expand_user(output)) as folder:
+        stems = {} if folder is None else stems_below(given, files)
+        for image, outputs in outputs_of_files(loaded.learner, files, loaded.processor, on_failure):
+            prediction = results.decode(outputs, image.upright)
+            if folder is not None:
+                stem = folder / stems[image.path]
+                stem.parent.mkdir(parents=True, exist_ok=True)
+                records.append(results.save_prediction(image.path, prediction, loaded.classes, stem))
+            yield image.path, prediction
+        if folder is not None:
+            results.save_all(records, loaded.classes, folder)
