@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -12,13 +13,14 @@ import pytest
 from PIL import Image
 
 from mlx_aimv2.cli import main
-from mlx_aimv2.embed.cache import KnownFiles
+from mlx_aimv2.embed.cache import Known, KnownFiles
 from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import OpenImage
 from mlx_aimv2.learn import classify, detect, evaluate, fit, samples, segment
 from mlx_aimv2.learn.classify import data as label_files
 from mlx_aimv2.learn.samples import DataError, Sample
 from mlx_aimv2.learn.task import find_task, guess_task
+from tests.image_files import noise
 from tests.labelled import CHECKPOINT, write_digits
 
 
@@ -560,3 +562,13 @@ def test_a_frozen_encoder_decodes_a_training_image_once(tmp_path, monkeypatch):
     fit(tmp_path / "d", CHECKPOINT, tmp_path / "head", epochs=2)
     monkeypatch.undo()
     assert {decoded[Path(sample.path).name] for sample in detect.data.read(tmp_path / "d").splits["train"]} == {1}
+
+
+def test_a_file_that_was_changed_a_moment_ago_is_not_remembered(tmp_path):
+    """It may change again within the clock's step, and then nothing but its content would tell."""
+    known = Known(bytes(32), (50, 60), True)
+    for name, age in (("old.png", 60), ("new.png", 0)):
+        path = noise(tmp_path / name, 1)
+        os.utime(path, (time.time() - age,) * 2)
+        KnownFiles().remember([(str(path), known)])
+        assert list(KnownFiles().look_up([str(path)])) == [str(path)] * (age > 0)

@@ -62,7 +62,7 @@ def file_of(mutation: Mutation, root: Path) -> Path:
     except SyntaxError as error:
         raise MisfitError(f"{file.relative_to(root)} is no program with it: {error}") from None
     for test in mutation.tests:
-        path, _, name = test.partition("::")
+        path, _, name = test.partition("[")[0].partition("::")
         if not (root / path).exists() or f"def {name}" not in (root / path).read_text(encoding="utf-8"):
             raise MisfitError(f"there is no test {test}")
     return file

@@ -56,8 +56,8 @@ LEARNING = (
     ),
     Mutation(
         "whole numbers keep the point that pandas gave them",
-        '        texts = [WHOLE.sub(r"\\1", text) for text in texts]\n',
-        "",
+        'texts = [WHOLE.sub(r"\\1", text) for text in texts]',
+        "texts = [*texts]",
         (f"{METADATA}::test_labels_are_text_or_whole_numbers",),
     ),
     Mutation(

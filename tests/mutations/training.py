@@ -107,7 +107,7 @@ TRAINING = (
         "the cache of files remembers those that may still change",
         "if (about := stat_of(path)) and about.st_mtime_ns < settled",
         "if (about := stat_of(path))",
-        FILE_CHANGES,
+        ("tests/learn/test_samples.py::test_a_file_that_was_changed_a_moment_ago_is_not_remembered",),
     ),
     Mutation(
         "the cache of features ignores the preprocessing",
