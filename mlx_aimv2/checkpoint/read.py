@@ -86,7 +86,8 @@ class Checkpoint:
             raise ValueError(f"quantized weights are packed integers, got {', '.join(each)}")
         dense = {name: dtype_name(dtype) for name, dtype in dtypes.items() if name not in packed}
         if other := [f"{name} is {dtype}" for name, dtype in dense.items() if dtype not in DTYPES]:
-            raise ValueError(f"weights must be {', '.join(DTYPES)}, got {', '.join(other)}")
+            note = "; MLX reads float8 as uint8" if "uint8" in dense.values() else ""
+            raise ValueError(f"weights must be {', '.join(DTYPES)}{note}, got {', '.join(other)}")
 
 
 def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
