@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-import webbrowser
 from pathlib import Path
 
-from mlx_aimv2.cli.output import progress, say, show
+from mlx_aimv2.cli.flags import add_found, check_found
+from mlx_aimv2.cli.output import progress, say, show, show_page, show_paths
 
 
 def add_duplicates(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +20,7 @@ def add_duplicates(parser: argparse.ArgumentParser) -> None:
     add("--similar", type=float, nargs="?", const=SIMILAR, metavar="X", help=similar)
 
     add = parser.add_argument_group("output").add_argument
-    add("-f", "--paths-only", action="store_true", help="print the paths of all but the one to keep, one a line")
-    add("-0", "--null", action="store_true", help="print those paths, each ended by a zero byte, for xargs -0")
-    add("--json", action="store_true", help="print the groups as JSON, the image to keep first")
-    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
-    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
-    add("--open", action="store_true", help="show that page in the browser")
+    add_found(add, paths="the paths of all but the one to keep", objects="the groups as JSON, the image to keep first")
 
 
 def run_duplicates(arguments: argparse.Namespace) -> int:
@@ -36,8 +29,7 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
     from mlx_aimv2.index.reader import Index
 
-    if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:
-        raise ValueError("choose one of --json, --paths-only and --null")
+    check_found(arguments)
     if arguments.similar is not None and not -1 <= arguments.similar <= 1:
         raise ValueError(f"--similar is a cosine, at most 1, got {arguments.similar:g}")
     with Index.open(arguments.index) as index:
@@ -61,16 +53,12 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
             ]
             about = f"{len(groups):,} groups among {made_with(index)}; the first of each is the one to keep"
             written = write_page(page, result_page(pages, title="Duplicates", about=about))
-            if page is None:
-                say(f"the page is {written}")
-            if arguments.open and not webbrowser.open(f"file://{written.absolute()}"):
-                say(f"no browser could be opened: open {written} yourself")
+            show_page(written, is_named=page is not None, in_browser=arguments.open)
     if arguments.json:
         rows = [{"kind": group.kind, "images": [vars(one) for one in group.members]} for group in groups]
         print(json.dumps({"groups": rows}))
     elif arguments.null or arguments.paths_only:
-        for one in extra:
-            sys.stdout.buffer.write(os.fsencode(one.path) + (b"\0" if arguments.null else b"\n"))
+        show_paths((one.path for one in extra), null=arguments.null)
     else:
         for group in groups:
             show(f"{KINDS[group.kind]}, {len(group.members):,} files")
@@ -80,5 +68,4 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
         freed = sum(one.bytes for one in extra) / 1e6
         count = f"{len(groups):,} group{'' if len(groups) == 1 else 's'}"
         show(f"{count}; all but the first of each, the similar ones aside, take {freed:,.1f} MB")
-    sys.stdout.flush()
     return 1 if unreadable else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 from mlx_aimv2.config import DTYPES
@@ -54,6 +55,22 @@ def add_policy_arguments(add: Add) -> None:
     add("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 178956970, Pillow's limit)")
     words = "accept or refuse truncated JPEGs (default: %(default)s)"
     add("--truncated", choices=TRUNCATED, default="accept", metavar="NAME", help=words)
+
+
+def add_found(add: Add, *, paths: str, objects: str) -> None:
+    """Adds how images that were found are given: --paths-only, --null, --json, and --html, --overwrite, --open."""
+    add("-f", "--paths-only", action="store_true", help=f"print {paths}, one a line")
+    add("-0", "--null", action="store_true", help=f"print {paths}, each ended by a zero byte, for xargs -0")
+    add("--json", action="store_true", help=f"print {objects}")
+    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
+    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
+    add("--open", action="store_true", help="show that page in the browser")
+
+
+def check_found(arguments: argparse.Namespace) -> None:
+    """Raises ValueError where stdout is asked for in two forms."""
+    if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:
+        raise ValueError("choose one of --json, --paths-only and --null")
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:

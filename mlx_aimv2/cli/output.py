@@ -6,8 +6,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -53,6 +54,26 @@ def show_progress(line: str) -> None:
         show(line)
     except BrokenPipeError:
         abandon(sys.stdout)
+
+
+def show_paths(paths: Iterable[str], *, null: bool) -> None:
+    """Writes paths on stdout as the bytes that they are, for other commands; escaped where a terminal shows them."""
+    for path in paths:
+        if sys.stdout.isatty() and not null:
+            show(path)
+        else:
+            sys.stdout.buffer.write(os.fsencode(path) + (b"\0" if null else b"\n"))
+    sys.stdout.flush()
+
+
+def show_page(written: Path, *, is_named: bool, in_browser: bool) -> None:
+    """Says where a page is that nobody gave a name, and shows it in the browser if that is asked for."""
+    import webbrowser
+
+    if not is_named:
+        say(f"the page is {written}")
+    if in_browser and not webbrowser.open(f"file://{written.absolute()}"):
+        say(f"no browser could be opened: open {written} yourself")
 
 
 def aligned(facts: Mapping[str, str]) -> list[str]:

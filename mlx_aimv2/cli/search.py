@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
-import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_aimv2.cli.flags import OF_INDEX, REPEATED, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.cli.output import say, show, typed
+from mlx_aimv2.cli.flags import (
+    OF_INDEX,
+    REPEATED,
+    add_found,
+    add_policy_arguments,
+    add_revision,
+    check_found,
+    policy_of,
+)
+from mlx_aimv2.cli.output import say, show, show_page, show_paths, typed
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
@@ -39,14 +44,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
     add = parser.add_argument_group("output").add_argument
-    add("-f", "--paths-only", action="store_true", help="print the paths alone, one a line")
-    add("-0", "--null", action="store_true", help="print the paths alone, each ended by a zero byte, for xargs -0")
-    add("--json", action="store_true", help="print the images as JSON")
+    add_found(add, paths="the paths alone", objects="the images as JSON")
     add("--copy-to", type=Path, metavar="DIR", help="copy the images into a new folder, the best first by name")
     add("--link-to", type=Path, metavar="DIR", help="link to the images in a new folder instead")
-    add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
-    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
-    add("--open", action="store_true", help="show that page in the browser")
 
 
 def run_search(arguments: argparse.Namespace) -> int:
@@ -57,8 +57,7 @@ def run_search(arguments: argparse.Namespace) -> int:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
-    if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:
-        raise ValueError("choose one of --json, --paths-only and --null")
+    check_found(arguments)
     target = _check_target(arguments.copy_to, arguments.link_to)
     queries = [parse_query(typed(words)) for words in (arguments.query, *arguments.add)]
     queries += [query._replace(weight=-query.weight) for query in map(parse_query, map(typed, arguments.subtract))]
@@ -78,29 +77,17 @@ def run_search(arguments: argparse.Namespace) -> int:
             about = f"{len(matches):,} nearest of {made_with(index)}"
             content = result_page([("", cards)], title=title(queries), about=about, images=images)
             written = write_page(page, content)
-            if page is None:
-                say(f"the page is {written}")
-            if arguments.open and not webbrowser.open(f"file://{written.absolute()}"):
-                say(f"no browser could be opened: open {written} yourself")
+            show_page(written, is_named=page is not None, in_browser=arguments.open)
         if arguments.json:
             found = [{"path": match.path, "score": match.score} for match in matches]
             asked = {"query": arguments.query, "add": arguments.add, "subtract": arguments.subtract}
             print(json.dumps({**asked, "images": len(index), "seconds": seconds, "matches": found}))
+        elif arguments.paths_only or arguments.null:
+            show_paths((match.path for match in matches), null=arguments.null)
         else:
-            _print(matches, ended_by=b"\0" if arguments.null else b"\n" if arguments.paths_only else None)
+            for match in matches:
+                show(f"{match.score:7.4f}  {match.path}")
     return 0 if target is None else _put(matches, target, as_links=arguments.link_to is not None)
-
-
-def _print(matches: Sequence[Match], *, ended_by: bytes | None) -> None:
-    """Scores and paths for people; with `ended_by` the paths as the bytes that they are, for other commands."""
-    for match in matches:
-        if ended_by is None:
-            show(f"{match.score:7.4f}  {match.path}")
-        elif ended_by == b"\n" and sys.stdout.isatty():
-            show(match.path)
-        else:
-            sys.stdout.buffer.write(os.fsencode(match.path) + ended_by)
-    sys.stdout.flush()
 
 
 def _check_target(copies: Path | None, links: Path | None) -> Path | None:

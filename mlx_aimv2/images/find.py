@@ -247,7 +247,7 @@ class Scan:
         return [Path(name) for name in self._listing(folder, deep=False).folders]
 
     def was_read(self, folder: Path, suffix: str) -> None:
-        """Takes the files of a suffix out of the account of a folder: they were not passed over."""
+        """Takes the files of a suffix out of the account of a folder: they were not skipped."""
         self._listing(folder, deep=True).suffixes.pop(suffix.lower(), None)
 
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
