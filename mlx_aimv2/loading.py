@@ -267,6 +267,7 @@ def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | No
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
+        array = mx.contiguous(array)  # PyTorch's patch kernel comes transposed: each pass would copy the view
         if not lazy:
             mx.eval(array)
         model.load_weights([(name, array)], strict=False)  # the names were compared with the model's before
