@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.backend.device import may_use_tf32
 
 
 def section() -> str:
@@ -24,12 +24,13 @@ def section() -> str:
 
 def facts() -> dict[str, str]:
     """What a measurement depends on: chip, memory, systems and versions. No name of a person or a machine."""
+    tf32 = "TF32 may be on" if may_use_tf32() else "TF32 off"
     return {
         "chip": chip(),
         "memory": _memory(),
         "system": _system(),
         "python": platform.python_version(),
-        "mlx": f"{version('mlx')}, {'GPU' if mx.default_device().type == mx.DeviceType.gpu else 'CPU'}, {_tf32()}",
+        "mlx": f"{version('mlx')}, {'GPU' if mx.default_device().type == mx.DeviceType.gpu else 'CPU'}, {tf32}",
         "mlx-aimv2": __version__,
     }
 
@@ -51,10 +52,6 @@ def median_seconds(work: Callable[[], mx.array], repeats: int) -> float:
         mx.eval(work())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _tf32() -> str:
-    return "TF32 off" if os.environ.get("MLX_ENABLE_TF32") == "0" else "TF32 where there is any"
 
 
 def _system() -> str:

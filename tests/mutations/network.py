@@ -8,6 +8,7 @@ REFERENCE, OPERATIONS, SHARDS = (
     ("tests/backend/test_x86_shards.py",),
 )
 TRAINING, METAL = ("tests/backend/test_x86_training.py",), ("tests/backend/test_metal.py",)
+DTYPE = ("tests/backend/test_dtype.py",)
 OWN, LIT, MASK = ("tests/test_model.py",), ("tests/test_lit.py",), ("tests/test_patch_mask.py",)
 PIXELS, SOURCES = ("tests/images/test_processor.py",), ("tests/images/test_image_sources.py",)
 WORDS, LABELS = ("tests/test_tokenizer.py",), ("tests/test_zero_shot_classifier.py",)
@@ -68,6 +69,21 @@ NETWORK = (
         "        pass  #",
         METAL,
     ),
+    Mutation(
+        "the reference of a conversion is rounded to TF32",
+        'os.environ.setdefault(TF32, "0")',
+        "pass",
+        DTYPE,
+    ),
+    Mutation("TF32 counts as off where MLX may have read it as on", "if mx.get_peak_memory() == 0:", "if True:", DTYPE),
+    Mutation(
+        "an M4 is said to have TF32",
+        "(self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_MATRIX_UNITS",
+        "(self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_BFLOAT16",
+        DTYPE,
+    ),
+    Mutation("a report does not say that TF32 may be on", 'found["tf32"] = may_use_tf32()', "pass", DTYPE),
+    Mutation("an index and a head do not say that TF32 may be on", '"tf32": may_use_tf32(),', "", DTYPE),
     Mutation(
         "seven images of 336 pixels make a batch",
         "return 1 << max(1, BATCH_TOKENS // max(1, tokens)).bit_length() - 1",
