@@ -132,6 +132,13 @@ def is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
+@cache
+def suits_haswell(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether OpenBLAS is faster with its kernels for Haswell than with those it chooses: on AMD with AVX-512."""
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    return "AuthenticAMD" in text and " avx512f" in text
+
+
 def blas_threads() -> int:
     """Threads with which the BLAS behind MLX's products multiplies; only OpenBLAS is known to have several."""
     library = openblas()
@@ -185,6 +192,8 @@ def advice(on: Machine) -> str | None:
                 f"OpenBLAS shares each product among {blas_threads()} threads; on few cores it is faster that "
                 f"each core takes its own images or tokens: run with{one_thread}"
             )
+        if suits_haswell() and "OPENBLAS_CORETYPE" not in os.environ:
+            return "OpenBLAS chooses kernels for AVX-512, slower ones on AMD: run with OPENBLAS_CORETYPE=Haswell"
     return None
 
 

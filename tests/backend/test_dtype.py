@@ -181,6 +181,7 @@ def test_a_slow_blas_is_told(monkeypatch):
     monkeypatch.setattr(device, "is_x86", lambda: True)
     for count, threads, said in ((2, 1, False), (2, 2, True), (64, 64, False)):
         monkeypatch.setattr(device, "cpu_count", lambda count=count: count)
+        monkeypatch.setattr(device, "suits_haswell", lambda: False)
         monkeypatch.setattr(device, "blas_threads", lambda threads=threads: threads)
         monkeypatch.setattr(device, "openblas", lambda: None)
         assert "LD_PRELOAD=libopenblas.so.0" in device.advice(CPU)
@@ -189,6 +190,31 @@ def test_a_slow_blas_is_told(monkeypatch):
         assert ("OPENBLAS_NUM_THREADS=1" in (device.advice(CPU) or "")) == said
     monkeypatch.setattr(device, "is_x86", lambda: False)
     monkeypatch.setattr(device, "cpu_count", lambda: 2)
+    assert device.advice(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "told"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+        ("GenuineIntel", "avx2 avx512f", False),
+        (None, "", False),
+    ],
+)
+def test_openblas_kernels_that_are_slow_on_amd_are_told_until_others_are_chosen(
+    tmp_path, monkeypatch, vendor, flags, told
+):
+    if vendor is not None:
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags} vaes\n")
+    suits = device.suits_haswell(tmp_path / "cpuinfo")
+    assert suits == told
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    for name, value in {"openblas": ..., "blas_threads": 1, "suits_haswell": suits}.items():
+        monkeypatch.setattr(device, name, lambda value=value: value)
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    assert ("OPENBLAS_CORETYPE=Haswell" in (device.advice(CPU) or "")) == told
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
     assert device.advice(CPU) is None
 
 
