@@ -8,7 +8,9 @@ BIN    := $(VENV)/bin
 # faster. On up to eight x86 cores it runs in one thread, because the package uses the cores itself (mlx_aimv2/backend/x86.py).
 OPENBLAS   := $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0)
 ONE_THREAD := $(shell [ "$$(uname -m)" = x86_64 ] && [ "$$(nproc 2>/dev/null)" -le 8 ] 2>/dev/null && echo OPENBLAS_NUM_THREADS=1)
-RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD)) $(BIN)/python
+# On AMD with AVX-512 its kernels for Haswell are faster than those it chooses (benchmarks/README.md).
+HASWELL    := $(shell grep -qs AuthenticAMD /proc/cpuinfo && grep -q ' avx512f' /proc/cpuinfo && echo OPENBLAS_CORETYPE=$(or $(OPENBLAS_CORETYPE),Haswell))
+RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD) $(HASWELL)) $(BIN)/python
 
 # A process of tests for each core, up to four; each takes over tests of another that has more left.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal

@@ -106,6 +106,8 @@ def environment(contender: str) -> dict[str, str]:
         variables["MLX_ENABLE_TF32"] = "0"  # torch, too, multiplies float32 in full
         if OPENBLAS.exists():
             variables["LD_PRELOAD"] = str(OPENBLAS)
+        if device.suits_haswell():
+            variables.setdefault("OPENBLAS_CORETYPE", "Haswell")
     if contender == PACKAGE and device.is_x86() and device.cpu_count() <= device.MAX_STREAMS:
         variables["OPENBLAS_NUM_THREADS"] = "1"
     return variables

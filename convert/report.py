@@ -12,7 +12,7 @@ from convert.checkpoints import Row
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel
 
-PASS, FAIL, NOT_DONE, MEASURED = "pass", "**FAIL**", "not done", "measured"
+PASS, FAIL, NOT_DONE, MEASURED, COMPUTED = "pass", "**FAIL**", "not done", "measured", "computed"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,9 @@ from mlx.utils import tree_map
 
 from convert import check, machine
 from convert.checkpoints import Row
-from convert.report import FAIL, MEASURED, NOT_DONE, PASS, Finding, Step, Subject, failed
-from mlx_aimv2 import Aimv2Model, load
+from convert.report import COMPUTED, FAIL, MEASURED, NOT_DONE, PASS, Finding, Step, Subject, failed
+from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextModel, Aimv2VisionModel, load
+from mlx_aimv2.config import released
 from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.convert import convert
 from mlx_aimv2.loading import AnyModel, read_source
@@ -94,16 +96,34 @@ def fused_attention(subject: Subject) -> list[Finding]:
     findings = []
     for dtype in ("float32", "float16", "bfloat16"):
         model, what = cast(subject.model, dtype), f"fused attention, {dtype}"
-        try:
-            with only_fused() as calls:
-                mx.eval(model.vision(subject.pixels).last_hidden_state)
-        except (ValueError, RuntimeError, TypeError) as error:
-            findings.append(failed(what, error))
-        else:
-            blocks = len(model.vision.blocks)
-            verdict = PASS if len(calls) >= blocks else FAIL
-            findings.append(Finding(what, verdict, f"{len(calls)} calls in {blocks} blocks"))
+        findings.append(_fused(what, model.vision, subject.pixels))
+        for kind, encoder, given in other_encoders(getattr(mx, dtype)):
+            findings.append(_fused(f"{what}, {kind}", encoder, given))
     return findings
+
+
+def other_encoders(dtype: mx.Dtype) -> Iterator[tuple[str, Aimv2VisionModel | Aimv2TextModel, mx.array]]:
+    """A native grid that fills no tiles and LiT's texts, in two blocks of random weights with heads as released."""
+    narrow = {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    native = Aimv2VisionModel(replace(released("large-patch14-native").config.vision, **narrow))
+    pair = released("large-patch14-224-lit").config
+    assert isinstance(pair, Aimv2Config)
+    text = Aimv2TextModel(replace(pair.text_config, **narrow, vocab_size=pair.text_config.eos_token_id + 1))
+    for encoder in (native, text):
+        encoder.set_dtype(dtype)
+    yield "a native grid", native, mx.zeros((2, 9 * 14, 13 * 14, 3))
+    yield "texts", text, mx.full((2, pair.text_config.max_position_embeddings), pair.text_config.eos_token_id)
+
+
+def _fused(what: str, encoder: Aimv2VisionModel | Aimv2TextModel, given: mx.array) -> Finding:
+    """Whether an encoder's attention is fused in every block."""
+    try:
+        with only_fused() as calls:
+            mx.eval(encoder(given).last_hidden_state)
+    except (ValueError, RuntimeError, TypeError) as error:
+        return failed(what, error)
+    blocks = len(encoder.blocks)
+    return Finding(what, PASS if len(calls) >= blocks else FAIL, f"{len(calls)} calls in {blocks} blocks")
 
 
 @contextmanager
@@ -142,9 +162,9 @@ def speed(subject: Subject) -> list[Finding]:
         for batch in (1, 8):
             many = mx.concatenate([subject.pixels] * batch)
             seconds = machine.median_seconds(partial(_features, model, many), subject.repeats)
-            rates.append(f"{batch / seconds:.2f} ({batch} at once)")
+            rates.append(f"{batch / seconds:.2f} ({batch} at once, {1e3 * seconds:.0f} ms)")
         findings.append(Finding(f"images a second, {dtype}", MEASURED, ", ".join(rates)))
-    return findings
+    return [*findings, Finding("yardstick, one pass", COMPUTED, machine.yardstick())]
 
 
 def dtypes_here() -> tuple[str, ...]:

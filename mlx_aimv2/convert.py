@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_aimv2.backend.device import turn_tf32_off
 from mlx_aimv2.checkpoint.hub import check_upload, upload
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
@@ -61,8 +62,10 @@ def convert(
     settings or bool`. `dtype` None keeps the checkpoint's.
 
     With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
-    or on four bundled photographs; the result is stored in fidelity.json. `export_layout` writes PyTorch's names and
-    axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives progress lines.
+    or on four bundled photographs; the result is stored in fidelity.json. For that TensorFloat32 is turned off for the
+    whole process; where MLX was used before, the report says that it may be on (`turn_tf32_off`). `export_layout`
+    writes PyTorch's names and axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives
+    progress lines.
 
     With `overwrite` a folder that an earlier conversion wrote is replaced once the new one is whole.
 
@@ -87,6 +90,8 @@ def convert(
     if upload_repo is not None:
         check_upload(upload_repo)
     images = choose_images(calibration) if verify else []
+    if verify:
+        turn_tf32_off()
 
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision)

@@ -59,7 +59,7 @@ def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray[An
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, `(B, N, D) -> (B, N, D)`; query, key and value are one matrix."""
+    """Multi-head self-attention, added to `residual`: `(B, N, D) -> (B, N, D)`; query, key and value are one matrix."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -67,9 +67,11 @@ class Attention(nn.Module):
         self.qkv = Linear(hidden_size, 3 * hidden_size, bias=False)
         self.proj = Linear(hidden_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, *, causal: bool = False, mask: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, *, residual: mx.array, causal: bool = False, mask: mx.array | None = None
+    ) -> mx.array:
         x = attention(*self.heads(x), causal=causal, mask=mask)  # (B, H, N, D/H)
-        return self.proj(merge_heads(x))
+        return project_and_add(self.proj, merge_heads(x), residual)
 
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Queries, keys and values: `(B, N, D) -> three (B, H, N, D/H)`."""
@@ -79,7 +81,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: `(B, N, D) -> (B, N, D)` by way of I features."""
+    """SwiGLU, added to `residual`: `(B, N, D) -> (B, N, D)` by way of I features."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -87,8 +89,8 @@ class FeedForward(nn.Module):
         self.up = Linear(hidden_size, intermediate_size, bias=False)
         self.down = Linear(intermediate_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down(swiglu(self.gate(x), self.up(x)))
+    def __call__(self, x: mx.array, *, residual: mx.array) -> mx.array:
+        return project_and_add(self.down, swiglu(self.gate(x), self.up(x)), residual)
 
 
 class Block(nn.Module):
@@ -102,8 +104,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(hidden_size, intermediate_size)
 
     def __call__(self, x: mx.array, *, causal: bool = False, mask: mx.array | None = None) -> mx.array:
-        x = x + self.attn(self.norm1(x), causal=causal, mask=mask)
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(self.norm1(x), residual=x, causal=causal, mask=mask)
+        return self.mlp(self.norm2(x), residual=x)
 
 
 class AttentionPoolingHead(nn.Module):
@@ -147,6 +149,15 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 @partial(mx.compile, shapeless=True)
 def _fused_swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
+
+
+def project_and_add(layer: nn.Module, x: mx.array, residual: mx.array) -> mx.array:
+    """`residual + layer(x)`, `(B, N, I) and (B, N, D) -> (B, N, D)`: on a GPU one kernel if the layer is plain."""
+    if not isinstance(layer, nn.Linear) or "bias" in layer:  # adapted or packed
+        added: mx.array = layer(x)
+        return residual + added
+    # As two axes: with three, the gradient of the weight would be one matrix for each image before it is summed.
+    return mx.addmm(residual.flatten(0, -2), x.flatten(0, -2), layer.weight.T).reshape(residual.shape)
 
 
 def split_heads(x: mx.array, num_heads: int) -> mx.array:

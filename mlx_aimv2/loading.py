@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import quantize
-from mlx_aimv2.backend.device import AUTO, check_process, mark_lazy, suited_dtype
+from mlx_aimv2.backend.device import AUTO, check_process, mark_lazy, may_use_tf32, suited_dtype
 from mlx_aimv2.checkpoint.detect import classifier, differences, disagreements, listed, recognise, sizes
 from mlx_aimv2.checkpoint.read import Checkpoint, read, read_tensors
 from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
@@ -136,9 +136,10 @@ class Loaded:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Which weights these are, for JSON: `-> {"checkpoint", "commit", "dtype", "quantization"}`.
+        """Which weights these are, for JSON: `-> {"checkpoint", "commit", "dtype", "quantization", "tf32"}`.
 
-        `quantization` has the shared bits, and as `recipe` a short digest of what single layers have instead.
+        `tf32`, whether float32 products may be rounded, is recorded and never compared. `quantization` has the shared
+        bits, and as `recipe` a short digest of what single layers have instead.
         """
         origin, section = self.source.origin, self.source.quantization
         shared = None
@@ -151,6 +152,7 @@ class Loaded:
             "commit": origin.commit,
             "dtype": dtype_name(self.model.dtype),
             "quantization": shared,
+            "tf32": may_use_tf32(),
         }
 
 
@@ -267,6 +269,7 @@ def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | No
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
+        array = mx.contiguous(array)  # PyTorch's patch kernel comes transposed: each pass would copy the view
         if not lazy:
             mx.eval(array)
         model.load_weights([(name, array)], strict=False)  # the names were compared with the model's before

@@ -106,14 +106,14 @@ class Aimv2VisionModel(nn.Module):
 
         With `patch_mask` (B, N) only the patches that it does not hide, in their order.
         """
+        pixels = pixels if isinstance(pixels, mx.array) else mx.array(pixels)  # NumPy's are welcome too
         rows, columns = self.grid(pixels)
         visible = None if patch_mask is None else visible_patches(patch_mask, (pixels.shape[0], rows * columns))
-        x = self.patch_embed(mx.array(pixels, self.dtype))  # NumPy's are welcome too
+        x = self.patch_embed(pixels.astype(self.dtype))
         if self.config.num_patches is not None:
             x = x + self.pos_embed
         else:
-            positions = mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size))
-            x = x + positions.astype(x.dtype)
+            x = x + mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size), x.dtype)
         return x if visible is None else mx.take_along_axis(x, visible[..., None], axis=1)
 
     def grid(self, pixels: mx.array) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def encode_ids(model: Aimv2Model, ids: np.ndarray[Any, Any]) -> Floats:
     vectors = np.empty((len(ids), model.config.projection_dim), np.float32)
     start = 0
     while start < len(ids):
-        length = lengths[order[start]]
+        length = int(lengths[order[start]])
         rows = order[start : start + images_at_once(length)]
         vectors[rows] = np.array(unit_length(model.encode_text(mx.array(ids[rows, :length]))))
         start += len(rows)

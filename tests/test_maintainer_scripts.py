@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convert import machine, verify_numbers
 from convert import report as lines
-from convert import verify_numbers
 from convert.checkpoints import FILE, Row, choose, read
 from mlx_aimv2 import load
 from mlx_aimv2.backend import x86
@@ -113,9 +113,11 @@ def test_right_checkpoints_pass_and_the_report_says_what_was_not_done(tmp_path):
     assert f"commit {COMMIT[:12]}" in report
     assert "float16: largest activation" in report
     assert "images a second, float32" in report
+    assert report.count("| yardstick, one pass | computed | large-224 63 ms, large-336 133 ms, large-448 252 ms: ") == 2
+    assert report.count("an M4 with ten GPU cores, computed from SigLIP2-L's published times, not measured |") == 2
     assert "### native" not in report
     assert report.count("| zero-shot | measured | a photo of a cat: ") == 1
-    for fact in ("chip", "memory", "system", "python", "mlx", "mlx-aimv2"):
+    for fact in ("chip", "memory", "system", "python", "mlx", "device", "mlx-aimv2"):
         assert f"| {fact} | " in report
     if mx.default_device().type == mx.DeviceType.cpu:
         assert report.count("| fused attention | not done | no GPU here |") == 2
@@ -176,14 +178,39 @@ def test_attention_that_is_not_fused_is_found_out(monkeypatch, tmp_path):
         return original(*arguments, **flags)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", unfused)
-    assert [finding.verdict for finding in verify_numbers.fused_attention(subject)] == [lines.FAIL] * 3
+    assert [finding.verdict for finding in verify_numbers.fused_attention(subject)] == [lines.FAIL] * 9
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *a, force_fused, **f: original(*a, **f))
     findings = verify_numbers.fused_attention(subject)
-    assert [finding.verdict for finding in findings] == [lines.PASS] * 3
-    assert findings[0].detail == "3 calls in 3 blocks"
+    assert [finding.verdict for finding in findings] == [lines.PASS] * 9
+    assert [finding.what for finding in findings[:3]] == [
+        "fused attention, float32", "fused attention, float32, a native grid", "fused attention, float32, texts"
+    ]  # fmt: skip
+    assert [finding.detail for finding in findings[:3]] == ["3 calls in 3 blocks", *["2 calls in 2 blocks"] * 2]
     monkeypatch.setattr(x86, "on_x86_cpu", lambda: True)
     assert {finding.verdict for finding in verify_numbers.fused_attention(subject)} == {lines.FAIL}, (
         "no call, so nothing is shown"
+    )
+
+
+@pytest.mark.parametrize("name", ["Apple Paravirtual device", "Apple M4"])
+def test_a_paravirtual_device_is_said_to_be_no_measurement_of_a_mac(monkeypatch, name):
+    monkeypatch.setattr(mx, "device_info", lambda device=None: {"device_name": name, "memory_size": 7})
+    said = machine.facts()["device"]
+    assert said.startswith(f"device_name {name}, memory_size 7")
+    assert ("its times are no measurement of a Mac" in said) == ("Paravirtual" in name)
+
+
+def test_a_machine_is_described_with_its_times_beside_the_yardstick(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "random_model", lambda config, dtype: config)
+    monkeypatch.setattr(machine, "random_pixels", lambda config, batch: batch)
+    times = {"dtype": "float16", "seconds": 0.0712}
+    monkeypatch.setattr(machine, "measure_speed", lambda model, pixels, runs: times)
+    assert machine.main() == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-4] == "| large-patch14-224, random weights, float16 | 71 ms |"
+    assert said[-1] == f"| yardstick | {machine.yardstick()} |"
+    assert machine.yardstick().startswith(
+        "large-224 63 ms, large-336 133 ms, large-448 252 ms: an M4 with ten GPU cores"
     )
 
 

@@ -46,6 +46,9 @@ FIRST_WITH_BFLOAT16 = 15
 
 FIRST_WITH_MATRIX_UNITS = 17
 
+TF32 = "MLX_ENABLE_TF32"
+"""The variable of MLX that "0" turns TensorFloat32 off with; MLX reads it once, at its first product on a GPU."""
+
 MAX_STREAMS = 8
 """CPU streams in use at once: MLX runs some twenty operations side by side and queues the rest; a stream has 2 or 3."""
 
@@ -62,6 +65,11 @@ class Machine:
     def has_fast_bfloat16(self) -> bool:
         """Whether a GPU computes bfloat16 natively; an unknown Metal chip is newer than this list."""
         return self.kind != "cpu" and (self.family or FIRST_WITH_BFLOAT16) >= FIRST_WITH_BFLOAT16
+
+    @property
+    def has_tf32(self) -> bool:
+        """Whether MLX rounds the factors of float32 products to TensorFloat32, 10 bits, unless it is told not to."""
+        return self.kind != "cpu" and (self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_MATRIX_UNITS
 
 
 def is_slow_here(dtype: mx.Dtype) -> bool:
@@ -80,6 +88,17 @@ def machine() -> Machine:
         return Machine("cuda", chip)
     found = re.match(r"applegpu_g(\d+)", str(facts.get("architecture", "")))
     return Machine("metal", chip, int(found[1]) if found else None)
+
+
+def turn_tf32_off() -> None:
+    """Makes float32 products exact for the whole process, unless the user has decided or MLX was used before."""
+    if mx.get_peak_memory() == 0:
+        os.environ.setdefault(TF32, "0")
+
+
+def may_use_tf32() -> bool:
+    """Whether float32 products may be rounded here; where MLX was used before `turn_tf32_off` nobody can tell."""
+    return machine().has_tf32 and os.environ.get(TF32) != "0"
 
 
 def suited_dtype(checkpoint: Path, *, on: Machine | None = None) -> str:
@@ -111,6 +130,13 @@ def cpu_count() -> int:
 def is_x86() -> bool:
     """Whether the CPU is an x86."""
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@cache
+def suits_haswell(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether OpenBLAS is faster with its kernels for Haswell than with those it chooses: on AMD with AVX-512."""
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    return "AuthenticAMD" in text and " avx512f" in text
 
 
 def blas_threads() -> int:
@@ -166,6 +192,8 @@ def advice(on: Machine) -> str | None:
                 f"OpenBLAS shares each product among {blas_threads()} threads; on few cores it is faster that "
                 f"each core takes its own images or tokens: run with{one_thread}"
             )
+        if suits_haswell() and "OPENBLAS_CORETYPE" not in os.environ:
+            return "OpenBLAS chooses kernels for AVX-512, slower ones on AMD: run with OPENBLAS_CORETYPE=Haswell"
     return None
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__, bundled
 from mlx_aimv2.backend import run_blocks
-from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT
+from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT, TF32, may_use_tf32, turn_tf32_off
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.images.find import list_images
 from mlx_aimv2.loading import Source, read_source
@@ -78,8 +78,10 @@ def compare(
     """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
     `images` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
-    whole. Raises ValueError where the two give features of different shapes.
+    whole. TensorFloat32 is turned off for the whole process, or the report says that it may be on (`turn_tf32_off`).
+    Raises ValueError where the two give features of different shapes.
     """
+    turn_tf32_off()
     images = images if images is not None else choose_images(None)
     run = run_reference(read_source(reference, revision=revision), images)
     return report(run, run_blockwise(read_source(other), images), images)
@@ -199,6 +201,7 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
     block = max(reference.peaks, key=lambda name: reference.peaks[name])
     found["largest_activation"] = {"block": block, "value": _finite(reference.peaks[block])}
     found["activations"] = {name: _finite(peak) for name, peak in reference.peaks.items()}
+    found["tf32"] = may_use_tf32()
     found["limit"] = mx.finfo(getattr(mx, other.dtype)).max
     found["warnings"] = _warnings(reference, other)
     found["versions"] = {"mlx_aimv2": __version__, "mlx": version("mlx")}
@@ -263,6 +266,8 @@ def _check_comparable(reference: BlockwiseRun, other: BlockwiseRun) -> None:
 
 def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
     warnings = []
+    if may_use_tf32():
+        warnings.append(f"float32 may be rounded to TensorFloat32 here, the reference's too; set {TF32}=0 at the start")
     if not all(np.isfinite(array).all() for array in (*other.tokens, other.vectors)):
         remedy = "its weights are damaged" if other.dtype == "float32" else "use bfloat16 or float32"
         warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; {remedy}")

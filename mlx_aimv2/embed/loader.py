@@ -1,6 +1,6 @@
 """Reads and decodes images ahead of the model and gives it batches of one size: the one loop of the package.
 
-    items -> threads: bytes, SHA-256, levels (H, W, 3) uint8 -> batches of about 4096 tokens -> outputs in order
+    items -> threads: bytes, SHA-256, levels (H, W, 3) uint8 -> batches of some 4096 tokens -> outputs in order
 
 Nothing in a file raises: what is wrong with it is reported. A batch never crosses a chunk of items: which images meet
 in a batch depends on the chunks alone, not on where an earlier run was interrupted or on how many Macs share the work,
@@ -30,8 +30,8 @@ from mlx_aimv2.images.open import POLICY, Levels, OpenImage, Policy, open_image
 if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
 
-BATCH_TOKENS = 4096
-"""Tokens of one batch: 16, 8 or 4 images at 224, 336 or 448."""
+BATCH_TOKENS = 4608
+"""Most tokens of one batch: 16, 8 or 4 images at 224, 336 or 448, whose rows fill the tiles of an M5's matrix units."""
 
 CHUNK = 32
 """Consecutive names whose images may share a batch."""
@@ -73,8 +73,8 @@ def split_into_chunks(items: Sequence[Item], size: int = CHUNK) -> list[Sequence
 
 
 def images_at_once(tokens: int) -> int:
-    """How many images of so many tokens make a batch, one at least."""
-    return max(1, BATCH_TOKENS // max(1, tokens))
+    """How many images of so many tokens make a batch: a power of two, one at least."""
+    return 1 << max(1, BATCH_TOKENS // max(1, tokens)).bit_length() - 1
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def run_ahead(
 ) -> Iterator[list[tuple[Image, Outputs | None]]]:
     """What `prepare` and the model make of each chunk's items, in order: `items -> (image, outputs or None) …`.
 
-    `compute` gets levels (B, …, H, W, 3) uint8 of one size, about `BATCH_TOKENS` tokens of `patch` pixels a side at a
+    `compute` gets levels (B, …, H, W, 3) uint8 of one size, at most `BATCH_TOKENS` tokens of `patch` pixels a side at a
     time, and gives `{name: (B, …)}`; where `prepare` left no levels the outputs are None. `tokens` is how many each
     item has, if they all have the same number.
     """
@@ -180,7 +180,7 @@ def _submitted(
         groups.setdefault(shape, []).append(index)
         *several, height, width, _ = shape
         tokens = math.prod(several) * (height // patch) * (width // patch)
-        if (len(groups[shape]) + 1) * tokens > BATCH_TOKENS:
+        if len(groups[shape]) == images_at_once(tokens):
             submit(shape)
     for shape in list(groups):
         submit(shape)

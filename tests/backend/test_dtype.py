@@ -1,19 +1,26 @@
 """`auto` chooses the dtype that suits the machine, and a model has that dtype throughout."""
 
 import json
+import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import load
+from mlx_aimv2 import bundled, load
 from mlx_aimv2.backend import device
 from mlx_aimv2.backend.device import Machine
 from mlx_aimv2.conversion import fidelity
 from mlx_aimv2.convert import convert
+from mlx_aimv2.embed.cache import differences
+from mlx_aimv2.embed.encode import Embedder, Pooling
+from mlx_aimv2.learn.head_folder import check_encoder, describe_encoder
+from mlx_aimv2.loading import read_source
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
 
@@ -95,6 +102,53 @@ def test_a_macs_chip_is_known_by_its_architecture(on, facts, family):
     assert device.machine() == Machine("metal", facts["device_name"], family)
 
 
+@pytest.mark.parametrize("machine", [CPU, M1, M3, M5, NEXT, CUDA], ids=lambda machine: machine.chip)
+@pytest.mark.parametrize("value", [None, "0", "1"])
+def test_tf32_is_recorded_where_there_is_any_and_nobody_turned_it_off(tmp_path, monkeypatch, machine, value):
+    """In the report on a conversion, in an index and in a head: but it keeps none of them from being used."""
+    monkeypatch.delenv(device.TF32)
+    if value is not None:
+        monkeypatch.setenv(device.TF32, value)
+    monkeypatch.setattr(device, "machine", lambda: machine)
+    monkeypatch.setattr(mx, "get_peak_memory", lambda: 1)  # MLX was used before
+    wanted = machine in (M5, NEXT, CUDA) and value != "0"
+    report = fidelity.compare(REFERENCE / "fixed", REFERENCE / "fixed", images=bundled.photographs()[:1])
+    assert report["tf32"] == wanted == any("TensorFloat32" in line for line in report["warnings"])
+    loaded = read_source(REFERENCE / "fixed").load()
+    head, index = describe_encoder(loaded, loaded.processor), Embedder(loaded, Pooling.of(loaded.model)).description
+    assert head["tf32"] == index["tf32"] == wanted
+    assert differences(index, index | {"tf32": not wanted}) == ([], [])
+    check_encoder(tmp_path, {name: head[name] for name in head if name != "tf32"}, loaded)  # as it was written before
+
+
+MEASURE = """
+import os, sys
+{before}
+from mlx_aimv2.convert import convert
+{used}
+convert(sys.argv[1], sys.argv[2], verify={verify})
+print(os.environ.get("MLX_ENABLE_TF32"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "used", "verify", "wanted"),
+    [
+        ("", "", True, "0"),
+        ("", "", False, "None"),  # nothing is measured
+        ("", "import mlx.core as mx; mx.eval(mx.ones(3) @ mx.ones(3))", True, "None"),  # it may have been read
+        pytest.param("os.environ['MLX_ENABLE_TF32'] = '1'", "", True, "1", marks=pytest.mark.slow),
+    ],
+    ids=["fresh", "without proof", "used before", "the user's own"],
+)
+def test_a_conversion_turns_tf32_off_for_its_reference(tmp_path, before, used, verify, wanted):
+    program = MEASURE.format(before=before, used=used, verify=verify)
+    environment = {name: value for name, value in os.environ.items() if name != device.TF32}
+    command = [sys.executable, "-c", program, str(REFERENCE / "fixed"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [wanted]
+
+
 def test_a_gpu_that_is_not_metals_is_cudas(on):
     on("cuda", device_name="a GPU", architecture="sm_90")
     assert device.machine() == CUDA
@@ -127,6 +181,7 @@ def test_a_slow_blas_is_told(monkeypatch):
     monkeypatch.setattr(device, "is_x86", lambda: True)
     for count, threads, said in ((2, 1, False), (2, 2, True), (64, 64, False)):
         monkeypatch.setattr(device, "cpu_count", lambda count=count: count)
+        monkeypatch.setattr(device, "suits_haswell", lambda: False)
         monkeypatch.setattr(device, "blas_threads", lambda threads=threads: threads)
         monkeypatch.setattr(device, "openblas", lambda: None)
         assert "LD_PRELOAD=libopenblas.so.0" in device.advice(CPU)
@@ -135,6 +190,31 @@ def test_a_slow_blas_is_told(monkeypatch):
         assert ("OPENBLAS_NUM_THREADS=1" in (device.advice(CPU) or "")) == said
     monkeypatch.setattr(device, "is_x86", lambda: False)
     monkeypatch.setattr(device, "cpu_count", lambda: 2)
+    assert device.advice(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "told"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+        ("GenuineIntel", "avx2 avx512f", False),
+        (None, "", False),
+    ],
+)
+def test_openblas_kernels_that_are_slow_on_amd_are_told_until_others_are_chosen(
+    tmp_path, monkeypatch, vendor, flags, told
+):
+    if vendor is not None:
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags} vaes\n")
+    suits = device.suits_haswell(tmp_path / "cpuinfo")
+    assert suits == told
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    for name, value in {"openblas": ..., "blas_threads": 1, "suits_haswell": suits}.items():
+        monkeypatch.setattr(device, name, lambda value=value: value)
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    assert ("OPENBLAS_CORETYPE=Haswell" in (device.advice(CPU) or "")) == told
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
     assert device.advice(CPU) is None
 
 

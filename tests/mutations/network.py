@@ -7,7 +7,8 @@ REFERENCE, OPERATIONS, SHARDS = (
     ("tests/backend/test_x86_attention.py",),
     ("tests/backend/test_x86_shards.py",),
 )
-TRAINING = ("tests/backend/test_x86_training.py",)
+TRAINING, METAL = ("tests/backend/test_x86_training.py",), ("tests/backend/test_metal.py",)
+DTYPE = ("tests/backend/test_dtype.py",)
 OWN, LIT, MASK = ("tests/test_model.py",), ("tests/test_lit.py",), ("tests/test_patch_mask.py",)
 PIXELS, SOURCES = ("tests/images/test_processor.py",), ("tests/images/test_image_sources.py",)
 WORDS, LABELS = ("tests/test_tokenizer.py",), ("tests/test_zero_shot_classifier.py",)
@@ -33,9 +34,66 @@ NETWORK = (
         REFERENCE,
     ),
     Mutation(
+        "a residual takes a kernel of its own",
+        "return mx.addmm(residual.flatten(0, -2), x.flatten(0, -2), layer.weight.T).reshape(residual.shape)",
+        "return residual + layer(x)",
+        METAL,
+    ),
+    Mutation(
+        "the gradient of a weight is one matrix for each image",
+        "return mx.addmm(residual.flatten(0, -2), x.flatten(0, -2), layer.weight.T).reshape(residual.shape)",
+        "return mx.addmm(residual, x, layer.weight.T)",
+        METAL,
+    ),
+    Mutation(
+        "the bias of a layer is lost",
+        'if not isinstance(layer, nn.Linear) or "bias" in layer:',
+        "if not isinstance(layer, nn.Linear):",
+        METAL,
+    ),
+    Mutation(
+        "pixels are cast to the dtype that they have",
+        "self.patch_embed(pixels.astype(self.dtype))",
+        "self.patch_embed(mx.array(pixels, self.dtype))",
+        METAL,
+    ),
+    Mutation(
+        "each pass casts the positions of a native grid",
+        "mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size), x.dtype)",
+        "mx.array(layers.sincos_positions(rows, columns, self.config.hidden_size)).astype(x.dtype)",
+        METAL,
+    ),
+    Mutation(
+        "each pass copies the patch kernel of Apple's layout",
+        "        array = mx.contiguous(array)  #",
+        "        pass  #",
+        METAL,
+    ),
+    Mutation(
+        "the reference of a conversion is rounded to TF32",
+        'os.environ.setdefault(TF32, "0")',
+        "pass",
+        DTYPE,
+    ),
+    Mutation("TF32 counts as off where MLX may have read it as on", "if mx.get_peak_memory() == 0:", "if True:", DTYPE),
+    Mutation(
+        "an M4 is said to have TF32",
+        "(self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_MATRIX_UNITS",
+        "(self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_BFLOAT16",
+        DTYPE,
+    ),
+    Mutation("a report does not say that TF32 may be on", 'found["tf32"] = may_use_tf32()', "pass", DTYPE),
+    Mutation("an index and a head do not say that TF32 may be on", '"tf32": may_use_tf32(),', "", DTYPE),
+    Mutation(
+        "seven images of 336 pixels make a batch",
+        "return 1 << max(1, BATCH_TOKENS // max(1, tokens)).bit_length() - 1",
+        "return max(1, 4096 // max(1, tokens))",
+        METAL,
+    ),
+    Mutation(
         "a block adds its feed-forward before the norm",
-        "return x + self.mlp(self.norm2(x))",
-        "return x + self.norm2(self.mlp(x))",
+        "return self.mlp(self.norm2(x), residual=x)",
+        "return self.norm2(self.mlp(x, residual=x))",
         SHARDS,
     ),
     Mutation(
