@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -130,8 +130,7 @@ def is_counted(targets: mx.array, eos: int) -> mx.array:
     return mx.cumsum(ends, axis=1) - ends == 0
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What a step sees: pixels (B, H, W, 3) float32, ids (B, T + 1) with BOS and EOS, prefix lengths (B,)."""
 
     pixels: mx.array
