@@ -17,6 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2 import long_attention
+from mlx_aimv2.long_attention import LONG
+
 POSITION_BASE = 10000.0
 
 
@@ -68,7 +71,7 @@ class Attention(nn.Module):
         self.proj = Linear(hidden_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array, *, causal: bool = False, mask: mx.array | None = None) -> mx.array:
-        x = attention(*self.heads(x), causal=causal, mask=mask)  # (B, H, N, D/H)
+        x = attention(*self.heads(x), causal=causal, mask=mask, training=self.training)  # (B, H, N, D/H)
         return self.proj(merge_heads(x))
 
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -125,13 +128,21 @@ class AttentionPoolingHead(nn.Module):
 
 
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False, mask: mx.array | None = None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    causal: bool = False,
+    mask: mx.array | None = None,
+    training: bool = False,
 ) -> mx.array:
     """Softmax attention, scale `head_dim ** -0.5`: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
 
     With `causal` (M = N) a token attends to itself and to those before it; with a boolean `mask` (B, M, N) where it is
-    true. One of the two at most.
+    true. One of the two at most. `training` where gradients will be asked for: of many tokens they keep no scores.
     """
+    if training and queries.shape[2] >= LONG:
+        return long_attention.attention(queries, keys, values, causal=causal, mask=mask)
     scale = queries.shape[-1] ** -0.5
     allowed = mask[:, None] if mask is not None else "causal" if causal else None
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=allowed)
