@@ -17,8 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2 import long_attention
-from mlx_aimv2.long_attention import LONG
+from mlx_aimv2.long_attention import LONG, long_attention
 
 POSITION_BASE = 10000.0
 
@@ -71,7 +70,8 @@ class Attention(nn.Module):
         self.proj = Linear(hidden_size, hidden_size, bias=False)
 
     def __call__(self, x: mx.array, *, causal: bool = False, mask: mx.array | None = None) -> mx.array:
-        x = attention(*self.heads(x), causal=causal, mask=mask, training=self.training)  # (B, H, N, D/H)
+        attend = long_attention if self.training and x.shape[1] >= LONG else attention
+        x = attend(*self.heads(x), causal=causal, mask=mask)  # (B, H, N, D/H)
         return self.proj(merge_heads(x))
 
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -128,21 +128,13 @@ class AttentionPoolingHead(nn.Module):
 
 
 def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    *,
-    causal: bool = False,
-    mask: mx.array | None = None,
-    training: bool = False,
+    queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False, mask: mx.array | None = None
 ) -> mx.array:
     """Softmax attention, scale `head_dim ** -0.5`: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
 
     With `causal` (M = N) a token attends to itself and to those before it; with a boolean `mask` (B, M, N) where it is
-    true. One of the two at most. `training` where gradients will be asked for: of many tokens they keep no scores.
+    true. One of the two at most.
     """
-    if training and queries.shape[2] >= LONG:
-        return long_attention.attention(queries, keys, values, causal=causal, mask=mask)
     scale = queries.shape[-1] ** -0.5
     allowed = mask[:, None] if mask is not None else "causal" if causal else None
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=allowed)

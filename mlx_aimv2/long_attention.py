@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -23,55 +24,6 @@ FUSED = (64, 72, 80, 96, 128, 192, 256)
 """Sizes of a head for which Metal has a fused kernel (MLX's scaled_dot_product_attention.cpp)."""
 
 
-@dataclass(frozen=True)
-class Softmax:
-    """How a machine attends, as `layers.attention`, and computes `base ** x` for x from `-inf` to 0."""
-
-    attend: Callable[..., mx.array]
-    power: Callable[[mx.array], mx.array] = mx.exp
-    log_e: float = 1.0
-    """The logarithm of e to this base."""
-
-
-def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    *,
-    causal: bool = False,
-    mask: mx.array | None = None,
-    by: Softmax | None = None,
-) -> mx.array:
-    """`layers.attention`, equal but for rounding: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
-
-    MLX has no `vmap`, no `jvp` and no second gradient of it.
-    """
-    how = by or Softmax(_attend)
-    stream = mx.default_stream(mx.default_device())
-
-    def attended(*inputs: mx.array) -> mx.array:
-        return how.attend(*inputs, causal=causal, mask=mask)
-
-    def gradients(inputs: Any, grad: mx.array, out: mx.array) -> list[mx.array]:
-        with mx.stream(stream):  # MLX calls this in the default one
-            along = (out.astype(mx.float32) * grad.astype(mx.float32)).sum(axis=-1, keepdims=True)
-            own = [x.flatten(0, 1) for x in (*inputs, grad, along)]  # (B H, …)
-            found = list[tuple[mx.array, ...]]()
-            for head in range(own[0].shape[0]):
-                one = [x[head] for x in own]
-                if found:
-                    one = mx.depends(one, list(found[-1]))
-                allowed = mask[head // queries.shape[1]] if mask is not None else None
-                found.append(_gradients(how, *one, causal=causal, mask=allowed))
-            each = zip(inputs, zip(*found, strict=True), strict=True)
-            return [mx.stack(list(parts)).reshape(x.shape).astype(x.dtype) for x, parts in each]
-
-    function: Any = mx.custom_function(attended)
-    function.vjp(gradients)
-    result: mx.array = function(queries, keys, values)
-    return result
-
-
 def _attend(q: mx.array, k: mx.array, v: mx.array, *, causal: bool, mask: mx.array | None) -> mx.array:
     """By MLX: at once where Metal has the kernel, which MLX does not take while it differentiates unless forced to."""
     scale, (batch, heads, tokens, size) = q.shape[-1] ** -0.5, q.shape
@@ -79,28 +31,58 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, *, causal: bool, mask: mx.arr
         allowed = mask[:, None] if mask is not None else "causal" if causal else None
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=allowed, force_fused=True)
     rows, done = max(1, CHUNK // k.shape[2]), list[mx.array]()
-    for image in range(batch):
-        for head in range(heads):
-            one = [x[image, head][None, None] for x in (q, k, v)]
-            for first in range(0, tokens, rows):
-                last = min(first + rows, tokens)
-                seen = last if causal else k.shape[2]
-                allowed = mask[image, first:last] if mask is not None else "causal" if causal else None
-                part = one[0][:, :, first:last]
-                part = mx.depends(part, done[-1]) if done else part
-                keys, values = (x[:, :, :seen] for x in one[1:])
-                done.append(mx.fast.scaled_dot_product_attention(part, keys, values, scale=scale, mask=allowed))
+    for b, h, first in product(range(batch), range(heads), range(0, tokens, rows)):
+        last = min(first + rows, tokens)
+        allowed = mask[b, first:last] if mask is not None else "causal" if causal else None
+        part, seen = q[b, h, first:last], last if causal else k.shape[2]
+        part = mx.depends(part, done[-1]) if done else part
+        own = (x[None, None] for x in (part, k[b, h, :seen], v[b, h, :seen]))
+        done.append(mx.fast.scaled_dot_product_attention(*own, scale=scale, mask=allowed))
     return mx.concatenate(done, axis=2).reshape(q.shape)
 
 
+def long_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    causal: bool = False,
+    mask: mx.array | None = None,
+    attend: Callable[..., mx.array] = _attend,
+    power: Callable[[mx.array], mx.array] = mx.exp,
+) -> mx.array:
+    """`layers.attention` but for rounding: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
+
+    `attend` computes it, `power` is `exp` of numbers up to 0. MLX has no `vmap`, no `jvp` and no second gradient of it.
+    """
+    stream = mx.default_stream(mx.default_device())
+
+    def gradients(inputs: Any, grad: mx.array, out: mx.array) -> list[mx.array]:
+        with mx.stream(stream):  # MLX calls this in the default one
+            along = (out.astype(mx.float32) * grad.astype(mx.float32)).sum(axis=-1, keepdims=True)
+            own, found = [x.flatten(0, 1) for x in (*inputs, grad, along)], list[tuple[mx.array, ...]]()  # (B H, …)
+            for head in range(own[0].shape[0]):
+                one = [x[head] for x in own]
+                one = mx.depends(one, list(found[-1])) if found else one
+                allowed = mask[head // queries.shape[1]] if mask is not None else None
+                found.append(_gradients(*one, power=power, causal=causal, mask=allowed))
+            each = zip(inputs, zip(*found, strict=True), strict=True)
+            return [mx.stack(list(parts)).reshape(x.shape).astype(x.dtype) for x, parts in each]
+
+    function: Any = mx.custom_function(partial(attend, causal=causal, mask=mask))
+    function.vjp(gradients)
+    result: mx.array = function(queries, keys, values)
+    return result
+
+
 def _gradients(
-    how: Softmax,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     grad: mx.array,
     along: mx.array,
     *,
+    power: Callable[[mx.array], mx.array],
     causal: bool,
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -116,12 +98,12 @@ def _gradients(
         own, slope, share = (x[first:last] for x in (queries, grad, along))
         if done:
             own = mx.depends(own, [done[-1], of_keys, of_values])
-        scores = (keys @ (own * (scale * how.log_e)).T).astype(mx.float32)  # (N, m)
+        scores = (keys @ (own * scale).T).astype(mx.float32)  # (N, m)
         if causal:
             scores = mx.where(mx.arange(keys.shape[0])[:, None] <= mx.arange(first, last), scores, -math.inf)
         if mask is not None:
             scores = mx.where(mask[first:last].T, scores, -math.inf)
-        weights = how.power(scores - scores.max(axis=0, keepdims=True))
+        weights = power(scores - scores.max(axis=0, keepdims=True))
         sums = weights.sum(axis=0)[:, None]  # (m, 1)
         slope = (slope / sums).astype(values.dtype)
         of_values = of_values + weights.astype(values.dtype) @ slope

@@ -58,10 +58,9 @@ MASKS = {
 def test_its_gradients_are_those_of_attention(machine, kind):
     options, allowed = MASKS[kind]()
     q, k, v, slope = (normal(B, N, H, D, seed=seed).transpose(0, 2, 1, 3) for seed in range(4))
-    attend = x86.trained_attention if machine != "plain" else layers.attention
-    more = {} if machine != "plain" else {"training": True}
-    found = mx.grad(lambda *x: (attend(*x, **options, **more) * slope).sum(), argnums=(0, 1, 2))(q, k, v)
-    assert mx.allclose(attend(q, k, v, **options, **more), layers.attention(q, k, v, **options), atol=NEAR)
+    attend = x86.trained_attention if machine != "plain" else long_attention.long_attention
+    found = mx.grad(lambda *x: (attend(*x, **options) * slope).sum(), argnums=(0, 1, 2))(q, k, v)
+    assert mx.allclose(attend(q, k, v, **options), layers.attention(q, k, v, **options), atol=NEAR)
     for one, wanted in zip(found, exact(q, k, v, slope, allowed), strict=True):
         assert np.abs(np.array(one, np.float64) - wanted).max() <= NEAR * np.abs(wanted).max()
 
@@ -87,10 +86,11 @@ def test_a_block_learns_from_many_tokens_as_from_few(machine, kind, checkpoint, 
     mx.random.seed(7)
     block, x = layers.Block(H * D, 29, H, 1e-5), normal(B, N, H * D, seed=9)
     called = []
-    original = long_attention.attention
-    monkeypatch.setattr(
-        long_attention, "attention", lambda *x, **more: (called.append(len(x)), original(*x, **more))[1]
-    )
+    original = long_attention.long_attention
+    for module in (layers, x86):
+        monkeypatch.setattr(
+            module, "long_attention", lambda *x, **more: (called.append(len(x)), original(*x, **more))[1]
+        )
     long = slopes(block, x, options, checkpoint=checkpoint)
     assert called
     for module in (layers, x86):
@@ -103,24 +103,22 @@ def test_a_block_learns_from_many_tokens_as_from_few(machine, kind, checkpoint, 
 
 
 def test_no_scores_are_kept(monkeypatch):
-    monkeypatch.setattr(layers, "LONG", 1)
     monkeypatch.setattr(long_attention, "CHUNK", 16 * 1024)
     q, k, v = (normal(1, 4, 1024, D, seed=seed) for seed in range(3))
 
-    def peak(training):
+    def peak(attention):
         mx.eval(q, k, v)
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        attend = lambda *x: layers.attention(*x, training=training).sum()  # noqa: E731
-        mx.eval(mx.grad(attend, argnums=(0, 1, 2))(q, k, v))
+        mx.eval(mx.grad(lambda *x: attention(*x).sum(), argnums=(0, 1, 2))(q, k, v))
         return mx.get_peak_memory() - before
 
-    assert peak(True) < peak(False) / 8
+    assert peak(long_attention.long_attention) < peak(layers.attention) / 8
 
 
 def test_half_precision_stays_so(machine):
     q, k, v = (normal(B, H, N, D, seed=seed).astype(mx.float16) for seed in range(3))
-    found = mx.grad(lambda *x: layers.attention(*x, training=True).sum(), argnums=(0, 1, 2))(q, k, v)
+    found = mx.grad(lambda *x: long_attention.long_attention(*x).sum(), argnums=(0, 1, 2))(q, k, v)
     wanted = mx.grad(lambda *x: layers.attention(*x).sum(), argnums=(0, 1, 2))(q, k, v)
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == mx.float16

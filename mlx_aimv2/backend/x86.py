@@ -27,11 +27,10 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2 import long_attention
 from mlx_aimv2.backend.device import MAX_STREAMS, blas_threads, check_process, cpu_count, is_x86
 from mlx_aimv2.backend.exp2 import LOG2_E, exp2
 from mlx_aimv2.layers import Block, merge_heads
-from mlx_aimv2.long_attention import LONG, Softmax
+from mlx_aimv2.long_attention import LONG, long_attention
 
 CHUNK = 1 << 19
 """Numbers in one chunk of work: 2 MB of float32. With half or twice as many, four images of 224 pixels and one of 448
@@ -158,10 +157,14 @@ def trained_attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False, mask: mx.array | None = None
 ) -> mx.array:
     """`attention` that keeps no scores for its gradient; where products use several cores, each core has own heads."""
-    by = Softmax(attention, lambda x: exp2(mx.maximum(x, -127)), LOG2_E)
     shards = Shards([None] if _blas_has_one_thread() else streams()[: queries.shape[1]], axis=1)
-    work = partial(long_attention.attention, causal=causal, mask=mask, by=by)
+    work = partial(long_attention, causal=causal, mask=mask, attend=attention, power=_exp)
     return shards.join(shards.run(work, *(shards.split(x) for x in (queries, keys, values))))
+
+
+def _exp(x: mx.array) -> mx.array:
+    """Of numbers up to 0."""
+    return exp2(mx.maximum(x * LOG2_E, -127))
 
 
 def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
@@ -405,4 +408,4 @@ def _cross_entropy_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.
 def _weights(logits: mx.array) -> tuple[mx.array, mx.array]:
     """`exp(logits - largest)` and each row's largest."""
     largest = logits.max(axis=-1, keepdims=True)
-    return exp2(mx.maximum((logits - largest) * LOG2_E, -127)), largest
+    return _exp(logits - largest), largest

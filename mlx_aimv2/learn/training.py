@@ -176,22 +176,14 @@ class Run:
 
         def mixed(number: int) -> tuple[dict[str, mx.array], int]:
             batch, position = batches(number)
-            if options.mixup:
-                batch |= mixing(options.mixup, len(batch["pixels"]), drawn(options.seed, number, ranks.rank)[1])
+            if options.mixup:  # Zhang et al. 2018; drawn here, since a compiled step draws nothing
+                rng = np.random.default_rng(np.array(drawn(options.seed, number, ranks.rank)[1]))
+                share, order = float(rng.beta(options.mixup, options.mixup)), rng.permutation(len(batch["pixels"]))
+                batch |= {"shares": mx.array([share, 1 - share]), "order": mx.array(order)}
             return batch, position
 
         with closing(Batches(order, lambda item: make(*item))) as batches:
             return train(model, mean_loss, mixed, plan, state=self.state, ranks=ranks, watch=watch)
-
-
-def mixing(alpha: float, images: int, key: mx.array) -> dict[str, mx.array]:
-    """What mixup draws for a batch (Zhang et al. 2018): the share of an image, the rest, and which other is mixed in.
-
-    Arrays of a batch, since a compiled step draws nothing.
-    """
-    rng = np.random.default_rng(np.array(key))
-    share, order = float(rng.beta(alpha, alpha)), rng.permutation(images)
-    return {"shares": mx.array([share, 1 - share]), "order": mx.array(order)}
 
 
 @dataclass(frozen=True)

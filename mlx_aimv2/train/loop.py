@@ -103,7 +103,10 @@ class Step:
         self._losses = losses
         mx.eval(model.parameters())  # what is not, would be computed in every compiled step
         self._differentiate = compiled(self._differentiated, [mx.random.state])
-        self._update = compiled(self._updated, [model, [part.state for part, _ in self.optimizer.parts]])
+        self._update = compiled(
+            lambda gradients: self.optimizer.update(model, clipped(gradients, plan.clip, self.groups)),
+            [model, [part.state for part, _ in self.optimizer.parts]],
+        )
 
     def __call__(
         self, step: int, batches: Batches, before_update: Callable[[float], None] = lambda loss: None
@@ -121,9 +124,6 @@ class Step:
         self._update(gradients)
         self._evaluate()
         return means, position
-
-    def _updated(self, gradients: Arrays) -> None:
-        self.optimizer.update(self.model, clipped(gradients, self.plan.clip, self.groups))
 
     def _differentiated(self, weights: Any, batch: Any, key: mx.array, total: Any) -> tuple[dict[str, mx.array], Any]:
         """The losses of a batch, and `total` with its gradients."""
