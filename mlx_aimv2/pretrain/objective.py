@@ -168,11 +168,7 @@ class Pretraining(nn.Module):
 
         Means of means, so that accumulated steps and several ranks of equal batches give what one large batch gives.
         """
-
-        def each(pixels: mx.array, ids: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-            return self(Batch(pixels, ids, lengths))
-
-        image, text = (x.mean() for x in by_images(each, batch.pixels, batch.ids, batch.lengths))
+        image, text = (x.mean() for x in by_images(lambda *own: self(Batch(*own)), *batch))
         return {"loss": text + alpha * image, "image_loss": image, "text_loss": text}
 
 

@@ -214,7 +214,7 @@ def pretrain(
             after_step = _reports(data, validation, model, tokenizer, settings, folder, report)
             train(
                 model,
-                lambda model, batch, key: model.losses(Batch(*batch), settings.alpha),
+                lambda model, batch, key: model.losses(batch, settings.alpha),
                 batches,
                 settings.plan(),
                 state=state,
