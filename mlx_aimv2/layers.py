@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_aimv2.long_attention import LONG, long_attention
+
 POSITION_BASE = 10000.0
 
 
@@ -70,7 +72,8 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, *, residual: mx.array, causal: bool = False, mask: mx.array | None = None
     ) -> mx.array:
-        x = attention(*self.heads(x), causal=causal, mask=mask)  # (B, H, N, D/H)
+        attend = long_attention if self.training and x.shape[1] >= LONG else attention
+        x = attend(*self.heads(x), causal=causal, mask=mask)  # (B, H, N, D/H)
         return project_and_add(self.proj, merge_heads(x), residual)
 
     def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -177,14 +177,18 @@ class Aimv2TextModel(nn.Module):
 
         Raises ValueError for ids beyond the vocabulary, rows longer than the context and rows without EOS.
         """
-        eos = self._eos_positions(ids)
+        self.check(ids)
+        return self.unchecked(ids, output_hidden_states=output_hidden_states)
+
+    def unchecked(self, ids: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
+        """The same without looking at the ids, as a compiled function must do it."""
         embedded = self.embed(ids)
         states = [embedded]
         for x in run_blocks(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)
-        pooled = x[mx.arange(ids.shape[0]), eos]
+        pooled = x[mx.arange(ids.shape[0]), mx.argmax(ids == self.config.eos_token_id, axis=1)]  # the first EOS
         return EncoderOutput(x, pooled, tuple(states) if output_hidden_states else None)
 
     def embed(self, ids: mx.array) -> mx.array:
@@ -192,8 +196,8 @@ class Aimv2TextModel(nn.Module):
         embedded: mx.array = self.token_embed(ids) + self.pos_embed[: ids.shape[1]]
         return embedded
 
-    def _eos_positions(self, ids: mx.array) -> mx.array:
-        """Position of each row's first EOS, `(B, L) -> (B,)`, after checking the ids."""
+    def check(self, ids: mx.array) -> None:
+        """Raises ValueError for ids `(B, L)` that `__call__` refuses."""
         config = self.config
         if not isinstance(ids, mx.array):
             raise ValueError(f"ids must be an mlx array, as processor.tokenize gives it, got {type(ids).__name__}")
@@ -210,10 +214,8 @@ class Aimv2TextModel(nn.Module):
             raise ValueError(
                 f"token id {outside} is outside the vocabulary of {config.vocab_size}; is the tokenizer its own?"
             )
-        is_eos = ids == config.eos_token_id
-        if not is_eos.any(axis=1).all().item():
+        if not (ids == config.eos_token_id).any(axis=1).all().item():
             raise ValueError(f"a row of ids has no EOS (id {config.eos_token_id}); processor.tokenize adds it")
-        return mx.argmax(is_eos, axis=1)
 
 
 class Aimv2Model(nn.Module):

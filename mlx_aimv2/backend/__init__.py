@@ -7,10 +7,12 @@ everywhere else MLX's own operations run.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_aimv2.backend import x86
 from mlx_aimv2.backend.x86 import WIDE_SIGHT, Balance, by_images, columns_first, prepared
@@ -21,11 +23,16 @@ __all__ = [
     "Balance",
     "by_images",
     "columns_first",
+    "compiled",
+    "compiles",
     "cross_entropy",
     "packing_streams",
     "prepared",
     "run_blocks",
 ]
+
+MAX_TRACES = 16
+"""Shapes of its arguments for which a function is compiled; MLX never drops what it has compiled."""
 
 
 def run_blocks(
@@ -43,6 +50,30 @@ def run_blocks(
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """`-log softmax(logits)[target]`: `(B, T, V), (B, T) -> (B, T)`."""
     return x86.cross_entropy(logits, targets) if x86.on_x86_cpu() else nn.losses.cross_entropy(logits, targets)
+
+
+def compiles() -> bool:
+    """Whether training steps are compiled: on a GPU. For a CPU MLX starts a C++ compiler, and gains nothing."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def compiled(function: Callable[..., Any], state: list[Any]) -> Callable[..., Any]:
+    """`function` of trees of arrays, compiled where that pays; `state` are the arrays, in trees, that it changes.
+
+    Arguments of other shapes than the first `MAX_TRACES` are computed as they come.
+    """
+    if not compiles():
+        return function
+    fast, traced = mx.compile(function, inputs=state, outputs=state), set[tuple[Any, ...]]()
+
+    def call(*arguments: Any) -> Any:
+        leaves: Any = tree_flatten(arguments)
+        shapes = tuple((path, leaf.shape) for path, leaf in leaves if leaf is not None)
+        if len(traced) < MAX_TRACES:
+            traced.add(shapes)
+        return fast(*arguments) if shapes in traced else function(*arguments)
+
+    return call
 
 
 def packing_streams() -> Iterator[mx.Stream]:

@@ -28,7 +28,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_aimv2.backend.device import MAX_STREAMS, blas_threads, check_process, cpu_count, is_x86
+from mlx_aimv2.backend.exp2 import LOG2_E, exp2
 from mlx_aimv2.layers import Block, merge_heads
+from mlx_aimv2.long_attention import LONG, long_attention
 
 CHUNK = 1 << 19
 """Numbers in one chunk of work: 2 MB of float32. With half or twice as many, four images of 224 pixels and one of 448
@@ -49,14 +51,6 @@ CACHE_LIMIT, MLX_CACHE_LIMIT = 1 << 28, 1 << 25
 
 IMAGES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which shards are cut."""
-
-LOG2_E = math.log2(math.e)
-
-EXP2 = (0.00132764701, 0.00967554096, 0.0555071309, 0.240221202, 0.693146944, 1.00000012)
-"""`2 ** x` for x from -1/2 to 1/2 as a polynomial, highest power first: the minimax fit, relative error 7.5e-8."""
-
-ROUND = 1.5 * 2**23 + 127
-"""Added to a float32, it leaves the number rounded to an integer, 127 greater, in the lowest bits."""
 
 T = TypeVar("T")
 
@@ -104,7 +98,8 @@ def _attend_and_feed(
     causal: bool,
 ) -> mx.array:
     """The rest of a block for M of its N tokens: `(B, M, D), (B, H, M, D/H), two (B, H, N, D/H) -> (B, M, D)`."""
-    x = x + block.attn.proj(merge_heads(attention(queries, keys, values, causal=causal, mask=mask)))
+    attend = trained_attention if block.training and x.shape[1] >= LONG else attention
+    x = x + block.attn.proj(merge_heads(attend(queries, keys, values, causal=causal, mask=mask)))
     h = block.norm2(x)
     return x + block.mlp.down(swiglu(block.mlp.gate(h), block.mlp.up(h), training=block.training))
 
@@ -158,6 +153,20 @@ def _softmax_product(
     return (weights.swapaxes(-1, -2) @ values) / sums
 
 
+def trained_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False, mask: mx.array | None = None
+) -> mx.array:
+    """`attention` that keeps no scores for its gradient; where products use several cores, each core has own heads."""
+    shards = Shards([None] if _blas_has_one_thread() else streams()[: queries.shape[1]], axis=1)
+    work = partial(long_attention, causal=causal, mask=mask, attend=attention, power=_exp)
+    return shards.join(shards.run(work, *(shards.split(x) for x in (queries, keys, values))))
+
+
+def _exp(x: mx.array) -> mx.array:
+    """Of numbers up to 0."""
+    return exp2(mx.maximum(x * LOG2_E, -127))
+
+
 def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
     """`layers.swiglu` by sums and products, some tokens at a time; `training` where gradients will be asked for."""
     tokens = (x.astype(mx.float32).flatten(0, -2) for x in (gate, up))  # (B N, I)
@@ -180,21 +189,6 @@ def _swiglu_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) 
     sigmoid = 1 / (1 + exp2(mx.clip(gate * -LOG2_E, -127, 128)))
     silu = gate * sigmoid
     return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
-
-
-def exp2(x: mx.array) -> mx.array:
-    """`2 ** x` in float32, relative error 2.4e-7.
-
-    `x` must lie from -127 to 128; the result is zero below -126.5, infinite above 127.5.
-    """
-    # The rounded integer has no derivative: the polynomial of the rest has all of it.
-    shifted = mx.stop_gradient(x + ROUND)
-    power = mx.left_shift(shifted.view(mx.uint32), 23).view(mx.float32)  # the integer becomes the exponent
-    rest = x - (shifted - ROUND)
-    result = EXP2[0] * rest
-    for coefficient in EXP2[1:-1]:
-        result = (result + coefficient) * rest
-    return (result + EXP2[-1]) * power
 
 
 @dataclass(frozen=True)
@@ -352,12 +346,9 @@ def columns_first(model: nn.Module, arrays: Mapping[str, mx.array]) -> dict[str,
     """
     if not on_x86_cpu():
         return dict(arrays)
-    weights = tuple(f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, nn.Linear))
-
-    def is_weight(path: str) -> bool:
-        return path in weights or path.rpartition(".")[0] in weights
-
-    return {path: mx.contiguous(x.T).T if is_weight(path) else x for path, x in arrays.items()}
+    weights = {f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    own = {path for path in arrays if weights & {path, path.rpartition(".")[0]}}
+    return {path: mx.contiguous(x.T).T if path in own else x for path, x in arrays.items()}
 
 
 def by_images(work: Callable[..., tuple[mx.array, ...]], *arrays: mx.array) -> tuple[mx.array, ...]:
@@ -417,4 +408,4 @@ def _cross_entropy_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.
 def _weights(logits: mx.array) -> tuple[mx.array, mx.array]:
     """`exp(logits - largest)` and each row's largest."""
     largest = logits.max(axis=-1, keepdims=True)
-    return exp2(mx.maximum((logits - largest) * LOG2_E, -127)), largest
+    return _exp(logits - largest), largest

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.backend import run_blocks
+from mlx_aimv2.backend import compiles, run_blocks
 from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.embed.encode import OnFailure, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
@@ -33,18 +33,22 @@ class Learner(nn.Module):
         self,
         pixels: mx.array,
         *,
-        patch_mask: mx.array | None = None,
+        visible: mx.array | None = None,
         checkpoint: bool = False,
         drop_path: float = 0.0,
         key: mx.array | None = None,
     ) -> dict[str, mx.array]:
-        """The head's outputs. `checkpoint` computes each block again for its gradient instead of keeping its inside.
+        """The head's outputs. `visible` (B, M) are the patches that are not hidden, in their order; all without it.
+
+        `checkpoint` computes each block again for its gradient instead of keeping its inside.
 
         `drop_path` is the share of images for which the last block is skipped, rising linearly from zero at the first
         (Huang et al. 2016), drawn by `key`.
         """
         encoder = self.encoder
-        x = encoder.embed(pixels, patch_mask=patch_mask)
+        x = encoder.embed(pixels)
+        if visible is not None:
+            x = mx.take_along_axis(x, visible[..., None], axis=1)
         if checkpoint or drop_path > 0:
             x = run_training_blocks(encoder.blocks, x, checkpoint=checkpoint, drop_path=drop_path, key=key)
         else:
@@ -75,7 +79,13 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
     """Runs a block for a random part of the images alone and enlarges what it adds, as in DINOv2."""
     batch = x.shape[0]
     draw, order = mx.random.split(key, 2)
-    count = int(np.floor(batch * (1 - rate) + mx.random.uniform(key=draw).item()))
+    extra = mx.random.uniform(key=draw)
+    if compiles():  # a compiled step has one shape: one image more at times, which counts nothing
+        chosen = mx.random.permutation(batch, key=order)[: min(batch, math.floor(batch * (1 - rate)) + 1)]
+        is_drawn = mx.arange(chosen.size) < mx.floor(batch * (1 - rate) + extra)
+        share = is_drawn.astype(x.dtype)[:, None, None] / (1 - rate)
+        return x.at[chosen].add((run(x[chosen]) - x[chosen]) * share)
+    count = int(np.floor(batch * (1 - rate) + extra.item()))
     if count == 0:
         return x
     chosen = mx.sort(mx.random.permutation(batch, key=order)[:count])

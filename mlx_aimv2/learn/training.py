@@ -31,7 +31,7 @@ from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
 from mlx_aimv2.learn.task import Options, Solve, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
-from mlx_aimv2.train.loop import LossError, Plan, Watch, train
+from mlx_aimv2.train.loop import LossError, Plan, Watch, drawn, train
 from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
 from mlx_aimv2.train.state import Progress, StateFile
 
@@ -174,8 +174,16 @@ class Run:
         def mean_loss(model: Any, batch: Any, key: mx.array) -> dict[str, mx.array]:
             return {"loss": loss(model, batch, key).mean()}
 
+        def mixed(number: int) -> tuple[dict[str, mx.array], int]:
+            batch, position = batches(number)
+            if options.mixup:  # Zhang et al. 2018; drawn here, since a compiled step draws nothing
+                rng = np.random.default_rng(np.array(drawn(options.seed, number, ranks.rank)[1]))
+                share, order = float(rng.beta(options.mixup, options.mixup)), rng.permutation(len(batch["pixels"]))
+                batch |= {"shares": mx.array([share, 1 - share]), "order": mx.array(order)}
+            return batch, position
+
         with closing(Batches(order, lambda item: make(*item))) as batches:
-            return train(model, mean_loss, batches, plan, state=self.state, ranks=ranks, watch=watch)
+            return train(model, mean_loss, mixed, plan, state=self.state, ranks=ranks, watch=watch)
 
 
 @dataclass(frozen=True)
@@ -295,27 +303,23 @@ def fine_tune(run: Run) -> Trained:
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         example = run.task.data.example(sample, run.processor, rng=rng if options.augment else None, flip=options.flip)
         if hidden:
-            mask = np.zeros(patches, bool)
-            mask[rng.permutation(patches)[:hidden]] = True
-            example["patch_mask"] = mask
+            example["visible"] = np.sort(rng.permutation(patches)[hidden:]).astype(np.int32)
         return example
 
     def loss(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
-        pixels, other, share = batch["pixels"], batch, 1.0
-        if options.mixup:  # Zhang et al. 2018: how much of each image stays, and which other one is mixed in
-            rng = np.random.default_rng(np.array(key))
-            share, order = float(rng.beta(options.mixup, options.mixup)), mx.array(rng.permutation(len(pixels)))
-            pixels = share * pixels + (1 - share) * pixels[order]
-            other = {name: array[order] for name, array in batch.items()}
+        batch = dict(batch)
+        shares, order = batch.pop("shares", None), batch.pop("order", None)
+        pixels = batch["pixels"]
+        if shares is not None:
+            pixels = shares[0] * pixels + shares[1] * pixels[order]
         outputs = model(
-            pixels,
-            patch_mask=batch.get("patch_mask"),
-            checkpoint=options.grad_checkpoint,
-            drop_path=drop_path,
-            key=key,
+            pixels, visible=batch.get("visible"), checkpoint=options.grad_checkpoint, drop_path=drop_path, key=key
         )
         losses = run.task.head.loss(outputs, batch)
-        return losses if share == 1 else share * losses + (1 - share) * run.task.head.loss(outputs, other)
+        if shares is None:
+            return losses
+        other = {name: array[order] for name, array in batch.items()}
+        return shares[0] * losses + shares[1] * run.task.head.loss(outputs, other)
 
     def outputs(part: Sequence[Sample]) -> Iterator[Outputs]:
         return outputs_of_learner(learner, part, run.processor)

@@ -157,7 +157,7 @@ def _train(
 def both_sides(model: Aimv2Model, features: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
     """The trainable ends of both sides: `(B, N, D), (B, L) -> (B, E), (B, E)` of unit length, float32."""
     images = unit_length(model.visual_projection(model.vision_model.head(features)))
-    return images, unit_length(model.text_projection(model.text_model(ids).pooler_output))
+    return images, unit_length(model.text_projection(model.text_model.unchecked(ids).pooler_output))
 
 
 def contrastive_loss(logits: mx.array, keys: mx.array) -> mx.array:

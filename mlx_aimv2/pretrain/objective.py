@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -130,8 +130,7 @@ def is_counted(targets: mx.array, eos: int) -> mx.array:
     return mx.cumsum(ends, axis=1) - ends == 0
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What a step sees: pixels (B, H, W, 3) float32, ids (B, T + 1) with BOS and EOS, prefix lengths (B,)."""
 
     pixels: mx.array
@@ -169,11 +168,7 @@ class Pretraining(nn.Module):
 
         Means of means, so that accumulated steps and several ranks of equal batches give what one large batch gives.
         """
-
-        def each(pixels: mx.array, ids: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-            return self(Batch(pixels, ids, lengths))
-
-        image, text = (x.mean() for x in by_images(each, batch.pixels, batch.ids, batch.lengths))
+        image, text = (x.mean() for x in by_images(lambda *own: self(Batch(*own)), *batch))
         return {"loss": text + alpha * image, "image_loss": image, "text_loss": text}
 
 

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_aimv2.backend import compiled
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.train.optimizer import (
     Arrays,
@@ -87,7 +88,11 @@ class Watch:
 
 
 class Step:
-    """One update of a model: accumulate, average over ranks, clip, AdamW."""
+    """One update of a model: accumulate, average over ranks, clip, AdamW.
+
+    Loss and gradient are one compiled function, clip and AdamW another, as in mlx-lm's trainer (`backend.compiled`).
+    What must see the weights as they were stands between the two: ranks, a loss that is no number, saving.
+    """
 
     def __init__(self, model: nn.Module, losses: Losses, plan: Plan, ranks: Ranks | None = None) -> None:
         """Takes the model's trainable parameters and lays them out as training likes it."""
@@ -95,8 +100,13 @@ class Step:
         self.groups = groups_of(model, plan.groups)
         rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up)
         self.optimizer = Optimizer(model, self.groups, schedule=rate, weight_decay=plan.weight_decay, betas=plan.betas)
-        self._differentiated = mx.value_and_grad(self._computed)
         self._losses = losses
+        mx.eval(model.parameters())  # what is not, would be computed in every compiled step
+        self._differentiate = compiled(self._differentiated, [mx.random.state])
+        self._update = compiled(
+            lambda gradients: self.optimizer.update(model, clipped(gradients, plan.clip, self.groups)),
+            [model, [part.state for part, _ in self.optimizer.parts]],
+        )
 
     def __call__(
         self, step: int, batches: Batches, before_update: Callable[[float], None] = lambda loss: None
@@ -111,9 +121,15 @@ class Step:
         if not all(map(math.isfinite, means.values())):
             raise LossError(f"the loss is {means['loss']} at step {step + 1}")
         before_update(means["loss"])
-        self.optimizer.update(self.model, clipped(gradients, self.plan.clip, self.groups))
+        self._update(gradients)
         self._evaluate()
         return means, position
+
+    def _differentiated(self, weights: Any, batch: Any, key: mx.array, total: Any) -> tuple[dict[str, mx.array], Any]:
+        """The losses of a batch, and `total` with its gradients."""
+        (loss, others), gradients = mx.value_and_grad(self._computed)(weights, batch, key)
+        total = gradients if total is None else tree_map(mx.add, total, gradients)
+        return {"loss": loss, **others}, total
 
     def _computed(self, parameters: Any, batch: Any, key: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         """The loss to differentiate, and the others; computed in the plan's dtype, if it has one."""
@@ -132,15 +148,13 @@ class Step:
         position = 0
         try:
             for number in range(step * plan.accumulate, (step + 1) * plan.accumulate):
-                rng = np.random.default_rng([plan.seed, number, ranks.rank])
-                mx.random.seed(int(rng.integers(1 << 32)))  # dropout draws from here
-                key = mx.random.key(int(rng.integers(1 << 32)))
+                seed, key = drawn(plan.seed, number, ranks.rank)
+                mx.random.seed(seed)  # dropout draws from here
                 batch, position = batches(number)
-                (loss, others), gradients = self._differentiated(weights, batch, key)
+                losses, total = self._differentiate(weights, batch, key, total)
                 del batch  # or it would stay in memory while the gradients are computed
-                total = gradients if total is None else tree_map(mx.add, total, gradients)
-                mx.eval(loss, others, total)  # what is left out keeps all that it was computed from in memory
-                numbers: Any = {name: one.item() for name, one in {"loss": loss, **others}.items()}
+                mx.eval(losses, total)  # what is left out keeps all that it was computed from in memory
+                numbers: Any = {name: one.item() for name, one in losses.items()}
                 values.append(numbers)
         finally:
             self.model.update(weights)
@@ -161,6 +175,12 @@ class Step:
                 mx.eval(together)
                 together = []
         mx.eval(self.model.parameters(), moments)
+
+
+def drawn(seed: int, number: int, rank: int) -> tuple[int, mx.array]:
+    """What is random in a rank's batch of a number: a seed, and the key that the loss gets."""
+    first, second = (int(x) for x in np.random.default_rng([seed, number, rank]).integers(1 << 32, size=2))
+    return first, mx.random.key(second)
 
 
 def train(

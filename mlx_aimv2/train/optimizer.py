@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -139,7 +140,8 @@ def clipped(gradients: Arrays, max_norm: float, groups: Mapping[str, Group]) -> 
         squares[groups[path].clip_with].append(square)
     lengths = {key: mx.sqrt(mx.stack(some).sum()) for key, some in squares.items()}
     factors = {key: mx.minimum(max_norm / (length + 1e-6), 1.0) for key, length in lengths.items()}
-    mx.eval(factors)  # MLX keeps more cores busy with one pass through all gradients at a time
+    with suppress(ValueError):  # within mx.compile, which does not evaluate
+        mx.eval(factors)  # MLX keeps more cores busy with one pass through all gradients at a time
     return _each_on_its_core(lambda path, x: x * factors[groups[path].clip_with], gradients)
 
 

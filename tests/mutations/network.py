@@ -9,6 +9,7 @@ REFERENCE, OPERATIONS, SHARDS = (
 )
 TRAINING, METAL = ("tests/backend/test_x86_training.py",), ("tests/backend/test_metal.py",)
 DTYPE = ("tests/backend/test_dtype.py",)
+LONG = ("tests/test_long_attention.py",)
 OWN, LIT, MASK = ("tests/test_model.py",), ("tests/test_lit.py",), ("tests/test_patch_mask.py",)
 PIXELS, SOURCES = ("tests/images/test_processor.py",), ("tests/images/test_image_sources.py",)
 WORDS, LABELS = ("tests/test_tokenizer.py",), ("tests/test_zero_shot_classifier.py",)
@@ -150,7 +151,24 @@ NETWORK = (
         "scale = queries.shape[-1] ** -1",
         OPERATIONS,
     ),
-    Mutation("attention is never causal", '"causal" if causal else None', "None", OPERATIONS),
+    Mutation("attention is never causal", '"causal" if causal else None\n    return', "None\n    return", OPERATIONS),
+    Mutation(
+        "the gradient of long attention ignores its mask",
+        "scores = mx.where(mask[first:last].T, scores, -math.inf)",
+        "pass",
+        LONG,
+    ),
+    Mutation(
+        "the gradient of long attention is never causal",
+        "<= mx.arange(first, last), scores, -math.inf)",
+        "<= keys.shape[0], scores, -math.inf)",
+        LONG,
+    ),
+    Mutation(
+        "the gradient of keys is not scaled", "of_keys + scale * (of_scores @ own)", "of_keys + of_scores @ own", LONG
+    ),
+    Mutation("training keeps the scores of many tokens", "self.training and x.shape[1] >= LONG", "False", LONG),
+    Mutation("Metal is not forced to fuse", "mask=allowed, force_fused=True)", "mask=allowed)", LONG),
     Mutation(
         "the text encoder sees what follows",
         "run_blocks(self.blocks, embedded, causal=True)",
@@ -159,8 +177,8 @@ NETWORK = (
     ),
     Mutation(
         "texts are pooled at their last end of text",
-        "return mx.argmax(is_eos, axis=1)",
-        "return mx.argmax(is_eos * mx.arange(ids.shape[1]), axis=1)",
+        "mx.argmax(ids == self.config.eos_token_id, axis=1)",
+        "mx.argmax((ids == self.config.eos_token_id) * mx.arange(ids.shape[1]), axis=1)",
         LIT,
     ),
     Mutation(
@@ -226,8 +244,8 @@ NETWORK = (
     ),
     Mutation(
         "moments do not lie in memory as the gradients do",
-        'path in weights or path.rpartition(".")[0] in weights',
-        "path in weights",
+        'weights & {path, path.rpartition(".")[0]}',
+        "weights & {path}",
         TRAINING,
     ),
     Mutation(

@@ -40,6 +40,7 @@ BEST = fit("of_several_rates_the_best_is_kept_as_if_it_had_been_the_only_one")
 COMMAND = fit("the_commands_flags_are_the_options")
 
 SETTINGS = ("tests/cli/test_settings.py",)
+COMPILED = "tests/test_compiled_step.py::test_"
 AUGMENT, LORA, DENSE = (f"tests/learn/test_{name}.py::test_" for name in ("augment", "lora", "dense"))
 CAPTIONED, PRETRAIN_RUNS = (f"tests/pretrain/test_{name}.py::test_" for name in ("captioned", "pretrain"))
 
@@ -148,20 +149,20 @@ TRAINING = (
     ),
     Mutation(
         "mixup mixes pixels and not labels",
-        "return losses if share == 1 else share * losses + (1 - share) * run.task.head.loss(outputs, other)",
+        "return shares[0] * losses + shares[1] * run.task.head.loss(outputs, other)",
         "return losses",
         MIXUP,
     ),
     Mutation(
         "mixup mixes labels and not pixels",
-        "pixels = share * pixels + (1 - share) * pixels[order]",
-        "pixels = share * pixels + (1 - share) * pixels",
+        "pixels = shares[0] * pixels + shares[1] * pixels[order]",
+        "pixels = shares[0] * pixels + shares[1] * pixels",
         MIXUP,
     ),
     Mutation(
         "the share of patches that is to be hidden is what is seen",
-        "mask[rng.permutation(patches)[:hidden]] = True",
-        "mask[rng.permutation(patches)[hidden:]] = True",
+        "np.sort(rng.permutation(patches)[hidden:])",
+        "np.sort(rng.permutation(patches)[:hidden])",
         fit("the_mask_hides_its_share_of_the_patches"),
     ),
     Mutation(
@@ -170,10 +171,10 @@ TRAINING = (
         r'*(rf"encoder\.blocks\.{i}\..*" for i in range(layers, depth))',
         fit("the_last_blocks_are_those_that_are_trained"),
     ),
-    Mutation("fit cuts no gradient", "clipped(gradients, self.plan.clip, self.groups)", "gradients", LENGTH),
+    Mutation("fit cuts no gradient", "clipped(gradients, plan.clip, self.groups)", "gradients", LENGTH),
     Mutation(
         "pretrain cuts no gradient",
-        "clipped(gradients, self.plan.clip, self.groups)",
+        "clipped(gradients, plan.clip, self.groups)",
         "gradients",
         PRE_LENGTH,
     ),
@@ -390,8 +391,8 @@ TRAINING = (
     ),
     Mutation(
         "all batches of a step draw the same noise",
-        "[plan.seed, number, ranks.rank]",
-        "[plan.seed, step, ranks.rank]",
+        "drawn(plan.seed, number, ranks.rank)",
+        "drawn(plan.seed, step, ranks.rank)",
         train("every_batch_draws_noise_of_its_own"),
     ),
     Mutation(
@@ -503,8 +504,26 @@ TRAINING = (
         fit("gradients_of_a_candidate_are_cut_as_if_it_were_the_only_one"),
     ),
     Mutation(
+        "a compiled step skips no block for one image more",
+        "< mx.floor(batch * (1 - rate) + extra)",
+        "< batch",
+        (f"{COMPILED}a_compiled_step_skips_blocks_for_the_same_images",),
+    ),
+    Mutation(
+        "a step is compiled for any number of shapes",
+        "if len(traced) < MAX_TRACES:",
+        "if True:",
+        (f"{COMPILED}a_function_is_compiled_for_so_many_shapes_and_computed_for_others",),
+    ),
+    Mutation(
+        "no step is compiled",
+        "mx.compile(function, inputs=state, outputs=state)",
+        "function",
+        (f"{COMPILED}the_compiled_update_is_one_kernel_for_a_tensor_and_two_for_the_norm",),
+    ),
+    Mutation(
         "every step mixes its images alike",
-        "rng = np.random.default_rng(np.array(key))",
+        "rng = np.random.default_rng(np.array(drawn(options.seed, number, ranks.rank)[1]))",
         "rng = np.random.default_rng(0)",
         fit("every_step_mixes_its_images_in_a_way_of_its_own"),
     ),

@@ -16,7 +16,7 @@ from mlx_aimv2.checkpoint import detect
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead
 from mlx_aimv2.learn.learner import Learner
-from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.model import Aimv2VisionModel, visible_patches
 from mlx_aimv2.train.optimizer import Optimizer, groups_of
 
 MOST = 1e-4
@@ -108,8 +108,8 @@ def test_gradients_are_those_of_torch(size, hidden, checkpoint, kind):
     learner = Learner(mine, head)
 
     def loss(pixels):
-        mask = mx.array(masks) if hidden else None
-        outputs = learner(pixels, patch_mask=mask, checkpoint=checkpoint)
+        visible = visible_patches(mx.array(masks), masks.shape) if hidden else None
+        outputs = learner(pixels, visible=visible, checkpoint=checkpoint)
         return nn.losses.cross_entropy(outputs["logits"], mx.array(labels), reduction="mean")
 
     value, gradients = nn.value_and_grad(learner, loss)(mx.array(pixels))
