@@ -75,6 +75,8 @@ class Head:
     processor: Aimv2Processor
     trained_on: bytes
     """`samples.digests` of the training images; empty where the folder has none."""
+    loaded: Loaded
+    """The encoder's checkpoint."""
 
 
 def save(
@@ -163,7 +165,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     learner.eval()
     digests = folder / TRAINED_ON_FILE
     trained_on = read_bytes(digests) if digests.is_file() else b""
-    return Head(task, tuple(info["classes"]), learner, processor, trained_on)
+    return Head(task, tuple(info["classes"]), learner, processor, trained_on, loaded)
 
 
 def fuse(
