@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -97,29 +97,36 @@ class Exported:
         return about | {"labels": self.labels, "preprocessing": preprocessing}
 
 
-def prepare(model: str | os.PathLike[str], output: str, input: str, settings: Mapping[str, Any]) -> Exported:
-    """Loads what is exported, a checkpoint or the folder of a head; `settings` are `export`'s by their flags."""
-    given = [flag for flag, value in settings.items() if value is not None]
+def prepare(
+    model: str | os.PathLike[str],
+    output: str | None,
+    input: str,
+    size: int | tuple[int, ...] | None,
+    *,
+    dtype: str | mx.Dtype | None,
+    revision: str | None,
+) -> Exported:
+    """Loads what is exported, a checkpoint or the folder of a head; `size` is `export`'s `image_size` or `grid`."""
     if is_file(expand_user(model) / INFO_FILE):
-        if own := ", ".join(flag for flag in given if flag != "--dtype"):
-            raise ValueError(f"{model} was written by fit, which settled {own}: leave {own} out")
-        head = load_head(model, dtype=settings["--dtype"])
+        if output is not None or size is not None or revision is not None:
+            raise ValueError(f"{model} was written by fit: leave --output, --image-size, --grid and --revision out")
+        head = load_head(model, dtype=dtype)
         if head.task.name != "classify":
             raise ValueError(f"{model} is a head to {head.task.name}: only one to classify can be exported")
         parts = {"head": head.learner.head, "labels": head.classes}
         return Exported(head.loaded, head.learner.encoder, head.processor, ("probabilities",), INPUTS[input], **parts)
-    source = read_source(model, revision=settings["--revision"])
-    own_size, grid, image_size = source.config.vision.image_size, settings["--grid"], settings["--image-size"]
-    if grid is not None and own_size is not None:
+    source = read_source(model, revision=revision)
+    grid, own_size = size if isinstance(size, tuple) else None, source.config.vision.image_size
+    if grid and own_size:
         raise ValueError(f"--grid is for native checkpoints; {source.origin} takes {own_size} pixels: leave it out")
     if output == "text" and not isinstance(source.config, Aimv2Config):
         raise ValueError(f"--output text: {source.origin} has no text encoder; {LIT_CHECKPOINT} has one")
-    if own_size is None and grid is None:
-        image_size = image_size or NATIVE
-    loaded = source.load(dtype=settings["--dtype"], image_size=image_size)
-    processor = loaded.processor if grid is None else _for_grid(loaded.processor, grid)
-    dtype = "int32" if output == "text" else INPUTS[input]
-    return Exported(loaded, loaded.model.vision, processor, OUTPUTS[output], dtype)
+    loaded = source.load(
+        dtype=dtype, image_size=size if isinstance(size, int) else None if own_size or grid else NATIVE
+    )
+    processor = _for_grid(loaded.processor, grid) if grid else loaded.processor
+    dtype_in = "int32" if output == "text" else INPUTS[input]
+    return Exported(loaded, loaded.model.vision, processor, OUTPUTS[output or "image"], dtype_in)
 
 
 def _for_grid(processor: Aimv2Processor, grid: tuple[int, ...]) -> Aimv2Processor:

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -67,14 +67,7 @@ def export(
         if is_met:
             raise ValueError(message)
     check_target(target)
-    settings = {
-        "--output": output,
-        "--image-size": image_size,
-        "--grid": grid,
-        "--revision": revision,
-        "--dtype": dtype,
-    }
-    exported = prepare(model, output or "image", input, settings)
+    exported = prepare(model, output, input, grid if image_size is None else image_size, dtype=dtype, revision=revision)
     for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
         # MLX writes the bytes of a weight without its strides, and Apple's patch kernel is a transposed view.
         module.update(tree_map(mx.contiguous, module.parameters()))
@@ -129,7 +122,5 @@ def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> l
     return outputs
 
 
-Writer: TypeAlias = Callable[[Exported, Path, Sequence[int]], list[mx.array]]
-
-WRITERS: dict[str, Writer] = {".mlxfn": _write_function}
+WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], list[mx.array]]] = {".mlxfn": _write_function}
 """How a file's name ends -> what writes it: `exported, its path, batches -> outputs for the smallest batch`."""
