@@ -16,7 +16,7 @@ RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD) $(HASWEL
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 # The modules of the API page.
-API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert model images.processor config pretrain)
+API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert export model images.processor config pretrain)
 
 .PHONY: help demo test test-all rounding coverage mutations parity check fuzz verify train docs format clean
 help:  ## this list

@@ -44,7 +44,7 @@ print(json.dumps(runs))
 
 VERBS = (
     *("fit linear", "fit knn", "fit attentive", "fit lora", "fit full", "fit segment", "pretrain", "lit"),
-    *("embed", "embed exports", "convert", "fuse", "map", "search"),
+    *("embed", "embed exports", "convert", "export", "fuse", "map", "search"),
     *(f"{verb} {task}" for verb in ("predict", "evaluate") for task in ("classify", "segment", "detect")),
 )
 
@@ -75,6 +75,7 @@ def command(labels, captions, index, disk, name):
         "lit": lambda: [*captions.words("lit", *steps), "-o", out],
         "embed": lambda: ["embed", images, "-m", labels.encoder, "-o", disk / "out.db", *exports],
         "convert": lambda: ["convert", "--hf-path", labels.encoder, "--mlx-path", out],
+        "export": lambda: ["export", "-m", labels.encoder, "-o", disk / "out.mlxfn"],
         "fuse": lambda: ["fuse", "--adapter-path", labels.head("classify", "lora", iters=1), "--save-path", out],
         "map": lambda: ["map", images / "dark" / "0.png", "-m", labels.encoder, "-o", disk / "out.png"],
         "search": lambda: ["search", index, images / "dark" / "0.png", "--html", disk / "out.html"],

@@ -31,6 +31,7 @@ VERBS = {
     "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
     "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
+    "export": ("convert", "-m MODEL -o FILE", "write an encoder for programs in Swift and C++"),
     "fuse": ("convert", "--adapter-path HEAD", "merge adapters into the encoder"),
     "fit": ("learn", "DATA -m MODEL -o HEAD", "learn your labels from a folder of images"),
     "predict": ("learn", "HEAD IMAGE...", "predict labels, masks or boxes for images"),
@@ -52,6 +53,7 @@ EXAMPLES = {
     "info": "photos.db",
     "convert": f"--hf-path {LARGE} --mlx-path large-4bit -q",
     "compare": f"{LARGE} large-4bit --images ~/Pictures",
+    "export": f"-m {LARGE} -o encoder.mlxfn --input uint8",
     "fuse": "--adapter-path my-labels --save-path my-encoder",
     "fit": f"photos/ -m {LARGE} -o my-labels",
     "predict": "my-labels new.jpg",
@@ -63,8 +65,8 @@ EXAMPLES = {
 """Verb -> what its help begins with."""
 
 FILES = (
-    "bench", "classify", "duplicates", "embed", "fit_predict_evaluate_fuse", "info_compare", "map", "pretrain_lit",
-    "search",
+    "bench", "classify", "duplicates", "embed", "export", "fit_predict_evaluate_fuse", "info_compare", "map",
+    "pretrain_lit", "search",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 

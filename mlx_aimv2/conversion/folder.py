@@ -168,8 +168,15 @@ def save_beside(folder: Path, source: Source) -> None:
 
     Raises FileNotFoundError for a source that is gone.
     """
+    copy_beside(folder, source, AUXILIARY_FILES)
+    if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
+        source.processor().save_to(folder)
+
+
+def copy_beside(folder: Path, source: Source, patterns: Iterable[str]) -> None:
+    """Copies those of a checkpoint's files into `folder` that match one of the patterns and are not there yet."""
     origin = source.origin.folder
-    for pattern in AUXILIARY_FILES:
+    for pattern in patterns:
         for file in sorted(origin.glob(pattern)):
             if not file.is_file() or (folder / file.name).exists():
                 continue
@@ -180,8 +187,6 @@ def save_beside(folder: Path, source: Source) -> None:
             shutil.copyfile(file, folder / file.name)
     if not (origin / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
         raise FileNotFoundError(f"{origin} vanished while it was read; nothing was written")
-    if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
-        source.processor().save_to(folder)
 
 
 def is_own(folder: Path) -> bool:

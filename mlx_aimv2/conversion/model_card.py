@@ -79,7 +79,7 @@ def write(
     compared, `hub_name` the repository it will be uploaded to, None for a folder that stays, `layout` that of a PyTorch
     folder; `is_tuned` says that its weights are not the source's.
     """
-    card, origin = _source_card(source), source.origin
+    card, origin = source_card(source), source.origin
     name = origin.repo or origin.folder.absolute().name
     title = hub_name.rpartition("/")[2] if hub_name else f"{name} for {'PyTorch' if layout else 'MLX'}"
     link = f"[{name}]({_address(name)})" if origin.repo else name
@@ -127,7 +127,7 @@ def _head(
     return head
 
 
-def _source_card(source: Source) -> dict[str, str]:
+def source_card(source: Source) -> dict[str, str]:
     """What the source's card says at its head of its terms and its base model, where that is one short line each.
 
     No YAML is read: an untrusted one may unfold to any size or make any object.

@@ -75,6 +75,8 @@ class Head:
     processor: Aimv2Processor
     trained_on: bytes
     """`samples.digests` of the training images; empty where the folder has none."""
+    loaded: Loaded
+    """The encoder's checkpoint."""
 
 
 def save(
@@ -136,7 +138,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | None = None) -> Head:
+def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | mx.Dtype | None = None) -> Head:
     """A head folder with the encoder that it needs, from where it was trained or from `model`: `folder -> Head`.
 
     Raises ValueError where the encoder's weights or preprocessing, or the rule by which its positions are resampled,
@@ -163,7 +165,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     learner.eval()
     digests = folder / TRAINED_ON_FILE
     trained_on = read_bytes(digests) if digests.is_file() else b""
-    return Head(task, tuple(info["classes"]), learner, processor, trained_on)
+    return Head(task, tuple(info["classes"]), learner, processor, trained_on, loaded)
 
 
 def fuse(
@@ -207,7 +209,12 @@ def fuse(
 
 
 def _encoder_of(
-    folder: Path, wanted: Mapping[str, Any], model: str | None, revision: str | None, *, dtype: str | None = None
+    folder: Path,
+    wanted: Mapping[str, Any],
+    model: str | None,
+    revision: str | None,
+    *,
+    dtype: str | mx.Dtype | None = None,
 ) -> Loaded:
     """The encoder that a folder was made on, from where it was then, or from `model`."""
     revision = revision or (None if model else wanted.get("commit"))

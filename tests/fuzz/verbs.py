@@ -27,6 +27,8 @@ VERBS: dict[str, tuple[str, ...]] = {
     "convert": ("--hf-path", "NAME", "--mlx-path", "OUT", "--no-verify"),
     "convert --mlx-path": ("--hf-path", "MODEL", "--mlx-path", "NAME", "--no-verify"),
     "compare": ("MODEL", "NAME"),
+    "export": ("-m", "NAME", "-o", "FUNCTION"),
+    "export -o": ("-m", "MODEL", "-o", "NAME.mlxfn"),
     "fuse": ("--adapter-path", "NAME", "--save-path", "OUT"),
     "fuse --save-path": ("--adapter-path", "HEAD", "--save-path", "NAME"),
     "fit": ("NAME", "-m", "MODEL", "-o", "OUT"),
@@ -68,6 +70,7 @@ def hostile_command(rng: random.Random, whole: Path, place: Path) -> Callable[[]
     known = {
         "NAME": name,
         "OUT": str(place / "out"),
+        "FUNCTION": str(place / "out.mlxfn"),
         "IMAGE": str(learned / "1.png"),
         "INDEX": str(whole / "axes1.db"),
         "MODEL": str(learned / "encoder"),

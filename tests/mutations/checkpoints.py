@@ -2,6 +2,8 @@
 
 from tests.mutations import Mutation
 
+EXPORT = "tests/export/test_export.py::test_"
+
 NAMES, BITS, LOAD = ("tests/checkpoint/test_layouts.py",), ("tests/test_quantize.py",), ("tests/test_loading.py",)
 UPDATES, SEARCH, POOLS = (
     ("tests/embed/test_update.py",),
@@ -266,5 +268,41 @@ CHECKPOINTS = (
         "np.float32(length or 1.0)",
         "np.float32(length)",
         ("tests/index/test_reader.py",),
+    ),
+    Mutation(
+        "the text of an export is pooled at its last EOS",
+        "first_eos = mx.argmax(x == text.config.eos_token_id, axis=1)",
+        "first_eos = mx.full((x.shape[0],), x.shape[1] - 1, mx.int32)",
+        (EXPORT + "a_text_encoder_takes_ids_of_one_length_filled_with_eos",),
+    ),
+    Mutation(
+        "levels go into an export as if they were pixels",
+        'pixels = self.processor.normalised(x) if self.dtype == "uint8" else x',
+        'pixels = x.astype(mx.float32) if self.dtype == "uint8" else x',
+        (EXPORT + "a_native_checkpoint_takes_one_grid_as_levels",),
+    ),
+    Mutation(
+        "an export reads weights without their strides",
+        "module.update(tree_map(mx.contiguous, module.parameters()))",
+        "module.update(module.parameters())",
+        (EXPORT + "from_every_layout_the_function_gives_what_the_model_gives",),
+    ),
+    Mutation(
+        "an export is not read back",
+        "if not mx.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):",
+        "if False:",
+        (EXPORT + "a_file_that_reads_back_otherwise_is_refused",),
+    ),
+    Mutation(
+        "an export replaces what lies beside it",
+        "if not path.is_file() or read_bytes(path) != read_bytes(file)}",
+        "if not path.is_file()}",
+        (EXPORT + "no_file_that_is_there_is_replaced",),
+    ),
+    Mutation(
+        "a head is exported as its logits",
+        "return [mx.softmax(logits.astype(mx.float32), axis=-1)]",
+        "return [logits.astype(mx.float32)]",
+        (EXPORT + "with_a_head_inside_come_the_probabilities_that_predict_gives",),
     ),
 )

@@ -1,0 +1,41 @@
+"""`mlx-aimv2 export` writes an encoder for programs in Swift and C++."""
+
+from __future__ import annotations
+
+import argparse
+
+from mlx_aimv2.cli.flags import MODEL, add_dtype, add_revision, groups
+from mlx_aimv2.cli.output import show
+from mlx_aimv2.files import expand_user
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`1,4,16` as numbers."""
+    return tuple(map(int, text.split(",")))
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "model", "input", "output")
+    words = f"{MODEL}, or a folder that fit has written: class probabilities"
+    add["model"]("-m", "--model", required=True, metavar="MODEL", help=words)
+    add_revision(add["model"])
+    add_dtype(add["model"])
+    words = "float: normalised pixels; uint8: bytes, normalised inside (default: %(default)s)"
+    add["input"]("--input", choices=("float", "uint8"), default="float", metavar="NAME", help=words)
+    words = "images or texts at once, several in one file (default: 1)"
+    add["input"]("--batch", type=whole_numbers, default=(1,), metavar="N,N,…", help=words)
+    add["input"]("--image-size", type=int, metavar="N", help="pixels a side (default: the checkpoint's, native 224)")
+    words = "native checkpoints: rows and columns of patches"
+    add["input"]("--grid", type=whole_numbers, metavar="R,C", help=words)
+    words = "file to write, for this machine's device (one for Metal is made on a Mac): NAME.mlxfn"
+    add["output"]("-o", dest="path", type=expand_user, required=True, metavar="FILE", help=words)
+    words = "image: one vector each; tokens, both or text (default: image)"
+    add["output"]("--output", choices=("image", "tokens", "both", "text"), metavar="NAME", help=words)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Exports and prints the path of the file."""
+    from mlx_aimv2.export import export
+
+    show(str(export(**{name: value for name, value in vars(arguments).items() if name != "verb"})))
+    return 0

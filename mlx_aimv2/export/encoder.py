@@ -1,0 +1,148 @@
+"""What is exported of a model, whatever the format: a function of one array, and what its caller has to know."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_aimv2 import __version__
+from mlx_aimv2.backend.device import machine
+from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, dtype_name
+from mlx_aimv2.conversion.model_card import LICENCE_KEYS, source_card
+from mlx_aimv2.embed.cache import fingerprint
+from mlx_aimv2.files import expand_user, is_file
+from mlx_aimv2.images.preprocessing import RESAMPLE
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.learn.head_folder import INFO_FILE, load_head
+from mlx_aimv2.loading import LARGEST, NATIVE, Loaded, read_source
+from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
+
+OUTPUTS = {"image": ("image",), "tokens": ("tokens",), "both": ("image", "tokens"), "text": ("text",)}
+"""What may be asked for -> the arrays that come out, in this order."""
+
+INPUTS = {"float": "float32", "uint8": "uint8"}
+"""How images go in -> the dtype: as the processor's pixels, or as levels, whose normalisation is inside then."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A function to export, of MLX's plain operations on any machine, and what its caller has to know.
+
+    Called with images `(B, H, W, 3)`, or with ids `(B, L)` where the output is text, it gives an array for each of
+    `outputs`: image `(B, E)`, tokens `(B, N, D)`, text `(B, E)`, or with a head probabilities `(B, classes)`.
+    """
+
+    loaded: Loaded
+    vision: Aimv2VisionModel
+    processor: Aimv2Processor
+    outputs: tuple[str, ...]
+    dtype: str
+    """What goes in: float32, uint8 or int32."""
+    head: Any = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> Any:
+        """The text encoder where texts go in, None for images."""
+        model: Any = self.loaded.model
+        return model.text_model if self.outputs == OUTPUTS["text"] else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image, (H, W, 3), or of one text, (L,)."""
+        return (*self.processor.canvas, 3) if self.text is None else (self.text.config.max_position_embeddings,)
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        model: Any = self.loaded.model
+        if (text := self.text) is not None:  # without the checks of the model, which read values
+            states = text.norm(_through(text.blocks, text.embed(x), causal=True))
+            first_eos = mx.argmax(x == text.config.eos_token_id, axis=1)
+            return [model.text_projection(states[mx.arange(x.shape[0]), first_eos])]
+        pixels = self.processor.normalised(x) if self.dtype == "uint8" else x
+        tokens = self.vision.norm(_through(self.vision.blocks, self.vision.embed(pixels)))
+        if self.head is not None:
+            logits = self.head(tokens, self.processor.grid)["logits"]
+            return [mx.softmax(logits.astype(mx.float32), axis=-1)]
+        if isinstance(model, Aimv2Model):
+            image = model.visual_projection(self.vision.head(tokens))
+        else:
+            image = tokens.astype(mx.float32).mean(axis=1).astype(tokens.dtype)
+        return [{"image": image, "tokens": tokens}[name] for name in self.outputs]
+
+    def describe(self, batches: Sequence[int], outputs: Sequence[mx.array]) -> dict[str, Any]:
+        """What a caller has to know, for JSON; `outputs` are what came out of a call."""
+        source, steps = self.loaded.source, self.processor.preprocessing
+        card, names = source_card(source), {number: name for name, number in RESAMPLE.items()}
+        shown = zip(self.outputs, outputs, strict=True)
+        about = {
+            "exported_by": f"mlx-aimv2 {__version__}, MLX {version('mlx')}",
+            "device": machine().kind,
+            **self.loaded.origin,
+            "checkpoint": source.origin.repo or source.origin.folder.absolute().name,
+            "fingerprint": fingerprint(self.loaded.model),
+            "license": {key: card[key] for key in LICENCE_KEYS if key in card},
+            "input": {"dtype": self.dtype, "batches": list(batches), "shape": self.shape},
+            "outputs": [{"name": name, "dtype": dtype_name(x.dtype), "shape": x.shape[1:]} for name, x in shown],
+        }
+        if self.text is not None:  # shorter texts are filled with EOS
+            return about | {"eos": self.text.config.eos_token_id}
+        preprocessing = asdict(steps) | {"resample": names[steps.resample]}
+        return about | {"labels": self.labels, "preprocessing": preprocessing}
+
+
+def prepare(
+    model: str | os.PathLike[str],
+    output: str | None,
+    input: str,
+    size: int | tuple[int, ...] | None,
+    *,
+    dtype: str | mx.Dtype | None,
+    revision: str | None,
+) -> Exported:
+    """Loads what is exported, a checkpoint or the folder of a head; `size` is `export`'s `image_size` or `grid`."""
+    if is_file(expand_user(model) / INFO_FILE):
+        if output is not None or size is not None or revision is not None:
+            raise ValueError(f"{model} was written by fit: leave --output, --image-size, --grid and --revision out")
+        head = load_head(model, dtype=dtype)
+        if head.task.name != "classify":
+            raise ValueError(f"{model} is a head to {head.task.name}: only one to classify can be exported")
+        parts = {"head": head.learner.head, "labels": head.classes}
+        return Exported(head.loaded, head.learner.encoder, head.processor, ("probabilities",), INPUTS[input], **parts)
+    source = read_source(model, revision=revision)
+    grid, own_size = size if isinstance(size, tuple) else None, source.config.vision.image_size
+    if grid and own_size:
+        raise ValueError(f"--grid is for native checkpoints; {source.origin} takes {own_size} pixels: leave it out")
+    if output == "text" and not isinstance(source.config, Aimv2Config):
+        raise ValueError(f"--output text: {source.origin} has no text encoder; {LIT_CHECKPOINT} has one")
+    loaded = source.load(
+        dtype=dtype, image_size=size if isinstance(size, int) else None if own_size or grid else NATIVE
+    )
+    processor = _for_grid(loaded.processor, grid) if grid else loaded.processor
+    dtype_in = "int32" if output == "text" else INPUTS[input]
+    return Exported(loaded, loaded.model.vision, processor, OUTPUTS[output or "image"], dtype_in)
+
+
+def _for_grid(processor: Aimv2Processor, grid: tuple[int, ...]) -> Aimv2Processor:
+    """The processor of a native checkpoint that stretches each image to one grid of patches."""
+    patch = processor.patch_size
+    if len(grid) != 2 or not all(1 <= length <= LARGEST // patch for length in grid):
+        asked = ",".join(map(str, grid))
+        raise ValueError(f"--grid must be rows,columns of patches, each from 1 to {LARGEST // patch}; got {asked}")
+    changed = copy.copy(processor)
+    size = (patch * grid[0], patch * grid[1])
+    changed.preprocessing = replace(processor.preprocessing, resize=size, crop=size)
+    return changed
+
+
+def _through(blocks: Sequence[nn.Module], x: mx.array, *, causal: bool = False) -> mx.array:
+    """Tokens through blocks by the operations of `layers`: those of `backend.x86` cannot be exported."""
+    for block in blocks:
+        x = block(x, causal=causal)
+    return x

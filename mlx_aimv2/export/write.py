@@ -1,0 +1,126 @@
+"""Exports a model, or a head with its encoder, to one file that an app loads, with its description beside it.
+
+MLX's exported functions, .mlxfn, are loaded in Swift by `importFunction` and in C++ by `mx::import_function`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_aimv2.conversion.folder import copy_beside
+from mlx_aimv2.export.encoder import INPUTS, OUTPUTS, Exported, prepare
+from mlx_aimv2.files import check_target, expand_user, read_bytes, temporary_folder, write_json
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "ACKNOWLEDGEMENTS*")
+
+TOLERANCE = 1e-3
+"""How far what a written function gives may be from the model: the operations are the same."""
+
+
+def export(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    output: str | None = None,
+    batch: Sequence[int] = (1,),
+    image_size: int | None = None,
+    grid: tuple[int, ...] | None = None,
+    input: str = "float",
+    dtype: str | mx.Dtype | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Writes an encoder for programs without Python: `Hub name, checkpoint or HEAD -> file`, whose path is returned.
+
+    A `path` that ends in .mlxfn becomes a function for MLX in Swift and C++, for the device of this machine: one for
+    Metal is made on a Mac. `output` is image (None: a vector of each image, a pair's too), tokens, both or text; of a
+    folder that `fit` wrote come class probabilities. `batch` lists how many images or texts the function takes at
+    once. `image_size` is `load`'s, `grid` the rows and columns of patches for a native checkpoint, which otherwise
+    takes 224 pixels a side. `input` is float, the processor's pixels, or uint8, whose normalisation goes inside.
+    `dtype` None keeps the checkpoint's. Beside the file stand its description, named like it but .json, the licence,
+    and for text tokenizer.json.
+
+    Raises FileExistsError where one of these is there with other content, and ValueError, FileNotFoundError, OSError or
+    ConnectionError, each with one line. The file appears whole or not at all.
+    """
+    target, counts = expand_user(path), ",".join(map(str, batch))
+    faults = {
+        f"-o must end in {' or '.join(WRITERS)}, got {target.name}": target.suffix not in WRITERS,
+        f"--batch must be different numbers above 0, such as 1,4,16; got {counts}": (
+            not batch or min(batch) < 1 or len(set(batch)) < len(batch)
+        ),
+        f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
+        f"--input must be {' or '.join(INPUTS)}, got {input}": input not in INPUTS,
+        "choose one of --image-size and --grid": image_size is not None and grid is not None,
+        "--image-size, --grid and --input are for images: leave them out of --output text": (
+            output == "text" and (image_size is not None or grid is not None or input != "float")
+        ),
+    }
+    for message, is_met in faults.items():
+        if is_met:
+            raise ValueError(message)
+    check_target(target)
+    exported = prepare(model, output, input, grid if image_size is None else image_size, dtype=dtype, revision=revision)
+    for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
+        # MLX writes the bytes of a weight without its strides, and Apple's patch kernel is a transposed view.
+        module.update(tree_map(mx.contiguous, module.parameters()))
+        mx.eval(module.parameters())
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as place:
+        outputs = WRITERS[target.suffix](exported, place / target.name, batch)
+        write_json(place / f"{target.stem}.json", exported.describe(batch, outputs))
+        copy_beside(place, exported.loaded.source, LICENCES)
+        if exported.text is not None and (tokenizer := exported.processor.tokenizer) is not None:
+            (place / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
+        elif exported.text is not None:
+            warnings.warn(f"{model} has no tokenizer: its ids are yours to make", stacklevel=2)
+        _move(place, target)
+    return target
+
+
+def _move(place: Path, target: Path) -> None:
+    """Gives the files in `place` their names beside `target`, the target its own last; an equal file stays there."""
+    files = {target.parent / file.name: file for file in sorted(place.iterdir()) if file.name != target.name}
+    new = {path: file for path, file in files.items() if not path.is_file() or read_bytes(path) != read_bytes(file)}
+    for path in (*new, target):
+        check_target(path)
+    for path, file in (new | {target: place / target.name}).items():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        file.rename(path)
+
+
+def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
+    """Writes a function for each batch and runs the smallest: `-> its outputs`. The weights must be contiguous.
+
+    Raises OSError for a full disk, RuntimeError where MLX reads other values back.
+    """
+    # Noise, or texts that end at once.
+    examples = [mx.random.uniform(0, 255, (batch, *exported.shape), key=mx.random.key(0)) for batch in sorted(batches)]
+    if exported.text is not None:
+        examples = [mx.full(x.shape, exported.text.config.eos_token_id) for x in examples]
+    examples = [x.astype(getattr(mx, exported.dtype)) for x in examples]
+    exporter: Any = mx.exporter
+    try:
+        with exporter(str(path), exported) as write:
+            for x in examples:
+                write(x)
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, f"{path.name} cannot be written") from error
+    imported: Any = mx.import_function(str(path))
+    outputs: list[mx.array] = imported(examples[0])
+    for one, other in zip(outputs, exported(examples[0]), strict=True):
+        if not mx.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):
+            raise RuntimeError(f"MLX reads other values from {path.name} than the model's")
+    return outputs
+
+
+WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], list[mx.array]]] = {".mlxfn": _write_function}
+"""How a file's name ends -> what writes it: `exported, its path, batches -> outputs for the smallest batch`."""
