@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mlx_aimv2.cli.flags import add_found, check_found
+from mlx_aimv2.cli.flags import add_chosen, add_found, check_found, chosen
 from mlx_aimv2.cli.output import progress, say, show, show_page, show_paths
 
 
@@ -15,7 +15,7 @@ def add_duplicates(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
-    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    add_chosen(add)
     similar = f"also images that are not the same but similar, from this cosine on (X left out: {SIMILAR})"
     add("--similar", type=float, nargs="?", const=SIMILAR, metavar="X", help=similar)
 
@@ -37,9 +37,8 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
         if arguments.html is not None:
             page = check_page(arguments.html, index, overwrite=arguments.overwrite)
         with progress() as on_progress:
-            groups, unreadable = find_duplicates(
-                index, similar=arguments.similar, under=arguments.under, on_progress=on_progress
-            )
+            options = {"similar": arguments.similar, **chosen(arguments)}
+            groups, unreadable = find_duplicates(index, on_progress=on_progress, **options)
         for path in unreadable:
             say(f"{path} cannot be read any more")
         extra = [member for group in groups if group.kind != "similar" for member in group.members[1:]]

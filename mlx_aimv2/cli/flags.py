@@ -67,6 +67,19 @@ def add_found(add: Add, *, paths: str, objects: str) -> None:
     add("--open", action="store_true", help="show that page in the browser")
 
 
+def add_chosen(add: Add) -> None:
+    """Adds which images of an index count: --under, --after and --before."""
+    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    words = "only images taken from this day, month or year on: 2024-05-17, 2024-05, 2024"
+    add("--after", metavar="DATE", help=f"{words} (by EXIF, else the file's time)")
+    add("--before", metavar="DATE", help="only images taken before it begins")
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `Index.search` and `find_duplicates`."""
+    return {name: getattr(arguments, name) for name in ("under", "after", "before")}
+
+
 def check_found(arguments: argparse.Namespace) -> None:
     """Raises ValueError where stdout is asked for in two forms."""
     if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from mlx_aimv2.cli.flags import (
     OF_INDEX,
     REPEATED,
+    add_chosen,
     add_found,
     add_policy_arguments,
     add_revision,
     check_found,
+    chosen,
     policy_of,
 )
 from mlx_aimv2.cli.output import say, show, show_page, show_paths, typed
@@ -35,7 +37,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which images").add_argument
     add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
     add("--min-score", type=float, metavar="X", help="only images with at least this cosine")
-    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    add_chosen(add)
 
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=OF_INDEX)
@@ -70,7 +72,7 @@ def run_search(arguments: argparse.Namespace) -> int:
             index, queries, model=arguments.model, revision=arguments.revision, policy=policy_of(arguments)
         )
         started = time.perf_counter()
-        matches = index.search(vectors, arguments.top, min_score=arguments.min_score, under=arguments.under)
+        matches = index.search(vectors, arguments.top, min_score=arguments.min_score, **chosen(arguments))
         seconds = time.perf_counter() - started
         if page is not None or arguments.open:
             cards = [Card(match.path, f"{match.score:.3f}", match.score) for match in matches]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 import numpy as np
 
 from mlx_aimv2.files import read_image_file, read_stream, reason_of
-from mlx_aimv2.images.metadata import orientation_in, trimmed
+from mlx_aimv2.images.metadata import date_in, orientation_in, trimmed
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -101,7 +101,7 @@ class OpenImage:
     """An image whose size is known and whose pixels are not decoded yet.
 
     `size` is (width, height), upright. `notes` are what is unusual about it, each continuing a sentence that starts
-    with its name.
+    with its name. `taken` is the day that its EXIF tells, 2024-05-17 or "".
     """
 
     name: str
@@ -109,6 +109,7 @@ class OpenImage:
     orientation: int = 1
     decode: str = "exact"
     notes: list[str] = field(default_factory=list)
+    taken: str = ""
 
     def __post_init__(self) -> None:
         width, height = self.image.size
@@ -270,7 +271,8 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
     orientation = _orientation_of(image) if essential.orientation is None else essential.orientation
-    return OpenImage(name, image, orientation, policy.decode, [ENDS_EARLY] if essential.ends_early else [])
+    taken = essential.taken or date_in(image.info.get("exif"))
+    return OpenImage(name, image, orientation, policy.decode, [ENDS_EARLY] if essential.ends_early else [], taken)
 
 
 def _identified(data: bytes) -> Image.Image:
