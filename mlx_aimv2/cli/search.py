@@ -20,7 +20,7 @@ from mlx_aimv2.cli.flags import (
     chosen,
     policy_of,
 )
-from mlx_aimv2.cli.output import say, show, show_page, show_paths, typed
+from mlx_aimv2.cli.output import progress, say, show, show_page, show_paths, typed
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
@@ -38,6 +38,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
     add("--min-score", type=float, metavar="X", help="only images with at least this cosine")
     add_chosen(add)
+    add("--update", action="store_true", help="first embed what is new in the folders that the index was made of")
 
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=OF_INDEX)
@@ -63,6 +64,7 @@ def run_search(arguments: argparse.Namespace) -> int:
     target = _check_target(arguments.copy_to, arguments.link_to)
     queries = [parse_query(typed(words)) for words in (arguments.query, *arguments.add)]
     queries += [query._replace(weight=-query.weight) for query in map(parse_query, map(typed, arguments.subtract))]
+    failed = _update(arguments) if arguments.update else 0
     with Index.open(arguments.index) as index:
         page = None
         images = [query.image for query in queries if query.image is not None]
@@ -89,7 +91,43 @@ def run_search(arguments: argparse.Namespace) -> int:
         else:
             for match in matches:
                 show(f"{match.score:7.4f}  {match.path}")
-    return 0 if target is None else _put(matches, target, as_links=arguments.link_to is not None)
+    if target is not None:
+        failed += _put(matches, target, as_links=arguments.link_to is not None)
+    return 1 if failed else 0
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    """Embeds what is new in the folders that the index remembers; returns how many images failed."""
+    from mlx_aimv2.cli.embed import described
+    from mlx_aimv2.embed.encode import Settings
+    from mlx_aimv2.embed.job import Options, update_index
+    from mlx_aimv2.images import Policy
+    from mlx_aimv2.index.reader import Index
+    from mlx_aimv2.index.schema import damaged
+
+    path, failed = arguments.index, 0
+    with Index.open(path) as index:
+        sources = index.sources
+    if not sources:
+        raise ValueError(f"{path} does not know its folders: run mlx-aimv2 embed FOLDER -o {path} once")
+    for name, flags in sources.items():
+        try:
+            exclude, include = ([*map(str, flags[rule])] for rule in ("exclude", "include"))
+            options = Options(policy=Policy(**flags["policy"]), exclude=exclude, include=include)
+        except (LookupError, TypeError, ValueError) as error:
+            raise damaged(path, f"what it says of {name}: {error}") from None
+        settings = Settings(arguments.model, arguments.revision)
+        try:
+            with progress() as on_progress:
+                summary = update_index([name], path, settings, options, report=say, on_progress=on_progress)
+        except FileNotFoundError as error:  # a drive that is not plugged in: what the index has of it is searched
+            say(error)
+            failed += 1
+            continue
+        if summary is not None:
+            say(f"{path}: {described(summary)}")
+            failed += summary.failed
+    return failed
 
 
 def _check_target(copies: Path | None, links: Path | None) -> Path | None:
@@ -106,7 +144,7 @@ def _check_target(copies: Path | None, links: Path | None) -> Path | None:
 
 
 def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
-    """Copies images into a folder, or links to them, as `001-name.jpg`; returns 1 where one could not be read."""
+    """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many could not be read."""
     from shutil import copy2
 
     from mlx_aimv2.files import atomic_folder
@@ -124,4 +162,4 @@ def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
             except FileNotFoundError:
                 say(f"{match.path} does not exist any more")
                 failures += 1
-    return 1 if failures else 0
+    return failures

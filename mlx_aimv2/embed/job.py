@@ -7,6 +7,7 @@ its vector and is read but not decoded: where the old name is gone, wherever it 
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import time
@@ -23,7 +24,7 @@ from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
 from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
 from mlx_aimv2.embed.loader import split_into_chunks
-from mlx_aimv2.files import stat_of
+from mlx_aimv2.files import expand_user, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
@@ -177,7 +178,7 @@ def _holds_something(folder: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return os.path.normpath(Path(path).absolute())
+    return os.path.normpath(expand_user(path).absolute())
 
 
 def update_index(
@@ -242,6 +243,8 @@ class _Job:
     summary: Summary = field(default_factory=Summary)
     made: dict[str, Any] = field(default_factory=dict)
     """What the index says of the model."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """What it is to remember: folders and patterns, which may hold new images, and which flags they are read with."""
     done: int = 0
     pending: list[Embedding | Copy] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -297,7 +300,10 @@ class _Job:
                 raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
             else:
                 names += read_list(sys.stdin.buffer.read())
-        listing = list_images(names, exclude=self.options.exclude, include=self.options.include)
+        options = self.options
+        flags = {"exclude": [*options.exclude], "include": [*options.include], "policy": asdict(options.policy)}
+        self.sources = {_absolute(name): flags for name in names if expand_user(name).is_dir() or glob.has_magic(name)}
+        listing = list_images(names, exclude=options.exclude, include=options.include)
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
@@ -375,6 +381,8 @@ class _Job:
             self.index.add(self.pending)
         if self.index is not None and self.stale:
             self.summary.gone += self.index.remove(self.stale)
+        if self.index is not None and not self.sources.items() <= self.index.sources.items():
+            self.index.remember(self.sources)
         self.pending, self.stale = [], []
         self.committed = time.monotonic()
 

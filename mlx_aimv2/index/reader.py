@@ -102,10 +102,12 @@ class Index:
         self._vectors: Vectors | None = None
         self._blocks: dict[int, tuple[NDArray[Any], bytes]] = {}
         self._format: int = self._all("PRAGMA user_version")[0][0]
-        about = dict(self._all("SELECT name, value FROM about"))
+        about = {"sources": "{}", **dict(self._all("SELECT name, value FROM about"))}
         try:
             self.provenance: dict[str, Any] = json.loads(about["provenance"])
             """What made the vectors, as whoever made the file described it."""
+            self.sources: dict[str, Any] = json.loads(about["sources"])
+            """Folders and patterns that it was made of -> the flags they were read with."""
             self.dtype: str = about["dtype"]
             """In which precision they are stored: float16 or float32."""
             self.axes = int(about["axes"])
@@ -114,7 +116,7 @@ class Index:
             """D, the length of one vector."""
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
-        if not isinstance(self.provenance, dict):
+        if not isinstance(self.provenance, dict) or not isinstance(self.sources, dict):
             raise damaged(path, "it does not say how it was made")
         if self.dtype not in STORED or self.axes not in AXES or not 1 <= self.width <= WIDEST:
             raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")

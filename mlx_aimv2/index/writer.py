@@ -97,6 +97,13 @@ class IndexWriter(Index):
         with self._transaction():
             return self._remove([os.fsencode(path) for path in paths])
 
+    def remember(self, sources: Mapping[str, Any]) -> None:
+        """Adds to the folders and patterns that the index was made of (`sources`)."""
+        with self._transaction():
+            found = dict(self._db.execute("SELECT name, value FROM about"))
+            self.sources = {**json.loads(found.get("sources", "{}")), **sources}
+            self._db.execute("INSERT OR REPLACE INTO about VALUES ('sources', ?)", (json.dumps(self.sources),))
+
     def _row(self, embedding: Embedding) -> Row:
         vector = np.asarray(embedding.vector, np.float32)
         if vector.ndim != self.axes or vector.shape[-1] != self.width:

@@ -119,6 +119,18 @@ RESULTS = (
         ("tests/embed/test_dates.py", "tests/embed/test_identity.py"),
     ),
     Mutation(
+        "of two that embed into an index the folders of the last are remembered",
+        '{**json.loads(found.get("sources", "{}")), **sources}',
+        "{**sources}",
+        ("tests/embed/test_query.py",),
+    ),
+    Mutation(
+        "--update forgets what was excluded",
+        'flags = {"exclude": [*options.exclude],',
+        'flags = {"exclude": [],',
+        ("tests/embed/test_query.py",),
+    ),
+    Mutation(
         "the parts of a query have their own lengths",
         "total += weight * (one / np.linalg.norm(one))",
         "total += weight * one",
