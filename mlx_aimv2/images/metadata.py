@@ -34,37 +34,34 @@ MAX_TAGS = 1 << 16
 MAX_TEXT = 1 << 20
 """Bytes of metadata that are looked at for an orientation."""
 
-RAW = "is a raw photograph ({}), which nothing here develops: export it as JPEG, PNG or TIFF and give that"
-JXL = "is a JPEG XL image, which Pillow does not read: convert it to JPEG or PNG and give that"
-
 
 @dataclass(frozen=True)
 class Trimmed:
     """`orientation` is 1 to 8, or None where the format keeps it elsewhere; a JPEG that `ends_early` has no end.
 
-    `taken` is the day that EXIF tells, as in `date_in`.
+    `taken` is the day that EXIF tells, as in `date_in`, `raw` the format of a raw photograph.
     """
 
     data: bytes
     orientation: int | None = None
     ends_early: bool = False
     taken: str = ""
+    raw: str = ""
 
 
 def trimmed(data: bytes) -> Trimmed:
     """The file as its decoder should see it.
 
-    Raises ValueError, which continues a sentence that starts with the file's name, for raw photographs, JPEG XL and
-    files made to take for ever.
+    Raises ValueError, which continues a sentence that starts with the file's name, for JPEG XL and files made to take
+    for ever.
     """
     for start, trim in TRIMS.items():
         if data.startswith(start):
             return trim(data)
     brand = data[4:] if data[4:8] == b"ftyp" else data  # the length of the first box goes before it
-    for start, reason in REFUSED.items():
-        if brand.startswith(start):
-            raise ValueError(reason)
-    return Trimmed(data)
+    if brand.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        raise ValueError("is a JPEG XL image, which Pillow does not read: convert it to JPEG or PNG and give that")
+    return Trimmed(data, raw=next((kind for start, kind in RAW.items() if brand.startswith(start)), ""))
 
 
 def orientation_in(exif: object, xmp: object = None) -> int:
@@ -164,7 +161,7 @@ def _tiff(data: bytes) -> Trimmed:
     elif values.get(262) in (32803, 34892) or (values.get(254, 0) & 1 and 330 in values):
         raw = raw or "with a thumbnail first, as NEF, ARW and PEF have it"
     if raw:
-        raise ValueError(RAW.format(raw))
+        return Trimmed(data, taken=date_in(data), raw=raw)
     kept = [tag for tag in tags if tag.number in _TIFF_KEPT]
     parts = max((tag.count for tag in kept if tag.number in (273, 279, 324, 325)), default=0)
     if parts > MAX_PARTS:
@@ -280,12 +277,11 @@ TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {
 }
 """How a file starts -> what trims it."""
 
-REFUSED = {
-    b"ftypcrx ": RAW.format("CR3"),
-    b"FUJIFILMCCD-RAW": RAW.format("RAF"),
-    **dict.fromkeys((b"IIRO", b"IIRS", b"MMOR"), RAW.format("ORF")),
-    b"IIU\0": RAW.format("RW2"),
-    b"FOVb": RAW.format("X3F"),
-    **dict.fromkeys((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"), JXL),
+RAW = {
+    b"ftypcrx ": "CR3",
+    b"FUJIFILMCCD-RAW": "RAF",
+    **dict.fromkeys((b"IIRO", b"IIRS", b"MMOR"), "ORF"),
+    b"IIU\0": "RW2",
+    b"FOVb": "X3F",
 }
-"""How files that Pillow does not read start -> what is wrong with them."""
+"""How raw photographs that are no TIFF start -> their format."""

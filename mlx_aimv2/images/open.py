@@ -12,12 +12,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
 from mlx_aimv2.files import read_image_file, read_stream, reason_of
 from mlx_aimv2.images.metadata import date_in, orientation_in, trimmed
+from mlx_aimv2.images.raw import read_raw
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -264,6 +266,9 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
             raise ValueError(
                 "cannot be read as an image: it ends early; --truncated accept (truncated='accept') takes what is there"
             )
+        if essential.raw:
+            doors = partial(_check_size, policy=policy), partial(_from_bytes, name=name, policy=policy)
+            return OpenImage(name, decode=policy.decode, **read_raw(essential, *doors))
         image = _identified(essential.data + END_OF_JPEG * essential.ends_early)
         _check_size(image.size, policy)
     except MemoryError:

@@ -226,7 +226,8 @@ def test_an_index_of_an_earlier_format_is_read_filled_and_not_embedded_anew(fold
         assert list(index.paths(before=2025)) == [stamp.path]
 
 
-def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_command):
+def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_command, monkeypatch):
+    monkeypatch.setattr("mlx_aimv2.images.find.can_read_raw", lambda: False)
     for name in (
         "@eaDir/0.png/SYNOPHOTO_THUMB.jpg",
         "#recycle/x.png",
@@ -241,7 +242,7 @@ def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_comma
     assert code == 0
     wanted = {".dng": 2, ".jxl": 1, ".txt": 1, "@eaDir": 1, "#recycle": 1}
     assert json.loads(out)["passed_over"] == wanted
-    assert "2 .dng (raw, export it as JPEG)" in err
+    assert "2 .dng (raw: pip install 'mlx-aimv2[raw]', or export it as JPEG)" in err
 
 
 def test_patterns_exclude_and_include(folder, embed):

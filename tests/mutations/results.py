@@ -131,6 +131,18 @@ RESULTS = (
         ("tests/embed/test_query.py",),
     ),
     Mutation(
+        "a preview that is upright is turned",
+        "if preview.orientation == 1 and (turn < 5 or (wide < high) == (width < height)):",
+        "if preview.orientation == 1:",
+        ("tests/images/test_raw.py",),
+    ),
+    Mutation(
+        "a preview of any size is taken for a raw photograph",
+        "max(preview.size) >= min(ENOUGH, max(size) / 2)",
+        "max(preview.size) >= 0",
+        ("tests/images/test_raw.py",),
+    ),
+    Mutation(
         "the parts of a query have their own lengths",
         "total += weight * (one / np.linalg.norm(one))",
         "total += weight * one",
