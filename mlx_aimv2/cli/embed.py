@@ -8,14 +8,11 @@ import os
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_aimv2.cli.flags import OF_INDEX, PATCHES, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import expand_user
-
-if TYPE_CHECKING:
-    from mlx_aimv2.embed.job import Summary
 
 PIXEL_BLOCKS = 4
 """Blocks of 16 MB that Pillow keeps: without, Linux hands out every page of every image anew, a fifth of the time of
@@ -59,13 +56,6 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the summary as JSON")
 
 
-def described(summary: Summary) -> str:
-    """`303 images (3 embedded, 300 unchanged)`."""
-    counts = {name: count for name, count in asdict(summary).items() if type(count) is int and name != "images"}
-    parts = [f"{count:,} {name}" for name, count in counts.items() if count]
-    return f"{summary.images:,} images ({', '.join(parts) or 'nothing to do'})"
-
-
 def run_embed(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
     from PIL import Image
@@ -98,7 +88,8 @@ def run_embed(arguments: argparse.Namespace) -> int:
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"index": str(output), **counts, "passed_over": passed_over, "seconds": seconds}))
     elif is_made:
-        show(f"{output}: {described(summary)}")
+        parts = [f"{count:,} {name}" for name, count in counts.items() if name != "images" and count]
+        show(f"{output}: {summary.images:,} images ({', '.join(parts) or 'nothing to do'})")
     if not is_made:
         say(f"no image could be embedded; {output} was not made")
     return 1 if summary.failed else 0

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import copy2
 from typing import TYPE_CHECKING
 
 from mlx_aimv2.cli.flags import (
@@ -16,11 +17,11 @@ from mlx_aimv2.cli.flags import (
     add_found,
     add_policy_arguments,
     add_revision,
-    check_found,
     chosen,
     policy_of,
 )
 from mlx_aimv2.cli.output import progress, say, show, show_page, show_paths, typed
+from mlx_aimv2.files import atomic_folder, check_target, expand_user
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
@@ -46,8 +47,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
     add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
-    add = parser.add_argument_group("output").add_argument
-    add_found(add, paths="the paths alone", objects="the images as JSON")
+    output = parser.add_argument_group("output")
+    add_found(output, paths="the paths alone", objects="the images as JSON")
+    add = output.add_mutually_exclusive_group().add_argument
     add("--copy-to", type=Path, metavar="DIR", help="copy the images into a new folder, the best first by name")
     add("--link-to", type=Path, metavar="DIR", help="link to the images in a new folder instead")
 
@@ -60,8 +62,9 @@ def run_search(arguments: argparse.Namespace) -> int:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
-    check_found(arguments)
-    target = _check_target(arguments.copy_to, arguments.link_to)
+    if target := arguments.copy_to or arguments.link_to:
+        target = expand_user(target)
+        check_target(target)
     queries = [parse_query(typed(words)) for words in (arguments.query, *arguments.add)]
     queries += [query._replace(weight=-query.weight) for query in map(parse_query, map(typed, arguments.subtract))]
     failed = _update(arguments) if arguments.update else 0
@@ -98,7 +101,6 @@ def run_search(arguments: argparse.Namespace) -> int:
 
 def _update(arguments: argparse.Namespace) -> int:
     """Embeds what is new in the folders that the index remembers; returns how many images failed."""
-    from mlx_aimv2.cli.embed import described
     from mlx_aimv2.embed.encode import Settings
     from mlx_aimv2.embed.job import Options, update_index
     from mlx_aimv2.images import Policy
@@ -125,30 +127,13 @@ def _update(arguments: argparse.Namespace) -> int:
             failed += 1
             continue
         if summary is not None:
-            say(f"{path}: {described(summary)}")
+            say(f"{path}: {summary.embedded:,} embedded from {name}, {summary.images:,} in all")
             failed += summary.failed
     return failed
 
 
-def _check_target(copies: Path | None, links: Path | None) -> Path | None:
-    """The folder for copies or links, if one is wanted, which must not be there yet."""
-    from mlx_aimv2.files import check_target, expand_user
-
-    if copies is not None and links is not None:
-        raise ValueError("choose either --copy-to or --link-to, not both")
-    if (given := copies or links) is None:
-        return None
-    target = expand_user(given)
-    check_target(target)
-    return target
-
-
 def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
     """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many could not be read."""
-    from shutil import copy2
-
-    from mlx_aimv2.files import atomic_folder
-
     failures = 0
     digits = len(str(len(matches)))
     with atomic_folder(target) as folder:

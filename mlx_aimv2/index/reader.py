@@ -159,11 +159,7 @@ class Index:
         return int(self._all("SELECT count(*) FROM images")[0][0])
 
     def paths(
-        self,
-        under: str | os.PathLike[str] | None = None,
-        *,
-        after: Date | None = None,
-        before: Date | None = None,
+        self, under: str | os.PathLike[str] | None = None, *, after: Date | None = None, before: Date | None = None
     ) -> Iterator[str]:
         """All paths, or those in a folder and below it and those taken in a span (as in `search`), sorted by bytes."""
         for path, _ in self._rows(under, after, before):
