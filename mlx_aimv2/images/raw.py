@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_aimv2.images.metadata import Trimmed
-    from mlx_aimv2.images.open import OpenImage
 
 RAW_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
 """Endings of their names, in any case."""
@@ -30,12 +29,12 @@ def can_read_raw() -> bool:
 
 
 def read_raw(
-    photograph: Trimmed, check: Callable[[tuple[int, int]], None], open_preview: Callable[[bytes], OpenImage]
+    photograph: Trimmed, check: Callable[[tuple[int, int]], None], open_preview: Callable[[bytes], Any]
 ) -> dict[str, Any]:
     """What an OpenImage says of a raw photograph: of its preview or, where that is small, of its pixels.
 
-    `check` refuses a sensor of too many pixels (width, height). Raises ValueError, which continues a sentence that
-    starts with the file's name.
+    `check` refuses a sensor of too many pixels (width, height), `open_preview` makes an OpenImage of a JPEG. Raises
+    ValueError, which continues a sentence that starts with the file's name.
     """
     from PIL import Image
 
