@@ -205,14 +205,16 @@ def update_index(
     job = _Job(output, options, ranks, report, on_progress)
     try:
         prepared = ranks.first(lambda: job.prepare(paths, settings))
+        is_default = settings == Settings()
         settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-        embedder = Embedder.load(settings, options.policy)
-        if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
-            raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
-        for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
-            several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
-            for result in several if ranks.rank == 0 else ():
-                job.take(result)
+        if plan.chunks or not is_default:  # else there is nothing that a model could do or refuse
+            embedder = Embedder.load(settings, options.policy)
+            if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
+                raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0")
+            for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
+                several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
+                for result in several if ranks.rank == 0 else ():
+                    job.take(result)
         ranks.first(job.finish)
         return job.summary if ranks.rank == 0 else None
     except RankLostError as error:

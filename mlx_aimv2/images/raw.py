@@ -58,8 +58,8 @@ def read_raw(
                         preview.orientation = turn
                     taken = photograph.taken or preview.taken
                     return {"image": preview.image, "orientation": preview.orientation, "taken": taken}
-            pixels = raw.postprocess(half_size=True, use_camera_wb=True)
-            return {"image": Image.fromarray(pixels), "taken": photograph.taken}
+            pixels = raw.postprocess(half_size=True, use_camera_wb=True)  # (H, W, 1) where a sensor sees no colours
+            return {"image": Image.fromarray(pixels.repeat(3 // pixels.shape[2], axis=2)), "taken": photograph.taken}
     except rawpy.LibRawError as error:
         raise ValueError(
             f"is a raw photograph ({photograph.raw}), which LibRaw cannot read: {error}; export it as JPEG, PNG or TIFF"

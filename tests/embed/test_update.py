@@ -44,6 +44,13 @@ def test_chunks_are_cut_before_anything_is_left_out(tmp_path):
     assert sum(map(len, plan.chunks)) == len(files) - len(done)
 
 
+def test_a_run_with_nothing_to_do_loads_no_model(folder, embed_command, monkeypatch):
+    embed_command("in")
+    monkeypatch.setattr("mlx_aimv2.embed.encode.Embedder.load", None)
+    code, out, _ = embed_command("in", model=None)
+    assert (code, out) == (0, "photos.db: 7 images (7 unchanged)\n")
+
+
 def test_a_second_run_touches_only_what_changed(folder, embed_command):
     embed_command("in")
     before = contents()

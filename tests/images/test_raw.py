@@ -121,7 +121,7 @@ def libraw(monkeypatch):
     module.LibRawError = type("LibRawError", (Exception,), {})
     module.ThumbFormat = SimpleNamespace(JPEG="jpeg")
 
-    def become(size: tuple[int, int], flip: int, preview: bytes | None, kind: str = "jpeg") -> None:
+    def become(size: tuple[int, int], flip: int, preview: bytes | None, kind: str = "jpeg", colours: int = 3) -> None:
         class Raw:
             sizes = SimpleNamespace(width=size[0], height=size[1], flip=flip)
 
@@ -138,7 +138,7 @@ def libraw(monkeypatch):
 
             def postprocess(self, *, half_size, use_camera_wb):
                 assert half_size and use_camera_wb
-                return np.zeros((size[1] // 2, size[0] // 2, 3), np.uint8)
+                return np.zeros((size[1] // 2, size[0] // 2, colours), np.uint8)
 
         module.imread = lambda stream: Raw()
 
@@ -171,6 +171,11 @@ def test_a_preview_is_turned_once(libraw, orientation):
 def test_a_preview_counts_that_is_large_enough(libraw, sensor, preview, size):
     libraw(sensor, 0, None if preview is None else jpeg(scene(*preview)))
     assert open_image(b"IIU\0" + bytes(99)).size == size
+
+
+def test_a_sensor_without_colours_is_grey(libraw):
+    libraw((640, 480), 0, None, colours=1)
+    assert open_image(b"IIU\0" + bytes(99)).rgb()[0].mode == "RGB"
 
 
 @pytest.mark.parametrize(("preview", "kind"), [(b"\xff\xd8\xff broken", "jpeg"), (b"\0" * 99, "bitmap")])
