@@ -304,7 +304,9 @@ class _Job:
                 names += read_list(sys.stdin.buffer.read())
         options = self.options
         flags = {"exclude": [*options.exclude], "include": [*options.include], "policy": asdict(options.policy)}
-        self.sources = {_absolute(name): flags for name in names if expand_user(name).is_dir() or glob.has_magic(name)}
+        # A Path would raise for a name that no file can have.
+        may_grow = [name for name in names if glob.has_magic(name) or os.path.isdir(expand_user(name))]  # noqa: PTH112
+        self.sources = dict.fromkeys(map(_absolute, may_grow), flags)
         listing = list_images(names, exclude=options.exclude, include=options.include)
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""

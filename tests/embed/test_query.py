@@ -243,6 +243,11 @@ def test_update_embeds_what_is_new_as_it_was_embedded_before(photo_index, search
     assert main(["search", "elsewhere/photos.db", "in/0.png", "--update", "-f", "--after", "2000"]) == 0
 
 
+def test_a_name_that_is_too_long_for_any_file_is_one_line(photo_index, capsys):
+    assert main(["embed", "in", "a" * 5000, "-o", "photos.db"]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
 def test_update_searches_what_is_there_where_a_folder_is_gone(photo_index, search):
     shutil.move("in", "gone")
     code, out, err = search("gone/0.png", "--update", "--json")
