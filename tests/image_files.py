@@ -24,3 +24,15 @@ def plain(path: Path, colour: tuple[int, int, int]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (50, 44), colour).save(path)
     return path
+
+
+def dated(path: Path, original: str | None, changed: str | None = None, **settings: object) -> Path:
+    """Writes an image anew with EXIF's DateTimeOriginal and DateTime."""
+    exif = Image.Exif()
+    if original is not None:
+        exif.get_ifd(0x8769)[0x9003] = original
+    if changed is not None:
+        exif[0x0132] = changed
+    with Image.open(path) as opened:
+        opened.convert("RGB").save(path, exif=exif.tobytes(), **settings)
+    return path

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mlx_aimv2.cli.flags import add_found, check_found
+from mlx_aimv2.cli.flags import add_chosen, add_found, chosen
 from mlx_aimv2.cli.output import progress, say, show, show_page, show_paths
 
 
@@ -15,12 +15,14 @@ def add_duplicates(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
-    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    add_chosen(add)
     similar = f"also images that are not the same but similar, from this cosine on (X left out: {SIMILAR})"
     add("--similar", type=float, nargs="?", const=SIMILAR, metavar="X", help=similar)
 
-    add = parser.add_argument_group("output").add_argument
-    add_found(add, paths="the paths of all but the one to keep", objects="the groups as JSON, the image to keep first")
+    output = parser.add_argument_group("output")
+    add_found(
+        output, paths="the paths of all but the one to keep", objects="the groups as JSON, the image to keep first"
+    )
 
 
 def run_duplicates(arguments: argparse.Namespace) -> int:
@@ -29,7 +31,6 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
     from mlx_aimv2.index.reader import Index
 
-    check_found(arguments)
     if arguments.similar is not None and not -1 <= arguments.similar <= 1:
         raise ValueError(f"--similar is a cosine, at most 1, got {arguments.similar:g}")
     with Index.open(arguments.index) as index:
@@ -37,9 +38,8 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
         if arguments.html is not None:
             page = check_page(arguments.html, index, overwrite=arguments.overwrite)
         with progress() as on_progress:
-            groups, unreadable = find_duplicates(
-                index, similar=arguments.similar, under=arguments.under, on_progress=on_progress
-            )
+            options = {"similar": arguments.similar, **chosen(arguments)}
+            groups, unreadable = find_duplicates(index, on_progress=on_progress, **options)
         for path in unreadable:
             say(f"{path} cannot be read any more")
         extra = [member for group in groups if group.kind != "similar" for member in group.members[1:]]

@@ -57,20 +57,29 @@ def add_policy_arguments(add: Add) -> None:
     add("--truncated", choices=TRUNCATED, default="accept", metavar="NAME", help=words)
 
 
-def add_found(add: Add, *, paths: str, objects: str) -> None:
-    """Adds how images that were found are given: --paths-only, --null, --json, and --html, --overwrite, --open."""
+def add_found(group: argparse._ArgumentGroup, *, paths: str, objects: str) -> None:
+    """Adds how images that were found are given: --paths-only, --null or --json, and --html, --overwrite, --open."""
+    add = group.add_mutually_exclusive_group().add_argument
     add("-f", "--paths-only", action="store_true", help=f"print {paths}, one a line")
     add("-0", "--null", action="store_true", help=f"print {paths}, each ended by a zero byte, for xargs -0")
     add("--json", action="store_true", help=f"print {objects}")
+    add = group.add_argument
     add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
     add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
     add("--open", action="store_true", help="show that page in the browser")
 
 
-def check_found(arguments: argparse.Namespace) -> None:
-    """Raises ValueError where stdout is asked for in two forms."""
-    if sum(map(bool, (arguments.json, arguments.paths_only, arguments.null))) > 1:
-        raise ValueError("choose one of --json, --paths-only and --null")
+def add_chosen(add: Add) -> None:
+    """Adds which images of an index count: --under, --after and --before."""
+    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    words = "only images taken from this day, month or year on: 2024-05-17, 2024-05, 2024"
+    add("--after", metavar="DATE", help=f"{words} (by EXIF, else the file's time)")
+    add("--before", metavar="DATE", help="only images taken before it begins")
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `Index.search` and `find_duplicates`."""
+    return {name: getattr(arguments, name) for name in ("under", "after", "before")}
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:

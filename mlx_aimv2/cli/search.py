@@ -7,18 +7,21 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import copy2
 from typing import TYPE_CHECKING
 
 from mlx_aimv2.cli.flags import (
     OF_INDEX,
     REPEATED,
+    add_chosen,
     add_found,
     add_policy_arguments,
     add_revision,
-    check_found,
+    chosen,
     policy_of,
 )
-from mlx_aimv2.cli.output import say, show, show_page, show_paths, typed
+from mlx_aimv2.cli.output import progress, say, show, show_page, show_paths, typed
+from mlx_aimv2.files import atomic_folder, check_target, expand_user
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
@@ -35,7 +38,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which images").add_argument
     add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
     add("--min-score", type=float, metavar="X", help="only images with at least this cosine")
-    add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
+    add_chosen(add)
+    add("--update", action="store_true", help="first embed what is new in the folders that the index was made of")
 
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=OF_INDEX)
@@ -43,8 +47,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
     add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
-    add = parser.add_argument_group("output").add_argument
-    add_found(add, paths="the paths alone", objects="the images as JSON")
+    output = parser.add_argument_group("output")
+    add_found(output, paths="the paths alone", objects="the images as JSON")
+    add = output.add_mutually_exclusive_group().add_argument
     add("--copy-to", type=Path, metavar="DIR", help="copy the images into a new folder, the best first by name")
     add("--link-to", type=Path, metavar="DIR", help="link to the images in a new folder instead")
 
@@ -57,10 +62,12 @@ def run_search(arguments: argparse.Namespace) -> int:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
-    check_found(arguments)
-    target = _check_target(arguments.copy_to, arguments.link_to)
+    if target := arguments.copy_to or arguments.link_to:
+        target = expand_user(target)
+        check_target(target)
     queries = [parse_query(typed(words)) for words in (arguments.query, *arguments.add)]
     queries += [query._replace(weight=-query.weight) for query in map(parse_query, map(typed, arguments.subtract))]
+    failed = _update(arguments) if arguments.update else 0
     with Index.open(arguments.index) as index:
         page = None
         images = [query.image for query in queries if query.image is not None]
@@ -70,7 +77,7 @@ def run_search(arguments: argparse.Namespace) -> int:
             index, queries, model=arguments.model, revision=arguments.revision, policy=policy_of(arguments)
         )
         started = time.perf_counter()
-        matches = index.search(vectors, arguments.top, min_score=arguments.min_score, under=arguments.under)
+        matches = index.search(vectors, arguments.top, min_score=arguments.min_score, **chosen(arguments))
         seconds = time.perf_counter() - started
         if page is not None or arguments.open:
             cards = [Card(match.path, f"{match.score:.3f}", match.score) for match in matches]
@@ -87,28 +94,46 @@ def run_search(arguments: argparse.Namespace) -> int:
         else:
             for match in matches:
                 show(f"{match.score:7.4f}  {match.path}")
-    return 0 if target is None else _put(matches, target, as_links=arguments.link_to is not None)
+    if target is not None:
+        failed += _put(matches, target, as_links=arguments.link_to is not None)
+    return 1 if failed else 0
 
 
-def _check_target(copies: Path | None, links: Path | None) -> Path | None:
-    """The folder for copies or links, if one is wanted, which must not be there yet."""
-    from mlx_aimv2.files import check_target, expand_user
+def _update(arguments: argparse.Namespace) -> int:
+    """Embeds what is new in the folders that the index remembers; returns how many images failed."""
+    from mlx_aimv2.embed.encode import Settings
+    from mlx_aimv2.embed.job import Options, update_index
+    from mlx_aimv2.images import Policy
+    from mlx_aimv2.index.reader import Index
+    from mlx_aimv2.index.schema import damaged
 
-    if copies is not None and links is not None:
-        raise ValueError("choose either --copy-to or --link-to, not both")
-    if (given := copies or links) is None:
-        return None
-    target = expand_user(given)
-    check_target(target)
-    return target
+    path, failed = arguments.index, 0
+    with Index.open(path) as index:
+        sources = index.sources
+    if not sources:
+        raise ValueError(f"{path} does not know its folders: run mlx-aimv2 embed FOLDER -o {path} once")
+    for name, flags in sources.items():
+        try:
+            exclude, include = ([*map(str, flags[rule])] for rule in ("exclude", "include"))
+            options = Options(policy=Policy(**flags["policy"]), exclude=exclude, include=include)
+        except (LookupError, TypeError, ValueError) as error:
+            raise damaged(path, f"what it says of {name}: {error}") from None
+        settings = Settings(arguments.model, arguments.revision)
+        try:
+            with progress() as on_progress:
+                summary = update_index([name], path, settings, options, report=say, on_progress=on_progress)
+        except FileNotFoundError as error:  # a drive that is not plugged in: what the index has of it is searched
+            say(error)
+            failed += 1
+            continue
+        if summary is not None:
+            say(f"{path}: {summary.embedded:,} embedded from {name}, {summary.images:,} in all")
+            failed += summary.failed
+    return failed
 
 
 def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
-    """Copies images into a folder, or links to them, as `001-name.jpg`; returns 1 where one could not be read."""
-    from shutil import copy2
-
-    from mlx_aimv2.files import atomic_folder
-
+    """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many could not be read."""
     failures = 0
     digits = len(str(len(matches)))
     with atomic_folder(target) as folder:
@@ -122,4 +147,4 @@ def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
             except FileNotFoundError:
                 say(f"{match.path} does not exist any more")
                 failures += 1
-    return 1 if failures else 0
+    return failures

@@ -29,7 +29,8 @@ from mlx_aimv2.embed.cache import Description, fingerprint
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.index.reader import NOTHING, Embedding, Index, damaged
+from mlx_aimv2.index.reader import NOTHING, Embedding, Index
+from mlx_aimv2.index.schema import damaged
 from mlx_aimv2.loading import Loaded, read_source
 from mlx_aimv2.untrusted_json import Fields, misfit
 
@@ -220,8 +221,9 @@ def embed_chunks(
             if image.failure is not None:
                 result.failures.append((image.path, image.failure))
             elif np.isfinite(vector).all():
-                size, mtime_ns, *others = image.marks
-                result.embeddings.append(Embedding(image.path, size, mtime_ns, image.sha256, vector, *others))
+                size, mtime_ns, ctime_ns, inode = image.marks
+                file = (size, mtime_ns, image.sha256, vector, ctime_ns, inode, image.taken)
+                result.embeddings.append(Embedding(image.path, *file))
             else:
                 result.failures.append((image.path, f"gave numbers that are not finite: {advice}"))
         yield result

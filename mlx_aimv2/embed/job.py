@@ -7,12 +7,13 @@ its vector and is read but not decoded: where the old name is gone, wherever it 
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
 from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
 from mlx_aimv2.embed.loader import split_into_chunks
-from mlx_aimv2.files import marks_of, stat_of
+from mlx_aimv2.files import expand_user, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
-from mlx_aimv2.index.reader import Embedding, Index, is_free
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.schema import is_free
 from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
@@ -82,8 +84,8 @@ class Plan:
 
     `chunks` of the whole list without what is up to date; `changed` names to be read again, with the digest that the
     index has for each in hexadecimal; `vanished` names in the index that no file has any more, by digest, where a file
-    to be read may have it; `gone` names to forget; `kept` those whose files may come back; `unmarked` unchanged ones
-    of which an earlier release kept too little, with ctime and inode.
+    to be read may have it; `gone` names to forget; `kept` those whose files may come back; `undated` unchanged ones
+    that are read again since an earlier release kept too little of them, with their digests.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
@@ -92,12 +94,12 @@ class Plan:
     gone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     unchanged: int = 0
-    unmarked: dict[str, tuple[int, int]] = field(default_factory=dict)
+    undated: dict[str, str] = field(default_factory=dict)
 
     def known(self, path: str, sha256: bytes) -> bool:
         """Whether the index has the embedding of this content under this name or under a vanished one."""
         digest = sha256.hex()
-        return self.changed.get(path) == digest or digest in self.vanished
+        return digest in (self.changed.get(path), self.undated.get(path)) or digest in self.vanished
 
 
 def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
@@ -119,10 +121,10 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
             if about is not None:  # else decoding will say why
                 if stamp is not None and stamp.fits(about):
                     plan.unchanged += 1
-                    if stamp.ctime_ns is None:
-                        plan.unmarked[path] = marks_of(about)[2:]
-                    continue
-                if stamp is not None:
+                    if None not in (stamp.ctime_ns, stamp.taken):
+                        continue
+                    plan.undated[path] = stamp.sha256.hex()
+                elif stamp is not None:
                     plan.changed[path] = stamp.sha256.hex()
                 sizes.add(about.st_size)
             todo.append(path)
@@ -176,7 +178,7 @@ def _holds_something(folder: str) -> bool:
 
 
 def _absolute(path: str) -> str:
-    return os.path.normpath(Path(path).absolute())
+    return os.path.normpath(expand_user(path).absolute())
 
 
 def update_index(
@@ -203,14 +205,16 @@ def update_index(
     job = _Job(output, options, ranks, report, on_progress)
     try:
         prepared = ranks.first(lambda: job.prepare(paths, settings))
+        is_default = settings == Settings()
         settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-        embedder = Embedder.load(settings, options.policy)
-        if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
-            raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0: make them equal")
-        for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
-            several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
-            for result in several if ranks.rank == 0 else ():
-                job.take(result)
+        if plan.chunks or not is_default:  # else there is nothing that a model could do or refuse
+            embedder = Embedder.load(settings, options.policy)
+            if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
+                raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0")
+            for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
+                several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
+                for result in several if ranks.rank == 0 else ():
+                    job.take(result)
         ranks.first(job.finish)
         return job.summary if ranks.rank == 0 else None
     except RankLostError as error:
@@ -241,6 +245,8 @@ class _Job:
     summary: Summary = field(default_factory=Summary)
     made: dict[str, Any] = field(default_factory=dict)
     """What the index says of the model."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """What it is to remember: folders and patterns, which may hold new images, and which flags they are read with."""
     done: int = 0
     pending: list[Embedding | Copy] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -256,9 +262,6 @@ class _Job:
         listing = self._list(paths)
         self._export_to(listing.files)  # once more, now that the images are known
         self.plan = make_plan(listing, self.index, prune=self.options.prune)
-        for path, (ctime_ns, inode) in self.plan.unmarked.items():
-            if self.index is not None and (stamp := self.index.stamp(path)) is not None:
-                self.pending.append(Copy(replace(stamp, ctime_ns=ctime_ns, inode=inode), path, is_move=True))
         self.summary.passed_over, self.summary.unchanged = listing.skipped, self.plan.unchanged
         return {"settings": asdict(settings), "plan": asdict(self.plan)}
 
@@ -299,7 +302,12 @@ class _Job:
                 raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
             else:
                 names += read_list(sys.stdin.buffer.read())
-        listing = list_images(names, exclude=self.options.exclude, include=self.options.include)
+        options = self.options
+        flags = {"exclude": [*options.exclude], "include": [*options.include], "policy": asdict(options.policy)}
+        # A Path would raise for a name that no file can have.
+        may_grow = [name for name in names if glob.has_magic(name) or os.path.isdir(expand_user(name))]  # noqa: PTH112
+        self.sources = dict.fromkeys(map(_absolute, may_grow), flags)
+        listing = list_images(names, exclude=options.exclude, include=options.include)
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
@@ -352,6 +360,8 @@ class _Job:
     def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
         digest, source = item.sha256.hex(), item.path
+        if self.plan.undated.get(source) == digest:
+            return Copy(item, source, is_move=True)
         if self.plan.changed.get(item.path) != digest:
             names = self.plan.vanished[digest]
             if (old := next((name for name in names if name not in self.moved), None)) is not None:
@@ -375,6 +385,8 @@ class _Job:
             self.index.add(self.pending)
         if self.index is not None and self.stale:
             self.summary.gone += self.index.remove(self.stale)
+        if self.index is not None and not self.sources.items() <= self.index.sources.items():
+            self.index.remember(self.sources)
         self.pending, self.stale = [], []
         self.committed = time.monotonic()
 

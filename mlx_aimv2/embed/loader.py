@@ -203,7 +203,7 @@ class Decoded:
     """A file read and hashed, with its levels (H, W, 3), with None where its content is known, or with a failure.
 
     `failure` and `note` continue a sentence that starts with the path; `marks` are `files.marks_of`, `upright` is the
-    image's own (height, width).
+    image's own (height, width), `taken` the day that its EXIF tells, 2024-05-17 or "".
     """
 
     path: str
@@ -213,6 +213,7 @@ class Decoded:
     upright: tuple[int, int] = (0, 0)
     failure: str | None = None
     note: str | None = None
+    taken: str = ""
 
 
 class Budget:
@@ -275,23 +276,24 @@ class Decoder:
     def content(self, name: str, data: bytes) -> Decoded:
         """The content of a file, `name, bytes -> Decoded`."""
         found = Decoded(name, sha256=hashlib.sha256(data).digest())
-        if self.known is None or not self.known(name, found.sha256):
-            self._decode(found, data)
+        is_known = self.known is not None and self.known(name, found.sha256)
+        try:
+            opened = open_image(data, policy=self.policy, name=name)
+            found.taken = opened.taken
+            if not is_known:
+                self._decode(found, opened)
+        except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
+            if not is_known:
+                found.failure = " ".join((str(error) or type(error).__name__).split()).removeprefix(f"{name} ")
         return found
 
     def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
         """What the model gets to see of an image, (…, H, W, 3); `sha256` is that of its file."""
         return self.processor.levels(opened, max_patches=self.max_patches)
 
-    def _decode(self, found: Decoded, data: bytes) -> None:
-        name = found.path
-        try:
-            opened = open_image(data, policy=self.policy, name=name)
-            with self.decoding.take(self.processor.decoding_bytes(opened, max_patches=self.max_patches)):
-                levels = self.levels(opened, found.sha256)
-        except Exception as error:  # decoders raise whatever they meet, and one file must not end the run
-            found.failure = " ".join((str(error) or type(error).__name__).split()).removeprefix(f"{name} ")
-            return
+    def _decode(self, found: Decoded, opened: OpenImage) -> None:
+        with self.decoding.take(self.processor.decoding_bytes(opened, max_patches=self.max_patches)):
+            levels = self.levels(opened, found.sha256)
         notes = opened.notes
         if self.max_patches is not None:
             patch = self.processor.patch_size

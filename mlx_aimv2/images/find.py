@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 from pathspec import GitIgnoreSpec
 
 from mlx_aimv2.files import expand_user, kind_of, reason_of
+from mlx_aimv2.images.raw import RAW_SUFFIXES, can_read_raw
 
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
@@ -34,9 +35,7 @@ SHOWN = 8
 """Kinds of files that were skipped, named where they are counted."""
 
 ADVICE = {
-    **dict.fromkeys(
-        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"), "raw, export it as JPEG"
-    ),
+    **dict.fromkeys(RAW_SUFFIXES, "raw: pip install 'mlx-aimv2[raw]', or export it as JPEG"),
     ".jxl": "JPEG XL, export it as JPEG",
     ".mpo": "--include '*.mpo' takes its first image",
     ".apng": "--include '*.apng' takes its first frame",
@@ -212,11 +211,11 @@ def is_under(path: str, roots: Iterable[str]) -> bool:
 
 def has_suffix(name: str) -> bool:
     """Whether a name ends as images' names do."""
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES) or (name.lower().endswith(RAW_SUFFIXES) and can_read_raw())
 
 
 def counted(skipped: Mapping[str, int], *, advice: Mapping[str, str] = ADVICE) -> str:
-    """`12 .mov, 3 .dng (raw, export it as JPEG), 2 @eaDir`, the most frequent first."""
+    """`12 .mov, 3 .jxl (JPEG XL, export it as JPEG), 2 @eaDir`, the most frequent first."""
     order = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count:,} {name}{f' ({advice[name]})' if name in advice else ''}" for name, count in order[:SHOWN]]
     more = sum(count for _, count in order[SHOWN:])

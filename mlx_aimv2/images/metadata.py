@@ -1,8 +1,8 @@
 """Cuts an image file down to what its pixels need, so that no metadata can cost the image, time or memory.
 
 bytes -> Trimmed: of a JPEG, PNG or TIFF the same first frame without comments, profiles, EXIF and later frames; its
-orientation, by the number that EXIF or XMP holds; and whether a JPEG's data end early. What is another format, or does
-not follow its own, stays as it is: the decoder will say what is wrong with it.
+orientation and date, by what EXIF or XMP holds; and whether a JPEG's data end early. Another format, or what does not
+follow its own, stays as it is: the decoder will say what is wrong with it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
-ORIENTATION = 0x0112
+ORIENTATION, CHANGED, EXIF, TAKEN = 0x0112, 0x0132, 0x8769, 0x9003
+"""Tags of EXIF: orientation, DateTime, where the table with the third is, DateTimeOriginal."""
 
 MAX_SCANS = 100
 """Scans of one JPEG, each of which goes over all pixels: encoders write about ten."""
@@ -31,33 +34,34 @@ MAX_TAGS = 1 << 16
 MAX_TEXT = 1 << 20
 """Bytes of metadata that are looked at for an orientation."""
 
-RAW = "is a raw photograph ({}), which nothing here develops: export it as JPEG, PNG or TIFF and give that"
-JXL = "is a JPEG XL image, which Pillow does not read: convert it to JPEG or PNG and give that"
-
 
 @dataclass(frozen=True)
 class Trimmed:
-    """`orientation` is 1 to 8, or None where the format keeps it elsewhere; a JPEG that `ends_early` has no end."""
+    """`orientation` is 1 to 8, or None where the format keeps it elsewhere; a JPEG that `ends_early` has no end.
+
+    `taken` is the day that EXIF tells, as in `date_in`, `raw` the format of a raw photograph.
+    """
 
     data: bytes
     orientation: int | None = None
     ends_early: bool = False
+    taken: str = ""
+    raw: str = ""
 
 
 def trimmed(data: bytes) -> Trimmed:
     """The file as its decoder should see it.
 
-    Raises ValueError, which continues a sentence that starts with the file's name, for raw photographs, JPEG XL and
-    files made to take for ever.
+    Raises ValueError, which continues a sentence that starts with the file's name, for JPEG XL and files made to take
+    for ever.
     """
     for start, trim in TRIMS.items():
         if data.startswith(start):
             return trim(data)
     brand = data[4:] if data[4:8] == b"ftyp" else data  # the length of the first box goes before it
-    for start, reason in REFUSED.items():
-        if brand.startswith(start):
-            raise ValueError(reason)
-    return Trimmed(data)
+    if brand.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        raise ValueError("is a JPEG XL image, which Pillow does not read: convert it to JPEG or PNG and give that")
+    return Trimmed(data, raw=next((kind for start, kind in RAW.items() if brand.startswith(start)), ""))
 
 
 def orientation_in(exif: object, xmp: object = None) -> int:
@@ -65,18 +69,44 @@ def orientation_in(exif: object, xmp: object = None) -> int:
 
     Pillow's own reading of EXIF gives up, and warns, where any other tag is bad.
     """
-    block = bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, (bytes, bytearray)) else b""
-    if block.startswith((b"II", b"MM")):
-        found = next((tag.value for tag in _tags(block) if tag.number == ORIENTATION), 0)
-        if 1 <= found <= 8:
-            return found
+    found = _values(_block(exif)).get(ORIENTATION, 0)
+    if 1 <= found <= 8:
+        return found
     text = xmp.encode("utf-8", "replace") if isinstance(xmp, str) else xmp
     if isinstance(text, (bytes, bytearray)) and (match := re.search(rb'tiff:Orientation(?:="|>)([1-8])', text)):
         return int(match[1])
     return 1
 
 
+def date_in(exif: object) -> str:
+    """The day of DateTimeOriginal or else DateTime, `2024-05-17`, in a block of EXIF or a TIFF; "" where none is one.
+
+    It is the day where the photograph was taken: EXIF's dates have no time zone.
+    """
+    block = _block(exif)
+    first = _values(block)
+    for at in (_values(block, first.get(EXIF)).get(TAKEN), first.get(CHANGED)):
+        if at is not None and (found := _DAY.match(block, at)):
+            with suppress(ValueError):  # such as 0000:00:00
+                return date(*map(int, found.groups())).isoformat()
+    return ""
+
+
+_DAY = re.compile(rb"(\d{4})[:-](\d\d)[:-](\d\d)")
+
 # TIFF, whose table of tags EXIF has, too
+
+
+def _block(exif: object) -> bytes:
+    """Its bytes from the header of the TIFF that it is; none where it is none."""
+    block = bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, (bytes, bytearray)) else b""
+    return block if block.startswith((b"II", b"MM")) else b""
+
+
+def _values(block: bytes, at: int | None = None) -> dict[int, int]:
+    """Tag -> its value or where that is, as in `_Tag`; the first of its kind counts."""
+    return {tag.number: tag.value for tag in reversed(list(_tags(block, at)))}
+
 
 _TIFF_KEPT = {
     *(256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 290, 291, 292, 293, 317, 320, 322, 323, 324, 325, 332),
@@ -106,14 +136,14 @@ def _header(data: bytes) -> tuple[Literal["little", "big"], int, int]:
     return "little" if data[:2] == b"II" else "big", *((8, 8) if 43 in data[2:4] else (4, 2))
 
 
-def _tags(data: bytes) -> Iterator[_Tag]:
-    """The tags of a TIFF's first image, as far as the file goes."""
+def _tags(data: bytes, at: int | None = None) -> Iterator[_Tag]:
+    """The tags of a TIFF's first image, or of the table at an offset, as far as the file goes."""
     order, wide, counter = _header(data)
 
     def number(position: int, length: int = wide) -> int:
         return int.from_bytes(data[position : position + length], order)
 
-    first, size = number(wide) + counter, 4 + 2 * wide
+    first, size = (number(wide) if at is None else at) + counter, 4 + 2 * wide
     end = first + size * min(number(first - counter, counter), MAX_TAGS)
     for entry in range(first, min(end, len(data) - size + 1), size):
         width, count = _TYPE_BYTES.get(number(entry + 2, 2), 1), number(entry + 4)
@@ -124,15 +154,14 @@ def _tags(data: bytes) -> Iterator[_Tag]:
 
 def _tiff(data: bytes) -> Trimmed:
     order, wide, counter = _header(data)
-    tags = list(_tags(data))
-    values = {tag.number: tag.value for tag in reversed(tags)}
+    tags, values = list(_tags(data)), _values(data)
     raw = next((name for number, name in _TIFF_RAW.items() if number in values), "")
     if data[8:10] == b"CR" and wide == 4:
         raw = "CR2"
     elif values.get(262) in (32803, 34892) or (values.get(254, 0) & 1 and 330 in values):
         raw = raw or "with a thumbnail first, as NEF, ARW and PEF have it"
     if raw:
-        raise ValueError(RAW.format(raw))
+        return Trimmed(data, taken=date_in(data), raw=raw)
     kept = [tag for tag in tags if tag.number in _TIFF_KEPT]
     parts = max((tag.count for tag in kept if tag.number in (273, 279, 324, 325)), default=0)
     if parts > MAX_PARTS:
@@ -145,7 +174,7 @@ def _tiff(data: bytes) -> Trimmed:
     new += [len(kept).to_bytes(counter, order), *(tag.entry for tag in kept), bytes(wide)]
     xmp = next((data[tag.value : tag.value + min(tag.count, MAX_TEXT)] for tag in tags if tag.number == 700), b"")
     orientation = values.get(ORIENTATION) or orientation_in(None, xmp)
-    return Trimmed(data[:wide] + b"".join(new), orientation if 1 <= orientation <= 8 else 1)
+    return Trimmed(data[:wide] + b"".join(new), orientation if 1 <= orientation <= 8 else 1, taken=date_in(data))
 
 
 # JPEG
@@ -195,7 +224,8 @@ def _jpeg(data: bytes) -> Trimmed:
             kept.append(data[start:position])
     if not scans:
         return Trimmed(data)
-    return Trimmed(b"".join([*kept, memoryview(data)[header:end]]), orientation_in(exif, xmp), ends_early)
+    pixels_alone = b"".join([*kept, memoryview(data)[header:end]])
+    return Trimmed(pixels_alone, orientation_in(exif, xmp), ends_early, date_in(exif))
 
 
 # PNG
@@ -228,7 +258,8 @@ def _png(data: bytes) -> Trimmed:
         profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
         profile = b""
-    return Trimmed(b"".join(kept), orientation_in(texts.get(b"eXIf") or profile, texts.get(_XMP)))
+    exif = texts.get(b"eXIf") or profile
+    return Trimmed(b"".join(kept), orientation_in(exif, texts.get(_XMP)), taken=date_in(exif))
 
 
 def _unpacked(text: bytes) -> bytes:
@@ -246,12 +277,11 @@ TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {
 }
 """How a file starts -> what trims it."""
 
-REFUSED = {
-    b"ftypcrx ": RAW.format("CR3"),
-    b"FUJIFILMCCD-RAW": RAW.format("RAF"),
-    **dict.fromkeys((b"IIRO", b"IIRS", b"MMOR"), RAW.format("ORF")),
-    b"IIU\0": RAW.format("RW2"),
-    b"FOVb": RAW.format("X3F"),
-    **dict.fromkeys((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"), JXL),
+RAW = {
+    b"ftypcrx ": "CR3",
+    b"FUJIFILMCCD-RAW": "RAF",
+    **dict.fromkeys((b"IIRO", b"IIRS", b"MMOR"), "ORF"),
+    b"IIU\0": "RW2",
+    b"FOVb": "X3F",
 }
-"""How files that Pillow does not read start -> what is wrong with them."""
+"""How raw photographs that are no TIFF start -> their format."""

@@ -12,12 +12,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 
 from mlx_aimv2.files import read_image_file, read_stream, reason_of
-from mlx_aimv2.images.metadata import orientation_in, trimmed
+from mlx_aimv2.images.metadata import date_in, orientation_in, trimmed
+from mlx_aimv2.images.raw import read_raw
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -101,7 +103,7 @@ class OpenImage:
     """An image whose size is known and whose pixels are not decoded yet.
 
     `size` is (width, height), upright. `notes` are what is unusual about it, each continuing a sentence that starts
-    with its name.
+    with its name. `taken` is the day that its EXIF tells, 2024-05-17 or "".
     """
 
     name: str
@@ -109,6 +111,7 @@ class OpenImage:
     orientation: int = 1
     decode: str = "exact"
     notes: list[str] = field(default_factory=list)
+    taken: str = ""
 
     def __post_init__(self) -> None:
         width, height = self.image.size
@@ -263,6 +266,9 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
             raise ValueError(
                 "cannot be read as an image: it ends early; --truncated accept (truncated='accept') takes what is there"
             )
+        if essential.raw:
+            doors = partial(_check_size, policy=policy), partial(_from_bytes, name=name, policy=policy)
+            return OpenImage(name, decode=policy.decode, **read_raw(essential, *doors))
         image = _identified(essential.data + END_OF_JPEG * essential.ends_early)
         _check_size(image.size, policy)
     except MemoryError:
@@ -270,7 +276,8 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
     orientation = _orientation_of(image) if essential.orientation is None else essential.orientation
-    return OpenImage(name, image, orientation, policy.decode, [ENDS_EARLY] if essential.ends_early else [])
+    taken = essential.taken or date_in(image.info.get("exif"))
+    return OpenImage(name, image, orientation, policy.decode, [ENDS_EARLY] if essential.ends_early else [], taken)
 
 
 def _identified(data: bytes) -> Image.Image:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlx_aimv2.images import FAST, open_image
-from mlx_aimv2.index.reader import Index
+from mlx_aimv2.index.reader import Date, Index
 
 Array: TypeAlias = NDArray[Any]
 
@@ -96,17 +96,19 @@ def find_duplicates(
     *,
     similar: float | None = None,
     under: str | os.PathLike[str] | None = None,
+    after: Date | None = None,
+    before: Date | None = None,
     on_progress: Progress = lambda done, total, unit: None,
 ) -> tuple[list[Group], list[str]]:
     """The groups by kind, and the paths of those images that cannot be read any more.
 
     Every pair of vectors is compared. `similar` is the cosine from which images that are not the same are similar: such
-    a group has one member, the one to keep, of each group of same images; without it there are none. `under` is the
-    folder in which images lie. Nothing is changed.
+    a group has one member, the one to keep, of each group of same images; without it there are none. `under`,
+    `after` and `before` say which images count, as in `Index.search`. Nothing is changed.
     """
     stamps = index.stamps()
     files: dict[bytes, list[str]] = defaultdict(list)
-    for path in index.paths(under):
+    for path in index.paths(under, after=after, before=before):
         files[stamps[path].sha256].append(path)
     contents = list(files.values())
     first = [paths[0] for paths in contents]

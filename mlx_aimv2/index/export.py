@@ -3,19 +3,17 @@
 `vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
 tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
 npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each image.
-Memory holds one image at a time, for safetensors all vectors.
+Memory holds all vectors, as for a search, for jsonl one image at a time.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from mlx_aimv2.files import atomic_file, check_file
@@ -50,31 +48,12 @@ def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable
 
 
 def _npz(index: Index, file: BinaryIO) -> None:
-    npy: Any = np.lib.format  # some versions of NumPy declare no types for it
-    paths, shapes, count = _contents(index)
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("vectors.npy", "w", force_zip64=True) as member:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (count, index.width)}
-            npy.write_array_header_1_0(member, header)
-            for entry in index.embeddings():
-                member.write(entry.vector.astype("<f4").tobytes())
-        arrays = {"paths": np.array(paths), "provenance": np.array(json.dumps(index.provenance))}
-        if index.axes > 1:
-            arrays["shapes"] = shapes
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                npy.write_array(member, array, allow_pickle=False)
+    arrays, paths = _arrays(index)
+    np.savez(file, **arrays, paths=np.array(paths), provenance=np.array(json.dumps(index.provenance)))
 
 
 def _safetensors(index: Index, file: BinaryIO) -> None:
-    paths, shapes, count = _contents(index)
-    vectors = np.empty((count, index.width), np.float32)
-    done = 0
-    for entry in index.embeddings():
-        part = entry.vector.reshape(-1, index.width)
-        vectors[done : done + len(part)] = part
-        done += len(part)
-    arrays = {"vectors": vectors} | ({"shapes": shapes} if index.axes > 1 else {})
+    arrays, paths = _arrays(index)
     save_file(arrays, file.name, {"paths": json.dumps(paths), "provenance": json.dumps(index.provenance)})
 
 
@@ -96,10 +75,16 @@ SIGNATURES = {
 """Kind -> by which bytes, one or the other, and where, a file is known as an export."""
 
 
-def _contents(index: Index) -> tuple[list[str], NDArray[Any], int]:
-    """All paths, how many tokens each image has, `(P, axes - 1)`, and how many all of them have."""
+def _arrays(index: Index) -> tuple[dict[str, Any], list[str]]:
+    """`vectors` of all images one after another, `shapes` of tokens and maps, and the paths."""
     paths = list(index.paths())
     shapes = np.empty((len(paths), 0), np.int64)
     if index.axes > 1:
         shapes = np.array([index.vector(path).shape[:-1] for path in paths], np.int64).reshape(len(paths), -1)
-    return paths, shapes, int(shapes.prod(axis=1).sum())
+    vectors = np.empty((int(shapes.prod(axis=1).sum()), index.width), np.float32)
+    done = 0
+    for entry in index.embeddings():
+        part = entry.vector.reshape(-1, index.width)
+        vectors[done : done + len(part)] = part
+        done += len(part)
+    return {"vectors": vectors} | ({"shapes": shapes} if index.axes > 1 else {}), paths

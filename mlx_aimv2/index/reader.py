@@ -6,75 +6,32 @@ stored at unit length, its own length beside it in `images`; tokens and maps are
 
 It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
 and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
-
-A view or a trigger is code: SQLite runs it when a table is read or written, and it may run for ever or delete what is
-there. So only the tables of an index, by their own text, are let in.
 """
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import json
 import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.files import is_unchanged
+from mlx_aimv2.index.schema import STAMPED, check_schema, connect, damaged, is_free, plain_errors
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.nearest import Vectors
-
-APPLICATION_ID = 0x41494D32
-"""In the file's header, "AIM2": an index is recognised by it."""
-
-VERSION = 2
-
-ADDED = ("ctime_ns INTEGER", "inode INTEGER")
-"""Columns that format 1 lacks; the next writer adds them. NULL where an earlier release embedded the image."""
-
-UPGRADE = (*(f"ALTER TABLE images ADD COLUMN {column}" for column in ADDED), f"PRAGMA user_version = {VERSION}")
-
-STAMPED = {1: "size, mtime_ns, sha256, NULL, NULL", VERSION: "size, mtime_ns, sha256, ctime_ns, inode"}
-"""Format -> columns with what an `Embedding` says of its file."""
-
-TABLES = {
-    "about": "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "images": f"""CREATE TABLE images (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    path BLOB NOT NULL UNIQUE,  -- the name's bytes: names need not be UTF-8
-    size INTEGER NOT NULL,      -- of the file, in bytes
-    mtime_ns INTEGER NOT NULL,
-    sha256 BLOB NOT NULL,       -- of the file's content
-    length REAL,                -- of the vector before it was scaled to unit length; NULL for tokens and maps
-    rows INTEGER,               -- tokens, or rows of a map; NULL for one vector
-    columns INTEGER,            -- of a map; NULL otherwise
-    block INTEGER NOT NULL,
-    {", ".join(ADDED)}
-)""",
-    "blocks": "CREATE TABLE blocks (id INTEGER PRIMARY KEY, images BLOB NOT NULL, vectors BLOB NOT NULL)",
-}
-
-SCRIPT = f"""
-PRAGMA page_size = 32768;  -- a float16 vector of 1024 values fills half of SQLite's usual page
-BEGIN IMMEDIATE;
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {VERSION};
-{"".join(f"{table};" for table in TABLES.values())}
-"""
-"""Makes an empty index; the transaction stays open."""
-
-OF_SQLITE = ("sqlite_sequence", "sqlite_stat1", "sqlite_stat4")
-"""Tables that SQLite makes by itself, or for ANALYZE."""
 
 AnyIndex = TypeVar("AnyIndex", bound="Index")
 
@@ -84,10 +41,18 @@ STORED = ("float16", "float32")
 WIDEST = 1 << 20
 """More values than any embedding has: a width beyond it is damage, and would ask for all memory."""
 
-BUSY_SECONDS = 60.0
 BLOCKS_HELD = 16
 
+STAMP: tuple[Any, ...] = (int, int, bytes, (int, NoneType), (int, NoneType), (str, NoneType))
+"""Types of the columns with what an `Embedding` says of its file, the path aside."""
+
 NOTHING = np.empty(0, np.float32)
+
+DAY = "coalesce(nullif({}, ''), date(mtime_ns / 1000000000, 'unixepoch', 'localtime'))"
+"""When an image was taken, as text: by its EXIF, which knows no time zone, else its file's time here."""
+
+Date: TypeAlias = "int | str | datetime.date"
+"""2024, 2024-05 or 2024-05-17, which stands for its beginning."""
 
 AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 """What an index holds for each image, by the number of axes: (D,), (N, D) or (h, w, D)."""
@@ -97,7 +62,8 @@ AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 class Embedding:
     """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D).
 
-    The vector is empty where only the file is asked about.
+    The vector is empty where only the file is asked about. `taken` is the day that its EXIF tells, as 2024-05-17, ""
+    where it tells none, and None where nobody looked.
     """
 
     path: str
@@ -107,6 +73,7 @@ class Embedding:
     vector: NDArray[Any]
     ctime_ns: int | None = None
     inode: int | None = None
+    taken: str | None = None
 
     def fits(self, about: os.stat_result) -> bool:
         """Whether the file is still as it was (`files.is_unchanged`)."""
@@ -135,10 +102,12 @@ class Index:
         self._vectors: Vectors | None = None
         self._blocks: dict[int, tuple[NDArray[Any], bytes]] = {}
         self._format: int = self._all("PRAGMA user_version")[0][0]
-        about = dict(self._all("SELECT name, value FROM about"))
+        about = {"sources": "{}", **dict(self._all("SELECT name, value FROM about"))}
         try:
             self.provenance: dict[str, Any] = json.loads(about["provenance"])
             """What made the vectors, as whoever made the file described it."""
+            self.sources: dict[str, Any] = json.loads(about["sources"])
+            """Folders and patterns that it was made of -> the flags they were read with."""
             self.dtype: str = about["dtype"]
             """In which precision they are stored: float16 or float32."""
             self.axes = int(about["axes"])
@@ -147,7 +116,7 @@ class Index:
             """D, the length of one vector."""
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
-        if not isinstance(self.provenance, dict):
+        if not isinstance(self.provenance, dict) or not isinstance(self.sources, dict):
             raise damaged(path, "it does not say how it was made")
         if self.dtype not in STORED or self.axes not in AXES or not 1 <= self.width <= WIDEST:
             raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")
@@ -189,26 +158,28 @@ class Index:
     def __len__(self) -> int:
         return int(self._all("SELECT count(*) FROM images")[0][0])
 
-    def paths(self, under: str | os.PathLike[str] | None = None) -> Iterator[str]:
-        """All paths, or those in a folder and below it, sorted by their bytes."""
-        for path, _ in self._rows(under):
+    def paths(
+        self, under: str | os.PathLike[str] | None = None, *, after: Date | None = None, before: Date | None = None
+    ) -> Iterator[str]:
+        """All paths, or those in a folder and below it and those taken in a span (as in `search`), sorted by bytes."""
+        for path, _ in self._rows(under, after, before):
             yield self._name(path)
 
     def stamp(self, path: str) -> Embedding | None:
         """How an image's file was when it was read; None for an image that is not in here."""
         try:
-            return self._stamp(path, self._columns(path)[:5])
+            return self._stamp(*self._columns(path)[:-5])
         except KeyError:
             return None
 
     def stamps(self) -> dict[str, Embedding]:
         """How every image's file was when it was read, by its path."""
-        rows = self._all(f"SELECT path, {STAMPED[self._format]} FROM images")
-        return {(name := self._name(path)): self._stamp(name, values) for path, *values in rows}
+        rows = self._all(f"SELECT {STAMPED[self._format]} FROM images")
+        return {(stamp := self._stamp(*row)).path: stamp for row in rows}
 
     def vector(self, path: str) -> NDArray[Any]:
         """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
-        return self._restored(*self._columns(path)[5:])
+        return self._restored(*self._columns(path)[-5:])
 
     def embeddings(self) -> Iterator[Embedding]:
         """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one goes meanwhile."""
@@ -217,7 +188,7 @@ class Index:
                 row = self._columns(path)
             except KeyError:
                 raise OSError(f"{self.path} was changed while it was read: run it again") from None
-            yield self._stamp(path, row[:5], self._restored(*row[5:]))
+            yield self._stamp(*row[:-5], vector=self._restored(*row[-5:]))
 
     def search(
         self,
@@ -226,12 +197,14 @@ class Index:
         *,
         min_score: float | None = None,
         under: str | os.PathLike[str] | None = None,
+        after: Date | None = None,
+        before: Date | None = None,
     ) -> list[Match]:
         """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
 
         `vector` is an array of NumPy or MLX, also (1, D) as models give it, or a list of pairs of a weight and such an
         array: their sum at unit lengths. `min_score` leaves out those with a smaller cosine, `under` those that do not
-        lie in that folder.
+        lie in that folder, `after` and `before` those taken earlier, and those taken on that date or later.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
         vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index.
@@ -242,7 +215,9 @@ class Index:
             raise ValueError(f"k is how many images to find, at least 1; got {k}")
         pairs = isinstance(vector, list) and vector and isinstance(vector[0], tuple)
         query = combined(vector if pairs else [(1.0, vector)], self.width)
-        among = None if under is None else np.array([identity for _, identity in self._rows(under)], np.int64)
+        among = None
+        if (under, after, before) != (None, None, None):
+            among = np.array([identity for _, identity in self._rows(under, after, before)], np.int64)
         identities, scores = self.read_vectors().nearest(query, k, among=among)
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
@@ -257,13 +232,27 @@ class Index:
         known = {self._name(path): identity for path, identity in self._rows()}
         return np.array([known[path] for path in paths], np.int64)
 
-    def _rows(self, under: str | os.PathLike[str] | None = None) -> list[tuple[bytes, int]]:
-        """Names and ids, sorted by name; of images under a folder alone if there is one."""
-        if under is None:
-            return self._all("SELECT path, id FROM images ORDER BY path")
-        start = os.fsencode(os.path.normpath(Path(under).absolute())).rstrip(b"/") + b"/"
-        query = "SELECT path, id FROM images WHERE path >= ? AND path < ? ORDER BY path"
-        return self._all(query, start, start[:-1] + b"0")
+    def _rows(
+        self, under: str | os.PathLike[str] | None = None, after: Date | None = None, before: Date | None = None
+    ) -> list[tuple[bytes, int]]:
+        """Names and ids, sorted by name, of images as `search` chooses them."""
+        conditions: dict[str, bytes | str] = {}
+        if under is not None:
+            start = os.fsencode(os.path.normpath(Path(under).absolute())).rstrip(b"/")
+            conditions |= {"path >= ?": start + b"/", "path < ?": start + b"0"}
+        taken = STAMPED[self._format].rpartition(", ")[2]
+        for name, date, sign in (("after", after, ">="), ("before", before, "<")):
+            if date is not None:
+                conditions[f"{DAY.format(taken)} {sign} ?"] = _checked(date, name)
+        undated = f"SELECT count(*) FROM images WHERE {taken} IS NULL"
+        if (after, before) != (None, None) and (count := self._all(undated)[0][0]):
+            warnings.warn(
+                f"{self.path} has no dates yet of {count:,} images, whose files' times count: the next mlx-aimv2 embed "
+                "reads them",
+                stacklevel=3,
+            )
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        return self._all(f"SELECT path, id FROM images {where} ORDER BY path", *conditions.values())
 
     def check_search(self) -> None:
         """Raises ValueError if this index holds tokens or maps, which search cannot compare."""
@@ -309,12 +298,12 @@ class Index:
                 return count
         raise damaged(self.path, "a block of vectors that does not fit its images")
 
-    def _stamp(self, path: str, values: Sequence[Any], vector: NDArray[Any] = NOTHING) -> Embedding:
+    def _stamp(self, path: object, *values: Any, vector: NDArray[Any] = NOTHING) -> Embedding:
+        name = self._name(path)
+        if not all(isinstance(value, kind) for value, kind in zip(values, STAMP, strict=True)):
+            raise damaged(self.path, f"what it says of {name!r:.80}")
         size, mtime_ns, sha256, *others = values
-        kinds = [type(value) for value in (size, mtime_ns, sha256)]
-        if kinds != [int, int, bytes] or not all(isinstance(one, (int, NoneType)) for one in others):
-            raise damaged(self.path, f"what it says of {path!r:.80}")
-        return Embedding(path, size, mtime_ns, sha256, vector, *others)
+        return Embedding(name, size, mtime_ns, sha256, vector, *others)
 
     def _name(self, path: object) -> str:
         if not isinstance(path, bytes):
@@ -322,7 +311,7 @@ class Index:
         return os.fsdecode(path)
 
     def _columns(self, path: str) -> Any:
-        """The five of `STAMPED`, id, length, rows, columns and block of an image. Raises KeyError where it is none."""
+        """Those of `STAMPED`, id, length, rows, columns and block of an image. Raises KeyError where it is none."""
         columns = f"{STAMPED[self._format]}, id, length, rows, columns, block"
         if not (found := self._all(f"SELECT {columns} FROM images WHERE path = ?", os.fsencode(path))):
             raise KeyError(path)
@@ -366,69 +355,10 @@ class Index:
             return self._db.execute(query, values).fetchall()
 
 
-def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """SQLite's connection to a file: mode `ro`, `rw` or, to make it, `rwc`; transactions are begun by hand."""
-    name = quote(os.fsencode(path.absolute()))
-    with plain_errors(path):
-        db = sqlite3.connect(
-            f"file:{name}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            timeout=BUSY_SECONDS,
-            check_same_thread=False,  # `Index` has a lock
-        )
-        db.execute("PRAGMA trusted_schema = OFF")  # functions with side effects, from an untrusted file
-        return db
-
-
-def is_free(path: Path) -> bool:
-    """Whether an index can be made there: nothing has the name, or an empty file."""
-    return not path.exists() or (path.is_file() and not path.stat().st_size)
-
-
-@contextlib.contextmanager
-def plain_errors(path: Path) -> Iterator[None]:
-    """Turns SQLite's exceptions into those of files, with the file's name."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        text = " ".join(str(error).split())[:200]
-        if "not a database" in text:
-            raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
-        if any(phrase in text for phrase in ("malformed", "no such table", "no such column", "Could not decode")):
-            raise damaged(path, text) from None
-        raise OSError(f"{path}: {text}") from None
-
-
-def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Raises ValueError for a database that is no index, or an index that holds more or less than its tables."""
-    if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
-        raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
-    if (found := db.execute("PRAGMA user_version").fetchone()[0]) not in STAMPED:
-        raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
-    added = "" if found == VERSION else _plain("".join(f",{column}" for column in ADDED))
-    wanted = {name: _plain(sql).replace(added, "") for name, sql in TABLES.items()}
-    tables = set()
-    for kind, name, sql in db.execute("SELECT type, name, sql FROM sqlite_master"):
-        if kind == "table" and name in wanted and _plain(sql) == wanted[name]:
-            tables.add(name)
-        elif not (
-            (kind == "index" and str(name).startswith("sqlite_autoindex_") and sql is None)
-            or (kind == "table" and name in OF_SQLITE and str(sql).startswith("CREATE TABLE"))
-        ):
-            raise ValueError(
-                f"{path} is damaged or was tampered with: it holds the {kind} {name!r:.60}, which mlx-aimv2 does not "
-                "make and does not run: restore it from a copy, or delete it and embed anew"
-            )
-    if missing := set(TABLES) - tables:
-        raise damaged(path, f"no such table: {', '.join(sorted(missing))}")
-
-
-def damaged(path: Path, what: str) -> ValueError:
-    """The error for an index that cannot be read as it should."""
-    return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed anew")
-
-
-def _plain(sql: object) -> str:
-    """A statement without comments and white space, which earlier releases wrote otherwise."""
-    return re.sub(r"\s+", "", re.sub(r"--[^\n]*", "", str(sql))).lower()
+def _checked(date: Date, name: str) -> str:
+    """A date as its text. Raises ValueError for what is none."""
+    text = str(date)
+    with suppress(ValueError):
+        if re.fullmatch(r"\d{4}(-\d\d){0,2}", text, re.ASCII) and datetime.date.fromisoformat(f"{text}-01-01"[:10]):
+            return text
+    raise ValueError(f"{name} (--{name}) is a date as 2024, 2024-05 or 2024-05-17, got {text!r}")

@@ -16,28 +16,15 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import (
-    AXES,
-    SCRIPT,
-    STORED,
-    UPGRADE,
-    VERSION,
-    Embedding,
-    Index,
-    connect,
-    is_free,
-    plain_errors,
-)
+from mlx_aimv2.index.reader import AXES, STORED, Embedding, Index
+from mlx_aimv2.index.schema import FILE, SCRIPT, VERSION, connect, is_free, plain_errors, upgrade
 
 BLOCK = 1024
 """Vectors in one row of `blocks`; tokens and maps get a row each, since they may differ in size."""
 
-INSERT = (
-    "INSERT INTO images (path, size, mtime_ns, sha256, ctime_ns, inode, length, rows, columns, block) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
+INSERT = f"INSERT INTO images ({', '.join(FILE)}, length, rows, columns, block) VALUES ({'?, ' * len(FILE)}?, ?, ?, ?)"
 
-RENAME = "UPDATE images SET path = ?, size = ?, mtime_ns = ?, sha256 = ?, ctime_ns = ?, inode = ? WHERE path = ?"
+RENAME = f"UPDATE images SET {', '.join(f'{name} = ?' for name in FILE)} WHERE path = ?"
 
 Row = tuple[tuple[Any, ...], bytes]
 """All but the last of `INSERT`'s columns of an image's row, and its vector's bytes."""
@@ -110,6 +97,13 @@ class IndexWriter(Index):
         with self._transaction():
             return self._remove([os.fsencode(path) for path in paths])
 
+    def remember(self, sources: Mapping[str, Any]) -> None:
+        """Adds to the folders and patterns that the index was made of (`sources`)."""
+        with self._transaction():
+            found = dict(self._db.execute("SELECT name, value FROM about"))
+            self.sources = {**json.loads(found.get("sources", "{}")), **sources}
+            self._db.execute("INSERT OR REPLACE INTO about VALUES ('sources', ?)", (json.dumps(self.sources),))
+
     def _row(self, embedding: Embedding) -> Row:
         vector = np.asarray(embedding.vector, np.float32)
         if vector.ndim != self.axes or vector.shape[-1] != self.width:
@@ -179,9 +173,7 @@ class IndexWriter(Index):
         with self._lock, plain_errors(self.path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                if self._db.execute("PRAGMA user_version").fetchone()[0] < VERSION:
-                    for command in UPGRADE:
-                        self._db.execute(command)
+                upgrade(self._db)
                 yield
                 self._db.execute("COMMIT")
                 self._format = VERSION
@@ -192,4 +184,4 @@ class IndexWriter(Index):
 
 
 def _of_file(image: Embedding) -> tuple[Any, ...]:
-    return os.fsencode(image.path), image.size, image.mtime_ns, image.sha256, image.ctime_ns, image.inode
+    return os.fsencode(image.path), *(getattr(image, name) for name in FILE[1:])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mlx_aimv2.index.reader import Index
-from tests.image_files import image
+from mlx_aimv2.index.schema import ADDED
+from tests.image_files import dated, image
 from tests.small_index import change
 
 
@@ -28,7 +29,7 @@ def embed(folder, embed_command):
 @pytest.fixture
 def no_decoding(monkeypatch):
     """From now on nothing can be decoded."""
-    return lambda: monkeypatch.setattr("mlx_aimv2.embed.loader.open_image", None)
+    return lambda: monkeypatch.setattr("mlx_aimv2.images.open.OpenImage.rgb", None)
 
 
 def names() -> list[str]:
@@ -205,22 +206,28 @@ def test_a_name_that_now_reaches_another_indexed_file_loses_its_entry(alike, emb
     assert before["0.png"] not in vectors().values() and before["1.png"] in vectors().values()
 
 
-def test_an_index_of_format_1_is_read_filled_and_not_embedded_anew(folder, embed, no_decoding):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_index_of_an_earlier_format_is_read_filled_and_not_embedded_anew(folder, embed, no_decoding, version):
+    dated(folder / "3.png", "2024:05:17 12:00:00")
     embed("in")
     before = vectors()
-    for command in ("ALTER TABLE images DROP COLUMN inode", "ALTER TABLE images DROP COLUMN ctime_ns"):
-        change(Path("photos.db"), command)
-    change(Path("photos.db"), "PRAGMA user_version = 1")
+    for column in reversed([name for name, (since, _) in ADDED.items() if since > version]):
+        change(Path("photos.db"), f"ALTER TABLE images DROP COLUMN {column}")
+    change(Path("photos.db"), f"PRAGMA user_version = {version}")
     assert vectors() == before
+    with Index.open("photos.db") as index, pytest.warns(UserWarning, match="has no dates yet of 7 images"):
+        assert len(list(index.paths(before=2025))) == 0  # the files are of today
     no_decoding()
     assert embed("in")[0] == {"images": 7, "unchanged": 7}
     with Index.open("photos.db") as index:
         about = (folder / "3.png").stat()
         stamp = index.stamp(str(folder.absolute() / "3.png"))
-        assert (stamp.ctime_ns, stamp.inode) == (about.st_ctime_ns, about.st_ino)
+        assert (stamp.ctime_ns, stamp.inode, stamp.taken) == (about.st_ctime_ns, about.st_ino, "2024-05-17")
+        assert list(index.paths(before=2025)) == [stamp.path]
 
 
-def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_command):
+def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_command, monkeypatch):
+    monkeypatch.setattr("mlx_aimv2.images.find.can_read_raw", lambda: False)
     for name in (
         "@eaDir/0.png/SYNOPHOTO_THUMB.jpg",
         "#recycle/x.png",
@@ -235,7 +242,7 @@ def test_excluded_folders_and_other_files_are_counted(folder, embed, embed_comma
     assert code == 0
     wanted = {".dng": 2, ".jxl": 1, ".txt": 1, "@eaDir": 1, "#recycle": 1}
     assert json.loads(out)["passed_over"] == wanted
-    assert "2 .dng (raw, export it as JPEG)" in err
+    assert "2 .dng (raw: pip install 'mlx-aimv2[raw]', or export it as JPEG)" in err
 
 
 def test_patterns_exclude_and_include(folder, embed):

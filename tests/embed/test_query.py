@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.writer import IndexWriter
-from tests.image_files import noise, plain
+from tests.image_files import image, noise, plain
+from tests.small_index import change
 from tests.small_lit import COLOURS, colour_lit, write
 
 REFERENCE = Path(__file__).parents[1] / "golden" / "reference"
@@ -213,3 +216,80 @@ def test_images_found_are_put_into_a_new_folder_the_best_first(photo_index, sear
     code, _, err = search("query.png", flag, "found")
     assert code == 2
     assert "found as it already exists" in err
+
+
+# --update
+
+
+def names_of(out: str) -> list[str]:
+    return sorted(Path(match["path"]).name for match in json.loads(out)["matches"])
+
+
+def test_update_embeds_what_is_new_as_it_was_embedded_before(photo_index, search, capsys):
+    noise(photo_index / "more" / "a.png", 11)
+    more = ["embed", "mo*e", "-o", "photos.db", "--exclude", "b*", "--max-pixels", "3000"]
+    assert main(more) == 0
+    for name in ("in/new.png", "more/b.png", "more/c.png"):
+        noise(photo_index / name, len(name))
+    image(photo_index / "more" / "large.png", (61, 50))
+    (photo_index / "elsewhere").mkdir()
+    shutil.move("photos.db", "elsewhere/photos.db")
+    capsys.readouterr()
+    assert main(["search", "elsewhere/photos.db", "in/0.png", "--update", "--json", "-k", "99"]) == 1
+    out, err = capsys.readouterr()
+    assert {"new.png", "a.png", "c.png"} < set(names_of(out)) and not {"b.png", "large.png"} & set(names_of(out))
+    assert "more/large.png has 61x50 pixels" in err and "6 images (1 embedded" not in err
+    (photo_index / "more" / "large.png").unlink()
+    assert main(["search", "elsewhere/photos.db", "in/0.png", "--update", "-f", "--after", "2000"]) == 0
+
+
+def test_a_name_that_is_too_long_for_any_file_is_one_line(photo_index, capsys):
+    assert main(["embed", "in", "a" * 5000, "-o", "photos.db"]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_update_searches_what_is_there_where_a_folder_is_gone(photo_index, search):
+    shutil.move("in", "gone")
+    code, out, err = search("gone/0.png", "--update", "--json")
+    assert code == 1
+    assert names_of(out) == names_of(search("gone/0.png", "--json")[1]) != []
+    assert f"{photo_index}/in does not exist" in err
+
+
+@pytest.mark.parametrize("sources", [None, "{}"])
+def test_an_index_that_does_not_know_its_folders_says_what_to_type(photo_index, search, sources):
+    change(Path("photos.db"), "DELETE FROM about WHERE name = 'sources'")
+    if sources is not None:
+        change(Path("photos.db"), "INSERT INTO about VALUES ('sources', ?)", sources)
+    code, out, err = search("in/0.png", "--update")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "run mlx-aimv2 embed FOLDER -o photos.db once" in err
+    assert main(["embed", "in", "-o", "photos.db"]) == 0
+    assert search("in/0.png", "--update")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "sources",
+    ["[]", "nonsense", "[" * 99999, '{"/in": 3}', '{"/in": {"exclude": 1, "include": [], "policy": {}}}',
+     '{"/in": {"exclude": [], "include": [], "policy": {"decode": 7}}}',
+     '{"/in": {"exclude": [], "include": [], "policy": {"new": 7}}}',
+     '{"/in": {"exclude": [3], "include": [null], "policy": {"max_pixels": "x"}}}'],
+)  # fmt: skip
+def test_sources_from_an_untrusted_index_are_one_line(photo_index, search, sources):
+    change(Path("photos.db"), "UPDATE about SET value = ? WHERE name = 'sources'", sources)
+    code, out, err = search("in/0.png", "--update")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and "photos.db is damaged" in err
+
+
+def test_update_goes_beside_another_embed(photo_index, search):
+    noise(photo_index / "in" / "new.png", 21)
+    noise(photo_index / "more" / "a.png", 22)
+    command = [sys.executable, "-m", "mlx_aimv2", "embed", "more", "-o", "photos.db"]
+    with subprocess.Popen(command) as other:
+        code, out, _ = search("in/0.png", "--update", "--json", "-k", "99")
+    assert (code, other.returncode) == (0, 0)
+    assert "new.png" in names_of(out)
+    with Index.open("photos.db") as index:
+        assert len(index) == 7
+        assert sorted(index.sources) == [str(photo_index / "in"), str(photo_index / "more")]

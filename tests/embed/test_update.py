@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_aimv2.embed.job import make_plan
 from mlx_aimv2.embed.loader import CHUNK
+from mlx_aimv2.files import marks_of
 from mlx_aimv2.images.find import list_images
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.writer import IndexWriter
@@ -33,11 +34,21 @@ def test_chunks_are_cut_before_anything_is_left_out(tmp_path):
         done = [*files[:7], *files[CHUNK : 2 * CHUNK]]
         stats = [(file, Path(file).stat()) for file in done]
         ones = np.ones(3, np.float32)
-        index.add(Embedding(file, about.st_size, about.st_mtime_ns, bytes(32), ones) for file, about in stats)
+        index.add(
+            Embedding(file, about.st_size, about.st_mtime_ns, bytes(32), ones, *marks_of(about)[2:], "")
+            for file, about in stats
+        )
         plan = make_plan(listing, index)
     assert plan.chunks == [files[7:CHUNK], files[2 * CHUNK :]]
     assert plan.unchanged == len(done)
     assert sum(map(len, plan.chunks)) == len(files) - len(done)
+
+
+def test_a_run_with_nothing_to_do_loads_no_model(folder, embed_command, monkeypatch):
+    embed_command("in")
+    monkeypatch.setattr("mlx_aimv2.embed.encode.Embedder.load", None)
+    code, out, _ = embed_command("in", model=None)
+    assert (code, out) == (0, "photos.db: 7 images (7 unchanged)\n")
 
 
 def test_a_second_run_touches_only_what_changed(folder, embed_command):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mlx_aimv2.index.reader import Embedding, Index, connect
+from mlx_aimv2.index.reader import Embedding, Index
+from mlx_aimv2.index.schema import connect
 from mlx_aimv2.index.writer import BLOCK, Copy, IndexWriter
 from tests.small_index import WIDTH, entry, some
 

@@ -5,6 +5,7 @@ from tests.mutations import Mutation
 FIT, DENSE = (f"tests/learn/test_{name}.py::test_" for name in ("fit", "dense"))
 HTML, DAMAGED = (f"tests/index/test_{name}.py::test_" for name in ("html", "damaged_index"))
 
+DATES = ("tests/embed/test_dates.py",)
 NEAREST = ("tests/index/test_nearest.py",)
 DUPLICATES = ("tests/index/test_duplicates.py",)
 
@@ -83,7 +84,7 @@ RESULTS = (
     ),
     Mutation(
         "what an index says of a file may be anything",
-        "if kinds != [int, int, bytes] or not all(isinstance(one, (int, NoneType)) for one in others):",
+        "if not all(isinstance(value, kind) for value, kind in zip(values, STAMP, strict=True)):",
         "if False:",
         (DAMAGED + "what_an_index_says_of_a_file_is_checked",),
     ),
@@ -94,6 +95,54 @@ RESULTS = (
         ("tests/index/test_writer.py::test_an_addition_that_fails_changes_nothing",),
     ),
     Mutation(
+        "an image whose EXIF tells no date has none",
+        "coalesce(nullif({}, '')",
+        "coalesce({}",
+        DATES,
+    ),
+    Mutation(
+        "a span holds the day before which it ends",
+        '("before", before, "<")',
+        '("before", before, "<=")',
+        DATES,
+    ),
+    Mutation(
+        "the day of a photograph is that of its last change",
+        "for at in (_values(block, first.get(EXIF)).get(TAKEN), first.get(CHANGED)):",
+        "for at in (first.get(CHANGED), _values(block, first.get(EXIF)).get(TAKEN)):",
+        DATES,
+    ),
+    Mutation(
+        "a file that is recognised loses its date",
+        "            found.taken = opened.taken\n",
+        '            found.taken = "" if is_known else opened.taken\n',
+        ("tests/embed/test_dates.py", "tests/embed/test_identity.py"),
+    ),
+    Mutation(
+        "of two that embed into an index the folders of the last are remembered",
+        '{**json.loads(found.get("sources", "{}")), **sources}',
+        "{**sources}",
+        ("tests/embed/test_query.py",),
+    ),
+    Mutation(
+        "--update forgets what was excluded",
+        'flags = {"exclude": [*options.exclude],',
+        'flags = {"exclude": [],',
+        ("tests/embed/test_query.py",),
+    ),
+    Mutation(
+        "a preview that is upright is turned",
+        "if preview.orientation == 1 and (turn < 5 or (wide < high) == (width < height)):",
+        "if preview.orientation == 1:",
+        ("tests/images/test_raw.py",),
+    ),
+    Mutation(
+        "a preview of any size is taken for a raw photograph",
+        "max(preview.size) >= min(ENOUGH, max(size) / 2)",
+        "max(preview.size) >= 0",
+        ("tests/images/test_raw.py",),
+    ),
+    Mutation(
         "the parts of a query have their own lengths",
         "total += weight * (one / np.linalg.norm(one))",
         "total += weight * one",
@@ -101,10 +150,8 @@ RESULTS = (
     ),
     Mutation(
         "a folder is any beginning of a name",
-        """.rstrip(b"/") + b"/"
-""",
-        """.rstrip(b"/")
-""",
+        '{"path >= ?": start + b"/",',
+        '{"path >= ?": start,',
         NEAREST,
     ),
     Mutation(
