@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,7 +18,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.cli.output import abandon, log, note, say
+from mlx_aimv2.cli.output import abandon, log, progress, say
+from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.files import discard_unfinished
 
 VERBS = {
@@ -44,7 +44,7 @@ VERBS = {
 LARGE = "apple/aimv2-large-patch14-224"
 
 EXAMPLES = {
-    "embed": f"~/Pictures -m {LARGE} -o photos.db",
+    "embed": f"~/Pictures -m {LIT_CHECKPOINT} -o photos.db",
     "search": 'photos.db cat.jpg -a "in the snow" -s person --html found.html --open',
     "duplicates": "photos.db --html duplicates.html --open",
     "classify": 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"',
@@ -178,9 +178,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     """
     try:
         _usable_streams()
-        with stoppable() as stops, warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = note
+        with stoppable() as stops, progress():
             try:
                 return work()
             except ImportError:

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from mlx_aimv2.backend.device import AUTO
 from mlx_aimv2.cli.flags import OF_INDEX, PATCHES, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import progress, say, show
 from mlx_aimv2.files import expand_user
@@ -32,7 +33,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=OF_INDEX)
     add_revision(add)
-    add_dtype(add)
+    add_dtype(add, f"the index's own, else {AUTO}")
 
     add = parser.add_argument_group("what is stored of an image").add_argument
     words = "mean or head, or all: tokens, map (default: head if there is one, else mean)"

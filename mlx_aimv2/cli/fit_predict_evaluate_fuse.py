@@ -26,7 +26,7 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     add["data"]("--labels", metavar="A,B,…", help="allowed labels; any other label in DATA is an error")
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=f"encoder: {MODEL}")
     add_revision(add["model"])
-    add_dtype(add["model"], "the checkpoint's, for full float32")
+    add_dtype(add["model"])
     types = "linear, attentive, knn, decoder, lora, dora, full (default: by task)"
     add["what is trained"]("--task", metavar="NAME", help="classify, segment or detect (default: guessed from DATA)")
     add["what is trained"]("--fine-tune-type", metavar="NAME", help=types)

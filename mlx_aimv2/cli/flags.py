@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
+from mlx_aimv2.backend.device import AUTO
 from mlx_aimv2.config import DTYPES
 from mlx_aimv2.images import DECODE, TRUNCATED, Policy
 from mlx_aimv2.train.settings import flag, flagged
@@ -32,9 +33,10 @@ def add_revision(add: Add, default: str = "Apple's release, pinned") -> None:
     add("--revision", metavar="NAME", help=f"{REVISION} (default: {default})")
 
 
-def add_dtype(add: Add, default: str = "the checkpoint's") -> None:
-    """Adds --dtype for computing; `default` says what None means."""
-    add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{', '.join(DTYPES)} or auto (default: {default})")
+def add_dtype(add: Add, own: str | None = None) -> None:
+    """Adds --dtype for computing; without `own`, which says what None means, the default is `auto`."""
+    words = f"{', '.join(DTYPES)} or {AUTO} (default: {own or AUTO})"
+    add("--dtype", choices=(*DTYPES, AUTO), default=None if own else AUTO, metavar="NAME", help=words)
 
 
 def add_resume(add: Add) -> None:

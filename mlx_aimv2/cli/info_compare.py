@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.cli.flags import MODEL, REVISION, add_revision, groups
+from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups
 from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.config import DTYPES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, dtype_name
 from mlx_aimv2.files import expand_user, read_start
@@ -127,7 +127,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
     add = groups(parser, "input", "output")
     add["input"]("reference", metavar="REFERENCE", help=f"run in float32: {MODEL}")
-    add["input"]("other", metavar="MODEL", help="the model to judge, run in its own dtype")
+    add["input"]("other", metavar="MODEL", help="the model to judge")
+    add_dtype(add["input"])
     words = f"take {MAX_IMAGES} images of this folder (default: four bundled photographs)"
     add["input"]("--images", metavar="DIR", help=words)
     words = f"of REFERENCE: {REVISION} (default: Apple's release, pinned)"
@@ -140,7 +141,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.conversion.fidelity import choose_images, compare, table
 
     images = choose_images(arguments.images)
-    found = compare(arguments.reference, arguments.other, images=images, revision=arguments.revision)
+    keywords = {name: getattr(arguments, name) for name in ("revision", "dtype")}
+    found = compare(arguments.reference, arguments.other, images=images, **keywords)
     if arguments.json:
         print(json.dumps(found, indent=4))
     else:

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mlx_aimv2 import plot
-from mlx_aimv2.cli.flags import MODEL, PATCHES, add_policy_arguments, add_revision, policy_of
+from mlx_aimv2.cli.flags import MODEL, PATCHES, add_dtype, add_policy_arguments, add_revision, policy_of
 from mlx_aimv2.cli.output import say, show_progress
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder
 from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
@@ -43,6 +43,7 @@ def add_map(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", required=True, metavar="MODEL", help=MODEL)
     add_revision(add)
+    add_dtype(add)
 
     add = parser.add_argument_group("what is drawn").add_mutually_exclusive_group().add_argument
     add("--pca", action="store_true", help="three principal components as colours (the default)")
@@ -73,7 +74,7 @@ def run_map(arguments: argparse.Namespace) -> int:
         targets = _targets(arguments.images, found.files, arguments.output, kind)
         for target in targets:
             _check(target, found.files, overwrite=arguments.overwrite)
-        model, processor = load(arguments.model, revision=arguments.revision)
+        model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
         decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
         mark.add_text("Software", SOFTWARE)

@@ -74,15 +74,16 @@ def compare(
     *,
     images: Sequence[str | os.PathLike[str]] | None = None,
     revision: str | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
-    `images` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
-    whole. Raises ValueError where the two give features of different shapes.
+    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` the other's. Neither model is
+    ever in memory as a whole. Raises ValueError where the two give features of different shapes.
     """
     images = images if images is not None else choose_images(None)
     run = run_reference(read_source(reference, revision=revision), images)
-    return report(run, run_blockwise(read_source(other), images), images)
+    return report(run, run_blockwise(read_source(other), images, dtype=dtype), images)
 
 
 def run_reference(source: Source, images: Sequence[str | os.PathLike[str]]) -> BlockwiseRun:

@@ -241,9 +241,9 @@ class Settings:
 
     def filled(self, made: Mapping[str, Any]) -> Settings:
         """These settings and, where they say nothing, those that made an index (`made_by`)."""
-        kept = {name: made[name] for name in ("pool", "layer", "norm", "max_patches")}
+        kept = {name: made[name] for name in ("dtype", "pool", "layer", "norm", "max_patches")}
         if self.model is None:
-            kept |= {"model": made["checkpoint"], "revision": made["commit"], "dtype": made["dtype"]}
+            kept |= {"model": made["checkpoint"], "revision": made["commit"]}
         return Settings(**(kept | {name: value for name, value in asdict(self).items() if value not in (None, False)}))
 
 

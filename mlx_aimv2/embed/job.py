@@ -17,8 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.backend.device import is_slow_here
-from mlx_aimv2.config import dtype_name
+from mlx_aimv2.backend.device import AUTO, slow_here
 from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
 from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
@@ -284,7 +283,7 @@ class _Job:
         if self.index is None:
             if given.model is None:
                 raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {EXAMPLE}")
-            return given
+            return replace(given, dtype=given.dtype or AUTO)
         stored = made_by(self.index)
         if self.options.store not in (None, self.index.dtype):
             raise ValueError(f"{self.output} stores {self.index.dtype}: leave --store out, or choose another -o")
@@ -330,9 +329,8 @@ class _Job:
                 f"({'; '.join(notes)}): leave -m and --dtype out to keep its settings",
                 stacklevel=1,
             )
-        dtype = embedder.loaded.model.dtype
-        if self.plan.chunks and is_slow_here(dtype):
-            self.report(f"note: MLX computes {dtype_name(dtype)} slowly on a CPU; --dtype auto takes float32")
+        if self.plan.chunks and (slow := slow_here(embedder.loaded.model.dtype)) is not None:
+            warnings.warn(slow, stacklevel=1)
         return str(description["weights"]["digest"])
 
     def take(self, result: Result) -> None:
