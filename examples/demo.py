@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     command("convert", "--hf-path", bundled.emoji_checkpoint(), "--mlx-path", folder)
 
     say(f"Embed: {len(names)} emoji in a style that training never saw")
-    command("embed", bundled.ASSETS / "noto", "-m", folder, "-o", index, "--dtype", "auto")
+    command("embed", bundled.ASSETS / "noto", "-m", folder, "-o", index)
 
     say("Search by words, none of which names an image, and by an image")
     model, processor = load(folder, dtype="auto")

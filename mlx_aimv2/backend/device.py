@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_aimv2.config import dtype_name
 from mlx_aimv2.files import read_json
 
 T = TypeVar("T")
@@ -72,9 +73,11 @@ class Machine:
         return self.kind != "cpu" and (self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_MATRIX_UNITS
 
 
-def is_slow_here(dtype: mx.Dtype) -> bool:
-    """Whether MLX computes a dtype much more slowly than float32 on the default device: half precision on a CPU."""
-    return dtype in (mx.float16, mx.bfloat16) and mx.default_device().type == mx.DeviceType.cpu
+def slow_here(dtype: mx.Dtype) -> str | None:
+    """A sentence where MLX computes a dtype much more slowly than float32 on the default device, and what to type."""
+    if dtype not in (mx.float16, mx.bfloat16) or mx.default_device().type != mx.DeviceType.cpu:
+        return None
+    return f"MLX computes {dtype_name(dtype)} slowly on a CPU; --dtype {AUTO} takes float32"
 
 
 def machine() -> Machine:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
+from mlx_aimv2.backend.device import AUTO
 from mlx_aimv2.config import DTYPES
 from mlx_aimv2.images import DECODE, TRUNCATED, Policy
 from mlx_aimv2.train.settings import flag, flagged
@@ -32,9 +33,10 @@ def add_revision(add: Add, default: str = "Apple's release, pinned") -> None:
     add("--revision", metavar="NAME", help=f"{REVISION} (default: {default})")
 
 
-def add_dtype(add: Add, default: str = "the checkpoint's") -> None:
-    """Adds --dtype for computing; `default` says what None means."""
-    add("--dtype", choices=(*DTYPES, "auto"), metavar="NAME", help=f"{', '.join(DTYPES)} or auto (default: {default})")
+def add_dtype(add: Add, own: str | None = None) -> None:
+    """Adds --dtype for computing; without `own`, which says what None means, the default is `auto`."""
+    words = f"{', '.join(DTYPES)} or {AUTO} (default: {own or AUTO})"
+    add("--dtype", choices=(*DTYPES, AUTO), default=None if own else AUTO, metavar="NAME", help=words)
 
 
 def add_resume(add: Add) -> None:
@@ -46,6 +48,15 @@ def add_skip_broken(add: Add, *, default: bool = False) -> None:
     """Adds --skip-broken and --no-skip-broken."""
     words = f"leave out images that cannot be read, or refuse them (default: {'leave out' if default else 'refuse'})"
     add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
+
+
+def add_rules(add: Add) -> None:
+    """Adds --exclude and --include."""
+    for name, words in (
+        ("--exclude", "skip what matches: *.png, Trash/"),
+        ("--include", "include matching files even if excluded, hidden or with another suffix"),
+    ):
+        add(name, action="append", default=[], metavar="PATTERN", help=f"{words}; {REPEATED}")
 
 
 def add_policy_arguments(add: Add) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 import time
@@ -21,31 +23,66 @@ MAX_LINE, MAX_RESULT = 1000, 8192
 """Characters of a line on stderr, and on stdout, where a path of 4,096 bytes stays whole. What is longer quotes a name
 or a value that was hardly meant as one."""
 
+NOTE = "note: "
+
 NOTES = 10
 """Notes written in full during a long run; the others are counted."""
 
 _bar: tqdm[Any] | None = None
 """The progress bar on the terminal, above which lines are written."""
 
+_shown: Progress | None = None
+"""The progress of the run."""
+
 
 def say(message: object) -> None:
-    """Writes a message as one line on stderr, above a progress bar; a full disk or a closed stream stops nothing."""
-    if _bar is not None:
-        _bar.clear()
-    _attempt(f"mlx-aimv2: {as_line(str(message).strip())}\n")
-    if _bar is not None:
-        _bar.refresh()
+    """Writes a message as one line on stderr; a full disk or a closed stream stops nothing."""
+    text = as_line(str(message).strip())
+    if _shown is not None and text.startswith(NOTE):
+        if text in _shown.notes:
+            return
+        if len(_shown.notes) == NOTES:
+            _shown.more_notes += 1
+            return
+        _shown.notes.append(text)
+    log(f"mlx-aimv2: {text}")
 
 
 def log(text: str) -> None:
     """Writes the lines of a log on stderr as they are, but escaped."""
-    for line in text.splitlines():
-        _attempt(f"{as_line(line)}\n")
+    with _above_bar():
+        for line in text.splitlines():
+            _attempt(f"{as_line(line)}\n")
 
 
 def show(line: str) -> None:
     """Writes one line of a result on stdout."""
-    print(as_line(line, MAX_RESULT), flush=True)
+    with _above_bar():
+        print(as_line(line, MAX_RESULT), flush=True)
+
+
+def show_json(value: object) -> None:
+    """Writes a result on stdout as JSON in one line, however long."""
+    with _above_bar():
+        print(json.dumps(value), flush=True)
+
+
+class Failures(list[str]):
+    """The images that failed, each said once; a run that has any ends with 1."""
+
+    def __call__(self, path: str, reason: str) -> None:
+        """Takes a failure: `reason` continues a sentence that starts with the path."""
+        self.append(path)
+        say(f"{path} {reason}")
+
+
+@contextmanager
+def _above_bar() -> Iterator[None]:
+    if _bar is not None:
+        _bar.clear()
+    yield
+    if _bar is not None:
+        _bar.refresh()
 
 
 def show_progress(line: str) -> None:
@@ -101,30 +138,53 @@ def escape(text: str) -> str:
     return "".join(character if character.isprintable() else _escaped(character) for character in text)
 
 
-class Progress:
-    """How far a long run is: on a terminal a bar, in a log a line every ten seconds. A call returns at once."""
+class Progress(logging.Handler):
+    """How far a long run is: on a terminal a bar, in a log a line every ten seconds. A call returns at once.
+
+    What the package logs before there is something to count, such as "loading", stands before a bar at 0 %; what it
+    logs as information is a line as well.
+    """
 
     def __init__(self) -> None:
-        self.unit = "images"
+        super().__init__()
+        self.unit = ""
         self.started = self.last = time.monotonic()
+        self.notes: list[str] = []
+        self.more_notes = 0
 
     def __call__(self, done: int, total: int, unit: str = "images") -> None:
         """Shows that `done` of `total` are done; another unit ends the bar before."""
-        global _bar
         from tqdm import tqdm
 
-        if unit != self.unit:
-            self.close()
-            self.unit, self.started = unit, time.monotonic()
-        if sys.stderr is not None and sys.stderr.isatty():
-            if _bar is None:
-                _bar = tqdm(total=total, unit=f" {self.unit}", file=_Patient(), leave=False, dynamic_ncols=True)
+        self._begin(unit, total, unit=f" {unit}")
+        if _bar is not None:
             _bar.update(done - _bar.n)
         elif (now := time.monotonic()) - self.last >= SECONDS_IN_LOG:
             self.last = now
-            say(tqdm.format_meter(done, total, now - self.started, ncols=0, unit=f" {self.unit}").strip())
+            say(tqdm.format_meter(done, total, now - self.started, ncols=0, unit=f" {unit}").strip())
 
-    def close(self) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows what begins now."""
+        words = as_line(record.getMessage())
+        if record.levelno >= logging.INFO:
+            say(words)
+        self._begin(words, 1, desc=words, bar_format="{desc}: {percentage:3.0f}%|{bar}|")
+
+    def _begin(self, what: str, total: int, **settings: Any) -> None:
+        """Takes a new bar where what is counted is something else than before, on a terminal alone."""
+        global _bar
+        from tqdm import tqdm
+
+        if what == self.unit:
+            return
+        self.end()
+        if self.unit:
+            self.started = time.monotonic()
+        self.unit = what
+        if sys.stderr is not None and sys.stderr.isatty():
+            _bar = tqdm(total=total, file=_Patient(), leave=False, dynamic_ncols=True, **settings)
+
+    def end(self) -> None:
         """Takes the bar off the terminal."""
         global _bar
         if _bar is not None:
@@ -132,26 +192,36 @@ class Progress:
         _bar = None
 
 
+def begin(what: str) -> None:
+    """Shows what begins now, where there is nothing to count yet."""
+    logging.getLogger("mlx_aimv2").debug(what)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Gives what shows the progress of a run. Within it the first ten notes are written, the others counted."""
-    count, shown = 0, Progress()
+    """Gives what shows the progress of a run, within another one the same.
 
-    def limited(message: Warning | str, *_: object, **__: object) -> None:
-        nonlocal count
-        count += 1
-        if count <= NOTES:
-            note(message)
-
+    Within it each note is written once, and when ten are written the others are counted.
+    """
+    global _shown
+    if _shown is not None:
+        yield _shown
+        return
+    _shown = shown = Progress()
+    logger = logging.getLogger("mlx_aimv2")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(shown)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = limited
+        warnings.showwarning = note
         try:
             yield shown
         finally:
-            shown.close()
-            if count > NOTES:
-                say(f"note: {count - NOTES:,} more notes like these")
+            logger.removeHandler(shown)
+            shown.end()
+            _shown = None
+            if shown.more_notes:
+                say(f"note: {shown.more_notes:,} more notes like these")
 
 
 class _Patient:
@@ -185,7 +255,7 @@ def abandon(stream: TextIO) -> None:
 
 
 def note(message: Warning | str, *_: object, **__: object) -> None:
-    say(f"note: {message}")
+    say(f"{NOTE}{message}")
 
 
 def _escaped(character: str) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mlx_aimv2 import __version__, bundled
 from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT, TF32, may_use_tf32, turn_tf32_off
-from mlx_aimv2.config import dtype_name
+from mlx_aimv2.config import dtype_name, megabytes
 from mlx_aimv2.images.find import list_images
 from mlx_aimv2.loading import Source, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
@@ -74,17 +74,18 @@ def compare(
     *,
     images: Sequence[str | os.PathLike[str]] | None = None,
     revision: str | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
-    `images` None takes the four that are bundled; `revision` is the reference's. Neither model is ever in memory as a
-    whole. TensorFloat32 is turned off for the whole process, or the report says that it may be on (`turn_tf32_off`).
-    Raises ValueError where the two give features of different shapes.
+    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` the other's. Neither model is
+    ever in memory as a whole. TensorFloat32 is turned off for the whole process, or the report says that it may be on
+    (`turn_tf32_off`). Raises ValueError where the two give features of different shapes.
     """
     turn_tf32_off()
     images = images if images is not None else choose_images(None)
     run = run_reference(read_source(reference, revision=revision), images)
-    return report(run, run_blockwise(read_source(other), images), images)
+    return report(run, run_blockwise(read_source(other), images, dtype=dtype), images)
 
 
 def run_reference(source: Source, images: Sequence[str | os.PathLike[str]]) -> BlockwiseRun:
@@ -237,8 +238,8 @@ def rows(found: Mapping[str, Any]) -> dict[str, str]:
         table["largest difference of logits"] = f"{found['largest_logit_difference']:.4g}"
     return table | {
         "largest activation": f"{largest['value']:.4g} in {largest['block']} ({limit})",
-        "size": f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
-        "size of the reference": _megabytes(found["reference"]["bytes"]),
+        "size": f"{megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
+        "size of the reference": megabytes(found["reference"]["bytes"]),
         "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, against float32",
     }
 
@@ -294,10 +295,6 @@ def _spread(values: Floats) -> dict[str, float]:
 def _finite(value: float) -> float:
     """The value, or the largest float where it is not finite: JSON has no infinity."""
     return float(np.nan_to_num(float(value), nan=sys.float_info.max))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def cosines(a: Floats, b: Floats) -> Floats:

@@ -18,15 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.backend.device import is_slow_here
-from mlx_aimv2.config import dtype_name
+from mlx_aimv2.backend.device import AUTO, slow_here
 from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
 from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.files import expand_user, stat_of
 from mlx_aimv2.images import FAST, Policy
-from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
+from mlx_aimv2.images.find import Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Embedding, Index
 from mlx_aimv2.index.schema import is_free
@@ -287,7 +286,7 @@ class _Job:
         if self.index is None:
             if given.model is None:
                 raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {EXAMPLE}")
-            return given
+            return replace(given, dtype=given.dtype or AUTO)
         stored = made_by(self.index)
         if self.options.store not in (None, self.index.dtype):
             raise ValueError(f"{self.output} stores {self.index.dtype}: leave --store out, or choose another -o")
@@ -308,14 +307,14 @@ class _Job:
         may_grow = [name for name in names if glob.has_magic(name) or os.path.isdir(expand_user(name))]  # noqa: PTH112
         self.sources = dict.fromkeys(map(_absolute, may_grow), flags)
         listing = list_images(names, exclude=options.exclude, include=options.include)
+        if not self.options.prune:
+            listing.check_any()
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
         missing = [path for path in listing.missing if not (self.options.prune and self._holds(path))]
         self._fail([(path, "does not exist") for path in missing])
         self._fail(listing.problems)
-        if not listing.files and not listing.problems and not self.options.prune:
-            raise FileNotFoundError(f"no images found: looked for names that end in {' '.join(SUFFIXES)}")
         return listing
 
     def _holds(self, given: str) -> bool:
@@ -338,9 +337,9 @@ class _Job:
                 f"({'; '.join(notes)}): leave -m and --dtype out to keep its settings",
                 stacklevel=1,
             )
-        dtype = embedder.loaded.model.dtype
-        if self.plan.chunks and is_slow_here(dtype):
-            self.report(f"note: MLX computes {dtype_name(dtype)} slowly on a CPU; --dtype auto takes float32")
+        if self.plan.chunks and (slow := slow_here(embedder.loaded.model.dtype)) is not None:
+            warnings.warn(slow, stacklevel=1)
+        self.on_progress(0, sum(len(chunk) for chunk in self.plan.chunks))
         return str(description["weights"]["digest"])
 
     def take(self, result: Result) -> None:

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.backend import prepared
+from mlx_aimv2.backend.device import AUTO, slow_here
 from mlx_aimv2.conversion.model_card import front_matter
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.loader import MIN_PATCHES
@@ -56,7 +57,7 @@ def fit(
     fine_tune_type: str | None = None,
     labels: Sequence[str] | None = None,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: str | None = AUTO,
     cache: str | os.PathLike[str] | None = None,
     resume: bool = False,
     skip_broken: bool = False,
@@ -67,10 +68,10 @@ def fit(
     """Trains a head, or an encoder with one, on labelled images: `DATA, MODEL, HEAD -> Fitted`.
 
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
-    fields of `task.Options`, such as `epochs=5`. `labels` is the list that every label must be in. `say` receives
-    a line for each thing worth knowing; `on_progress` takes how many images or steps are done, how many there are, and
-    the word. With `resume` a run that was stopped goes on. With `skip_broken` images that cannot be read are left out;
-    HEAD/left_out.txt lists what was.
+    fields of `task.Options`, such as `epochs=5`. `dtype` is `load`'s; in full, auto is float32. `labels` is the list
+    that every label must be in. `say` receives a line for each thing worth knowing; `on_progress` takes how many images
+    or steps are done, how many there are, and the word. With `resume` a run that was stopped goes on. With
+    `skip_broken` images that cannot be read are left out; HEAD/left_out.txt lists what was.
 
     Raises DataError (a ValueError) with everything that is wrong with the data, ValueError for options that
     contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
@@ -88,6 +89,8 @@ def fit(
         decode = skip_broken or found.types[kind].features is None
         dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken)
         loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
+        if (slow := slow_here(loaded.model.dtype)) is not None:
+            say(f"note: {slow}")
         encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.dense)
         described = head_folder.describe_encoder(loaded, processor)
         del loaded  # or the text encoder of a pair would stay in memory
@@ -234,7 +237,7 @@ def _dtype(kind: str, dtype: str | None) -> str | None:
     """The dtype to train in: the steps of a fine-tuning in full are too small for the digits of half precision."""
     if kind != "full":
         return dtype
-    if dtype not in (None, "float32"):
+    if dtype not in (None, AUTO, "float32"):
         raise ValueError(f"--fine-tune-type full needs --dtype float32, got {dtype}; lora and dora do not")
     return "float32"
 

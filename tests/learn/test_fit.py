@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_aimv2 import plot
+from mlx_aimv2.backend.device import slow_here
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import open_features
 from mlx_aimv2.learn import classify, evaluate, fit, fuse, predict
@@ -284,8 +285,12 @@ def test_an_encoder_in_half_precision_is_trained_in_full_as_float32(digits, tmp_
     fit(digits, half, tmp_path / "head", fine_tune_type="full", iters=1, batch_size=4)
     learner = load_head(tmp_path / "head").learner
     assert {str(array.dtype) for _, array in tree_flatten(learner.parameters())} == {"mlx.core.float32"}
-    fit(digits, half, tmp_path / "probe")
-    assert load_head(tmp_path / "probe").learner.encoder.dtype == mx.bfloat16
+    for name, dtype, wanted in (("auto", {}, mx.float32), ("own", {"dtype": None}, mx.bfloat16)):
+        lines: list[str] = []
+        fit(digits, half, tmp_path / name, say=lines.append, **dtype)
+        is_slow = f"note: {slow_here(wanted)}" in lines
+        assert is_slow == (wanted == mx.bfloat16 and mx.default_device().type == mx.DeviceType.cpu)
+        assert load_head(tmp_path / name).learner.encoder.dtype == wanted  # a head keeps what it was made with
 
 
 def test_the_papers_recipe_tries_its_fourteen_settings(digits, tmp_path):

@@ -93,7 +93,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "the report on fidelity compares the source with itself",
-        "return report(run, run_blockwise(read_source(other), images), images)",
+        "return report(run, run_blockwise(read_source(other), images, dtype=dtype), images)",
         "return report(run, run, images)",
         ("tests/conversion/test_fidelity.py",),
     ),
