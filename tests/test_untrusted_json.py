@@ -110,9 +110,9 @@ def _coco(folder, text, work, adapted):
 
 def _rows(folder, text, work, adapted):
     (folder / "metadata.jsonl").write_text(f'{text}\n{{"file_name": "a.png", "label": "a"}}\n')
-    rows, faults = metadata_rows(folder / "metadata.jsonl", Scan())
+    rows = metadata_rows(folder / "metadata.jsonl", scan := Scan())
     assert [row["file_name"] for row in rows] == ["a.png"]
-    raise DataError(faults or [f"{folder / 'metadata.jsonl'} has an empty line"])
+    raise DataError(scan.faults or [f"{folder / 'metadata.jsonl'} has an empty line"])
 
 
 DOORS = {"config": _config, "head": _head, "adapters": _adapters, "coco": _coco, "rows": _rows}
