@@ -25,6 +25,12 @@ CHECKPOINTS = (
         (f"{BESIDE}two_encoders_in_one_file_are_refused",),
     ),
     Mutation(
+        "half of a character is text",
+        "if _SURROGATE.search(text):",
+        "if False:",
+        ("tests/test_untrusted_json.py::test_what_nothing_could_hold_is_one_short_line",),
+    ),
+    Mutation(
         "every buffer is left out",
         'r"(^|\\.)(position_ids|num_batches_tracked)$"',
         'r"(^|\\.)(position_ids|num_batches_tracked|\\w*mean|\\w*mask)$"',
