@@ -108,7 +108,7 @@ class Progress:
         self.unit = "images"
         self.started = self.last = time.monotonic()
 
-    def __call__(self, done: int, total: int, unit: str = "images") -> None:
+    def __call__(self, done: int, total: int, unit: str) -> None:
         """Shows that `done` of `total` are done; another unit ends the bar before."""
         global _bar
         from tqdm import tqdm

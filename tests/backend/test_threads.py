@@ -143,17 +143,19 @@ if child == 0:
     os._exit(0)
 os.waitpid(child, 0)
 """
-MAIN = 'main(["info", str(bundled.emoji_checkpoint())])'
+WITHIN = (
+    "embed()",
+    "processor(bundled.photographs()[0])",
+    "model.encode_image(pixels)",
+    'main(["info", str(bundled.emoji_checkpoint())])',
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    "within", ["embed()", "processor(bundled.photographs()[0])", "model.encode_image(pixels)", MAIN]
+    ("before", "within"), [("", "embed()"), *(("model, processor, pixels = embed()", within) for within in WITHIN)]
 )
-@pytest.mark.parametrize("before", ["", "model, processor, pixels = embed()"])
 def test_a_forked_process_works_or_says_spawn(before, within):
-    if not before and within != "embed()":
-        pytest.skip("nothing was loaded")
     command = [sys.executable, "-W", "ignore", "-c", FORK.format(before=before, within=within)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
     assert ('multiprocessing.get_context("spawn")' if before else "embedded") in done.stdout + done.stderr

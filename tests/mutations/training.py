@@ -533,6 +533,12 @@ TRAINING = (
         ("tests/learn/test_fit.py::test_weights_that_are_no_numbers_or_do_not_fit_are_refused_by_whoever_uses_them",),
     ),
     Mutation(
+        "a processor that was loaded before a fork hangs after it",
+        "        check_process()\n        steps = self.preprocessing\n",
+        "        steps = self.preprocessing\n",
+        ("tests/backend/test_threads.py::test_a_forked_process_works_or_says_spawn",),
+    ),
+    Mutation(
         "adapters are fused with any encoder",
         "    if info:\n        check_encoder(head, encoder, loaded)\n",
         "    if info:\n",
