@@ -28,7 +28,7 @@ from PIL import Image
 
 from mlx_aimv2 import quantize
 from mlx_aimv2.backend.device import AUTO, check_process, mark_lazy, may_use_tf32, suited_dtype
-from mlx_aimv2.checkpoint.detect import classifier, differences, disagreements, listed, recognise, sizes
+from mlx_aimv2.checkpoint.detect import beside, differences, disagreements, recognise, sizes
 from mlx_aimv2.checkpoint.read import Checkpoint, read, read_tensors
 from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
 from mlx_aimv2.images.processor import Aimv2Processor
@@ -228,8 +228,9 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
 
 def _checked(origin: Checkpoint) -> Source:
     match = recognise(origin.shapes)
-    if extra := classifier(origin.shapes, match):
-        warnings.warn(f"{origin}: a classifier is left out ({listed(extra)}); the encoder is taken", stacklevel=3)
+    extra, lines = beside(origin.shapes, match)
+    if lines:
+        warnings.warn(f"{origin}: {'; '.join(lines)}; the encoder is taken", stacklevel=3)
         origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
     shown = sizes(match.target_shapes(origin.shapes))

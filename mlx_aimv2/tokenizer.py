@@ -129,7 +129,7 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
-        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {error}") from None
+        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {error!s:.200}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
     if lost:  # a file that ends too early would otherwise cut words into letters in silence
@@ -173,7 +173,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
-                names[role] = name
+                names[role] = name.encode(errors="replace").decode()  # bytes that are no text are in no vocabulary
     return names
 
 

@@ -15,6 +15,7 @@ MAX_DIGITS = 300
 """Of a number: what has more does not fit into a float."""
 
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Fields: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """Names that an object must have, and of what type their values are."""
@@ -23,8 +24,8 @@ Fields: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 def parse(content: str | bytes, name: object) -> Any:
     """The value of a JSON text, which `name` names in errors. ValueError with one line for what is none, or is endless.
 
-    Every whole number fits into a float, and nothing is nested deeper than `MAX_DEPTH`. NaN and infinity, which
-    Python's json writes, are read: `misfit` refuses them.
+    Every whole number fits into a float, every text is one, and nothing is nested deeper than `MAX_DEPTH`. NaN and
+    infinity, which Python's json writes, are read: `misfit` refuses them.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -33,6 +34,8 @@ def parse(content: str | bytes, name: object) -> Any:
         value = json.loads(text)
         if _is_deeper(value, MAX_DEPTH):
             raise RecursionError
+        if _SURROGATE.search(text):  # half of a pair is no text; names may hold what os makes of bytes
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
     except RecursionError:
         raise ValueError(f"{name}: not JSON that is read here (nested more than {MAX_DEPTH} deep)") from None
     except ValueError as error:

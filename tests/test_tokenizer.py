@@ -89,6 +89,9 @@ def test_special_tokens_with_other_names_are_those_of_tokenizer_config(tmp_path)
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
     assert Tokenizer.from_folder(tmp_path).eos == EOS
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<\\udce9>"}')  # a byte that is no text
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no token '<\?>', which must be its eos_token"):
+        Tokenizer.from_folder(tmp_path)
 
 
 # Bad texts
@@ -133,8 +136,11 @@ def test_half_of_vocab_and_merges_names_the_other_half(tmp_path, there, missing)
         processor(copied(tmp_path, there)).tokenize("a cat")
 
 
+LONG = json.dumps({"version": "x" * 9999}).encode()
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'{"a": 1}', b"one two three\n"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", b'{"a": 1}', b"one two three\n", LONG])
 def test_a_broken_tokenizer_file_is_named(tmp_path, name, content):
     others = {"tokenizer.json": [], "tokenizer_config.json": ["tokenizer.json"]}.get(name, ["vocab.json", "merges.txt"])
     copied(tmp_path, *others)
@@ -144,10 +150,10 @@ def test_a_broken_tokenizer_file_is_named(tmp_path, name, content):
         return
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
         processor(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 999
 
 
-ALLOWED = {("tokenizer_config.json", b'{"a": 1}')}
+ALLOWED = {("tokenizer_config.json", b'{"a": 1}'), ("tokenizer_config.json", LONG)}
 
 
 def test_merges_that_end_too_early_are_refused(tmp_path):

@@ -24,6 +24,7 @@ HOSTILE = {
     "a number that no float holds": f"[{'7' * (MAX_DIGITS + 1)}]",
     "a number that Python refuses": "1" * 5000,
     "half of it": '{"a": [1, 2',
+    "half of a character": '{"a": ["\\ud800"]}',
     "nothing": "",
 }
 
@@ -35,7 +36,7 @@ def test_what_nothing_could_hold_is_one_short_line(text):
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("content", [DEEP, f"[{'7' * MAX_DIGITS}]", b"\xef\xbb\xbf{}", '{"a": "caf\\udce9"}'])
+@pytest.mark.parametrize("content", [DEEP, f"[{'7' * MAX_DIGITS}]", b"\xef\xbb\xbf{}", '["caf\\udce9 \\ud83d\\ude00"]'])
 def test_what_is_within_bounds_is_read(content):
     value = parse(content, "x.json")
     assert isinstance(value, (dict, list))
@@ -110,9 +111,9 @@ def _coco(folder, text, work, adapted):
 
 def _rows(folder, text, work, adapted):
     (folder / "metadata.jsonl").write_text(f'{text}\n{{"file_name": "a.png", "label": "a"}}\n')
-    rows, faults = metadata_rows(folder / "metadata.jsonl", Scan())
+    rows = metadata_rows(folder / "metadata.jsonl", scan := Scan())
     assert [row["file_name"] for row in rows] == ["a.png"]
-    raise DataError(faults or [f"{folder / 'metadata.jsonl'} has an empty line"])
+    raise DataError(scan.faults or [f"{folder / 'metadata.jsonl'} has an empty line"])
 
 
 DOORS = {"config": _config, "head": _head, "adapters": _adapters, "coco": _coco, "rows": _rows}

@@ -210,9 +210,9 @@ os.register_at_fork(
 
 
 def check_process() -> None:
-    """Raises RuntimeError in a process that was forked after MLX had been used: MLX would wait there for ever."""
+    """Raises ChildProcessError where a process was forked after MLX had been used: MLX would wait there for ever."""
     if _fork["is_child"] and _fork["mlx_in_use"]:
-        raise RuntimeError(
+        raise ChildProcessError(
             "this process was forked after MLX had been used, and MLX hangs in it: start it with "
             'multiprocessing.get_context("spawn")'
         )
@@ -230,7 +230,8 @@ def mark_lazy(model: nn.Module, thread: int | None) -> None:
 def any_thread(method: Callable[..., T]) -> Callable[..., T]:
     """Makes a method of a model safe to call in any thread.
 
-    Raises RuntimeError in a forked process, and in another thread than the one that loaded a model with `lazy=True`.
+    Raises ChildProcessError in a forked process, RuntimeError in another thread than the one that loaded a model with
+    `lazy=True`.
     """
 
     @wraps(method)

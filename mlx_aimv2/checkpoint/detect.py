@@ -30,8 +30,20 @@ _IMAGE_AXES = _GATE | {PATCH_CONV: ("hidden_size", "patch_size", "", "num_channe
 _TEXT_AXES = _GATE | {"token_embed.weight": ("vocab_size", ""), "pos_embed": ("max_position_embeddings", "hidden_size")}
 """Which sizes the axes of the target's tensors are."""
 
-LONGEST = 120
-"""Characters of a tensor's name that an error quotes."""
+_EMA = re.compile(r"(^|[._])ema([._]|$)")
+
+_BESIDE = {
+    "a classifier": re.compile(r"^(head|fc)\.(weight|bias)$|(^|\.)classifier\."),
+    "a buffer without weights": re.compile(r"(^|\.)(position_ids|num_batches_tracked)$"),
+    "a moving average of the weights (EMA)": _EMA,
+}
+"""What may lie beside an encoder's weights and is no part of AIMv2, as timm and transformers name it below its prefix.
+
+The pooling head's tensors have other names than a classifier's: head.cls_token, head.k.weight, ...
+"""
+
+LONGEST, SHOWN = 120, 5
+"""Characters of a tensor's name that an error quotes, and names of those that are left out."""
 
 
 def recognise(shapes: Shapes) -> Match:
@@ -48,13 +60,17 @@ def recognise(shapes: Shapes) -> Match:
         for prefix in _prefixes(patterns, rows)
         if _conv_fits(layout, rows, prefix, shapes)
     ]
-    matched, layout, rows, prefix = max(candidates, key=lambda found: found[0], default=(0, None, (), ""))
+    best = max(candidates, key=lambda found: (found[0], not _EMA.search(found[3])), default=(0, None, (), ""))
+    matched, layout, rows, prefix = best
     if layout is None or 2 * matched < sum(len(row.sources) for row in rows if "head." not in row.target):
         first = ", ".join(sorted(shapes)[:5]) or "none at all"
         raise ValueError(
             f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}"
             f"{_foreign_parts(shapes)}"
         )
+    copies = sorted({other[3] for other in candidates if other[0] == matched and not _EMA.search(other[3])})
+    if len(copies) > 1:
+        raise ValueError(f"it holds the encoder more than once, as {' and as '.join(copies)}: leave one of them in it")
     known = {prefix + name for row in rows for name in row.sources}
     inside = [name for name in shapes if name.startswith(prefix)]
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
@@ -90,13 +106,22 @@ def disagreements(config: Any, found: Mapping[str, Any], where: str = "") -> lis
     return lines
 
 
-def classifier(shapes: Shapes, match: Match) -> list[str]:
-    """The tensors of a classifier that was trained on top of the encoder, as timm and transformers name them.
+def beside(shapes: Shapes, match: Match) -> tuple[set[str], list[str]]:
+    """What lies beside an encoder's weights and is left out, and a line for each kind of it.
 
-    They are no part of AIMv2; the pooling head's tensors have other names (head.cls_token, head.k.weight, ...).
+    One more line where these weights are themselves a moving average.
     """
-    of_timm = {match.prefix + name for name in ("head.weight", "head.bias", "fc.weight", "fc.bias")}
-    return sorted(name for name in shapes if name in of_timm or re.search(r"(^|\.)classifier\.", name))
+    found = {
+        what: [own for own in shapes if name.search(own.removeprefix(match.prefix))] for what, name in _BESIDE.items()
+    }
+    lines = [
+        f"{what} is left out ({listed(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if names[SHOWN:] else ''})"
+        for what, names in found.items()
+        if names
+    ]
+    if _EMA.search(match.prefix):
+        lines.append(f"the encoder that is taken is a moving average of weights ({match.prefix}…)")
+    return {name for names in found.values() for name in names}, lines
 
 
 def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:

@@ -152,7 +152,7 @@ class Progress(logging.Handler):
         self.notes: list[str] = []
         self.more_notes = 0
 
-    def __call__(self, done: int, total: int, unit: str = "images") -> None:
+    def __call__(self, done: int, total: int, unit: str) -> None:
         """Shows that `done` of `total` are done; another unit ends the bar before."""
         from tqdm import tqdm
 

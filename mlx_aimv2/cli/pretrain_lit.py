@@ -104,7 +104,9 @@ def run_lit(arguments: argparse.Namespace) -> int:
 
 def _add_captions(add: Mapping[str, Add]) -> None:
     """What both verbs take: images with captions, what reads these, and the folder to write."""
-    add["data"]("data", metavar="DATA", help="folder with metadata.jsonl (file_name, text), or WebDataset's .tar")
+    add["data"](
+        "data", metavar="DATA", help="folder with metadata.jsonl or .csv (file_name, text), or WebDataset's .tar"
+    )
     add_skip_broken(add["data"], default=True)
     words = "largest vocabulary trained on the captions (default: %(default)s)"
     add["data"]("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=words)

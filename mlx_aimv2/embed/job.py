@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -187,15 +187,15 @@ def update_index(
     options: Options,
     *,
     report: Callable[[str], None] = warnings.warn,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
 ) -> Summary | None:
     """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
 
     `-` among the paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
     Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
-    folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done and how many
-    there are to do. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is gone;
-    what was done until then is kept.
+    folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done, how many
+    there are, and the word. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is
+    gone; what was done until then is kept.
     """
     for name, count in (("--threads", options.threads), ("--max-patches", settings.max_patches)):
         if count is not None and count < 1:
@@ -238,7 +238,7 @@ class _Job:
     options: Options
     ranks: Ranks
     report: Callable[[str], None]
-    on_progress: Callable[[int, int], None]
+    on_progress: Callable[[int, int, str], None]
     index: IndexWriter | None = None
     plan: Plan = field(default_factory=Plan)
     summary: Summary = field(default_factory=Summary)
@@ -354,7 +354,7 @@ class _Job:
         if time.monotonic() - self.committed > COMMIT_SECONDS or len(self.pending) >= COMMIT_IMAGES:
             self.commit()
         self.done += len(result.embeddings) + len(result.failures)
-        self.on_progress(self.done, sum(len(chunk) for chunk in self.plan.chunks))
+        self.on_progress(self.done, sum(len(chunk) for chunk in self.plan.chunks), "images")
 
     def _known(self, item: Embedding) -> Copy:
         """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""

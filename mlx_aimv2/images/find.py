@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from pathspec import GitIgnoreSpec
 
-from mlx_aimv2.files import expand_user, kind_of, reason_of
+from mlx_aimv2.files import MAX_TEXT_BYTES, expand_user, kind_of, read_text, reason_of
 from mlx_aimv2.images.raw import RAW_SUFFIXES, can_read_raw
 
 SUFFIXES = (
@@ -234,13 +234,15 @@ def counted(skipped: Mapping[str, int], *, advice: Mapping[str, str] = ADVICE) -
 class Scan:
     """Scans the folders of one collection, labelled images or captions, and keeps account of what it does not hold.
 
-    `faults` are lines about what cannot be an image; `notes` tell what was skipped, each kind once.
+    `broken` are lines about what cannot be an image; `notes` tell what was skipped, each kind once. Each of `faults`,
+    which readers of the collection add, refuses it.
     """
 
     def __init__(self) -> None:
+        self.broken: list[str] = []
         self.faults: list[str] = []
         self._listings: dict[tuple[Path, bool], Listing] = {}
-        self._notes: dict[str, list[str]] = {}
+        self._notes: dict[str, dict[str, None]] = {}
 
     def images(self, folder: Path) -> list[str]:
         """The images in a folder and below it, sorted, their names beginning as the folder's does."""
@@ -263,10 +265,18 @@ class Scan:
         self.was_read(folder, file.suffix)
         self.note(sorted(set(self.images(folder)).difference(names)), f"is not listed in {file.name}: skipped")
 
+    def text(self, file: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
+        """The content of a UTF-8 file; of one that cannot be read "" and a fault, so that others are told with it."""
+        try:
+            return read_text(file, max_bytes=max_bytes)
+        except (ValueError, OSError) as error:
+            self.faults.append(str(error))
+            return ""
+
     def note(self, names: str | Iterable[str], reason: str) -> None:
-        """Keeps that one or several things were skipped or changed, and why."""
+        """Keeps that one or several things were skipped or changed, and why; once of each, who says it twice."""
         if names := [names] if isinstance(names, str) else list(names):
-            self._notes.setdefault(reason, []).extend(names)
+            self._notes.setdefault(reason, {}).update(dict.fromkeys(names))
 
     @property
     def all_noted(self) -> list[str]:
@@ -277,7 +287,7 @@ class Scan:
     def notes(self) -> list[str]:
         """A line for each reason, with the first name and how many more; then what no scan takes, by its kind."""
         lines = [
-            f"{names[0]} {reason}{f' (and {len(names) - 1:,} more)' if len(names) > 1 else ''}"
+            f"{next(iter(names))} {reason}{f' (and {len(names) - 1:,} more)' if len(names) > 1 else ''}"
             for reason, names in self._notes.items()
         ]
         scanned = [str(folder) for folder, deep in self._listings if deep]
@@ -297,8 +307,8 @@ class Scan:
             for path, reason in listing.problems:
                 if Path(path).is_dir() and os.access(path, os.R_OK):
                     self.note(path, f"{reason}: skipped")  # what lies in it is listed, or it would be a circle
-                elif (line := f"{path} {reason}") not in self.faults:
-                    self.faults.append(line)
+                elif (line := f"{path} {reason}") not in self.broken:
+                    self.broken.append(line)
         return self._listings[folder, deep]
 
 

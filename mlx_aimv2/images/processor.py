@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_aimv2.backend.device import check_process
 from mlx_aimv2.config import Aimv2Config
 from mlx_aimv2.images.open import ImageInput, Levels, OpenImage, Policy, as_array, name_of, open_image, warn_of
 from mlx_aimv2.images.preprocessing import Preprocessing, read_preprocessing, to_clip
@@ -184,6 +185,7 @@ class Aimv2Processor:
 
     def normalised(self, levels: mx.array) -> mx.array:
         """Levels (B, H, W, 3) uint8 -> pixels (B, H, W, 3) float32, rescaled and normalised, on the device."""
+        check_process()
         steps = self.preprocessing
         pixels = levels.astype(mx.float32)
         if steps.rescale_factor is not None:  # x / 255 is exact where x * (1 / 255) in float32 is not

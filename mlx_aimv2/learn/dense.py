@@ -25,12 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2 import plot
-from mlx_aimv2.files import read_text
 from mlx_aimv2.images import open_image, to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.samples import DataError, Sample, Size, part_of
+from mlx_aimv2.learn.samples import Sample, Size, part_of
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
 
@@ -86,15 +85,15 @@ def folders_beside(
 def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: Scan) -> Pairs:
     """Images of the first folder with those of the `files` below the other that have their name.
 
-    A file may have one of `ENDINGS` more. What has no counterpart is left out with a note; DataError where an image has
-    several, and where none has any.
+    A file may have one of `ENDINGS` more. What has no counterpart is left out with a note; it is a fault where an image
+    has several, and where none has any.
     """
     images, others = folders
     alike: dict[str, list[str]] = defaultdict(list)
     for file in files:
         alike[ENDINGS.sub("", _stem(file, others))].append(file)
     pairs: Pairs = []
-    faults: list[str] = []
+    before = len(scan.faults)
     for image in sorted(set(scan.images(images)).difference(files)):
         stem = _stem(image, images)
         longer = alike[ENDINGS.sub("", stem)]
@@ -102,13 +101,11 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
         if not found:
             scan.note(image, f"has no {noun} of its name in {others}: left out")
         elif len(found) > 1:
-            faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
+            scan.faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
         else:
             pairs.append((image, found[0]))
-    if files and not pairs and not faults:
-        faults.append(f"no {noun} in {others} has the name of an image in {images}")
-    if faults:
-        raise DataError(faults)
+    if files and not pairs and len(scan.faults) == before:
+        scan.faults.append(f"no {noun} in {others} has the name of an image in {images}")
     alone = sorted(set(files).difference(file for _, file in pairs))
     scan.note(alone, f"has no image of its name in {images}: left out")
     return pairs
@@ -126,7 +123,7 @@ def by_lists(around: str, lists: Path, pairs: Pairs, images: Path, scan: Scan) -
     known = {_stem(pair[0], images): pair for pair in pairs}
     found: dict[str, Pairs] = {}
     for part, file in files.items():
-        names = dict.fromkeys(line.strip() for line in read_text(file).splitlines() if line.strip())
+        names = dict.fromkeys(line.strip() for line in scan.text(file).splitlines() if line.strip())
         found[part] = [known[name] for name in names if name in known]
         missing = [f"{name} in {file}" for name in names if name not in known]
         scan.note(missing, "has no image or nothing that belongs to it: left out")

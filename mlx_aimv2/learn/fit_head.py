@@ -25,7 +25,7 @@ from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
-from mlx_aimv2.learn.samples import DataError, Dataset, digests, listed, one_image, same_form, short
+from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, digests, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
@@ -84,10 +84,10 @@ def fit(
     if ranks.rank > 0:  # the first one tells
         say, on_progress = (lambda line: None), (lambda done, total, unit: None)
     with training_run(target, resume=resume, rank=ranks.rank) as training:
-        found, kind = _task(source, task, fine_tune_type, say)
+        found, kind, recognised = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
         decode = skip_broken or found.types[kind].features is None
-        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken)
+        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken, recognised=recognised)
         loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
         if (slow := slow_here(loaded.model.dtype)) is not None:
             say(f"note: {slow}")
@@ -242,16 +242,16 @@ def _dtype(kind: str, dtype: str | None) -> str | None:
     return "float32"
 
 
-def _task(source: Path, name: str | None, kind: str | None, say: Callable[[str], None]) -> tuple[Task, str]:
-    if name is not None:
-        task = find_task(name)
-    else:
-        task, reason = guess_task(source)
-        say(f"task {task.name}: {source} has {reason}")
+def _task(
+    source: Path, name: str | None, kind: str | None, say: Callable[[str], None]
+) -> tuple[Task, str, Recognised | None]:
+    task, recognised = guess_task(source) if name is None else (find_task(name), None)
+    if recognised is not None:
+        say(f"task {task.name}: {source} has {recognised.reason}")
     if kind is None:
         others = [name for name in task.types if name != task.default_type]
         say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(others)}")
-    return task, kind or task.default_type
+    return task, kind or task.default_type, recognised
 
 
 def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], **how: Any) -> Dataset:

@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
@@ -158,10 +159,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     vision, processor = at_size(loaded.model.vision, loaded.processor, size, whole=task.dense)
     if (patches := math.prod(processor.grid)) > MANY_PATCHES:
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
-    _load_changes(folder, info["fine_tune_type"], vision)
-    head = task.head.make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
-    load_arrays(folder / HEAD_FILE, head, head.parameters())
-    learner = Learner(vision, head)
+    learner = Learner(vision, _load_learned(folder, info, vision))
     learner.eval()
     digests = folder / TRAINED_ON_FILE
     trained_on = read_bytes(digests) if digests.is_file() else b""
@@ -192,13 +190,14 @@ def fuse(
     loaded = _encoder_of(head, encoder, model, revision)
     if info:
         check_encoder(head, encoder, loaded)
-    own = loaded.model.vision.config.image_size
-    if kind == "full" and own not in (None, info["image_size"]):
-        raise ValueError(
-            f"{head} was trained in full on images of {info['image_size']} pixels, its checkpoint takes {own}: "
-            "train it without --image-size, or by lora, whose adapters fit any size"
-        )
-    _load_changes(head, kind, loaded.model.vision)
+        if kind == "full" and (own := loaded.model.vision.config.image_size) not in (None, info["image_size"]):
+            raise ValueError(
+                f"{head} was trained in full on images of {info['image_size']} pixels, its checkpoint takes {own}: "
+                "train it without --image-size, or by lora, whose adapters fit any size"
+            )
+        _load_learned(head, info, loaded.model.vision)
+    else:
+        _load_changes(head, kind, loaded.model.vision)
     config = loaded.source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
     with atomic_folder(target) as place:
         mlx_folder.save_weights(place, sorted(flat(loaded.model.parameters()).items()))
@@ -224,6 +223,15 @@ def _encoder_of(
         raise FileNotFoundError(
             f"the encoder that {folder} needs is not there: {error}; say where it is, --model MODEL"
         ) from None
+
+
+def _load_learned(folder: Path, info: Mapping[str, Any], vision: Aimv2VisionModel) -> nn.Module:
+    """Puts what a training has changed into an encoder; the head that goes with it, which is read in any case."""
+    _load_changes(folder, info["fine_tune_type"], vision)
+    make_head = find_task(info["task"]).head.make_head
+    head = make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
+    load_arrays(folder / HEAD_FILE, head, head.parameters())
+    return head
 
 
 def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:

@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -114,12 +114,19 @@ class Labels(NamedTuple):
 class Found:
     """What a format found in DATA: by part, or under "" where DATA names none, an image's path and its mark.
 
-    `classes` are the names in their order, where the format lists them. A line of `faults` refuses DATA.
+    `classes` are the names in their order, where the format lists them.
     """
 
     parts: dict[str, list[tuple[str, Any]]]
     classes: list[str] | None = None
-    faults: list[str] = field(default_factory=list)
+
+
+class Recognised(NamedTuple):
+    """What a task's format found of itself in DATA: why DATA is for it, a phrase, and what its `locate` gave."""
+
+    reason: str
+    scan: Scan
+    located: Any
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -134,16 +141,19 @@ def in_order(names: Iterable[str]) -> list[str]:
 class Format:
     """How labelled images of one kind are read.
 
-    `find(data, scan)` lists the images without opening one. `labels(marked, scan)` gives the labels of each, or the
-    lines that say what is wrong with it, or the one line that says why they cannot be read; `marked` are its path, mark
-    and size. `target(labels, numbers)` is what training compares with, where `numbers` are those of the classes.
+    `locate(data, scan)` finds what describes DATA, nothing where it is not in this format; `find(data, located, scan)`
+    lists the images without opening one. Both add what is wrong to `scan.faults`. `labels(marked, scan)` gives the
+    labels of each, or the lines that say what is wrong with it, or the one line that says why they cannot be read;
+    `marked` are its path, mark and size. `target(labels, numbers)` is what training compares with, where `numbers` are
+    those of the classes.
 
     At least `min_classes` must occur in training, each in `min_images` different images. `in_order` gives the names of
     the classes, where the format lists none, from those that occur in training. Where DATA is split, images of each
     class are divided alike, if `stratified`. `others` says what lies in DATA that may describe it and is not read.
     """
 
-    find: Callable[[Path, Scan], Found]
+    locate: Callable[[Path, Scan], Any]
+    find: Callable[[Path, Any, Scan], Found]
     labels: Callable[[Sequence[tuple[str, Any, Size]], Scan], Iterable[Labels | list[str] | str]]
     target: Callable[[Labels, Mapping[str, int]], Any]
     in_order: Callable[[set[str]], list[str]] = in_order
@@ -154,7 +164,13 @@ class Format:
 
 
 def read(
-    data: Path, form: Format, *, classes: Sequence[str] | None = None, decode: bool = True, skip_broken: bool = False
+    data: Path,
+    form: Format,
+    *,
+    classes: Sequence[str] | None = None,
+    decode: bool = True,
+    skip_broken: bool = False,
+    recognised: Recognised | None = None,
 ) -> Dataset:
     """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
 
@@ -164,18 +180,19 @@ def read(
 
     Without `decode` only the headers of images are read: for a caller that decodes all of them before it trusts them.
     Images and masks that cannot be read are refused, all at once, or with `skip_broken` left out with a note.
+    `recognised` is what the task's `recognise` gave: nothing is looked for twice.
     """
     if not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
-    scan = Scan()
-    found = form.find(data, scan)
+    scan = recognised.scan if recognised else Scan()
+    found = form.find(data, recognised.located if recognised else form.locate(data, scan), scan)
     scored = next((part for part in ("test", "val", "", "train") if found.parts.get(part)), "")
     if classes is not None:
         found.parts = {scored: found.parts.get(scored, [])}
     paths = [path for pairs in found.parts.values() for path, _ in pairs]
     images, unreadable = check_images(paths, decode=decode)
-    broken = [*scan.faults, *unreadable]
-    faults = found.faults
+    broken = [*scan.broken, *unreadable]
+    faults: list[str] = []
     labelled: dict[str, dict[str, Labels]] = {}
     for part, pairs in found.parts.items():
         marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
@@ -187,7 +204,7 @@ def read(
                 broken.append(labels)
             else:
                 faults += labels
-    faults = [*([] if skip_broken else broken), *faults]
+    faults = [*([] if skip_broken else broken), *scan.faults, *faults]
     training = labelled.get("train", labelled.get("", {}))
     occurring = {name for labels in training.values() for name in labels.names}
     names = tuple(classes or found.classes or form.in_order(occurring))

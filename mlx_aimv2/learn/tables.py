@@ -58,13 +58,13 @@ def column(names: Iterable[str], meant: Names) -> list[str]:
     return next((columns for columns in found if columns), [])
 
 
-def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan: Scan, faults: list[str]) -> str:
+def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan: Scan) -> str:
     """The column that is meant, with a note if it is not `called` so; "" and a fault where that is not clear."""
     names = [name for name in dict.fromkeys(names) if name]
     found = column(names, meant)
     if len(found) != 1:
         count = f"{len(found)} columns that may be" if found else "no column"
-        faults.append(f"{file} has {count} {called} ({listed(found or names)}): call one of them {called}")
+        scan.faults.append(f"{file} has {count} {called} ({listed(found or names)}): call one of them {called}")
     elif found[0] != called:
         scan.note(str(file), f"has the column {found[0]} as its {called}")
     return found[0] if len(found) == 1 else ""
@@ -110,16 +110,19 @@ def tables(folder: Path, *, of: Names) -> dict[str, Path]:
     return found
 
 
-def metadata_rows(file: Path, scan: Scan) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a table, each with `file_name` and its line under "", and what is wrong with the others.
+def metadata_rows(file: Path, scan: Scan) -> list[dict[str, Any]]:
+    """The rows of a table, each with `file_name` and its line under "".
 
-    Names of columns are in lower case. What was left out or taken for something is noted in `scan`.
+    Names of columns are in lower case. What was left out or taken for something is noted in `scan`, where what is wrong
+    with the others becomes a fault.
     """
+    faults = scan.faults
     text, fault = _decoded(read_bytes(file, max_bytes=MAX_BYTES))
     if fault:
-        return [], [f"{file}, {fault}"]
+        faults.append(f"{file}, {fault}")
+        return []
     rows: list[dict[str, Any]] = []
-    faults: list[str] = []
+    before = len(faults)
     for line, row in _json_rows(text) if file.suffix.lower() == ".jsonl" else _csv_rows(text):
         if isinstance(row, str):
             faults.append(f"{file}, line {line}: {row}")
@@ -128,14 +131,15 @@ def metadata_rows(file: Path, scan: Scan) -> tuple[list[dict[str, Any]], list[st
         else:
             scan.note(f"{file}, line {line},", "is an empty row: left out")
     if not rows:
-        return [], faults or [f"{file} has no rows"]
-    if not (images := one_column((name for row in rows for name in row), IMAGE, "file_name", file, scan, faults)):
-        return [], faults
+        faults += [] if len(faults) > before else [f"{file} has no rows"]
+        return []
+    if not (images := one_column((name for row in rows for name in row), IMAGE, "file_name", file, scan)):
+        return []
     for row in rows:
         row["file_name"] = row.get(images)
         if not isinstance(row["file_name"], str) or not row["file_name"]:
             faults.append(f"{file}, line {row['']}: no file_name")
-    return [row for row in rows if isinstance(row["file_name"], str) and row["file_name"]], faults
+    return [row for row in rows if isinstance(row["file_name"], str) and row["file_name"]]
 
 
 def _decoded(data: bytes, errors: str = "strict") -> tuple[str, str]:
@@ -198,13 +202,13 @@ def image_of(folder: Path, name: str) -> Path | None:
     return None
 
 
-def rows_with_images(file: Path, scan: Scan) -> tuple[list[tuple[str, dict[str, Any], Path | None]], list[str]]:
-    """Where each row of a table stands, the row, and its image if it is there; and what is wrong with the others.
+def rows_with_images(file: Path, scan: Scan) -> list[tuple[str, dict[str, Any], Path | None]]:
+    """Where each row of a table stands, the row, and its image if it is there; what is wrong is told as above.
 
     Images lie beside the table, or else in the one folder beside it that holds one of the first. Those that no row
     names are noted in `scan`.
     """
-    rows, faults = metadata_rows(file, scan)
+    rows = metadata_rows(file, scan)
     places = [file.parent, *scan.folders(file.parent)]
     holding = [place for place in places if any(image_of(place, row["file_name"]) for row in rows[:5])]
     folder = holding[0] if len(holding) == 1 else file.parent
@@ -214,7 +218,7 @@ def rows_with_images(file: Path, scan: Scan) -> tuple[list[tuple[str, dict[str, 
         (f"{file}, line {row['']}: {row['file_name']:.80}", row, image_of(folder, row["file_name"])) for row in rows
     ]
     scan.unlisted(folder, file, [str(image) for _, _, image in found if image])
-    return found, faults
+    return found
 
 
 FOREIGN = {

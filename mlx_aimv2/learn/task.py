@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.learn.samples import DataError, Dataset, Sample, Scored
+from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, Sample, Scored
 from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.batches import Arrays
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
@@ -66,11 +66,17 @@ RECIPES = {
 class Data(Protocol):
     """A task's data: `data.py` of its folder."""
 
-    def recognise(self, data: Path) -> str | None:
-        """Why DATA is for this task, a phrase; None where it is not."""
+    def recognise(self, data: Path) -> Recognised | None:
+        """What of this task DATA has; None where it has nothing."""
 
     def read(
-        self, data: Path, *, classes: Sequence[str] | None = None, decode: bool = True, skip_broken: bool = False
+        self,
+        data: Path,
+        *,
+        classes: Sequence[str] | None = None,
+        decode: bool = True,
+        skip_broken: bool = False,
+        recognised: Recognised | None = None,
     ) -> Dataset:
         """DATA read and checked by `samples.read`; DataError with everything that is wrong."""
 
@@ -152,12 +158,12 @@ def find_task(name: str) -> Task:
     return task
 
 
-def guess_task(data: Path) -> tuple[Task, str]:
-    """The task that DATA is for and why. Raises DataError where it is like none."""
+def guess_task(data: Path) -> tuple[Task, Recognised]:
+    """The task that DATA is for and what it has of it. Raises DataError where it is like none."""
     for name in TASKS:
         task = find_task(name)
-        if (reason := task.data.recognise(data)) is not None:
-            return task, reason
+        if (recognised := task.data.recognise(data)) is not None:
+            return task, recognised
     form = f" in a form that fit reads: {'; '.join(others)};" if (others := not_read(data)) else ":"
     raise DataError(
         [f"{data} holds no labelled images{form} make a folder for each label in it, or a metadata.csv; or say --task"]

@@ -152,19 +152,16 @@ class ImageFolder(Data):
     def __init__(self, files: Sequence[Path], scan: Scan, skip_broken: bool = True) -> None:
         """Takes the tables of images. Raises DataError for rows that are none."""
         found: dict[Path, tuple[str, dict[str, None]]] = {}
-        faults: list[str] = []
         for file in files:
-            rows, wrong = rows_with_images(file, scan)
-            faults += wrong
-            for where, row, image in rows:
+            for where, row, image in rows_with_images(file, scan):
                 if not (texts := captions_of(row)):
                     scan.note(where, "has no caption: skipped")
                 elif image is None:
                     scan.note(where, "is listed but not there: skipped")
                 else:
                     found.setdefault(image, (row["file_name"], {}))[1].update(dict.fromkeys(texts))
-        if faults:
-            raise DataError(faults)
+        if scan.faults:
+            raise DataError(scan.faults)
         super().__init__(scan, skip_broken)
         self.captioned = list(found.items())
         if not self.captioned:

@@ -4,10 +4,13 @@ import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_aimv2
 from mlx_aimv2 import load
@@ -186,6 +189,58 @@ def test_a_classifier_on_top_is_named_and_left_out(fixed, names, prefix):
     more = {name: np.ones((10, 3), np.float32) for name in names}
     edit_weights(fixed, lambda tensors: {prefix + name: array for name, array in tensors.items()} | more)
     with pytest.warns(UserWarning, match=f"a classifier is left out .{names[0]}.*the encoder is taken"):
+        load(fixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("embeddings.position_ids", None),
+        ("text_model.embeddings.position_ids", None),
+        ("x.num_batches_tracked", None),
+        ("x.running_mean", "extra x.running_mean"),
+        ("rotary.inv_freq", "rotary positions .rotary.inv_freq"),
+        ("attn_mask", "extra attn_mask"),
+    ],
+)
+def test_a_buffer_that_means_nothing_is_left_out_aloud_and_any_other_refused(fixed, name, words):
+    edit_weights(fixed, lambda tensors: tensors | {name: np.arange(3)})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if words is not None:
+            with pytest.raises(ValueError, match=words):
+                load(fixed)
+            return
+        load(fixed)
+    assert [f"a buffer without weights is left out ({name})" in str(one.message) for one in told] == [True]
+
+
+@pytest.mark.parametrize(
+    ("own", "ema"), [("", "model_ema."), ("model.", "model_ema."), ("model.", "ema."), ("backbone.", "a_ema.module.")]
+)
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_of_weights_and_their_moving_average_the_weights_are_taken_aloud(fixed, own, ema, is_whole):
+    before = dict(tree_flatten(load(fixed)[0].parameters()))
+
+    def both(tensors):
+        averages = {ema + name: array + 1 for name, array in list(tensors.items())[: None if is_whole else 2]}
+        return {own + name: array for name, array in tensors.items()} | averages
+
+    edit_weights(fixed, both)
+    with pytest.warns(UserWarning, match=r"a moving average of the weights \(EMA\) is left out \("):
+        after = dict(tree_flatten(load(fixed)[0].parameters()))
+    assert all(mx.array_equal(before[name], after[name]) for name in before | after)
+
+
+def test_a_moving_average_alone_is_taken_aloud(fixed):
+    edit_weights(fixed, lambda tensors: {f"model_ema.{name}": array for name, array in tensors.items()})
+    with pytest.warns(UserWarning, match=r"the encoder that is taken is a moving average of weights \(model_ema\."):
+        load(fixed)
+
+
+def test_two_encoders_in_one_file_are_refused(fixed):
+    edit_weights(fixed, lambda own: {f"{who}.{name}": own[name] for who in ("teacher", "student") for name in own})
+    with pytest.raises(ValueError, match=r"more than once, as student\. and as teacher\.: leave one of them"):
         load(fixed)
 
 

@@ -122,7 +122,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
     with progress() as advance:
         for done in range(20, 520, 20):
             now[0] += 1
-            advance(done, 1000)
+            advance(done, 1000, "images")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "mlx-aimv2: 20% 200/1000 [00:10<00:40, 20.00 images/s]",
@@ -133,10 +133,10 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
 def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with progress() as advance:
-        advance(1, 4)
+        advance(1, 4, "images")
         say("a line")
         time.sleep(0.15)
-        advance(2, 4)
+        advance(2, 4, "images")
     err = capsys.readouterr().err
     assert "1/4" in err and "2/4" in err
     assert "images" in err

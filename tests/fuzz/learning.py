@@ -474,8 +474,13 @@ def _read(task: str, data: Path) -> None:
 
     found = find_task(task)
     refusals: list[ValueError | OSError] = []
+
+    def guessed() -> Any:
+        task, recognised = guess_task(data)
+        return task.data.read(data, recognised=recognised)
+
     for read in (
-        lambda: guess_task(data)[0].data.read(data),
+        guessed,
         lambda: found.data.read(data),
         lambda: found.data.read(data, classes=("one", "two") if task == "detect" else ("a", "b")),
     ):

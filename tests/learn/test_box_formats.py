@@ -11,7 +11,7 @@ from PIL import Image
 from mlx_aimv2.learn import fit
 from mlx_aimv2.learn.detect import data as boxes
 from mlx_aimv2.learn.task import guess_task
-from tests.labelled import CHECKPOINT
+from tests.labelled import CHECKPOINT, whole_reads
 
 HEIGHT, WIDTH = 23, 31
 NAMES = ("cat", "dog")
@@ -303,8 +303,8 @@ def lines(data, **settings):
 @every_format
 def test_the_same_boxes_are_the_same_ground_truth_in_every_format(write, tmp_path):
     write(tmp_path)
-    task, reason = guess_task(tmp_path)
-    assert task.name == "detect" and reason.startswith("boxes as ")
+    task, recognised = guess_task(tmp_path)
+    assert task.name == "detect" and recognised.reason.startswith("boxes as ")
     found = boxes.read(tmp_path)
     assert found.classes == NAMES
     assert truths(found) == WANTED
@@ -314,6 +314,14 @@ def test_the_same_boxes_are_the_same_ground_truth_in_every_format(write, tmp_pat
         assert any(words in note and f"{name}.png" in note and " more)" not in note for note in odd)
     if write in WITH_PARTS:
         assert [len(found.splits[part]) for part in ("train", "val", "test")] == [3, 2, 0]
+
+
+@every_format
+def test_fit_reads_each_file_that_describes_the_data_once(write, tmp_path, monkeypatch):
+    write(tmp_path / "d")
+    monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
+    counted = whole_reads(tmp_path / "d", tmp_path / "head", monkeypatch)
+    assert counted and {file for file, count in counted.items() if count > 1} == set()
 
 
 @every_format
@@ -495,6 +503,20 @@ def test_what_is_wrong_in_a_file_is_named(case, tmp_path):
     write(tmp_path)
     put(tmp_path / file, text)
     assert any(words in line for line in lines(tmp_path)), lines(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "file"),
+    [(yolo_darknet, "train/_darknet.labels"), (yolo_cvat, "obj.names"), (voc_2012, "ImageSets/Main/val.txt")],
+)
+def test_a_list_that_is_not_utf_8_is_told_with_what_else_is_wrong(write, file, tmp_path):
+    write(tmp_path)
+    assert (tmp_path / file).is_file()
+    (tmp_path / file).write_bytes("café\nthé\n".encode("latin-1"))
+    broken = next(tmp_path.glob("**/two.png"))
+    broken.write_bytes(b"no image")
+    told = "\n".join(lines(tmp_path))
+    assert f"{Path(file).name} is not UTF-8 text" in told and f"{broken} is not an image" in told
 
 
 def test_without_any_boxes_the_formats_are_named(tmp_path):

@@ -48,7 +48,7 @@ def counts(dataset):
 def test_roboflows_folders_are_read(tmp_path):
     for first, part in enumerate(("train", "valid", "test")):
         write(tmp_path / part / "_annotations.coco.json", content(3, first=10 * first))
-    assert coco.recognise(tmp_path) == "boxes as COCO JSON"
+    assert coco.recognise(tmp_path).reason == "boxes as COCO JSON"
     found = coco.read(tmp_path)
     assert counts(found) == {"train": 3, "val": 3, "test": 3}
     assert found.classes == ("cat", "dog")  # in the order of their ids

@@ -179,22 +179,25 @@ def test_no_head_and_half_a_head_are_told(head, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["head.safetensors", "adapters.safetensors", "encoder.safetensors"])
-def test_weights_that_are_no_numbers_are_refused_by_whoever_uses_them(digits, tmp_path, capsys, file):
+def test_weights_that_are_no_numbers_or_do_not_fit_are_refused_by_whoever_uses_them(digits, tmp_path, capsys, file):
     head = tmp_path / "head"
     kind = "full" if file.startswith("encoder") else "lora"
     fit(digits, CHECKPOINT, head, fine_tune_type=kind, iters=1, batch_size=4)
     arrays = mx.load(str(head / file))
     name = sorted(arrays)[-1]
-    broken = arrays | {name: arrays[name] * mx.nan}
-    mx.eval(broken)
-    mx.save_safetensors(str(head / file), broken)
+    mx.eval(arrays)
     uses = [["predict", head, digits, "--json"], ["evaluate", head, digits]]
-    uses += [] if file.startswith("head") else [["fuse", "--adapter-path", head, "--save-path", tmp_path / "fused"]]
-    for words in uses:
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == 2
-        said = capsys.readouterr()
-        assert f"{file} is damaged: {name} holds values that are no numbers" in said.err and not said.out
+    uses += [["fuse", "--adapter-path", head, "--save-path", tmp_path / "fused"]]
+    for broken, words in (
+        (arrays[name] * mx.nan, f"{file} is damaged: {name} holds values that are no numbers"),
+        (arrays[name][None], f"{file} is not for this encoder: {name} is (1, "),
+    ):
+        mx.save_safetensors(str(head / file), arrays | {name: broken})
+        for use in uses:
+            capsys.readouterr()
+            assert main([str(word) for word in use]) == 2
+            said = capsys.readouterr()
+            assert words in said.err and not said.out
     assert not (tmp_path / "fused").exists()
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.learn.segment import data as mask_files
 from mlx_aimv2.learn.task import guess_task
+from tests.labelled import whole_reads
 
 
 def image(path, size=(11, 7), seed=None):
@@ -74,7 +75,7 @@ def test_every_usual_layout_is_read(tmp_path, layout, masks):
     assert guess_task(data)[0].name == "segment"
 
 
-def test_a_list_of_a_part_that_lacks_an_image_and_an_image_without_list_are_told(tmp_path):
+def test_a_list_of_a_part_that_lacks_an_image_and_an_image_without_list_are_told(tmp_path, monkeypatch):
     data = folder(tmp_path, 9, "JPEGImages/{name}", "SegmentationClass/{name}")
     lists = data / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
@@ -84,6 +85,7 @@ def test_a_list_of_a_part_that_lacks_an_image_and_an_image_without_list_are_told
     assert {part: len(samples) for part, samples in found.splits.items()} == {"train": 5, "val": 3, "test": 0}
     said = "\n".join(found.notes)
     assert "77 in " in said and "8.jpg is in no list of " in said
+    assert dict(whole_reads(data, tmp_path / "head", monkeypatch)) == dict.fromkeys(map(str, lists.iterdir()), 1)
 
 
 @pytest.mark.parametrize("classes", [None, "sky\nsea\n"])
@@ -197,6 +199,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     (data / "masks" / "5.png").write_bytes(b"no mask")
     Image.new("RGB", (7, 11)).save(data / "masks" / "6.png")
     Image.fromarray(np.full((11, 7), 300, np.uint16)).save(data / "masks" / "7.png")
+    (data / "classes.txt").write_bytes("a\nb\ncaf\xe9\n".encode("latin-1"))
     found = "\n".join(lines(data))
     for part in (
         "3.jpg has 11x7 pixels upright (height x width), but its mask ",
@@ -204,9 +207,10 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
         "5.png is not an image",
         "6.png has the colour mode RGB; a mask holds one class number per pixel",
         "7.png has the value 300: classes go from 0 to 254",
+        "classes.txt is not UTF-8 text",
     ):
         assert part in found
-    assert len(lines(data)) == 5
+    assert len(lines(data)) == 6
 
 
 def test_an_image_without_mask_and_a_mask_without_image_are_left_out_aloud(tmp_path):

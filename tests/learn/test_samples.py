@@ -101,7 +101,7 @@ def test_a_metadata_file_names_images_and_labels(digits, tmp_path, kind):
     else:
         text = "".join(json.dumps(row) + "\n" for row in rows)
     (digits / f"metadata.{kind}").write_text(text, encoding="utf-8", newline="")
-    assert label_files.recognise(digits) == f"labels in metadata.{kind}"
+    assert label_files.recognise(digits).reason == f"labels in metadata.{kind}"
     found = classify.data.read(digits)
     assert found.classes == ("8", "9", "10")
     assert sum(map(len, found.splits.values())) == 36

@@ -221,7 +221,7 @@ def test_folders_with_a_table_each_are_no_labels(tmp_path):
         for seed, (name, _) in enumerate(ROWS):
             save(tmp_path / batch / name, seed + 20 * (batch == "two"))
         (tmp_path / batch / "metadata.csv").write_text(table())
-    assert guess_task(tmp_path)[1] == "labels in metadata.csv"
+    assert guess_task(tmp_path)[1].reason == "labels in metadata.csv"
     found = read(tmp_path)
     assert found.classes == ("disc", "square") and count(found) == 16
 

@@ -11,7 +11,33 @@ UPDATES, SEARCH, POOLS = (
     ("tests/embed/test_pooling.py",),
 )
 
+BESIDE = "tests/checkpoint/test_hostile_checkpoints.py::test_"
+
 CHECKPOINTS = (
+    Mutation(
+        "a moving average is taken for the weights where its name comes first",
+        "key=lambda found: (found[0], not _EMA.search(found[3]))",
+        "key=lambda found: found[0]",
+        (f"{BESIDE}of_weights_and_their_moving_average_the_weights_are_taken_aloud",),
+    ),
+    Mutation(
+        "of two encoders in one file the first one is taken",
+        "if len(copies) > 1:",
+        "if len(copies) > 9:",
+        (f"{BESIDE}two_encoders_in_one_file_are_refused",),
+    ),
+    Mutation(
+        "half of a character is text",
+        "if _SURROGATE.search(text):",
+        "if False:",
+        ("tests/test_untrusted_json.py::test_what_nothing_could_hold_is_one_short_line",),
+    ),
+    Mutation(
+        "every buffer is left out",
+        'r"(^|\\.)(position_ids|num_batches_tracked)$"',
+        'r"(^|\\.)(position_ids|num_batches_tracked|\\w*mean|\\w*mask)$"',
+        (f"{BESIDE}a_buffer_that_means_nothing_is_left_out_aloud_and_any_other_refused",),
+    ),
     Mutation(
         "keys and values are swapped in the transformers layout",
         '"attention.k_proj.weight", "attention.v_proj.weight")',

@@ -86,8 +86,8 @@ LEARNING = (
     ),
     Mutation(
         "broken images are left out without being asked to",
-        "faults = [*([] if skip_broken else broken), *faults]",
-        "faults = [*faults]",
+        "faults = [*([] if skip_broken else broken), *scan.faults, *faults]",
+        "faults = [*scan.faults, *faults]",
         BROKEN,
     ),
     Mutation(
@@ -347,6 +347,18 @@ LEARNING = (
         " and row[3] >= decoded",
         "",
         ("tests/learn/test_samples.py::test_a_header_that_was_read_does_not_count_as_a_decoded_image",),
+    ),
+    Mutation(
+        "fit looks for boxes again after it has recognised them",
+        "found = form.find(data, recognised.located if recognised else form.locate(data, scan), scan)",
+        "found = form.find(data, form.locate(data, scan), scan)",
+        (f"{FORMATS[0]}::test_fit_reads_each_file_that_describes_the_data_once",),
+    ),
+    Mutation(
+        "a list that is not UTF-8 is empty",
+        '            self.faults.append(str(error))\n            return ""',
+        '            return ""',
+        (f"{FORMATS[0]}::test_a_list_that_is_not_utf_8_is_told_with_what_else_is_wrong", *MASKS),
     ),
     Mutation("an image in two parts is no note", "if other != part:", "if other is None:", SAMPLES),
     Mutation(

@@ -546,9 +546,21 @@ TRAINING = (
         (LORA + "adapters_of_all_blocks_may_say_so_by_minus_one",),
     ),
     Mutation(
+        "fuse takes a head folder without reading its head",
+        "        _load_learned(head, info, loaded.model.vision)\n",
+        "        _load_changes(head, kind, loaded.model.vision)\n",
+        ("tests/learn/test_fit.py::test_weights_that_are_no_numbers_or_do_not_fit_are_refused_by_whoever_uses_them",),
+    ),
+    Mutation(
+        "a processor that was loaded before a fork hangs after it",
+        "        check_process()\n        steps = self.preprocessing\n",
+        "        steps = self.preprocessing\n",
+        ("tests/backend/test_threads.py::test_a_forked_process_works_or_says_spawn",),
+    ),
+    Mutation(
         "adapters are fused with any encoder",
         "    if info:\n        check_encoder(head, encoder, loaded)\n",
-        "",
+        "    if info:\n",
         (LORA + "fuse_makes_a_checkpoint_that_load_and_the_converter_read",),
     ),
     Mutation(
@@ -827,7 +839,7 @@ TRAINING = (
         "weights that are no numbers are loaded",
         'is not None:\n        raise ValueError(f"{file} is damaged: {name} holds',
         '== 0:\n        raise ValueError(f"{file} is damaged: {name} holds',
-        ("tests/learn/test_fit.py::test_weights_that_are_no_numbers_are_refused_by_whoever_uses_them",),
+        ("tests/learn/test_fit.py::test_weights_that_are_no_numbers_or_do_not_fit_are_refused_by_whoever_uses_them",),
     ),
     Mutation(
         "a run that fails before its first state leaves its tokenizer",

@@ -17,7 +17,7 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples, tables
-from mlx_aimv2.learn.samples import Format, Found, Labels, Sample, listed, one_image, part_of, same_form
+from mlx_aimv2.learn.samples import Format, Found, Labels, Recognised, Sample, listed, one_image, part_of, same_form
 from mlx_aimv2.learn.tables import LABEL, PART, TABLES, column, columns_of, metadata_file
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
@@ -39,14 +39,14 @@ SEVERAL = "several labels an image are not possible yet: keep one, or make each 
 tables_of = partial(tables.tables, of=LABEL)
 
 
-def recognise(data: Path) -> str | None:
-    """Why `data` has a label for each image, a phrase; None where it has none."""
+def recognise(data: Path) -> Recognised | None:
+    """What in DATA gives each image a label; None where nothing does."""
     scan = Scan()
     sources = _sources(data, scan)
     if files := [file.name for _, tables in sources.values() for file in tables]:
-        return f"labels in {listed(dict.fromkeys(files))}"
+        return Recognised(f"labels in {listed(dict.fromkeys(files))}", scan, sources)
     count = len({same_form(place.name) for folder, _ in sources.values() for place in _label_folders(folder, scan)})
-    return f"a folder for each of {one_image(count, 'label')}" if count else None
+    return Recognised(f"a folder for each of {one_image(count, 'label')}", scan, sources) if count else None
 
 
 def _sources(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
@@ -77,46 +77,45 @@ def _tables(folder: Path, scan: Scan) -> list[Path]:
     return [*tables_of(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]
 
 
-def _find(data: Path, scan: Scan) -> Found:
+def _find(data: Path, sources: Mapping[str, tuple[Path, list[Path]]], scan: Scan) -> Found:
     found = Found({})
-    sources = _sources(data, scan)
     for part, (folder, files) in sources.items():
         if files:
-            found.parts |= _by_part(_by_tables(files, scan, found.faults), part, data, scan)
+            found.parts |= _by_part(_by_tables(files, scan), part, data, scan)
             others = {*_label_folders(folder, scan)} - {file.parent for file in files}
             if files[0].parent != folder and others:
                 scan.note(sorted(map(str, others)), "has no metadata with labels: skipped")
             continue
         places = scan.folders(folder)
         if not part and places and all(part_of(place.name) for place in places):
-            found.faults += [f"{place} is a part of the data without a folder for each label" for place in places]
-            found.faults += tables.not_read(data)
+            scan.faults += [f"{place} is a part of the data without a folder for each label" for place in places]
+            scan.faults += tables.not_read(data)
             places = []
         found.parts[part] = [(path, same_form(place.name)) for place in places for path in scan.images(place)]
-        found.faults += [f"{place} is a label without images" for place in places if not scan.images(place)]
+        scan.faults += [f"{place} is a label without images" for place in places if not scan.images(place)]
         if loose := scan.loose(folder):
             scan.note(loose, "lies in no label's folder: skipped")
     if not any(files for _, files in sources.values()):
-        _compare(data, dict(pair for pairs in found.parts.values() for pair in pairs), scan, found.faults)
+        _compare(data, dict(pair for pairs in found.parts.values() for pair in pairs), scan)
     return found
 
 
-def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan, faults: list[str]) -> None:
+def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan) -> None:
     """Notes the tables in DATA that are not read, as folders name the labels; a fault where they differ."""
     for file in sorted(file for file in data.glob("[!.]*") if file.suffix.lower() in TABLES):
         scan.note(str(file), "is not read, as folders name the labels")
-        if any(by_folder.get(path, label) != label for path, (label, _) in _by_tables([file], Scan(), []).items()):
-            faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
+        if any(by_folder.get(path, label) != label for path, (label, _) in _by_tables([file], Scan()).items()):
+            scan.faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
 
 
-def _by_tables(files: Sequence[Path], scan: Scan, faults: list[str]) -> dict[str, tuple[str, str]]:
-    """Of the path of each image in the rows its label and its part; what is wrong is added to `faults`."""
+def _by_tables(files: Sequence[Path], scan: Scan) -> dict[str, tuple[str, str]]:
+    """Of the path of each image in the rows its label and its part; what is wrong is added to `scan.faults`."""
     found: dict[str, tuple[str, str]] = {}
+    faults = scan.faults
     for file in files:
-        rows, wrong = tables.rows_with_images(file, scan)
-        faults += wrong
+        rows = tables.rows_with_images(file, scan)
         names = dict.fromkeys(name for _, row, _ in rows for name in row)
-        if not rows or not (labels := tables.one_column(names, LABEL, "label", file, scan, faults)):
+        if not rows or not (labels := tables.one_column(names, LABEL, "label", file, scan)):
             continue
         texts = _texts([row.get(labels) for _, row, _ in rows])
         if all(NUMBER.fullmatch(text) for text in texts if text):
@@ -168,7 +167,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
     return numbers[labels.names[0]]
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, min_images=2, others=tables.not_read))
+read = partial(samples.read, form=Format(_sources, _find, _labels, _target, min_images=2, others=tables.not_read))
 
 
 def example(

@@ -22,7 +22,7 @@ from mlx_aimv2.learn import dense, samples
 from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
 from mlx_aimv2.learn.detect.formats import FORMATS, BoxFormat, Objects, Reading, number
 from mlx_aimv2.learn.detect.head import assign, points
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Recognised, Sample, Size
 from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.batches import Arrays
 
@@ -42,30 +42,34 @@ CORNERS: dict[str, Callable[[float, float, float, float], Sequence[float]]] = {
 """What four numbers are -> left, top, right, bottom."""
 
 
-def recognise(data: Path) -> str | None:
+def recognise(data: Path) -> Recognised | None:
     """In which format DATA has boxes, else None."""
-    return next((f"boxes as {name}" for name in _formats_of(data)), None) if data.is_dir() else None
+    located = _locate(data, scan := Scan())
+    return Recognised(f"boxes as {next(iter(located))}", scan, located) if located else None
 
 
-def _formats_of(data: Path) -> Iterator[str]:
+def _locate(data: Path, scan: Scan) -> dict[str, Any]:
+    """What each format finds of itself, or the error that it meets, which is raised where this format is read."""
+    located: dict[str, Any] = {}
     for name, form in FORMATS.items():
         try:
-            found: Any = form.find(data, Scan())
-        except (ValueError, OSError) as error:  # which is raised again where this format is read
-            found = error
-        if found:
-            yield name
+            located[name] = form.find(data, scan)
+        except (ValueError, OSError) as error:
+            located[name] = error
+    return {name: found for name, found in located.items() if found}
 
 
-def _find(data: Path, scan: Scan) -> Found:
-    names = list(_formats_of(data))
-    if not names:
+def _find(data: Path, located: Mapping[str, Any], scan: Scan) -> Found:
+    if not located:
         layouts = ", ".join(f"{name} ({form.layout})" for name, form in FORMATS.items())
         raise DataError([f"{data} has no boxes in a format that is read: {layouts}", *not_read(data)])
-    for other in names[1:]:
-        scan.note(str(data), f"has boxes as {other} too, of which nothing is read: {names[0]} comes first")
-    form, reading = FORMATS[names[0]], Reading(data, scan)
-    form.read(form.find(data, scan), reading)
+    (first, found), *others = located.items()
+    for other, _ in others:
+        scan.note(str(data), f"has boxes as {other} too, of which nothing is read: {first} comes first")
+    if isinstance(found, Exception):
+        raise found
+    form, reading = FORMATS[first], Reading(data, scan)
+    form.read(found, reading)
     images = {path: objects for own in reading.parts.values() for path, objects in own.items()}
     for folder, file in reading.listed.items():
         scan.unlisted(folder, file, images)
@@ -77,7 +81,7 @@ def _find(data: Path, scan: Scan) -> Found:
             scan.note(f"category {name}", left_out if name in roots else "is the class of no object")
     classes = [name for name in reading.classes if name not in roots]
     parts = {part: [(path, (form, objects)) for path, objects in own.items()] for part, own in reading.parts.items()}
-    return Found(parts or {"": []}, classes or None, reading.faults)
+    return Found(parts or {"": []}, classes or None)
 
 
 def _labels(marked: Sequence[tuple[str, tuple[BoxFormat, Objects], Size]], scan: Scan) -> Iterator[Labels | list[str]]:
@@ -145,7 +149,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> GroundTruth:
     )
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, min_classes=1))
+read = partial(samples.read, form=Format(_locate, _find, _labels, _target, min_classes=1))
 
 
 def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:

@@ -87,7 +87,7 @@ class Reading:
     """What was read of DATA: by part, the objects of each image by its path, those without any included.
 
     `classes` are the names in their order, where a file lists them, and `above` those that others name as above
-    themselves; `listed` are folders with the file that lists their images; a line of `faults` refuses DATA.
+    themselves; `listed` are folders with the file that lists their images.
     """
 
     data: Path
@@ -96,7 +96,6 @@ class Reading:
     classes: dict[str, None] = field(default_factory=dict)
     above: set[str] = field(default_factory=set)
     listed: dict[Path, Path] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
 
     def image(self, part: str, name: str, source: Source, stated: tuple[Any, Any] | None = None) -> Objects:
         """The objects of an image that a file names, to be filled, be it found or not.
@@ -111,7 +110,7 @@ class Reading:
                 if str(path) in self.parts[part]:
                     self.scan.note(str(path), f"stands more than once in {file.name}: its objects are taken together")
                 return self.parts[part].setdefault(str(path), Objects(file, stated))
-        self.faults.append(f"{file} names {name}, but {folders[0] / name} does not exist")
+        self.scan.faults.append(f"{file} names {name}, but {folders[0] / name} does not exist")
         return Objects(file)
 
 
@@ -186,7 +185,7 @@ find_objects = partial(_sources, files=_objects_files)
 def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
     """Classes are the categories of training in the order of their ids."""
     for part, source in sources.items():
-        file, faults = source[0], reading.faults
+        file, faults = source[0], reading.scan.faults
         content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
         entries, annotations, categories = (_coco_entries(content, section, file, faults) for section in COCO)
         names = {str(entry["id"]): same_form(str(entry["name"])) for entry in categories}
@@ -241,7 +240,7 @@ def read_entries(sources: Mapping[str, Source], reading: Reading) -> None:
                 objects = [dict(zip(columns, values, strict=True)) for values in zip_longest(*columns.values())]
             if not isinstance(name, str) or not isinstance(objects, list):
                 fault = f"has no image or no list of its objects, be it empty: {name!r:.80}"
-                reading.faults.append(f"{file}: {where} {fault}")
+                reading.scan.faults.append(f"{file}: {where} {fault}")
                 continue
             rows = reading.image(part or (inner if all(within) else ""), name, source).rows
             for count, entry in enumerate(objects, 1):
@@ -259,9 +258,7 @@ def _entries(file: Path, reading: Reading) -> list[tuple[str, Any, Any]]:
         content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
         own = [entry if isinstance(entry, dict) else {} for entry in content]
         return [(f"entry {count}", one.get("image"), one.get("annotations")) for count, one in enumerate(own, 1)]
-    rows, faults = metadata_rows(file, reading.scan)
-    reading.faults += faults
-    return [(f"line {row['']}", row["file_name"], row.get("objects")) for row in rows]
+    return [(f"line {row['']}", row["file_name"], row.get("objects")) for row in metadata_rows(file, reading.scan)]
 
 
 # Files of the images' names: YOLO, VOC
@@ -281,13 +278,22 @@ def _beside(
 find_voc = partial(_beside, names=XML_FOLDERS, suffix="xml", start=VOC_START)
 
 
-def find_yolo(data: Path, scan: Scan) -> dict[str, list[tuple[Path, Path]]]:
+class Yolo(NamedTuple):
+    """By part the folders of images and of their texts; and the YAML file beside them with its settings, if any."""
+
+    folders: Mapping[str, list[tuple[Path, Path]]]
+    file: Path | None
+    settings: Mapping[str, Any]
+
+
+def find_yolo(data: Path, scan: Scan) -> Yolo | None:
     """Folders of images and of their texts: as a YAML file names them, or `images` beside `labels`, or one for both."""
     file, settings = _settings(data)
     given = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
     named = [(key, str(name)) for key in ("train", "val", "test") for name in given.get(key, []) if name]
     if file is None or not named:
-        return {part: [pair] for part, pair in _beside(data, scan, ("labels",), "txt", YOLO_START).items()}
+        beside = {part: [pair] for part, pair in _beside(data, scan, ("labels",), "txt", YOLO_START).items()}
+        return Yolo(beside, file, settings) if beside else None
     found: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
     roots = [file.parent / str(settings.get("path", "")), file.parent]
     for key, name in named:
@@ -301,17 +307,17 @@ def find_yolo(data: Path, scan: Scan) -> dict[str, list[tuple[Path, Path]]]:
             scan.note(f"{file}: {name}, the part test,", "does not exist: left out")
         else:
             raise DataError([f"{file} says {key}: {name}, which is no folder of images"])
-    return found
+    return Yolo(found, file, settings) if found else None
 
 
-def read_yolo(folders: Mapping[str, list[tuple[Path, Path]]], reading: Reading) -> None:
+def read_yolo(found: Yolo, reading: Reading) -> None:
     """The text file of an image has its name; without one it has no objects, as YOLO has it."""
-    file, settings = _settings(reading.data)
+    folders, file, settings = found
     names = settings.get("names")
     if not names:
         places = [reading.data, *(place for pairs in folders.values() for pair in pairs for place in pair)]
         file = next((own for place, name in product(places, NAMES_FILES) if (own := place / name).is_file()), None)
-        names = read_text(file).split("\n") if file else []
+        names = reading.scan.text(file).split("\n") if file else []
     pairs = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else [])
     numbered = {str(key): same_form(name) for key, name in pairs if isinstance(name, str) and name.strip()}
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
@@ -320,24 +326,22 @@ def read_yolo(folders: Mapping[str, list[tuple[Path, Path]]], reading: Reading) 
             text = texts / Path(path).relative_to(images).with_suffix(".txt")
             objects = reading.parts[part][path] = Objects(text)
             if text.is_file():
-                objects.rows += _yolo_rows(text, numbered, file, reading.faults, keypoints="kpt_shape" in settings)
+                objects.rows += _yolo_rows(text, numbered, file, reading.scan, keypoints="kpt_shape" in settings)
             else:
                 reading.scan.note(path, "has no text file of its name: taken for an image without objects")
         for suffix in (".txt", ".yaml", ".yml", ".names", ".labels"):
             reading.scan.was_read(images, suffix)
 
 
-def _yolo_rows(
-    text: Path, names: Mapping[str, str], source: Path | None, faults: list[str], *, keypoints: bool
-) -> list[Row]:
+def _yolo_rows(text: Path, names: Mapping[str, str], source: Path | None, scan: Scan, *, keypoints: bool) -> list[Row]:
     """Lines of a class number and a box, which keypoints may follow, or the points of a polygon."""
     rows = []
-    for count, line in enumerate(read_text(text, max_bytes=MAX_BYTES).splitlines(), 1):
+    for count, line in enumerate(scan.text(text, max_bytes=MAX_BYTES).splitlines(), 1):
         key, *box = line.split()[: 5 if keypoints else None] or [""]
         key = re.sub(r"\.0*$", "", key)
         if key and not (key in names if names else key.isascii() and key.isdigit()):
             known = f"{source} has {len(names)} names" if names else "a class is a whole number"
-            faults.append(f"{text}, line {count}: there is no class {key:.40}: {known}")
+            scan.faults.append(f"{text}, line {count}: there is no class {key:.40}: {known}")
         elif key:
             values: Sequence[Any] = box
             if len(values) >= 6 and len(values) % 2 == 0:
@@ -382,7 +386,7 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
             raise ValueError("it defines entities, which no such file needs")
         root = ElementTree.fromstring(text)
     except (OSError, ValueError, RecursionError, ElementTree.ParseError) as error:
-        reading.faults.append(f"{file} cannot be read as XML: {error}")
+        reading.scan.faults.append(f"{file} cannot be read as XML: {error}")
         return Objects(file)
     found = Objects(file, (root.findtext("size/height"), root.findtext("size/width")))
     for count, entry in enumerate(root.iter("object"), 1):
@@ -395,13 +399,13 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
 class BoxFormat(NamedTuple):
     """How boxes of one kind are found and read.
 
-    `find(data, scan)` gives what `read` takes, by part; nothing where DATA is not in this format. `layout` is how the
-    files lie, `numbers` what the four of a box are, `in_shares` of the image's sides or in pixels.
+    `find(data, scan)` gives what `read` takes; nothing where DATA is not in this format. `layout` is how the files lie,
+    `numbers` what the four of a box are, `in_shares` of the image's sides or in pixels.
     """
 
     layout: str
     numbers: str
-    find: Callable[[Path, Scan], Mapping[str, Any]]
+    find: Callable[[Path, Scan], Any]
     read: Callable[[Any, Reading], None]
     in_shares: bool = False
 

@@ -20,12 +20,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.files import read_text
 from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Sample, Size, listed, same_form
+from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Recognised, Sample, Size, listed, same_form
 from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
@@ -48,10 +47,12 @@ MaskTarget: TypeAlias = "str | tuple[str, tuple[tuple[int, int], ...]]"
 """The file of a mask whose values are the numbers of the classes; or the file, and pairs of a value and its class."""
 
 
-def recognise(data: Path) -> str | None:
+def recognise(data: Path) -> Recognised | None:
     """`masks/ beside images/` where DATA has masks, else None."""
-    for images, masks in (_folders(data, Scan()) if data.is_dir() else {}).values():
-        return f"masks in {masks.name}/" + (f" beside {images.name}/" if images != masks else "")
+    folders = _folders(data, scan := Scan())
+    for images, masks in folders.values():
+        beside = f" beside {images.name}/" if images != masks else ""
+        return Recognised(f"masks in {masks.name}/{beside}", scan, folders)
     return None
 
 
@@ -90,29 +91,27 @@ def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
     return dense.folders_beside(data, scan, MASKS, holds)
 
 
-def _find(data: Path, scan: Scan) -> Found:
-    folders = _folders(data, scan)
+def _find(data: Path, folders: Mapping[str, tuple[Path, Path]], scan: Scan) -> Found:
     if not folders:
         advice = f"put images in {data / dense.IMAGES[0]} and their masks in {MASKS[0]}/"
         raise DataError([f"{data} has no masks: {advice}", *not_read(data)])
-    names = _class_names([data, *(masks for _, masks in folders.values())])
+    names = _class_names([data, *(masks for _, masks in folders.values())], scan)
     chosen: dict[str, dense.Pairs] = {}
-    faults: list[str] = []
     for part, (images, masks) in folders.items():
-        files = _masks_in(images, masks, scan, faults)
+        files = _masks_in(images, masks, scan)
         pairs = dense.by_name((images, masks), files, "mask", scan)
         chosen |= dense.by_lists(part, data / "ImageSets" / "Segmentation", pairs, images, scan)
     every = [mask for pairs in chosen.values() for _, mask in pairs]
-    if (names is None or len(names) == 2) and not faults and _are_binary(every):
+    if (names is None or len(names) == 2) and not scan.faults and _are_binary(every):
         black, white = names.values() if names else ("0", "1")
         scan.note(str(data), f"has masks of 0 and {IGNORED} alone: {IGNORED} is taken for class {white}")
         names = {0: black, IGNORED: white}
     parts = {part: [(image, (mask, names)) for image, mask in pairs] for part, pairs in chosen.items()}
-    return Found(parts, list(names.values()) if names else None, faults)
+    return Found(parts, list(names.values()) if names else None)
 
 
-def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[str]:
-    """The files of masks; a line of `faults` where they are JPEGs, which have no exact values."""
+def _masks_in(images: Path, masks: Path, scan: Scan) -> list[str]:
+    """The files of masks; a fault where they are JPEGs, which have no exact values."""
     files = scan.images(masks)
     if images == masks:
         stems = {Path(file).stem for file in files}
@@ -120,7 +119,7 @@ def _masks_in(images: Path, masks: Path, scan: Scan, faults: list[str]) -> list[
     exact = [file for file in files if file.lower().endswith(MASK_SUFFIXES)]
     known = {Path(file).with_suffix("") for file in exact}
     if lossy := [file for file in files if Path(file).with_suffix("") not in known]:
-        faults.append(
+        scan.faults.append(
             f"{listed(lossy, shown=1)} cannot be a mask: compression changes the numbers of its classes, "
             "save it as PNG from where it was drawn"
         )
@@ -138,29 +137,29 @@ def _are_binary(masks: Sequence[str]) -> bool:
     return seen == {0, IGNORED}
 
 
-def _class_names(folders: Sequence[Path]) -> Names:
+def _class_names(folders: Sequence[Path], scan: Scan) -> Names:
     """The lines of `classes.txt` in the first of the folders, or the rows of `_classes.csv` in any; else None."""
     lists = [file for folder in folders[:1] if (file := folder / CLASSES_FILE).is_file()]
     files = lists or [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
-    found = [_names_in(file) for file in files]
+    found = [_names_in(file, scan) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
-            raise DataError([f"{files[0]} and {file} give different names to the values: make them alike"])
-    return found[0] if found else None
+            scan.faults.append(f"{files[0]} and {file} give different names to the values: make them alike")
+    return found[0] if found and not scan.faults else None
 
 
-def _names_in(file: Path) -> dict[int, str]:
-    """The class of each value; DataError for duplicates and for values that a mask cannot hold."""
-    lines = [line for line in read_text(file).splitlines() if line.strip()]
+def _names_in(file: Path, scan: Scan) -> dict[int, str]:
+    """The class of each value; faults are duplicates and values that a mask cannot hold."""
+    lines = [line for line in scan.text(file).splitlines() if line.strip()]
     if file.name == CLASSES_TABLE:
         rows = [line.partition(",") for line in lines]
         names = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
     else:
         names = dict(enumerate(map(same_form, lines)))
     if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise DataError([f"{file} names {listed(duplicates)} twice"])
+        scan.faults.append(f"{file} names {listed(duplicates)} twice")
     if any(value >= IGNORED for value in names):
-        raise DataError([f"{file} names a class {max(names)}: they go from 0 to {IGNORED - 1}, {IGNORED} is ignored"])
+        scan.faults.append(f"{file} names a class {max(names)}: they go from 0 to {IGNORED - 1}, {IGNORED} is ignored")
     return names
 
 
@@ -201,7 +200,7 @@ def _all_values(names: set[str]) -> list[str]:
     return [str(value) for value in range(count)] if count <= 2 * len(names) else samples.in_order(names)
 
 
-read = partial(samples.read, form=Format(_find, _labels, _target, in_order=_all_values, stratified=False))
+read = partial(samples.read, form=Format(_folders, _find, _labels, _target, in_order=_all_values, stratified=False))
 
 
 def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:
