@@ -54,7 +54,7 @@ def run_classify(arguments: argparse.Namespace) -> int:
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     with progress() as on_progress:
         for done, result in enumerate(classifier.each(images, policy=policy)):
-            on_progress(done + 1, len(images))
+            on_progress(done + 1, len(images), "images")
             if isinstance(result, Prediction):
                 (_show_json if arguments.json else _show_text)(images[done], result, arguments.top)
             else:

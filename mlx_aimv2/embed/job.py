@@ -339,7 +339,7 @@ class _Job:
             )
         if self.plan.chunks and (slow := slow_here(embedder.loaded.model.dtype)) is not None:
             warnings.warn(slow, stacklevel=1)
-        self.on_progress(0, sum(len(chunk) for chunk in self.plan.chunks))
+        self.on_progress(0, sum(len(chunk) for chunk in self.plan.chunks), "images")
         return str(description["weights"]["digest"])
 
     def take(self, result: Result) -> None:
