@@ -64,7 +64,7 @@ def file_sizes(repo: str, *, revision: str | None) -> dict[str, int]:
 
     _check_settings()
     with _one_line(repo, f" at revision {revision}" if revision else "", "the Hub was asked in vain; run it again"):
-        siblings = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+        siblings = HfApi().model_info(repo, revision=revision or "main", files_metadata=True).siblings or []
         return {one.rfilename: int(one.size or 0) for one in siblings}
 
 

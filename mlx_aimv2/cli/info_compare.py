@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.checkpoint.hub import file_sizes, is_in_cache
-from mlx_aimv2.checkpoint.read import WEIGHT_SUFFIXES, is_hub_name, released_at
+from mlx_aimv2.checkpoint.read import WEIGHT_FILES, WEIGHT_SUFFIXES, is_hub_name, released_at
 from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups
 from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.config import (
@@ -73,7 +73,8 @@ def about(target: str, *, revision: str | None = None) -> Facts:
     if known is not None:  # the Hub need not be asked
         return facts | {"download": 4 * known.parameters} | _about_sizes(known.config, known.parameters)
     sizes = file_sizes(target, revision=revision)
-    return facts | {"download": sum(size for file, size in sizes.items() if file.endswith(WEIGHT_SUFFIXES))}
+    shards = sum(size for file, size in sizes.items() if file.endswith(WEIGHT_SUFFIXES))
+    return facts | {"download": next((sizes[file] for file in WEIGHT_FILES if file in sizes), shards)}
 
 
 def _about_index(path: Path) -> Facts:
