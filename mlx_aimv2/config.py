@@ -7,6 +7,7 @@ that hold an AIMv2 encoder (Ovis2), and the one this package writes, which is tr
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -187,6 +188,11 @@ class Aimv2Config:
 AnyConfig = Aimv2VisionConfig | Aimv2Config
 
 
+def megabytes(count: float) -> str:
+    """Bytes in words, `1.24 GB` or `4.33 MB`."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
 def dtype_name(dtype: object) -> str:
     """The name of an mlx dtype as config.json and flags have it: `mlx.core.float16 -> float16`."""
     return str(dtype).rpartition(".")[2]
@@ -337,6 +343,13 @@ RELEASED = {
     )
 }
 """Every public checkpoint by the name of its repository under `apple/`."""
+
+
+def near_release(name: str) -> str:
+    """`; did you mean apple/…?` for what is nearly the name of a released checkpoint, else nothing."""
+    names = [f"apple/{known}" for known in RELEASED]
+    near = difflib.get_close_matches(f"apple/{name.removeprefix('apple/')}", names, n=1)
+    return f"; did you mean {near[0]}?" if near and name not in names else ""
 
 
 def released(name: str) -> Released:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
@@ -44,6 +45,8 @@ LARGEST = 2044
 """Pixels of a side, 146 patches of 14: attention over more tokens would need more than 10 GB a head."""
 
 AnyModel = Aimv2VisionModel | Aimv2Model
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -213,6 +216,7 @@ def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None
     that are not.
     """
     check_process()
+    _log.debug("loading")
     origin = read(path_or_hf_repo, revision=revision)
     try:
         return _checked(origin)

@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
                 name, revision = found.groups()
                 commit = self._commit(name, revision)
                 listing = [{"type": "file", "path": path, **_described(data)} for path, data in sorted(files.items())]
-                siblings = [{"rfilename": path} for path in sorted(files)]
+                siblings = [{"rfilename": path, "size": len(files[path])} for path in sorted(files)]
                 info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "private": False, "tags": []}
                 self._json(listing if "/tree/" in path else info)
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from mlx_aimv2.config import megabytes, near_release
+
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
+
+_log = logging.getLogger(__name__)
 
 
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
@@ -40,6 +44,36 @@ def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Pat
         raise FileNotFoundError(f"{repo}{at} holds no file of a checkpoint")
     _check_inside(folder, Path(constants.HF_HUB_CACHE))
     return folder
+
+
+def announce(repo: str, *, revision: str | None, names: Iterable[str]) -> None:
+    """Logs how much of these files the Hub has and its cache has not, as information; nothing where that is unknown."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    absent = [name for name in names if not isinstance(try_to_load_from_cache(repo, name, revision=revision), str)]
+    if absent and _has_address(constants.ENDPOINT):
+        with contextlib.suppress(OSError, ValueError):  # the download will say what is wrong
+            held = file_sizes(repo, revision=revision)
+            if size := sum(held.get(name, 0) for name in absent):
+                _log.info("downloading %s of %s into %s", megabytes(size), repo, constants.HF_HUB_CACHE)
+
+
+def file_sizes(repo: str, *, revision: str | None) -> dict[str, int]:
+    """Bytes of each file of a repository, asked of the Hub in one call. Raises what `download` does."""
+    from huggingface_hub import HfApi
+
+    _check_settings()
+    with _one_line(repo, f" at revision {revision}" if revision else "", "the Hub was asked in vain; run it again"):
+        siblings = HfApi().model_info(repo, revision=revision or "main", files_metadata=True).siblings or []
+        return {one.rfilename: int(one.size or 0) for one in siblings}
+
+
+def is_in_cache(repo: str, *, revision: str | None) -> bool:
+    """Whether weights of a repository were downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    return isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
 
 
 def check_upload(repo: str) -> None:
@@ -86,6 +120,7 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
     except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{repo}: neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)"
+            f"{near_release(repo)}"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub was reached
@@ -93,7 +128,7 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
         how = "unset HF_HUB_OFFLINE to fetch the rest" if constants.HF_HUB_OFFLINE else "connect once"
         raise ConnectionError(
             f"{repo}{at}: the Hub cannot be reached, and its cache does not hold all of this; {how}, or give a folder"
-            f"{_held_instead(repo)}"
+            f"{_held_instead(repo)}{near_release(repo)}"
         ) from None
     except errors.HfHubHTTPError as error:
         raise _refused(repo, at, error) from None

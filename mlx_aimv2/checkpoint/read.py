@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
-from mlx_aimv2.config import DTYPES, RELEASED, dtype_name
+from mlx_aimv2.config import DTYPES, RELEASED, Released, dtype_name, near_release
 from mlx_aimv2.files import check_link, expand_user, read_json, read_text
 
 CONFIG_FILE = "config.json"
@@ -96,14 +95,15 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     Nothing of the weights is in memory yet. Raises FileNotFoundError for what is not there, ValueError for what is not
     a checkpoint, ConnectionError for a Hub that cannot be asked; each message names the file or repository.
     """
-    from mlx_aimv2.checkpoint.hub import download
+    from mlx_aimv2.checkpoint.hub import announce, download
 
     path, repo, commit = _find(path_or_hf_repo, revision=revision)
     folder, index = (path.parent, None) if path.is_file() else (path, _read_index(path))
 
-    def fetch(names: Iterable[str]) -> None:
+    def fetch(names: Sequence[str]) -> None:
         """From the Hub at the one commit, so that a branch that moves meanwhile is not taken half."""
         if repo is not None:
+            announce(repo, revision=commit, names=names)
             download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
 
     try:
@@ -151,13 +151,23 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
         return _in_cache(path), None, None
     name = str(path_or_hf_repo)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        near = difflib.get_close_matches(f"apple/{name}", [f"apple/{known}" for known in RELEASED], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise FileNotFoundError(f"{name}: no such file or folder, and no Hub name of the form owner/name{hint}")
-    pinned = RELEASED.get(name.removeprefix("apple/")) if name.startswith("apple/") else None
-    folder = download(name, revision=revision or (pinned.commit if pinned else None), patterns=HUB_FILES)
+    if not is_hub_name(name):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, and no Hub name of the form owner/name{near_release(name)}"
+        )
+    pinned = released_at(name, revision)
+    folder = download(name, revision=pinned.commit if pinned else revision, patterns=HUB_FILES)
     return folder, name, folder.name
+
+
+def released_at(name: str, revision: str | None) -> Released | None:
+    """The released checkpoint that a Hub name means, at Apple's commit where no `revision` is given."""
+    return RELEASED.get(name.removeprefix("apple/")) if revision is None and name.startswith("apple/") else None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a text has the form of a repository's name, `owner/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "/"))
 
 
 def _in_cache(path: Path) -> Path:
@@ -177,7 +187,7 @@ def _in_cache(path: Path) -> Path:
 
 
 def _weight_files(
-    folder: Path, index: tuple[Path, Mapping[str, str]] | None, fetch: Callable[[Iterable[str]], None]
+    folder: Path, index: tuple[Path, Mapping[str, str]] | None, fetch: Callable[[Sequence[str]], None]
 ) -> list[Path]:
     """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here."""
     if index is not None:

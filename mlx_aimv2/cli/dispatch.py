@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
+import re
 import select
 import shutil
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import takewhile
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -79,6 +82,9 @@ WIDTH, FLAG_COLUMN = 100, 32
 """Columns of help at most, however wide the terminal is, and where descriptions begin at the latest: two columns behind
 `--grad-accumulation-steps N`."""
 
+URL = re.compile(r"\w{2,}:/+(?:(?:www\.)?(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+))?")
+"""The beginning of a URL, and of one of the Hub's the repository's name."""
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks a run to stop: Ctrl-C, `kill`, a closed terminal."""
 
@@ -115,7 +121,7 @@ class ListParser(Parser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.verbs = self.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+        self.verbs = self.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
 
     def format_help(self) -> str:
         """The verbs in groups, one line each."""
@@ -162,12 +168,36 @@ def function_of(verb: str, kind: str) -> Callable[..., Any]:
 
 
 def _dispatch(argv: list[str]) -> int:
-    whole = parser(argv[0] if argv else "")
+    argv = argv or ["--help"]  # the name alone asks what there is
+    verb = argv[0]
+    whole = parser(verb)
+    for word in argv:
+        if (url := URL.match(word)) is not None and not os.path.lexists(word):
+            advice = f"give the Hub name {url[1]}" if url[1] else "download it first and give the file"
+            raise ValueError(f"{word} is a URL: {advice}")
+    if verb in VERBS or verb.startswith("-"):
+        _check_flags(whole.verbs.choices.get(verb, whole), argv)
+    else:
+        others = f", there are {', '.join(VERBS)}"
+        whole.error(f"there is no verb {verb}{_nearest(verb, VERBS) or others}")
     arguments, unknown = whole.parse_known_args(argv)
     if unknown:
         advice = "" if unknown[0].startswith("-") else " (words that belong together need quotes)"
-        whole.verbs.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+        whole.verbs.choices.get(verb, whole).error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
     return int(function_of(arguments.verb, "run")(arguments))
+
+
+def _check_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Ends the run at a flag that a verb has not: argparse would first say which others are missing."""
+    for word in takewhile(lambda word: word != "--", words):
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in parser._option_string_actions:
+            parser.error(f"unrecognized arguments: {word}{_nearest(flag, parser._option_string_actions)}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def one_line_errors(work: Callable[[], int]) -> int:

@@ -8,10 +8,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlx_aimv2.checkpoint.hub import file_sizes, is_in_cache
+from mlx_aimv2.checkpoint.read import WEIGHT_FILES, WEIGHT_SUFFIXES, is_hub_name, released_at
 from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups
 from mlx_aimv2.cli.output import aligned, show
-from mlx_aimv2.config import DTYPES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, dtype_name
+from mlx_aimv2.config import (
+    DTYPES,
+    Aimv2Config,
+    Aimv2TextConfig,
+    Aimv2VisionConfig,
+    AnyConfig,
+    dtype_name,
+    megabytes,
+)
 from mlx_aimv2.files import expand_user, read_start
+
+DTYPE_BYTES = {"float32": 4, "float16 or bfloat16": 2}
 
 SQLITE = b"SQLite format 3\0"
 
@@ -26,7 +38,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """Prints one fact a line; of a checkpoint no weights are read."""
+    """Prints one fact a line; of a checkpoint no weights are read or downloaded."""
     facts = about(arguments.target, revision=arguments.revision)
     if arguments.json:
         print(json.dumps(facts))
@@ -34,6 +46,11 @@ def run_info(arguments: argparse.Namespace) -> int:
     if facts.get("layer", 0) is None:
         facts["layer"] = "last, after the final norm"
         facts.pop("norm", None)
+    for name, value in facts.items():
+        if name.startswith("memory"):
+            facts[name] = "computed: " + ", ".join(f"{megabytes(count)} ({how})" for how, count in value.items())
+    if "download" in facts:
+        facts["download"] = megabytes(facts["download"])
     for line in aligned({name.replace("_", " "): _readable(value) for name, value in facts.items()}):
         show(line)
     return 0
@@ -46,7 +63,18 @@ def about(target: str, *, revision: str | None = None) -> Facts:
         raise ValueError(f"{path} is an empty file")
     if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
         raise ValueError(f"{path} is neither a file nor a folder: give an index, a checkpoint or a Hub name")
-    return _about_index(path) if _is_database(path) else _about_checkpoint(target, revision)
+    if _is_database(path):
+        return _about_index(path)
+    known = released_at(target, revision)
+    commit = known.commit if known is not None else revision
+    if path.exists() or not is_hub_name(target) or is_in_cache(target, revision=commit):
+        return _about_checkpoint(target, revision)
+    facts: Facts = {"checkpoint": target, "commit": commit, "downloaded": False}
+    if known is not None:  # the Hub need not be asked
+        return facts | {"download": 4 * known.parameters} | _about_sizes(known.config, known.parameters)
+    sizes = file_sizes(target, revision=revision)
+    shards = sum(size for file, size in sizes.items() if file.endswith(WEIGHT_SUFFIXES))
+    return facts | {"download": next((sizes[file] for file in WEIGHT_FILES if file in sizes), shards)}
 
 
 def _about_index(path: Path) -> Facts:
@@ -72,17 +100,27 @@ def _about_checkpoint(name: str, revision: str | None) -> Facts:
     from mlx_aimv2.loading import read_source
 
     source = read_source(name, revision=revision)
-    config, origin = source.config, source.origin
-    pair = config if isinstance(config, Aimv2Config) else None
-    vision, text = config.vision, pair.text_config if pair else None
+    origin, parameters = source.origin, source.parameters
     dtypes = sorted({dtype_name(array.dtype) for array in source.weights.values()} & set(DTYPES))
-    text_only = {"vocabulary": text.vocab_size, "context": text.max_position_embeddings} if text else {}
-    parameters = source.parameters
-    size = vision.image_size
     return {
         "checkpoint": origin.repo or str(origin.folder),
         "commit": origin.commit,
         "layout": source.layout,
+        **_about_sizes(source.config, parameters),
+        "bytes": source.stored_bytes,
+        "bits_per_weight": round(8 * source.stored_bytes / parameters, 3),
+        "dtype": ", ".join(dtypes),
+        "quantization": dict(source.quantization) if source.quantization is not None else None,
+    }
+
+
+def _about_sizes(config: AnyConfig, parameters: int) -> Facts:
+    """The sizes of a network and the memory that it takes."""
+    pair = config if isinstance(config, Aimv2Config) else None
+    vision, text = config.vision, pair.text_config if pair else None
+    text_only = {"vocabulary": text.vocab_size, "context": text.max_position_embeddings} if text else {}
+    size = vision.image_size
+    return {
         "encoders": "vision and text" if pair else "vision",
         "images": f"{size}x{size} pixels, {vision.num_patches} tokens" if size else "any size (native)",
         **_sizes(vision),
@@ -92,11 +130,33 @@ def _about_checkpoint(name: str, revision: str | None) -> Facts:
         "projection": pair.projection_dim if pair else None,
         "text": _sizes(text) | text_only if text else None,
         "parameters": parameters,
-        "bytes": source.stored_bytes,
-        "bits_per_weight": round(8 * source.stored_bytes / parameters, 3),
-        "dtype": ", ".join(dtypes),
-        "quantization": dict(source.quantization) if source.quantization is not None else None,
+        **memory(config, parameters),
     }
+
+
+def memory(config: AnyConfig, parameters: int) -> Facts:
+    """Bytes that a pass and a training step take for one image, computed from the sizes: `-> {what: {how: bytes}}`.
+
+    A pass holds the weights and 8 D + 6 F values for each of N tokens (D the width, F that of the MLP, L blocks, H
+    heads). Packed weights of the blocks take their bits and half a bit of scales (groups of 64), the others 16 bits. A
+    step keeps L (12 D + 6 F + 5 H N) values for each token, and in full 20 bytes a parameter: weights, gradients, both
+    moments and what replaces them, in float32. Peaks on MLX's CPU backend lie within a factor of two.
+    """
+    vision = config.vision
+    towers = (vision, config.text_config) if isinstance(config, Aimv2Config) else (vision,)
+    width, inner = vision.hidden_size, vision.intermediate_size
+    tokens = vision.num_patches or 256  # native checkpoints take any size: as if it were 224 pixels
+    held = tokens * (8 * width + 6 * inner)
+    kept = vision.num_hidden_layers * tokens * (12 * width + 6 * inner + 5 * vision.num_attention_heads * tokens)
+    packed = sum(
+        one.num_hidden_layers * one.hidden_size * (4 * one.hidden_size + 3 * one.intermediate_size) for one in towers
+    )
+    passes = {name: size * (parameters + held) for name, size in DTYPE_BYTES.items()}
+    for bits in (8, 4):
+        passes[f"{bits} bits"] = round(packed * (bits + 0.5) / 8) + 2 * (parameters - packed + held)
+    steps = {"full, float32": 20 * parameters + 4 * kept}
+    steps |= {f"lora, {name}": size * (parameters + kept) for name, size in DTYPE_BYTES.items()}
+    return {"memory_of_a_pass": passes, "memory_of_a_training_step": steps}
 
 
 def _sizes(config: Aimv2VisionConfig | Aimv2TextConfig) -> Facts:

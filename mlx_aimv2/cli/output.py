@@ -67,6 +67,15 @@ def show_json(value: object) -> None:
         print(json.dumps(value), flush=True)
 
 
+class Failures(list[str]):
+    """The images that failed, each said once; a run that has any ends with 1."""
+
+    def __call__(self, path: str, reason: str) -> None:
+        """Takes a failure: `reason` continues a sentence that starts with the path."""
+        self.append(path)
+        say(f"{path} {reason}")
+
+
 @contextmanager
 def _above_bar() -> Iterator[None]:
     if _bar is not None:
@@ -183,6 +192,11 @@ class Progress(logging.Handler):
         _bar = None
 
 
+def begin(what: str) -> None:
+    """Shows what begins now, where there is nothing to count yet."""
+    logging.getLogger("mlx_aimv2").debug(what)
+
+
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Gives what shows the progress of a run, within another one the same.
@@ -195,16 +209,14 @@ def progress() -> Iterator[Progress]:
         return
     _shown = shown = Progress()
     logger = logging.getLogger("mlx_aimv2")
-    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(shown)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = note
-        logger.addHandler(shown)
-        logger.setLevel(logging.DEBUG)
         try:
             yield shown
         finally:
-            logger.setLevel(before)
             logger.removeHandler(shown)
             shown.end()
             _shown = None

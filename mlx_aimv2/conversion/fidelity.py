@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mlx_aimv2 import __version__, bundled
 from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT
-from mlx_aimv2.config import dtype_name
+from mlx_aimv2.config import dtype_name, megabytes
 from mlx_aimv2.images.find import list_images
 from mlx_aimv2.loading import Source, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
@@ -235,8 +235,8 @@ def rows(found: Mapping[str, Any]) -> dict[str, str]:
         table["largest difference of logits"] = f"{found['largest_logit_difference']:.4g}"
     return table | {
         "largest activation": f"{largest['value']:.4g} in {largest['block']} ({limit})",
-        "size": f"{_megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
-        "size of the reference": _megabytes(found["reference"]["bytes"]),
+        "size": f"{megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
+        "size of the reference": megabytes(found["reference"]["bytes"]),
         "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, against float32",
     }
 
@@ -290,10 +290,6 @@ def _spread(values: Floats) -> dict[str, float]:
 def _finite(value: float) -> float:
     """The value, or the largest float where it is not finite: JSON has no infinity."""
     return float(np.nan_to_num(float(value), nan=sys.float_info.max))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def cosines(a: Floats, b: Floats) -> Floats:

@@ -119,6 +119,23 @@ def test_a_released_checkpoint_comes_at_its_pinned_commit_with_only_the_files_ne
     assert len(released.requests) == asked, "offline asks nothing"
 
 
+def test_the_size_of_a_download_is_said_before_it_starts_and_info_needs_none(hub, tmp_path):
+    hub.publish("somebody/aimv2", MAIN, FIXED)
+    hub.repositories["somebody/aimv2"][MAIN]["pytorch_model.bin"] = b"the same again"  # which is not fetched
+    main = "from mlx_aimv2.cli import main; sys.exit(main(argv[1:]))"
+    size = (FIXED / "model.safetensors").stat().st_size
+    result = run(hub, tmp_path / "home", main, "info", "somebody/aimv2", "--json")
+    assert json.loads(result.stdout)["download"] == size, result.stderr
+    assert not hub.fetched()
+    line = f"mlx-aimv2: downloading {size / 1e6:.2f} MB of somebody/aimv2 into "
+    for said in (True, False):
+        result = run(hub, tmp_path / "home", main, "compare", FIXED, "somebody/aimv2")
+        assert result.returncode == 0 and (line in result.stderr) == said, result.stderr
+    asked = len(hub.fetched())
+    result = run(hub, tmp_path / "home", main, "info", "somebody/aimv2", "--json")
+    assert json.loads(result.stdout)["layout"] == "apple" and len(hub.fetched()) == asked
+
+
 def test_a_revision_overrides_the_pinned_commit(released, tmp_path):
     result = run(released, tmp_path / "home", READ, NAME, "main")
     assert result.stdout.split() == [NAME, MAIN, "0.25", "apple"], result.stderr
