@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 
-from mlx_aimv2.cli.flags import MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.cli.output import say, show, typed
+from mlx_aimv2.cli.flags import MODEL, REPEATED, add_dtype, add_policy_arguments, add_revision, add_rules, policy_of
+from mlx_aimv2.cli.output import Failures, progress, show, show_json, typed
 from mlx_aimv2.config import LIT_CHECKPOINT
+from mlx_aimv2.embed.encode import listed_files
 from mlx_aimv2.files import expand_user, read_text
 from mlx_aimv2.loading import load
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, Prediction, ZeroShotClassifier, check_labels, check_templates
@@ -18,7 +19,8 @@ MAX_LABEL_BYTES = 1 << 20
 
 def add_classify(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
-    add("images", nargs="+", metavar="IMAGE", help="image file")
+    add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
+    add_rules(add)
     add("--labels", metavar="A,B,…", help="the labels, separated by commas")
     add("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
     words = f"sentence with {{}} for the label; {REPEATED} (default: {TEMPLATES[0]!r})"
@@ -44,16 +46,19 @@ def run_classify(arguments: argparse.Namespace) -> int:
     policy = policy_of(arguments)
     labels = check_labels(_labels(arguments.labels, arguments.labels_file))  # before the model, which takes longer
     templates = check_templates([typed(one) for one in arguments.template or TEMPLATES])
+    failures = Failures()
+    images = listed_files(arguments.images, failures, exclude=arguments.exclude, include=arguments.include)
+    given = [os.path.abspath(expand_user(name)) for name in arguments.images]  # noqa: PTH100 - as the listing's
+    images.sort(key=lambda path: given.index(path) if path in given else len(given))  # what has a name: as it was given
     model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
-    failures = 0
-    for image, result in zip(arguments.images, classifier.each(arguments.images, policy=policy), strict=True):
-        if not isinstance(result, Prediction):
-            failures += 1
-            say(result)
-            continue
-        for line in (_json if arguments.json else _text)(image, result, arguments.top):
-            show(line)
+    with progress() as on_progress:
+        for done, result in enumerate(classifier.each(images, policy=policy)):
+            on_progress(done + 1, len(images))
+            if isinstance(result, Prediction):
+                (_show_json if arguments.json else _show_text)(images[done], result, arguments.top)
+            else:
+                failures(images[done], str(result).removeprefix(f"{images[done]} "))
     return 1 if failures else 0
 
 
@@ -69,13 +74,14 @@ def _labels(listed: str | None, file: str | None) -> list[str]:
     return [label.strip() for label in labels if label.strip()]
 
 
-def _text(image: str, prediction: Prediction, count: int | None) -> list[str]:
-    best = prediction.top(count or 5)
-    return [image, *(f"{100 * probability:7.2f} %  {label}" for label, probability in best)]
+def _show_text(image: str, prediction: Prediction, count: int | None) -> None:
+    show(image)
+    for label, probability in prediction.top(count or 5):
+        show(f"{100 * probability:7.2f} %  {label}")
 
 
-def _json(image: str, prediction: Prediction, count: int | None) -> list[str]:
+def _show_json(image: str, prediction: Prediction, count: int | None) -> None:
     logits = dict(zip(prediction.labels, map(float, prediction.logits), strict=True))
     best = prediction.top(count)
     labels = [{"label": label, "probability": probability, "logit": logits[label]} for label, probability in best]
-    return [json.dumps({"path": image, "labels": labels})]
+    show_json({"path": image, "labels": labels})

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.backend.device import AUTO
-from mlx_aimv2.cli.flags import OF_INDEX, PATCHES, REPEATED, add_dtype, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.cli.output import progress, say, show
+from mlx_aimv2.cli.flags import OF_INDEX, PATCHES, add_dtype, add_policy_arguments, add_revision, add_rules, policy_of
+from mlx_aimv2.cli.output import begin, note, progress, say, show
 from mlx_aimv2.files import expand_user
 
 PIXEL_BLOCKS = 4
@@ -23,11 +23,7 @@ decoding 12 megapixels exactly; eight are no faster."""
 def add_embed(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("paths", nargs="+", metavar="PATH", help="folder, image or pattern; - reads names from stdin, by line or NUL")
-    for name, words in (
-        ("--exclude", "skip what matches: *.png, Trash/"),
-        ("--include", "include matching files even if excluded, hidden or with another suffix"),
-    ):
-        add(name, action="append", default=[], metavar="PATTERN", help=f"{words}; {REPEATED}")
+    add_rules(add)
     add("--prune", action="store_true", help="drop images from the index whose files under PATH are gone")
 
     add = parser.add_argument_group("model").add_argument
@@ -59,6 +55,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 
 def run_embed(arguments: argparse.Namespace) -> int:
     """Embeds, and prints the summary; returns 1 when some images failed."""
+    begin("scanning")
     from PIL import Image
 
     from mlx_aimv2.embed.encode import Settings
@@ -73,18 +70,14 @@ def run_embed(arguments: argparse.Namespace) -> int:
     given = vars(arguments) | {"policy": policy_of(arguments)}
     settings = Settings(**{one.name: given[one.name] for one in fields(Settings)})
     options = Options(**{one.name: given[one.name] for one in fields(Options)})
-    try:
-        with progress() as on_progress:
-            summary = update_index(arguments.paths, output, settings, options, report=say, on_progress=on_progress)
-    except ConnectionError as error:  # another rank is gone
-        say(error)
-        return 1
+    with progress() as on_progress:
+        summary = update_index(arguments.paths, output, settings, options, report=say, on_progress=on_progress)
     if summary is None:
         return 0  # mlx.launch would end rank 0 if another one failed before it
     counts = asdict(summary)
     is_made, passed_over = counts.pop("is_made"), counts.pop("passed_over")
     if passed_over:
-        say(f"skipped: {counted(passed_over)}")
+        note(f"skipped: {counted(passed_over)}")
     if arguments.json:
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"index": str(output), **counts, "passed_over": passed_over, "seconds": seconds}))

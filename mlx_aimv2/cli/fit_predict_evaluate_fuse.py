@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlx_aimv2.cli.flags import MODEL, Add, add_dtype, add_resume, add_revision, add_settings, add_skip_broken, groups
-from mlx_aimv2.cli.output import progress, say, show
+from mlx_aimv2.cli.output import Failures, begin, note, progress, say, show, show_json
 from mlx_aimv2.files import check_target, expand_user
 
 OWN = {"verb", "data", "model", "output", "json", "labels"}
@@ -43,6 +42,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
 
     keywords = {name: value for name, value in vars(arguments).items() if name not in OWN}
     labels = None if arguments.labels is None else [label.strip() for label in arguments.labels.split(",")]
+    begin("scanning")
     with progress() as on_progress, faults_as_json(arguments):
         fitted = fit(
             arguments.data,
@@ -57,7 +57,7 @@ def run_fit(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.json:
         found = {"head": str(fitted.folder), "metrics": fitted.scores, "images": fitted.images}
-        print(json.dumps(found | {"left_out": fitted.left_out}))
+        show_json(found | {"left_out": fitted.left_out})
     else:
         show(fitted.line)
         show(str(fitted.folder))
@@ -79,22 +79,17 @@ def run_predict(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.learn import predict
     from mlx_aimv2.learn.head_folder import load_head
 
-    failures: list[str] = []
-
-    def fail(path: str, reason: str) -> None:
-        failures.append(path)
-        say(f"{path} {reason}")
-
+    fail = Failures()
     if (output := arguments.output) is not None:
         check_target(output)  # before the model is loaded, which takes longer
     head = load_head(arguments.head, model=arguments.model, dtype=arguments.dtype)
     for path, found in predict(head, arguments.images, output=output, on_failure=fail):
         if arguments.json:
-            print(json.dumps({"path": path, **head.task.results.as_json(found, head.classes)}), flush=True)
+            show_json({"path": path, **head.task.results.as_json(found, head.classes)})
         else:
             for line in (path, *head.task.results.as_text(found, head.classes).split("\n")):
                 show(line)
-    return 1 if failures else 0
+    return 1 if fail else 0
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -114,10 +109,10 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     keywords = {name: getattr(arguments, name) for name in ("model", "dtype", "card", "skip_broken")}
     with faults_as_json(arguments):
         found = evaluate(arguments.head, arguments.data, **keywords)
-    for note in found.notes:
-        say(f"note: {note}")
+    for line in found.notes:
+        note(line)
     if arguments.json:
-        print(json.dumps({"part": found.part, "images": found.images, **found.scores, "left_out": found.left_out}))
+        show_json({"part": found.part, "images": found.images, **found.scores, "left_out": found.left_out})
         return 0
     widths = [max(map(len, column)) for column in zip(*found.table, strict=True)]
     for first, *rest in found.table:
@@ -137,7 +132,7 @@ def faults_as_json(arguments: argparse.Namespace) -> Iterator[None]:
         yield
     except DataError as error:
         if arguments.json:
-            print(json.dumps({"faults": error.lines}))
+            show_json({"faults": error.lines})
         raise
 
 

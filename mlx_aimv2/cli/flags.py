@@ -50,6 +50,15 @@ def add_skip_broken(add: Add, *, default: bool = False) -> None:
     add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
 
 
+def add_rules(add: Add) -> None:
+    """Adds --exclude and --include."""
+    for name, words in (
+        ("--exclude", "skip what matches: *.png, Trash/"),
+        ("--include", "include matching files even if excluded, hidden or with another suffix"),
+    ):
+        add(name, action="append", default=[], metavar="PATTERN", help=f"{words}; {REPEATED}")
+
+
 def add_policy_arguments(add: Add) -> None:
     """Adds --decode, --max-pixels and --truncated."""
     words = "decode JPEGs fast (reduced size) or exact (full size) (default: %(default)s)"

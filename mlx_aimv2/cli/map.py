@@ -16,10 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from mlx_aimv2 import plot
 from mlx_aimv2.cli.flags import MODEL, PATCHES, add_dtype, add_policy_arguments, add_revision, policy_of
-from mlx_aimv2.cli.output import say, show_progress
+from mlx_aimv2.cli.output import Failures, show_progress
+from mlx_aimv2.embed.encode import listed_files
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder
 from mlx_aimv2.files import atomic_file, check_file, expand_user, stems_below
-from mlx_aimv2.images.find import list_images
 from mlx_aimv2.loading import load
 
 if TYPE_CHECKING:
@@ -65,20 +65,17 @@ def run_map(arguments: argparse.Namespace) -> int:
     if arguments.max_patches < 1:
         raise ValueError(f"--max-patches must be at least 1, got {arguments.max_patches}")
     policy = policy_of(arguments)
-    found = list_images(arguments.images)
-    failed = [f"{name} does not exist" for name in found.missing]
-    failed += [f"{name} holds no image" for name in found.empty]
-    failed += [f"{name} {reason}" for name, reason in found.problems]
-    if found.files:
+    fail = Failures()
+    if files := listed_files(arguments.images, fail):
         kind = "pca" if arguments.patch is None else "patch"
-        targets = _targets(arguments.images, found.files, arguments.output, kind)
+        targets = _targets(arguments.images, files, arguments.output, kind)
         for target in targets:
-            _check(target, found.files, overwrite=arguments.overwrite)
+            _check(target, files, overwrite=arguments.overwrite)
         model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
         decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
         mark.add_text("Software", SOFTWARE)
-        for decoded, target in zip(map(decoder, found.files), targets, strict=True):
+        for decoded, target in zip(map(decoder, files), targets, strict=True):
             if decoded.note is not None:
                 warnings.warn(f"{decoded.path} {decoded.note}", stacklevel=1)
             try:
@@ -86,7 +83,7 @@ def run_map(arguments: argparse.Namespace) -> int:
                     raise ValueError(decoded.failure)
                 image, grid = draw(model.vision, processor, decoded.levels, patch=arguments.patch)
             except ValueError as error:
-                failed.append(f"{decoded.path} {error}")
+                fail(decoded.path, str(error))
                 continue
             finally:
                 mx.clear_cache()  # each size of a native image would keep buffers of its own
@@ -95,9 +92,7 @@ def run_map(arguments: argparse.Namespace) -> int:
                 image.save(stream, "PNG", pnginfo=mark)
             record = {"image": decoded.path, "map": str(target), "rows": grid[0], "columns": grid[1]}
             show_progress(json.dumps(record) if arguments.json else str(target))
-    for line in failed:
-        say(line)
-    return 1 if failed else 0
+    return 1 if fail else 0
 
 
 def draw(

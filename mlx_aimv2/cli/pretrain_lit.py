@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_aimv2.backend import WIDE_SIGHT, prepared
 from mlx_aimv2.cli.flags import MODEL, Add, add_resume, add_settings, add_skip_broken, groups, settings_of
-from mlx_aimv2.cli.output import say, show
+from mlx_aimv2.cli.output import begin, say, show
 from mlx_aimv2.config import WIDTHS, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.files import read_json
 from mlx_aimv2.loading import load
@@ -51,6 +51,7 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
     )
     data, shared = _shared(arguments)
     validation = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None
+    begin("training")
     pretrain(data, arguments.output, settings=settings, validation=validation, **shared)
     show(str(arguments.output))
     return 0
@@ -95,6 +96,7 @@ def run_lit(arguments: argparse.Namespace) -> int:
     model, processor = load(arguments.encoder, dtype="float32")
     if model.vision is not model:
         say(f"note: of the pair {arguments.encoder} the image encoder alone is used; its text encoder is trained anew")
+    begin("training")
     lit(data, model.vision, processor, arguments.output, settings=settings, **shared)
     show(str(arguments.output))
     return 0
@@ -114,6 +116,7 @@ def _add_captions(add: Mapping[str, Add]) -> None:
 
 def _shared(arguments: argparse.Namespace) -> tuple[Data, dict[str, Any]]:
     """The data, and the keywords that `pretrain` and `lit` share."""
+    begin("scanning")
     data = open_data(arguments.data, skip_broken=arguments.skip_broken)
     tokenizer = Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
     return data, {"tokenizer": tokenizer, "resume": arguments.resume, "report": say}

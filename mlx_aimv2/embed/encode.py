@@ -28,7 +28,7 @@ from mlx_aimv2 import __version__
 from mlx_aimv2.embed.cache import Description, fingerprint
 from mlx_aimv2.embed.loader import MAX_PATCHES, Decoder, Known, run_ahead, split_into_chunks
 from mlx_aimv2.images import FAST, Policy
-from mlx_aimv2.images.find import list_images
+from mlx_aimv2.images.find import counted, list_images
 from mlx_aimv2.index.reader import NOTHING, Embedding, Index, damaged
 from mlx_aimv2.loading import Loaded, read_source
 from mlx_aimv2.untrusted_json import Fields, misfit
@@ -154,11 +154,26 @@ def embeddings_of(results: Iterable[Result], fail: OnFailure) -> Iterator[Embedd
         yield from result.embeddings
 
 
-def listed_files(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], fail: OnFailure) -> list[str]:
-    """The image files that files, folders and patterns mean; what is none goes to `fail`."""
-    listing = list_images(paths)
+def listed_files(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    fail: OnFailure,
+    *,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+) -> list[str]:
+    """The image files that files, folders and patterns mean: `exclude`, `include` are `find.Rules`.
+
+    What is none goes to `fail`, empty folders and what was skipped are warnings. Raises FileNotFoundError for nothing
+    at all.
+    """
+    listing = list_images(paths, exclude=exclude, include=include)
+    listing.check_any()
     for path, reason in [*((missing, "does not exist") for missing in listing.missing), *listing.problems]:
         fail(path, reason)
+    for path in listing.empty:
+        warnings.warn(f"no images in {path}", stacklevel=3)
+    if listing.skipped:
+        warnings.warn(f"skipped: {counted(listing.skipped)}", stacklevel=3)
     return listing.files
 
 

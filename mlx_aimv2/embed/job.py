@@ -24,7 +24,7 @@ from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, m
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.files import marks_of, stat_of
 from mlx_aimv2.images import FAST, Policy
-from mlx_aimv2.images.find import SUFFIXES, Listing, identity, is_gone, is_under, list_images, read_list
+from mlx_aimv2.images.find import Listing, identity, is_gone, is_under, list_images, read_list
 from mlx_aimv2.index.export import export, target
 from mlx_aimv2.index.reader import Embedding, Index, is_free
 from mlx_aimv2.index.writer import Copy, IndexWriter
@@ -299,14 +299,14 @@ class _Job:
             else:
                 names += read_list(sys.stdin.buffer.read())
         listing = list_images(names, exclude=self.options.exclude, include=self.options.include)
+        if not self.options.prune:
+            listing.check_any()
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
         missing = [path for path in listing.missing if not (self.options.prune and self._holds(path))]
         self._fail([(path, "does not exist") for path in missing])
         self._fail(listing.problems)
-        if not listing.files and not listing.problems and not self.options.prune:
-            raise FileNotFoundError(f"no images found: looked for names that end in {' '.join(SUFFIXES)}")
         return listing
 
     def _holds(self, given: str) -> bool:
@@ -331,6 +331,7 @@ class _Job:
             )
         if self.plan.chunks and (slow := slow_here(embedder.loaded.model.dtype)) is not None:
             warnings.warn(slow, stacklevel=1)
+        self.on_progress(0, sum(len(chunk) for chunk in self.plan.chunks))
         return str(description["weights"]["digest"])
 
     def take(self, result: Result) -> None:

@@ -161,6 +161,15 @@ class Listing:
         """How many files and folders were skipped, by suffix or by what excluded them."""
         return {**self.suffixes, **self.excluded}
 
+    def check_any(self) -> None:
+        """Raises FileNotFoundError, which names what was asked for, where that is no image at all."""
+        if not self.files and not self.problems:
+            asked = [f"{path} does not exist" for path in self.missing]
+            names = f"looked for names that end in {' '.join(SUFFIXES)}"
+            asked += [f"no images in {path}, {names}" for path in self.empty]
+            asked += [f"skipped: {counted(self.skipped)}"] if self.skipped else []
+            raise FileNotFoundError(f"{'; '.join(asked) or 'nothing'}: give images, or folders that hold some")
+
 
 def list_images(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],

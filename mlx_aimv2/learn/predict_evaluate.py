@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_belo
 from mlx_aimv2.learn.head_folder import Head, load_head
 from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
 from mlx_aimv2.learn.samples import seen
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def evaluate(
     classes, results = loaded.classes, loaded.task.results
     dataset = loaded.task.data.read(expand_user(data), classes=classes, skip_broken=skip_broken)
     part, samples = dataset.to_score()
+    _log.debug("evaluating %s images", f"{len(samples):,}")
     predictions = decoded(loaded.task, samples, outputs_of_learner(loaded.learner, samples, loaded.processor))
     if target is not None:
         with atomic_folder(target) as folder:
@@ -82,6 +86,7 @@ def predict(
     files, results, records = listed_files(given, on_failure), loaded.task.results, list[Any]()
     with nullcontext() if output is None else atomic_folder(expand_user(output)) as folder:
         stems = {} if folder is None else stems_below(given, files)
+        _log.debug("predicting %s images", f"{len(files):,}")
         for image, outputs in outputs_of_files(loaded.learner, files, loaded.processor, on_failure):
             prediction = results.decode(outputs, image.upright)
             if folder is not None:

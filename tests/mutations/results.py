@@ -8,7 +8,57 @@ HTML, DAMAGED = (f"tests/index/test_{name}.py::test_" for name in ("html", "dama
 NEAREST = ("tests/index/test_nearest.py",)
 DUPLICATES = ("tests/index/test_duplicates.py",)
 
+HOUR = "tests/cli/test_first_hour.py::test_"
+
 RESULTS = (
+    Mutation(
+        "commands run a checkpoint in its own dtype",
+        "default=None if own else AUTO, metavar",
+        "default=None, metavar",
+        (HOUR + "a_half_checkpoint_runs_in_what_suits_the_machine",),
+    ),
+    Mutation(
+        "an index takes another dtype with -m",
+        'made[name] for name in ("dtype", "pool",',
+        'made[name] for name in ("pool",',
+        (HOUR + "an_index_keeps_the_dtype_that_it_was_made_with",),
+    ),
+    Mutation(
+        "nothing found is no failure",
+        "if not self.files and not self.problems:",
+        "if False:",
+        (HOUR + "a_kind_of_failure_has_one_exit_code_in_every_verb",),
+    ),
+    Mutation(
+        "images that fail are not counted",
+        "        self.append(path)\n",
+        "",
+        (HOUR + "a_kind_of_failure_has_one_exit_code_in_every_verb",),
+    ),
+    Mutation(
+        "a note is written each time",
+        "if text in _shown.notes:",
+        "if False:",
+        (HOUR + "a_note_is_written_once",),
+    ),
+    Mutation(
+        "what begins is not shown",
+        "        self._begin(words, 1, desc",
+        "        dict(desc",
+        (HOUR + "a_bar_stands_at_nothing_with_what_is_happening",),
+    ),
+    Mutation(
+        "a step's memory without its activations",
+        "20 * parameters + 4 * kept",
+        "20 * parameters",
+        (HOUR + "the_memory_that_info_computes_is_what_a_pass_and_a_step_take",),
+    ),
+    Mutation(
+        "the size of a download is not said",
+        "if size := sum(held.get(name, 0) for name in absent):",
+        "if size := 0:",
+        ("tests/checkpoint/test_hub.py::test_the_size_of_a_download_is_said_before_it_starts_and_info_needs_none",),
+    ),
     Mutation(
         "--labels are compared without Unicode's one form",
         "allowed = [same_form(name) for name in labels or dataset.classes]",
