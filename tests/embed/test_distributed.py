@@ -109,8 +109,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
 @needs_launch
 def test_a_mistake_is_reported_once(folder):
     _, err = launch("-m", "mlx_aimv2", "embed", "nowhere", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
-    assert err.splitlines()[0] == "mlx-aimv2: nowhere does not exist: give images, or folders that hold some"
-    assert len(err.splitlines()) == 2
+    assert err == "mlx-aimv2: nowhere does not exist: give images, or folders that hold some"
     _, err = launch("-m", "mlx_aimv2", "embed", "-", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
     assert "- does not go with mlx.launch" in err
     assert not Path("two.db").exists()
