@@ -38,9 +38,6 @@ from mlx_aimv2.untrusted_json import Fields, misfit
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
 
-POSITIONS = "timm"
-"""How positions are resampled for another image size (`loading.resample_positions`), where that was needed."""
-
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
 ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora.WEIGHTS_FILE)
@@ -142,21 +139,15 @@ def read_info(folder: Path) -> dict[str, Any]:
 def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | mx.Dtype | None = None) -> Head:
     """A head folder with the encoder that it needs, from where it was trained or from `model`: `folder -> Head`.
 
-    Raises ValueError where the encoder's weights or preprocessing, or the rule by which its positions are resampled,
-    are not those that the head was trained on.
+    Raises ValueError where the encoder's weights or preprocessing are not those that the head was trained on.
     """
     folder = expand_user(folder)
     info = read_info(folder)
     task = find_task(info["task"])
-    wanted, size = info["encoder"], info["image_size"]
+    wanted = info["encoder"]
     loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
-    if (own := loaded.model.vision.config.image_size) not in (None, size) and wanted.get("positions") != POSITIONS:
-        raise ValueError(
-            f"{folder} was fitted on images of {size} pixels, its encoder is for {own}, and its positions came from "
-            "another rule (earlier versions did not antialias them): fit it again with mlx-aimv2 fit"
-        )
-    vision, processor = at_size(loaded.model.vision, loaded.processor, size, whole=task.dense)
+    vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
     if (patches := math.prod(processor.grid)) > MANY_PATCHES:
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     learner = Learner(vision, _load_learned(folder, info, vision))
@@ -246,9 +237,7 @@ def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
 def describe_encoder(loaded: Loaded, processor: Aimv2Processor) -> dict[str, Any]:
     """What head.json keeps of an encoder, so that no other one is taken for it."""
     preprocessing = json.loads(json.dumps(asdict(processor.preprocessing)))
-    described = {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
-    own, final = loaded.model.vision.config.image_size, processor.preprocessing.final_size
-    return described | ({"positions": POSITIONS} if own is not None and final != (own, own) else {})
+    return {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
 
 
 def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> None:

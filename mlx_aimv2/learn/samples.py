@@ -192,7 +192,7 @@ def read(
     paths = [path for pairs in found.parts.values() for path, _ in pairs]
     images, unreadable = check_images(paths, decode=decode)
     broken = [*scan.broken, *unreadable]
-    faults: list[str] = []
+    faults = scan.faults
     labelled: dict[str, dict[str, Labels]] = {}
     for part, pairs in found.parts.items():
         marked = [(path, mark, images[path].size) for path, mark in pairs if path in images]
@@ -204,20 +204,13 @@ def read(
                 broken.append(labels)
             else:
                 faults += labels
-    faults = [*([] if skip_broken else broken), *scan.faults, *faults]
+    faults = [*([] if skip_broken else broken), *faults]
     training = labelled.get("train", labelled.get("", {}))
     occurring = {name for labels in training.values() for name in labels.names}
     names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
-    unknown = Counter(name for own in every.values() for name in {*own} - {*numbers})
-    faults += [
-        f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
-        for name, count in sorted(unknown.items())
-    ]
-    # Names of folders may hold bytes that are no text.
-    no_text = [name for name in names if name.encode(errors="ignore").decode() != name]
-    faults += [f"the label {name!r} is not UTF-8: rename it" for name in no_text]
+    faults += _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}))
     if classes is None and (training or not faults):
         faults += _too_few(training, names, images, data, form)
     if classes is None and not labelled.keys() & {"train", ""}:
@@ -247,6 +240,16 @@ def read(
 
     splits, divided = _divided(samples, stratum)
     return Dataset(names, splits, (*divided, *notes, *_copies(splits, every), *scan.notes), left_out)
+
+
+def _wrong_names(names: Sequence[str], unknown: Mapping[str, int]) -> list[str]:
+    """Labels that are not among the `names`, and names that are no text, as those of folders may be."""
+    faults = [
+        f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
+        for name, count in sorted(unknown.items())
+    ]
+    no_text = [name for name in names if name.encode(errors="ignore").decode() != name]
+    return faults + [f"the label {name!r} is not UTF-8: rename it" for name in no_text]
 
 
 def _divided(

@@ -69,16 +69,9 @@ class Data(Protocol):
     def recognise(self, data: Path) -> Recognised | None:
         """What of this task DATA has; None where it has nothing."""
 
-    def read(
-        self,
-        data: Path,
-        *,
-        classes: Sequence[str] | None = None,
-        decode: bool = True,
-        skip_broken: bool = False,
-        recognised: Recognised | None = None,
-    ) -> Dataset:
-        """DATA read and checked by `samples.read`; DataError with everything that is wrong."""
+    @property
+    def read(self) -> Callable[..., Dataset]:
+        """`samples.read` with the task's format: DATA read and checked; DataError with everything that is wrong."""
 
     def example(
         self, sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False

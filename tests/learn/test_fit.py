@@ -164,7 +164,6 @@ def test_a_folder_that_is_not_understood_is_refused(head, change, words):
 
 def test_a_head_for_very_large_images_says_so(head):
     info = json.loads((head / "head.json").read_text())
-    info["encoder"]["positions"] = "timm"
     (head / "head.json").write_text(json.dumps(info | {"image_size": 14 * 130}))
     with pytest.warns(UserWarning, match="takes images of 16,900 patches: each may take minutes"):
         load_head(head)

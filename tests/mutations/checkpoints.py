@@ -136,12 +136,6 @@ CHECKPOINTS = (
         ("tests/test_image_size.py",),
     ),
     Mutation(
-        "a head takes positions that came from another rule",
-        'not in (None, size) and wanted.get("positions") != POSITIONS:',
-        "is False:",
-        ("tests/test_image_size.py",),
-    ),
-    Mutation(
         "an image size that is asked for is ignored",
         "        if image_size is not None:\n",
         "        if image_size == 0:\n",

@@ -86,8 +86,8 @@ LEARNING = (
     ),
     Mutation(
         "broken images are left out without being asked to",
-        "faults = [*([] if skip_broken else broken), *scan.faults, *faults]",
-        "faults = [*scan.faults, *faults]",
+        "faults = [*([] if skip_broken else broken), *faults]",
+        "faults = [*faults]",
         BROKEN,
     ),
     Mutation(

@@ -278,12 +278,8 @@ def _beside(
 find_voc = partial(_beside, names=XML_FOLDERS, suffix="xml", start=VOC_START)
 
 
-class Yolo(NamedTuple):
-    """By part the folders of images and of their texts; and the YAML file beside them with its settings, if any."""
-
-    folders: Mapping[str, list[tuple[Path, Path]]]
-    file: Path | None
-    settings: Mapping[str, Any]
+Yolo: TypeAlias = "tuple[Mapping[str, list[tuple[Path, Path]]], Path | None, Mapping[str, Any]]"
+"""By part the folders of images and of their texts; and the YAML file beside them with its settings, if any."""
 
 
 def find_yolo(data: Path, scan: Scan) -> Yolo | None:
@@ -293,7 +289,7 @@ def find_yolo(data: Path, scan: Scan) -> Yolo | None:
     named = [(key, str(name)) for key in ("train", "val", "test") for name in given.get(key, []) if name]
     if file is None or not named:
         beside = {part: [pair] for part, pair in _beside(data, scan, ("labels",), "txt", YOLO_START).items()}
-        return Yolo(beside, file, settings) if beside else None
+        return (beside, file, settings) if beside else None
     found: dict[str, list[tuple[Path, Path]]] = defaultdict(list)
     roots = [file.parent / str(settings.get("path", "")), file.parent]
     for key, name in named:
@@ -307,7 +303,7 @@ def find_yolo(data: Path, scan: Scan) -> Yolo | None:
             scan.note(f"{file}: {name}, the part test,", "does not exist: left out")
         else:
             raise DataError([f"{file} says {key}: {name}, which is no folder of images"])
-    return Yolo(found, file, settings) if found else None
+    return (found, file, settings) if found else None
 
 
 def read_yolo(found: Yolo, reading: Reading) -> None:
