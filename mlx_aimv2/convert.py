@@ -61,13 +61,11 @@ def convert(
     are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
     settings or bool`. `dtype` None keeps the checkpoint's.
 
-    With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`,
-    or on four bundled photographs; the result is stored in fidelity.json. For that TensorFloat32 is turned off for the
-    whole process; where MLX was used before, the report says that it may be on (`turn_tf32_off`). `export_layout`
-    writes PyTorch's names and axes instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives
-    progress lines.
-
-    With `overwrite` a folder that an earlier conversion wrote is replaced once the new one is whole.
+    With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`, or
+    on four bundled photographs, for fidelity.json. For that TensorFloat32 is turned off for the whole process, or the
+    report says that it may be on (`turn_tf32_off`). `export_layout` writes PyTorch's names and axes instead, dense.
+    `upload_repo` uploads the folder to the Hub. `log` receives progress lines. With `overwrite` a folder that an
+    earlier conversion wrote is replaced once the new one is whole.
 
     Raises FileExistsError when `mlx_path` exists, and ValueError, FileNotFoundError, OSError or ConnectionError, each
     with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
