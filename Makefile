@@ -42,7 +42,7 @@ mutations: $(VENV)/tested  ## break the package in some 270 places: which test n
 	$(RUN) -m tests.mutations $(if $(ONLY),--only "$(ONLY)")
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
-	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity
+	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity tests/export/test_coreml.py
 
 fuzz: $(VENV)/tested  ## 20,000 broken checkpoints, images, indexes, heads, states, data sets, answers of the Hub (FUZZ="--seed 7 --inputs 500" for more)
 	$(RUN) -m tests.fuzz $(FUZZ)

@@ -34,7 +34,7 @@ VERBS = {
     "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
     "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
-    "export": ("convert", "-m MODEL -o FILE", "write an encoder for programs in Swift and C++"),
+    "export": ("convert", "-m MODEL -o FILE", "write an encoder for programs in Swift and C++, or for Core ML"),
     "fuse": ("convert", "--adapter-path HEAD", "merge adapters into the encoder"),
     "fit": ("learn", "DATA -m MODEL -o HEAD", "learn your labels from a folder of images"),
     "predict": ("learn", "HEAD IMAGE...", "predict labels, masks or boxes for images"),

@@ -1,4 +1,4 @@
-"""`mlx-aimv2 export` writes an encoder for programs in Swift and C++."""
+"""`mlx-aimv2 export` writes an encoder for programs in Swift and C++, or for Core ML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add["input"]("--image-size", type=int, metavar="N", help="pixels a side (default: the checkpoint's, native 224)")
     words = "native checkpoints: rows and columns of patches"
     add["input"]("--grid", type=whole_numbers, metavar="R,C", help=words)
-    words = "file to write, for this machine's device (one for Metal is made on a Mac): NAME.mlxfn"
+    words = "file to write, NAME.mlpackage for Core ML, or NAME.mlxfn for this machine's device (for Metal: on a Mac)"
     add["output"]("-o", dest="path", type=expand_user, required=True, metavar="FILE", help=words)
     words = "image: one vector each; tokens, both or text (default: image)"
     add["output"]("--output", choices=("image", "tokens", "both", "text"), metavar="NAME", help=words)

@@ -1,4 +1,4 @@
-"""Writes encoders for programs without Python: MLX's exported functions for Swift and C++."""
+"""Writes encoders for programs without Python: MLX's functions for Swift and C++, Core ML packages."""
 
 from mlx_aimv2.export.write import export
 

@@ -105,6 +105,7 @@ def prepare(
     *,
     dtype: str | mx.Dtype | None,
     revision: str | None,
+    keep_quantized: bool,
 ) -> Exported:
     """Loads what is exported, a checkpoint or the folder of a head; `size` is `export`'s `image_size` or `grid`."""
     if is_file(expand_user(model) / INFO_FILE):
@@ -122,7 +123,9 @@ def prepare(
     if output == "text" and not isinstance(source.config, Aimv2Config):
         raise ValueError(f"--output text: {source.origin} has no text encoder; {LIT_CHECKPOINT} has one")
     loaded = source.load(
-        dtype=dtype, image_size=size if isinstance(size, int) else None if own_size or grid else NATIVE
+        dtype=dtype,
+        keep_quantized=keep_quantized,
+        image_size=size if isinstance(size, int) else None if own_size or grid else NATIVE,
     )
     processor = _for_grid(loaded.processor, grid) if grid else loaded.processor
     dtype_in = "int32" if output == "text" else INPUTS[input]

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_aimv2.conversion.folder import copy_beside
+from mlx_aimv2.export import coreml
 from mlx_aimv2.export.encoder import INPUTS, OUTPUTS, Exported, prepare
 from mlx_aimv2.files import check_target, expand_user, read_bytes, temporary_folder, write_json
 
@@ -40,7 +41,8 @@ def export(
     """Writes an encoder for programs without Python: `Hub name, checkpoint or HEAD -> file`, whose path is returned.
 
     A `path` that ends in .mlxfn becomes a function for MLX in Swift and C++, for the device of this machine: one for
-    Metal is made on a Mac. `output` is image (None: a vector of each image, a pair's too), tokens, both or text; of a
+    Metal is made on a Mac; one in .mlpackage a Core ML model of float16 or float32, which takes one image or text, and
+    keeps 4 and 8 bits. `output` is image (None: a vector of each image, a pair's too), tokens, both or text; of a
     folder that `fit` wrote come class probabilities. `batch` lists how many images or texts the function takes at
     once. `image_size` is `load`'s, `grid` the rows and columns of patches for a native checkpoint, which otherwise
     takes 224 pixels a side. `input` is float, the processor's pixels, or uint8, whose normalisation goes inside.
@@ -51,6 +53,9 @@ def export(
     ConnectionError, each with one line. The file appears whole or not at all.
     """
     target, counts = expand_user(path), ",".join(map(str, batch))
+    for_core_ml = target.suffix == ".mlpackage"
+    if for_core_ml:
+        input, dtype = "uint8" if output != "text" else input, dtype or "float16"
     faults = {
         f"-o must end in {' or '.join(WRITERS)}, got {target.name}": target.suffix not in WRITERS,
         f"--batch must be different numbers above 0, such as 1,4,16; got {counts}": (
@@ -58,6 +63,8 @@ def export(
         ),
         f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
         f"--input must be {' or '.join(INPUTS)}, got {input}": input not in INPUTS,
+        ".mlpackage holds float16 or float32: choose one as --dtype": for_core_ml
+        and dtype not in ("float16", "float32", mx.float16, mx.float32),
         "choose one of --image-size and --grid": image_size is not None and grid is not None,
         "--image-size, --grid and --input are for images: leave them out of --output text": (
             output == "text" and (image_size is not None or grid is not None or input != "float")
@@ -67,7 +74,15 @@ def export(
         if is_met:
             raise ValueError(message)
     check_target(target)
-    exported = prepare(model, output, input, grid if image_size is None else image_size, dtype=dtype, revision=revision)
+    exported = prepare(
+        model,
+        output,
+        input,
+        grid if image_size is None else image_size,
+        dtype=dtype,
+        revision=revision,
+        keep_quantized=for_core_ml,
+    )
     for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
         # MLX writes the bytes of a weight without its strides, and Apple's patch kernel is a transposed view.
         module.update(tree_map(mx.contiguous, module.parameters()))
@@ -75,7 +90,8 @@ def export(
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as place:
         outputs = WRITERS[target.suffix](exported, place / target.name, batch)
-        write_json(place / f"{target.stem}.json", exported.describe(batch, outputs))
+        device = {"device": "any"} if for_core_ml else {}
+        write_json(place / f"{target.stem}.json", exported.describe(batch, outputs) | device)
         copy_beside(place, exported.loaded.source, LICENCES)
         if exported.text is not None and (tokenizer := exported.processor.tokenizer) is not None:
             (place / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
@@ -92,8 +108,9 @@ def _move(place: Path, target: Path) -> None:
     for path in (*new, target):
         check_target(path)
     for path, file in (new | {target: place / target.name}).items():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        for one in filter(Path.is_file, (file, *file.rglob("*"))):
+            with one.open("rb") as stream:
+                os.fsync(stream.fileno())
         file.rename(path)
 
 
@@ -122,5 +139,8 @@ def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> l
     return outputs
 
 
-WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], list[mx.array]]] = {".mlxfn": _write_function}
+WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], list[mx.array]]] = {
+    ".mlxfn": _write_function,
+    ".mlpackage": coreml.write,
+}
 """How a file's name ends -> what writes it: `exported, its path, batches -> outputs for the smallest batch`."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -202,6 +203,14 @@ def test_wrong_use_ends_in_one_line_and_writes_nothing(sources, workshop, tmp_pa
     said = capsys.readouterr().err
     assert (code, len(said.splitlines())) == (2, 1), said
     assert re.search(WRONG[words], said), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_its_extra_core_ml_ends_in_one_line(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    assert main(["export", "-m", str(sources["apple"]), "-o", str(tmp_path / "E.mlpackage")]) == 2
+    said = capsys.readouterr().err
+    assert said == "mlx-aimv2: .mlpackage needs coremltools: pip install 'mlx-aimv2[coreml]'\n"
     assert list(tmp_path.iterdir()) == []
 
 
