@@ -19,7 +19,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     words = f"{MODEL}, or a folder that fit has written: class probabilities"
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=words)
     add_revision(add["model"])
-    add_dtype(add["model"])
+    add_dtype(add["model"], "the checkpoint's")
     words = "float: normalised pixels; uint8: bytes, normalised inside (default: %(default)s)"
     add["input"]("--input", choices=("float", "uint8"), default="float", metavar="NAME", help=words)
     words = "images or texts at once, several in one file (default: 1)"

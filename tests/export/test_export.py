@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 from mlx_aimv2 import bundled, layers, load
 from mlx_aimv2.cli import main
@@ -227,6 +229,13 @@ def test_no_file_that_is_there_is_replaced(sources, tmp_path, name):
     assert (place / name).read_text() == "mine"
 
 
+def test_an_export_keeps_the_dtype_of_the_checkpoint(sources, tmp_path, capsys):
+    half = convert(sources["apple"], tmp_path / "half", dtype="float16", verify=False)
+    assert main(["export", "-m", str(half), "-o", str(tmp_path / "encoder.mlxfn")]) == 0
+    about = json.loads((tmp_path / "encoder.json").read_text())
+    assert (about["dtype"], about["outputs"][0]["dtype"]) == ("float16", "float16")
+
+
 def test_two_functions_share_a_licence(sources, tmp_path):
     source = shutil.copytree(EMOJI, tmp_path / "source")
     (source / "LICENSE").write_text("research only")
@@ -247,7 +256,8 @@ def test_what_ends_while_it_is_written_leaves_nothing(sources, tmp_path, monkeyp
 
 def test_a_file_that_reads_back_otherwise_is_refused(sources, tmp_path, monkeypatch):
     """As MLX reads back a transposed weight."""
-    monkeypatch.setattr(write, "tree_map", lambda function, tree: tree)
+    transposed = partial(tree_map, lambda x: mx.contiguous(x.T).T)
+    monkeypatch.setattr(write, "tree_map", lambda function, tree: transposed(tree))
     with pytest.raises(RuntimeError, match=r"MLX reads other values from encoder\.mlxfn than the model's"):
         export(sources["apple"], tmp_path / "encoder.mlxfn")
     assert list(tmp_path.iterdir()) == []
