@@ -126,6 +126,45 @@ def test_roboflows_table_names_the_values(tmp_path):
     assert "give different names to the values" in lines(data)[0]
 
 
+def cvat(root, mode="RGB", count=3):
+    """CVAT's "Segmentation mask": colours in SegmentationClass, which labelmap.txt names, and all images in a list."""
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (root / "labelmap.txt").write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nsea:128,0,0::\nold land:0,128,0:hill,dale:\n"
+    )
+    (root / "ImageSets" / "Segmentation" / "default.txt").write_text("\n".join(map(str, range(count))))
+    levels = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)], np.uint8)
+    for number in range(count):
+        image(root / "JPEGImages" / f"{number}.jpg", seed=number)
+        drawn = Image.fromarray(levels[np.resize([2, 0, 1], (11, 7))])
+        for folder in ("SegmentationClass", "SegmentationObject"):
+            (root / folder).mkdir(exist_ok=True)
+            (drawn.quantize(8) if mode == "P" else drawn.convert(mode)).save(root / folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_cvats_colours_are_the_classes_that_its_labelmap_names(tmp_path, mode):
+    found = mask_files.read(cvat(tmp_path, mode))
+    assert found.classes == ("background", "sea", "old land") and not found.left_out
+    target = found.splits["train"][0].target
+    np.testing.assert_array_equal(mask_files.read_mask(target), np.resize([2, 0, 1], (11, 7)))
+
+
+def test_a_colour_without_a_label_and_a_line_that_is_none_are_told(tmp_path):
+    data = cvat(tmp_path)
+    text = (data / "labelmap.txt").read_text()
+    (data / "labelmap.txt").write_text(text.replace("sea:128,0,0::\n", ""))
+    assert all("has the colours #800000, which labelmap.txt gives to no label" in line for line in lines(data))
+    (data / "labelmap.txt").write_text(f"{text}sky:0,300,0::\nsea:1,1,1::\nair:128,0,0::\nfog\n")
+    assert [line.split(": ")[1].split(" is ")[0] for line in lines(data)] == [
+        "'sky:0,300,0::'",
+        "'sea:1,1,1::'",
+        "'air:128,0,0::'",
+        "'fog'",
+    ]
+
+
 @pytest.mark.parametrize("name", ["{stem}.jpg", "{stem}_mask.jpg"])
 def test_a_jpeg_is_no_mask_and_said_once(tmp_path, name):
     data = folder(tmp_path, 9, masks="masks/" + name)

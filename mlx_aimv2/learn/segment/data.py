@@ -1,8 +1,8 @@
 """Images with masks: a folder of images beside one of masks, the field's other names for them, or one folder for both.
 
 Every image needs a mask of its name, or with an ending such as `_mask`, and of its size. Parts are folders around
-`images` and `masks` or within both, or VOC's ImageSets. Without `classes.txt` or Roboflow's `_classes.csv` the values
-are their own names. The target of a sample is what `read_mask` takes.
+`images` and `masks` or within both, or VOC's ImageSets. Without `classes.txt`, Roboflow's `_classes.csv` or CVAT's
+`labelmap.txt` the values are their own names. The target of a sample is what `read_mask` takes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ MASKS = ("masks", "ann_dir", "SegmentationClass", "SegmentationClassPNG", "gtFin
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
-CLASSES_FILE, CLASSES_TABLE = "classes.txt", "_classes.csv"
-"""Our list of the classes' names, a line each from the value 0 on, and Roboflow's table of values and names."""
+CLASSES_FILE, CLASSES_TABLE, COLOURS_FILE = "classes.txt", "_classes.csv", "labelmap.txt"
+"""Our list of the classes' names, a line each from the value 0 on, Roboflow's table of values and names, and CVAT's of
+names and colours."""
+
+COLOUR = 1 << 24
+"""Added to a colour, 0xRRGGBB, where it stands for a class: so that black is not the value 0."""
 
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes in which a pixel is one number."""
@@ -63,20 +67,28 @@ def read_mask(mask: MaskTarget) -> NDArray[Any]:
     class numbers; white of a black and white image is class 1.
     """
     path, numbers = (mask, ()) if isinstance(mask, str) else mask
+    values = _values(path, in_colours=any(value >= COLOUR for value, _ in numbers))
+    classes: NDArray[Any] = values.astype(np.uint8)
+    for value, number in numbers:
+        classes[values == value] = number
+    return classes
+
+
+def _values(path: str, *, in_colours: bool) -> NDArray[Any]:
+    """A mask's pixels as they are, `-> (H, W)`, or each `COLOUR` + its colour; errors as `read_mask`."""
     image = open_image(path).image
-    if image.mode not in MODES:
+    if not in_colours and image.mode not in MODES:
         fault = f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel"
         raise DataError([f"{fault}, as a grey or palette PNG does: save it so, not in colours"])
     try:
-        values = np.asarray(image)
+        values = np.asarray(image.convert("RGB") if in_colours else image)
     except Exception as error:  # decoders raise whatever they meet
         raise ValueError(f"{path} cannot be read as a mask: {error}") from None
+    if in_colours:
+        return COLOUR + values.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
     if odd := [value for value in (values.min(), values.max()) if not 0 <= value <= IGNORED]:
         raise DataError([f"{path} has the value {odd[0]}: classes go from 0 to {IGNORED - 1}, {IGNORED} is ignored"])
-    classes = np.arange(IGNORED + 1, dtype=np.uint8)
-    for value, number in numbers:
-        classes[value] = number
-    return classes[values.astype(np.uint8)] if numbers else values.astype(np.uint8)
+    return values
 
 
 def _folders(data: Path, scan: Scan) -> dict[str, tuple[Path, Path]]:
@@ -138,14 +150,15 @@ def _are_binary(masks: Sequence[str]) -> bool:
 
 
 def _class_names(folders: Sequence[Path], scan: Scan) -> Names:
-    """The lines of `classes.txt` in the first of the folders, or the rows of `_classes.csv` in any; else None."""
-    lists = [file for folder in folders[:1] if (file := folder / CLASSES_FILE).is_file()]
+    """The names that a file in the first of the folders gives the values, or Roboflow's in any; None without."""
+    named = (folder / name for folder in folders[:1] for name in (CLASSES_FILE, COLOURS_FILE))
+    lists = [file for file in named if file.is_file()][:1]
     files = lists or [file for folder in folders if (file := folder / CLASSES_TABLE).is_file()]
     found = [_names_in(file, scan) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
             scan.faults.append(f"{files[0]} and {file} give different names to the values: make them alike")
-    return found[0] if found and not scan.faults else None
+    return found[0] if found and (not scan.faults or files[0].name == COLOURS_FILE) else None
 
 
 def _names_in(file: Path, scan: Scan) -> dict[int, str]:
@@ -154,12 +167,28 @@ def _names_in(file: Path, scan: Scan) -> dict[int, str]:
     if file.name == CLASSES_TABLE:
         rows = [line.partition(",") for line in lines]
         names = {int(value): same_form(name) for value, _, name in rows if re.fullmatch(r"\s*\d{1,9}\s*", value)}
+    elif file.name == COLOURS_FILE:
+        return _named_colours(file, lines, scan)
     else:
         names = dict(enumerate(map(same_form, lines)))
     if duplicates := [name for name, count in Counter(names.values()).items() if count > 1]:
         scan.faults.append(f"{file} names {listed(duplicates)} twice")
     if any(value >= IGNORED for value in names):
         scan.faults.append(f"{file} names a class {max(names)}: they go from 0 to {IGNORED - 1}, {IGNORED} is ignored")
+    return names
+
+
+def _named_colours(file: Path, lines: Sequence[str], scan: Scan) -> dict[int, str]:
+    """CVAT's lines `label:red,green,blue:parts:actions`; a fault where one is none or a colour stands twice."""
+    names: dict[int, str] = {}
+    for line in (line for line in lines if not line.startswith("#")):
+        found = re.match(r"(.*?):(\d{1,3}),(\d{1,3}),(\d{1,3})(:|$)", line)
+        levels = [int(level) for level in found.groups()[1:4]] if found else [256]
+        value = COLOUR + sum(level << shift for level, shift in zip(levels, (16, 8, 0), strict=False))
+        if found is None or max(levels) > 255 or value in names or same_form(found[1]) in names.values():
+            scan.faults.append(f"{file}: {line!r:.80} is no label:red,green,blue, or its label or colour stands twice")
+        else:
+            names[value] = same_form(found[1])
     return names
 
 
@@ -171,8 +200,9 @@ def _labels(marked: Sequence[tuple[str, tuple[str, Names], Size]], scan: Scan) -
 def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list[str] | str:
     """The classes in a mask, each once, in the order of their values; or what is wrong with it, as `Format` says."""
     image, (path, names), size = marked
+    in_colours = names is not None and min(names, default=0) >= COLOUR
     try:
-        mask = read_mask(path)
+        mask = _values(path, in_colours=in_colours)
     except DataError as error:
         return list(error.lines)
     except (ValueError, OSError) as error:
@@ -180,10 +210,14 @@ def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list
     if fault := dense.size_fault(image, size, mask.shape, f"its mask {path}"):
         return [fault]
     values = [int(value) for value in np.unique(mask) if value != IGNORED or IGNORED in (names or ())]
-    if names is not None and (unknown := [str(value) for value in values if value not in names]):
+    unknown = [value for value in values if value not in names] if names is not None else []
+    if unknown and in_colours:
+        colours = ["#" + f"{value - COLOUR:06x}" for value in unknown]
+        return [f"{path} has the colours {listed(colours)}, which {COLOURS_FILE} gives to no label"]
+    if unknown:
         return [
-            f"{path} has the value{'s' if len(unknown) > 1 else ''} {listed(unknown)}, "
-            f"but only {listed(map(str, names))} have names ({IGNORED} is ignored)"
+            f"{path} has the value{'s' if len(unknown) > 1 else ''} {listed(map(str, unknown))}, "
+            f"but only {listed(map(str, names or ()))} have names ({IGNORED} is ignored)"
         ]
     return Labels([names[value] if names else str(value) for value in values], (path, values))
 
