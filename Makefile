@@ -15,6 +15,9 @@ RUN        := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS) $(ONE_THREAD) $(HASWEL
 # A process of tests for each core, up to four; each takes over tests of another that has more left.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
+# What `make parity` compares: with transformers, and Core ML packages by coremltools' own evaluation.
+PARITY := tests/parity tests/export/test_coreml.py
+
 # The modules of the API page.
 API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert export model images.processor config pretrain)
 
@@ -38,11 +41,11 @@ rounding: $(VENV)/tested  ## golden values, gradients and the like (OPENBLAS_COR
 coverage: $(VENV)/tested  ## line and branch coverage of the quick and the slow tests
 	$(RUN) -m pytest $(PARALLEL) --cov --cov-report=term:skip-covered
 
-mutations: $(VENV)/tested  ## break the package in some 270 places: which test notices? (ONLY="words of a fault" for some)
+mutations: $(VENV)/tested  ## break the package in some 370 places: which test notices? (ONLY="words of a fault" for some)
 	$(RUN) -m tests.mutations $(if $(ONLY),--only "$(ONLY)")
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
-	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q tests/parity tests/export/test_coreml.py
+	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q $(PARITY)
 
 fuzz: $(VENV)/tested  ## 20,000 broken checkpoints, images, indexes, heads, states, data sets, answers of the Hub (FUZZ="--seed 7 --inputs 500" for more)
 	$(RUN) -m tests.fuzz $(FUZZ)
