@@ -129,7 +129,8 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
-        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {error!s:.200}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {reason:.200}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
     if lost:  # a file that ends too early would otherwise cut words into letters in silence

@@ -31,6 +31,9 @@ SUFFIXES = (
 EVICTED = ".icloud"
 """What macOS appends to the name of an image that it moved to iCloud; a dot goes before it."""
 
+MAX_FOLDERS = 256
+"""Within one another in a pattern."""
+
 SHOWN = 8
 """Kinds of files that were skipped, named where they are counted."""
 
@@ -336,8 +339,9 @@ class _Lister:
             if os.path.lexists(path) or error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
                 self.problem(path, error)
                 return
-            # An absolute pattern too is one for glob alone.
-            names = sorted(glob.glob(str(expand_user(given)), recursive=True))  # noqa: PTH207
+            # An absolute pattern too is one for glob alone, which goes down its folders one within another.
+            is_pattern = glob.has_magic(given) and given.count("/") < MAX_FOLDERS
+            names = sorted(glob.glob(str(expand_user(given)), recursive=True)) if is_pattern else []  # noqa: PTH207
             for name in names:
                 if Path(name).is_dir() or has_suffix(name):
                     self.argument(name)

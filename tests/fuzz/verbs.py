@@ -65,6 +65,8 @@ def hostile_command(rng: random.Random, whole: Path, place: Path) -> Callable[[]
     verb = rng.choice(list(VERBS))
     if rng.random() < 0.5 or verb.endswith(WRITES):
         name = f"{place}/{name}"
+    if verb.endswith(WRITES) and not Path(os.path.normpath(name)).is_relative_to(place):  # which may be written to
+        name = f"{place}/out"
     if rng.random() < 0.3 and "\0" not in name and Path(name).parent == place and not name.endswith(("/.", "/..")):
         _make(rng, Path(name), learned)
     known = {

@@ -54,6 +54,12 @@ def test_patterns_take_images_and_folders(tree, monkeypatch):
     assert list_images(["a/*.tiff"]).missing == ["a/*.tiff"]
 
 
+@pytest.mark.parametrize("name", ["x/" * 3000, "x/" * 3000 + "*", "y" * 300])
+def test_a_name_that_no_file_can_have_is_missing(tree, monkeypatch, name):
+    monkeypatch.chdir(tree)
+    assert list_images([name]).missing == [name]
+
+
 def test_a_name_that_exists_is_no_pattern(tree):
     (tree / "a" / "[x].jpg").touch()
     (tree / "a" / "x.jpg").touch()
