@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import threading
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -125,7 +124,7 @@ class Source:
             else:
                 model = vision
         if lazy:
-            mark_lazy(model, threading.get_ident())
+            mark_lazy(model)
         return Loaded(self, model, processor)
 
 
@@ -323,18 +322,15 @@ def resample_positions(table: mx.array, grid: tuple[int, int], target: tuple[int
     """
     if grid == target:
         return table
+
+    def weights(old: int, new: int) -> np.ndarray:
+        """Along one axis, `(new, old)`: Pillow's, whose rule is torch's too, shown by an identity that is resampled."""
+        return np.asarray(Image.fromarray(np.eye(old, dtype=np.float32)).resize((old, new), Image.Resampling.BICUBIC))
+
     x = np.array(table.astype(mx.float32)).reshape(*grid, -1)
-    rows, columns = (_cubic_weights(*sizes) for sizes in zip(grid, target, strict=True))
+    rows, columns = map(weights, grid, target)
     x = np.einsum("ri,ijd,cj->rcd", rows, x, columns, optimize=True)
     return mx.array(x.reshape(math.prod(target), -1)).astype(table.dtype)
-
-
-def _cubic_weights(old: int, new: int) -> np.ndarray:
-    """Weights of antialiased cubic interpolation along one axis, `-> (new, old)` float32.
-
-    Pillow's, whose rule torch's `antialias=True` follows: an identity that is resampled shows them.
-    """
-    return np.asarray(Image.fromarray(np.eye(old, dtype=np.float32)).resize((old, new), Image.Resampling.BICUBIC))
 
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:

@@ -218,13 +218,10 @@ def check_process() -> None:
         )
 
 
-_lock = threading.Lock()
-
-
-def mark_lazy(model: nn.Module, thread: int | None) -> None:
-    """Remembers in which thread alone this model's weights can be read; None once they have been."""
+def mark_lazy(model: nn.Module) -> None:
+    """Remembers that this model's weights can be read in the present thread alone."""
     for module in model.modules():
-        object.__setattr__(module, "_lazy_thread", thread)
+        object.__setattr__(module, "_lazy_thread", threading.get_ident())
 
 
 def any_thread(method: Callable[..., T]) -> Callable[..., T]:
@@ -237,7 +234,11 @@ def any_thread(method: Callable[..., T]) -> Callable[..., T]:
     @wraps(method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> T:
         check_process()
-        _check_weights(self)
+        if getattr(self, "_lazy_thread", None) not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "this model was loaded with lazy=True in another thread, and MLX can read its weights only there: "
+                "load it with lazy=False, or in the thread that uses it"
+            )
         result = method(self, *args, **kwargs)
         if threading.current_thread() is not threading.main_thread():
             arrays = [getattr(result, field.name) for field in fields(result)] if is_dataclass(result) else result
@@ -246,18 +247,3 @@ def any_thread(method: Callable[..., T]) -> Callable[..., T]:
         return result
 
     return call
-
-
-def _check_weights(model: nn.Module) -> None:
-    """Raises RuntimeError if the weights can only be read in another thread."""
-    if getattr(model, "_lazy_thread", None) in (None, threading.get_ident()):
-        return
-    with _lock:  # two threads that evaluate one lazy array crash the process
-        try:
-            mx.eval(model.parameters())
-        except RuntimeError as error:
-            raise RuntimeError(
-                "this model was loaded with lazy=True in another thread, and MLX can read its weights only there: "
-                f"load it with lazy=False, or in the thread that uses it ({error})"
-            ) from None
-        mark_lazy(model, None)

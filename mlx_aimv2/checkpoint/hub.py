@@ -134,20 +134,14 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
         raise _refused(repo, at, error) from None
     except errors.HFValidationError as error:
         raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
-    except _OTHER_ANSWERS as error:
-        raise ConnectionError(
-            f"{repo}{at}: what answers is not the Hub, or not as it should ({type(error).__name__}: "
-            f"{_first_line(error)}); a login page of the network or a proxy may stand between: open "
-            f"{constants.ENDPOINT} in a browser, and check HF_ENDPOINT"
-        ) from None
-    except Exception as error:
-        package = type(error).__module__.split(".")[0]
-        if not (isinstance(error, OSError | RuntimeError) or package in _NETWORK_MODULES):
-            raise
-        reason = _first_line(error)
+    except Exception as error:  # what the network raises, and huggingface_hub for an answer that it does not expect
+        reason = (
+            f"{type(error).__name__}: {_first_line(error)}); a login page of the network or a proxy may stand between: "
+            f"open {constants.ENDPOINT} in a browser, and check HF_ENDPOINT"
+        )
         if _is_full(error):
-            reason = f"no space left for the Hub's cache {constants.HF_HUB_CACHE}: free some, or set HF_HOME elsewhere"
-        raise ConnectionError(f"{repo}{at}: {broken} ({reason})") from None
+            reason = f"no space left for the Hub's cache {constants.HF_HUB_CACHE}: free some, or set HF_HOME elsewhere)"
+        raise ConnectionError(f"{repo}{at}: {broken} ({reason}") from None
     finally:
         log.setLevel(level)
 
@@ -211,9 +205,6 @@ def _has_address(endpoint: str) -> bool:
     return True
 
 
-_OTHER_ANSWERS = (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, RecursionError)
-"""What huggingface_hub raises when an answer is not what it expects."""
-
 _ADVICE: dict[int, tuple[type[OSError], str]] = {
     401: (PermissionError, "set HF_TOKEN to a token that may do this"),
     403: (PermissionError, "set HF_TOKEN to a token that may do this, and accept the terms on the repository's page"),
@@ -221,9 +212,6 @@ _ADVICE: dict[int, tuple[type[OSError], str]] = {
     500: (ConnectionError, "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
 }
 """Status of an answer -> the error, and what to do about it; 500 stands for what is above it too."""
-
-_NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
-"""Whose errors mean that the network failed: huggingface_hub and what it speaks HTTP with, by release."""
 
 
 def _first_line(error: Exception) -> str:

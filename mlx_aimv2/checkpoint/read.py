@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_aimv2.checkpoint.detect import listed, recognise
 from mlx_aimv2.config import DTYPES, RELEASED, Released, dtype_name, near_release
-from mlx_aimv2.files import check_link, expand_user, read_json, read_text
+from mlx_aimv2.files import check_link, expand_user, read_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -128,7 +128,9 @@ def read_tensors(files: Iterable[Path]) -> dict[str, mx.array]:
     """The tensors of all files, lazy but for pickles: `files -> {source name: array}`."""
     tensors: dict[str, mx.array] = {}
     for file in files:
-        more = _read_weights(file)
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} vanished while it was read")
+        more = _read_pickle(file) if file.suffix in PICKLES else _load(file)[0]
         if twice := sorted(set(more) & set(tensors)):
             raise ValueError(f"{file}: holds tensors that another shard holds too: {', '.join(twice)}")
         tensors |= more
@@ -149,7 +151,11 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
     if path.exists():
         if revision is not None:
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
-        return _in_cache(path), None, None
+        if path.name == "snapshots" or (path / "snapshots").is_dir():
+            raise FileNotFoundError(
+                f"{path} is a repository in the Hub's cache: give owner/name, or one of the folders in snapshots"
+            )
+        return path, None, None
     name = str(path_or_hf_repo)
     if not is_hub_name(name):
         raise FileNotFoundError(
@@ -168,22 +174,6 @@ def released_at(name: str, revision: str | None) -> Released | None:
 def is_hub_name(name: str) -> bool:
     """Whether a text has the form of a repository's name, `owner/name`."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith((".", "/"))
-
-
-def _in_cache(path: Path) -> Path:
-    """The commit's folder where a path is that of a repository in the Hub's cache; any other path as it is."""
-    repository = path.parent if path.name == "snapshots" else path
-    if not repository.name.startswith("models--") or not (repository / "snapshots").is_dir():
-        return path
-    commits = sorted(folder.name for folder in (repository / "snapshots").iterdir() if folder.is_dir())
-    main = repository / "refs" / "main"
-    commit = read_text(main, max_bytes=1000).strip() if main.is_file() else None
-    if commit is None and len(commits) == 1:
-        commit = commits[0]
-    if commit not in commits:
-        held = f"it holds {', '.join(commits)}: give the folder of one of them" if commits else "it holds no commit"
-        raise FileNotFoundError(f"{path} is a repository in the Hub's cache without what refs/main names; {held}")
-    return repository / "snapshots" / commit
 
 
 def _weight_files(
@@ -242,14 +232,6 @@ def _check_safetensors(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or not a safetensors file ({_short(error)}); fetch it again") from None
-
-
-def _read_weights(file: Path) -> dict[str, mx.array]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} vanished while it was read")
-    if file.suffix in PICKLES:
-        return _read_pickle(file)
-    return _load(file)[0]
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
