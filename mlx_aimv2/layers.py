@@ -35,14 +35,18 @@ class PatchEmbed(nn.Module):
 
     def __call__(self, pixels: mx.array) -> mx.array:
         weight = self.proj.weight  # (D, p, p, C)
-        dims, p, _, channels = weight.shape
-        batch, rows, columns = pixels.shape[0], pixels.shape[1] // p, pixels.shape[2] // p
-        x = pixels[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, channels)
-        # A patch's pixels must be neighbours in memory, in the order of the kernel: row, column, channel.
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)
         # One matrix product, not self.proj(pixels): the convolution rounds half precision before it adds the bias,
         # which doubled the error of float16 features on the CPU.
-        return self.norm(mx.addmm(self.proj.bias, x, weight.reshape(dims, -1).T))
+        x = patches_of(pixels, weight.shape[1])
+        return self.norm(mx.addmm(self.proj.bias, x, weight.reshape(weight.shape[0], -1).T))
+
+
+def patches_of(pixels: mx.array, p: int) -> mx.array:
+    """Images cut into patches of p pixels a side, row by row: `(B, H, W, C) -> (B, N, p * p * C)`."""
+    batch, rows, columns, channels = pixels.shape[0], pixels.shape[1] // p, pixels.shape[2] // p, pixels.shape[3]
+    x = pixels[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, channels)
+    # A patch's pixels must be neighbours in memory, in the order of the kernel: row, column, channel.
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)
 
 
 @lru_cache(maxsize=64)

@@ -55,24 +55,33 @@ def long_attention(
 
     `attend` computes it, `power` is `exp` of numbers up to 0. MLX has no `vmap`, no `jvp` and no second gradient of it.
     """
-    stream = mx.default_stream(mx.default_device())
 
     def gradients(inputs: Any, grad: mx.array, out: mx.array) -> list[mx.array]:
-        with mx.stream(stream):  # MLX calls this in the default one
-            along = (out.astype(mx.float32) * grad.astype(mx.float32)).sum(axis=-1, keepdims=True)
-            own, found = [x.flatten(0, 1) for x in (*inputs, grad, along)], list[tuple[mx.array, ...]]()  # (B H, …)
-            for head in range(own[0].shape[0]):
-                one = [x[head] for x in own]
-                one = mx.depends(one, list(found[-1])) if found else one
-                allowed = mask[head // queries.shape[1]] if mask is not None else None
-                found.append(_gradients(*one, power=power, causal=causal, mask=allowed))
-            each = zip(inputs, zip(*found, strict=True), strict=True)
-            return [mx.stack(list(parts)).reshape(x.shape).astype(x.dtype) for x, parts in each]
+        along = (out.astype(mx.float32) * grad.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        own, found = [x.flatten(0, 1) for x in (*inputs, grad, along)], list[tuple[mx.array, ...]]()  # (B H, …)
+        for head in range(own[0].shape[0]):
+            one = [x[head] for x in own]
+            one = mx.depends(one, list(found[-1])) if found else one
+            allowed = mask[head // queries.shape[1]] if mask is not None else None
+            found.append(_gradients(*one, power=power, causal=causal, mask=allowed))
+        each = zip(inputs, zip(*found, strict=True), strict=True)
+        return [mx.stack(list(parts)).reshape(x.shape).astype(x.dtype) for x, parts in each]
 
-    function: Any = mx.custom_function(partial(attend, causal=causal, mask=mask))
-    function.vjp(gradients)
-    result: mx.array = function(queries, keys, values)
-    return result
+    return with_gradient(partial(attend, causal=causal, mask=mask), gradients)(queries, keys, values)
+
+
+def with_gradient(function: Callable[..., mx.array], gradient: Callable[..., Any]) -> Callable[..., mx.array]:
+    """`function` with `gradient(inputs, grad, out)` as its own, computed on the stream that is the default now."""
+    stream = mx.default_stream(mx.default_device())
+
+    def on_stream(inputs: Any, grad: mx.array, out: mx.array) -> Any:
+        with mx.stream(stream):  # MLX calls this in the default one of that time: a shard would leave its core
+            return gradient(inputs, grad, out)
+
+    made: Any = mx.custom_function(function)
+    made.vjp(on_stream)
+    differentiable: Callable[..., mx.array] = made
+    return differentiable
 
 
 def _gradients(

@@ -30,7 +30,7 @@ import mlx.nn as nn
 from mlx_aimv2.backend.device import MAX_STREAMS, blas_threads, check_process, cpu_count, is_x86
 from mlx_aimv2.backend.exp2 import LOG2_E, exp2
 from mlx_aimv2.layers import Block, merge_heads
-from mlx_aimv2.long_attention import LONG, long_attention
+from mlx_aimv2.long_attention import LONG, long_attention, with_gradient
 
 CHUNK = 1 << 19
 """Numbers in one chunk of work: 2 MB of float32. With half or twice as many, four images of 224 pixels and one of 448
@@ -170,7 +170,8 @@ def _exp(x: mx.array) -> mx.array:
 def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
     """`layers.swiglu` by sums and products, some tokens at a time; `training` where gradients will be asked for."""
     tokens = (x.astype(mx.float32).flatten(0, -2) for x in (gate, up))  # (B N, I)
-    product: Any = _trained_swiglu if training else _swiglu
+    # Only for training: MLX keeps the inputs of such a function, so nothing is computed in the place of something else.
+    product = _trained_swiglu if training else _swiglu
     return in_chunks(product, *tokens, numbers_per_row=gate.shape[-1]).reshape(gate.shape).astype(gate.dtype)
 
 
@@ -178,11 +179,10 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + exp2(mx.clip(gate * -LOG2_E, -127, 128)))
 
 
-# Only for training: MLX keeps the inputs of such a function, so nothing is computed in the place of something else.
-_trained_swiglu = mx.custom_function(_swiglu)
+def _trained_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return with_gradient(_swiglu, _swiglu_vjp)(gate, up)
 
 
-@_trained_swiglu.vjp
 def _swiglu_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     """By hand, since through the polynomial it takes nearly twice as long: a tenth of a training step."""
     gate, up = inputs
@@ -385,18 +385,19 @@ class Balance:
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """`-log softmax(logits)[target]` in float32: `(…, V), (…) -> (…)`."""
     rows = logits.astype(mx.float32).reshape(-1, logits.shape[-1])
-    product: Any = _cross_entropy
+
+    def product(rows: mx.array, targets: mx.array) -> mx.array:
+        return with_gradient(_cross_entropy, _cross_entropy_vjp)(rows, targets)
+
     return in_chunks(product, rows, targets.reshape(-1, 1), numbers_per_row=rows.shape[1]).reshape(targets.shape)
 
 
-@mx.custom_function
 def _cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """`(n, V), (n, 1) -> (n, 1)`."""
     weights, largest = _weights(logits)
     return largest + mx.log(weights.sum(axis=-1, keepdims=True)) - mx.take_along_axis(logits, targets, axis=-1)
 
 
-@_cross_entropy.vjp
 def _cross_entropy_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     logits, targets = inputs
     weights, _ = _weights(logits)

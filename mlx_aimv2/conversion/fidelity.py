@@ -94,12 +94,11 @@ def run_reference(source: Source, images: Sequence[str | os.PathLike[str]]) -> B
     Raises ValueError, with the first block where it happens, for NaN or infinity.
     """
     run = run_blockwise(source, images, dtype="float32", inside=True)
-    for block, peak in run.peaks.items():
-        if not np.isfinite(peak):
-            raise ValueError(
-                f"{run.name}: {block} gives numbers that are not finite even in float32: "
-                "its weights are damaged (NaN, infinite or huge); fetch them again"
-            )
+    if damaged := [block for block, peak in run.peaks.items() if not np.isfinite(peak)]:
+        raise ValueError(
+            f"{run.name}: {damaged[0]} gives numbers that are not finite even in float32: "
+            "its weights are damaged (NaN, infinite or huge); fetch them again"
+        )
     return run
 
 
@@ -272,14 +271,12 @@ def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
     if not all(np.isfinite(array).all() for array in (*other.tokens, other.vectors)):
         remedy = "its weights are damaged" if other.dtype == "float32" else "use bfloat16 or float32"
         warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; {remedy}")
-    for name, peak in reference.peaks.items():
-        if peak * HEADROOM > FLOAT16_LARGEST:
-            times = FLOAT16_LARGEST / peak
-            warnings.append(
-                f"{name}: an activation of {peak:.4g} leaves float16 (up to 65504) a factor of {times:.2f}; "
-                "prefer bfloat16 or float32"
-            )
-    return warnings
+    return warnings + [
+        f"{name}: an activation of {peak:.4g} leaves float16 (up to 65504) a factor of {FLOAT16_LARGEST / peak:.2f}; "
+        "prefer bfloat16 or float32"
+        for name, peak in reference.peaks.items()
+        if peak * HEADROOM > FLOAT16_LARGEST
+    ]
 
 
 def _about(run: BlockwiseRun) -> dict[str, Any]:

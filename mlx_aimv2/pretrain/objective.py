@@ -90,15 +90,6 @@ class Decoder(nn.Module):
         return self.patch_head(x[:, : patches - 1]), self.token_head(x[:, patches:])
 
 
-def patches_of(pixels: mx.array, patch_size: int) -> mx.array:
-    """Images cut into patches, row by row: `(B, H, W, C) -> (B, I, patch_size * patch_size * C)`."""
-    batch, height, width, channels = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
-    x = pixels[:, : rows * patch_size, : columns * patch_size]
-    x = x.reshape(batch, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, rows * columns, patch_size * patch_size * channels)
-
-
 def normalised(patches: mx.array) -> mx.array:
     """Each patch with mean 0 and variance 1 over its values, in float32: `(B, I, P) -> (B, I, P)`."""
     x = patches.astype(mx.float32)
@@ -159,7 +150,7 @@ class Pretraining(nn.Module):
         """Image loss and text loss of each example: `Batch -> (B,), (B,)`."""
         patches, tokens = self.predict(batch)
         targets = batch.ids[:, 1:]
-        image = image_loss(patches, patches_of(batch.pixels, self.encoder.config.patch_size), batch.lengths)
+        image = image_loss(patches, layers.patches_of(batch.pixels, self.encoder.config.patch_size), batch.lengths)
         text = text_loss(tokens, targets, is_counted(targets, self.eos))
         return image, text
 

@@ -27,6 +27,7 @@ from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import atomic_file, atomic_folder
 from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD, published
 from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.layers import patches_of
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.data import (
@@ -41,7 +42,7 @@ from mlx_aimv2.pretrain.data import (
     first_examples,
     grid_of,
 )
-from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretraining, initialise, patches_of
+from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretraining, initialise
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Batches, share_of
@@ -358,11 +359,8 @@ def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
     shown = mx.concatenate([patches[:, :1], shown], axis=1)
     is_prefix = mx.arange(rows * columns)[None] < batch.lengths[:, None]
     shown = mx.where(is_prefix[..., None], patches, shown)
-    sides = [np.array(x).reshape(-1, rows, columns, patch_size, patch_size, 3) for x in (patches, shown)]
-    images = [
-        side.transpose(0, 1, 3, 2, 4, 5).reshape(-1, rows * patch_size, columns * patch_size, 3) for side in sides
-    ]
-    grid = np.concatenate([np.concatenate(list(image), axis=0) for image in images], axis=1)
+    sides = np.array(mx.stack([patches, shown], axis=1)).reshape(-1, 2, rows, columns, patch_size, patch_size, 3)
+    grid = sides.transpose(0, 2, 4, 1, 3, 5, 6).reshape(-1, 2 * columns * patch_size, 3)
     levels = (grid * np.array(CLIP_STD) + np.array(CLIP_MEAN)).clip(0, 1) * 255
     with atomic_file(file) as stream:
         Image.fromarray(np.rint(levels).astype(np.uint8)).save(stream, format="PNG")

@@ -7,7 +7,6 @@ import pytest
 from mlx_aimv2 import layers
 from mlx_aimv2.backend import x86
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain import objective
 from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise, prefix_mask
 
 pytestmark = pytest.mark.rounding
@@ -120,7 +119,7 @@ def test_alpha_weighs_the_image_loss(model, batch):
 
 def test_patches_are_cut_row_by_row():
     pixels = mx.arange(2 * 6 * 9 * 2).reshape(2, 6, 9, 2)
-    patches = np.array(objective.patches_of(pixels, 3))
+    patches = np.array(layers.patches_of(pixels, 3))
     assert patches.shape == (2, 6, 18)
     assert (patches[1, 4] == np.array(pixels)[1, 3:6, 3:6].reshape(-1)).all()
 
