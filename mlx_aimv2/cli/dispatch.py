@@ -68,8 +68,8 @@ EXAMPLES = {
 """Verb -> what its help begins with."""
 
 FILES = (
-    "bench", "classify", "duplicates", "embed", "export", "fit_predict_evaluate_fuse", "info_compare", "map",
-    "pretrain_lit", "search",
+    "bench", "classify_map", "embed_search_duplicates", "export", "fit_predict_evaluate_fuse", "info_compare",
+    "pretrain_lit",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 
@@ -219,7 +219,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
                 raise
             finally:
                 sys.stdout.flush()
-    except (SystemExit, GeneratorExit):
+    except SystemExit:
         raise
     except KeyboardInterrupt as stop:
         say("; ".join(map(str, stop.args)) or "stopped")

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from mlx_aimv2.cli.flags import MODEL, add_dtype, add_revision, groups
+from mlx_aimv2.cli.flags import MODEL, add_dtype, add_revision, groups, whole_numbers
 from mlx_aimv2.cli.output import show
 from mlx_aimv2.files import expand_user
-
-
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """`1,4,16` as numbers."""
-    return tuple(map(int, text.split(",")))
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +15,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=words)
     add_revision(add["model"])
     add_dtype(add["model"])
-    words = "float: normalised pixels; uint8: bytes, normalised inside (default: %(default)s)"
-    add["input"]("--input", choices=("float", "uint8"), default="float", metavar="NAME", help=words)
+    words = "of .mlxfn, float: normalised pixels; uint8: bytes, normalised inside (default: float)"
+    add["input"]("--input", choices=("float", "uint8"), metavar="NAME", help=words)
     words = "images or texts at once, several in one file (default: 1)"
     add["input"]("--batch", type=whole_numbers, default=(1,), metavar="N,N,…", help=words)
     add["input"]("--image-size", type=int, metavar="N", help="pixels a side (default: the checkpoint's, native 224)")

@@ -59,10 +59,6 @@ def run_info(arguments: argparse.Namespace) -> int:
 def about(target: str, *, revision: str | None = None) -> Facts:
     """Facts by their names: `an index's path, a folder, a weight file or a Hub name -> dictionary for JSON`."""
     path = expand_user(target)
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{path} is an empty file")
-    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
-        raise ValueError(f"{path} is neither a file nor a folder: give an index, a checkpoint or a Hub name")
     if _is_database(path):
         return _about_index(path)
     known = released_at(target, revision)

@@ -25,6 +25,9 @@ from mlx_aimv2.model import Aimv2Model
 PACKED_BITS = (4, 8)
 """Core ML's whole numbers; layers of other bits or modes become dense."""
 
+LABEL_PROBABILITIES = "label_probs"
+"""What coremltools calls the probabilities of a classifier whose label is `label`."""
+
 
 def write(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
     """Writes a package, dense or with the bits that the model keeps: `-> arrays of the outputs' shapes`.

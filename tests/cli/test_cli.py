@@ -56,7 +56,7 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
     ("arguments", "wanted"),
     [
         (["frob"], "there is no verb frob, there are embed, search, "),
-        (["map", "a.jpg", "-m", "x", "--patch", "9"], "ROW,COL such as 3,5, got '9'; see mlx-aimv2 map --help"),
+        (["map", "a.jpg", "-m", "x", "--patch", "x"], "whole numbers such as 3,5, got 'x'; see mlx-aimv2 map --help"),
         (["info", "aimv2-large-patch14-448"], "did you mean apple/aimv2-large-patch14-448?"),
         (["info", str(ROOT / "README.md")], "README.md: not a weight file; wanted .safetensors"),
     ],
@@ -97,7 +97,7 @@ finally:
     print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
     assert "mlx_aimv2.cli.info_compare" in loaded
-    assert "mlx_aimv2.cli.embed" not in loaded
+    assert "mlx_aimv2.cli.embed_search_duplicates" not in loaded
 
 
 def test_a_line_has_no_control_characters():

@@ -172,7 +172,7 @@ WRONG = {
     "-o encoder.onnx": r"-o must end in .*\.mlxfn.*, got encoder\.onnx",
     "-o encoder.mlxfn --batch 0": "--batch must be different numbers above 0, such as 1,4,16; got 0",
     "-o encoder.mlxfn --batch 1,1": "--batch must be different numbers",
-    "-o encoder.mlxfn --batch some": "argument --batch: invalid whole_numbers value: 'some'",
+    "-o encoder.mlxfn --batch some": "argument --batch: wanted whole numbers such as 3,5, got 'some'",
     "-o encoder.mlxfn --grid 3,3": r"--grid is for native checkpoints; .* takes 42 pixels: leave it out",
     "-o encoder.mlxfn --grid 3,3 --image-size 56": "choose one of --image-size and --grid",
     "-o encoder.mlxfn --image-size 0": "image_size must be a multiple of the patch",
