@@ -139,8 +139,11 @@ def run_map(arguments: argparse.Namespace) -> int:
     if files := listed_files(arguments.images, fail):
         kind = "pca" if arguments.patch is None else "patch"
         targets = _targets(arguments.images, files, arguments.output, kind)
+        own = f"Software\0{SOFTWARE}".encode()
         for target in targets:
-            _check(target, files, overwrite=arguments.overwrite)
+            if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
+                options = {"overwrite": arguments.overwrite, "inputs": files}
+                check_file(target, option="--output", is_own=lambda head: own in head, **options)
         model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
         decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
@@ -197,10 +200,3 @@ def _targets(given: list[str], files: list[str], output: str | None, kind: str) 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {output} is neither a folder nor ends in {ENDING}")
     return [folder / f"{stem}-{kind}{ENDING}" for stem in stems_below(given, files).values()]
-
-
-def _check(target: Path, files: list[str], *, overwrite: bool) -> None:
-    """Raises OSError where an image or, without `overwrite`, anything but a map would be replaced."""
-    if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
-        mark = f"Software\0{SOFTWARE}".encode()
-        check_file(target, option="--output", is_own=lambda head: mark in head, overwrite=overwrite, inputs=files)

@@ -68,7 +68,7 @@ EXAMPLES = {
 """Verb -> what its help begins with."""
 
 FILES = (
-    "bench", "classify_map", "embed_search_duplicates", "export", "fit_predict_evaluate_fuse", "info_compare",
+    "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export",
     "pretrain_lit",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""

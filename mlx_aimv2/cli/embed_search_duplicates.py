@@ -209,10 +209,7 @@ def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
         for rank, match in enumerate(matches, 1):
             place = folder / f"{rank:0{digits}}-{Path(match.path).name}"
             try:
-                if as_links:
-                    place.symlink_to(match.path)
-                else:
-                    copy2(match.path, place)
+                (os.symlink if as_links else copy2)(match.path, place)
             except FileNotFoundError:
                 say(f"{match.path} does not exist any more")
                 failures += 1

@@ -96,7 +96,7 @@ def export(
         if for_core_ml:
             described["device"] = "any"
         if for_core_ml and exported.labels:
-            described["outputs"][0]["name"] = coreml.LABEL_PROBABILITIES
+            described["outputs"][0]["name"] = "label_probs"  # as coremltools calls a classifier's
         write_json(place / f"{target.stem}.json", described)
         copy_beside(place, exported.loaded.source, LICENCES)
         if exported.text is not None and (tokenizer := exported.processor.tokenizer) is not None:
