@@ -189,7 +189,7 @@ def test_labels_that_make_no_classes_are_refused(lit_pair, labels, message):
         ("", r"template '' has no \{\}"),
         ([7], r"template 7 has no \{\}"),
         ([], "no templates"),
-        ("dog " * 40 + "{}", "same text to the model .* beyond the context"),
+        ("dog " * 40 + "{}", "same text to the model: .* beyond the context"),
     ],
 )
 def test_templates_that_hold_no_label_are_refused(lit_pair, templates, message):

@@ -214,7 +214,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     words = f"{MODEL}, or a folder that fit has written: class probabilities"
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=words)
     add_revision(add["model"])
-    add_dtype(add["model"])
+    add_dtype(add["model"], "the checkpoint's, float16 for Core ML")
     words = "of .mlxfn, float: normalised pixels; uint8: bytes, normalised inside (default: float)"
     add["input"]("--input", choices=("float", "uint8"), metavar="NAME", help=words)
     words = "images or texts at once, several in one file (default: 1)"

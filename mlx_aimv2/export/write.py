@@ -86,7 +86,7 @@ def export(
         keep_quantized=for_core_ml,
     )
     for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
-        # MLX writes the bytes of a weight without its strides, and Apple's patch kernel is a transposed view.
+        # MLX writes the bytes of a weight without its strides: of a transposed view the wrong ones.
         module.update(tree_map(mx.contiguous, module.parameters()))
         mx.eval(module.parameters())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
