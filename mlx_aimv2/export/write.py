@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from mlx_aimv2.conversion.folder import copy_beside
 from mlx_aimv2.export import coreml
@@ -86,8 +85,6 @@ def export(
         keep_quantized=for_core_ml,
     )
     for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
-        # MLX writes the bytes of a weight without its strides: of a transposed view the wrong ones.
-        module.update(tree_map(mx.contiguous, module.parameters()))
         mx.eval(module.parameters())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as place:
@@ -121,7 +118,9 @@ def _move(place: Path, target: Path) -> None:
 
 
 def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
-    """Writes a function for each batch and runs the smallest: `-> its outputs`. The weights must be contiguous.
+    """Writes a function for each batch and runs the smallest: `-> its outputs`.
+
+    The weights must be contiguous, as `load` makes them: of a view MLX writes the bytes without its strides.
 
     Raises OSError for a full disk, RuntimeError where MLX reads other values back.
     """

@@ -14,6 +14,7 @@ from mlx_aimv2 import bundled, layers, load
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.export import export, write
+from mlx_aimv2.export.encoder import prepare
 from mlx_aimv2.images.open import open_image
 from mlx_aimv2.learn import predict
 from tests.small_models import NATIVE, pair_with_words
@@ -254,7 +255,13 @@ def test_what_ends_while_it_is_written_leaves_nothing(sources, tmp_path, monkeyp
 
 def test_a_file_that_reads_back_otherwise_is_refused(sources, tmp_path, monkeypatch):
     """As MLX reads back a transposed weight."""
-    monkeypatch.setattr(write, "tree_map", lambda _, tree: tree_map(lambda x: mx.contiguous(x.T).T, tree))
+
+    def with_views(*given, **own):
+        exported = prepare(*given, **own)
+        exported.vision.update(tree_map(lambda x: mx.contiguous(x.T).T, exported.vision.parameters()))
+        return exported
+
+    monkeypatch.setattr(write, "prepare", with_views)
     with pytest.raises(RuntimeError, match=r"MLX reads other values from encoder\.mlxfn than the model's"):
         export(sources["apple"], tmp_path / "encoder.mlxfn")
     assert list(tmp_path.iterdir()) == []
