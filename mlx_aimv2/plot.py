@@ -159,9 +159,10 @@ def contact_sheet(
 
     `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
     """
-    text = max(11, side // 8) if captions else 0
+    text = max(11, side // 8)
     step = (side + gap, side + gap + (text + 6 if captions else 0))
-    columns, font = max(len(row) for row in rows), ImageFont.load_default(text)
+    columns = max(len(row) for row in rows)
+    font = ImageFont.load_default(text)
     canvas = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):

@@ -1,6 +1,7 @@
 """The command line ends a user's mistake in one line, escapes what it writes and shows progress."""
 
 import contextlib
+import logging
 import os
 import shlex
 import subprocess
@@ -154,6 +155,14 @@ def test_bars_that_follow_each_other_count_from_nothing(monkeypatch, capsys):
                 bar(done, total, unit)
     err = capsys.readouterr().err
     assert "2/5" in err and "2/7" in err and "steps/s" in err.split("2/7")[1]
+
+
+def test_the_packages_logger_is_afterwards_as_before():
+    logger = logging.getLogger("mlx_aimv2")
+    before = (logger.level, list(logger.handlers))
+    with progress():
+        assert logger.isEnabledFor(logging.DEBUG)
+    assert (logger.level, list(logger.handlers)) == before
 
 
 def test_the_first_ten_notes_are_written_and_the_others_counted(capsys):
