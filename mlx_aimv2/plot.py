@@ -54,8 +54,12 @@ def principal_components(features: NDArray[Any], count: int) -> NDArray[Any]:
     """
     centred = np.asarray(features, np.float64)
     centred = centred - centred.mean(axis=0)
-    _, spread, directions = np.linalg.svd(centred, full_matrices=False)  # most variance first
-    directions = directions[:count][spread[:count] ** 2 > 1e-9 * max(np.square(spread).sum(), 1e-30)]
+    wide = centred.shape[1] > len(centred)  # the smaller of the two square products has the same components
+    product = centred @ centred.T if wide else centred.T @ centred
+    spread, vectors = np.linalg.eigh(product)  # smallest first
+    spread, vectors = spread[::-1][:count], vectors[:, ::-1][:, :count]
+    directions = (centred.T @ vectors if wide else vectors)[:, spread > 1e-9 * max(np.trace(product), 1e-30)].T
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     largest = np.abs(directions).argmax(axis=1)
     directions = directions * np.sign(directions[np.arange(len(directions)), largest])[:, None]
     coordinates = np.zeros((len(centred), count))

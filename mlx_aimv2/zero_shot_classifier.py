@@ -203,8 +203,7 @@ def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str]) -> None:
 
 def _check_finite(numbers: Floats, model: Aimv2Model) -> None:
     if not np.isfinite(numbers).all():
-        name = dtype_name(model.dtype)
-        raise ValueError(f"the model gave numbers that are not finite in {name}: load it with dtype float32")
+        raise ValueError(f"the model gave values not finite in {dtype_name(model.dtype)}: load it with dtype float32")
 
 
 @dataclass

@@ -119,8 +119,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     flags.add_found(output, paths="the paths alone", objects="the images as JSON")
     add = output.add_mutually_exclusive_group().add_argument
-    add("--copy-to", type=Path, metavar="DIR", help="copy the images into a new folder, the best first by name")
-    add("--link-to", type=Path, metavar="DIR", help="link to the images in a new folder instead")
+    add("--copy-to", type=expand_user, metavar="DIR", help="copy the images into a new folder, the best first by name")
+    add("--link-to", type=expand_user, metavar="DIR", help="link to the images in a new folder instead")
 
 
 def run_search(arguments: argparse.Namespace) -> int:
@@ -132,7 +132,6 @@ def run_search(arguments: argparse.Namespace) -> int:
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     if target := arguments.copy_to or arguments.link_to:
-        target = expand_user(target)
         check_target(target)
     queries = [parse_query(words) for words in (arguments.query, *arguments.add)]
     queries += [query._replace(weight=-query.weight) for query in map(parse_query, arguments.subtract)]
