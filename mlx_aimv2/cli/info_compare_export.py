@@ -61,6 +61,8 @@ def run_info(arguments: argparse.Namespace) -> int:
 def about(target: str, *, revision: str | None = None) -> Facts:
     """Facts by their names: `an index's path, a folder, a weight file or a Hub name -> dictionary for JSON`."""
     path = expand_user(target)
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is an empty file")
     if _is_database(path):
         return _about_index(path)
     known = released_at(target, revision)
