@@ -95,9 +95,9 @@ class Aimv2VisionConfig:
         """Sizes from the content of a config.json in any format: `{key: value} -> config`.
 
         Of a larger model's content the image encoder's section is read. Unknown keys are ignored. `found` are sizes
-        that tensors show, None without tensors; then `use_head` defaults to True as in transformers, but to False in
-        Apple's format, which does not know it. Raises ValueError for a network that AIMv2 is not (biases in the blocks,
-        another activation, rotary positions).
+        that tensors show: no format says reliably whether there is a head or a position table. Without tensors, None,
+        `use_head` is True by default as in transformers, but False in Apple's format, which does not know it. Raises
+        ValueError for a network that AIMv2 is not (biases in the blocks, another activation, rotary positions).
         """
         section = _vision_section(raw)
         is_apple = raw.get("model_type") == "aimv2" and "vision_config" not in raw
@@ -198,17 +198,6 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def read_config(raw: Mapping[str, Any], found: Mapping[str, Any]) -> AnyConfig:
-    """Sizes as config.json says them, with what it leaves out taken from the tensors: `config.json, sizes -> config`.
-
-    `found` are the sizes that the tensors show (`detect.sizes`). Whether there is a text encoder, a pooling head or a
-    position table is read from them, because no format of config.json says it reliably. Raises ValueError for a network
-    that AIMv2 is not (biases in the blocks, another activation) and for a size that cannot be known.
-    """
-    kind: type[AnyConfig] = Aimv2Config if "text_config" in found else Aimv2VisionConfig
-    return kind.from_dict(raw, found)
-
-
 def _vision_section(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Where the sizes of the image encoder stand, in Hugging Face's names."""
     if isinstance(tokenizer := raw.get("visual_tokenizer_config"), Mapping) and "backbone_config" in tokenizer:  # Ovis2
@@ -263,12 +252,9 @@ def _read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, list | tuple):  # [224, 224], or several end-of-text ids of which the first counts
-        if not all(isinstance(number, int | float) for number in value):
-            raise ValueError(f"config.json: {name} must be a number or a list of numbers, got {value!r:.80}")
-        if len(set(value)) == 1 or (name == "eos_token_id" and value):
-            value = value[0]
-        else:
-            raise ValueError(f"config.json: {name} must be square, got {value!s:.80}")
+        if not value or not (name == "eos_token_id" or all(number == value[0] for number in value)):
+            raise ValueError(f"config.json: {name} must be a number or equal numbers, got {value!r:.80}")
+        value = value[0]
     kind = kind.split(" ")[0]  # "int | None"
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

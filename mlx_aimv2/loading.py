@@ -30,7 +30,7 @@ from mlx_aimv2 import quantize
 from mlx_aimv2.backend.device import AUTO, check_process, mark_lazy, may_use_tf32, suited_dtype
 from mlx_aimv2.checkpoint.detect import beside, differences, disagreements, recognise, sizes
 from mlx_aimv2.checkpoint.read import Checkpoint, read, read_tensors
-from mlx_aimv2.config import DTYPES, Aimv2Config, AnyConfig, dtype_name, read_config
+from mlx_aimv2.config import DTYPES, Aimv2Config, Aimv2VisionConfig, AnyConfig, dtype_name
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.layers import empty
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
@@ -234,7 +234,8 @@ def _checked(origin: Checkpoint) -> Source:
         origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
     shown = sizes(match.target_shapes(origin.shapes))
-    config = read_config(origin.config, shown)
+    kind: type[AnyConfig] = Aimv2Config if "text_config" in shown else Aimv2VisionConfig
+    config = kind.from_dict(origin.config, shown)
     if others := disagreements(config, shown):  # before a model of sizes that nobody checked is built
         raise ValueError(f"config.json and the weights are of different sizes: {'; '.join(others)}")
     model = build(config)

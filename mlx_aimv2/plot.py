@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -20,17 +20,8 @@ INK, PAPER = (34, 36, 42), (255, 255, 255)
 FAINT = (120, 124, 132)
 
 CLASSES = (
-    (214, 69, 65),
-    (56, 120, 190),
-    (44, 150, 90),
-    (236, 150, 30),
-    (130, 85, 175),
-    (0, 155, 170),
-    (190, 90, 140),
-    (120, 130, 40),
-    (105, 85, 70),
-    (90, 105, 130),
-)
+    "#d64541", "#3878be", "#2c965a", "#ec961e", "#8255af", "#009baa", "#be5a8c", "#788228", "#695546", "#5a6982",
+)  # fmt: skip
 """Ten colours that are easy to tell apart on white."""
 
 IGNORED = 255
@@ -172,9 +163,10 @@ def contact_sheet(
 
     `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
     """
-    text = max(11, side // 8) if captions else 0
+    text = max(11, side // 8)
     step = (side + gap, side + gap + (text + 6 if captions else 0))
     columns = max(len(row) for row in rows)
+    font = ImageFont.load_default(text)
     canvas = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
     draw = ImageDraw.Draw(canvas)
     for r, row in enumerate(rows):
@@ -185,13 +177,8 @@ def contact_sheet(
                 fitted = ImageOps.expand(fitted, 3, colour)
             canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
-                draw.text((left + side / 2, top + side + 5), captions[r][c], INK, font(text), anchor="mt")
+                draw.text((left + side / 2, top + side + 5), captions[r][c], INK, font, anchor="mt")
     return canvas
-
-
-def font(size: int) -> Any:
-    """Pillow's own font in `size` pixels."""
-    return ImageFont.load_default(size)
 
 
 @lru_cache
@@ -214,7 +201,9 @@ def palette_image(labels: NDArray[Any]) -> Image.Image:
 
 def class_colour(label: int) -> Colour:
     """The colour of a class in overlays: ten that are easy to tell apart, then the palette's."""
-    red, green, blue = CLASSES[label] if label < len(CLASSES) else palette()[label % 256].tolist()
+    if label < len(CLASSES):
+        return ImageColor.getrgb(CLASSES[label])[:3]
+    red, green, blue = palette()[label % 256].tolist()
     return red, green, blue
 
 
@@ -271,7 +260,7 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         shown = np.sort(np.argsort(-mistaken, kind="stable")[:MAX_CLASSES])
     counts = counts[np.ix_(shown, shown)]
     names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (classes[int(i)] for i in shown)]
-    large, small = font(13), font(11)
+    large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left = round(max(large.getlength(name) for name in names)) + 34
     side = CELL * len(names)
     canvas = Image.new("RGB", (left + side + 12, left + side + 28), PAPER)
@@ -322,6 +311,6 @@ def _sized(image: Image.Image) -> Image.Image:
 
 def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
     draw = ImageDraw.Draw(image)
-    box = draw.textbbox(at, text, font=font(16), anchor=anchor)
+    box = draw.textbbox(at, text, font=ImageFont.load_default(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
-    draw.text(at, text, PAPER, font(16), anchor=anchor)
+    draw.text(at, text, PAPER, ImageFont.load_default(16), anchor=anchor)

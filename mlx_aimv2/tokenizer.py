@@ -25,8 +25,6 @@ EOS = "<|endoftext|>"
 VOCAB_SIZE = 49408
 """CLIP's size, the default limit where a vocabulary is trained; short captions make fewer tokens."""
 
-MIN_FREQUENCY = 2
-
 # CLIP's words: the two special tokens, English contractions, runs of letters, single digits, runs of anything else.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -110,14 +108,11 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     import tokenizers
 
     file, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    if not file.is_file() and not vocab.is_file() and not merges.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer.json (nor vocab.json and merges.txt), so no text can be read"
-        )
     read = [file] if file.is_file() else [vocab, merges]
-    for one in read:
-        if not one.is_file():
-            raise FileNotFoundError(f"{folder} has no {one.name}, which belongs to {vocab.name} and {merges.name}")
+    if not all(one.is_file() for one in read):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.json (nor vocab.json and merges.txt together), so no text can be read"
+        )
     try:
         if read == [file]:
             return tokenizers.Tokenizer.from_str(read_text(file)), file
@@ -193,7 +188,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, conte
     backend = clip_backend({}, [])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=MIN_FREQUENCY,
+        min_frequency=2,
         special_tokens=fixed,
         end_of_word_suffix="</w>",
         show_progress=False,

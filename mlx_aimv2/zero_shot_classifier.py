@@ -13,17 +13,14 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.config import LIT_CHECKPOINT
+from mlx_aimv2.config import LIT_CHECKPOINT, dtype_name
 from mlx_aimv2.embed.loader import images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.images.open import POLICY, ImageInput, Levels, Policy, open_image, warn_of
 from mlx_aimv2.images.processor import Aimv2Processor, are_apart, as_list
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 
 TEMPLATES = ("a photo of a {}",)
-"""Sentences that a label is put into unless others are given."""
-
-PLACEHOLDER = "{}"
-"""Where in a template the label goes."""
+"""Sentences that a label is put into, at {}, unless others are given."""
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
@@ -106,38 +103,29 @@ class ZeroShotClassifier:
         for chunk in run_ahead(
             split_into_chunks(images),
             prepare,
-            lambda levels: self._compare(processor.normalised(levels)),
+            self._compare,
             patch=config.patch_size,
             tokens=config.num_patches,
             threads=None if are_apart(images) else 1,
         ):
             for image, outputs in chunk:
                 if outputs is not None:
-                    yield self._prediction(outputs)
+                    _check_finite(outputs["logits"], self._model)
+                    yield Prediction(self.labels, **outputs)
                 elif image.error is not None:
                     yield image.error
 
-    def predict(self, pixels: mx.array) -> list[Prediction]:
-        """What the processor made of images, `(B, H, W, 3) -> B predictions`."""
-        outputs = {name: np.array(array) for name, array in self._compare(pixels).items()}
-        return [self._prediction({name: array[i] for name, array in outputs.items()}) for i in range(len(pixels))]
-
-    def _compare(self, pixels: mx.array) -> dict[str, mx.array]:
-        """Logits and probabilities, `(B, H, W, 3) -> (B, T)` each."""
-        logits = self._model.logits(unit_length(self._model.encode_image(pixels)), self.text_embeds)
+    def _compare(self, levels: mx.array) -> dict[str, mx.array]:
+        """Logits and probabilities, `(B, H, W, 3) uint8 -> (B, T)` each."""
+        images = unit_length(self._model.encode_image(self._processor.normalised(levels)))
+        logits = self._model.logits(images, self.text_embeds)
         return {"logits": logits, "probabilities": mx.softmax(logits, axis=-1)}
-
-    def _prediction(self, outputs: dict[str, Floats]) -> Prediction:
-        _check_finite(outputs["logits"], self._model)
-        return Prediction(self.labels, **outputs)
 
     def _read(self) -> mx.array:
         """Every label in every template -> (T, E): each text's unit vector, their mean per label, at unit length."""
-        texts = [template.replace(PLACEHOLDER, label) for label in self.labels for template in self.templates]
+        texts = [template.replace("{}", label) for label in self.labels for template in self.templates]
         ids = np.array(self._processor.tokenize(texts))
-        eos = self._model.config.text_config.eos_token_id
-        ids = np.where(np.cumsum(ids == eos, axis=1) > 0, eos, ids)  # nothing behind the first end of text is read
-        _check_distinct(ids, self.labels, self.templates)
+        _check_distinct(ids, self.labels)
         vectors = encode_ids(self._model, ids).reshape(len(self.labels), len(self.templates), -1)
         text_embeds = unit_length(mx.array(vectors.mean(axis=1)))
         _check_finite(np.array(text_embeds), self._model)
@@ -182,14 +170,10 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(f"labels must be a list of strings, got one string: {labels!r:.60}")
     labels = tuple(labels)
     for number, label in enumerate(labels):
-        if not isinstance(label, str):
-            raise ValueError(f"label {number} is not a string but {type(label).__name__}: {label!r:.60}")
-        if not label.strip():
-            raise ValueError(f"label {number} is empty")
-    if not labels:
-        raise ValueError("no labels: give at least two")
-    if len(labels) == 1:
-        raise ValueError(f"one label alone ({labels[0]}) fits every image with probability 1: give at least two")
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(f"label {number} must be a string with text in it, got {label!r:.60}")
+    if len(labels) < 2:
+        raise ValueError(f"give at least two labels, got {len(labels)}: one alone fits every image with probability 1")
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise ValueError(f"labels given more than once: {', '.join(twice)}")
     return labels
@@ -201,28 +185,25 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     if not templates:
         raise ValueError(f"no templates: give at least one, such as {TEMPLATES[0]!r}")
     for template in templates:
-        if not isinstance(template, str) or PLACEHOLDER not in template:
-            raise ValueError(f"template {template!r} has no {PLACEHOLDER} where the label goes, as in {TEMPLATES[0]!r}")
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} where the label goes, as in {TEMPLATES[0]!r}")
     return templates
 
 
-def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str], templates: Sequence[str]) -> None:
-    """Labels that differ only in capitals, beyond the context or behind an end of text are one text to the model."""
-    by_template = ids.reshape(len(labels), len(templates), -1)
-    for k, template in enumerate(templates):
-        first: dict[bytes, str] = {}
-        for label, row in zip(labels, by_template[:, k], strict=True):
-            if (other := first.setdefault(row.tobytes(), label)) != label:
-                raise ValueError(
-                    f"{other!r:.60} and {label!r:.60} are the same text to the model in {template!r:.60}: "
-                    "capitals do not count, nor does what lies beyond the context"
-                )
+def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str]) -> None:
+    """Labels that differ only in capitals or beyond the context are one text to the model."""
+    first: dict[bytes, str] = {}
+    for label, rows in zip(labels, ids.reshape(len(labels), -1), strict=True):
+        if (other := first.setdefault(rows.tobytes(), label)) != label:
+            raise ValueError(
+                f"{other!r:.60} and {label!r:.60} are the same text to the model: capitals do not count, nor does "
+                "what lies beyond the context"
+            )
 
 
 def _check_finite(numbers: Floats, model: Aimv2Model) -> None:
     if not np.isfinite(numbers).all():
-        name = str(model.dtype).removeprefix("mlx.core.")
-        raise ValueError(f"the model gave numbers that are not finite in {name}: load it with dtype float32")
+        raise ValueError(f"the model gave values not finite in {dtype_name(model.dtype)}: load it with dtype float32")
 
 
 @dataclass

@@ -126,13 +126,13 @@ def test_a_vision_only_processor_names_the_checkpoint_that_has_text():
 def test_a_pair_without_tokenizer_files_prepares_images_and_names_what_is_missing_for_text(tmp_path):
     own_processor = processor(tmp_path)
     assert own_processor(np.zeros((50, 47, 3), np.uint8)).shape == (1, 42, 42, 3)
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json \(nor vocab\.json and merges\.txt\)"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json \(nor vocab\.json and merges\.txt"):
         own_processor.tokenize("a cat")
 
 
 @pytest.mark.parametrize(("there", "missing"), [("vocab.json", r"merges\.txt"), ("merges.txt", r"vocab\.json")])
 def test_half_of_vocab_and_merges_names_the_other_half(tmp_path, there, missing):
-    with pytest.raises(FileNotFoundError, match=f"no {missing}"):
+    with pytest.raises(FileNotFoundError, match=missing):
         processor(copied(tmp_path, there)).tokenize("a cat")
 
 

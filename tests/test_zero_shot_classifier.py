@@ -149,12 +149,6 @@ def test_open_images_are_decoded_by_one_thread_and_files_by_several(lit_pair, no
     assert len(classifier(noise_images)) == 5 and len(threads) == 3
 
 
-def test_pixels_from_the_processor_serve_too(lit_pair, noise_images):
-    classifier = ZeroShotClassifier(*lit_pair, LABELS)
-    for ready, read in zip(classifier.predict(lit_pair[1](noise_images)), classifier(noise_images), strict=True):
-        assert roundings(ready.logits, read.logits) <= NEAR
-
-
 def test_an_image_that_cannot_be_read_gives_its_error_in_its_place(lit_pair, noise_images, monkeypatch):
     monkeypatch.setattr("mlx_aimv2.embed.loader.BATCH_TOKENS", 18)
     classifier = ZeroShotClassifier(*lit_pair, LABELS)
@@ -173,12 +167,12 @@ def test_an_image_that_cannot_be_read_gives_its_error_in_its_place(lit_pair, noi
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([], "no labels: give at least two"),
-        (["cat"], r"one label alone \(cat\) fits every image with probability 1: give at least two"),
+        ([], "give at least two labels, got 0"),
+        (["cat"], "give at least two labels, got 1: one alone fits every image with probability 1"),
         (["cat", "dog", "cat"], "labels given more than once: cat"),
-        (["cat", 3], "label 1 is not a string but int: 3"),
-        (["cat", None], "label 1 is not a string but NoneType: None"),
-        (["cat", " "], "label 1 is empty"),
+        (["cat", 3], "label 1 must be a string with text in it, got 3"),
+        (["cat", None], "label 1 must be a string with text in it, got None"),
+        (["cat", " "], "label 1 must be a string with text in it, got ' '"),
         ("cat,dog", "labels must be a list of strings, got one string: 'cat,dog'"),
         (["red fox", "Red  FOX"], "'red fox' and 'Red  FOX' are the same text .* capitals do not count"),
     ],
@@ -195,8 +189,7 @@ def test_labels_that_make_no_classes_are_refused(lit_pair, labels, message):
         ("", r"template '' has no \{\}"),
         ([7], r"template 7 has no \{\}"),
         ([], "no templates"),
-        ("dog " * 40 + "{}", "same text to the model .* beyond the context"),
-        ("a photo <|endoftext|> of a {}", "same text to the model"),
+        ("dog " * 40 + "{}", "same text to the model: .* beyond the context"),
     ],
 )
 def test_templates_that_hold_no_label_are_refused(lit_pair, templates, message):

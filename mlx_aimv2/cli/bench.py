@@ -6,17 +6,14 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_aimv2 import __version__, bundled
+from mlx_aimv2 import __version__
 from mlx_aimv2.backend.device import advice, cpu_count, machine, mlx_build
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.cli.output import aligned, log
@@ -51,18 +48,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 WARM_UP_SECONDS = 1.0
 """Before a GPU is timed: its clock rises with work, and a pass may take milliseconds."""
 
-FIRST_EMBEDDING = """
-import json, sys, time
-began = time.perf_counter()
-from mlx_aimv2 import load
-imported = time.perf_counter()
-model, processor = load(sys.argv[1], dtype=sys.argv[2])
-loaded = time.perf_counter()
-import mlx.core as mx
-mx.eval(model.encode_image(processor([sys.argv[3]])))
-print(json.dumps([imported - began, loaded - imported, time.perf_counter() - loaded]))
-"""
-
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
@@ -86,13 +71,6 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
-    found = measure(arguments)
-    print(json.dumps(found) if arguments.json else table(found))
-    return 0
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is measured, as one dictionary for JSON."""
     size = released(arguments.random) if arguments.random else None
     source = None if size else read_source(arguments.model, revision=arguments.revision)
     name = arguments.model or f"random {arguments.random}"
@@ -101,9 +79,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     on = machine()
     found: dict[str, Any] = {"device": on.kind, "chip": on.chip, "cores": cpu_count(), "advice": advice(on)}
     found |= {"mlx": mlx_build(), "mlx-aimv2": __version__, "model": name, "runs": arguments.runs, "speed": []}
-    if source is not None:
-        log("measuring: first embedding in a fresh process")
-        found["first_embedding"] = measure_first_embedding(source.origin.path, (arguments.dtype or ["auto"])[0])
     kinds = ("dense", "packed") if arguments.keep_quantized else ("dense",)
     for dtype, weights in itertools.product(arguments.dtype or DEFAULT_DTYPES[on.kind], kinds):
         if source is not None:
@@ -114,7 +89,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             log(f"measuring: {dtype} {weights}, batch {batch}")
             pixels = random_pixels(model.config, batch=batch, side=arguments.side)
             found["speed"].append({"weights": weights} | measure_speed(model, pixels, runs=arguments.runs))
-    return found
+    print(json.dumps(found) if arguments.json else table(found))
+    return 0
 
 
 def table(found: dict[str, Any]) -> str:
@@ -124,9 +100,6 @@ def table(found: dict[str, Any]) -> str:
         "versions": f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}",
         "model": found["model"],
     }
-    if first := found.get("first_embedding"):
-        steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first.items())
-        lines["first embedding"] = f"{sum(first.values()):.2f} s in a fresh process: {steps}"
     if found["advice"]:
         lines["advice"] = found["advice"]
     rows = [list(COLUMNS), *([cell(speed) for cell in COLUMNS.values()] for speed in found["speed"])]
@@ -193,12 +166,3 @@ def measure_speed(vision: Aimv2VisionModel, pixels: mx.array, *, runs: int) -> d
         "peak_bytes": peak,
         "runs": runs,
     }
-
-
-def measure_first_embedding(path: Path, dtype: str) -> dict[str, float]:
-    """Seconds of a fresh process: importing, loading, and an image's embedding with all that a first run costs."""
-    command = [sys.executable, "-c", FIRST_EMBEDDING, str(path), dtype, str(bundled.photographs()[0])]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise ValueError(f"a fresh process could not embed an image: {finished.stderr.strip().splitlines()[-1]}")
-    return dict(zip(("importing", "loading", "embedding"), json.loads(finished.stdout), strict=True))

@@ -68,8 +68,8 @@ EXAMPLES = {
 """Verb -> what its help begins with."""
 
 FILES = (
-    "bench", "classify", "duplicates", "embed", "export", "fit_predict_evaluate_fuse", "info_compare", "map",
-    "pretrain_lit", "search",
+    "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export",
+    "pretrain_lit",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 
@@ -177,11 +177,9 @@ def _dispatch(argv: list[str]) -> int:
         if (url := URL.match(word)) is not None and not os.path.lexists(word):
             advice = f"give the Hub name {url[1]}" if url[1] else "download it first and give the file"
             raise ValueError(f"{word} is a URL: {advice}")
-    if verb in VERBS or verb.startswith("-"):
-        _check_flags(whole.verbs.choices.get(verb, whole), argv)
-    else:
-        others = f", there are {', '.join(VERBS)}"
-        whole.error(f"there is no verb {verb}{_nearest(verb, VERBS) or others}")
+    if verb not in VERBS and not verb.startswith("-"):
+        whole.error(f"there is no verb {verb}{_nearest(verb, VERBS) or ', there are ' + ', '.join(VERBS)}")
+    _check_flags(whole.verbs.choices.get(verb, whole), argv)
     arguments, unknown = whole.parse_known_args(argv)
     if unknown:
         advice = "" if unknown[0].startswith("-") else " (words that belong together need quotes)"
@@ -219,7 +217,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
                 raise
             finally:
                 sys.stdout.flush()
-    except (SystemExit, GeneratorExit):
+    except SystemExit:
         raise
     except KeyboardInterrupt as stop:
         say("; ".join(map(str, stop.args)) or "stopped")

@@ -98,6 +98,14 @@ def policy_of(arguments: argparse.Namespace) -> Policy:
     return Policy(decode=arguments.decode, max_pixels=arguments.max_pixels, truncated=arguments.truncated)
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`1,4,16` as numbers."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted whole numbers such as 3,5, got {text!r}") from None
+
+
 def groups(parser: argparse.ArgumentParser, *titles: str) -> dict[str, Add]:
     """Groups of flags in the order of the help, `{title: its add_argument}`."""
     return {title: parser.add_argument_group(title).add_argument for title in titles}

@@ -119,13 +119,6 @@ def aligned(facts: Mapping[str, str]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in facts.items()]
 
 
-def typed(text: str) -> str:
-    """An argument that is text and not a path: the bytes that were typed as UTF-8, whatever the locale says."""
-    with suppress(UnicodeError):
-        return os.fsencode(text).decode()
-    return text
-
-
 def as_line(text: str, limit: int = MAX_LINE) -> str:
     """Text as one line, escaped; one that is longer than `limit` without its middle: advice stands at the end."""
     line = escape(text)
@@ -181,8 +174,8 @@ class Progress(logging.Handler):
         if self.unit:
             self.started = time.monotonic()
         self.unit = what
-        if sys.stderr is not None and sys.stderr.isatty():
-            _bar = tqdm(total=total, file=_Patient(), leave=False, dynamic_ncols=True, **settings)
+        if sys.stderr.isatty():
+            _bar = tqdm(total=total, leave=False, dynamic_ncols=True, **settings)
 
     def end(self) -> None:
         """Takes the bar off the terminal."""
@@ -209,6 +202,7 @@ def progress() -> Iterator[Progress]:
         return
     _shown = shown = Progress()
     logger = logging.getLogger("mlx_aimv2")
+    level = logger.level
     logger.setLevel(logging.DEBUG)
     logger.addHandler(shown)
     with warnings.catch_warnings():
@@ -218,28 +212,14 @@ def progress() -> Iterator[Progress]:
             yield shown
         finally:
             logger.removeHandler(shown)
+            logger.setLevel(level)
             shown.end()
             _shown = None
             if shown.more_notes:
                 say(f"note: {shown.more_notes:,} more notes like these")
 
 
-class _Patient:
-    """Stderr for tqdm, whose writes may fail without an error."""
-
-    def write(self, text: str) -> None:
-        _attempt(text)
-
-    def flush(self) -> None:
-        _attempt("")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
 def _attempt(text: str) -> None:
-    if sys.stderr is None:  # as it is where the caller closed it
-        return
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -68,8 +68,7 @@ def sizes(size: str) -> tuple[Aimv2VisionConfig, DecoderConfig]:
     section, known = raw.get("decoder_config", {}), DecoderConfig.__dataclass_fields__
     if not isinstance(section, dict) or section.keys() - known:
         raise ValueError(f"{file}: decoder_config has {', '.join(sorted(known))}; got {section}")
-    vision = {name: value for name, value in raw.items() if name != "decoder_config"}
-    return Aimv2VisionConfig.from_dict({"use_head": False} | vision), DecoderConfig(**section)
+    return Aimv2VisionConfig.from_dict({"use_head": False} | raw), DecoderConfig(**section)
 
 
 def add_lit(parser: argparse.ArgumentParser) -> None:

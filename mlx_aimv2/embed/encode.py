@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 
-EXAMPLE = "apple/aimv2-large-patch14-224-lit"
-"""A checkpoint whose index can be searched by images and by words."""
-
 FIELDS: Fields = {
     "checkpoint": str,
     "commit": (str, NoneType),

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_aimv2.backend.device import AUTO, slow_here
+from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.distributed import RankLostError, Ranks, my_chunks
-from mlx_aimv2.embed.encode import EXAMPLE, POOLS, Embedder, Result, Settings, made_by
+from mlx_aimv2.embed.encode import POOLS, Embedder, Result, Settings, made_by
 from mlx_aimv2.embed.loader import split_into_chunks
 from mlx_aimv2.files import expand_user, stat_of
 from mlx_aimv2.images import FAST, Policy
@@ -285,7 +286,7 @@ class _Job:
         """The given settings and, where they say nothing, those of the index."""
         if self.index is None:
             if given.model is None:
-                raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {EXAMPLE}")
+                raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {LIT_CHECKPOINT}")
             return replace(given, dtype=given.dtype or AUTO)
         stored = made_by(self.index)
         if self.options.store not in (None, self.index.dtype):

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.cache import differences
-from mlx_aimv2.embed.encode import EXAMPLE, Embedder, Settings, embeddings_of, made_by, raise_failure
+from mlx_aimv2.embed.encode import Embedder, Settings, embeddings_of, made_by, raise_failure
 from mlx_aimv2.files import expand_user, read_image_file
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix
@@ -114,7 +115,7 @@ def _check_words(index: Index, text: str) -> None:
         what = "a folder" if expand_user(text).is_dir() else "no image"
         raise ValueError(
             f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by words: "
-            f"give an image, or embed with -m {EXAMPLE}"
+            f"give an image, or embed with -m {LIT_CHECKPOINT}"
         )
 
 

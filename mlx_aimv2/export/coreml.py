@@ -22,9 +22,6 @@ from mlx_aimv2.layers import sincos_positions
 from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead
 from mlx_aimv2.model import Aimv2Model
 
-PACKED_BITS = (4, 8)
-"""Core ML's whole numbers; layers of other bits or modes become dense."""
-
 
 def write(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
     """Writes a package, dense or with the bits that the model keeps: `-> arrays of the outputs' shapes`.
@@ -168,7 +165,7 @@ class Network:
         if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
             return self.array(layer.weight, like)
         packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        if layer.mode != "affine" or layer.bits not in PACKED_BITS:
+        if layer.mode != "affine" or layer.bits not in (4, 8):  # other than Core ML's whole numbers
             biases = layer.biases if layer.mode == "affine" else None
             return self.array(mx.dequantize(layer.weight, layer.scales, biases, **packing), like)
         ones = mx.ones_like(layer.scales)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from mlx_aimv2.conversion.folder import copy_beside
 from mlx_aimv2.export import coreml
@@ -34,7 +33,7 @@ def export(
     batch: Sequence[int] = (1,),
     image_size: int | None = None,
     grid: tuple[int, ...] | None = None,
-    input: str = "float",
+    input: str | None = None,
     dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
 ) -> Path:
@@ -45,7 +44,8 @@ def export(
     keeps 4 and 8 bits. `output` is image (None: a vector of each image, a pair's too), tokens, both or text; of a
     folder that `fit` wrote come class probabilities. `batch` lists how many images or texts the function takes at
     once. `image_size` is `load`'s, `grid` the rows and columns of patches for a native checkpoint, which otherwise
-    takes 224 pixels a side. `input` is float, the processor's pixels, or uint8, whose normalisation goes inside.
+    takes 224 pixels a side. `input` is float (None), the processor's pixels, or uint8, whose normalisation goes inside;
+    a Core ML model takes an image.
     `dtype` None keeps the checkpoint's. Beside the file stand its description, named like it but .json, the licence,
     and for text tokenizer.json.
 
@@ -55,19 +55,20 @@ def export(
     target, counts = expand_user(path), ",".join(map(str, batch))
     for_core_ml = target.suffix == ".mlpackage"
     if for_core_ml:
-        input, dtype = "uint8" if output != "text" else input, dtype or "float16"
+        dtype = dtype or "float16"
     faults = {
         f"-o must end in {' or '.join(WRITERS)}, got {target.name}": target.suffix not in WRITERS,
         f"--batch must be different numbers above 0, such as 1,4,16; got {counts}": (
             not batch or min(batch) < 1 or len(set(batch)) < len(batch)
         ),
         f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
-        f"--input must be {' or '.join(INPUTS)}, got {input}": input not in INPUTS,
+        f"--input must be {' or '.join(INPUTS)}, got {input}": input not in (None, *INPUTS),
+        "--input is for .mlxfn, a .mlpackage takes an image: leave it out": for_core_ml and input is not None,
         ".mlpackage holds float16 or float32: choose one as --dtype": for_core_ml
         and dtype not in ("float16", "float32", mx.float16, mx.float32),
         "choose one of --image-size and --grid": image_size is not None and grid is not None,
         "--image-size, --grid and --input are for images: leave them out of --output text": (
-            output == "text" and (image_size is not None or grid is not None or input != "float")
+            output == "text" and (image_size is not None or grid is not None or input is not None)
         ),
     }
     for message, is_met in faults.items():
@@ -77,21 +78,23 @@ def export(
     exported = prepare(
         model,
         output,
-        input,
+        "uint8" if for_core_ml else input or "float",
         grid if image_size is None else image_size,
         dtype=dtype,
         revision=revision,
         keep_quantized=for_core_ml,
     )
     for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
-        # MLX writes the bytes of a weight without its strides, and Apple's patch kernel is a transposed view.
-        module.update(tree_map(mx.contiguous, module.parameters()))
         mx.eval(module.parameters())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as place:
         outputs = WRITERS[target.suffix](exported, place / target.name, batch)
-        device = {"device": "any"} if for_core_ml else {}
-        write_json(place / f"{target.stem}.json", exported.describe(batch, outputs) | device)
+        described = exported.describe(batch, outputs)
+        if for_core_ml:
+            described["device"] = "any"
+        if for_core_ml and exported.labels:
+            described["outputs"][0]["name"] = "label_probs"  # as coremltools calls a classifier's
+        write_json(place / f"{target.stem}.json", described)
         copy_beside(place, exported.loaded.source, LICENCES)
         if exported.text is not None and (tokenizer := exported.processor.tokenizer) is not None:
             (place / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
@@ -115,7 +118,9 @@ def _move(place: Path, target: Path) -> None:
 
 
 def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
-    """Writes a function for each batch and runs the smallest: `-> its outputs`. The weights must be contiguous.
+    """Writes a function for each batch and runs the smallest: `-> its outputs`.
+
+    The weights must be contiguous, as `load` makes them: of a view MLX writes the bytes without its strides.
 
     Raises OSError for a full disk, RuntimeError where MLX reads other values back.
     """

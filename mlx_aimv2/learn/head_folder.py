@@ -212,7 +212,8 @@ def _encoder_of(
         return read_source(model or str(wanted.get("checkpoint")), revision=revision).load(dtype=dtype)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the encoder that {folder} needs is not there: {error}; say where it is, --model MODEL"
+            f"the encoder that {folder} needs is not there: {error}; put it back, or say where it is "
+            "(predict, evaluate and fuse take -m MODEL)"
         ) from None
 
 
@@ -246,4 +247,7 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     there = {key: wanted.get(key) for key in here}
     refused, _ = differences(there, here)
     if refused:
-        raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
+        raise ValueError(
+            f"{folder} was trained on another encoder ({'; '.join(refused)}): put that one back, or say where it is "
+            "(predict, evaluate and fuse take -m MODEL)"
+        )

@@ -277,8 +277,8 @@ def test_a_file_of_labels_without_an_end_is_one_line(capsys):
         assert re.search("is a (device|named pipe|socket|folder), not a file", capsys.readouterr().err)
 
 
-def test_a_file_of_labels_is_bounded_and_may_lie_below_the_home_folder(tmp_path, capsys, monkeypatch):
+def test_a_file_of_labels_may_lie_below_the_home_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "labels.txt").write_text("x\n" * (1 << 20))
+    (tmp_path / "labels.txt").write_text("x\nx\n")
     assert main(["classify", "a.jpg", "-m", "x", "--labels-file", "~/labels.txt"]) == 2
-    assert "at most 1,048,576 are read of such a file" in capsys.readouterr().err
+    assert "labels given more than once: x" in capsys.readouterr().err

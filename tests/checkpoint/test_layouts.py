@@ -7,11 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_aimv2.checkpoint.detect import differences, recognise, sizes
+from mlx_aimv2.checkpoint.detect import differences, recognise
 from mlx_aimv2.checkpoint.layouts import LAYOUTS, MLX, layout_for
-from mlx_aimv2.config import RELEASED, Aimv2VisionConfig, read_config
+from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
 from mlx_aimv2.loading import build, parameter_shapes
 from tests.small_models import LIT, random_weights
+from tests.test_config import read_config
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "manifests"
 
@@ -78,7 +79,7 @@ def test_an_inventory_translates_exactly_and_has_its_golden_count(layout, name):
     match = recognise(source)
     assert (match.layout.name, match.prefix) == (layout, "")
     target = match.target_shapes(source)
-    model = parameter_shapes(build(read_config({}, sizes(target))))
+    model = parameter_shapes(build(read_config({}, target)))
     assert target == model
     assert match.source_shapes(model) == source
     assert sum(map(product, model.values())) == PARAMETERS[name]
@@ -121,7 +122,7 @@ LANGUAGE = {"llm.model.layers.0.self_attn.q_proj.bias": (8,), "llm.model.norm.we
 def test_the_further_forms_in_the_wild_are_recognised_with_the_rest_left_out(shapes, layout, prefix):
     match = recognise(shapes | LANGUAGE if prefix else shapes)
     assert (match.layout.name, match.prefix) == (layout, prefix)
-    model = parameter_shapes(build(read_config({}, sizes(match.target_shapes(shapes)))))
+    model = parameter_shapes(build(read_config({}, match.target_shapes(shapes))))
     assert match.source_shapes(model) == shapes
     assert not differences(match.source_shapes(model), shapes | LANGUAGE if prefix else shapes, match)
 

@@ -112,7 +112,7 @@ def test_json_says_what_was_measured_on_what(capsys):
     code, out, err = run(capsys, "-m", FIXED, "--dtype", "float32", "--batch", 1, 3, "--runs", 1, "--json")
     found = json.loads(out)
     assert code == 0
-    assert {"device", "chip", "cores", "mlx", "mlx-aimv2", "advice", "model", "first_embedding"} <= set(found)
+    assert {"device", "chip", "cores", "mlx", "mlx-aimv2", "advice", "model"} <= set(found)
     assert [(row["dtype"], row["batch"], row["tokens"]) for row in found["speed"]] == [
         ("float32", 1, 9),
         ("float32", 3, 9),
@@ -140,7 +140,6 @@ def test_the_table_names_its_columns_and_its_conditions(capsys, monkeypatch):
     assert code == 0
     for word in ("machine", "versions", "images/s", "peak MB", "median of 1 runs", "float16"):
         assert word in out
-    assert "first embedding" not in out
 
 
 def test_packed_weights_have_their_own_row(capsys, tmp_path):

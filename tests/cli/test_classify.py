@@ -90,8 +90,8 @@ def test_images_that_cannot_be_read_are_named_and_the_rest_is_done(capsys, lit_f
     ("flags", "message"),
     [
         ([], "no labels: give --labels cat,dog or --labels-file FILE"),
-        (["--labels", ", ,"], "no labels"),
-        (["--labels", "cat"], "one label alone"),
+        (["--labels", ", ,"], "give at least two labels, got 0"),
+        (["--labels", "cat"], "one alone fits every image"),
         (["--labels", "cat,dog,cat"], "more than once: cat"),
         (["--labels", "cat,dog", "--template", "a photo"], "template 'a photo' has no {}"),
         (["--labels-file", "nowhere.txt"], "nowhere.txt does not exist"),

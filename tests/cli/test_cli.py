@@ -1,6 +1,7 @@
 """The command line ends a user's mistake in one line, escapes what it writes and shows progress."""
 
 import contextlib
+import logging
 import os
 import shlex
 import subprocess
@@ -56,7 +57,7 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
     ("arguments", "wanted"),
     [
         (["frob"], "there is no verb frob, there are embed, search, "),
-        (["map", "a.jpg", "-m", "x", "--patch", "9"], "ROW,COL such as 3,5, got '9'; see mlx-aimv2 map --help"),
+        (["map", "a.jpg", "-m", "x", "--patch", "x"], "whole numbers such as 3,5, got 'x'; see mlx-aimv2 map --help"),
         (["info", "aimv2-large-patch14-448"], "did you mean apple/aimv2-large-patch14-448?"),
         (["info", str(ROOT / "README.md")], "README.md: not a weight file; wanted .safetensors"),
     ],
@@ -96,8 +97,8 @@ try:
 finally:
     print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
-    assert "mlx_aimv2.cli.info_compare" in loaded
-    assert "mlx_aimv2.cli.embed" not in loaded
+    assert "mlx_aimv2.cli.info_compare_export" in loaded
+    assert "mlx_aimv2.cli.embed_search_duplicates" not in loaded
 
 
 def test_a_line_has_no_control_characters():
@@ -154,6 +155,14 @@ def test_bars_that_follow_each_other_count_from_nothing(monkeypatch, capsys):
                 bar(done, total, unit)
     err = capsys.readouterr().err
     assert "2/5" in err and "2/7" in err and "steps/s" in err.split("2/7")[1]
+
+
+def test_the_packages_logger_is_afterwards_as_before():
+    logger = logging.getLogger("mlx_aimv2")
+    before = (logger.level, list(logger.handlers))
+    with progress():
+        assert logger.isEnabledFor(logging.DEBUG)
+    assert (logger.level, list(logger.handlers)) == before
 
 
 def test_the_first_ten_notes_are_written_and_the_others_counted(capsys):

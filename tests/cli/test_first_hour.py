@@ -17,7 +17,7 @@ from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import dispatch, main
 from mlx_aimv2.cli.bench import measure_speed, random_model, random_pixels
 from mlx_aimv2.cli.dispatch import EXAMPLES, VERBS
-from mlx_aimv2.cli.info_compare import memory
+from mlx_aimv2.cli.info_compare_export import memory
 from mlx_aimv2.cli.output import say
 from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
 from mlx_aimv2.convert import convert

@@ -78,8 +78,8 @@ def test_map_of_a_patch_outside_says_where_the_grid_ends(small, capsys):
     [
         (["-o", "one.png"], "is one file for 2 images"),
         (["-o", "broken.jpg"], "is neither a folder nor ends in .png"),
-        (["--patch", "1;2"], "wanted ROW,COL such as 3,5"),
-        (["--pca", "--patch", "1,2"], "not allowed with"),
+        (["--patch", "1;2"], "wanted whole numbers such as 3,5"),
+        (["--patch", "1,2,3"], "--patch is a row and a column such as 3,5, got 1,2,3"),
     ],
 )
 def test_wrong_use_of_map_ends_with_2(small, capsys, monkeypatch, flags, line):

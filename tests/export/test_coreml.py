@@ -174,6 +174,8 @@ def test_bits_stay_bits(sources, tmp_path):
 def test_a_head_becomes_a_classifier_with_its_labels(tmp_path):
     head = Workshop(tmp_path / "learning").head("classify", "linear")
     spec = read(export(head, tmp_path / "Labels.mlpackage"))
+    [described] = json.loads((tmp_path / "Labels.json").read_text())["outputs"]
+    assert described["name"] == spec.description.predictedProbabilitiesName
     assert spec.description.predictedFeatureName == "label"
     assert spec.description.predictedProbabilitiesName == "label_probs"
     assert all(label in spec.SerializeToString() for label in (b"dark", b"grey", b"light"))
@@ -183,6 +185,7 @@ def test_a_head_becomes_a_classifier_with_its_labels(tmp_path):
     ("words", "message"),
     [
         ("--batch 1,4", "a .mlpackage takes one image or text at a time"),
+        ("--input float", "--input is for .mlxfn, a .mlpackage takes an image: leave it out"),
         ("--dtype bfloat16", ".mlpackage holds float16 or float32: choose one as --dtype"),
     ],
 )

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +14,7 @@ from mlx_aimv2 import bundled, layers, load
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.export import export, write
+from mlx_aimv2.export.encoder import prepare
 from mlx_aimv2.images.open import open_image
 from mlx_aimv2.learn import predict
 from tests.small_models import NATIVE, pair_with_words
@@ -140,6 +140,12 @@ def test_half_precision_stays_half_precision(sources, tmp_path):
     assert (described["dtype"], described["outputs"][0]["dtype"]) == ("float16", "float16")
 
 
+def test_the_command_keeps_the_checkpoints_dtype(sources, tmp_path):
+    source = convert(sources["apple"], tmp_path / "half", dtype="float16", verify=False)
+    assert main(["export", "-m", str(source), "-o", str(tmp_path / "encoder.mlxfn")]) == 0
+    assert json.loads((tmp_path / "encoder.json").read_text())["dtype"] == "float16"
+
+
 def test_what_metal_computes_in_one_kernel_is_exported_as_its_operations(sources, tmp_path, monkeypatch):
     """On a GPU SwiGLU is compiled, and what MLX has compiled cannot be written."""
     monkeypatch.setattr(layers, "swiglu", layers._fused_swiglu)
@@ -174,7 +180,7 @@ WRONG = {
     "-o encoder.onnx": r"-o must end in .*\.mlxfn.*, got encoder\.onnx",
     "-o encoder.mlxfn --batch 0": "--batch must be different numbers above 0, such as 1,4,16; got 0",
     "-o encoder.mlxfn --batch 1,1": "--batch must be different numbers",
-    "-o encoder.mlxfn --batch some": "argument --batch: invalid whole_numbers value: 'some'",
+    "-o encoder.mlxfn --batch some": "argument --batch: wanted whole numbers such as 3,5, got 'some'",
     "-o encoder.mlxfn --grid 3,3": r"--grid is for native checkpoints; .* takes 42 pixels: leave it out",
     "-o encoder.mlxfn --grid 3,3 --image-size 56": "choose one of --image-size and --grid",
     "-o encoder.mlxfn --image-size 0": "image_size must be a multiple of the patch",
@@ -256,8 +262,13 @@ def test_what_ends_while_it_is_written_leaves_nothing(sources, tmp_path, monkeyp
 
 def test_a_file_that_reads_back_otherwise_is_refused(sources, tmp_path, monkeypatch):
     """As MLX reads back a transposed weight."""
-    transposed = partial(tree_map, lambda x: mx.contiguous(x.T).T)
-    monkeypatch.setattr(write, "tree_map", lambda function, tree: transposed(tree))
+
+    def with_views(*given, **own):
+        exported = prepare(*given, **own)
+        exported.vision.update(tree_map(lambda x: mx.contiguous(x.T).T, exported.vision.parameters()))
+        return exported
+
+    monkeypatch.setattr(write, "prepare", with_views)
     with pytest.raises(RuntimeError, match=r"MLX reads other values from encoder\.mlxfn than the model's"):
         export(sources["apple"], tmp_path / "encoder.mlxfn")
     assert list(tmp_path.iterdir()) == []

@@ -169,7 +169,10 @@ def test_fuse_makes_a_checkpoint_that_load_and_the_converter_read(kind, tmp_path
     convert(tmp_path / "fused", tmp_path / "exported", export_layout="transformers", verify=False)
     exported, _ = load(tmp_path / "exported")
     np.testing.assert_allclose(np.array(exported(PIXELS).last_hidden_state), wanted, atol=1e-5)
-    with pytest.raises(ValueError, match=r"head was trained on another encoder \(.*say which, -m MODEL"):
+    with pytest.raises(
+        ValueError,
+        match=r"head was trained on another encoder \(.*say where it is \(predict",
+    ):
         fuse(tmp_path / "head", tmp_path / "wrong", model=write_encoder(tmp_path / "other", fused.config))
 
 

@@ -302,12 +302,6 @@ CHECKPOINTS = (
         (EXPORT + "a_native_checkpoint_takes_one_grid_as_levels",),
     ),
     Mutation(
-        "an export reads weights without their strides",
-        "module.update(tree_map(mx.contiguous, module.parameters()))",
-        "module.update(module.parameters())",
-        (EXPORT + "from_every_layout_the_function_gives_what_the_model_gives",),
-    ),
-    Mutation(
         "an export is not read back",
         "if not mx.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):",
         "if False:",

@@ -1,4 +1,6 @@
-"""`mlx-aimv2 info` prints what an index or a checkpoint holds, `compare` how far a model is from its reference."""
+"""Verbs of a checkpoint: `info` prints what it holds (of an index, too), `compare` how far it is from its reference,
+`export` writes its encoder for programs in Swift and C++, or for Core ML.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 from mlx_aimv2.checkpoint.hub import file_sizes, is_in_cache
 from mlx_aimv2.checkpoint.read import WEIGHT_FILES, WEIGHT_SUFFIXES, is_hub_name, released_at
-from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups
+from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups, whole_numbers
 from mlx_aimv2.cli.output import aligned, show
 from mlx_aimv2.config import (
     DTYPES,
@@ -61,8 +63,6 @@ def about(target: str, *, revision: str | None = None) -> Facts:
     path = expand_user(target)
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} is an empty file")
-    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
-        raise ValueError(f"{path} is neither a file nor a folder: give an index, a checkpoint or a Hub name")
     if _is_database(path):
         return _about_index(path)
     known = released_at(target, revision)
@@ -208,4 +208,31 @@ def run_compare(arguments: argparse.Namespace) -> int:
     else:
         for line in table(found).split("\n"):
             show(line)
+    return 0
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "model", "input", "output")
+    words = f"{MODEL}, or a folder that fit has written: class probabilities"
+    add["model"]("-m", "--model", required=True, metavar="MODEL", help=words)
+    add_revision(add["model"])
+    add_dtype(add["model"], "the checkpoint's, float16 for Core ML")
+    words = "of .mlxfn, float: normalised pixels; uint8: bytes, normalised inside (default: float)"
+    add["input"]("--input", choices=("float", "uint8"), metavar="NAME", help=words)
+    words = "images or texts at once, several in one file (default: 1)"
+    add["input"]("--batch", type=whole_numbers, default=(1,), metavar="N,N,…", help=words)
+    add["input"]("--image-size", type=int, metavar="N", help="pixels a side (default: the checkpoint's, native 224)")
+    words = "native checkpoints: rows and columns of patches"
+    add["input"]("--grid", type=whole_numbers, metavar="R,C", help=words)
+    words = "file to write, NAME.mlpackage for Core ML, or NAME.mlxfn for this machine's device (for Metal: on a Mac)"
+    add["output"]("-o", dest="path", type=expand_user, required=True, metavar="FILE", help=words)
+    words = "image: one vector each; tokens, both or text (default: image)"
+    add["output"]("--output", choices=("image", "tokens", "both", "text"), metavar="NAME", help=words)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Exports and prints the path of the file."""
+    from mlx_aimv2.export import export
+
+    show(str(export(**{name: value for name, value in vars(arguments).items() if name != "verb"})))
     return 0
