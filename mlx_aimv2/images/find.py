@@ -313,7 +313,7 @@ class Scan:
 
 
 _Folder: TypeAlias = tuple[str, os.stat_result, str]
-"""A folder to scan: its path, its device and inode, and its path below the folder that was asked for."""
+"""A folder to scan: its path, what the system says of it, and its path below the folder that was asked for."""
 
 
 class _Lister:
@@ -409,24 +409,16 @@ class _Lister:
             if has_suffix(name):
                 self.found.problems.append((entry.path, "is a folder, not an image"))
         elif has_suffix(name) or self.rules.includes(below):
-            if entry.is_file(follow_symlinks=False) and entry.inode():
-                self.add((folder[1].st_dev, entry.inode()), entry.path, is_link=False)
-            else:
-                self.file(entry.path, entry.stat(), is_link=entry.is_symlink())
+            self.file(entry.path, entry.stat(), is_link=entry.is_symlink())
         elif entry.is_file():
             self.found.suffixes[Path(name).suffix.lower() or "no suffix"] += 1
 
-    def file(self, path: str, about: os.stat_result, *, is_link: bool = False) -> None:
-        if stat.S_ISREG(about.st_mode):
-            self.add(identity(path, about), path, is_link=is_link)
-        else:
+    def file(self, path: str, about: os.stat_result, *, is_link: bool) -> None:
+        if not stat.S_ISREG(about.st_mode):
             self.found.problems.append((path, f"is {kind_of(about)}, not an image"))
-
-    def add(self, known: tuple[int, int] | str, path: str, *, is_link: bool) -> None:
-        if known in self.files and self.files[known][2] != path:
-            # Some network and layered file systems give two entries of a folder one number.
-            known = identity(path, os.stat(path))  # noqa: PTH116
-        candidate = (is_link, os.fsencode(path), path)
+            return
+        # Not the number that a folder's entry tells: some network and layered file systems give two of them the same.
+        known, candidate = identity(path, about), (is_link, os.fsencode(path), path)
         self.files[known] = min(self.files.get(known, candidate), candidate)
 
     def problem(self, path: str, error: OSError) -> None:

@@ -86,7 +86,7 @@ def date_in(exif: object) -> str:
     block = _block(exif)
     first = _values(block)
     for at in (_values(block, first.get(EXIF)).get(TAKEN), first.get(CHANGED)):
-        if at is not None and (found := _DAY.match(block, at)):
+        if at is not None and (found := _DAY.match(block, min(at, len(block)))):  # BigTIFF has 64 bits
             with suppress(ValueError):  # such as 0000:00:00
                 return date(*map(int, found.groups())).isoformat()
     return ""

@@ -250,8 +250,10 @@ class _Small:
         ratios = [height / width for height, width in (self.sizes[one], self.sizes[other])]
         if max(ratios) > MAX_STRETCH * min(ratios):
             return False
-        coarse = [_coarse(self.pixels[self.rows[number]]) for number in (one, other)]
-        return bool(np.sqrt(np.mean((coarse[0] - coarse[1]) ** 2)) <= MAX_COARSE)
+        first, second = (self.pixels[self.rows[number]].astype(np.float32) for number in (one, other))
+        # (S, S, 3) -> (8, 8, 3)
+        coarse = (first - second).reshape(8, SIDE // 8, 8, SIDE // 8, 3).mean(axis=(1, 3))
+        return bool(np.sqrt(np.mean(coarse**2)) <= MAX_COARSE)
 
     def _difference(self, pairs: Array) -> Array:
         """How much the worst block differs after the first image was laid over the second, (P, 2) -> (P,)."""
@@ -267,12 +269,6 @@ class _Small:
                     finer = _placement(first.mean(axis=3), second.mean(axis=3), place[row : row + 1])
                     result[row] = _worst_block(_moved(first, finer), second)[0]
         return result
-
-
-def _coarse(pixels: Array) -> Array:
-    """(S, S, 3) -> (8, 8, 3), float32."""
-    small: Array = pixels.reshape(8, len(pixels) // 8, 8, len(pixels) // 8, 3).mean(axis=(1, 3), dtype=np.float32)
-    return small
 
 
 def _placement(first: Array, second: Array, start: Array | None = None) -> Array:

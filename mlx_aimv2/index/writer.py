@@ -56,12 +56,10 @@ class IndexWriter(Index):
         path = Path(path)
         if dtype not in STORED:
             raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
-        if axes not in AXES:
-            raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
-        if not is_free(path):
-            raise FileExistsError(f"{path} already exists: open it, or choose another name")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
         with temporary_folder(path) as beside:
+            if not is_free(path):
+                raise FileExistsError(f"{path} already exists: open it, or choose another name")
             db = connect(beside / "index", "rwc")
             try:
                 with plain_errors(path):
@@ -70,8 +68,6 @@ class IndexWriter(Index):
                     db.execute("COMMIT")
             finally:
                 db.close()
-            if not is_free(path):  # somebody made it meanwhile
-                raise FileExistsError(f"{path} already exists: open it, or choose another name")
             (beside / "index").replace(path)
         return cls.open(path)
 

@@ -108,7 +108,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_work(monkeypatch, stream
     say("a line")
     with progress() as advance:
         say("a line")
-        advance(3, 3)
+        advance(3, 3, "images")
     monkeypatch.undo()
 
 
