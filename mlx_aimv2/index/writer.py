@@ -58,8 +58,6 @@ class IndexWriter(Index):
             raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
         with temporary_folder(path) as beside:
-            if not is_free(path):
-                raise FileExistsError(f"{path} already exists: open it, or choose another name")
             db = connect(beside / "index", "rwc")
             try:
                 with plain_errors(path):
@@ -68,6 +66,8 @@ class IndexWriter(Index):
                     db.execute("COMMIT")
             finally:
                 db.close()
+            if not is_free(path):  # before, or made meanwhile
+                raise FileExistsError(f"{path} already exists: open it, or choose another name")
             (beside / "index").replace(path)
         return cls.open(path)
 
