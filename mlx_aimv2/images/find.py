@@ -191,12 +191,9 @@ def list_images(
 
 
 def read_list(data: bytes) -> list[str]:
-    """Names from a list's bytes, UTF-16's too: separated by NUL where it holds one, else lines, also as on Windows."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        data = data.decode("utf-16", errors="replace").encode()
-    data = data.removeprefix(codecs.BOM_UTF8)
+    """Names from a list's bytes: separated by NUL where it holds one, else lines, also as on Windows."""
     if b"\0" not in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\0")
+        data = data.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\n", b"\0")
     return [os.fsdecode(name) for name in data.split(b"\0") if name]
 
 

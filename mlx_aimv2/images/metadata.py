@@ -252,7 +252,10 @@ def _png(data: bytes) -> Trimmed:
             content = data[start + 8 : min(position - 4, start + 8 + MAX_TEXT)]
             name, text = (kind, content) if kind == b"eXIf" else content.partition(b"\0")[::2]
             if name in (kind, _XMP, *_PROFILES) and name not in texts:
-                texts[name] = _unpacked(text)
+                texts[name] = text
+                with suppress(zlib.error):  # it is not packed
+                    # Flags and an empty language may go before it.
+                    texts[name] = zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)
     profile = next((texts[name] for name in _PROFILES if name in texts), b"")
     try:  # a heading of three lines, then hexadecimal digits
         profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
@@ -260,14 +263,6 @@ def _png(data: bytes) -> Trimmed:
         profile = b""
     exif = texts.get(b"eXIf") or profile
     return Trimmed(b"".join(kept), orientation_in(exif, texts.get(_XMP)), taken=date_in(exif))
-
-
-def _unpacked(text: bytes) -> bytes:
-    """What follows a text's name in its chunk, as much of it as an orientation may stand in."""
-    try:
-        return zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)  # behind flags and an empty language
-    except zlib.error:
-        return text
 
 
 TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {
