@@ -157,10 +157,6 @@ def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Itera
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except IsADirectoryError:
         raise IsADirectoryError(f"is a folder, not {wanted}") from None
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # sockets cannot be opened at all
-            raise OSError(f"is a socket, not {wanted}") from None
-        raise
     with file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):

@@ -256,12 +256,10 @@ def _png(data: bytes) -> Trimmed:
                 with suppress(zlib.error):  # it is not packed
                     # Flags and an empty language may go before it.
                     texts[name] = zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)
+    exif = texts.get(b"eXIf", b"")
     profile = next((texts[name] for name in _PROFILES if name in texts), b"")
-    try:  # a heading of three lines, then hexadecimal digits
-        profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
-    except ValueError:
-        profile = b""
-    exif = texts.get(b"eXIf") or profile
+    with suppress(ValueError):  # a heading of three lines, then hexadecimal digits
+        exif = exif or bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
     return Trimmed(b"".join(kept), orientation_in(exif, texts.get(_XMP)), taken=date_in(exif))
 
 
