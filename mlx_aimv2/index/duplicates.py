@@ -188,11 +188,11 @@ def _neighbours(index: Index, paths: Sequence[str]) -> tuple[Array, Array]:
         nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
         pairs.append(np.array(mx.stack([mx.broadcast_to(rows[:, None] + start, nearest.shape), nearest], axis=-1)))
         values.append(np.array(mx.take_along_axis(cosines, nearest, axis=1)))
-    both_ways = np.sort(np.concatenate(pairs).reshape(-1, 2).astype(np.int64), axis=1)
-    once, first = np.unique(both_ways, axis=0, return_index=True)
+    low, high = np.sort(np.concatenate(pairs).reshape(-1, 2).astype(np.int64), axis=1).T
+    once, first = np.unique(low * len(paths) + high, return_index=True)
     nearness = np.concatenate(values).ravel()[first]
     order = np.argsort(-nearness, kind="stable")
-    return once[order], nearness[order]
+    return np.stack(np.divmod(once[order], len(paths)), axis=1), nearness[order]
 
 
 class _Small:
