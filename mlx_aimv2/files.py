@@ -157,10 +157,6 @@ def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Itera
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except IsADirectoryError:
         raise IsADirectoryError(f"is a folder, not {wanted}") from None
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # sockets cannot be opened at all
-            raise OSError(f"is a socket, not {wanted}") from None
-        raise
     with file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
@@ -179,9 +175,7 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
 def check_link(path: Path) -> None:
     """Raises FileNotFoundError for a link that leads to nothing, as in a cache whose download broke off."""
     if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(
-            f"{path} is a link to {os.readlink(path)}, which is not there: fetch it again"  # noqa: PTH115
-        )
+        raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which is not there: fetch it again")
 
 
 def check_size(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
@@ -335,7 +329,10 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     What a killed process left there goes first. Errors of the system that name no other file end as one line with the
     target's name.
     """
-    target, beside = path.absolute(), _hidden(path)
+    target = path.absolute()
+    # Only those processes share the hidden name that share the lock: on one machine, with one cache.
+    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
+    beside = target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}"  # file systems allow 255 bytes
     try:
         with locked(path, patience=PATIENCE):
             try:
@@ -412,16 +409,6 @@ def _lock_file(target: Path) -> Path:
         locks = Path(tempfile.gettempdir())
     real = Path(os.path.realpath(target.parent)) / target.name
     return locks / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.lock"
-
-
-def _hidden(path: Path) -> Path:
-    """The hidden folder beside a target.
-
-    Only those processes share its name that share the lock: on one machine, with one cache.
-    """
-    target = path.absolute()
-    shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
-    return target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}"  # file systems allow 255 bytes
 
 
 def _remove_unfinished(target: Path, beside: Path) -> None:

@@ -125,7 +125,7 @@ def folder(tmp_path, monkeypatch):
     expected |= {
         b"folder.jpg": "is a folder",
         b"dangling.jpg": "leads nowhere",
-        b"self.jpg": "in a circle",
+        b"self.jpg": "leads nowhere",
         b"loop": "back to a folder",
         b"device.jpg": "is a device",
         b"pipe.jpg": "is a named pipe",

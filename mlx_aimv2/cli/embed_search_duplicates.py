@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from shlex import quote
 from shutil import copy2
 from typing import TYPE_CHECKING, Any
 
 from mlx_aimv2.backend.device import AUTO
 from mlx_aimv2.cli import flags
 from mlx_aimv2.cli.output import begin, note, progress, say, show, show_page, show_paths
-from mlx_aimv2.files import atomic_folder, check_target, expand_user
+from mlx_aimv2.files import atomic_folder, check_target, expand_user, stat_of
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
@@ -191,7 +192,8 @@ def _update(arguments: argparse.Namespace) -> int:
             with progress() as on_progress:
                 summary = update_index([name], path, settings, options, report=say, on_progress=on_progress)
         except FileNotFoundError as error:  # a drive that is not plugged in: what the index has of it is searched
-            say(error)
+            forget = f"mlx-aimv2 embed {quote(name)} -o {path} --prune"
+            say(f"{error}; {forget} forgets what is gone for good" if stat_of(name) is None else error)
             failed += 1
             continue
         if summary is not None:

@@ -20,7 +20,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
@@ -145,14 +145,11 @@ class KnownFiles:
         """What is known of those files that are as they were, with `decoded` of those alone that were decoded."""
         query = "SELECT sha256, height, width, decoded, size, mtime_ns, ctime_ns, inode FROM files WHERE path = ?"
         known = {}
-        try:
-            with closing(self._connect()) as database:
-                for path in paths:
-                    row = (about := stat_of(path)) and database.execute(query, (_key(path),)).fetchone()
-                    if row and about and row[3] >= decoded and is_unchanged(about, *row[4:]):
-                        known[path] = Known(bytes(row[0]), (row[1], row[2]), bool(row[3]))
-        except sqlite3.Error:
-            return {}  # a cache that is not there or cannot be read is no cache
+        with suppress(sqlite3.Error), closing(self._connect()) as database:  # one that cannot be read is no cache
+            for path in paths:
+                row = (about := stat_of(path)) and database.execute(query, (_key(path),)).fetchone()
+                if row and about and row[3] >= decoded and is_unchanged(about, *row[4:]):
+                    known[path] = Known(bytes(row[0]), (row[1], row[2]), bool(row[3]))
         return known
 
     def remember(self, files: Iterable[tuple[str, Known]]) -> None:
@@ -163,7 +160,7 @@ class KnownFiles:
             for path, known in files
             if (about := stat_of(path)) and about.st_mtime_ns < settled
         ]
-        try:
+        with suppress(sqlite3.Error, OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as database, database:
                 database.execute(
@@ -171,10 +168,7 @@ class KnownFiles:
                     " ctime_ns INTEGER, inode INTEGER, sha256 BLOB, height INTEGER, width INTEGER, decoded INTEGER)"
                     " WITHOUT ROWID"
                 )
-                database.execute("DROP TABLE IF EXISTS images")  # an earlier release's, which did not know the inode
                 database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        except (sqlite3.Error, OSError):
-            return
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(self.path, timeout=5)

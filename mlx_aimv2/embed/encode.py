@@ -196,11 +196,9 @@ class Result:
         """The result that `packed` made these bytes of."""
         arrays = load(data)
         files, *pairs = json.loads(arrays["head"].tobytes())
-        embeddings = [
-            Embedding(**file | {"sha256": bytes.fromhex(file["sha256"]), "vector": arrays[str(row)]})
-            for row, file in enumerate(files)
-        ]
-        return cls(embeddings, *([(path, reason) for path, reason in some] for some in pairs))
+        for row, file in enumerate(files):
+            file |= {"sha256": bytes.fromhex(file["sha256"]), "vector": arrays[str(row)]}
+        return cls([Embedding(**file) for file in files], *([(path, why) for path, why in some] for some in pairs))
 
 
 def embed_chunks(

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -170,11 +171,9 @@ def _identities(paths: Iterable[str]) -> dict[tuple[int, int] | str, str]:
 
 
 def _holds_something(folder: str) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return any(not entry.name.startswith(".") for entry in entries)
-    except OSError:
-        return False
+    with suppress(OSError), os.scandir(folder) as entries:
+        return any(not entry.name.startswith(".") for entry in entries)
+    return False
 
 
 def _absolute(path: str) -> str:
@@ -246,7 +245,7 @@ class _Job:
     made: dict[str, Any] = field(default_factory=dict)
     """What the index says of the model."""
     sources: dict[str, Any] = field(default_factory=dict)
-    """What it is to remember: folders and patterns, which may hold new images, and which flags they are read with."""
+    """What it is to remember: folders and patterns, which may hold new images, and their flags; None to forget one."""
     done: int = 0
     pending: list[Embedding | Copy] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -313,15 +312,17 @@ class _Job:
         for path in listing.empty:
             kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
             self.report(f"no images in {path}{kept}")
-        missing = [path for path in listing.missing if not (self.options.prune and self._holds(path))]
-        self._fail([(path, "does not exist") for path in missing])
+        gone = [path for path in listing.missing if self.options.prune and self._holds(path)]
+        self.sources |= dict.fromkeys(map(_absolute, gone))
+        self._fail([(path, "does not exist") for path in listing.missing if path not in gone])
         self._fail(listing.problems)
         return listing
 
     def _holds(self, given: str) -> bool:
-        """Whether the index has anything at a path or below it."""
-        path = _absolute(given)
-        return self.index is not None and any(known == path or is_under(known, [path]) for known in self.index.paths())
+        """Whether the index has anything at a path or below it, or was made of it."""
+        path, index = _absolute(given), self.index
+        known = (*index.sources, *index.paths()) if index is not None else ()
+        return any(one == path or is_under(one, [path]) for one in known)
 
     def agree(self, embedder: Embedder) -> str:
         """Refuses to mix embeddings that cannot be compared; returns the digest of the weights."""

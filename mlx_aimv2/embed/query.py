@@ -93,8 +93,13 @@ def query_vectors(
     vectors = {query: _known(index, query.image) if model is None else None for query in queries}
     if missing := [query for query, vector in vectors.items() if vector is None]:
         index.check_search()
-        if (text := next((query.text for query in missing if query.image is None), None)) is not None:
-            _check_words(index, text)
+        text = next((query.text for query in missing if query.image is None), None)
+        if text is not None and made_by(index)["pool"] != "head":
+            what = "a folder" if expand_user(text).is_dir() else "no image"
+            raise ValueError(
+                f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by "
+                f"words: give an image, or embed with -m {LIT_CHECKPOINT}"
+            )
         embedder = _embedder(index, Settings(model, revision), policy)
         vectors |= {query: _vector(query, embedder) for query in missing}
     return [(query.weight, vector) for query in queries if (vector := vectors[query]) is not None]
@@ -108,15 +113,6 @@ def _known(index: Index, image: str | None) -> NDArray[Any] | None:
             if hashlib.sha256(read_image_file(image)[1]).digest() == stamp.sha256:
                 return index.vector(image)
     return None
-
-
-def _check_words(index: Index, text: str) -> None:
-    if made_by(index)["pool"] != "head":
-        what = "a folder" if expand_user(text).is_dir() else "no image"
-        raise ValueError(
-            f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by words: "
-            f"give an image, or embed with -m {LIT_CHECKPOINT}"
-        )
 
 
 def _embedder(index: Index, given: Settings, policy: Policy) -> Embedder:

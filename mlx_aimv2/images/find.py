@@ -5,7 +5,6 @@ PATH … -> Listing: absolute names in one fixed order, each file once, what can
 
 from __future__ import annotations
 
-import codecs
 import errno
 import glob
 import os
@@ -187,20 +186,16 @@ def list_images(
     what `exclude` names; `include` takes all the same what it names (`Rules`). Links to folders come last, so that a
     folder reached twice is listed under its own name and no circle is scanned. Names that exist are no patterns.
     """
-    lister = _Lister(Rules(exclude, include), deep=deep)
+    lister = _Lister(Rules(exclude, include), deep)
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         lister.argument(os.fspath(path))
     return lister.finish()
 
 
 def read_list(data: bytes) -> list[str]:
-    """Names from a list's bytes, UTF-16's too: separated by NUL where it holds one, else lines, also as on Windows."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        data = data.decode("utf-16", errors="replace").encode()
-    data = data.removeprefix(codecs.BOM_UTF8)
-    if b"\0" not in data:
-        data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\0")
-    return [os.fsdecode(name) for name in data.split(b"\0") if name]
+    """Names from a list's bytes: separated by NUL where it holds one, else lines, also as on Windows."""
+    lines = data.split(b"\0") if b"\0" in data else data.replace(b"\r\n", b"\n").split(b"\n")
+    return [os.fsdecode(name) for name in lines if name]
 
 
 def identity(path: str, about: os.stat_result) -> tuple[int, int] | str:
@@ -316,20 +311,20 @@ class Scan:
 
 
 _Folder: TypeAlias = tuple[str, os.stat_result, str]
-"""A folder to scan: its path, its device and inode, and its path below the folder that was asked for."""
+"""A folder to scan: its path, what the system says of it, and its path below the folder that was asked for."""
 
 
+@dataclass
 class _Lister:
     """The state of one listing."""
 
-    def __init__(self, rules: Rules, *, deep: bool) -> None:
-        self.rules = rules
-        self.deep = deep
-        self.found = Listing()
-        self.files: dict[tuple[int, int] | str, tuple[bool, bytes, str]] = {}
-        """Identity of a file -> the best name so far: links last, then by its bytes."""
-        self.links: list[_Folder] = []
-        self.visited: set[tuple[int, int] | str] = set()
+    rules: Rules
+    deep: bool
+    found: Listing = field(default_factory=Listing)
+    files: dict[tuple[int, int] | str, tuple[bool, bytes, str]] = field(default_factory=dict)
+    """Identity of a file -> the best name so far: links last, then by its bytes."""
+    links: list[_Folder] = field(default_factory=list)
+    visited: set[tuple[int, int] | str] = field(default_factory=set)
 
     def argument(self, given: str) -> None:
         path = os.path.normpath(expand_user(given).absolute())
@@ -405,38 +400,25 @@ class _Lister:
             if not self.rules.includes(below, is_folder=entry.is_dir()):
                 return
         is_folder = entry.is_dir()
-        by = self.rules.excluded_by(below, is_folder=is_folder, parent=folder[0])
-        if by is not None:
+        if (by := self.rules.excluded_by(below, is_folder=is_folder, parent=folder[0])) is not None:
             self.found.excluded[by] += 1
         elif is_folder:
             (self.links if entry.is_symlink() else pending).append((entry.path, entry.stat(), f"{below}/"))
             if has_suffix(name):
                 self.found.problems.append((entry.path, "is a folder, not an image"))
         elif has_suffix(name) or self.rules.includes(below):
-            if entry.is_file(follow_symlinks=False) and entry.inode():
-                self.add((folder[1].st_dev, entry.inode()), entry.path, is_link=False)
-            else:
-                self.file(entry.path, entry.stat(), is_link=entry.is_symlink())
+            self.file(entry.path, entry.stat(), is_link=entry.is_symlink())
         elif entry.is_file():
             self.found.suffixes[Path(name).suffix.lower() or "no suffix"] += 1
 
-    def file(self, path: str, about: os.stat_result, *, is_link: bool = False) -> None:
-        if stat.S_ISREG(about.st_mode):
-            self.add(identity(path, about), path, is_link=is_link)
-        else:
+    def file(self, path: str, about: os.stat_result, *, is_link: bool) -> None:
+        if not stat.S_ISREG(about.st_mode):
             self.found.problems.append((path, f"is {kind_of(about)}, not an image"))
-
-    def add(self, known: tuple[int, int] | str, path: str, *, is_link: bool) -> None:
-        if known in self.files and self.files[known][2] != path:
-            # Some network and layered file systems give two entries of a folder one number.
-            known = identity(path, os.stat(path))  # noqa: PTH116
-        candidate = (is_link, os.fsencode(path), path)
+            return
+        # Not the number that a folder's entry tells: some network and layered file systems give two of them the same.
+        known, candidate = identity(path, about), (is_link, os.fsencode(path), path)
         self.files[known] = min(self.files.get(known, candidate), candidate)
 
     def problem(self, path: str, error: OSError) -> None:
-        reason = reason_of(error)
-        if error.errno == errno.ELOOP:
-            reason = "is a link that leads in a circle"
-        elif error.errno == errno.ENOENT and Path(path).is_symlink():
-            reason = "is a link that leads nowhere"
-        self.found.problems.append((path, reason))
+        is_dead = error.errno in (errno.ENOENT, errno.ELOOP) and Path(path).is_symlink()
+        self.found.problems.append((path, "is a link that leads nowhere" if is_dead else reason_of(error)))

@@ -86,7 +86,7 @@ def date_in(exif: object) -> str:
     block = _block(exif)
     first = _values(block)
     for at in (_values(block, first.get(EXIF)).get(TAKEN), first.get(CHANGED)):
-        if at is not None and (found := _DAY.match(block, at)):
+        if at is not None and (found := _DAY.match(block, min(at, len(block)))):  # BigTIFF has 64 bits
             with suppress(ValueError):  # such as 0000:00:00
                 return date(*map(int, found.groups())).isoformat()
     return ""
@@ -252,22 +252,15 @@ def _png(data: bytes) -> Trimmed:
             content = data[start + 8 : min(position - 4, start + 8 + MAX_TEXT)]
             name, text = (kind, content) if kind == b"eXIf" else content.partition(b"\0")[::2]
             if name in (kind, _XMP, *_PROFILES) and name not in texts:
-                texts[name] = _unpacked(text)
+                texts[name] = text
+                with suppress(zlib.error):  # it is not packed
+                    # Flags and an empty language may go before it.
+                    texts[name] = zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)
+    exif = texts.get(b"eXIf", b"")
     profile = next((texts[name] for name in _PROFILES if name in texts), b"")
-    try:  # a heading of three lines, then hexadecimal digits
-        profile = bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
-    except ValueError:
-        profile = b""
-    exif = texts.get(b"eXIf") or profile
+    with suppress(ValueError):  # a heading of three lines, then hexadecimal digits
+        exif = exif or bytes.fromhex(b"".join(profile.split(b"\n")[3:]).decode("ascii"))
     return Trimmed(b"".join(kept), orientation_in(exif, texts.get(_XMP)), taken=date_in(exif))
-
-
-def _unpacked(text: bytes) -> bytes:
-    """What follows a text's name in its chunk, as much of it as an orientation may stand in."""
-    try:
-        return zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)  # behind flags and an empty language
-    except zlib.error:
-        return text
 
 
 TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {

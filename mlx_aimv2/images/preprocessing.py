@@ -197,14 +197,14 @@ def _pixels(value: object, name: str, file: Path) -> int:
 
 def _size(value: object, name: str, file: Path) -> int | tuple[int, int]:
     if isinstance(value, list) and len(value) == 2:
-        return _pixels(value[0], f"{name}[0]", file), _pixels(value[1], f"{name}[1]", file)
+        value = {"height": value[0], "width": value[1]}
     if not isinstance(value, dict):
         return _pixels(value, name, file)
-    given = {key for key, number in value.items() if number is not None}
-    if given == {"shortest_edge"}:
-        return _pixels(value["shortest_edge"], f"{name}.shortest_edge", file)
-    if given == {"height", "width"}:
-        return _pixels(value["height"], f"{name}.height", file), _pixels(value["width"], f"{name}.width", file)
+    given = {key: _pixels(side, f"{name}.{key}", file) for key, side in value.items() if side is not None}
+    if given.keys() == {"shortest_edge"}:
+        return given["shortest_edge"]
+    if given.keys() == {"height", "width"}:
+        return given["height"], given["width"]
     raise ValueError(f"{file}: {name} must be a number, {{shortest_edge}} or {{height, width}}, not {value!r:.80}")
 
 

@@ -117,11 +117,11 @@ def find_duplicates(
     repeated = [one for one, paths in enumerate(contents) if len(paths) > 1]
     small = _Small(first, np.union1d(near.ravel(), repeated).astype(int).tolist(), on_progress)
     same = _Joined(len(contents), small.worth)
-    while len(near := near[same.apart(near)]):  # what is joined by others need not be compared
+    while len(near := near[np.not_equal(*same.firsts[near.T])]):  # what is joined by others need not be compared
         batch, near = near[:PAIRS], near[PAIRS:]
         for pair in batch[small.same(batch)].tolist():
             # Two different images may have small versions that look the same, so their largest ones decide.
-            largest = [same.first(one) for one in pair]
+            largest = same.firsts[pair].tolist()
             if largest[0] != largest[1] and (sorted(largest) == sorted(pair) or small.same(np.array([largest]))[0]):
                 same.join(*pair)
 
@@ -132,13 +132,13 @@ def find_duplicates(
     best: dict[int, Member] = {}
     for together in same.groups():
         members = sorted((member(one, path) for one in together for path in contents[one]), key=_worth)
-        best[same.first(together[0])] = members[0]
+        best[int(same.firsts[together[0]])] = members[0]
         if len(members) > 1:
             groups.append(Group("file" if len(together) == 1 else "image", tuple(members)))
     if similar is not None:
         alike = _Joined(len(contents), small.worth)
-        for pair in pairs[cosines >= similar].tolist():
-            alike.join(*(same.first(one) for one in pair))
+        for pair in same.firsts[pairs[cosines >= similar]].tolist():
+            alike.join(*pair)
         for together in alike.groups():
             if len(together) > 1:
                 groups.append(Group("similar", tuple(sorted((best[one] for one in together), key=_worth))))
@@ -156,30 +156,22 @@ class _Joined:
     """Numbers from 0 in groups, each known by the one of the largest `worth`; at first each is one of its own."""
 
     def __init__(self, count: int, worth: Callable[[int], Any]) -> None:
-        self.parents, self.worth = list(range(count)), worth
-
-    def first(self, one: int) -> int:
-        """The number by which a group is known."""
-        while self.parents[one] != one:
-            self.parents[one] = self.parents[self.parents[one]]
-            one = self.parents[one]
-        return one
-
-    def apart(self, pairs: Array) -> Array:
-        """Which pairs lie in two groups, (P, 2) -> (P,)."""
-        return np.array([self.first(one) != self.first(other) for one, other in pairs.tolist()], bool)
+        self.worth = worth
+        self.firsts = np.arange(count)
+        """By which number the group of each one is known."""
+        self.members = [[one] for one in range(count)]
 
     def join(self, one: int, other: int) -> None:
         """Makes one group of two."""
-        first, second = sorted((self.first(one), self.first(other)), key=lambda each: (self.worth(each), -each))
-        self.parents[first] = second
+        firsts = self.firsts[[one, other]].tolist()
+        first, second = sorted(firsts, key=lambda each: (-self.worth(each), each))
+        if first != second:
+            self.firsts[self.members[second]] = first
+            self.members[first] += self.members[second]
 
     def groups(self) -> list[list[int]]:
         """All groups, each ascending, in the order of their smallest numbers."""
-        together: dict[int, list[int]] = defaultdict(list)
-        for one in range(len(self.parents)):
-            together[self.first(one)].append(one)
-        return list(together.values())
+        return sorted(sorted(self.members[first]) for first in set(self.firsts.tolist()))
 
 
 def _neighbours(index: Index, paths: Sequence[str]) -> tuple[Array, Array]:
@@ -188,19 +180,19 @@ def _neighbours(index: Index, paths: Sequence[str]) -> tuple[Array, Array]:
     count = min(NEIGHBOURS, len(paths) - 1)
     if count < 1:
         return np.empty((0, 2), np.int64), np.empty(0, np.float32)
-    found: dict[tuple[int, int], float] = {}
+    pairs, values = [], []
     for start in range(0, len(paths), ROWS):
         cosines = vectors[start : start + ROWS] @ vectors.T
         rows = mx.arange(len(cosines))
         cosines[rows, rows + start] = -2.0
         nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
-        values = np.array(mx.take_along_axis(cosines, nearest, axis=1))
-        for row, others in enumerate(np.array(nearest).tolist(), start):
-            for other, cosine in zip(others, values[row - start].tolist(), strict=True):
-                found[min(row, other), max(row, other)] = cosine
-    pairs, values = np.array(list(found), np.int64).reshape(-1, 2), np.array(list(found.values()), np.float32)
-    order = np.argsort(-values, kind="stable")
-    return pairs[order], values[order]
+        pairs.append(np.array(mx.stack([mx.broadcast_to(rows[:, None] + start, nearest.shape), nearest], axis=-1)))
+        values.append(np.array(mx.take_along_axis(cosines, nearest, axis=1)))
+    low, high = np.sort(np.concatenate(pairs).reshape(-1, 2).astype(np.int64), axis=1).T
+    once, first = np.unique(low * len(paths) + high, return_index=True)
+    nearness = np.concatenate(values).ravel()[first]
+    order = np.argsort(-nearness, kind="stable")
+    return np.stack(np.divmod(once[order], len(paths)), axis=1), nearness[order]
 
 
 class _Small:
@@ -250,8 +242,10 @@ class _Small:
         ratios = [height / width for height, width in (self.sizes[one], self.sizes[other])]
         if max(ratios) > MAX_STRETCH * min(ratios):
             return False
-        coarse = [_coarse(self.pixels[self.rows[number]]) for number in (one, other)]
-        return bool(np.sqrt(np.mean((coarse[0] - coarse[1]) ** 2)) <= MAX_COARSE)
+        first, second = (self.pixels[self.rows[number]].astype(np.float32) for number in (one, other))
+        # (S, S, 3) -> (8, 8, 3)
+        coarse = (first - second).reshape(8, SIDE // 8, 8, SIDE // 8, 3).mean(axis=(1, 3))
+        return bool(np.sqrt(np.mean(coarse**2)) <= MAX_COARSE)
 
     def _difference(self, pairs: Array) -> Array:
         """How much the worst block differs after the first image was laid over the second, (P, 2) -> (P,)."""
@@ -267,12 +261,6 @@ class _Small:
                     finer = _placement(first.mean(axis=3), second.mean(axis=3), place[row : row + 1])
                     result[row] = _worst_block(_moved(first, finer), second)[0]
         return result
-
-
-def _coarse(pixels: Array) -> Array:
-    """(S, S, 3) -> (8, 8, 3), float32."""
-    small: Array = pixels.reshape(8, len(pixels) // 8, 8, len(pixels) // 8, 3).mean(axis=(1, 3), dtype=np.float32)
-    return small
 
 
 def _placement(first: Array, second: Array, start: Array | None = None) -> Array:

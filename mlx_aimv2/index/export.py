@@ -9,9 +9,9 @@ Memory holds all vectors, as for a search, for jsonl one image at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -22,10 +22,18 @@ from mlx_aimv2.index.reader import Index
 
 def export(index: Index, path: Path, *, kind: str) -> None:
     """Writes a whole index to a file: kind `npz`, `safetensors` or `jsonl`; a file of that name is replaced."""
-    if kind not in WRITERS:
-        raise ValueError(f"an export is {', '.join(WRITERS)}, not {kind}")
     with atomic_file(path) as file:
-        WRITERS[kind](index, file)
+        if kind == "jsonl":
+            for entry in index.embeddings():
+                line = {"path": entry.path, "sha256": entry.sha256.hex(), "vector": entry.vector.tolist()}
+                file.write(json.dumps(line).encode() + b"\n")
+            return
+        arrays, paths = _arrays(index)
+        provenance = json.dumps(index.provenance)
+        if kind == "npz":
+            np.savez(file, **arrays, paths=np.array(paths), provenance=np.array(provenance))
+        else:
+            save_file(arrays, file.name, {"paths": json.dumps(paths), "provenance": provenance})
 
 
 def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable[str] = ()) -> Path:
@@ -45,25 +53,6 @@ def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable
         inputs=[output, *inputs],
     )
     return path
-
-
-def _npz(index: Index, file: BinaryIO) -> None:
-    arrays, paths = _arrays(index)
-    np.savez(file, **arrays, paths=np.array(paths), provenance=np.array(json.dumps(index.provenance)))
-
-
-def _safetensors(index: Index, file: BinaryIO) -> None:
-    arrays, paths = _arrays(index)
-    save_file(arrays, file.name, {"paths": json.dumps(paths), "provenance": json.dumps(index.provenance)})
-
-
-def _jsonl(index: Index, file: BinaryIO) -> None:
-    for entry in index.embeddings():
-        line = {"path": entry.path, "sha256": entry.sha256.hex(), "vector": entry.vector.tolist()}
-        file.write(json.dumps(line).encode() + b"\n")
-
-
-WRITERS: dict[str, Callable[[Index, BinaryIO], None]] = {"npz": _npz, "safetensors": _safetensors, "jsonl": _jsonl}
 
 
 SIGNATURES = {

@@ -12,7 +12,7 @@ import html
 import io
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +88,19 @@ def result_page(
     with ThreadPoolExecutor() as pool:
         small = dict(zip(paths, pool.map(thumbnail, paths), strict=True))
     template, script = Template(CARD.read_text(encoding="utf-8").rstrip()), SCRIPT.read_text(encoding="utf-8")
+    lines = []
+    for heading, cards in groups:
+        lines += [f"<h2>{_text(heading)}</h2>"] if heading else []
+        lines += [
+            "<ol>",
+            *(_card(template, rank, card, small[card.path]) for rank, card in enumerate(cards, 1)),
+            "</ol>",
+        ]
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=_text(title),
         subtitle=_text(about),
         images="".join(_image(data) for path in images if (data := small[path]) is not None),
-        groups="\n".join(_group(template, heading, cards, small) for heading, cards in groups),
+        groups="\n".join(lines),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -108,12 +116,6 @@ def thumbnail(path: str) -> bytes | None:
     except Exception:  # as when embedding: a decoder may raise anything, and the page goes on without it
         return None
     return stream.getvalue()
-
-
-def _group(template: Template, heading: str, cards: Sequence[Card], small: Mapping[str, bytes | None]) -> str:
-    title = [f"<h2>{_text(heading)}</h2>"] if heading else []
-    lines = [_card(template, rank, card, small[card.path]) for rank, card in enumerate(cards, 1)]
-    return "\n".join([*title, "<ol>", *lines, "</ol>"])
 
 
 def _card(template: Template, rank: int, card: Card, data: bytes | None) -> str:

@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_aimv2.files import is_unchanged
+from mlx_aimv2.files import expand_user, is_unchanged
 from mlx_aimv2.index.schema import STAMPED, check_schema, connect, damaged, is_free, plain_errors
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class Index:
     def __enter__(self: AnyIndex) -> AnyIndex:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -222,9 +220,8 @@ class Index:
         found = []
         for identity, score in zip(identities.tolist(), scores.tolist(), strict=True):
             for (path,) in self._all("SELECT path FROM images WHERE id = ?", identity):
-                self._name(path)
-                found.append((-score, path))
-        best = [Match(self._name(path), -score) for score, path in sorted(found)[:k]]
+                found.append((-score, os.fsencode(self._name(path))))
+        best = [Match(os.fsdecode(path), -score) for score, path in sorted(found)[:k]]
         return best if min_score is None else [match for match in best if match.score >= min_score]
 
     def identities(self, paths: Iterable[str]) -> NDArray[Any]:
@@ -238,7 +235,7 @@ class Index:
         """Names and ids, sorted by name, of images as `search` chooses them."""
         conditions: dict[str, bytes | str] = {}
         if under is not None:
-            start = os.fsencode(os.path.normpath(Path(under).absolute())).rstrip(b"/")
+            start = os.fsencode(os.path.normpath(expand_user(under).absolute())).rstrip(b"/")
             conditions |= {"path >= ?": start + b"/", "path < ?": start + b"0"}
         taken = STAMPED[self._format].rpartition(", ")[2]
         for name, date, sign in (("after", after, ">="), ("before", before, "<")):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_aimv2.files import temporary_folder
-from mlx_aimv2.index.reader import AXES, STORED, Embedding, Index
+from mlx_aimv2.index.reader import AXES, Embedding, Index
 from mlx_aimv2.index.schema import FILE, SCRIPT, VERSION, connect, is_free, plain_errors, upgrade
 
 BLOCK = 1024
@@ -54,12 +54,6 @@ class IndexWriter(Index):
         `axes` is 1 for one vector of `width` values an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
-        if dtype not in STORED:
-            raise ValueError(f"vectors are stored as {' or '.join(STORED)}, not {dtype}")
-        if axes not in AXES:
-            raise ValueError(f"axes must be one of {', '.join(map(str, AXES))}, got {axes}")
-        if not is_free(path):
-            raise FileExistsError(f"{path} already exists: open it, or choose another name")
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
         with temporary_folder(path) as beside:
             db = connect(beside / "index", "rwc")
@@ -70,7 +64,7 @@ class IndexWriter(Index):
                     db.execute("COMMIT")
             finally:
                 db.close()
-            if not is_free(path):  # somebody made it meanwhile
+            if not is_free(path):  # before, or made meanwhile
                 raise FileExistsError(f"{path} already exists: open it, or choose another name")
             (beside / "index").replace(path)
         return cls.open(path)
@@ -98,10 +92,11 @@ class IndexWriter(Index):
             return self._remove([os.fsencode(path) for path in paths])
 
     def remember(self, sources: Mapping[str, Any]) -> None:
-        """Adds to the folders and patterns that the index was made of (`sources`)."""
+        """Adds to the folders and patterns that the index was made of (`sources`), and forgets those that have None."""
         with self._transaction():
             found = dict(self._db.execute("SELECT name, value FROM about"))
-            self.sources = {**json.loads(found.get("sources", "{}")), **sources}
+            known = {**json.loads(found.get("sources", "{}")), **sources}
+            self.sources = {name: flags for name, flags in known.items() if flags is not None}
             self._db.execute("INSERT OR REPLACE INTO about VALUES ('sources', ?)", (json.dumps(self.sources),))
 
     def _row(self, embedding: Embedding) -> Row:

@@ -253,7 +253,17 @@ def test_update_searches_what_is_there_where_a_folder_is_gone(photo_index, searc
     code, out, err = search("gone/0.png", "--update", "--json")
     assert code == 1
     assert names_of(out) == names_of(search("gone/0.png", "--json")[1]) != []
-    assert f"{photo_index}/in does not exist" in err
+    assert f"{photo_index}/in does not exist" in err and f"embed {photo_index}/in -o photos.db --prune forgets" in err
+
+
+def test_a_folder_that_is_gone_for_good_can_be_forgotten(photo_index, search):
+    shutil.move("in", "new")
+    assert main(["embed", "new", "-o", "photos.db"]) == 0
+    assert search("new/0.png", "--update")[0] == 1
+    assert main(["embed", "in", "-o", "photos.db", "--prune"]) == 0
+    code, out, err = search("new/0.png", "--update", "--json", "-k", "99")
+    assert code == 0 and "does not exist" not in err
+    assert len(names_of(out)) == 5
 
 
 @pytest.mark.parametrize("sources", [None, "{}"])

@@ -235,13 +235,6 @@ def test_no_file_that_is_there_is_replaced(sources, tmp_path, name):
     assert (place / name).read_text() == "mine"
 
 
-def test_an_export_keeps_the_dtype_of_the_checkpoint(sources, tmp_path, capsys):
-    half = convert(sources["apple"], tmp_path / "half", dtype="float16", verify=False)
-    assert main(["export", "-m", str(half), "-o", str(tmp_path / "encoder.mlxfn")]) == 0
-    about = json.loads((tmp_path / "encoder.json").read_text())
-    assert (about["dtype"], about["outputs"][0]["dtype"]) == ("float16", "float16")
-
-
 def test_two_functions_share_a_licence(sources, tmp_path):
     source = shutil.copytree(EMOJI, tmp_path / "source")
     (source / "LICENSE").write_text("research only")

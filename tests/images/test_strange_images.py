@@ -355,7 +355,7 @@ def strange(tmp_path, monkeypatch):
         server.bind("socket.jpg")
         yield {
             "pipe.jpg": "is a named pipe, not an image",
-            "socket.jpg": "is a socket, not an image",
+            "socket.jpg": "cannot be read: ",
             "device.jpg": "is a device, not an image",
             "folder.jpg": "is a folder",
         }

@@ -116,8 +116,8 @@ RESULTS = (
     ),
     Mutation(
         "vectors that a GPU reads may be infinite",
-        "            _check_finite(parts[-1])\n",
-        "",
+        "if not all(mx.isfinite(part).all().item() for part in rows):",
+        "if not all(mx.eval(part) is None for part in rows):",
         (DAMAGED + "what_a_gpu_reads_is_checked_too",),
     ),
     Mutation(
