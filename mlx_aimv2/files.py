@@ -95,7 +95,8 @@ def stat_of(path: str) -> os.stat_result | None:
 
 def marks_of(about: os.stat_result) -> tuple[int, int, int, int]:
     """By what a change of a file shows: size in bytes, mtime and ctime in nanoseconds, inode (SQLite holds 63 bits)."""
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino & (1 << 63) - 1
+    largest = (1 << 63) - 1  # nanoseconds from 2262 on are more
+    return about.st_size, min(about.st_mtime_ns, largest), min(about.st_ctime_ns, largest), about.st_ino & largest
 
 
 def is_unchanged(about: os.stat_result, size: int, mtime_ns: int, ctime_ns: int | None, inode: int | None) -> bool:

@@ -159,6 +159,7 @@ def parser(verb: str | None = None) -> ListParser:
         added = whole.verbs.add_parser(name, help=words, description=words, usage=usage, example=EXAMPLES[name])
         if verb in (None, name):
             function_of(name, "add")(added)
+            added._has_negative_number_optionals.clear()  # the flag -0, or -0.1 would be taken for a flag, too
     return whole
 
 

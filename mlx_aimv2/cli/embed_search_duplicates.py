@@ -19,6 +19,7 @@ from mlx_aimv2.backend.device import AUTO
 from mlx_aimv2.cli import flags
 from mlx_aimv2.cli.output import begin, note, progress, say, show, show_page, show_paths
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stat_of
+from mlx_aimv2.images.find import FOUND
 
 if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
@@ -163,6 +164,8 @@ def run_search(arguments: argparse.Namespace) -> int:
         else:
             for match in matches:
                 show(f"{match.score:7.4f}  {match.path}")
+        if not matches:
+            say(f"{arguments.index} has no such image")
     if target is not None:
         failed += _put(matches, target, as_links=arguments.link_to is not None)
     return 1 if failed else 0
@@ -203,18 +206,18 @@ def _update(arguments: argparse.Namespace) -> int:
 
 
 def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
-    """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many could not be read."""
-    failures = 0
-    digits = len(str(len(matches)))
-    with atomic_folder(target) as folder:
-        for rank, match in enumerate(matches, 1):
-            place = folder / f"{rank:0{digits}}-{Path(match.path).name}"
-            try:
-                (os.symlink if as_links else copy2)(match.path, place)
-            except FileNotFoundError:
-                say(f"{match.path} does not exist any more")
-                failures += 1
-    return failures
+    """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many are gone."""
+    there = [match for match in matches if stat_of(match.path) is not None]
+    for match in matches:
+        if match not in there:
+            say(f"{match.path} does not exist any more")
+    digits = len(str(len(there)))
+    if there:
+        with atomic_folder(target) as folder:
+            (folder / FOUND).touch()
+            for rank, match in enumerate(there, 1):
+                (os.symlink if as_links else copy2)(match.path, folder / f"{rank:0{digits}}-{Path(match.path).name}")
+    return len(matches) - len(there)
 
 
 def add_duplicates(parser: argparse.ArgumentParser) -> None:

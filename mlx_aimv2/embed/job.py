@@ -310,8 +310,8 @@ class _Job:
         if not self.options.prune:
             listing.check_any()
         for path in listing.empty:
-            kept = f"; what {self.output} holds of it stays" if self.index is not None else ""
-            self.report(f"no images in {path}{kept}")
+            is_kept = self.index is not None and not self.options.prune
+            self.report(f"no images in {path}{f'; what {self.output} holds of it stays' if is_kept else ''}")
         gone = [path for path in listing.missing if self.options.prune and self._holds(path)]
         self.sources |= dict.fromkeys(map(_absolute, gone))
         self._fail([(path, "does not exist") for path in listing.missing if path not in gone])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from mlx_aimv2.config import LIT_CHECKPOINT
 from mlx_aimv2.embed.cache import differences
 from mlx_aimv2.embed.encode import Embedder, Settings, embeddings_of, made_by, raise_failure
-from mlx_aimv2.files import expand_user, read_image_file
+from mlx_aimv2.files import expand_user, is_file, read_image_file, stat_of
 from mlx_aimv2.images import FAST, Policy
 from mlx_aimv2.images.find import has_suffix
 from mlx_aimv2.index.reader import Index
@@ -52,7 +53,7 @@ def parse_query(words: str) -> Query:
     An image of that very name comes first; `1:` in front of a text keeps the rest of it as it is. Raises ValueError or
     OSError for what is neither an image nor a text.
     """
-    if not expand_user(words).is_file() and (found := _WEIGHTED.fullmatch(words)):
+    if not is_file(expand_user(words)) and (found := _WEIGHTED.fullmatch(words)):
         weight, words = float(found[1]), found[2]
         if not 0 < weight < float("inf"):
             raise ValueError(f"the weight of {words} must be above 0, got {found[1]}: --subtract takes something away")
@@ -65,15 +66,20 @@ def image_path(query: str) -> str | None:
     path = expand_user(query)
     if "://" in query:
         raise ValueError(f"{query} is a URL: download it first")
-    if path.is_file():
+    if is_file(path):
         return os.path.normpath(path.absolute())
-    if path.is_dir() and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
+    if _is_folder(query) and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
         raise IsADirectoryError(f"{query} is a folder: give one image or a text")
     if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
         raise FileNotFoundError(f"{query} does not exist: give an image or a text")
     if not query.strip():
         raise ValueError("the query is empty: give an image or a text")
     return None
+
+
+def _is_folder(text: str) -> bool:
+    about = stat_of(str(expand_user(text)))  # None for a text that is longer than any name
+    return about is not None and stat.S_ISDIR(about.st_mode)
 
 
 def query_vectors(
@@ -95,7 +101,7 @@ def query_vectors(
         index.check_search()
         text = next((query.text for query in missing if query.image is None), None)
         if text is not None and made_by(index)["pool"] != "head":
-            what = "a folder" if expand_user(text).is_dir() else "no image"
+            what = "a folder" if _is_folder(text) else "no image"
             raise ValueError(
                 f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by "
                 f"words: give an image, or embed with -m {LIT_CHECKPOINT}"

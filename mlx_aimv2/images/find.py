@@ -30,9 +30,6 @@ SUFFIXES = (
 EVICTED = ".icloud"
 """What macOS appends to the name of an image that it moved to iCloud; a dot goes before it."""
 
-MAX_FOLDERS = 256
-"""Within one another in a pattern."""
-
 SHOWN = 8
 """Kinds of files that were skipped, named where they are counted."""
 
@@ -53,13 +50,17 @@ EXCLUDED_FOLDERS = (
 )
 """Folders that are skipped wherever they lie. Hidden names, such as .Trashes, always are."""
 
+FOUND = ".found-by-mlx-aimv2"
+"""Lies in the folder that `search` copies images into, or links them."""
+
 OWN_FILES = (
+    (FOUND,),
     ("head.json",),
     ("config.json", "model.safetensors"),
     ("config.json", "model.safetensors.index.json"),
     ("state.safetensors",),
 )
-"""What a folder holds that this package wrote, a head, a model or the state of a run: its pictures are no data."""
+"""What a folder holds that this package wrote, copies, a head, a model or a run's state: its pictures are no data."""
 
 OWN = "of mlx-aimv2's own folders"
 
@@ -334,8 +335,8 @@ class _Lister:
             if os.path.lexists(path) or error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
                 self.problem(path, error)
                 return
-            # An absolute pattern too is one for glob alone, which goes down its folders one within another.
-            is_pattern = glob.has_magic(given) and given.count("/") < MAX_FOLDERS
+            # An absolute pattern too is one for glob alone, whose folders each take a few frames of Python's stack.
+            is_pattern = glob.has_magic(given) and given.count("/") < 256
             names = sorted(glob.glob(str(expand_user(given)), recursive=True)) if is_pattern else []  # noqa: PTH207
             for name in names:
                 if Path(name).is_dir() or has_suffix(name):

@@ -32,8 +32,11 @@ HALF_INFINITE = 65536.0
 
 NOT_FINITE = "vectors that are not finite"
 
-CANCELLED = 1e-9
-"""A combined query that is shorter is what rounding left of parts that are equal."""
+CANCELLED = 2.0**-11
+"""A combined query that is shorter, for all its weights, is what rounding to float16 left of parts that are equal."""
+
+LARGEST_WEIGHT = 1e6
+"""Of a part of a query."""
 
 SLACK = 2.0**-9
 """More than any score can be off: rounding to float16 of vectors (2^-11), query (2^-11) and product (2^-11)."""
@@ -157,7 +160,7 @@ def combined(parts: Iterable[tuple[float, Any]], width: int) -> NDArray[Any]:
     A vector may be of any library, and have one row, as what a model gives for one image. Raises ValueError for another
     shape, for a vector that is not finite or all zero, and for parts that cancel out.
     """
-    total = np.zeros(width)
+    total, weights = np.zeros(width), 0.0
     for weight, vector in parts:
         one = np.array(vector.astype(mx.float32) if isinstance(vector, mx.array) else vector, np.float64)
         one = one[0] if one.ndim == 2 and len(one) == 1 else one
@@ -165,9 +168,13 @@ def combined(parts: Iterable[tuple[float, Any]], width: int) -> NDArray[Any]:
             raise ValueError(f"a query here is one vector of {width} values, got shape {tuple(one.shape)}")
         if not np.isfinite(one).all() or not one.any():
             raise ValueError("a query must be finite and not all zero")
+        if not abs(weight) <= LARGEST_WEIGHT:
+            raise ValueError(f"a weight must be a number up to {LARGEST_WEIGHT:g}, got {weight}")
+        one = one / np.abs(one).max()  # or squares of small numbers would be 0
         total += weight * (one / np.linalg.norm(one))
+        weights += abs(weight)
     length = np.linalg.norm(total)
-    if length < CANCELLED:
+    if length <= CANCELLED * weights:
         raise ValueError("the parts of the query cancel out: nothing is left to search for")
     unit: NDArray[Any] = total / length
     return unit

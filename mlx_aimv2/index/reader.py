@@ -211,6 +211,8 @@ class Index:
 
         if k < 1:
             raise ValueError(f"k is how many images to find, at least 1; got {k}")
+        if min_score is not None and not -1 <= min_score <= 1:
+            raise ValueError(f"min_score (--min-score) is a cosine, from -1 to 1, got {min_score:g}")
         pairs = isinstance(vector, list) and vector and isinstance(vector[0], tuple)
         query = combined(vector if pairs else [(1.0, vector)], self.width)
         among = None
