@@ -164,8 +164,8 @@ LEARNING = (
     ),
     Mutation(
         "an object is found by several boxes",
-        "free[rows, best[rows]] = False",
-        "free[rows, best[rows]] = True",
+        "free[rows, taken] = False",
+        "free[rows, taken] = True",
         PRECISION,
     ),
     Mutation(

@@ -47,7 +47,11 @@ def summary(
 def _of_class(
     truths: Sequence[GroundTruth], found: Sequence[Detections], label: int, limits: tuple[float, float]
 ) -> NDArray[Any]:
-    parts = [_match(truth, result, label, limits) for truth, result in zip(truths, found, strict=True)]
+    parts = [
+        _match(truth, result, label, limits)
+        for truth, result in zip(truths, found, strict=True)
+        if label in truth.labels or label in result.labels
+    ]
     objects = sum(part[3] for part in parts)
     if objects == 0:
         return np.full(len(THRESHOLDS), np.nan)
@@ -71,38 +75,21 @@ def _match(
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
     """One class in one image: scores (n,), matched (10, n), not to be counted (10, n), objects that count."""
     predicted, labelled = found.labels == label, truth.labels == label
-    if not predicted.any() and not labelled.any():
-        none = np.zeros((len(THRESHOLDS), 0), bool)
-        return np.zeros(0), none, none, 0
     order = np.argsort(-found.scores[predicted], kind="mergesort")[:MAX_BOXES]
     boxes, scores = found.boxes[predicted][order], found.scores[predicted][order]
-    skipped = truth.crowd[labelled] | (truth.area[labelled] < limits[0]) | (truth.area[labelled] > limits[1])
-    last = np.argsort(skipped, kind="mergesort")  # objects that count are tried first
-    skipped, crowd = skipped[last], truth.crowd[labelled][last]
-    shared = overlaps(boxes, truth.boxes[labelled][last], crowd=crowd)
+    crowd, area = truth.crowd[labelled], truth.area[labelled]
+    skipped = crowd | (area < limits[0]) | (area > limits[1])
+    shared = overlaps(boxes, truth.boxes[labelled], crowd=crowd)
     matched, ignored = (np.zeros((len(THRESHOLDS), len(boxes)), bool) for _ in range(2))
     free = np.ones((len(THRESHOLDS), len(crowd)), bool)
-    for column, overlap in enumerate(shared):
-        best = _best(overlap, free | crowd, skipped)
-        rows = np.flatnonzero(best >= 0)
-        free[rows, best[rows]] = False
-        matched[rows, column], ignored[rows, column] = True, skipped[best[rows]]
+    for column, overlap in enumerate(shared if len(crowd) else ()):
+        # Objects that count come before all others; of equal overlaps the last one wins, as in pycocotools.
+        best = np.lexsort((overlap, ~skipped))[::-1]
+        near = (free | crowd) & (overlap >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None])  # (10, m)
+        rows = np.flatnonzero(near.any(axis=1))
+        taken = best[near[rows][:, best].argmax(axis=1)]
+        free[rows, taken] = False
+        matched[rows, column], ignored[rows, column] = True, skipped[taken]
     area = areas(np.asarray(boxes, np.float64))
     ignored |= ~matched & ((area < limits[0]) | (area > limits[1]))
     return scores, matched, ignored, int((~skipped).sum())
-
-
-def _best(overlap: NDArray[Any], free: NDArray[Any], skipped: NDArray[Any]) -> NDArray[Any]:
-    """The free object that one box overlaps most, at each threshold: `(m,), (10, m), (m,) -> (10,)`.
-
-    Objects that count come before all others; -1 where none is near enough. Of equal overlaps the last one wins, as in
-    pycocotools.
-    """
-    best = np.full(len(THRESHOLDS), -1)
-    if len(overlap) == 0:
-        return best
-    for group in (free & skipped, free & ~skipped):
-        values = np.where(group, overlap, -1.0)
-        last = values.shape[1] - 1 - values[:, ::-1].argmax(axis=1)
-        best = np.where(values.max(axis=1) >= np.minimum(THRESHOLDS, 1 - 1e-10), last, best)
-    return best

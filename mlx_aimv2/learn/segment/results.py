@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
@@ -19,9 +20,6 @@ from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.learn.segment.data import read_mask
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 BLOCK = 1 << 24
 """Numbers that are interpolated at a time."""
