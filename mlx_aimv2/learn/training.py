@@ -38,11 +38,8 @@ from mlx_aimv2.train.state import Progress, StateFile
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
 """What a head, or an encoder with a head, gives for samples."""
 
-EVALUATIONS = 20
-"""Evaluations of a run where no flag says how often."""
-
-PATIENCE = 8
-"""Of them, those without a better score before the fine-tuning of an encoder stops."""
+EVALUATIONS, PATIENCE = 20, 8
+"""Of a run where no flag says how many, and those without a better score before a fine-tuning stops."""
 
 STEP = 64
 """Images whose tokens are in memory at a time."""

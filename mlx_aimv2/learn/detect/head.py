@@ -19,11 +19,8 @@ from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.dense import Double, Refine, halve
 from mlx_aimv2.learn.detect.boxes import areas
 
-WIDTH = 256
-"""Channels of the pyramid, or half the encoder's width where that is less."""
-
-DEPTH = 2
-"""Convolutions of each branch; FCOS has four."""
+WIDTH, DEPTH = 256, 2
+"""Channels of the pyramid, or half the encoder's width where that is less; convolutions of a branch: FCOS has four."""
 
 PRIOR = 0.01
 """Score that each position starts with (arXiv 1708.02002): most of them see no object."""
