@@ -40,11 +40,8 @@ HELD_OUT = 0.15
 MAX_BYTES = 1 << 32
 """Of a list of labels or captions: COCO's own annotations have 450 MB."""
 
-MAX_LINES = 20
-"""Lines of what is wrong that a message shows; the rest is counted."""
-
-MAX_SHOWN = 300
-"""Characters of a name or of a line about it that a message shows."""
+MAX_LINES, MAX_SHOWN = 20, 300
+"""Of what is wrong the lines that a message shows, the rest is counted; and the characters of a name or such a line."""
 
 DIGEST_BYTES = 8
 """What is kept of the SHA-256 of an image that a head was trained on."""

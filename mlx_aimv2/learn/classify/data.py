@@ -25,12 +25,6 @@ from mlx_aimv2.train.batches import Arrays
 Labelled: TypeAlias = "list[tuple[str, str]]"
 """Pairs of an image's path and its label."""
 
-MIN_AREA = 0.5
-"""Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
-
-OPERATIONS = 2
-"""Of RandAugment, on each training image."""
-
 NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.compile(r"(-?\d+)\.0*$")
 """A number as text, and a whole one as pandas writes it where a column has gaps."""
 
@@ -176,7 +170,8 @@ def example(
     """`pixels` (H, W, 3) and the class of a sample, its image changed at random by `rng`."""
     image: Any = sample.path
     if rng is not None:
-        changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
+        # Half of the image at least, more than for pre-training: small objects must not be cut off.
+        changed = Augmentation(min_area=0.5, flip=flip, operations=2)
         image = changed(to_rgb(sample.path), processor.canvas, rng)
     return {"pixels": processor.pixels(image), **targets(sample, processor)}
 

@@ -22,9 +22,6 @@ from mlx_aimv2.model import unit_length
 from mlx_aimv2.train.settings import MAX_COUNT
 from mlx_aimv2.untrusted_json import misfit
 
-SPREAD = 0.02
-"""Standard deviation of the learned query and of the classifier at the start, as in big_vision's probes."""
-
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """DINO's values: each of the 20 nearest votes for its class with weight exp(cosine / 0.07)."""
 
@@ -69,7 +66,7 @@ class AttentiveHead(nn.Module):
         self.num_heads = num_heads
         self.mean = mx.zeros((width,))
         self.std = mx.ones((width,))
-        self.query = SPREAD * mx.random.normal((1, 1, width))
+        self.query = 0.02 * mx.random.normal((1, 1, width))  # as in big_vision's probes
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
         self.linear = nn.Linear(width, classes)
