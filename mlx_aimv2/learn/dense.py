@@ -44,9 +44,6 @@ ENDINGS = re.compile(r"(_gt(fine|coarse))?_(masks?|seg(mentation)?|labels?|gt|la
 Pairs: TypeAlias = "list[tuple[str, str]]"
 """An image, and the file that says what is drawn on it."""
 
-SHOWN = 6
-"""Images whose overlays a model card shows."""
-
 ZOOM, STRETCH, COLOUR = (0.7, 1.4), 1.15, 0.3
 """Of training images: how much smaller or larger they are drawn, width against height, brightness, contrast, colour."""
 
@@ -235,8 +232,8 @@ def worst(
     quality: Callable[[Sample, Any], float],
     draw: Callable[[Image.Image, Sample, Any], Sequence[Image.Image]],
 ) -> Image.Image:
-    """The images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
-    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:SHOWN]
+    """The six images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
+    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:6]
     columns = []
     for sample, prediction in pairs:
         drawn = draw(to_rgb(sample.path), sample, prediction)

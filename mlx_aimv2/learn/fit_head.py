@@ -31,9 +31,6 @@ from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
 
-MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
-"""What makes images, links, code and HTML of text in Markdown, and what ends a cell."""
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -104,7 +101,7 @@ def fit(
             encoder=encoder,
             processor=processor,
             options=options,
-            type=RECIPES[options.recipe] if options.recipe else found.types[kind],
+            type=options.over(RECIPES[options.recipe] if options.recipe else found.types[kind]),
             described=described,
             state=StateFile(training, _identity(found, kind, described, dataset, options)),
             ranks=ranks,
@@ -230,7 +227,8 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _as_text(label: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(label.split()))
+    # What makes images, links, code and HTML of text, and what ends a cell.
+    return re.sub(r"[\\`*\[\]<>!|&:]", r"\\\g<0>", " ".join(label.split()))
 
 
 def _dtype(kind: str, dtype: str | None) -> str | None:
@@ -248,10 +246,10 @@ def _task(
     task, recognised = guess_task(source) if name is None else (find_task(name), None)
     if recognised is not None:
         say(f"task {task.name}: {source} has {recognised.reason}")
+    default, *others = task.types
     if kind is None:
-        others = [name for name in task.types if name != task.default_type]
-        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(others)}")
-    return task, kind or task.default_type, recognised
+        say(f"fine-tune type {default}, the default of {task.name}; others: {listed(others)}")
+    return task, kind or default, recognised
 
 
 def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], **how: Any) -> Dataset:

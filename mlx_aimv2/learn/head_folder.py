@@ -28,7 +28,6 @@ from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
-from mlx_aimv2.learn.lora import load_arrays
 from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
@@ -45,9 +44,6 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds `samples.digests` of the training images."""
-
-MANY_PATCHES = 1 << 14
-"""Four times as many as the released checkpoints were trained on, of which attention compares each with each."""
 
 FIELDS: Fields = {
     "task": str,
@@ -148,7 +144,7 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
-    if (patches := math.prod(processor.grid)) > MANY_PATCHES:
+    if (patches := math.prod(processor.grid)) > 1 << 14:  # four times as many as any checkpoint was trained on
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     learner = Learner(vision, _load_learned(folder, info, vision))
     learner.eval()
@@ -218,17 +214,17 @@ def _encoder_of(
 
 def _load_learned(folder: Path, info: Mapping[str, Any], vision: Aimv2VisionModel) -> nn.Module:
     """Puts what a training has changed into an encoder; the head that goes with it, which is read in any case."""
-    _load_changes(folder, info["fine_tune_type"], vision)
-    make_head = find_task(info["task"]).head.make_head
-    head = make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
-    load_arrays(folder / HEAD_FILE, head, head.parameters())
+    kind = info["fine_tune_type"]
+    _load_changes(folder, kind, vision)
+    head: nn.Module = find_task(info["task"]).head.make_head(kind, vision.config, len(info["classes"]), info["options"])
+    lora.load_arrays(folder / HEAD_FILE, head, head.parameters())
     return head
 
 
 def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
     """Puts what a training has changed into an encoder: weights, or adapters, which become part of the weights."""
     if kind == "full":
-        load_arrays(folder / ENCODER_FILES[kind], vision, vision.parameters(), partly=True)
+        lora.load_arrays(folder / ENCODER_FILES[kind], vision, vision.parameters(), partly=True)
     elif kind in lora.KINDS:
         lora.load_adapters(vision, folder)
         lora.remove_adapters(vision)

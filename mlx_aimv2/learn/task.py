@@ -5,26 +5,17 @@ A task is a folder with its data, its head and loss, and its results, and the ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
-import mlx.nn as nn
-import numpy as np
-
-from mlx_aimv2.learn.samples import DataError, Recognised, Sample
+from mlx_aimv2.learn.samples import DataError, Recognised
 from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
-
-Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
-"""Features of samples, `(n, …)`, and the samples."""
-
-Solve: TypeAlias = "Callable[[str, Labelled, Labelled, int, Callable[[str], None]], nn.Module]"
-"""Finds a head without the training loop: `kind, training and validation features, number of classes, say -> head`."""
 
 TASKS = ("segment", "detect", "classify")
 """Folders beside this file, in the order in which DATA is tried."""
@@ -62,7 +53,7 @@ class Task:
     """A task. The first of its `types` is the default; `metric` is the score that the best state goes by.
 
     `dense` tasks answer for every place of an image: images are brought to the encoder's size without cutting anything
-    off, and the heads need every patch. `solve` finds the heads of types without learning rates.
+    off, and the heads need every patch. For the others `head.solve` finds a head without the training loop.
 
     The files of a task's folder have the same functions in each: `data` what DATA has of it, its samples and what
     training compares with (`recognise`, `read`, `example`, `targets`); `head` the network on an encoder's tokens
@@ -78,12 +69,6 @@ class Task:
     data: ModuleType
     head: ModuleType
     results: ModuleType
-    solve: Solve | None = None
-
-    @property
-    def default_type(self) -> str:
-        """The type that is taken where no flag says which."""
-        return next(iter(self.types))
 
 
 def find_task(name: str) -> Task:
@@ -131,9 +116,7 @@ class Options:
     batch_size: int | None = setting(None, "optimisation", "images of a batch, on all ranks", "at least 1")
     iters: int | None = setting(None, "optimisation", "steps", "at least 1")
     epochs: int | None = setting(None, "optimisation", "passes through the images, instead of --iters", "at least 1")
-    learning_rate: float | None = setting(
-        None, "optimisation", "highest rate (default: a sweep, or the type's)", "above 0"
-    )
+    learning_rate: float | None = setting(None, "optimisation", "highest (default: a sweep, or the type's)", "above 0")
     weight_decay: float | None = setting(None, "optimisation", "of AdamW (default: the type's)", "at least 0")
     layer_decay: float | None = setting(
         None, "optimisation", "full: layer-wise decay, a block learns X times as fast as the next", "above 0, at most 1"
@@ -162,6 +145,15 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def over(self, own: Type) -> Type:
+        """A type with what is asked for instead of its own."""
+        asked: dict[str, Any] = {
+            name: getattr(self, name) for name in ("epochs", "batch_size", "layer_decay", "drop_path")
+        }
+        one = {"learning_rates": self.learning_rate, "weight_decays": self.weight_decay}
+        asked |= {name: None if value is None else (value,) for name, value in one.items()}
+        return replace(own, **{name: value for name, value in asked.items() if value is not None})
 
     def given(self) -> list[str]:
         """The names of the options that differ from their defaults."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,6 @@ from mlx_aimv2.learn.samples import Format, Found, Labels, Recognised, Sample, l
 from mlx_aimv2.learn.tables import LABEL, PART, TABLES, column, columns_of, metadata_file
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
-
-Labelled: TypeAlias = "list[tuple[str, str]]"
-"""Pairs of an image's path and its label."""
 
 NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.compile(r"(-?\d+)\.0*$")
 """A number as text, and a whole one as pandas writes it where a column has gaps."""
@@ -139,10 +136,12 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value in (None, []) or value != value else same_form(str(value)) for value in single]
 
 
-def _by_part(rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan) -> dict[str, Labelled]:
+def _by_part(
+    rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan
+) -> dict[str, list[tuple[str, str]]]:
     """Rows of a `part`, or by the one that they say or a folder in their path, if all have one or several are named."""
     pairs = [(path, label) for path, (label, _) in rows.items()]
-    found: dict[str, Labelled] = {} if rows else {"": []}
+    found: dict[str, list[tuple[str, str]]] = {} if rows else {"": []}
     for path, (label, own) in rows.items():
         inside = Path(path).relative_to(data).parent.parts if Path(path).is_relative_to(data) else ()
         found.setdefault(own or next(filter(None, map(part_of, inside)), ""), []).append((path, label))

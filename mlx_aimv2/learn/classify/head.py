@@ -7,8 +7,8 @@ tokens, in NumPy, the strength of its penalty chosen on `val`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,10 +17,13 @@ import numpy as np
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.embed.cache import Array
 from mlx_aimv2.layers import attention, merge_heads, split_heads
-from mlx_aimv2.learn.task import Labelled
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.model import unit_length
 from mlx_aimv2.train.settings import MAX_COUNT
 from mlx_aimv2.untrusted_json import misfit
+
+Labelled: TypeAlias = "tuple[Array, Sequence[Sample]]"
+"""Features of samples, `(n, D)`, and the samples."""
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """DINO's values: each of the 20 nearest votes for its class with weight exp(cosine / 0.07)."""
@@ -34,11 +37,8 @@ MEMORY, MAX_ITERATIONS, TOLERANCE = 10, 500, 1e-5
 """Of L-BFGS: steps that it remembers, as in SciPy, and takes; the largest entry of the gradient at the minimum."""
 
 
-class MeanHead(nn.Module):
-    """One linear layer on the mean token: `(B, N, D) -> {"logits": (B, classes)}`, zero at the start.
-
-    The mean is standardised with `mean` and `std` (D,) of the training features, which are stored with the head.
-    """
+class Probe(nn.Module):
+    """A linear layer, zero at the start, on what is standardised with the training features' `mean` and `std` (D,)."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -49,12 +49,16 @@ class MeanHead(nn.Module):
         self.linear.bias = mx.zeros((classes,))
         self.freeze(keys=["mean", "std"], recurse=False)
 
+
+class MeanHead(Probe):
+    """One linear layer on the mean token: `(B, N, D) -> {"logits": (B, classes)}`."""
+
     def __call__(self, tokens: mx.array, grid: tuple[int, int] | None = None) -> dict[str, mx.array]:
         pooled = tokens.astype(mx.float32).mean(axis=1)
         return {"logits": self.linear((pooled - self.mean) / self.std)}
 
 
-class AttentiveHead(nn.Module):
+class AttentiveHead(Probe):
     """The attentive probe (AIMv2, section 4.1): `(B, N, D) -> {"logits": (B, classes)}`.
 
     Tokens are standardised with `mean` and `std` (D,) of the training tokens, where AIM's probe has a batch
@@ -62,17 +66,11 @@ class AttentiveHead(nn.Module):
     """
 
     def __init__(self, width: int, num_heads: int, classes: int) -> None:
-        super().__init__()
+        super().__init__(width, classes)
         self.num_heads = num_heads
-        self.mean = mx.zeros((width,))
-        self.std = mx.ones((width,))
         self.query = 0.02 * mx.random.normal((1, 1, width))  # as in big_vision's probes
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
-        self.linear = nn.Linear(width, classes)
-        self.linear.weight = mx.zeros((classes, width))
-        self.linear.bias = mx.zeros((classes,))
-        self.freeze(keys=["mean", "std"], recurse=False)
 
     def start(self, mean: mx.array, std: mx.array, probe: MeanHead | None) -> None:
         """Takes the statistics of the training tokens, (D,) each, and begins as the linear probe if there is one.
@@ -104,18 +102,13 @@ class KnnHead(nn.Module):
         self.freeze()
 
     def __call__(self, tokens: mx.array, grid: tuple[int, int] | None = None) -> dict[str, mx.array]:
-        votes = vote(unit_length(tokens.astype(mx.float32).mean(axis=1)), self.bank, self.labels, self.classes)
+        cosines = unit_length(tokens.astype(mx.float32).mean(axis=1)) @ self.bank.T  # (B, n)
+        count = min(NEIGHBOURS, self.bank.shape[0])
+        nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
+        weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / TEMPERATURE)  # - 1 against overflow
+        is_class = self.labels[nearest][..., None] == mx.arange(self.classes)  # (B, k, classes)
+        votes = (weights[..., None] * is_class).sum(axis=1)
         return {"logits": mx.log(mx.maximum(votes, 1e-30))}
-
-
-def vote(queries: mx.array, bank: mx.array, labels: mx.array, classes: int) -> mx.array:
-    """Weight of the votes for each class: unit `(B, D), (n, D), (n,) -> (B, classes)`, at most `exp(0)` a neighbour."""
-    cosines = queries @ bank.T  # (B, n)
-    count = min(NEIGHBOURS, bank.shape[0])
-    nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
-    weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / TEMPERATURE)  # - 1 against overflow
-    is_class = labels[nearest][..., None] == mx.arange(classes)  # (B, k, classes)
-    return (weights[..., None] * is_class).sum(axis=1)
 
 
 def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:

@@ -28,11 +28,9 @@ PRIOR = 0.01
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 """Patches from one position to the next, level by level: 7, 14, 28 and 56 pixels, as FCOS's levels P3 to P6."""
 
-REACH = 8.0
-"""Strides from a position to the farthest side of its object: larger objects belong to the next level."""
-
-RADIUS = 1.5
-"""Strides around an object's centre within which positions answer for it (centre sampling)."""
+REACH, RADIUS = 8.0, 1.5
+"""Strides from a position to the farthest side of its object, of which larger ones belong to the next level; and
+around an object's centre those within which positions answer for it (centre sampling)."""
 
 MIN_WEIGHT = 0.1
 """Of a box in its loss, however far its position is from the centre: for boxes too small to hold any position."""
