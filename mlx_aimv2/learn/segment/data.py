@@ -38,6 +38,9 @@ MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 CLASSES_FILE, CLASSES_TABLE = "classes.txt", "_classes.csv"
 """Our list of the classes' names, a line each from the value 0 on, and Roboflow's table of values and names."""
 
+MODES = ("1", "L", "P", "I", "I;16")
+"""Pillow's modes in which a pixel is one number."""
+
 Names: TypeAlias = "dict[int, str] | None"
 """The class of each value; None where the values are their own names."""
 
@@ -62,7 +65,7 @@ def read_mask(mask: MaskTarget) -> NDArray[Any]:
     """
     path, numbers = (mask, ()) if isinstance(mask, str) else mask
     image = open_image(path).image
-    if image.mode not in ("1", "L", "P", "I", "I;16"):  # Pillow's modes in which a pixel is one number
+    if image.mode not in MODES:
         fault = f"{path} has the colour mode {image.mode}; a mask holds one class number per pixel"
         raise DataError([f"{fault}, as a grey or palette PNG does: save it so, not in colours"])
     try:
