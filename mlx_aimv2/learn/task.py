@@ -116,7 +116,9 @@ class Options:
     batch_size: int | None = setting(None, "optimisation", "images of a batch, on all ranks", "at least 1")
     iters: int | None = setting(None, "optimisation", "steps", "at least 1")
     epochs: int | None = setting(None, "optimisation", "passes through the images, instead of --iters", "at least 1")
-    learning_rate: float | None = setting(None, "optimisation", "highest (default: a sweep, or the type's)", "above 0")
+    learning_rate: float | None = setting(
+        None, "optimisation", "highest rate (default: a sweep, or the type's)", "above 0"
+    )
     weight_decay: float | None = setting(None, "optimisation", "of AdamW (default: the type's)", "at least 0")
     layer_decay: float | None = setting(
         None, "optimisation", "full: layer-wise decay, a block learns X times as fast as the next", "above 0, at most 1"
