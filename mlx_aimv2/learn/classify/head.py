@@ -37,8 +37,11 @@ MEMORY, MAX_ITERATIONS, TOLERANCE = 10, 500, 1e-5
 """Of L-BFGS: steps that it remembers, as in SciPy, and takes; the largest entry of the gradient at the minimum."""
 
 
-class Probe(nn.Module):
-    """A linear layer, zero at the start, on what is standardised with the training features' `mean` and `std` (D,)."""
+class MeanHead(nn.Module):
+    """One linear layer on the mean token: `(B, N, D) -> {"logits": (B, classes)}`, zero at the start.
+
+    The mean is standardised with `mean` and `std` (D,) of the training features, which are stored with the head.
+    """
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -49,16 +52,12 @@ class Probe(nn.Module):
         self.linear.bias = mx.zeros((classes,))
         self.freeze(keys=["mean", "std"], recurse=False)
 
-
-class MeanHead(Probe):
-    """One linear layer on the mean token: `(B, N, D) -> {"logits": (B, classes)}`."""
-
     def __call__(self, tokens: mx.array, grid: tuple[int, int] | None = None) -> dict[str, mx.array]:
         pooled = tokens.astype(mx.float32).mean(axis=1)
         return {"logits": self.linear((pooled - self.mean) / self.std)}
 
 
-class AttentiveHead(Probe):
+class AttentiveHead(nn.Module):
     """The attentive probe (AIMv2, section 4.1): `(B, N, D) -> {"logits": (B, classes)}`.
 
     Tokens are standardised with `mean` and `std` (D,) of the training tokens, where AIM's probe has a batch
@@ -66,11 +65,17 @@ class AttentiveHead(Probe):
     """
 
     def __init__(self, width: int, num_heads: int, classes: int) -> None:
-        super().__init__(width, classes)
+        super().__init__()
         self.num_heads = num_heads
+        self.mean = mx.zeros((width,))
+        self.std = mx.ones((width,))
         self.query = 0.02 * mx.random.normal((1, 1, width))  # as in big_vision's probes
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
+        self.linear = nn.Linear(width, classes)
+        self.linear.weight = mx.zeros((classes, width))
+        self.linear.bias = mx.zeros((classes,))
+        self.freeze(keys=["mean", "std"], recurse=False)
 
     def start(self, mean: mx.array, std: mx.array, probe: MeanHead | None) -> None:
         """Takes the statistics of the training tokens, (D,) each, and begins as the linear probe if there is one.
