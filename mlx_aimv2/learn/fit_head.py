@@ -25,7 +25,7 @@ from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
-from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, digests, listed, one_image, same_form, short
+from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
@@ -142,7 +142,7 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     }
     learner = Learner(run.encoder, trained.head)
     with atomic_folder(target) as place:
-        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=splits["train"])
         shown = task.results.card(splits[part], predictions, classes, place)
         _write_card(place, info, task, table, shown, name=target.name)
         if left_out := run.dataset.left_out:

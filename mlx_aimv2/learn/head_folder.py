@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -28,6 +28,7 @@ from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
+from mlx_aimv2.learn.samples import Sample, one_image
 from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
@@ -43,7 +44,9 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 """Fine-tune type -> what holds the weights of the encoder that it has changed or added."""
 
 TRAINED_ON_FILE = "trained_on.sha256"
-"""Holds `samples.digests` of the training images."""
+"""Holds the first `DIGEST_BYTES` of each training image's SHA-256, sorted, one after another."""
+
+DIGEST_BYTES = 8
 
 FIELDS: Fields = {
     "task": str,
@@ -68,7 +71,7 @@ class Head:
     learner: Learner
     processor: Aimv2Processor
     trained_on: bytes
-    """`samples.digests` of the training images; empty where the folder has none."""
+    """The content of `TRAINED_ON_FILE`; empty where the folder has none."""
     loaded: Loaded
     """The encoder's checkpoint."""
 
@@ -79,9 +82,9 @@ def save(
     learner: Learner,
     *,
     adapters: Mapping[str, Any] | None,
-    trained_on: bytes,
+    trained_on: Sequence[Sample],
 ) -> None:
-    """Writes everything but the card into an existing folder; `trained_on` are digests of the training images."""
+    """Writes everything but the card into an existing folder."""
     kind = info["fine_tune_type"]
     changed = {HEAD_FILE: learner.head.parameters()}
     if file := ENCODER_FILES.get(kind):
@@ -97,7 +100,8 @@ def save(
             raise OSError(errno.ENOSPC, f"{file} cannot be written") from error
     if adapters is not None:
         write_json(folder / lora.CONFIG_FILE, adapters)
-    (folder / TRAINED_ON_FILE).write_bytes(trained_on)
+    digests = sorted({sample.sha256[:DIGEST_BYTES] for sample in trained_on})
+    (folder / TRAINED_ON_FILE).write_bytes(b"".join(digests))
     write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
 
 
@@ -243,3 +247,11 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
+
+
+def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
+    """A note where images to be scored are among those that a head was trained on, by what it kept of them."""
+    known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
+    count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
+    line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
+    return [f"{line}, which flatters the result"] if count else []
