@@ -44,7 +44,7 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 """Fine-tune type -> what holds the weights of the encoder that it has changed or added."""
 
 TRAINED_ON_FILE = "trained_on.sha256"
-"""Holds the first `DIGEST_BYTES` of each training image's SHA-256, sorted, one after another."""
+"""Holds the `digests` of the training images."""
 
 DIGEST_BYTES = 8
 
@@ -100,8 +100,7 @@ def save(
             raise OSError(errno.ENOSPC, f"{file} cannot be written") from error
     if adapters is not None:
         write_json(folder / lora.CONFIG_FILE, adapters)
-    digests = sorted({sample.sha256[:DIGEST_BYTES] for sample in trained_on})
-    (folder / TRAINED_ON_FILE).write_bytes(b"".join(digests))
+    (folder / TRAINED_ON_FILE).write_bytes(digests(trained_on))
     write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
 
 
@@ -152,8 +151,8 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     learner = Learner(vision, _load_learned(folder, info, vision))
     learner.eval()
-    digests = folder / TRAINED_ON_FILE
-    trained_on = read_bytes(digests) if digests.is_file() else b""
+    file = folder / TRAINED_ON_FILE
+    trained_on = read_bytes(file) if file.is_file() else b""
     return Head(task, tuple(info["classes"]), learner, processor, trained_on, loaded)
 
 
@@ -249,8 +248,13 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
 
 
+def digests(samples: Sequence[Sample]) -> bytes:
+    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
+    return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
+
+
 def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
-    """A note where images to be scored are among those that a head was trained on, by what it kept of them."""
+    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
     known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
     count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
     line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
