@@ -104,6 +104,19 @@ def save(
     write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
 
 
+def digests(samples: Sequence[Sample]) -> bytes:
+    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
+    return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
+
+
+def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
+    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
+    known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
+    count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
+    line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
+    return [f"{line}, which flatters the result"] if count else []
+
+
 def read_info(folder: Path) -> dict[str, Any]:
     """head.json, checked. FileNotFoundError or ValueError with one line where it is not one of this version's."""
     file = folder / INFO_FILE
@@ -246,16 +259,3 @@ def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> No
     refused, _ = differences(there, here)
     if refused:
         raise ValueError(f"{folder} was trained on another encoder ({'; '.join(refused)}): say which, -m MODEL")
-
-
-def digests(samples: Sequence[Sample]) -> bytes:
-    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
-    return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
-
-
-def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
-    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
-    known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
-    count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
-    line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
-    return [f"{line}, which flatters the result"] if count else []
