@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import open_image, to_rgb
@@ -30,11 +31,9 @@ from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.samples import Sample, Size, part_of
+from mlx_aimv2.learn.task import Type
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 IMAGES = ("images", "img_dir", "JPEGImages", "leftImg8bit", "image", "imgs")
 """Names of the folder of images; the first is this package's, the others mmsegmentation's, VOC's, Cityscapes'."""
@@ -45,17 +44,15 @@ ENDINGS = re.compile(r"(_gt(fine|coarse))?_(masks?|seg(mentation)?|labels?|gt|la
 Pairs: TypeAlias = "list[tuple[str, str]]"
 """An image, and the file that says what is drawn on it."""
 
-SHOWN = 6
-"""Images whose overlays a model card shows."""
+ZOOM, STRETCH, COLOUR = (0.7, 1.4), 1.15, 0.3
+"""Of training images: how much smaller or larger they are drawn, width against height, brightness, contrast, colour."""
 
-ZOOM = (0.7, 1.4)
-"""How much larger or smaller than on the plain canvas a training image is drawn."""
-
-STRETCH = 1.15
-"""Width against height of a training image, to either side."""
-
-COLOUR = 0.3
-"""How far brightness, contrast and colour of a training image go, to either side of 1."""
+TUNED = {
+    "lora": Type(None, (5e-4,), epochs=30, batch_size=8),
+    "dora": Type(None, (5e-4,), epochs=30, batch_size=8),
+    "full": Type(None, (5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
+}
+"""How the encoder is trained with a dense head."""
 
 
 def folders_beside(
@@ -179,8 +176,6 @@ class Placement:
 
     def draw(self, image: Image.Image, *, fill: Any, resample: int) -> Image.Image:
         """The image or mask on its canvas."""
-        from PIL import Image, ImageOps
-
         if self.mirrored:
             image = ImageOps.mirror(image)
         height, width = self.canvas
@@ -237,8 +232,8 @@ def worst(
     quality: Callable[[Sample, Any], float],
     draw: Callable[[Image.Image, Sample, Any], Sequence[Image.Image]],
 ) -> Image.Image:
-    """The images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
-    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:SHOWN]
+    """The six images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
+    pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:6]
     columns = []
     for sample, prediction in pairs:
         drawn = draw(to_rgb(sample.path), sample, prediction)

@@ -25,14 +25,11 @@ from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
-from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, digests, listed, one_image, same_form, short
+from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, listed, one_image, same_form, short
 from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
-
-MARKUP = re.compile(r"[\\`*\[\]<>!|&:]")
-"""What makes images, links, code and HTML of text in Markdown, and what ends a cell."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def fit(
             encoder=encoder,
             processor=processor,
             options=options,
-            type=RECIPES[options.recipe] if options.recipe else found.types[kind],
+            type=options.over(RECIPES[options.recipe] if options.recipe else found.types[kind]),
             described=described,
             state=StateFile(training, _identity(found, kind, described, dataset, options)),
             ranks=ranks,
@@ -145,7 +142,7 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     }
     learner = Learner(run.encoder, trained.head)
     with atomic_folder(target) as place:
-        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=digests(splits["train"]))
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=splits["train"])
         shown = task.results.card(splits[part], predictions, classes, place)
         _write_card(place, info, task, table, shown, name=target.name)
         if left_out := run.dataset.left_out:
@@ -230,7 +227,8 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def _as_text(label: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(label.split()))
+    # What makes images, links, code and HTML of text, and what ends a cell.
+    return re.sub(r"[\\`*\[\]<>!|&:]", r"\\\g<0>", " ".join(label.split()))
 
 
 def _dtype(kind: str, dtype: str | None) -> str | None:
@@ -248,10 +246,10 @@ def _task(
     task, recognised = guess_task(source) if name is None else (find_task(name), None)
     if recognised is not None:
         say(f"task {task.name}: {source} has {recognised.reason}")
+    default, *others = task.types
     if kind is None:
-        others = [name for name in task.types if name != task.default_type]
-        say(f"fine-tune type {task.default_type}, the default of {task.name}; others: {listed(others)}")
-    return task, kind or task.default_type, recognised
+        say(f"fine-tune type {default}, the default of {task.name}; others: {listed(others)}")
+    return task, kind or default, recognised
 
 
 def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], **how: Any) -> Dataset:

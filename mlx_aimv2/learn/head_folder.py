@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -28,7 +28,7 @@ from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
-from mlx_aimv2.learn.lora import load_arrays
+from mlx_aimv2.learn.samples import Sample, one_image
 from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
@@ -44,10 +44,9 @@ ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora
 """Fine-tune type -> what holds the weights of the encoder that it has changed or added."""
 
 TRAINED_ON_FILE = "trained_on.sha256"
-"""Holds `samples.digests` of the training images."""
+"""Holds the `digests` of the training images."""
 
-MANY_PATCHES = 1 << 14
-"""Four times as many as the released checkpoints were trained on, of which attention compares each with each."""
+DIGEST_BYTES = 8
 
 FIELDS: Fields = {
     "task": str,
@@ -72,7 +71,7 @@ class Head:
     learner: Learner
     processor: Aimv2Processor
     trained_on: bytes
-    """`samples.digests` of the training images; empty where the folder has none."""
+    """The content of `TRAINED_ON_FILE`; empty where the folder has none."""
     loaded: Loaded
     """The encoder's checkpoint."""
 
@@ -83,9 +82,9 @@ def save(
     learner: Learner,
     *,
     adapters: Mapping[str, Any] | None,
-    trained_on: bytes,
+    trained_on: Sequence[Sample],
 ) -> None:
-    """Writes everything but the card into an existing folder; `trained_on` are digests of the training images."""
+    """Writes everything but the card into an existing folder."""
     kind = info["fine_tune_type"]
     changed = {HEAD_FILE: learner.head.parameters()}
     if file := ENCODER_FILES.get(kind):
@@ -101,8 +100,21 @@ def save(
             raise OSError(errno.ENOSPC, f"{file} cannot be written") from error
     if adapters is not None:
         write_json(folder / lora.CONFIG_FILE, adapters)
-    (folder / TRAINED_ON_FILE).write_bytes(trained_on)
+    (folder / TRAINED_ON_FILE).write_bytes(digests(trained_on))
     write_json(folder / INFO_FILE, {"format_version": FORMAT, **info})
+
+
+def digests(samples: Sequence[Sample]) -> bytes:
+    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
+    return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
+
+
+def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
+    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
+    known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
+    count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
+    line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
+    return [f"{line}, which flatters the result"] if count else []
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -148,12 +160,12 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     loaded = _encoder_of(folder, wanted, model, None, dtype=dtype or wanted.get("dtype"))
     check_encoder(folder, wanted, loaded)
     vision, processor = at_size(loaded.model.vision, loaded.processor, info["image_size"], whole=task.dense)
-    if (patches := math.prod(processor.grid)) > MANY_PATCHES:
+    if (patches := math.prod(processor.grid)) > 1 << 14:  # four times as many as any checkpoint was trained on
         warnings.warn(f"{folder} takes images of {patches:,} patches: each may take minutes", stacklevel=2)
     learner = Learner(vision, _load_learned(folder, info, vision))
     learner.eval()
-    digests = folder / TRAINED_ON_FILE
-    trained_on = read_bytes(digests) if digests.is_file() else b""
+    file = folder / TRAINED_ON_FILE
+    trained_on = read_bytes(file) if file.is_file() else b""
     return Head(task, tuple(info["classes"]), learner, processor, trained_on, loaded)
 
 
@@ -219,17 +231,17 @@ def _encoder_of(
 
 def _load_learned(folder: Path, info: Mapping[str, Any], vision: Aimv2VisionModel) -> nn.Module:
     """Puts what a training has changed into an encoder; the head that goes with it, which is read in any case."""
-    _load_changes(folder, info["fine_tune_type"], vision)
-    make_head = find_task(info["task"]).head.make_head
-    head = make_head(info["fine_tune_type"], vision.config, len(info["classes"]), info["options"])
-    load_arrays(folder / HEAD_FILE, head, head.parameters())
+    kind = info["fine_tune_type"]
+    _load_changes(folder, kind, vision)
+    head: nn.Module = find_task(info["task"]).head.make_head(kind, vision.config, len(info["classes"]), info["options"])
+    lora.load_arrays(folder / HEAD_FILE, head, head.parameters())
     return head
 
 
 def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
     """Puts what a training has changed into an encoder: weights, or adapters, which become part of the weights."""
     if kind == "full":
-        load_arrays(folder / ENCODER_FILES[kind], vision, vision.parameters(), partly=True)
+        lora.load_arrays(folder / ENCODER_FILES[kind], vision, vision.parameters(), partly=True)
     elif kind in lora.KINDS:
         lora.load_adapters(vision, folder)
         lora.remove_adapters(vision)

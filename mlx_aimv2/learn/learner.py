@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_aimv2.backend import compiles, run_blocks
+from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.embed.encode import OnFailure, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
@@ -79,18 +79,11 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
     """Runs a block for a random part of the images alone and enlarges what it adds, as in DINOv2."""
     batch = x.shape[0]
     draw, order = mx.random.split(key, 2)
-    extra = mx.random.uniform(key=draw)
-    if compiles():  # a compiled step has one shape: one image more at times, which counts nothing
-        chosen = mx.random.permutation(batch, key=order)[: min(batch, math.floor(batch * (1 - rate)) + 1)]
-        is_drawn = mx.arange(chosen.size) < mx.floor(batch * (1 - rate) + extra)
-        share = is_drawn.astype(x.dtype)[:, None, None] / (1 - rate)
-        return x.at[chosen].add((run(x[chosen]) - x[chosen]) * share)
-    count = int(np.floor(batch * (1 - rate) + extra.item()))
-    if count == 0:
-        return x
-    chosen = mx.sort(mx.random.permutation(batch, key=order)[:count])
-    kept = x[chosen]
-    return x.at[chosen].add((run(kept) - kept) / (1 - rate))
+    # A compiled step has one shape: one image more at times, which counts nothing.
+    chosen = mx.random.permutation(batch, key=order)[: min(batch, math.floor(batch * (1 - rate)) + 1)]
+    is_drawn = mx.arange(chosen.size) < mx.floor(batch * (1 - rate) + mx.random.uniform(key=draw))
+    share = is_drawn.astype(x.dtype)[:, None, None] / (1 - rate)
+    return x.at[chosen].add((run(x[chosen]) - x[chosen]) * share)
 
 
 def outputs_of_head(

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.files import read_json
@@ -20,10 +20,8 @@ from mlx_aimv2.untrusted_json import Fields, misfit
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-LAYERS = (("attn", "qkv"), ("attn", "proj"), ("mlp", "gate"), ("mlp", "up"), ("mlp", "down"))
+KEYS = ["attn.qkv", "attn.proj", "mlp.gate", "mlp.up", "mlp.down"]
 """Matrices of a block that get an adapter."""
-
-KEYS = [".".join(names) for names in LAYERS]
 
 RANK, SCALE, DROPOUT = 8, 20.0, 0.0
 """mlx-lm's defaults."""
@@ -100,19 +98,17 @@ def add_adapters(
     """
     encoder.freeze()
     for block in encoder.blocks[len(encoder.blocks) - num_layers :]:
-        for part, layer in LAYERS:
-            adapter = KINDS[kind](block[part][layer], rank=rank, scale=scale, dropout=dropout)
-            setattr(block[part], layer, adapter)
+        layers = dict(block.named_modules())
+        adapters = [(key, KINDS[kind](layers[key], rank=rank, scale=scale, dropout=dropout)) for key in KEYS]
+        block.update_modules(tree_unflatten(adapters))
     parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": KEYS}
     return {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
 
 
 def remove_adapters(encoder: Aimv2VisionModel) -> None:
     """Replaces every adapted matrix by the one that does the same."""
-    for block in encoder.blocks:
-        for part, layer in LAYERS:
-            if isinstance(adapter := block[part][layer], LoRALinear):
-                setattr(block[part], layer, adapter.fused())
+    adapters = [(name, layer) for name, layer in encoder.named_modules() if isinstance(layer, LoRALinear)]
+    encoder.update_modules(tree_unflatten([(name, adapter.fused()) for name, adapter in adapters]))
 
 
 def load_adapters(encoder: Aimv2VisionModel, folder: Path) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from typing import Any
 
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, stems_below
-from mlx_aimv2.learn.head_folder import Head, load_head
+from mlx_aimv2.learn.head_folder import Head, load_head, seen
 from mlx_aimv2.learn.learner import decoded, outputs_of_files, outputs_of_learner
-from mlx_aimv2.learn.samples import seen
 
 _log = logging.getLogger(__name__)
 

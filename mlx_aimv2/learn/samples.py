@@ -40,14 +40,8 @@ HELD_OUT = 0.15
 MAX_BYTES = 1 << 32
 """Of a list of labels or captions: COCO's own annotations have 450 MB."""
 
-MAX_LINES = 20
-"""Lines of what is wrong that a message shows; the rest is counted."""
-
-MAX_SHOWN = 300
-"""Characters of a name or of a line about it that a message shows."""
-
-DIGEST_BYTES = 8
-"""What is kept of the SHA-256 of an image that a head was trained on."""
+MAX_LINES, MAX_SHOWN = 20, 300
+"""Of what is wrong the lines that a message shows, the rest is counted; and the characters of a name or such a line."""
 
 Scored: TypeAlias = "tuple[dict[str, float], list[list[str]]]"
 """How good a head is on samples: scores by name, and rows of a table by class, the header first."""
@@ -403,19 +397,6 @@ def _copies(splits: Mapping[str, Sequence[Sample]], names: Mapping[str, Sequence
         for lines, what in ((astray, "in two parts, which flatters the result"), (contrary, "with two labels"))
         if lines
     ]
-
-
-def digests(samples: Iterable[Sample]) -> bytes:
-    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
-    return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
-
-
-def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
-    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
-    known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
-    count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
-    line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
-    return [f"{line}, which flatters the result"] if count else []
 
 
 def one_image(count: int, noun: str = "image") -> str:

@@ -5,32 +5,17 @@ A task is a folder with its data, its head and loss, and its results, and the ob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from types import ModuleType
+from typing import Any
 
-import numpy as np
-
-from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, Sample, Scored
+from mlx_aimv2.learn.samples import DataError, Recognised
 from mlx_aimv2.learn.tables import not_read
-from mlx_aimv2.train.batches import Arrays
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
-
-if TYPE_CHECKING:
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    from mlx_aimv2.config import Aimv2VisionConfig
-    from mlx_aimv2.images.processor import Aimv2Processor
-
-Labelled: TypeAlias = "tuple[np.ndarray[Any, Any], Sequence[Sample]]"
-"""Features of samples, `(n, …)`, and the samples."""
-
-Solve: TypeAlias = "Callable[[str, Labelled, Labelled, int, Callable[[str], None]], nn.Module]"
-"""Finds a head without the training loop: `kind, training and validation features, number of classes, say -> head`."""
 
 TASKS = ("segment", "detect", "classify")
 """Folders beside this file, in the order in which DATA is tried."""
@@ -63,68 +48,17 @@ RECIPES = {
 """Name -> settings: `paper` has those of AIMv2's attentive probe (arXiv 2411.14402, table A2), not its augmentation."""
 
 
-class Data(Protocol):
-    """A task's data: `data.py` of its folder."""
-
-    def recognise(self, data: Path) -> Recognised | None:
-        """What of this task DATA has; None where it has nothing."""
-
-    @property
-    def read(self) -> Callable[..., Dataset]:
-        """`samples.read` with the task's format: DATA read and checked; DataError with everything that is wrong."""
-
-    def example(
-        self, sample: Sample, processor: Aimv2Processor, *, rng: np.random.Generator | None, flip: bool = False
-    ) -> Arrays:
-        """`pixels` (H, W, 3) and the targets of a sample, changed at random by `rng` if there is one."""
-
-    def targets(self, sample: Sample, processor: Aimv2Processor) -> Arrays:
-        """The targets alone, unchanged."""
-
-
-class Head(Protocol):
-    """A task's head and loss: `head.py` of its folder."""
-
-    def make_head(self, kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:
-        """A head for an encoder's tokens, `head(tokens (B, N, D), grid) -> {name: (B, …)}`."""
-
-    def loss(self, outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
-        """One loss per image: `{name: (B, …)}, {name: (B, …)} -> (B,)`."""
-
-
-class Results(Protocol):
-    """What a task says of images, how right that is, and what is shown of it: `results.py` of its folder."""
-
-    def decode(self, outputs: Arrays, size: tuple[int, int]) -> Any:
-        """One image's outputs as a prediction in the pixels of the original image of `size` (height, width)."""
-
-    def score(self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str]) -> Scored:
-        """All scores by name, and the table by class."""
-
-    def as_json(self, prediction: Any, classes: Sequence[str]) -> dict[str, Any]:
-        """A prediction for machines."""
-
-    def as_text(self, prediction: Any, classes: Sequence[str]) -> str:
-        """A prediction for people, one or more lines."""
-
-    def save_prediction(self, path: str, prediction: Any, classes: Sequence[str], stem: Path) -> Any:
-        """Writes what can be seen of an image's prediction as `STEM-…`; returns what `save_all` wants of it."""
-
-    def save_all(self, records: Sequence[Any], classes: Sequence[str], folder: Path) -> None:
-        """Writes what holds all predictions, or tells how to read them."""
-
-    def card(
-        self, samples: Sequence[Sample], predictions: Sequence[Any], classes: Sequence[str], folder: Path
-    ) -> list[tuple[str, str]]:
-        """Images for the model card, written into `folder`: pairs of title and file name."""
-
-
 @dataclass(frozen=True, eq=False)
 class Task:
     """A task. The first of its `types` is the default; `metric` is the score that the best state goes by.
 
     `dense` tasks answer for every place of an image: images are brought to the encoder's size without cutting anything
-    off, and the heads need every patch. `solve` finds the heads of types without learning rates.
+    off, and the heads need every patch. For the others `head.solve` finds a head without the training loop.
+
+    The files of a task's folder have the same functions in each: `data` what DATA has of it, its samples and what
+    training compares with (`recognise`, `read`, `example`, `targets`); `head` the network on an encoder's tokens
+    (`make_head`) and one `loss` per image; `results` what outputs mean, how right that is and what is shown of it
+    (`decode`, `score`, `as_json`, `as_text`, `save_prediction`, `save_all`, `card`).
     """
 
     name: str
@@ -132,15 +66,9 @@ class Task:
     types: Mapping[str, Type]
     metric: str
     dense: bool
-    data: Data
-    head: Head
-    results: Results
-    solve: Solve | None = None
-
-    @property
-    def default_type(self) -> str:
-        """The type that is taken where no flag says which."""
-        return next(iter(self.types))
+    data: ModuleType
+    head: ModuleType
+    results: ModuleType
 
 
 def find_task(name: str) -> Task:
@@ -219,6 +147,15 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def over(self, own: Type) -> Type:
+        """A type with what is asked for instead of its own."""
+        asked: dict[str, Any] = {
+            name: getattr(self, name) for name in ("epochs", "batch_size", "layer_decay", "drop_path")
+        }
+        one = {"learning_rates": self.learning_rate, "weight_decays": self.weight_decay}
+        asked |= {name: None if value is None else (value,) for name, value in one.items()}
+        return replace(own, **{name: value for name, value in asked.items() if value is not None})
 
     def given(self) -> list[str]:
         """The names of the options that differ from their defaults."""

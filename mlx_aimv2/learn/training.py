@@ -28,7 +28,7 @@ from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
 from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
-from mlx_aimv2.learn.task import Options, Solve, Task, Type
+from mlx_aimv2.learn.task import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import LossError, Plan, Watch, drawn, train
@@ -38,11 +38,8 @@ from mlx_aimv2.train.state import Progress, StateFile
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
 """What a head, or an encoder with a head, gives for samples."""
 
-EVALUATIONS = 20
-"""Evaluations of a run where no flag says how often."""
-
-PATIENCE = 8
-"""Of them, those without a better score before the fine-tuning of an encoder stops."""
+EVALUATIONS, PATIENCE = 20, 8
+"""Of a run where no flag says how many, and those without a better score before a fine-tuning stops."""
 
 STEP = 64
 """Images whose tokens are in memory at a time."""
@@ -71,34 +68,18 @@ class Run:
         """A new head for this run's classes."""
         return self.task.head.make_head(self.kind, self.encoder.config, len(self.dataset.classes), {})
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to be tried; the first one is the base of all others."""
-        asked = self.options.learning_rate
-        return self.type.learning_rates if asked is None else (asked,)
-
-    @property
-    def decays(self) -> tuple[float, ...]:
-        """Weight decays to be tried, the base first."""
-        asked = self.options.weight_decay
-        return self.type.weight_decays if asked is None else (asked,)
-
-    @property
-    def val(self) -> list[Sample]:
-        """The images that the best state is chosen on."""
-        return self.dataset.splits["val"] or self.dataset.splits["test"]
-
     def score(self, outputs: OutputsOf) -> float:
         """The score on `val` that the best state goes by. Raises LossError for outputs that are no numbers."""
+        val = self.dataset.splits["val"] or self.dataset.splits["test"]
 
         def checked() -> Iterator[Outputs]:
-            for sample, found in zip(self.val, outputs(self.val), strict=True):
+            for sample, found in zip(val, outputs(val), strict=True):
                 if not all(np.isfinite(array).all() for array in found.values()):
                     raise LossError(f"what the head makes of {sample.path} is no number")
                 yield found
 
-        predictions = decoded(self.task, self.val, checked())
-        scores, _ = self.task.results.score(self.val, predictions, self.dataset.classes)
+        predictions = decoded(self.task, val, checked())
+        scores, _ = self.task.results.score(val, predictions, self.dataset.classes)
         return scores[self.task.metric]
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
@@ -129,7 +110,6 @@ class Run:
 
     def solve(
         self,
-        solve: Solve,
         kind: str,
         features_of: Callable[[Sequence[Sample]], Array],
         *,
@@ -137,7 +117,8 @@ class Run:
     ) -> nn.Module:
         """The head of a kind that no loop trains, from the mean token of each image."""
         train, val = ((features_of(part), part) for part in (self.dataset.splits["train"], self.dataset.splits["val"]))
-        return solve(kind, train, val, len(self.dataset.classes), say)
+        head: nn.Module = self.task.head.solve(kind, train, val, len(self.dataset.classes), say)
+        return head
 
     def train(
         self,
@@ -149,19 +130,19 @@ class Run:
         groups: Table,
     ) -> Progress:
         """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
-        options, defaults, ranks = self.options, self.type, self.ranks
+        options, ranks = self.options, self.ranks
         samples = self.dataset.splits["train"]
-        size = min(options.batch_size or defaults.batch_size, len(samples))
+        size = min(self.type.batch_size, len(samples))
         size = max(ranks.size, size - size % ranks.size)
         order = Shuffled(samples, batch_size=size, seed=options.seed, rank=ranks.rank, ranks=ranks.size)
         per_epoch = max(1, order.per_epoch // options.grad_accumulation_steps)
-        steps = options.iters or (options.epochs or defaults.epochs) * per_epoch
+        steps = options.iters or self.type.epochs * per_epoch
         patience = 0 if self.type.features else PATIENCE  # heads alone are trained to the end in seconds
         plan = Plan(
             steps=steps,
-            learning_rate=self.rates[0],
-            weight_decay=self.decays[0],
-            warm_up=min(defaults.warm_up_epochs * per_epoch, max(1, steps // 5)),
+            learning_rate=self.type.learning_rates[0],
+            weight_decay=self.type.weight_decays[0],
+            warm_up=min(self.type.warm_up_epochs * per_epoch, max(1, steps // 5)),
             groups=groups,
             accumulate=options.grad_accumulation_steps,
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),
@@ -206,8 +187,8 @@ def train_on_features(run: Run) -> Trained:
     def outputs_of(head: nn.Module) -> OutputsOf:
         return lambda part: outputs_of_head(head, part, features, grid)
 
-    if run.task.solve is not None and not run.type.learning_rates:
-        solved = run.solve(run.task.solve, run.kind, features.of, say=run.say)
+    if not run.type.learning_rates:
+        solved = run.solve(run.kind, features.of, say=run.say)
         own = {"images": len(run.dataset.splits["train"])} if run.kind == "knn" else {}
         return Trained(solved, outputs_of(solved), own)
     heads, settings = _candidates(run, features)
@@ -249,18 +230,18 @@ def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tup
     one among them, what `val` likes best is there no worse than the linear probe. A recipe of others is followed as it
     is, without.
     """
-    settings = list(product(run.rates, run.decays))
+    settings = list(product(run.type.learning_rates, run.type.weight_decays))
     heads = [run.head() for _ in settings]
     for head in heads[1:]:
         head.update(heads[0].parameters())
-    if run.task.solve is None or not isinstance(heads[0], AttentiveHead):
+    if not isinstance(heads[0], AttentiveHead):
         return heads, settings
     mean, std = (mx.array(array) for array in token_statistics(features, run.dataset.splits["train"]))
     probe = None
     if run.options.recipe is None:
         heads.append(run.head())
-        probe = run.solve(run.task.solve, "linear", lambda part: mean_tokens(features, part))
-        settings.append((min(run.rates), run.decays[0]))
+        probe = run.solve("linear", lambda part: mean_tokens(features, part))
+        settings.append((min(run.type.learning_rates), run.type.weight_decays[0]))
     for number, head in enumerate(heads):
         head.start(mean, std, probe if number == len(heads) - 1 else None)
     return heads, settings
@@ -285,18 +266,17 @@ def mean_tokens(features: Features, samples: Sequence[Sample]) -> Array:
 
 def fine_tune(run: Run) -> Trained:
     """The encoder and the head of this run, trained on pixels: in full, or by adapters."""
-    options = run.options
-    depth = len(run.encoder.blocks)
+    options, own, depth = run.options, run.type, len(run.encoder.blocks)
     layers = depth if options.num_layers in (None, -1) else int(options.num_layers or 0)
     if layers > depth:
         raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
     head = _first_head(run)  # before the encoder has adapters
     adapters = _with_adapters(run, layers)
     learner = Learner(run.encoder, head)
-    decay = run.type.layer_decay if options.layer_decay is None else options.layer_decay
-    groups = _groups(depth, layers, decay) if adapters is None else []  # adapters have frozen all but themselves
+    groups = (
+        _groups(depth, layers, own.layer_decay) if adapters is None else []
+    )  # adapters have frozen all but themselves
     freeze(learner, groups)
-    drop_path = run.type.drop_path if options.drop_path is None else options.drop_path
     patches = math.prod(run.processor.grid)
     hidden = round(options.mask_ratio * patches)
 
@@ -313,7 +293,7 @@ def fine_tune(run: Run) -> Trained:
         if shares is not None:
             pixels = shares[0] * pixels + shares[1] * pixels[order]
         outputs = model(
-            pixels, visible=batch.get("visible"), checkpoint=options.grad_checkpoint, drop_path=drop_path, key=key
+            pixels, visible=batch.get("visible"), checkpoint=options.grad_checkpoint, drop_path=own.drop_path, key=key
         )
         losses = run.task.head.loss(outputs, batch)
         if shares is None:
@@ -325,20 +305,20 @@ def fine_tune(run: Run) -> Trained:
         return outputs_of_learner(learner, part, run.processor)
 
     progress = run.train(learner, loss, make, evaluate=lambda model: run.score(outputs), groups=groups)
-    about = {"learning_rate": run.rates[0], "weight_decay": run.decays[0], "step": progress.best_step}
+    about = {"learning_rate": own.learning_rates[0], "weight_decay": own.weight_decays[0], "step": progress.best_step}
     return Trained(learner.head, outputs, settings=about, history=progress.history, adapters=adapters)
 
 
 def _first_head(run: Run) -> nn.Module:
-    """The head that training starts from: the linear probe where the task solves for one.
+    """The head that training starts from: the linear probe, but for dense tasks.
 
     A head that fits the features first keeps the encoder from being bent to a random one (Kumar et al. 2022, LP-FT).
     """
     head = run.head()
-    if run.task.solve is None or run.options.adapter_path is not None:
+    if run.task.dense or run.options.adapter_path is not None:
         return head
     features = run.features("mean", [*run.dataset.splits["train"], *run.dataset.splits["val"]])
-    probe = run.solve(run.task.solve, "linear", features.of)
+    probe = run.solve("linear", features.of)
     head.update(probe.parameters())
     run.say("the head starts as the linear probe")
     return head

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.learn import classify
-from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead, fit_linear, fit_logistic, minimize, vote
+from mlx_aimv2.learn.classify.head import AttentiveHead, KnnHead, MeanHead, fit_linear, fit_logistic, minimize
 from mlx_aimv2.learn.classify.results import Classification, confusion
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.learn.training import mean_tokens, token_statistics
@@ -80,8 +80,10 @@ def test_the_neighbours_vote_by_hand():
         cosines = bank @ query
         for near in np.argsort(-cosines)[:20]:
             row[labels[near]] += np.exp((cosines[near] - 1) / 0.07)
-    found = vote(mx.array(queries), mx.array(bank), mx.array(labels.astype(np.int32)), 3)
-    np.testing.assert_allclose(np.array(found), wanted, rtol=1e-3)
+    head = KnnHead(5, 3, 31)
+    head.bank, head.labels = mx.array(bank), mx.array(labels.astype(np.int32))
+    found = np.exp(np.array(head(mx.array(queries[:, None]))["logits"]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-9)
 
 
 def test_the_mean_head_takes_tokens_and_their_mean_alike():

@@ -33,3 +33,13 @@ def test_each_block_is_skipped_for_images_of_its_own():
     wanted = 2 * np.array(third)[0] - first[0]
     rows = np.array(run_training_blocks(blocks, x, checkpoint=False, drop_path=0.5, key=mx.random.key(2)))
     assert any(np.abs(row - wanted).max() < 1e-4 * np.abs(wanted).max() for row in rows)
+
+
+def test_of_an_odd_number_of_images_now_one_more_and_now_one_less_is_skipped():
+    blocks = Aimv2VisionModel(Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)).blocks
+    x = mx.random.normal((5, 9, 22), key=mx.random.key(1))
+    first, _ = (np.array(states) for states in run_blocks(blocks, x))
+    keys = [mx.random.key(number) for number in range(9)]
+    rows = [np.array(run_training_blocks(blocks, x, checkpoint=False, drop_path=0.5, key=key)) for key in keys]
+    near = 1e-4 * np.abs(first).max()
+    assert {int((np.abs(one - first).max(axis=(1, 2)) < near).sum()) for one in rows} == {2, 3}

@@ -16,7 +16,7 @@ from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import Known, KnownFiles
 from mlx_aimv2.files import read_image_file
 from mlx_aimv2.images import OpenImage
-from mlx_aimv2.learn import classify, detect, evaluate, fit, samples, segment
+from mlx_aimv2.learn import classify, detect, evaluate, fit, head_folder, samples, segment
 from mlx_aimv2.learn.classify import data as label_files
 from mlx_aimv2.learn.samples import DataError, Sample
 from mlx_aimv2.learn.task import find_task, guess_task
@@ -411,11 +411,11 @@ def test_training_images_that_are_scored_are_told(task, tmp_path):
     write(task, tmp_path / "d", range(20))
     found = TASKS[task].data.read(tmp_path / "d")
     again = TASKS[task].data.read(tmp_path / "d", classes=found.classes)
-    known = samples.digests(found.splits["train"])
-    (line,) = samples.seen(again.splits["test"], known)
+    known = head_folder.digests(found.splits["train"])
+    (line,) = head_folder.seen(again.splits["test"], known)
     count = len(found.splits["train"])
     assert line.startswith(f"{count} of the 20 images scored are images that the head was trained on")
-    assert not samples.seen(found.splits["test"], known)
+    assert not head_folder.seen(found.splits["test"], known)
 
 
 @every_task

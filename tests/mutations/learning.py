@@ -140,8 +140,8 @@ LEARNING = (
     ),
     Mutation(
         "fine-tuning keeps the step that is best on the training images",
-        'return self.dataset.splits["val"] or self.dataset.splits["test"]',
-        'return self.dataset.splits["train"]',
+        'val = self.dataset.splits["val"] or self.dataset.splits["test"]',
+        'val = self.dataset.splits["train"]',
         (f"{FACTS}::test_the_best_step_is_chosen_on_val",),
     ),
     Mutation(
@@ -164,8 +164,8 @@ LEARNING = (
     ),
     Mutation(
         "an object is found by several boxes",
-        "free[rows, best[rows]] = False",
-        "free[rows, best[rows]] = True",
+        "free[rows, taken] = False",
+        "free[rows, taken] = True",
         PRECISION,
     ),
     Mutation(
@@ -176,8 +176,8 @@ LEARNING = (
     ),
     Mutation(
         "precision is not made to fall with recall",
-        "precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]",
-        "precision = precision[:, :]",
+        "np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]",
+        "precision",
         PRECISION,
     ),
     Mutation(

@@ -409,8 +409,8 @@ TRAINING = (
     ),
     Mutation(
         "what a block adds is no larger where it is skipped for some",
-        "(run(kept) - kept) / (1 - rate)",
-        "run(kept) - kept",
+        "[:, None, None] / (1 - rate)",
+        "[:, None, None]",
         ("tests/learn/test_learner.py",),
     ),
     Mutation(
@@ -475,8 +475,8 @@ TRAINING = (
     ),
     Mutation(
         "the warm-up of fit is longer than the run",
-        "warm_up=min(defaults.warm_up_epochs * per_epoch, max(1, steps // 5)),",
-        "warm_up=defaults.warm_up_epochs * per_epoch,",
+        "warm_up=min(self.type.warm_up_epochs * per_epoch, max(1, steps // 5)),",
+        "warm_up=self.type.warm_up_epochs * per_epoch,",
         fit("the_first_step_goes_as_far_as_the_rate_says"),
     ),
     Mutation(
@@ -493,8 +493,8 @@ TRAINING = (
     ),
     Mutation(
         "the candidate that starts as the probe learns at the highest rate",
-        "settings.append((min(run.rates), run.decays[0]))",
-        "settings.append((max(run.rates), run.decays[0]))",
+        "settings.append((min(run.type.learning_rates), run.type.weight_decays[0]))",
+        "settings.append((max(run.type.learning_rates), run.type.weight_decays[0]))",
         fit("each_candidate_learns_at_its_own_rate_and_the_one_that_starts_as_the_probe_at_the_lowest"),
     ),
     Mutation(
@@ -504,10 +504,10 @@ TRAINING = (
         fit("gradients_of_a_candidate_are_cut_as_if_it_were_the_only_one"),
     ),
     Mutation(
-        "a compiled step skips no block for one image more",
-        "< mx.floor(batch * (1 - rate) + extra)",
+        "a block runs for one image more than are drawn",
+        "< mx.floor(batch * (1 - rate) + mx.random.uniform(key=draw))",
         "< batch",
-        (f"{COMPILED}a_compiled_step_skips_blocks_for_the_same_images",),
+        ("tests/learn/test_learner.py::test_of_an_odd_number_of_images_now_one_more_and_now_one_less_is_skipped",),
     ),
     Mutation(
         "a step is compiled for any number of shapes",
@@ -529,8 +529,8 @@ TRAINING = (
     ),
     Mutation(
         "full skips no block by default",
-        "run.type.drop_path if options.drop_path is None else options.drop_path",
-        "options.drop_path or 0.0",
+        "drop_path=own.drop_path",
+        "drop_path=options.drop_path or 0.0",
         fit("what_full_takes_by_default_may_be_said"),
     ),
     Mutation(
@@ -571,8 +571,8 @@ TRAINING = (
     ),
     Mutation(
         "a card shows the best images as the worst",
-        "key=lambda pair: quality(*pair))[:SHOWN]",
-        "key=lambda pair: -quality(*pair))[:SHOWN]",
+        "key=lambda pair: quality(*pair))[:6]",
+        "key=lambda pair: -quality(*pair))[:6]",
         (DENSE + "the_card_begins_with_the_worst_images",),
     ),
     Mutation(

@@ -19,5 +19,4 @@ TASK = Task(
     data=data,
     head=head,
     results=results,
-    solve=head.solve,
 )

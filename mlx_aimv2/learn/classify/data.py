@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -21,15 +21,6 @@ from mlx_aimv2.learn.samples import Format, Found, Labels, Recognised, Sample, l
 from mlx_aimv2.learn.tables import LABEL, PART, TABLES, column, columns_of, metadata_file
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Arrays
-
-Labelled: TypeAlias = "list[tuple[str, str]]"
-"""Pairs of an image's path and its label."""
-
-MIN_AREA = 0.5
-"""Smallest random crop, as a share of the image: more than for pre-training, as small objects must not be cut off."""
-
-OPERATIONS = 2
-"""Of RandAugment, on each training image."""
 
 NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.compile(r"(-?\d+)\.0*$")
 """A number as text, and a whole one as pandas writes it where a column has gaps."""
@@ -145,10 +136,12 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value in (None, []) or value != value else same_form(str(value)) for value in single]
 
 
-def _by_part(rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan) -> dict[str, Labelled]:
+def _by_part(
+    rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan
+) -> dict[str, list[tuple[str, str]]]:
     """Rows of a `part`, or by the one that they say or a folder in their path, if all have one or several are named."""
     pairs = [(path, label) for path, (label, _) in rows.items()]
-    found: dict[str, Labelled] = {} if rows else {"": []}
+    found: dict[str, list[tuple[str, str]]] = {} if rows else {"": []}
     for path, (label, own) in rows.items():
         inside = Path(path).relative_to(data).parent.parts if Path(path).is_relative_to(data) else ()
         found.setdefault(own or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
@@ -176,7 +169,8 @@ def example(
     """`pixels` (H, W, 3) and the class of a sample, its image changed at random by `rng`."""
     image: Any = sample.path
     if rng is not None:
-        changed = Augmentation(min_area=MIN_AREA, flip=flip, operations=OPERATIONS)
+        # Half of the image at least, more than for pre-training: small objects must not be cut off.
+        changed = Augmentation(min_area=0.5, flip=flip, operations=2)
         image = changed(to_rgb(sample.path), processor.canvas, rng)
     return {"pixels": processor.pixels(image), **targets(sample, processor)}
 

@@ -7,8 +7,8 @@ tokens, in NumPy, the strength of its penalty chosen on `val`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,17 +17,15 @@ import numpy as np
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.embed.cache import Array
 from mlx_aimv2.layers import attention, merge_heads, split_heads
-from mlx_aimv2.learn.task import Labelled
+from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.model import unit_length
 from mlx_aimv2.train.settings import MAX_COUNT
 from mlx_aimv2.untrusted_json import misfit
 
-SPREAD = 0.02
-"""Standard deviation of the learned query and of the classifier at the start, as in big_vision's probes."""
+Labelled: TypeAlias = "tuple[Array, Sequence[Sample]]"
+"""Features of samples, `(n, D)`, and the samples."""
 
-NEIGHBOURS = 20
-
-TEMPERATURE = 0.07
+NEIGHBOURS, TEMPERATURE = 20, 0.07
 """DINO's values: each of the 20 nearest votes for its class with weight exp(cosine / 0.07)."""
 
 PENALTIES = tuple(10.0**power for power in range(1, -7, -1))
@@ -35,13 +33,8 @@ PENALTIES = tuple(10.0**power for power in range(1, -7, -1))
 
 MIN_STD = 1e-6
 
-MEMORY = 10
-"""Steps that L-BFGS remembers, as in SciPy."""
-
-MAX_ITERATIONS = 500
-
-TOLERANCE = 1e-5
-"""Largest entry of the gradient of the mean loss at which the minimum counts as found."""
+MEMORY, MAX_ITERATIONS, TOLERANCE = 10, 500, 1e-5
+"""Of L-BFGS: steps that it remembers, as in SciPy, and takes; the largest entry of the gradient at the minimum."""
 
 
 class MeanHead(nn.Module):
@@ -76,7 +69,7 @@ class AttentiveHead(nn.Module):
         self.num_heads = num_heads
         self.mean = mx.zeros((width,))
         self.std = mx.ones((width,))
-        self.query = SPREAD * mx.random.normal((1, 1, width))
+        self.query = 0.02 * mx.random.normal((1, 1, width))  # as in big_vision's probes
         self.k = nn.Linear(width, width, bias=False)
         self.v = nn.Linear(width, width, bias=False)
         self.linear = nn.Linear(width, classes)
@@ -113,26 +106,14 @@ class KnnHead(nn.Module):
         self.labels = mx.zeros((images,), mx.int32)
         self.freeze()
 
-    @classmethod
-    def of(cls, features: Array, labels: Array, classes: int) -> KnnHead:
-        """The head that holds these training features (n, D) and their classes (n,)."""
-        head = cls(features.shape[1], classes, len(features))
-        head.bank, head.labels = unit_length(mx.array(features)), mx.array(labels.astype(np.int32))
-        return head
-
     def __call__(self, tokens: mx.array, grid: tuple[int, int] | None = None) -> dict[str, mx.array]:
-        votes = vote(unit_length(tokens.astype(mx.float32).mean(axis=1)), self.bank, self.labels, self.classes)
+        cosines = unit_length(tokens.astype(mx.float32).mean(axis=1)) @ self.bank.T  # (B, n)
+        count = min(NEIGHBOURS, self.bank.shape[0])
+        nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
+        weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / TEMPERATURE)  # - 1 against overflow
+        is_class = self.labels[nearest][..., None] == mx.arange(self.classes)  # (B, k, classes)
+        votes = (weights[..., None] * is_class).sum(axis=1)
         return {"logits": mx.log(mx.maximum(votes, 1e-30))}
-
-
-def vote(queries: mx.array, bank: mx.array, labels: mx.array, classes: int) -> mx.array:
-    """Weight of the votes for each class: unit `(B, D), (n, D), (n,) -> (B, classes)`, at most `exp(0)` a neighbour."""
-    cosines = queries @ bank.T  # (B, n)
-    count = min(NEIGHBOURS, bank.shape[0])
-    nearest = mx.argpartition(-cosines, count - 1, axis=1)[:, :count]
-    weights = mx.exp((mx.take_along_axis(cosines, nearest, axis=1) - 1) / TEMPERATURE)  # - 1 against overflow
-    is_class = labels[nearest][..., None] == mx.arange(classes)  # (B, k, classes)
-    return (weights[..., None] * is_class).sum(axis=1)
 
 
 def make_head(kind: str, config: Aimv2VisionConfig, classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -157,7 +138,9 @@ def solve(kind: str, train: Labelled, val: Labelled, classes: int, say: Callable
         (features, np.array([sample.target for sample in samples])) for features, samples in (train, val)
     )
     if kind == "knn":
-        return KnnHead.of(features, labels, classes)
+        knn = KnnHead(features.shape[1], classes, len(features))
+        knn.bank, knn.labels = unit_length(mx.array(features)), mx.array(labels.astype(np.int32))
+        return knn
     head, penalty = fit_linear((features, labels), held_out, classes, say=say)
     say(f"penalty {penalty:g} is the best on val")
     return head
@@ -179,19 +162,18 @@ def fit_linear(
     std = np.maximum(features.std(axis=0, dtype=np.float64), MIN_STD).astype(np.float32)
     inputs, held_out = (features - mean) / std, (val[0] - mean) / std
     weights: Array | None = None
-    best: tuple[tuple[float, float], float, Array] = ((-1.0, 0.0), 0.0, np.empty(0))
+    found: list[tuple[float, float, float, Array]] = []
     for penalty in PENALTIES:
         weights, loss = fit_logistic(inputs, labels, classes, l2=penalty, start=weights)
         accuracy, val_loss = _judged(held_out @ weights[:-1] + weights[-1], val[1])
         say(f"penalty {penalty:g}: train loss {loss:.4f}, val loss {val_loss:.4f}, val top-1 {100 * accuracy:.2f} %")
-        if (accuracy, -val_loss) > best[0]:
-            best = ((accuracy, -val_loss), penalty, weights)
-
+        found.append((accuracy, -val_loss, penalty, weights))
+    _, _, penalty, weights = max(found, key=lambda one: one[:2])
     head = MeanHead(features.shape[1], classes)
     head.mean, head.std = mx.array(mean), mx.array(std)
-    head.linear.weight = mx.array(best[2][:-1].T.astype(np.float32))
-    head.linear.bias = mx.array(best[2][-1].astype(np.float32))
-    return head, best[1]
+    head.linear.weight = mx.array(weights[:-1].T.astype(np.float32))
+    head.linear.bias = mx.array(weights[-1].astype(np.float32))
+    return head, penalty
 
 
 def _judged(logits: Array, labels: Array) -> tuple[float, float]:

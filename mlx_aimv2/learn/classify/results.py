@@ -17,12 +17,8 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 
-SHOWN = 5
-"""Labels that a prediction tells."""
-
-MISTAKES = 12
-"""Images on the model card that were called what they are not."""
-
+SHOWN, MISTAKES = 5, 12
+"""Labels that a prediction tells, and images on the model card that were called what they are not."""
 
 FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d*\.?\d+$)")
 """How cells begin that spreadsheets compute, numbers aside; an apostrophe keeps them texts (OWASP, CSV injection)."""

@@ -1,5 +1,6 @@
 """Detection: boxes around objects with their class, from COCO JSON and four other formats."""
 
+from mlx_aimv2.learn.dense import TUNED
 from mlx_aimv2.learn.detect import data, head, results
 from mlx_aimv2.learn.task import Task, Type
 
@@ -8,9 +9,7 @@ TASK = Task(
     pipeline_tag="object-detection",
     types={
         "decoder": Type("tokens", (1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
-        "lora": Type(None, (5e-4,), epochs=30, batch_size=8),
-        "dora": Type(None, (5e-4,), epochs=30, batch_size=8),
-        "full": Type(None, (5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
+        **TUNED,
     },
     metric="AP",
     dense=True,

@@ -26,12 +26,9 @@ from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Recognised
 from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.batches import Arrays
 
-MIN_VISIBLE = 0.5
-"""Share of a box that must lie in its image: less is no rounding and no object at the edge, but a wrong number."""
-
-VISIBLE = 0.3
-"""Share of an object that a training image must show; with less nobody says what its place should answer."""
-
+MIN_VISIBLE, VISIBLE = 0.5, 0.3
+"""Share of a box that must lie in its image: less is no rounding and no object at the edge, but a wrong number; and of
+an object that a training image must show: with less nobody says what its place should answer."""
 
 CORNERS: dict[str, Callable[[float, float, float, float], Sequence[float]]] = {
     "left, top, width, height": lambda x, y, w, h: (x, y, x + w, y + h),

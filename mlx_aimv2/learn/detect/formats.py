@@ -50,11 +50,8 @@ CATEGORIES = ("categories", "category", "category_id", "labels", "label", "class
 MAX_BYTES = 1 << 22
 """Of a file about one image."""
 
-SETTINGS_BYTES = 1 << 17
-"""Of YAML, which takes some 10 s for each megabyte; the names of a thousand classes have 30 kB."""
-
-MAX_BRACKETS = 500
-"""In YAML: each one within another makes all that follow slower."""
+SETTINGS_BYTES, MAX_BRACKETS = 1 << 17, 500
+"""Of YAML: a megabyte takes some 10 s, brackets within others much longer; a thousand names of classes have 30 kB."""
 
 Source: TypeAlias = "tuple[Path, list[Path]]"
 """The file that lists the images of a part, and the folders in which these may lie."""

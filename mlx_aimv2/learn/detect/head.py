@@ -19,11 +19,8 @@ from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.dense import Double, Refine, halve
 from mlx_aimv2.learn.detect.boxes import areas
 
-WIDTH = 256
-"""Channels of the pyramid, or half the encoder's width where that is less."""
-
-DEPTH = 2
-"""Convolutions of each branch; FCOS has four."""
+WIDTH, DEPTH = 256, 2
+"""Channels of the pyramid, or half the encoder's width where that is less; convolutions of a branch: FCOS has four."""
 
 PRIOR = 0.01
 """Score that each position starts with (arXiv 1708.02002): most of them see no object."""
@@ -31,11 +28,9 @@ PRIOR = 0.01
 LEVELS = (0.5, 1.0, 2.0, 4.0)
 """Patches from one position to the next, level by level: 7, 14, 28 and 56 pixels, as FCOS's levels P3 to P6."""
 
-REACH = 8.0
-"""Strides from a position to the farthest side of its object: larger objects belong to the next level."""
-
-RADIUS = 1.5
-"""Strides around an object's centre within which positions answer for it (centre sampling)."""
+REACH, RADIUS = 8.0, 1.5
+"""Strides from a position to the farthest side of its object, of which larger ones belong to the next level; and
+around an object's centre those within which positions answer for it (centre sampling)."""
 
 MIN_WEIGHT = 0.1
 """Of a box in its loss, however far its position is from the centre: for boxes too small to hold any position."""

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import dense
-from mlx_aimv2.learn.detect.average_precision import summary
-from mlx_aimv2.learn.detect.boxes import Detections, areas, suppress
+from mlx_aimv2.learn.detect.boxes import Detections, areas, summary, suppress
 from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MIN_SCORE, CANDIDATES, MAX_BOXES = 0.05, 1000, 100
 """What is kept of an image: boxes from this score on, so many before duplicates are taken out, and so many after."""

@@ -1,5 +1,6 @@
 """Segmentation: a class for every pixel, from masks as index or palette PNGs."""
 
+from mlx_aimv2.learn.dense import TUNED
 from mlx_aimv2.learn.segment import data, head, results
 from mlx_aimv2.learn.task import Task, Type
 
@@ -9,9 +10,7 @@ TASK = Task(
     types={
         "decoder": Type("tokens", (1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
         "linear": Type("tokens", (1e-3, 3e-3), epochs=30, batch_size=16, warm_up_epochs=2),
-        "lora": Type(None, (5e-4,), epochs=30, batch_size=8),
-        "dora": Type(None, (5e-4,), epochs=30, batch_size=8),
-        "full": Type(None, (5e-4,), epochs=30, batch_size=8, layer_decay=0.75, drop_path=0.1),
+        **TUNED,
     },
     metric="mIoU",
     dense=True,

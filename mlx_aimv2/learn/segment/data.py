@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
@@ -239,8 +240,6 @@ read = partial(samples.read, form=Format(_folders, _find, _labels, _target, in_o
 
 def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | None = None) -> Arrays:
     """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
-    from PIL import Image
-
     place = place or dense.plain(sample.size, processor.canvas)
     mask = Image.fromarray(read_mask(sample.target))
     return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}

@@ -12,11 +12,9 @@ from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.dense import Double, Refine, bilinear
 from mlx_aimv2.plot import IGNORED
 
-WIDTH = 256
-"""Channels of the decoder, or half the encoder's width where that is less."""
-
-CONTEXT = 3
-"""Convolutions on the patch map, where they cost least: they tell each pixel what lies around it."""
+WIDTH, CONTEXT = 256, 3
+"""Channels of the decoder, or half the encoder's width where that is less; and convolutions on the patch map, where
+they cost least: they tell each pixel what lies around it."""
 
 
 class LinearSegmentHead(nn.Module):

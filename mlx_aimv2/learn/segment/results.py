@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
@@ -19,12 +20,6 @@ from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.learn.segment.data import read_mask
 from mlx_aimv2.plot import IGNORED
 from mlx_aimv2.train.batches import Arrays
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-BLOCK = 1 << 24
-"""Numbers that are interpolated at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
     down = mx.array(linear_weights(high, size[0]))
     # A few rows at a time: 150 classes of a photograph's 12 million pixels would be 7 GB.
     narrow = across @ probabilities  # (h, W, K)
-    step = max(1, BLOCK // (size[1] * probabilities.shape[-1]))
+    step = max(1, (1 << 24) // (size[1] * probabilities.shape[-1]))
     for row in range(0, size[0], step):
         part = mx.tensordot(down[row : row + step], narrow, axes=1)  # (step, W, K)
         labels[row : row + step] = np.array(part.argmax(axis=-1))
