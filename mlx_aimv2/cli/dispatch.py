@@ -159,7 +159,6 @@ def parser(verb: str | None = None) -> ListParser:
         added = whole.verbs.add_parser(name, help=words, description=words, usage=usage, example=EXAMPLES[name])
         if verb in (None, name):
             function_of(name, "add")(added)
-            added._has_negative_number_optionals.clear()  # the flag -0, or -0.1 would be taken for a flag, too
     return whole
 
 
@@ -172,6 +171,7 @@ def function_of(verb: str, kind: str) -> Callable[..., Any]:
 
 def _dispatch(argv: list[str]) -> int:
     argv = argv or ["--help"]  # the name alone asks what there is
+    argv = ["--null" if word == "-0" else word for word in argv]  # as a flag of argparse it would be that of -0.1, too
     verb = argv[0]
     whole = parser(verb)
     for word in argv:

@@ -17,7 +17,7 @@ HEAD, OF_HEAD = "folder that fit has written", "the one that HEAD names"
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
-    from mlx_aimv2.learn.task import ADAPTERS, Options
+    from mlx_aimv2.learn.task_options import ADAPTERS, Options
 
     add = groups(parser, "data", "model", "what is trained", "optimisation", "augmentation", ADAPTERS, "run", "output")
     add["data"]("data", metavar="DATA", help="folder of images with labels, masks or boxes")

@@ -72,7 +72,7 @@ def add_found(group: argparse._ArgumentGroup, *, paths: str, objects: str) -> No
     """Adds how images that were found are given: --paths-only, --null or --json, and --html, --overwrite, --open."""
     add = group.add_mutually_exclusive_group().add_argument
     add("-f", "--paths-only", action="store_true", help=f"print {paths}, one a line")
-    add("-0", "--null", action="store_true", help=f"print {paths}, each ended by a zero byte, for xargs -0")
+    add("--null", action="store_true", help=f"or -0: print {paths}, each ended by a zero byte, for xargs -0")
     add("--json", action="store_true", help=f"print {objects}")
     add = group.add_argument
     add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")

@@ -31,7 +31,7 @@ from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.samples import Sample, Size, part_of
-from mlx_aimv2.learn.task import Type
+from mlx_aimv2.learn.task_options import Type
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
 

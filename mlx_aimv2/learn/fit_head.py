@@ -26,7 +26,7 @@ from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
 from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, listed, one_image, same_form, short
-from mlx_aimv2.learn.task import RECIPES, Options, Task, check_options, find_task, guess_task
+from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
@@ -65,7 +65,7 @@ def fit(
     """Trains a head, or an encoder with one, on labelled images: `DATA, MODEL, HEAD -> Fitted`.
 
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
-    fields of `task.Options`, such as `epochs=5`. `dtype` is `load`'s; in full, auto is float32. `labels` is the list
+    fields of `task_options.Options`: `epochs=5`. `dtype` is `load`'s; in full, auto is float32. `labels` is the list
     that every label must be in. `say` receives a line for each thing worth knowing; `on_progress` takes how many images
     or steps are done, how many there are, and the word. With `resume` a run that was stopped goes on. With
     `skip_broken` images that cannot be read are left out; HEAD/left_out.txt lists what was.

@@ -29,7 +29,7 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.samples import Sample, one_image
-from mlx_aimv2.learn.task import MAX_SIDE, TASKS, Task, find_task
+from mlx_aimv2.learn.task_options import MAX_SIDE, TASKS, Task, find_task
 from mlx_aimv2.loading import Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import first_not_finite, flat

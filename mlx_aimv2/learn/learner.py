@@ -17,7 +17,7 @@ from mlx_aimv2.embed.encode import OnFailure, raise_failure
 from mlx_aimv2.embed.loader import Decoded, Decoder, Outputs, images_at_once, run_ahead, split_into_chunks
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.samples import Sample
-from mlx_aimv2.learn.task import Task
+from mlx_aimv2.learn.task_options import Task
 from mlx_aimv2.model import Aimv2VisionModel
 
 

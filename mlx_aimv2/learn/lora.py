@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.files import read_json
-from mlx_aimv2.learn.task import MAX_RANK
+from mlx_aimv2.learn.task_options import MAX_RANK
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import first_not_finite
 from mlx_aimv2.untrusted_json import Fields, misfit

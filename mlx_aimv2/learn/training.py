@@ -28,7 +28,7 @@ from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
 from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
-from mlx_aimv2.learn.task import Options, Task, Type
+from mlx_aimv2.learn.task_options import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import LossError, Plan, Watch, drawn, train

@@ -8,7 +8,7 @@ import pytest
 from mlx_aimv2.cli import main, parser
 from mlx_aimv2.cli.flags import add_settings, groups, settings_of
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.learn.task import Options
+from mlx_aimv2.learn.task_options import Options
 from mlx_aimv2.pretrain import LitSettings, Settings
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.settings import flag, flagged

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_aimv2.cli import main
 from mlx_aimv2.index.reader import Index
 from mlx_aimv2.index.schema import ADDED
 from tests.image_files import dated, image
@@ -252,3 +253,11 @@ def test_patterns_exclude_and_include(folder, embed):
     assert embed("in", "--exclude", "sub/")[0] == {"images": 7, "embedded": 7}
     found, _ = embed("in", "--exclude", "*.png", "--include", "*.mpo", "--include", "sub/x.png")
     assert found["embedded"] == 2
+
+
+def test_a_file_of_the_year_2300_is_embedded_and_unchanged_afterwards(photo_index, capsys):
+    os.utime("in/1.png", (10**10 + 1, 10**10 + 1))
+    for counts in ("1 recognised, 4 unchanged", "5 unchanged"):
+        capsys.readouterr()
+        assert main(["embed", "in", "-o", "photos.db"]) == 0
+        assert counts in capsys.readouterr().out

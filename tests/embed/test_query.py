@@ -207,15 +207,34 @@ def test_images_found_are_put_into_a_new_folder_the_best_first(photo_index, sear
     shutil.copy("in/1.png", "query.png")
     Path("in/2.png").unlink()
     code, _, err = search("query.png", "-k", "5", flag, "found")
-    assert code == (1 if flag == "--copy-to" else 0)
-    assert ("2.png does not exist any more" in err) is (flag == "--copy-to")
-    names = sorted(path.name for path in Path("found").iterdir())
-    assert names[0] == "1-1.png"
+    assert code == 1
+    assert "2.png does not exist any more" in err
+    names = sorted(path.name for path in Path("found").glob("[!.]*"))
+    assert (names[0], len(names)) == ("1-1.png", 4)
     assert Path("found/1-1.png").is_symlink() is (flag == "--link-to")
     assert Path("found/1-1.png").read_bytes() == Path("in/1.png").read_bytes()
     code, _, err = search("query.png", flag, "found")
     assert code == 2
     assert "found as it already exists" in err
+
+
+def test_copies_of_what_was_found_are_no_new_images(photo_index, search, capsys):
+    assert search("in/1.png", "-k", "2", "--copy-to", "in/found")[0] == 0
+    assert main(["embed", "in", "-o", "photos.db"]) == 0
+    assert "1 of mlx-aimv2's own folders" in capsys.readouterr().err
+    with Index.open("photos.db") as index:
+        assert len(index) == 5
+
+
+def test_nothing_found_is_said_and_makes_no_folder(photo_index, search):
+    code, out, err = search("in/1.png", "--under", "nowhere", "--copy-to", "found")
+    assert (code, out, err) == (0, "", "mlx-aimv2: photos.db has no such image\n")
+    assert not Path("found").exists()
+
+
+def test_a_long_text_is_a_text_and_a_score_may_be_below_0(colours, capsys):
+    assert main(["search", "photos.db", f"{COLOURS[0]} " * 60, "--min-score", "-0.5", "-f"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("0.png")
 
 
 # --update

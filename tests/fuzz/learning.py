@@ -470,7 +470,7 @@ def _read(task: str, data: Path) -> None:
     """DATA as `fit` reads it: guessed, read for training and with given classes, and laid out for the encoder."""
     import numpy as np
 
-    from mlx_aimv2.learn.task import find_task, guess_task
+    from mlx_aimv2.learn.task_options import find_task, guess_task
 
     found = find_task(task)
     refusals: list[ValueError | OSError] = []
@@ -519,7 +519,7 @@ def _as_written(call: Callable[[], object]) -> Call:
 def _targets(sample: Any) -> dict[str, Any]:
     from mlx_aimv2.images.preprocessing import published
     from mlx_aimv2.images.processor import Aimv2Processor
-    from mlx_aimv2.learn.task import find_task
+    from mlx_aimv2.learn.task_options import find_task
 
     processor = Aimv2Processor(published(42), patch_size=14)
     task = "segment" if isinstance(sample.target, (str, tuple)) and not hasattr(sample.target, "boxes") else "detect"

@@ -1,5 +1,6 @@
 """The nearest vectors are found exactly, on every device and in every order."""
 
+import math
 from dataclasses import replace
 
 import mlx.core as mx
@@ -170,10 +171,24 @@ def test_a_query_may_be_what_a_model_gives(index, of):
     assert index.search(of(query), 5) == index.search(query, 5)
 
 
-def test_parts_that_cancel_out_are_refused(index):
-    vector = np.arange(1.0, WIDTH + 1)
-    with pytest.raises(ValueError, match="cancel out"):
-        index.search([(1.0, vector), (-1.0, 3 * vector)])
+def test_parts_that_cancel_out_are_refused_also_as_float16_holds_one_of_them(index):
+    vector = np.arange(1.0, WIDTH + 1) / 3
+    for other in (3 * vector, 1e-300 * vector, vector.astype(np.float16)):
+        for weight in (1e-9, 1.0, 1e5):
+            with pytest.raises(ValueError, match="cancel out"):
+                index.search([(weight, vector), (-weight, other)])
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 1e308])
+def test_a_weight_is_a_number_that_says_something(index, weight):
+    with pytest.raises(ValueError, match="a weight must be a number up to 1e\\+06"):
+        index.search([(weight, np.ones(WIDTH))])
+
+
+@pytest.mark.parametrize("score", [math.nan, 1.01, -2])
+def test_a_least_score_that_no_cosine_can_have_is_refused(index, score):
+    with pytest.raises(ValueError, match=r"min_score \(--min-score\) is a cosine, from -1 to 1"):
+        index.search(np.ones(WIDTH), min_score=score)
 
 
 def test_only_images_under_a_folder_and_above_a_score_are_found(index):

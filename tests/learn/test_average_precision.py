@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 
-from mlx_aimv2.learn.detect.boxes import Detections, GroundTruth, areas, summary
+from mlx_aimv2.learn.detect.boxes_average_precision import Detections, GroundTruth, areas, summary
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 

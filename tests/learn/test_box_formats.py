@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_aimv2.learn import fit
 from mlx_aimv2.learn.detect import data as boxes
-from mlx_aimv2.learn.task import guess_task
+from mlx_aimv2.learn.task_options import guess_task
 from tests.labelled import CHECKPOINT, whole_reads
 
 HEIGHT, WIDTH = 23, 31

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.learn.detect import boxes
+from mlx_aimv2.learn.detect import boxes_average_precision as boxes
 from mlx_aimv2.learn.detect.head import giou_of_distances
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mlx_aimv2.learn.detect import data as coco
 from mlx_aimv2.learn.detect import results
-from mlx_aimv2.learn.detect.boxes import Detections
+from mlx_aimv2.learn.detect.boxes_average_precision import Detections
 
 
 def content(count=5, name="{}.png", first=0, **changes):

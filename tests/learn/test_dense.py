@@ -13,7 +13,7 @@ from mlx_aimv2 import load
 from mlx_aimv2.embed.loader import Decoder
 from mlx_aimv2.learn import detect, segment
 from mlx_aimv2.learn.dense import Placement
-from mlx_aimv2.learn.detect.boxes import Detections, GroundTruth, areas
+from mlx_aimv2.learn.detect.boxes_average_precision import Detections, GroundTruth, areas
 from mlx_aimv2.learn.samples import Sample
 from mlx_aimv2.loading import at_size
 from tests.small_models import FIXED, NATIVE

@@ -19,7 +19,7 @@ from mlx_aimv2.embed.cache import open_features
 from mlx_aimv2.learn import classify, evaluate, fit, fuse, predict
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.samples import Sample
-from mlx_aimv2.learn.task import RECIPES
+from mlx_aimv2.learn.task_options import RECIPES
 from tests.labelled import CHECKPOINT, write_digits
 from tests.small_models import NATIVE
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mlx_aimv2.learn.samples import DataError
 from mlx_aimv2.learn.segment import data as mask_files
-from mlx_aimv2.learn.task import guess_task
+from mlx_aimv2.learn.task_options import guess_task
 from tests.labelled import whole_reads
 
 

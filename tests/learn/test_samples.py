@@ -19,7 +19,7 @@ from mlx_aimv2.images import OpenImage
 from mlx_aimv2.learn import classify, detect, evaluate, fit, head_folder, samples, segment
 from mlx_aimv2.learn.classify import data as label_files
 from mlx_aimv2.learn.samples import DataError, Sample
-from mlx_aimv2.learn.task import find_task, guess_task
+from mlx_aimv2.learn.task_options import find_task, guess_task
 from tests.image_files import noise
 from tests.labelled import CHECKPOINT, write_digits
 

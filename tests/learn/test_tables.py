@@ -11,7 +11,7 @@ from mlx_aimv2 import bundled
 from mlx_aimv2.cli import main
 from mlx_aimv2.learn import classify, evaluate, fit
 from mlx_aimv2.learn.samples import DataError
-from mlx_aimv2.learn.task import guess_task
+from mlx_aimv2.learn.task_options import guess_task
 from tests.labelled import CHECKPOINT
 
 ROWS = [(f"img/{label}{number}.png", label) for label in ("disc", "square") for number in range(4)]

@@ -387,8 +387,14 @@ LEARNING = (
     ),
     Mutation(
         "pixels that nobody labelled are of class 0 where classes have other numbers",
-        "classes = np.arange(IGNORED + 1, dtype=np.uint8)",
-        "classes = np.zeros(IGNORED + 1, dtype=np.uint8)",
+        "classes: NDArray[Any] = values.astype(np.uint8)",
+        "classes: NDArray[Any] = np.zeros(values.shape, np.uint8)",
+        ("tests/learn/test_mask_files.py",),
+    ),
+    Mutation(
+        "CVAT's red is blue",
+        "@ np.array([1 << 16, 1 << 8, 1])",
+        "@ np.array([1, 1 << 8, 1 << 16])",
         ("tests/learn/test_mask_files.py",),
     ),
     Mutation(

@@ -1,7 +1,7 @@
 """Classification: a label for each image, from folders named after labels or from a list in a metadata file."""
 
 from mlx_aimv2.learn.classify import data, head, results
-from mlx_aimv2.learn.task import Task, Type
+from mlx_aimv2.learn.task_options import Task, Type
 
 TASK = Task(
     name="classify",

@@ -19,7 +19,7 @@ from mlx_aimv2.images import open_image
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import dense, samples
-from mlx_aimv2.learn.detect.boxes import GroundTruth, areas
+from mlx_aimv2.learn.detect.boxes_average_precision import GroundTruth, areas
 from mlx_aimv2.learn.detect.formats import FORMATS, BoxFormat, Objects, Reading, number
 from mlx_aimv2.learn.detect.head import assign, points
 from mlx_aimv2.learn.samples import DataError, Format, Found, Labels, Recognised, Sample, Size

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.learn.dense import Double, Refine, halve
-from mlx_aimv2.learn.detect.boxes import areas
+from mlx_aimv2.learn.detect.boxes_average_precision import areas
 
 WIDTH, DEPTH = 256, 2
 """Channels of the pyramid, or half the encoder's width where that is less; convolutions of a branch: FCOS has four."""

@@ -13,7 +13,7 @@ from PIL import Image
 from mlx_aimv2 import plot
 from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import dense
-from mlx_aimv2.learn.detect.boxes import Detections, areas, summary, suppress
+from mlx_aimv2.learn.detect.boxes_average_precision import Detections, areas, summary, suppress
 from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 

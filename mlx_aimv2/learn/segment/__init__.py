@@ -2,7 +2,7 @@
 
 from mlx_aimv2.learn.dense import TUNED
 from mlx_aimv2.learn.segment import data, head, results
-from mlx_aimv2.learn.task import Task, Type
+from mlx_aimv2.learn.task_options import Task, Type
 
 TASK = Task(
     name="segment",
