@@ -164,7 +164,7 @@ def run_search(arguments: argparse.Namespace) -> int:
         else:
             for match in matches:
                 show(f"{match.score:7.4f}  {match.path}")
-        if not matches:
+        if not (matches or arguments.json):
             say(f"{arguments.index} has no such image")
     if target is not None:
         failed += _put(matches, target, as_links=arguments.link_to is not None)

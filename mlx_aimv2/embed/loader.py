@@ -251,7 +251,7 @@ class Decoder:
     ) -> None:
         """`max_patches` counts where images may have any size; what is `known` gets no levels."""
         if max_patches < 1:
-            raise ValueError(f"max_patches is a number of patches, at least 1; got {max_patches}")
+            raise ValueError(f"max_patches (--max-patches) must be at least 1, got {max_patches}")
         self.processor = processor
         self.max_patches = max_patches if processor.any_size else None
         self.known = known

@@ -215,7 +215,7 @@ def test_an_encoder_that_has_moved_is_asked_for_by_fuse_too(digits, tmp_path):
     encoder = shutil.copytree(CHECKPOINT, tmp_path / "encoder")
     fit(digits, encoder, tmp_path / "head", fine_tune_type="lora", iters=1, batch_size=4)
     encoder.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"head needs is not there: .*encoder.*, --model MODEL"):
+    with pytest.raises(FileNotFoundError, match=r"head needs is not there: .*encoder.*fuse take -m MODEL"):
         fuse(tmp_path / "head", tmp_path / "fused")
     fuse(tmp_path / "head", tmp_path / "fused", model=str(tmp_path / "moved"))
 
