@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoints import FILE, Row, choose, read
+from convert.published import FILE, Row, choose, read
 from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.cli.dispatch import one_line_errors
 from mlx_aimv2.convert import convert
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m convert", description="Convert every released checkpoint.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints (default: all in the list)")
-    parser.add_argument("--list", type=Path, default=FILE, metavar="TOML", help="the list (default: checkpoints.toml)")
+    parser.add_argument("--list", type=Path, default=FILE, metavar="TOML", help="the list (default: published.toml)")
     parser.add_argument("--out", type=Path, default=Path("mlx_models"), metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["bf16", "fp16", "8bit", "4bit"])
     parser.add_argument("--calibration", metavar="DIR", help="images for the fidelity report (default: four bundled)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from convert.checkpoints import Row
+from convert.published import Row
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel
 

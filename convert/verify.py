@@ -25,7 +25,7 @@ import mlx.core as mx
 from PIL import Image
 
 from convert import machine, verify_numbers, verify_use
-from convert.checkpoints import FILE, ReferenceImage, Row, choose, read
+from convert.published import FILE, ReferenceImage, Row, choose, read
 from convert.report import FAIL, Finding, Step, Subject, failed, run_steps, section
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.cli.dispatch import one_line_errors
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         "You are never asked for a password.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints (default: the first of the list)")
-    parser.add_argument("--list", type=Path, default=FILE, metavar="TOML", help="the list (default: checkpoints.toml)")
+    parser.add_argument("--list", type=Path, default=FILE, metavar="TOML", help="the list (default: published.toml)")
     parser.add_argument("--image", type=Path, metavar="FILE", help="a copy of the list's image (default: fetch it)")
     parser.add_argument("--report", type=Path, default=Path("verify.md"), metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs per speed (default: %(default)s)")

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from convert import check, machine
-from convert.checkpoints import Row
+from convert.published import Row
 from convert.report import COMPUTED, FAIL, MEASURED, NOT_DONE, PASS, Finding, Step, Subject, failed
 from mlx_aimv2 import Aimv2Config, Aimv2Model, Aimv2TextModel, Aimv2VisionModel, load
 from mlx_aimv2.config import released

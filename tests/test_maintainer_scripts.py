@@ -17,7 +17,7 @@ from PIL import Image
 
 from convert import machine, verify_numbers
 from convert import report as lines
-from convert.checkpoints import FILE, Row, choose, read
+from convert.published import FILE, Row, choose, read
 from mlx_aimv2 import load
 from mlx_aimv2.backend import x86
 from mlx_aimv2.config import RELEASED

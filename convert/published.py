@@ -1,4 +1,4 @@
-"""Reads the list of checkpoints, checkpoints.toml, and completes it with the sizes and commits of `config.RELEASED`."""
+"""Reads the list of checkpoints, published.toml, and completes it with the sizes and commits of `config.RELEASED`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ else:  # the extra `test` brings it
 
 from mlx_aimv2.config import RELEASED
 
-FILE = Path(__file__).parent / "checkpoints.toml"
+FILE = Path(__file__).parent / "published.toml"
 
 
 @dataclass(frozen=True)
