@@ -129,7 +129,7 @@ class OpenImage:
     def decoding_bytes(self, wanted: tuple[int, int] | None = None) -> int:
         """About what decoding takes at its peak, beside the file: Pillow keeps four bytes a pixel."""
         pixels = self.size[0] * self.size[1]
-        copies = 1 if self.image.mode in ("RGB", "L") else 3
+        copies = 4 if self.image.format == "WEBP" else 1 if self.image.mode in ("RGB", "L") else 3  # measured
         coefficients = 6 * pixels if self.image.info.get("progressive") else 0  # 16 bits for each of three colours
         return 4 * copies * pixels // self.scale(wanted) ** 2 + coefficients
 

@@ -200,7 +200,7 @@ def _size(value: object, name: str, file: Path) -> int | tuple[int, int]:
         value = {"height": value[0], "width": value[1]}
     if not isinstance(value, dict):
         return _pixels(value, name, file)
-    given = {key: _pixels(side, f"{name}.{key}", file) for key, side in value.items() if side is not None}
+    given = {key: _pixels(side, f"{name}.{key:.40}", file) for key, side in value.items() if side is not None}
     if given.keys() == {"shortest_edge"}:
         return given["shortest_edge"]
     if given.keys() == {"height", "width"}:

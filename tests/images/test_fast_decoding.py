@@ -225,6 +225,9 @@ def test_what_decoding_takes_is_known_before():
     assert open_image(data, policy=FAST).decoding_bytes((40, 30)) == 4 * 128 * 96
     progressive = open_image(photograph(1024, 768, progressive=True), policy=FAST)
     assert progressive.decoding_bytes((40, 30)) == 4 * 128 * 96 + 6 * 1024 * 768
+    webp = io.BytesIO()
+    Image.new("RGB", (1024, 768)).save(webp, "WEBP")
+    assert open_image(webp.getvalue()).decoding_bytes() == 16 * 1024 * 768  # its decoder keeps four copies
 
 
 @pytest.mark.parametrize(("environment", "kept"), [(None, 4), ("1", 0)])
