@@ -61,6 +61,9 @@ def export(
         f"--batch must be different numbers above 0, such as 1,4,16; got {counts}": (
             not batch or min(batch) < 1 or len(set(batch)) < len(batch)
         ),
+        f"-o {target} is not UTF-8, which MLX cannot write: choose another name": (
+            str(target).encode(errors="ignore").decode() != str(target)
+        ),
         f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
         f"--input must be {' or '.join(INPUTS)}, got {input}": input not in (None, *INPUTS),
         "--input is for .mlxfn, a .mlpackage takes an image: leave it out": for_core_ml and input is not None,

@@ -51,7 +51,7 @@ NOTHING = np.empty(0, np.float32)
 DAY = "coalesce(nullif({}, ''), date(mtime_ns / 1000000000, 'unixepoch', 'localtime'))"
 """When an image was taken, as text: by its EXIF, which knows no time zone, else its file's time here."""
 
-Date: TypeAlias = "int | str | datetime.date"
+Date: TypeAlias = int | str | datetime.date
 """2024, 2024-05 or 2024-05-17, which stands for its beginning."""
 
 AXES = {1: "one vector", 2: "tokens", 3: "a map"}

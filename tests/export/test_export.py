@@ -178,6 +178,7 @@ def test_the_description_says_where_it_comes_from_and_how_to_prepare_an_image(so
 
 WRONG = {
     "-o encoder.onnx": r"-o must end in .*\.mlxfn.*, got encoder\.onnx",
+    "-o \udcff.mlxfn": "is not UTF-8, which MLX cannot write: choose another name",
     "-o encoder.mlxfn --batch 0": "--batch must be different numbers above 0, such as 1,4,16; got 0",
     "-o encoder.mlxfn --batch 1,1": "--batch must be different numbers",
     "-o encoder.mlxfn --batch some": "argument --batch: wanted whole numbers such as 3,5, got 'some'",
