@@ -45,45 +45,22 @@ def export(
     folder that `fit` wrote come class probabilities. `batch` lists how many images or texts the function takes at
     once. `image_size` is `load`'s, `grid` the rows and columns of patches for a native checkpoint, which otherwise
     takes 224 pixels a side. `input` is float (None), the processor's pixels, or uint8, whose normalisation goes inside;
-    a Core ML model takes an image.
-    `dtype` None keeps the checkpoint's. Beside the file stand its description, named like it but .json, the licence,
-    and for text tokenizer.json.
+    a Core ML model takes an image. `dtype` None keeps the checkpoint's, for Core ML float16. Beside the file stand its
+    description, named like it but .json, the licence, and for text tokenizer.json.
 
     Raises FileExistsError where one of these is there with other content, and ValueError, FileNotFoundError, OSError or
     ConnectionError, each with one line. The file appears whole or not at all.
     """
-    target, counts = expand_user(path), ",".join(map(str, batch))
+    target = expand_user(path)
+    _check_flags(target, output=output, batch=batch, image_size=image_size, grid=grid, input=input, dtype=dtype)
     for_core_ml = target.suffix == ".mlpackage"
-    if for_core_ml:
-        dtype = dtype or "float16"
-    faults = {
-        f"-o must end in {' or '.join(WRITERS)}, got {target.name}": target.suffix not in WRITERS,
-        f"--batch must be different numbers above 0, such as 1,4,16; got {counts}": (
-            not batch or min(batch) < 1 or len(set(batch)) < len(batch)
-        ),
-        f"-o {target} is not UTF-8, which MLX cannot write: choose another name": (
-            str(target).encode(errors="ignore").decode() != str(target)
-        ),
-        f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
-        f"--input must be {' or '.join(INPUTS)}, got {input}": input not in (None, *INPUTS),
-        "--input is for .mlxfn, a .mlpackage takes an image: leave it out": for_core_ml and input is not None,
-        ".mlpackage holds float16 or float32: choose one as --dtype": for_core_ml
-        and dtype not in ("float16", "float32", mx.float16, mx.float32),
-        "choose one of --image-size and --grid": image_size is not None and grid is not None,
-        "--image-size, --grid and --input are for images: leave them out of --output text": (
-            output == "text" and (image_size is not None or grid is not None or input is not None)
-        ),
-    }
-    for message, is_met in faults.items():
-        if is_met:
-            raise ValueError(message)
     check_target(target)
     exported = prepare(
         model,
         output,
         "uint8" if for_core_ml else input or "float",
         grid if image_size is None else image_size,
-        dtype=dtype,
+        dtype=dtype or ("float16" if for_core_ml else None),
         revision=revision,
         keep_quantized=for_core_ml,
     )
@@ -105,6 +82,41 @@ def export(
             warnings.warn(f"{model} has no tokenizer: its ids are yours to make", stacklevel=2)
         _move(place, target)
     return target
+
+
+def _check_flags(
+    target: Path,
+    *,
+    output: str | None,
+    batch: Sequence[int],
+    image_size: int | None,
+    grid: tuple[int, ...] | None,
+    input: str | None,
+    dtype: str | mx.Dtype | None,
+) -> None:
+    """Raises ValueError for flags that contradict each other or the kind of file, before anything is read."""
+    counts, for_core_ml = ",".join(map(str, batch)), target.suffix == ".mlpackage"
+    of_core_ml = (None, "float16", "float32", mx.float16, mx.float32)
+    faults = {
+        f"-o must end in {' or '.join(WRITERS)}, got {target.name}": target.suffix not in WRITERS,
+        f"--batch must be different numbers above 0, such as 1,4,16; got {counts}": (
+            not batch or min(batch) < 1 or len(set(batch)) < len(batch)
+        ),
+        f"-o {target} is not UTF-8, which MLX cannot write: choose another name": (
+            str(target).encode(errors="ignore").decode() != str(target)
+        ),
+        f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
+        f"--input must be {' or '.join(INPUTS)}, got {input}": input not in (None, *INPUTS),
+        "--input is for .mlxfn, a .mlpackage takes an image: leave it out": for_core_ml and input is not None,
+        ".mlpackage holds float16 or float32: choose one as --dtype": for_core_ml and dtype not in of_core_ml,
+        "choose one of --image-size and --grid": image_size is not None and grid is not None,
+        "--image-size, --grid and --input are for images: leave them out of --output text": (
+            output == "text" and (image_size is not None or grid is not None or input is not None)
+        ),
+    }
+    for message, is_met in faults.items():
+        if is_met:
+            raise ValueError(message)
 
 
 def _move(place: Path, target: Path) -> None:
