@@ -71,8 +71,9 @@ def run_classify(arguments: argparse.Namespace) -> int:
     templates = check_templates(arguments.template or TEMPLATES)
     failures = Failures()
     images = listed_files(arguments.images, failures, exclude=arguments.exclude, include=arguments.include)
-    given = [os.path.abspath(expand_user(name)) for name in arguments.images]  # noqa: PTH100 - as the listing's
-    images.sort(key=lambda path: given.index(path) if path in given else len(given))  # what has a name: as it was given
+    names = (os.path.abspath(expand_user(name)) for name in arguments.images)  # noqa: PTH100 - as the listing's
+    given = {path: number for number, path in enumerate(dict.fromkeys(names))}
+    images.sort(key=lambda path: given.get(path, len(given)))  # what has a name: as it was given
     model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     with progress() as on_progress:

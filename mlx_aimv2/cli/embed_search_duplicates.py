@@ -207,9 +207,11 @@ def _update(arguments: argparse.Namespace) -> int:
 
 def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
     """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many are gone."""
-    there = [match for match in matches if stat_of(match.path) is not None]
+    there: list[Match] = []
     for match in matches:
-        if match not in there:
+        if stat_of(match.path) is not None:
+            there.append(match)
+        else:
             say(f"{match.path} does not exist any more")
     digits = len(str(len(there)))
     if there:
