@@ -46,7 +46,7 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
     Raises ValueError with what there is.
     """
     if mode not in list(MODES):  # a list of a damaged config.json cannot be asked of a dictionary
-        raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode}")
+        raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode!s:.80}")
     known = dict(zip(("group_size", "bits"), MODES[mode], strict=True))
     settings = {
         "group_size": known["group_size"][0] if group_size is None else group_size,
