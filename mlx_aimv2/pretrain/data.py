@@ -242,7 +242,8 @@ def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple
     unpacked, last, held = 0, "", 0
     for member in archive:
         unpacked += member.size
-        if not 0 <= member.size <= unpacked <= limit:  # before the stream reads on to where the next one should begin
+        # Before the stream reads on to where the next one should begin, which of a sparse file its size does not tell.
+        if not 0 <= member.size <= unpacked <= limit or archive.offset > limit:
             raise tarfile.ReadError(f"{member.name} goes beyond {MAX_EXPANSION} times the size of the shard")
         path = PurePosixPath(member.name)
         stem, _, ending = path.name.partition(".")

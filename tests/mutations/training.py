@@ -90,7 +90,12 @@ TRAINING = (
         UNTRUSTED,
     ),
     Mutation("the files of an example are unbounded", "if held > MAX_KEY_BYTES or (", "if (", SHARDS),
-    Mutation("a shard may unpack to anything", "if not 0 <= member.size <= unpacked <= limit:", "if False:", SHARDS),
+    Mutation(
+        "a shard may unpack to anything",
+        "if not 0 <= member.size <= unpacked <= limit or archive.offset > limit:",
+        "if False:",
+        SHARDS,
+    ),
     Mutation(
         "a line is as long as what it quotes", "return line if len(line) <= limit else", "return line or", WRITTEN
     ),

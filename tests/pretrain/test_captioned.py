@@ -224,7 +224,7 @@ def sized(file, size, *, kind=tarfile.REGTYPE, name="big.png"):
     file.write_bytes(start + about.tobuf(tarfile.GNU_FORMAT) + end)
 
 
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
 @pytest.mark.parametrize("size", [1 << 31, 1 << 87, -1])
 def test_a_size_that_no_shard_has_ends_it(tmp_path, kind, size):
     sized(tmp_path / "0.tar", size, kind=kind)
