@@ -2,8 +2,8 @@
 
 python -m benchmarks.search [--images 1000000] [--width 768] [--file PATH]
 
-Makes an index of random float16 vectors, opens it in a fresh process, and alternates `Index.search` with the product
-`vectors @ query` over the same memory. Prints the median of each.
+Makes an index of random float16 vectors, opens it in a fresh process, and alternates `Index.search`, by one vector and
+by three that are combined, with the product `vectors @ query` over the same memory. Prints the median of each.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def measure(file: Path) -> None:
     """Prints the time of opening, of a search and of the matrix product."""
     start = time.perf_counter()
     index = Index.open(file)
-    query = np.random.default_rng(1).standard_normal(index.width).astype(np.float32)
+    query, *others = np.random.default_rng(1).standard_normal((3, index.width)).astype(np.float32)
+    parts = [(1.0, query), (2.0, others[0]), (-0.5, others[1])]
     vectors = index.read_vectors()
     opened = time.perf_counter() - start
     rows = vectors.rows
@@ -65,16 +66,18 @@ def measure(file: Path) -> None:
         def multiply() -> object:
             return mx.eval([part @ wanted for part in rows])
 
-    searches, products = [], []
+    searches, combined, products = [], [], []
     for _ in range(ROUNDS):
         products.append(milliseconds(multiply))
         searches.append(milliseconds(lambda: index.search(query, 12)))
+        combined.append(milliseconds(lambda: index.search(parts, 12)))
     search, product = statistics.median(searches), statistics.median(products)
     print(f"{len(vectors)} x {index.width} {index.dtype} vectors, {file.stat().st_size / 1e9:.2f} GB on disk")
     print(f"{platform.machine()}, Python {platform.python_version()}; in memory: {where}")
     print(f"open and read all vectors   {opened:8.2f} s")
     print(f"matrix product alone        {product:8.1f} ms (fastest {min(products):.1f})")
     print(f"search for 12               {search:8.1f} ms (fastest {min(searches):.1f})")
+    print(f"by three vectors combined   {statistics.median(combined):8.1f} ms (fastest {min(combined):.1f})")
     print(f"search / matrix product     {search / product:8.2f}")
 
 
