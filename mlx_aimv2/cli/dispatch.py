@@ -244,6 +244,7 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         """Takes the number of the signal."""
         super().__init__("stopped" if number == signal.SIGINT else f"stopped ({signal.Signals(number).name})")
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -253,8 +254,9 @@ def stoppable() -> Iterator[list[Stopped]]:
 
     Gives a list, into which a signal puts what it raises.
 
-    The first one raises `Stopped` in the main thread, which ends as after any error. A second one does not wait for
-    that, nor for a thread in a slow decoder.
+    The first one raises `Stopped` in the main thread, which ends as after any error. Where Python swallows that, as in
+    a weak reference's callback, it is sent once more. A second one does not wait for the end, nor for a thread in a
+    slow decoder.
 
     Signals that the process ignores (as SIGHUP under nohup) stay ignored, and those that somebody else handles stay
     theirs. Outside the main thread, where Python lets nobody handle signals, nothing changes.
@@ -268,6 +270,16 @@ def stoppable() -> Iterator[list[Stopped]]:
         stops.append(Stopped(number))
         raise stops[0]
 
+    def swallowed(fault: sys.UnraisableHookArgs) -> None:
+        if not isinstance(fault.exc_value, Stopped):
+            before(fault)
+            return
+        stops.clear()
+        # Here and now it would be swallowed again.
+        again = threading.Timer(0.01, os.kill, (os.getpid(), fault.exc_value.number))
+        again.daemon = True
+        again.start()
+
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return
@@ -275,9 +287,11 @@ def stoppable() -> Iterator[list[Stopped]]:
     ours = {number: old for number in SIGNALS if (old := signal.getsignal(number)) in nobodys}
     for number in ours:
         signal.signal(number, stop)
+    before, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield stops
     finally:
+        sys.unraisablehook = before
         others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
         # Python waits for its threads before it ends, and one may be in a slow decoder: a second signal still ends it.
         if not (stops and any(not thread.daemon for thread in others)):

@@ -30,10 +30,16 @@ WORK = {
         f"threading.Thread(target=lambda: (time.sleep({HANGS}), done.set()), daemon=True).start()\n"
         "ready()\ndone.wait()"
     ),
+    # Python prints what such a callback raises and goes on: as that of a module's lock, within any import.
+    "a weak reference's callback": (
+        "class Thing: pass\nthing = Thing()\n"
+        f"reference = weakref.ref(thing, lambda _: (ready(), time.sleep({HANGS})))\n"
+        f"del thing\ntime.sleep({HANGS})"
+    ),
 }
 
 PROGRAM = """
-import sys, threading, time
+import sys, threading, time, weakref
 from pathlib import Path
 from mlx_aimv2.files import atomic_folder
 from mlx_aimv2.cli.dispatch import Stopped, stoppable
