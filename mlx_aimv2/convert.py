@@ -25,7 +25,15 @@ from mlx_aimv2.checkpoint.hub import check_upload, upload
 from mlx_aimv2.cli.flags import MODEL, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion.fidelity import FILE, choose_images, report, run_blockwise, run_reference, table
-from mlx_aimv2.conversion.folder import PYTORCH_LAYOUTS, is_own, save_beside, save_config, save_pytorch, save_weights
+from mlx_aimv2.conversion.folder import (
+    PYTORCH_LAYOUTS,
+    WRITTEN,
+    is_own,
+    save_beside,
+    save_config,
+    save_pytorch,
+    save_weights,
+)
 from mlx_aimv2.conversion.model_card import write as write_card
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
@@ -110,10 +118,7 @@ def convert(
             log(table(found))
         write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
     if upload_repo is not None:
-        try:
-            log(f"[INFO] Uploading to {upload(target, upload_repo)}")
-        except OSError as error:
-            raise type(error)(f"{error}; the folder {target} is written") from None
+        log(f"[INFO] Uploading to {upload(target, upload_repo, patterns=WRITTEN)}")
     return target
 
 
