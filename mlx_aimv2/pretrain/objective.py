@@ -90,12 +90,19 @@ class Decoder(nn.Module):
         return self.patch_head(x[:, : patches - 1]), self.token_head(x[:, patches:])
 
 
+def mean_and_deviation(patches: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each patch over its values, in float32: `(B, I, P) -> two (B, I, 1)`; the variance's divisor is P - 1.
+
+    That is torch's `var` in He et al.'s code.
+    """
+    x = patches.astype(mx.float32)
+    return x.mean(axis=-1, keepdims=True), mx.sqrt(x.var(axis=-1, keepdims=True, ddof=1) + EPS)
+
+
 def normalised(patches: mx.array) -> mx.array:
     """Each patch with mean 0 and variance 1 over its values, in float32: `(B, I, P) -> (B, I, P)`."""
-    x = patches.astype(mx.float32)
-    mean = x.mean(axis=-1, keepdims=True)
-    variance = mx.square(x - mean).mean(axis=-1, keepdims=True)
-    return (x - mean) * mx.rsqrt(variance + EPS)
+    mean, deviation = mean_and_deviation(patches)
+    return (patches.astype(mx.float32) - mean) / deviation
 
 
 def image_loss(predicted: mx.array, patches: mx.array, lengths: mx.array) -> mx.array:

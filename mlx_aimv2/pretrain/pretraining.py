@@ -41,8 +41,9 @@ from mlx_aimv2.pretrain.data import (
     collate,
     first_examples,
     grid_of,
+    images_of,
 )
-from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretraining, initialise
+from mlx_aimv2.pretrain.objective import ALPHA, Batch, DecoderConfig, Pretraining, initialise, mean_and_deviation
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Batches, share_of
@@ -58,7 +59,13 @@ VALIDATION_EXAMPLES = 512
 
 PAPER_BATCH = 8192
 PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
-"""Width -> learning rate at that batch (arXiv 2411.14402, table A1, as the betas, weight decay and clipping below)."""
+"""Width -> highest learning rate at that batch (arXiv 2411.14402, table A1, as all that is the paper's below)."""
+
+PAPER_MIN_RATE = 1e-5
+"""The rate of the last step, for each width."""
+
+PAPER_WARM_UP = 12_500 / 1_500_000
+"""Share of the steps."""
 
 GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
 """Positions are not decayed, as norms and biases are not."""
@@ -78,7 +85,9 @@ class Captioned:
     What is done every so many steps is never done with 0.
     """
 
-    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
+    batch_size: int = setting(
+        64, "optimisation", "images of a batch, on all ranks; with --native of the middle size", "at least 1"
+    )
     iters: int = setting(1000, "optimisation", "steps", "at least 1")
     learning_rate: float | None = setting(
         None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
@@ -86,7 +95,12 @@ class Captioned:
     warm_up: int | None = setting(
         None, "optimisation", "steps until the highest rate (default: a tenth of all)", "at least 0"
     )
-    weight_decay: float = setting(1e-4, "optimisation", "of AdamW", "at least 0")
+    weight_decay: float = setting(
+        1e-4,
+        "optimisation",
+        "share of a matrix that a step at the highest rate takes off (docs/pretraining.md)",
+        "from 0 to 1",
+    )
     first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
     steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
@@ -102,11 +116,11 @@ class Captioned:
         return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
 
     def _plan(self, rate: float) -> Plan:
-        """What the loop does for both."""
+        """What the loop does for both. Decay is fully decoupled: `p *= 1 - weight_decay * (rate now) / rate`."""
         return Plan(
             steps=self.iters,
             learning_rate=rate,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay / rate,
             betas=(0.9, 0.95),
             warm_up=self.iters // 10 if self.warm_up is None else self.warm_up,
             clip=1.0,
@@ -128,6 +142,9 @@ class Settings(Captioned):
     start: str | None = setting(
         None, "what is trained", "go on from an earlier result, at another --image-size for example", metavar="MODEL"
     )
+    warm_up: int | None = setting(
+        None, "optimisation", "steps until the highest rate (default: 1 in 120, the paper's)", "at least 0"
+    )
     grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
     alpha: float = setting(ALPHA, "optimisation", "weight of the image loss", "at least 0")
     dtype: str = setting(
@@ -148,14 +165,19 @@ class Settings(Captioned):
         """The highest learning rate; the paper's is scaled by the root of a step's examples, as Adam's noise goes."""
         if self.learning_rate is not None:
             return self.learning_rate
-        paper = next((rate for width, rate in PAPER_RATES.items() if self.vision.hidden_size <= width), 4e-4)
-        return paper * math.sqrt(self.batch_size * self.grad_accumulation_steps / PAPER_BATCH)
+        return self._paper_rate * math.sqrt(self.batch_size * self.grad_accumulation_steps / PAPER_BATCH)
+
+    @property
+    def _paper_rate(self) -> float:
+        return next((rate for width, rate in PAPER_RATES.items() if self.vision.hidden_size <= width), 4e-4)
 
     def plan(self) -> Plan:
-        """How the loop trains."""
+        """How the loop trains; the rate falls to the same share of its highest as in the paper."""
         is_on_gpu = mx.default_device().type == mx.DeviceType.gpu
         return replace(
             self._plan(self.rate),
+            warm_up=round(self.iters * PAPER_WARM_UP) if self.warm_up is None else self.warm_up,
+            min_rate=self.rate * PAPER_MIN_RATE / self._paper_rate,
             accumulate=self.grad_accumulation_steps,
             dtype=("bfloat16" if is_on_gpu else "float32") if self.dtype == AUTO else self.dtype,
             keep="last",
@@ -184,7 +206,7 @@ def pretrain(
     """
     output, ranks = Path(output), Ranks()
     with training_run(output, resume=resume, rank=ranks.rank) as folder:
-        start, size = settings.start, share_of(settings.batch_size, ranks.size)
+        start, share = settings.start, share_of(settings.batch_size, ranks.size)
         check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
         tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
         settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
@@ -202,7 +224,7 @@ def pretrain(
         order = Stream(
             data,
             grid,
-            size=size,
+            size=lambda grid: images_of(settings.vision, grid, share, patches=settings.patches),
             seed=settings.seed,
             start=state.progress.positions[ranks.rank] if state.progress is not None else 0,
             rank=ranks.rank,
@@ -353,8 +375,7 @@ def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
     rows, columns = model.encoder.grid(batch.pixels)
     patches = patches_of(batch.pixels, patch_size)
     predicted, _ = model.predict(batch)
-    mean = patches.mean(axis=-1, keepdims=True)
-    deviation = mx.sqrt(mx.square(patches - mean).mean(axis=-1, keepdims=True) + EPS)
+    mean, deviation = mean_and_deviation(patches)
     shown = predicted.astype(mx.float32) * deviation[:, 1:] + mean[:, 1:]
     shown = mx.concatenate([patches[:, :1], shown], axis=1)
     is_prefix = mx.arange(rows * columns)[None] < batch.lengths[:, None]

@@ -303,7 +303,7 @@ def taken(folder, size, *, data=None, **options):
     """The first examples of a stream."""
     vision = Aimv2VisionConfig(22, 13, 2, 2, image_size=10, patch_size=5)
     prepare = Preparation(vision, seed=3, augmentation=Augmentation())
-    order = Stream(data or open_data(folder), lambda number: GRID, size=size, seed=3, **options)
+    order = Stream(data or open_data(folder), lambda number: GRID, size=lambda grid: size, seed=3, **options)
     batches = Batches(order, lambda item: prepare(*item), collate=list)
     try:
         return batches(0)[0]

@@ -305,7 +305,7 @@ def test_the_betas_are_those_of_pretraining(shop, verb):
 
 
 def test_matrices_are_decayed_and_positions_are_not(shop):
-    one, other = (shop.weights("pretrain", "--iters", 1, "--weight-decay", decay) for decay in (0, 9))
+    one, other = (shop.weights("pretrain", "--iters", 1, "--weight-decay", decay) for decay in (0, 0.9))
     went = moved(one, other)
     assert all((went[name] > 0) == (array.ndim > 1 and name != "pos_embed") for name, array in one.items())
 

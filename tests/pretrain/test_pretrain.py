@@ -162,11 +162,11 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_words(shop):
 def test_rate_and_warm_up_are_those_of_the_whole_step_and_run():
     vision = Aimv2VisionConfig(22, 13, 1, 2, image_size=15, patch_size=5)
     one, other = (
-        Settings(vision=vision, iters=70, batch_size=size, grad_accumulation_steps=parts)
+        Settings(vision=vision, iters=240, batch_size=size, grad_accumulation_steps=parts)
         for size, parts in ((12, 1), (4, 3))
     )
     assert one.rate == other.rate
-    assert [settings.plan().warm_up for settings in (one, other)] == [7, 7]
+    assert [settings.plan().warm_up for settings in (one, other)] == [2, 2]
     assert LitSettings(iters=90).plan().warm_up == 9
 
 
