@@ -328,6 +328,20 @@ def test_each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_
     assert len(set(shapes)) > 2
 
 
+def test_a_native_batch_of_small_images_has_more_of_them(shop, monkeypatch):
+    batches = []
+
+    def noting(examples, tokenizer):
+        batch = collate(examples, tokenizer)
+        batches.append((batch.pixels.shape[0], batch.pixels[0].size))
+        return batch
+
+    monkeypatch.setattr("mlx_aimv2.pretrain.pretraining.collate", noting)
+    shop.run("pretrain --native", "--iters", 9, "--batch-size", 7)
+    (most, smallest), *_, (fewest, largest) = sorted(batches, key=lambda batch: batch[1])
+    assert most > 7 > fewest and smallest < largest
+
+
 def test_the_trunk_is_frozen_and_the_rest_is_not(shop):
     start, end = shop.weights("lit", *STILL), shop.weights("lit")
     went = moved(start, end)
