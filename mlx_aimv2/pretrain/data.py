@@ -153,7 +153,7 @@ class ImageFolder(Data):
         found: dict[Path, tuple[str, dict[str, None]]] = {}
         for file in files:
             for where, row, image in rows_with_images(file, scan):
-                if not (texts := captions_of(row)):
+                if not (texts := captions_of(row, where, scan)):
                     scan.note(where, "has no caption: skipped")
                 elif image is None:
                     scan.note(where, "is listed but not there: skipped")
@@ -213,7 +213,7 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
                 name = f"{file.name}:{key.lstrip('/')}"
                 exact_first = sorted(parts, key=lambda ending: "." in ending)  # 0.jpg before 0.depth.png
                 image = next((parts[ending] for ending in exact_first if has_suffix(f"x.{ending}")), None)
-                texts = _texts(parts)
+                texts = _texts(parts, f"{file.parent / name}", scan)
                 if image is None:
                     scan.note(f"{file.parent / name}", "has no image: skipped")
                 elif not texts:
@@ -258,21 +258,26 @@ def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple
             yield key, ending.lower(), content.read()
 
 
-def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
+def _texts(parts: dict[str, bytes], where: str, scan: Scan) -> tuple[str, ...]:
     plain = next((parts[ending] for ending in CAPTION_ENDINGS if ending in parts), None)
     try:
         about = parse(parts.get("json", b"{}"), "json") if plain is None else {"text": plain.decode("utf-8-sig")}
     except ValueError:  # neither UTF-8 nor JSON
         return ()
-    return captions_of(about) if isinstance(about, dict) else ()
+    return captions_of(about, where, scan) if isinstance(about, dict) else ()
 
 
-def captions_of(about: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions under `text` or `caption`, a string or a list of strings, without the empty ones."""
+def captions_of(about: Mapping[str, Any], where: str, scan: Scan) -> tuple[str, ...]:
+    """The captions under `text` or `caption`, a string or a list of strings, without the empty ones.
+
+    One with half a character is left out too, and noted.
+    """
     found = next((about[name] for name in column([name for name in about if about[name]], CAPTION)), None)
-    texts = found if isinstance(found, list) else [found]
-    usable = [text.strip() for text in texts if isinstance(text, str) and not _SURROGATE.search(text)]
-    return tuple(filter(None, usable))
+    texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+    whole = [text.strip() for text in texts if not _SURROGATE.search(text)]
+    if len(whole) < len(texts):
+        scan.note(where, "has a caption with half a character, as of an emoji cut in two: left out")
+    return tuple(filter(None, whole))
 
 
 def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:

@@ -249,14 +249,18 @@ def pretrain(
         return model.encoder
 
 
+def content_of(data: Data) -> str:
+    """A short name of a collection's images and captions."""
+    if isinstance(data, Shards):
+        return digest_of((file.name, file) for file in data.files)
+    return digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
+
+
 def begin(folder: Path, data: Data, tokenizer: Tokenizer, identity: Mapping[str, Any]) -> StateFile:
     """The state of a run on these captions, and its tokenizer beside it. ValueError for a state of another run."""
     ranks = Ranks()
-    if isinstance(data, Shards):
-        content = digest_of((file.name, file) for file in data.files)
-    else:
-        content = digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
-    about = {"data": content, "tokenizer": digest_of([tokenizer.backend.to_str()]), "ranks": ranks.size}
+    about = {"data": content_of(data), "tokenizer": digest_of([tokenizer.backend.to_str()]), "ranks": ranks.size}
+    about |= {"decay": "fully decoupled"}  # another one in earlier versions
     state = StateFile(folder, {**identity, **about})
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,13 +305,19 @@ def validate(model: Pretraining, examples: list[Prepared], tokenizer: Tokenizer,
     return {"validation_image_loss": image_mean, "validation_text_loss": text_mean}
 
 
-def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | None = None) -> None:
-    """A folder in Apple's layout: weights in float32, config.json, preprocessor_config.json, the tokenizer if any."""
+def write_checkpoint(
+    model: AnyModel, output: Path, *, tokenizer: Tokenizer | None = None, processor: Aimv2Processor | None = None
+) -> None:
+    """A folder in Apple's layout: weights in float32, config.json, preprocessor_config.json, the tokenizer if any.
+
+    Without `processor` images are prepared as for Apple's checkpoints.
+    """
     vision = model.vision.config
+    processor = processor or Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size)
     with atomic_folder(output) as folder:
         weights = list(flat(model.parameters()).items())
         save_pytorch(model.config, weights, folder, layout="apple", dtype=mx.float32)
-        Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size).save_to(folder)
+        processor.save_to(folder)
         if tokenizer is not None:
             tokenizer.save_to(folder)
 
