@@ -21,13 +21,14 @@ import numpy as np
 from PIL import Image
 
 from mlx_aimv2.backend import WIDE_SIGHT, prepared
+from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.config import DTYPES, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.conversion.folder import save_pytorch
+from mlx_aimv2.conversion.folder import save_pytorch, write_safetensors
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import atomic_file, atomic_folder
 from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD, published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.layers import patches_of
+from mlx_aimv2.layers import patches_of, pixels_of
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.data import (
@@ -43,14 +44,25 @@ from mlx_aimv2.pretrain.data import (
     grid_of,
     images_of,
 )
-from mlx_aimv2.pretrain.objective import ALPHA, Batch, DecoderConfig, Pretraining, initialise, mean_and_deviation
+from mlx_aimv2.pretrain.objective import (
+    ALPHA,
+    Batch,
+    Decoder,
+    DecoderConfig,
+    Pretraining,
+    initialise,
+    mean_and_deviation,
+)
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Batches, share_of
 from mlx_aimv2.train.loop import Plan, Watch, is_due, train
 from mlx_aimv2.train.optimizer import Group, Table, flat
 from mlx_aimv2.train.settings import MAX_SEED, check, setting
-from mlx_aimv2.train.state import StateFile, digest_of, saved_weights, training_run
+from mlx_aimv2.train.state import StateFile, digest_of, training_run
+
+DECODER_FILE = "decoder.safetensors"
+"""Beside an encoder's weights: those of the decoder that it was trained with, its sizes in the metadata."""
 
 TOKENIZER_CAPTIONS = 1_000_000
 """Captions that a tokenizer is trained on at most."""
@@ -145,6 +157,9 @@ class Settings(Captioned):
     warm_up: int | None = setting(
         None, "optimisation", "steps until the highest rate (default: 1 in 120, the paper's)", "at least 0"
     )
+    generative: bool = setting(
+        False, "what is trained", "predict mean and contrast of patches too, so that `generate` can draw them"
+    )
     grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
     alpha: float = setting(ALPHA, "optimisation", "weight of the image loss", "at least 0")
     dtype: str = setting(
@@ -211,10 +226,10 @@ def pretrain(
         tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
         settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
         state = begin(folder, data, tokenizer, settings.identity)
-        model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
+        model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos, generative=settings.generative)
         initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
         if start is not None and not resume and not start_from(model, start):
-            report(f"{start} has no {Path(start).name}.training beside it: the decoder starts at random")
+            report(f"{start} has no {DECODER_FILE}: the decoder starts at random")
 
         def grid(number: int) -> Grid:
             """The same for all batches of a step and for all ranks."""
@@ -245,7 +260,7 @@ def pretrain(
                 watch=Watch(after_step=after_step, say=report),
             )
         if ranks.rank == 0:
-            write_checkpoint(model.encoder, output, tokenizer=tokenizer)
+            write_checkpoint(model.encoder, output, tokenizer=tokenizer, decoder=model.decoder)
         return model.encoder
 
 
@@ -306,11 +321,17 @@ def validate(model: Pretraining, examples: list[Prepared], tokenizer: Tokenizer,
 
 
 def write_checkpoint(
-    model: AnyModel, output: Path, *, tokenizer: Tokenizer | None = None, processor: Aimv2Processor | None = None
+    model: AnyModel,
+    output: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    processor: Aimv2Processor | None = None,
+    decoder: Decoder | None = None,
 ) -> None:
     """A folder in Apple's layout: weights in float32, config.json, preprocessor_config.json, the tokenizer if any.
 
-    Without `processor` images are prepared as for Apple's checkpoints.
+    Without `processor` images are prepared as for Apple's checkpoints. The decoder, if any, lies beside in a file of
+    its own, with its sizes.
     """
     vision = model.vision.config
     processor = processor or Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size)
@@ -320,6 +341,9 @@ def write_checkpoint(
         processor.save_to(folder)
         if tokenizer is not None:
             tokenizer.save_to(folder)
+        if decoder is not None:
+            about = {"config": json.dumps(asdict(decoder.config))}
+            write_safetensors(folder / DECODER_FILE, flat(decoder.parameters()), metadata=about)
 
 
 def log_to(file: Path, report: Callable[[str], None]) -> Callable[[int, Mapping[str, float]], None]:
@@ -357,13 +381,15 @@ def check_enough(found: int, batch: int) -> None:
 
 
 def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
-    """Fills the model from an earlier run's checkpoint; returns whether there was a decoder, in CHECKPOINT.training.
+    """Fills the model from an earlier run's checkpoint; returns whether it has a decoder.
 
     Position tables are resampled to the new number of patches. Raises ValueError for an encoder of other sizes.
     """
     earlier, _ = load(checkpoint, dtype="float32")
-    encoder, decoder = flat(earlier.vision.parameters()), saved_weights(Path(checkpoint), prefix="decoder.")
-    weights = {f"encoder.{name}": array for name, array in encoder.items() if not name.startswith("head.")} | decoder
+    encoder, file = flat(earlier.vision.parameters()), Path(checkpoint) / DECODER_FILE
+    weights = {f"encoder.{name}": array for name, array in encoder.items() if not name.startswith("head.")}
+    if file.is_file():
+        weights |= {f"decoder.{name}": array for name, array in read_safetensors(file)[0].items()}
     table = "encoder.pos_embed"
     if table in weights and (patches := model.encoder.config.num_patches) is not None:
         old, new = math.isqrt(weights[table].shape[0]), math.isqrt(patches)
@@ -373,7 +399,7 @@ def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
         if shapes.get(name) != array.shape:
             raise ValueError(f"{checkpoint}: {name} is {array.shape}, this run's is {shapes.get(name)}; give its sizes")
     model.load_weights(list(weights.items()), strict=False)
-    return bool(decoder)
+    return file.is_file()
 
 
 def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
@@ -382,16 +408,20 @@ def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
     Predictions are of normalised patches, so they are shown with the mean and deviation of the true ones.
     """
     patch_size = model.encoder.config.patch_size
-    rows, columns = model.encoder.grid(batch.pixels)
+    grid = model.encoder.grid(batch.pixels)
     patches = patches_of(batch.pixels, patch_size)
     predicted, _ = model.predict(batch)
     mean, deviation = mean_and_deviation(patches)
-    shown = predicted.astype(mx.float32) * deviation[:, 1:] + mean[:, 1:]
+    shown = predicted[..., : patches.shape[-1]].astype(mx.float32) * deviation[:, 1:] + mean[:, 1:]
     shown = mx.concatenate([patches[:, :1], shown], axis=1)
-    is_prefix = mx.arange(rows * columns)[None] < batch.lengths[:, None]
+    is_prefix = mx.arange(patches.shape[1])[None] < batch.lengths[:, None]
     shown = mx.where(is_prefix[..., None], patches, shown)
-    sides = np.array(mx.stack([patches, shown], axis=1)).reshape(-1, 2, rows, columns, patch_size, patch_size, 3)
-    grid = sides.transpose(0, 2, 4, 1, 3, 5, 6).reshape(-1, 2 * columns * patch_size, 3)
-    levels = (grid * np.array(CLIP_STD) + np.array(CLIP_MEAN)).clip(0, 1) * 255
+    sides = mx.concatenate([pixels_of(side, grid, patch_size) for side in (patches, shown)], axis=2)
     with atomic_file(file) as stream:
-        Image.fromarray(np.rint(levels).astype(np.uint8)).save(stream, format="PNG")
+        Image.fromarray(levels_of(sides).reshape(-1, *sides.shape[2:])).save(stream, format="PNG")
+
+
+def levels_of(pixels: mx.array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Normalised pixels as 0 … 255, `(B, H, W, 3) -> (B, H, W, 3)`."""
+    levels = (np.array(pixels) * np.array(CLIP_STD) + np.array(CLIP_MEAN)).clip(0, 1) * 255
+    return np.rint(levels).astype(np.uint8)
