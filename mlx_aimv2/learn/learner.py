@@ -108,10 +108,10 @@ def visible_patches(
         left.flat[rng.permutation(left.size)[:hidden]] = False
     while (missing := hidden - np.count_nonzero(~left)) > 0:
         area, aspect = rng.uniform(hidden / 4, hidden), np.exp(rng.uniform(*np.log((0.3, 1 / 0.3))))
-        sides = np.clip(np.rint(np.sqrt([area * aspect, area / aspect])), 1, grid).astype(int)
-        top, side = rng.integers(0, grid - sides + 1)
+        high, wide = np.clip(np.rint(np.sqrt([area * aspect, area / aspect])), 1, grid).astype(int)
+        top, side = rng.integers(0, grid[0] - high + 1), rng.integers(0, grid[1] - wide + 1)
         block = np.zeros(grid, bool)
-        block[top : top + sides[0], side : side + sides[1]] = True
+        block[top : top + high, side : side + wide] = True
         left.flat[np.flatnonzero(block & left)[:missing]] = False
     return np.flatnonzero(left).astype(np.int32)
 
