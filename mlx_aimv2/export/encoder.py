@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.backend.device import machine
+from mlx_aimv2.backend import plain_blocks
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, dtype_name
 from mlx_aimv2.conversion.model_card import LICENCE_KEYS, source_card
 from mlx_aimv2.embed.cache import fingerprint
@@ -62,11 +61,10 @@ class Exported:
     def __call__(self, x: mx.array) -> list[mx.array]:
         model: Any = self.loaded.model
         if (text := self.text) is not None:  # without the checks of the model, which read values
-            states = text.norm(_through(text.blocks, text.embed(x), causal=True))
-            first_eos = mx.argmax(x == text.config.eos_token_id, axis=1)
-            return [model.text_projection(states[mx.arange(x.shape[0]), first_eos])]
+            return [model.text_projection(text.unchecked(x, run=plain_blocks).pooler_output)]
         pixels = self.processor.normalised(x) if self.dtype == "uint8" else x
-        tokens = self.vision.norm(_through(self.vision.blocks, self.vision.embed(pixels)))
+        *_, last = plain_blocks(self.vision.blocks, self.vision.embed(pixels))  # x86's own cannot be exported
+        tokens = self.vision.norm(last)
         if self.head is not None:
             logits = self.head(tokens, self.processor.grid)["logits"]
             return [mx.softmax(logits.astype(mx.float32), axis=-1)]
@@ -76,20 +74,21 @@ class Exported:
             image = tokens.astype(mx.float32).mean(axis=1).astype(tokens.dtype)
         return [{"image": image, "tokens": tokens}[name] for name in self.outputs]
 
-    def describe(self, batches: Sequence[int], outputs: Sequence[mx.array]) -> dict[str, Any]:
-        """What a caller has to know, for JSON; `outputs` are what came out of a call."""
+    def describe(self, batches: Sequence[int], outputs: Mapping[str, mx.array], *, device: str) -> dict[str, Any]:
+        """What a caller has to know, for JSON; `outputs` are what came out of a call on `device`, by name."""
         source, steps = self.loaded.source, self.processor.preprocessing
         card, names = source_card(source), {number: name for name, number in RESAMPLE.items()}
-        shown = zip(self.outputs, outputs, strict=True)
         about = {
             "exported_by": f"mlx-aimv2 {__version__}, MLX {version('mlx')}",
-            "device": machine().kind,
+            "device": device,
             **self.loaded.origin,
             "checkpoint": source.origin.repo or source.origin.folder.absolute().name,
             "fingerprint": fingerprint(self.loaded.model),
             "license": {key: card[key] for key in LICENCE_KEYS if key in card},
             "input": {"dtype": self.dtype, "batches": list(batches), "shape": self.shape},
-            "outputs": [{"name": name, "dtype": dtype_name(x.dtype), "shape": x.shape[1:]} for name, x in shown],
+            "outputs": [
+                {"name": name, "dtype": dtype_name(x.dtype), "shape": x.shape[1:]} for name, x in outputs.items()
+            ],
         }
         if self.text is not None:  # shorter texts are filled with EOS
             return about | {"eos": self.text.config.eos_token_id}
@@ -142,10 +141,3 @@ def _for_grid(processor: Aimv2Processor, grid: tuple[int, ...]) -> Aimv2Processo
     size = (patch * grid[0], patch * grid[1])
     changed.preprocessing = replace(processor.preprocessing, resize=size, crop=size)
     return changed
-
-
-def _through(blocks: Sequence[nn.Module], x: mx.array, *, causal: bool = False) -> mx.array:
-    """Tokens through blocks by the operations of `layers`: those of `backend.x86` cannot be exported."""
-    for block in blocks:
-        x = block(x, causal=causal)
-    return x
