@@ -22,8 +22,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "of two encoders in one file the first one is taken",
-        "if len(copies) > 1:",
-        "if len(copies) > 9:",
+        "if len(encoders) > 1:",
+        "if len(encoders) > 9:",
         (f"{BESIDE}two_encoders_in_one_file_are_refused",),
     ),
     Mutation(
