@@ -239,10 +239,10 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
 
 def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
     """The same in CLIPImageProcessor's format, for preprocessor_config.json."""
-    size, crop = preprocessing.resize, preprocessing.crop
+    size, final = preprocessing.resize, preprocessing.final_size
     return {
-        "crop_size": {"height": crop[0], "width": crop[1]} if crop else CLIP_DEFAULTS["crop_size"],
-        "do_center_crop": crop is not None,
+        "crop_size": {"height": final[0], "width": final[1]} if final else CLIP_DEFAULTS["crop_size"],
+        "do_center_crop": preprocessing.crop is not None,
         "do_convert_rgb": True,
         "do_normalize": preprocessing.image_mean is not None,
         "do_rescale": preprocessing.rescale_factor is not None,
