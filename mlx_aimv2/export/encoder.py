@@ -20,7 +20,7 @@ from mlx_aimv2.files import expand_user, is_file
 from mlx_aimv2.images.preprocessing import RESAMPLE
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.head_folder import INFO_FILE, load_head
-from mlx_aimv2.loading import LARGEST, NATIVE, Loaded, read_source
+from mlx_aimv2.loading import LARGEST, Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 
 OUTPUTS = {"image": ("image",), "tokens": ("tokens",), "both": ("image", "tokens"), "text": ("text",)}
@@ -115,20 +115,18 @@ def prepare(
             raise ValueError(f"{model} is a head to {head.task.name}: only one to classify can be exported")
         parts = {"head": head.learner.head, "labels": head.classes}
         return Exported(head.loaded, head.learner.encoder, head.processor, ("probabilities",), INPUTS[input], **parts)
-    source = read_source(model, revision=revision)
-    grid, own_size = size if isinstance(size, tuple) else None, source.config.vision.image_size
+    grid, pixels = (size, None) if isinstance(size, tuple) else (None, size)
+    source = read_source(model, revision=revision, image_size=pixels)
+    own_size = source.config.vision.image_size
     if grid and own_size:
         raise ValueError(f"--grid is for native checkpoints; {source.origin} takes {own_size} pixels: leave it out")
     if output == "text" and not isinstance(source.config, Aimv2Config):
         raise ValueError(f"--output text: {source.origin} has no text encoder; {LIT_CHECKPOINT} has one")
-    loaded = source.load(
-        dtype=dtype,
-        keep_quantized=keep_quantized,
-        image_size=size if isinstance(size, int) else None if own_size or grid else NATIVE,
-    )
-    processor = _for_grid(loaded.processor, grid) if grid else loaded.processor
+    loaded = source.load(dtype=dtype, keep_quantized=keep_quantized)
+    vision, processor = at_size(loaded.model.vision, loaded.processor, pixels)  # native ones: 224 where nothing is said
+    processor = _for_grid(processor, grid) if grid else processor
     dtype_in = "int32" if output == "text" else INPUTS[input]
-    return Exported(loaded, loaded.model.vision, processor, OUTPUTS[output or "image"], dtype_in)
+    return Exported(loaded, vision, processor, OUTPUTS[output or "image"], dtype_in)
 
 
 def _for_grid(processor: Aimv2Processor, grid: tuple[int, ...]) -> Aimv2Processor:
