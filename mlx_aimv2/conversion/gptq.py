@@ -162,8 +162,11 @@ class Calibration:
         scales, biases = (np.empty((len(order) // group, columns.shape[1]), columns.dtype) for _ in range(2))
         for start in range(0, len(order), group):
             end, here = start + group, order[start] // group
-            block = columns[start:end] + factor[:start, start:end].T @ errors[:start]
-            grid = mx.quantize(mx.array(block.T), group_size=group, bits=bits)[1:]
+            due = factor[:start, start:end].T @ errors[:start]
+            block = columns[start:end] + due
+            # As if the group's own columns would be rounded without errors of their own: the best guess of them.
+            expected = columns[start:end] + np.linalg.solve(factor[start:end, start:end].T, due)
+            grid = mx.quantize(mx.array(expected.T), group_size=group, bits=bits)[1:]
             scales[here], biases[here] = (np.array(x.astype(self.dtype).astype(mx.float32))[:, 0] for x in grid)
             for i in range(group):
                 row = start + i
