@@ -45,7 +45,7 @@ def tokens(count=700, width=128, seed=0):
 def rounded(weight, x, **asked):
     """A weight packed with calibration on these inputs, and what it stands for."""
     settings = resolve(**asked)
-    run = Calibration([], [], {}, mx.float32)
+    run = Calibration([], {}, mx.float32)
     parts = run._packed("a", weight, x.T @ x, settings)
     return parts, np.array(unpack(parts, settings))
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_calibrated_well_is_a_line_each(tmp_path, images):
 
 
 def test_a_hessian_that_cannot_be_factored_is_damped_more():
-    run = Calibration([], [], {}, mx.float32)
+    run = Calibration([], {}, mx.float32)
     squares = np.eye(64, dtype=np.float32)
     squares[0, 1] = squares[1, 0] = 1.2  # no X'X: its smallest number is -0.2
     run._packed("blocks.0.attn.qkv", np.ones((2, 64), np.float32), squares, resolve())
