@@ -24,7 +24,7 @@ from mlx_aimv2.backend.device import turn_tf32_off
 from mlx_aimv2.checkpoint.hub import check_upload, upload
 from mlx_aimv2.cli.flags import MODEL, add_image_size, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
-from mlx_aimv2.conversion.calibration import calibrate, method, split, with_finer_embedding
+from mlx_aimv2.conversion.calibration import calibrate, split, with_finer_embedding
 from mlx_aimv2.conversion.fidelity import FILE, choose_images, report, run_other, run_reference, table
 from mlx_aimv2.conversion.folder import (
     PYTORCH_LAYOUTS,
@@ -138,7 +138,8 @@ def convert(
             other = run_other(read_source(place), images, reference, name=target.name, on_progress=on_progress)
             found = report(reference, other, images)
             if quantize:
-                found["method"] = method(files) if is_gptq else METHODS[0]
+                on = f"{len(files)} images" if files else "crops of three bundled photographs"
+                found["method"] = f"gptq, calibrated on {on}" if is_gptq else "plain"
             write_json(place / FILE, found)
             log(table(found))
         write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
