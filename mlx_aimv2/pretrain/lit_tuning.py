@@ -71,7 +71,7 @@ class LitSettings(Captioned):
 
     def plan(self) -> Plan:
         """How the loop trains."""
-        return replace(self._plan(self.learning_rate), keep="average", eval_every=self.steps_per_eval)
+        return replace(self._plan(self.learning_rate), keep="average")
 
 
 @prepared(WIDE_SIGHT)
@@ -187,7 +187,10 @@ def _train(
     with closing(Batches(order, make, collate=collate)) as batches:
         watch, plan = Watch(after_step=after_step, say=report), settings.plan()
         if held_out is not None:
-            watch, plan = replace(watch, evaluate=partial(score, held_out=held_out)), replace(plan, keep="best")
+            watch, plan = (
+                replace(watch, evaluate=partial(score, held_out=held_out)),
+                replace(plan, keep="best", eval_every=settings.steps_per_eval),
+            )
         train(model, loss, batches, plan, state=state, ranks=ranks, watch=watch)
 
 
