@@ -107,9 +107,8 @@ def lit(
         try:
             features = cache_features(trunk, processor, data, kept, settings=settings, report=report)
             check_enough(len(features.texts), settings.batch_size)
-            held_out = None
+            as_is, held_out = replace(settings, views=1), None
             if validation is not None:
-                as_is = replace(settings, views=1)
                 held_out = cache_features(trunk, processor, validation, kept, settings=as_is, report=report)
             _train(model, features, held_out, tokenizer, settings, state, report)
         finally:
