@@ -124,13 +124,12 @@ def pair_with(encoder: AnyModel, settings: LitSettings, tokenizer: Tokenizer) ->
     if isinstance(encoder, Aimv2Model):
         model = Aimv2Model(encoder.config)
         model.load_weights(list(flat(encoder.parameters()).items()))
-        freeze(model, FROZEN_TRUNK)
-        return model
-    text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
-    model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
-    initialise(model, text.num_hidden_layers, seed=settings.seed)
-    trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
-    model.vision_model.load_weights(trunk, strict=False)
+    else:
+        text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
+        model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
+        initialise(model, text.num_hidden_layers, seed=settings.seed)
+        trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
+        model.vision_model.load_weights(trunk, strict=False)
     freeze(model, FROZEN_TRUNK)
     return model
 
