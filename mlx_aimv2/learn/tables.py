@@ -45,6 +45,7 @@ LABEL: Names = (
     "classid classindex labelid categoryid",
 )
 CAPTION: Names = ("text", "caption captions texts", "description prompt alttext title")
+CAPTIONS = " ".join(CAPTION).split()
 PART: Names = ("split part subset partition dataset",)
 
 START = 1 << 16
@@ -181,7 +182,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            row = parse(line, "a line")
+            row = parse(line, "a line", but=CAPTIONS)
         except ValueError:
             row = None
         if isinstance(row, dict):
