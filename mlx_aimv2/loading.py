@@ -118,6 +118,7 @@ class Source:
         elif self.quantization is not None:
             self.weights = quantize.dequantized(self.weights, self.quantization)
         fill(model, self.weights, dtype=parse_dtype(dtype) if dtype is not None else None, lazy=lazy)
+        model.origin = model.vision.origin = replace(self.origin, tensors={}, folder=self.origin.folder.absolute())
         if image_size is not None:
             vision, processor = at_size(model.vision, processor, image_size)
             if isinstance(model, Aimv2Model):
