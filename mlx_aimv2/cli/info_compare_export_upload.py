@@ -13,7 +13,7 @@ from typing import Any
 from mlx_aimv2.checkpoint.hub import check_upload, file_sizes, is_in_cache, upload
 from mlx_aimv2.checkpoint.read import WEIGHT_FILES, WEIGHT_SUFFIXES, is_hub_name, released_at
 from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups, whole_numbers
-from mlx_aimv2.cli.output import aligned, note, show
+from mlx_aimv2.cli.output import aligned, note, progress, show
 from mlx_aimv2.config import (
     DTYPES,
     Aimv2Config,
@@ -202,7 +202,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
     images = choose_images(arguments.images)
     keywords = {name: getattr(arguments, name) for name in ("revision", "dtype")}
-    found = compare(arguments.reference, arguments.other, images=images, **keywords)
+    with progress() as on_progress:
+        found = compare(arguments.reference, arguments.other, images=images, on_progress=on_progress, **keywords)
     if arguments.json:
         print(json.dumps(found, indent=4))
     else:
