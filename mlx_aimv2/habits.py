@@ -17,12 +17,9 @@ ATTRIBUTES = {
     "push_to_hub": "mlx_aimv2.save(model, processor, FOLDER), then mlx-aimv2 upload FOLDER OWNER/NAME in a shell",
     "get_image_features": "model.encode_image(pixels) with pixels = processor(images)",
     "get_text_features": "model.encode_text(ids) with ids = processor.tokenize(texts)",
-    "image_processor": "processor(images) itself gives the pixels",
-    "batch_decode": "processor.tokenizer.backend.decode(ids) gives the text of one row",
     "forward": "model(pixels)",
     "to": _MOVE,
     "cuda": _MOVE,
-    "half": "load(NAME, dtype='float16')",
 }
 """Attribute of transformers' models and processors -> what to write instead."""
 

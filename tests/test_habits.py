@@ -70,5 +70,5 @@ def test_no_keyword_of_ours_is_taken_for_a_habit():
 def test_a_processor_says_size_mean_and_deviation():
     assert repr(PROCESSOR) == (
         "Aimv2Processor(84x84 pixels, patches of 14x14, mean (0.4815, 0.4578, 0.4082), "
-        "deviation (0.2686, 0.2613, 0.2758), 2048 tokens for texts)"
+        "deviation (0.2686, 0.2613, 0.2758))"
     )

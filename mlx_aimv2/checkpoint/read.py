@@ -48,6 +48,9 @@ AUXILIARY_FILES = (
 )
 """Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
 
+WHOLE = "save(model, processor, FOLDER) writes a whole checkpoint, model.save_weights the weights alone"
+"""What to do where sizes are missing beside weights."""
+
 HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
 """What is fetched from the Hub before the weights, whose files it names."""
 
@@ -114,7 +117,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         reason = str(error).removeprefix(f"{path}: ")
         raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
     if not os.path.lexists(folder / CONFIG_FILE):
-        raise FileNotFoundError(f"{files[0]}: no {CONFIG_FILE} beside it{_without_sizes(files)}")
+        raise FileNotFoundError(f"{files[0]}: no {CONFIG_FILE} beside it; {WHOLE}")
     config = read_json(folder / CONFIG_FILE)
     for file in files:
         _check_safetensors(file)
@@ -124,18 +127,6 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         if absent := {name for name, file in weight_map.items() if folder / file in files} - set(tensors):
             raise ValueError(f"{list_file}: lists tensors that no shard holds: {listed(absent)}")
     return Checkpoint(path, folder, files, config, tensors, repo, commit)
-
-
-def _without_sizes(files: Sequence[Path]) -> str:
-    """What to do about weights that have no config.json: those of MLX's `save_weights` can be put back."""
-    with suppress(ValueError):
-        tensors = read_tensors(file for file in files if file.suffix not in PICKLES)
-        if recognise({name: tuple(array.shape) for name, array in tensors.items()}).is_target:
-            return (
-                "; model.save_weights writes weights alone: load the model again, give it these by model.load_weights, "
-                "and write a whole folder by save(model, processor, FOLDER)"
-            )
-    return "; a checkpoint has one beside its weights"
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, mx.array]:
@@ -159,7 +150,7 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
 
     path = expand_user(path_or_hf_repo)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        more = "; save(model, processor, FOLDER) writes such a folder" if path.suffix == ".npz" else ""
+        more = f"; {WHOLE}" if path.suffix == ".npz" else ""
         wanted = ", ".join(WEIGHT_SUFFIXES)
         raise ValueError(f"{path}: not a weight file; wanted {wanted}, or a checkpoint's folder{more}")
     if path.exists():
@@ -226,7 +217,7 @@ def _weight_files(
     if any(folder.glob("model-*-of-*.safetensors")):
         raise FileNotFoundError(f"{folder}: has shards but no {INDEX_FILE} that lists them")
     stray = sorted(file.name for kind in ("*.safetensors", "*.npz") for file in folder.glob(kind))
-    what = f"; {stray[0]} is none of them: save(model, processor, FOLDER) writes a whole folder" if stray else ""
+    what = f"; {stray[0]} is none of them: {WHOLE}" if stray else ""
     raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}{what}")
 
 

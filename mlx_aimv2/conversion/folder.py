@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import shutil
 import warnings
@@ -25,7 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_aimv2 import quantize
 from mlx_aimv2.checkpoint.detect import differences
 from mlx_aimv2.checkpoint.layouts import MLX as MLX_LAYOUT
-from mlx_aimv2.checkpoint.layouts import layout_for
+from mlx_aimv2.checkpoint.layouts import Match, layout_for
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE, Checkpoint
 from mlx_aimv2.config import (
     APPLE_NAMES,
@@ -233,15 +232,12 @@ def save(
             raise TypeError(f"save(model, processor, folder): {name} must be {wanted}, got {type(value).__name__}")
     target = expand_user(folder)
     check_target(target)
+    section, match = quantize.section_of(model), layout_for(MLX_LAYOUT, pair=isinstance(model, Aimv2Model))
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    section, plain = quantize.section_of(model), build(model.config)
-    count = sum(math.prod(shape) for shape in parameter_shapes(plain).values())
-    quantize.apply_structure(plain, section or {}, weights)
-    _check_whole(weights, parameter_shapes(plain), isinstance(model, Aimv2Model))
+    _check_whole(weights, model.config, section, match)
     config = model.config.to_dict() | {"torch_dtype": dtype_name(model.dtype)}
     config |= {"quantization": section, "quantization_config": section} if section else {}
-    origin = model.origin or Checkpoint(target, target, [], {}, {})
-    source = Source(origin, model.config, layout_for(MLX_LAYOUT, pair=isinstance(model, Aimv2Model)), {}, section)
+    source = Source(model.origin or Checkpoint(target, target, [], {}, {}), model.config, match, {}, section)
     with atomic_folder(target) as place:
         processor.save_to(place)
         if isinstance(model, Aimv2Model) and processor.tokenizer is not None:
@@ -251,32 +247,31 @@ def save(
         except ValueError as error:
             what = str(error).replace(str(place), str(target))
             raise ValueError(f"{what}; save a model with the processor that load gives beside it") from None
-        save_weights(place, sorted(weights.items()), total_parameters=count)
+        save_weights(place, sorted(weights.items()), total_parameters=source.parameters)
         save_config(place, config)
         try:
             if model.origin is not None:
                 copy_beside(place, source, BESIDE)
         except FileNotFoundError:
-            warnings.warn(f"{origin} is gone: its licence could not be copied into {target}", stacklevel=2)
+            warnings.warn(f"{source.origin} is gone: its licence could not be copied into {target}", stacklevel=2)
         model_card.write(place, source=source, config=config, report=None, is_tuned=is_tuned)
     return target
 
 
-def _check_whole(weights: Mapping[str, mx.array], wanted: Mapping[str, tuple[int, ...]], is_pair: bool) -> None:
+def _check_whole(
+    weights: Mapping[str, mx.array], config: AnyConfig, section: Mapping[str, Any] | None, match: Match
+) -> None:
     """Raises ValueError for weights that `load` would refuse, or make another dtype of."""
-    found = {name: array.shape for name, array in weights.items()}
-    if lines := differences(wanted, found, layout_for(MLX_LAYOUT, pair=is_pair)):
-        has_adapters = any(name.endswith(".lora_a") for name in found)
-        advice = (
-            "fuse(model) of mlx_aimv2.learn makes adapters part of the weights" if has_adapters else "save it whole"
-        )
-        raise ValueError(f"the parameters are not those of this model: {'; '.join(lines)}; {advice}")
-    dtypes = {dtype_name(array.dtype) for array in weights.values() if mx.issubdtype(array.dtype, mx.floating)}
-    if len(dtypes) > 1 or not dtypes <= {*DTYPES}:
-        raise ValueError(
-            f"the weights must be of one dtype, {', '.join(DTYPES)}, got {', '.join(sorted(dtypes))}: "
-            "model.set_dtype(mx.float32) makes them so"
-        )
+    plain = build(config)
+    quantize.apply_structure(plain, section or {}, weights)
+    if lines := differences(parameter_shapes(plain), {name: array.shape for name, array in weights.items()}, match):
+        has_adapters = any(name.endswith(".lora_a") for name in weights)
+        advice = "; fuse(model) of mlx_aimv2.learn makes adapters part of the weights" if has_adapters else ""
+        raise ValueError(f"the parameters are not those of this model: {'; '.join(lines)}{advice}")
+    dtypes = sorted({dtype_name(one.dtype) for one in weights.values() if mx.issubdtype(one.dtype, mx.floating)})
+    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
+        wanted = f"weights must be of one dtype, {', '.join(DTYPES)}"
+        raise ValueError(f"{wanted}, got {', '.join(dtypes)}: model.set_dtype(mx.float32) makes them so")
 
 
 def is_own(folder: Path) -> bool:

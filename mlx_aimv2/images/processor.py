@@ -115,13 +115,11 @@ class Aimv2Processor:
         return height // self.patch_size, width // self.patch_size
 
     def __repr__(self) -> str:
-        steps, size = self.preprocessing, "images keep their size"
-        if steps.final_size is not None:
-            size = "{}x{} pixels".format(*steps.final_size)
+        steps = self.preprocessing
+        size = "images keep their size" if steps.final_size is None else "{}x{} pixels".format(*steps.final_size)
         numbers = {"mean": steps.image_mean, "deviation": steps.image_std}
-        shown = "".join(f", {name} {tuple(round(one, 4) for one in three or ())}" for name, three in numbers.items())
-        words = "" if self.tokenizer is None else f", {self.tokenizer.size} tokens for texts"
-        return f"Aimv2Processor({size}, patches of {self.patch_size}x{self.patch_size}{shown}{words})"
+        rounded = (f"{name} {tuple(round(one, 4) for one in three or ())}" for name, three in numbers.items())
+        return f"Aimv2Processor({size}, patches of {self.patch_size}x{self.patch_size}, {', '.join(rounded)})"
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.files import read_json
 from mlx_aimv2.learn.task_options import MAX_RANK
 from mlx_aimv2.loading import AnyModel
-from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
+from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import first_not_finite
 from mlx_aimv2.untrusted_json import Fields, misfit
 
@@ -107,7 +107,7 @@ def add_adapters(
     if (name := _unfit(numbers)) is not None:
         raise ValueError(f"{name} must be from {BOUNDS[name][0]} to {BOUNDS[name][1]:g}, got {numbers[name]!r:.60}")
     found: list[tuple[str, LoRALinear]] = []
-    for path, encoder in _encoders(model).items():
+    for path, encoder in [(path, module) for path, module in model.named_modules() if "blocks" in module]:
         depth = len(encoder.blocks)
         count = depth if num_layers == -1 else num_layers
         if not 1 <= count <= depth:
@@ -117,17 +117,12 @@ def add_adapters(
             if other := next((layers[key] for key in KEYS if not isinstance(layers[key], nn.Linear)), None):
                 advice = "fuse(model) first" if isinstance(other, LoRALinear) else "load it without keep_quantized"
                 raise ValueError(f"blocks.{i} has layers of the kind {type(other).__name__} already: {advice}")
-            found += [(f"{path}blocks.{i}.{key}", KINDS[kind](layers[key], **numbers)) for key in KEYS]
+            found += [
+                (f"{path}.blocks.{i}.{key}".removeprefix("."), KINDS[kind](layers[key], **numbers)) for key in KEYS
+            ]
     model.freeze()
     model.update_modules(tree_unflatten(found))
     return {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": numbers | {"keys": KEYS}}
-
-
-def _encoders(model: AnyModel) -> dict[str, Aimv2VisionModel | Aimv2TextModel]:
-    """The encoders of a model by the beginning of their parameters' paths."""
-    if isinstance(model, Aimv2Model):
-        return {"vision_model.": model.vision_model, "text_model.": model.text_model}
-    return {"": model}
 
 
 def _unfit(numbers: Mapping[str, Any]) -> str | None:

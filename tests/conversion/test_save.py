@@ -208,7 +208,7 @@ def test_what_cannot_come_back_is_refused_and_nothing_is_left(pair, tmp_path):
             "x: images are prepared as 15x15, but the model takes 25x25;",
         ),
         ((model, other, tmp_path / "x"), ValueError, "save a model with the processor that load gives beside it"),
-        ((headed, load(FIXED)[1], tmp_path / "x"), ValueError, "parameters are not .*extra extra.bias, extra.weight; "),
+        ((headed, load(FIXED)[1], tmp_path / "x"), ValueError, "parameters are not .*extra extra.bias, extra.weight$"),
     ):
         with pytest.raises(kind, match=words) as caught:
             save(*arguments)
@@ -223,17 +223,13 @@ def test_weights_alone_lead_to_save(pair, tmp_path, capsys):
         model.save_weights(str(tmp_path / name / name))
     words = r"save\(model, processor, FOLDER\)"
     for given in ("model.safetensors", "model.safetensors/model.safetensors", "w.safetensors/w.safetensors"):
-        with pytest.raises(FileNotFoundError, match=rf"no config.json beside it; .*model.load_weights, .*{words}"):
+        with pytest.raises(FileNotFoundError, match=rf"no config.json beside it; {words}"):
             load(tmp_path / given)
     for given in ("w.safetensors", "w.npz", "w.npz/w.npz"):
         with pytest.raises((FileNotFoundError, ValueError), match=words):
             load(tmp_path / given)
     assert main(["info", str(tmp_path / "w.safetensors" / "w.safetensors")]) == 2
     assert "FOLDER" in capsys.readouterr().err
-    (tmp_path / "foreign").mkdir()
-    shutil.copy(FIXED / "model.safetensors", tmp_path / "foreign")
-    with pytest.raises(FileNotFoundError, match=r"no config.json beside it; a checkpoint has one beside its weights"):
-        load(tmp_path / "foreign")
 
 
 def test_a_saved_folder_is_a_checkpoint_like_any_other(pair, tmp_path):
