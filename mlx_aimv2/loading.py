@@ -134,6 +134,7 @@ class Source:
         elif self.quantization is not None:
             self.weights = quantize.dequantized(self.weights, self.quantization)
         fill(model, self.weights, dtype=parse_dtype(dtype) if dtype is not None else None, lazy=lazy)
+        model.origin = model.vision.origin = replace(self.origin, tensors={}, folder=self.origin.folder.absolute())
         if lazy:
             mark_lazy(model, threading.get_ident())
         return Loaded(self, model, processor)

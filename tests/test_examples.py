@@ -4,17 +4,20 @@ import importlib.util
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from examples import tsne
-from mlx_aimv2 import bundled
+from mlx_aimv2 import bundled, load
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(
     file for file in FOLDER.glob("*.py") if file.stem not in ("demo", "titled", "tsne", "make_scenes", "__init__")
 )
+
+PIXELS = mx.random.normal((1, 84, 84, 3), key=mx.random.key(1))
 
 
 def imported(file: Path):
@@ -120,6 +123,25 @@ def test_images_are_completed_and_named(tmp_path, capsys):
     assert len(re.findall(r"^never seen: .+ is called '", out, re.MULTILINE)) == 3
     with Image.open(tmp_path / "complete.png") as image:
         assert image.width > 3 * 168 and image.height > 6 * 168
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_learns_and_leaves_a_checkpoint(tmp_path, capsys):
+    out = run("own_loop", capsys, "--output", tmp_path / "tuned")
+    first, last = (float(loss) for loss in re.findall(r"loss (\d+\.\d+)", out))
+    assert last < 0.7 * first
+    assert int(re.search(r"(\d+)% of 100 held-out digits", out)[1]) >= 40
+    tuned, before = (
+        load(folder)[0].encode_image(PIXELS) for folder in (tmp_path / "tuned", bundled.emoji_checkpoint())
+    )
+    assert not mx.allclose(tuned, before, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_connected_language_model_learns_the_names_of_images(capsys):
+    out = run("connector", capsys)
+    first, last = (float(loss) for loss in re.findall(r"loss (\d+\.\d+)", out))
+    assert last < 0.2 * first
 
 
 def test_the_demo_fails_where_features_are_wrong(monkeypatch):

@@ -47,6 +47,9 @@ AUXILIARY_FILES = (
 )
 """Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
 
+WHOLE = "save(model, processor, FOLDER) writes a whole checkpoint, model.save_weights the weights alone"
+"""What to do where sizes are missing beside weights."""
+
 HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
 """What is fetched from the Hub before the weights, whose files it names."""
 
@@ -115,6 +118,8 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
             raise
         reason = str(error).removeprefix(f"{path}: ")
         raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
+    if not os.path.lexists(folder / CONFIG_FILE):
+        raise FileNotFoundError(f"{files[0]}: no {CONFIG_FILE} beside it; {WHOLE}")
     config = config or read_json(folder / CONFIG_FILE)
     for file in files:
         _check_safetensors(file)
@@ -147,7 +152,9 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
 
     path = expand_user(path_or_hf_repo)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        raise ValueError(f"{path}: not a weight file; wanted {', '.join(WEIGHT_SUFFIXES)}, or a checkpoint's folder")
+        more = f"; {WHOLE}" if path.suffix == ".npz" else ""
+        wanted = ", ".join(WEIGHT_SUFFIXES)
+        raise ValueError(f"{path}: not a weight file; wanted {wanted}, or a checkpoint's folder{more}")
     if path.exists():
         if revision is not None:
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
@@ -218,7 +225,9 @@ def _weight_files(
             return [folder / name]
     if any(folder.glob("model-*-of-*.safetensors")):
         raise FileNotFoundError(f"{folder}: has shards but no {INDEX_FILE} that lists them")
-    raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
+    stray = sorted(file.name for kind in ("*.safetensors", "*.npz") for file in folder.glob(kind))
+    what = f"; {stray[0]} is none of them: {WHOLE}" if stray else ""
+    raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}{what}")
 
 
 def _read_index(folder: Path) -> tuple[Path, Mapping[str, str]] | None:

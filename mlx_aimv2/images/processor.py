@@ -19,6 +19,7 @@ import numpy as np
 
 from mlx_aimv2.backend.device import check_process
 from mlx_aimv2.config import Aimv2Config
+from mlx_aimv2.habits import answers_habits
 from mlx_aimv2.images.open import ImageInput, Levels, OpenImage, Policy, as_array, name_of, open_image, warn_of
 from mlx_aimv2.images.preprocessing import Preprocessing, read_preprocessing, to_clip
 from mlx_aimv2.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ MAX_ASKED_PATCHES = 1 << 16
 """Patches that the files of a checkpoint that takes any size may ask for: 16 times what Apple's was trained on."""
 
 
+@answers_habits
 class Aimv2Processor:
     """Images to pixels, texts to ids."""
 
@@ -129,6 +131,13 @@ class Aimv2Processor:
         """Rows and columns of patches of every image, where all have one size."""
         height, width = self.canvas
         return height // self.patch_size, width // self.patch_size
+
+    def __repr__(self) -> str:
+        steps = self.preprocessing
+        size = "images keep their size" if steps.final_size is None else "{}x{} pixels".format(*steps.final_size)
+        numbers = {"mean": steps.image_mean, "deviation": steps.image_std}
+        rounded = (f"{name} {tuple(round(one, 4) for one in three or ())}" for name, three in numbers.items())
+        return f"Aimv2Processor({size}, patches of {self.patch_size}x{self.patch_size}, {', '.join(rounded)})"
 
     def __call__(
         self,
