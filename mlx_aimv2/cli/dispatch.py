@@ -31,7 +31,7 @@ VERBS = {
     "duplicates": ("use", "INDEX", "list images that an index has more than once; nothing is deleted"),
     "classify": ("use", "IMAGE...", "rank your labels by how well they fit each image"),
     "map": ("use", "IMAGE... -m MODEL", "draw features of images: a colour for each patch, or how similar patches are"),
-    "serve": ("use", "[INDEX] [-m MODEL]", "open a page to search, look and teach, with an API for programs"),
+    "serve": ("use", "(INDEX | -m MODEL)", "open a page to search, look and teach, with an API for programs"),
     "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
     "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),

@@ -21,6 +21,7 @@ SECONDS_TO_STOP = 1
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(refuse=parser.error)
     add = parser.add_argument_group("what is served").add_argument
     add("index", type=Path, nargs="?", metavar="INDEX", help="index written by mlx-aimv2 embed")
     add("-m", "--model", metavar="MODEL", help=f"{flags.OF_INDEX}; without INDEX the API alone")
@@ -36,6 +37,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serves until it is stopped."""
+    if arguments.index is None and arguments.model is None:
+        arguments.refuse("one of the arguments INDEX -m/--model is required")
     try:
         import uvicorn
     except ImportError:
@@ -47,8 +50,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.serve.app import Service, create_app
     from mlx_aimv2.serve.gallery import Gallery
 
-    if arguments.index is None and arguments.model is None:
-        raise ValueError("give an INDEX, or a model with -m MODEL for the API alone")
+    if not 0 <= arguments.port < 1 << 16:
+        raise ValueError(f"--port is a number from 0 to 65535, got {arguments.port}")
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     is_local = host in LOOPBACK
     if not is_local and not arguments.token:
@@ -96,5 +99,3 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise OSError(f"--port {port} of {host} cannot be had: {error.strerror}; --port 0 takes a free one") from None
-    except OverflowError:
-        raise ValueError(f"--port is a number from 0 to 65535, got {port}") from None

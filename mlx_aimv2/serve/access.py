@@ -66,8 +66,9 @@ class Guard:
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         response: Response | None = self._refused(headers)
-        if response is None and scope["path"] == "/" and (given := parse_qs(scope["query_string"]).get(b"token")):
-            if not secrets.compare_digest(given[0], self.token.encode()):
+        given = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True).get("token")
+        if response is None and scope["path"] == "/" and given:
+            if not self._is_token(given[0]):
                 response = _refusal(401, "the token is not the one that mlx-aimv2 serve has printed")
             else:  # the address that is left in the browser's history opens nothing without the cookie
                 response = RedirectResponse("/", 303)
@@ -104,9 +105,10 @@ class Guard:
         except CookieError:
             cookie = None
         given = [bearer if kind.lower() == "bearer" else "", cookie.value if cookie is not None else ""]
-        return any(
-            secrets.compare_digest(one.strip().encode("latin-1", "replace"), self.token.encode()) for one in given
-        )
+        return any(map(self._is_token, given))
+
+    def _is_token(self, text: str) -> bool:
+        return secrets.compare_digest(text.encode("utf-8", "replace"), self.token.encode())
 
 
 class _Bounded:
