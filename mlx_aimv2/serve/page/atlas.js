@@ -19,7 +19,7 @@ export function begin(what) {
   map.addEventListener("pointerdown", (event) => {
     map.setPointerCapture(event.pointerId);
     held = { x: event.offsetX, y: event.offsetY, moved: false, isLasso: event.shiftKey || isSelecting() };
-    lasso = [];
+    lasso = held.isLasso ? [[event.offsetX, event.offsetY]] : [];
     if (held.isLasso) select([]);
   });
   map.addEventListener("pointermove", (event) => {
