@@ -76,12 +76,18 @@ def pca_map(tokens: NDArray[Any], grid: tuple[int, int], *, cell: int = 14) -> I
     Red, green and blue are the first three principal components of this image's tokens, each stretched between its
     2nd and 98th percentile. Each token is a square of `cell` pixels.
     """
+    return _squares(component_colours(tokens, grid), cell)
+
+
+def component_colours(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
+    """The colours of `pca_map`, `(N, D), (rows, columns) -> (rows, columns, 3)` from 0 to 1."""
     _check_grid(tokens, grid)
     coordinates = principal_components(tokens, 3)
     low, high = np.percentile(coordinates, [2, 98], axis=0)
     flat = high - low < 1e-12
     levels = np.where(flat, 0.5, (coordinates - low) / np.where(flat, 1, high - low))
-    return _squares(levels.clip(0, 1).reshape(*grid, 3), cell)
+    colours: NDArray[Any] = levels.clip(0, 1).reshape(*grid, 3)
+    return colours
 
 
 def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int]) -> NDArray[Any]:
