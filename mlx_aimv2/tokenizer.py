@@ -82,6 +82,10 @@ class Tokenizer:
         }
         write_json(folder / "tokenizer_config.json", about)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> the text that they stand for, in lower case, with a space after each word."""
+        return self.backend.decode(list(ids)).replace("</w>", " ").strip()
+
     def __call__(self, texts: str | Sequence[str]) -> NDArray[np.int32]:
         """One text or several -> ids (B, L) int32."""
         batch = list(texts) if isinstance(texts, (list, tuple)) else [texts]

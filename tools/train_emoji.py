@@ -27,6 +27,7 @@ from mlx_aimv2.conversion import folder as mlx_folder
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import load, read_source
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.pretrain.lit_tuning import recall
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from mlx_aimv2.train.state import STATE_FILE
@@ -61,7 +62,7 @@ TEXT = {
 SEEN_AS = ("--no-flip", "--jitter", "0.3", "--grey", "0.15", "--min-area", "0.5")
 PRETRAIN = (
     *("--vocab-size", "2048", "--batch-size", "64", "--learning-rate", "1.5e-3"),
-    *("--weight-decay", "0.1", "--first-caption", "0.5", "--save-every", "250"),
+    *("--first-caption", "0.5", "--save-every", "250"),
 )
 LIT = (
     *("--vocab-size", "2048", "--batch-size", "256", "--learning-rate", "1e-3"),
@@ -177,12 +178,6 @@ def measure(pair: Path, unseen: Path, *, phrases: Sequence[str] = PHRASES) -> No
         best = np.argsort(-(images[shipped] @ embed_texts(model, processor, [phrase])[0]))[:5]
         print(f"  {phrase!r}: {', '.join(names[shipped[i]] for i in best)}")
     print(f"linear probe on the digits, mean token of the trunk: {probe_digits(model.vision, processor):.2%}")
-
-
-def recall(scores: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """The shares of rows whose own column, on the diagonal, is first, and among the first five: `(n, n) -> two`."""
-    place = (scores > np.diag(scores)[:, None]).sum(axis=1)
-    return float((place < 1).mean()), float((place < 5).mean())
 
 
 def _ranks(scores: np.ndarray[Any, Any]) -> str:

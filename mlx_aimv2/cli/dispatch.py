@@ -36,6 +36,7 @@ VERBS = {
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
     "export": ("convert", "-m MODEL -o FILE", "write an encoder for programs in Swift and C++, or for Core ML"),
     "fuse": ("convert", "--adapter-path HEAD", "merge adapters into the encoder"),
+    "upload": ("convert", "FOLDER OWNER/NAME", "publish a converted folder on the Hugging Face Hub"),
     "fit": ("learn", "DATA -m MODEL -o HEAD", "learn your labels from a folder of images"),
     "predict": ("learn", "HEAD IMAGE...", "predict labels, masks or boxes for images"),
     "evaluate": ("learn", "HEAD DATA", "score a trained head on labelled images"),
@@ -58,6 +59,7 @@ EXAMPLES = {
     "compare": f"{LARGE} large-4bit --images ~/Pictures",
     "export": f"-m {LARGE} -o encoder.mlxfn --input uint8",
     "fuse": "--adapter-path my-labels --save-path my-encoder",
+    "upload": "large-4bit my-name/aimv2-large-4bit",
     "fit": f"photos/ -m {LARGE} -o my-labels",
     "predict": "my-labels new.jpg",
     "evaluate": "my-labels held-out/",
@@ -68,7 +70,7 @@ EXAMPLES = {
 """Verb -> what its help begins with."""
 
 FILES = (
-    "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export",
+    "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export_upload",
     "pretrain_lit",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""

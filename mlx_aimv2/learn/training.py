@@ -26,7 +26,7 @@ from mlx_aimv2.images import FAST
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
-from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner
+from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner, visible_patches
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
 from mlx_aimv2.learn.task_options import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
@@ -272,18 +272,18 @@ def fine_tune(run: Run) -> Trained:
         raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
     head = _first_head(run)  # before the encoder has adapters
     adapters = _with_adapters(run, layers)
-    learner = Learner(run.encoder, head)
+    grid = run.processor.grid
+    hidden = round(options.mask_ratio * math.prod(grid))
+    learner = Learner(run.encoder, head, fills=run.task.dense and hidden > 0)
     groups = (
         _groups(depth, layers, own.layer_decay) if adapters is None else []
     )  # adapters have frozen all but themselves
     freeze(learner, groups)
-    patches = math.prod(run.processor.grid)
-    hidden = round(options.mask_ratio * patches)
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         example = run.task.data.example(sample, run.processor, rng=rng if options.augment else None, flip=options.flip)
         if hidden:
-            example["visible"] = np.sort(rng.permutation(patches)[hidden:]).astype(np.int32)
+            example["visible"] = visible_patches(grid, hidden, options.mask_shape, rng)
         return example
 
     def loss(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:

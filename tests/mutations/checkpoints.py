@@ -119,13 +119,13 @@ CHECKPOINTS = (
     ),
     Mutation(
         "the report on fidelity compares the source with itself",
-        "return report(run, run_blockwise(read_source(other), images, dtype=dtype), images)",
+        "return report(run, run_other(read_source(other), images, run, dtype=dtype, on_progress=on_progress), images)",
         "return report(run, run, images)",
         ("tests/conversion/test_fidelity.py",),
     ),
     Mutation(
         "the reference of the report runs in the checkpoint's dtype",
-        'run_blockwise(source, images, dtype="float32", inside=True)',
+        'run_blockwise(source, images, dtype="float32", inside=True, on_progress=on_progress)',
         "run_blockwise(source, images, inside=True)",
         ("tests/conversion/test_fidelity.py",),
     ),
@@ -143,7 +143,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a conversion asks again what the name of its source means",
-        "= run_reference(source.reopened(), images)",
+        "= run_reference(source.reopened(), images, on_progress=on_progress)",
         "= run_reference(read_source(hf_path, revision=revision), images)",
         ("tests/test_convert.py",),
     ),

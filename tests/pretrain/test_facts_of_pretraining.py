@@ -305,7 +305,7 @@ def test_the_betas_are_those_of_pretraining(shop, verb):
 
 
 def test_matrices_are_decayed_and_positions_are_not(shop):
-    one, other = (shop.weights("pretrain", "--iters", 1, "--weight-decay", decay) for decay in (0, 9))
+    one, other = (shop.weights("pretrain", "--iters", 1, "--weight-decay", decay) for decay in (0, 0.9))
     went = moved(one, other)
     assert all((went[name] > 0) == (array.ndim > 1 and name != "pos_embed") for name, array in one.items())
 
@@ -326,6 +326,20 @@ def test_each_step_of_a_native_run_has_one_grid_for_its_batches_and_other_steps_
     shop.run("pretrain --native", "--grad-accumulation-steps", 2, "--iters", 6)
     assert shapes[::2] == shapes[1::2] and len(shapes) == 12
     assert len(set(shapes)) > 2
+
+
+def test_a_native_batch_of_small_images_has_more_of_them(shop, monkeypatch):
+    batches = []
+
+    def noting(examples, tokenizer):
+        batch = collate(examples, tokenizer)
+        batches.append((batch.pixels.shape[0], batch.pixels[0].size))
+        return batch
+
+    monkeypatch.setattr("mlx_aimv2.pretrain.pretraining.collate", noting)
+    shop.run("pretrain --native", "--iters", 9, "--batch-size", 7)
+    (most, smallest), *_, (fewest, largest) = sorted(batches, key=lambda batch: batch[1])
+    assert most > 7 > fewest and smallest < largest
 
 
 def test_the_trunk_is_frozen_and_the_rest_is_not(shop):

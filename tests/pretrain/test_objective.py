@@ -100,7 +100,7 @@ def test_the_losses_are_those_of_an_independent_computation(model, batch):
         for i in range(int(batch.lengths[image].item()), PATCHES):
             row, column = divmod(i, 3)
             target = pixels[image, row * 5 : row * 5 + 5, column * 5 : column * 5 + 5].reshape(-1)
-            target = (target - target.mean()) / np.sqrt(target.var() + 1e-6)
+            target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
             errors.append(((patches[image, i - 1] - target) ** 2).mean())
         for t, wanted in enumerate(IDS[image][1:]):
             logits = tokens[image, t]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -18,6 +19,7 @@ import mlx_aimv2
 from mlx_aimv2 import Aimv2VisionConfig, load
 from mlx_aimv2.cli import main
 from mlx_aimv2.pretrain import LitSettings, Settings
+from mlx_aimv2.train.loop import train
 from tests.small_training import (
     DECODER,
     TINY,
@@ -162,18 +164,36 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_words(shop):
 def test_rate_and_warm_up_are_those_of_the_whole_step_and_run():
     vision = Aimv2VisionConfig(22, 13, 1, 2, image_size=15, patch_size=5)
     one, other = (
-        Settings(vision=vision, iters=70, batch_size=size, grad_accumulation_steps=parts)
+        Settings(vision=vision, iters=240, batch_size=size, grad_accumulation_steps=parts)
         for size, parts in ((12, 1), (4, 3))
     )
     assert one.rate == other.rate
-    assert [settings.plan().warm_up for settings in (one, other)] == [7, 7]
+    assert [settings.plan().warm_up for settings in (one, other)] == [2, 2]
     assert LitSettings(iters=90).plan().warm_up == 9
 
 
+def test_a_schedule_of_zero_gradients_leaves_951_thousandths_of_a_matrix_and_all_of_a_norm():
+    vision = Aimv2VisionConfig(1024, 13, 1, 2, image_size=15, patch_size=5)
+    plan = Settings(vision=vision, iters=1000, learning_rate=1e-3).plan()
+    model = nn.Module()
+    model.norm, model.layer, model.pos_embed = nn.RMSNorm(3), nn.Linear(2, 3), mx.ones((5, 2))
+    model.layer.update({"weight": mx.ones((3, 2)), "bias": mx.ones(3)})
+
+    def nothing(model, batch, key):
+        return {"loss": 0 * sum(x.sum() for _, x in tree_flatten(model.parameters()))}
+
+    train(model, nothing, lambda number: (None, 0), plan)
+    assert model.layer.weight[0, 0].item() == pytest.approx(0.951, abs=5e-4)
+    for kept in (model.norm.weight, model.layer.bias, model.pos_embed):
+        assert (kept == 1).all().item()
+
+
 @pytest.mark.parametrize(("width", "rate"), [(1024, 1e-3), (1025, 8e-4), (2048, 8e-4), (3072, 4e-4)])
-def test_each_width_has_the_papers_rate(width, rate):
+def test_each_width_has_the_papers_rates(width, rate):
     vision = Aimv2VisionConfig(width, 13, 1, 1, image_size=15, patch_size=5)
-    assert Settings(vision=vision, batch_size=8192).rate == pytest.approx(rate)
+    plan = Settings(vision=vision, batch_size=8192, iters=1_500_000).plan()
+    assert (plan.learning_rate, plan.min_rate) == (pytest.approx(rate), pytest.approx(1e-5))
+    assert plan.warm_up == 12_500
 
 
 def test_the_rate_is_the_papers_at_its_batch(shop):
