@@ -24,6 +24,7 @@ from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
 from mlx_aimv2.config import APPLE_NAMES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig, dtype_name
 from mlx_aimv2.files import check_size, read_bytes, write_json
+from mlx_aimv2.images.preprocessing import is_clips
 
 if TYPE_CHECKING:
     from mlx_aimv2.loading import Source
@@ -168,9 +169,12 @@ def save_beside(folder: Path, source: Source) -> None:
 
     Raises FileNotFoundError for a source that is gone.
     """
+    processor = source.processor()
     copy_beside(folder, source, AUXILIARY_FILES)
-    if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
-        source.processor().save_to(folder)
+    if not (is_said := is_clips(folder, processor.preprocessing)):  # of another size or in another package's words
+        (folder / "processor_config.json").unlink(missing_ok=True)
+    if not (is_said and (folder / "preprocessor_config.json").is_file()):
+        processor.save_to(folder)
 
 
 def copy_beside(folder: Path, source: Source, patterns: Iterable[str]) -> None:

@@ -47,6 +47,7 @@ LABEL: Names = (
     "classid classindex labelid categoryid",
 )
 CAPTION: Names = ("text", "caption captions texts", "description prompt alttext title comment")
+CAPTIONS = " ".join(CAPTION).split()
 BOX: Names = ("xmin bbox bboxes boxes regionshapeattributes",)
 PART: Names = ("split part subset partition dataset",)
 
@@ -200,7 +201,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            row = parse(line, "a line")
+            row = parse(line, "a line", but=CAPTIONS)
         except ValueError:
             row = None
         if isinstance(row, dict):

@@ -40,7 +40,17 @@ from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
-from mlx_aimv2.learn.tables import CAPTION, METADATA, TABLES, column, decoded, not_read, rows_with_images, tables
+from mlx_aimv2.learn.tables import (
+    CAPTION,
+    CAPTIONS,
+    METADATA,
+    TABLES,
+    column,
+    decoded,
+    not_read,
+    rows_with_images,
+    tables,
+)
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
@@ -263,7 +273,8 @@ def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple
 def _texts(parts: dict[str, bytes], where: str, scan: Scan) -> tuple[str, ...]:
     plain = next((parts[ending] for ending in CAPTION_ENDINGS if parts.get(ending, b"").strip()), None)
     try:
-        about = parse(parts.get("json", b"{}"), "json") if plain is None else {"text": decoded(plain)[0]}
+        told = {"text": decoded(plain)[0]} if plain is not None else None
+        about = told or parse(parts.get("json", b"{}"), "json", but=CAPTIONS)
     except ValueError:  # no JSON
         return ()
     return captions_of(about, where, scan) if isinstance(about, dict) else ()

@@ -291,8 +291,18 @@ def test_the_files_of_an_example_are_bounded_together_and_others_are_not_held(tm
 
 def test_a_caption_with_half_a_character_is_none(tmp_path):
     shard(tmp_path / "0.tar", [("0.png", png(1)), ("0.json", b'{"text": "a \\ud83d"}'), *members(1, 1)])
-    with pytest.warns(UserWarning, match="has no caption"):
+    with pytest.warns(UserWarning) as told:
         assert names(open_data(tmp_path)) == ["0.tar:001"]
+    lines = [str(one.message) for one in told]
+    assert any("0.tar:0 has a caption with half a character" in line and "left out" in line for line in lines)
+    assert any("0.tar:0 has no caption" in line for line in lines)
+
+
+def test_of_several_captions_the_one_with_half_a_character_is_named_and_left_out(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "0.png", "text": ["a cat", "a \ud83d"]}])
+    with pytest.warns(UserWarning, match=r"line 1: 0\.png has a caption with half a character"):
+        (example,) = open_data(folder).epoch(None)
+    assert example.texts == ("a cat",)
 
 
 def test_a_name_that_is_too_long_for_a_file_is_one_that_is_not_there(tmp_path):
