@@ -522,8 +522,8 @@ LEARNING = (
     ),
     Mutation(
         "one id of two categories is the last one",
-        "for key, name in pairs if names[key] != name]",
-        "for key, name in pairs if names[key] not in names.values()]",
+        "for key, name in pairs if names[key] != name",
+        "for key, name in pairs if key not in names",
         COCO,
     ),
     Mutation(
