@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -190,11 +190,11 @@ class Aimv2TextModel(nn.Module):
         self.check(ids)
         return self.unchecked(ids, output_hidden_states=output_hidden_states)
 
-    def unchecked(self, ids: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
-        """The same without looking at the ids, as a compiled function must do it."""
+    def unchecked(self, ids: mx.array, *, output_hidden_states: bool = False, run: Any = run_blocks) -> EncoderOutput:
+        """The same without looking at the ids, as a compiled function must do it; `run` runs the blocks."""
         embedded = self.embed(ids)
         states = [embedded]
-        for x in run_blocks(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
+        for x in run(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)

@@ -60,13 +60,14 @@ TEXT = {
 }
 # Left and right differ in arrows and hands, so no image is mirrored; colours vary, since styles differ in them.
 SEEN_AS = ("--no-flip", "--jitter", "0.3", "--grey", "0.15", "--min-area", "0.5")
+# Decay and warm-up are those that the pair in the package was trained with, which are not the paper's.
 PRETRAIN = (
     *("--vocab-size", "2048", "--batch-size", "64", "--learning-rate", "1.5e-3"),
-    *("--first-caption", "0.5", "--save-every", "250"),
+    *("--weight-decay", "1.5e-4", "--warm-up", "380", "--first-caption", "0.5", "--save-every", "250"),
 )
 LIT = (
     *("--vocab-size", "2048", "--batch-size", "256", "--learning-rate", "1e-3"),
-    *("--views", "2", "--first-caption", "0.5"),
+    *("--weight-decay", "1e-7", "--views", "2", "--first-caption", "0.5"),
 )
 PRETRAIN_STEPS, LIT_STEPS = 3800, 1500
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.checkpoint.detect import listed, recognise
+from mlx_aimv2.checkpoint.detect import listed, recognise, rest_of
 from mlx_aimv2.config import DTYPES, RELEASED, Released, dtype_name, near_release
 from mlx_aimv2.files import check_link, expand_user, read_json, read_text
 
@@ -109,8 +108,11 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
             announce(repo, revision=commit, names=names)
             download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
 
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     try:
-        files = [path] if path.is_file() else _weight_files(folder, index, fetch)
+        files = [path] if path.is_file() else _weight_files(folder, index, fetch, config.get("encoder_prefix"))
+    except ValueError as error:
+        raise ValueError(f"{f'{repo} at {commit}' if repo else folder}: {error}") from None
     except FileNotFoundError as error:
         if repo is None:
             raise
@@ -118,7 +120,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
     if not os.path.lexists(folder / CONFIG_FILE):
         raise FileNotFoundError(f"{files[0]}: no {CONFIG_FILE} beside it; {WHOLE}")
-    config = read_json(folder / CONFIG_FILE)
+    config = config or read_json(folder / CONFIG_FILE)
     for file in files:
         _check_safetensors(file)
     tensors = read_tensors(files)
@@ -194,15 +196,22 @@ def _in_cache(path: Path) -> Path:
 
 
 def _weight_files(
-    folder: Path, index: tuple[Path, Mapping[str, str]] | None, fetch: Callable[[Sequence[str]], None]
+    folder: Path,
+    index: tuple[Path, Mapping[str, str]] | None,
+    fetch: Callable[[Sequence[str]], None],
+    chosen: object = None,
 ) -> list[Path]:
-    """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here."""
+    """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here.
+
+    Raises ValueError where the names in a list of shards are not those of one encoder: before any shard is fetched.
+    """
     if index is not None:
         list_file, weight_map = index
-        prefix = ""
-        with suppress(ValueError):  # said better once the shapes are known: all shards if no encoder is recognised
-            prefix = recognise(dict.fromkeys(weight_map, ())).prefix
-        needed = sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
+        match = recognise(dict.fromkeys(weight_map, ()), chosen)
+        rest = rest_of(weight_map, match)
+        needed = sorted(
+            {file for name, file in weight_map.items() if name.startswith(match.prefix) and name not in rest}
+        )
         fetch(needed)
         for name in needed:
             check_link(folder / name)

@@ -49,17 +49,9 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
         decoder=replace(decoder, vocab_size=arguments.vocab_size),
         augmentation=settings_of(Augmentation, arguments),
     )
-    data, validation, tokenizer = _data(arguments)
+    data, tokenizer, shared = _shared(arguments)
     begin("training")
-    pretrain(
-        data,
-        arguments.output,
-        settings=settings,
-        validation=validation,
-        tokenizer=tokenizer,
-        resume=arguments.resume,
-        report=say,
-    )
+    pretrain(data, arguments.output, settings=settings, tokenizer=tokenizer, **shared)
     show(str(arguments.output))
     return 0
 
@@ -100,7 +92,7 @@ def run_lit(arguments: argparse.Namespace) -> int:
         projection_dim=config.projection_dim,
         augmentation=settings_of(Augmentation, arguments),
     )
-    data, validation, tokenizer = _data(arguments)
+    data, tokenizer, shared = _shared(arguments)
     model, processor = load(arguments.encoder, dtype="float32")
     if arguments.from_scratch or model.vision is model:
         model, processor.tokenizer = model.vision, tokenizer
@@ -111,16 +103,7 @@ def run_lit(arguments: argparse.Namespace) -> int:
     else:
         say(f"note: starts from the text side of {arguments.encoder} (--from-scratch starts at random)")
     begin("training")
-    lit(
-        data,
-        model,
-        processor,
-        arguments.output,
-        settings=settings,
-        validation=validation,
-        resume=arguments.resume,
-        report=say,
-    )
+    lit(data, model, processor, arguments.output, settings=settings, **shared)
     show(str(arguments.output))
     return 0
 
@@ -139,9 +122,10 @@ def _add_captions(add: Mapping[str, Add]) -> None:
     add_resume(add["run"])
 
 
-def _data(arguments: argparse.Namespace) -> tuple[Data, Data | None, Tokenizer | None]:
-    """The data, those that are held out, and the tokenizer that is given."""
+def _shared(arguments: argparse.Namespace) -> tuple[Data, Tokenizer | None, dict[str, Any]]:
+    """The data, the tokenizer that is given, and the keywords that `pretrain` and `lit` share."""
     begin("scanning")
     data = open_data(arguments.data, skip_broken=arguments.skip_broken)
     held_out = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None
-    return data, held_out, Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
+    tokenizer = Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
+    return data, tokenizer, {"validation": held_out, "resume": arguments.resume, "report": say}

@@ -37,6 +37,7 @@ from mlx_aimv2.config import (
 )
 from mlx_aimv2.conversion import model_card
 from mlx_aimv2.files import atomic_folder, check_size, check_target, expand_user, read_bytes, write_json
+from mlx_aimv2.images.preprocessing import is_clips
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel, Source, build, parameter_shapes
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
@@ -184,9 +185,12 @@ def save_beside(folder: Path, source: Source) -> None:
 
     Raises FileNotFoundError for a source that is gone.
     """
+    processor = source.processor()
     copy_beside(folder, source, AUXILIARY_FILES)
-    if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
-        source.processor().save_to(folder)
+    if not (is_said := is_clips(folder, processor.preprocessing)):  # of another size or in another package's words
+        (folder / "processor_config.json").unlink(missing_ok=True)
+    if not (is_said and (folder / "preprocessor_config.json").is_file()):
+        processor.save_to(folder)
 
 
 def copy_beside(folder: Path, source: Source, patterns: Iterable[str]) -> None:
@@ -245,7 +249,7 @@ def save(
         try:
             Aimv2Processor.from_folder(place, config=model.config)
         except ValueError as error:
-            what = str(error).replace(str(place), str(target))
+            what = str(error).replace(str(place), str(target)).partition(": mend ")[0]  # not the file is to be mended
             raise ValueError(f"{what}; save a model with the processor that load gives beside it") from None
         save_weights(place, sorted(weights.items()), total_parameters=source.parameters)
         save_config(place, config)

@@ -5,10 +5,12 @@ image -> images.open_image -> resize, crop -> levels (H, W, 3) uint8 -> scale, n
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,7 +78,8 @@ class Aimv2Processor:
         final = preprocessing.final_size
         if wanted is not None and final is not None and final != (wanted, wanted):
             raise ValueError(
-                f"{folder}: images are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}"
+                f"{folder}: images are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}: mend "
+                "size and crop_size in its preprocessor_config.json"
             )
         patch = 14 if vision is None else vision.patch_size
         any_size = wanted is None if vision is not None else None
@@ -95,6 +98,21 @@ class Aimv2Processor:
             except FileNotFoundError as error:
                 missing = str(error)
         return cls(preprocessing, patch_size=patch, tokenizer=tokenizer, no_tokenizer=missing, any_size=any_size)
+
+    def at_size(self, size: int, *, whole: bool = False) -> Aimv2Processor:
+        """The same for square images of `size` pixels a side: the same share is cut, or with `whole` all squashed."""
+        steps, sized = self.preprocessing, copy.copy(self)
+
+        def scaled(side: int) -> int:  # more than `size` where timm's crop_pct is below 1
+            return side * size // min(steps.final_size or (side,))
+
+        resize = steps.resize or min(steps.final_size or (size,))
+        if whole:
+            resize = (size, size)
+        else:
+            resize = (scaled(resize[0]), scaled(resize[1])) if isinstance(resize, tuple) else scaled(resize)
+        sized.preprocessing, sized.any_size = replace(steps, resize=resize, crop=(size, size)), False
+        return sized
 
     @property
     def is_native(self) -> bool:

@@ -22,7 +22,7 @@ from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, Outputs, split_into_chunks
 from mlx_aimv2.files import cache_folder
-from mlx_aimv2.images import FAST
+from mlx_aimv2.images import FAST, to_rgb
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
@@ -143,6 +143,7 @@ class Run:
             learning_rate=self.type.learning_rates[0],
             weight_decay=self.type.weight_decays[0],
             warm_up=min(self.type.warm_up_epochs * per_epoch, max(1, steps // 5)),
+            min_rate=self.type.min_rate,
             groups=groups,
             accumulate=options.grad_accumulation_steps,
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),
@@ -199,10 +200,15 @@ def train_on_features(run: Run) -> Trained:
     ]
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        if run.type.augmentation is not None and run.options.augment:
+            image = run.type.augmentation(to_rgb(sample.path), run.processor.canvas, rng)
+            return {"pixels": run.processor.pixels(image), **run.task.data.targets(sample, run.processor)}
         row = np.asarray(features[sample.sha256], np.float32)
         return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
 
     def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+        if "pixels" in batch:
+            batch = batch | {"tokens": mx.stop_gradient(run.encoder(batch["pixels"]).last_hidden_state)}
         losses = [run.task.head.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
         total: mx.array = sum(losses[1:], losses[0])
         return total

@@ -71,7 +71,7 @@ class LitSettings(Captioned):
 
     def plan(self) -> Plan:
         """How the loop trains."""
-        return replace(self._plan(self.learning_rate), keep="average", eval_every=self.steps_per_eval)
+        return replace(self._plan(self.learning_rate), keep="average")
 
 
 @prepared(WIDE_SIGHT)
@@ -107,9 +107,8 @@ def lit(
         try:
             features = cache_features(trunk, processor, data, kept, settings=settings, report=report)
             check_enough(len(features.texts), settings.batch_size)
-            held_out = None
+            as_is, held_out = replace(settings, views=1), None
             if validation is not None:
-                as_is = replace(settings, views=1)
                 held_out = cache_features(trunk, processor, validation, kept, settings=as_is, report=report)
             _train(model, features, held_out, tokenizer, settings, state, report)
         finally:
@@ -125,13 +124,12 @@ def pair_with(encoder: AnyModel, settings: LitSettings, tokenizer: Tokenizer) ->
     if isinstance(encoder, Aimv2Model):
         model = Aimv2Model(encoder.config)
         model.load_weights(list(flat(encoder.parameters()).items()))
-        freeze(model, FROZEN_TRUNK)
-        return model
-    text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
-    model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
-    initialise(model, text.num_hidden_layers, seed=settings.seed)
-    trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
-    model.vision_model.load_weights(trunk, strict=False)
+    else:
+        text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
+        model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
+        initialise(model, text.num_hidden_layers, seed=settings.seed)
+        trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
+        model.vision_model.load_weights(trunk, strict=False)
     freeze(model, FROZEN_TRUNK)
     return model
 
@@ -187,7 +185,10 @@ def _train(
     with closing(Batches(order, make, collate=collate)) as batches:
         watch, plan = Watch(after_step=after_step, say=report), settings.plan()
         if held_out is not None:
-            watch, plan = replace(watch, evaluate=partial(score, held_out=held_out)), replace(plan, keep="best")
+            watch, plan = (
+                replace(watch, evaluate=partial(score, held_out=held_out)),
+                replace(plan, keep="best", eval_every=settings.steps_per_eval),
+            )
         train(model, loss, batches, plan, state=state, ranks=ranks, watch=watch)
 
 

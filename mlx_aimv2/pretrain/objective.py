@@ -117,7 +117,8 @@ def image_loss(predicted: mx.array, patches: mx.array, lengths: mx.array) -> mx.
     With P + 2 predictions the last two are compared with the patch's mean and deviation, which the target has lost,
     and their squared errors are added.
     """
-    target, values = normalised(patches[:, 1:]), patches.shape[-1]
+    target = normalised(patches[:, 1:])
+    values = patches.shape[-1]
     x = predicted.astype(mx.float32)
     error = mx.square(x[..., :values] - target).mean(axis=-1)  # (B, I - 1)
     if x.shape[-1] > values:

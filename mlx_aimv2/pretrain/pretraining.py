@@ -105,7 +105,7 @@ class Captioned:
         None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
     )
     warm_up: int | None = setting(
-        None, "optimisation", "steps until the highest rate (default: a tenth of all)", "at least 0"
+        None, "optimisation", "steps until the highest rate (default: 1 in 120, of lit 1 in 10)", "at least 0"
     )
     weight_decay: float = setting(
         1e-4,
@@ -153,9 +153,6 @@ class Settings(Captioned):
     )
     start: str | None = setting(
         None, "what is trained", "go on from an earlier result, at another --image-size for example", metavar="MODEL"
-    )
-    warm_up: int | None = setting(
-        None, "optimisation", "steps until the highest rate (default: 1 in 120, the paper's)", "at least 0"
     )
     generative: bool = setting(
         False, "what is trained", "predict mean and contrast of patches too, so that `generate` can draw them"
