@@ -15,10 +15,65 @@ GPTQ = ("tests/conversion/test_gptq.py",)
 
 BESIDE = "tests/checkpoint/test_hostile_checkpoints.py::test_"
 
+SAVE, HUB = "tests/conversion/test_save.py::test_", "tests/checkpoint/test_hub.py::test_"
 TOWERS, SIZES = "tests/checkpoint/test_read.py::test_", "tests/test_image_size.py::test_"
 PIXELS = "tests/images/test_preprocessing.py::test_"
 
 CHECKPOINTS = (
+    Mutation(
+        "layers with bits of their own are saved with those of the others",
+        "return shared | dict.fromkeys(layers(model), False) | own",
+        "return shared | dict.fromkeys(layers(model), False)",
+        (SAVE + "a_quantized_model_comes_back_with_the_same_bits",),
+    ),
+    Mutation(
+        "a resized encoder is saved with the preprocessing of its source",
+        "        processor.save_to(place)\n        if isinstance(model, Aimv2Model)",
+        "        if isinstance(model, Aimv2Model)",
+        (SAVE + "what_was_loaded_comes_back",),
+    ),
+    Mutation(
+        "weights of several dtypes are saved, which load makes one of",
+        "if len(dtypes) > 1 or dtypes[0] not in DTYPES:",
+        "if dtypes[0] not in DTYPES:",
+        (SAVE + "what_cannot_come_back_is_refused_and_nothing_is_left",),
+    ),
+    Mutation(
+        "a saved model forgets its licence",
+        "copy_beside(place, source, BESIDE)",
+        "pass",
+        (SAVE + "licence_origin_and_tokenizer_go_along_and_a_source_that_is_gone_is_said",),
+    ),
+    Mutation(
+        "a token that may only read converts for hours",
+        '.get("role") == "read":',
+        '.get("role") == "nobody":',
+        (HUB + "only_a_repository_that_the_token_may_write_to_passes",),
+    ),
+    Mutation(
+        "whoever the token is of may write anywhere",
+        "if owner.casefold() not in map(str.casefold, owners):",
+        "if not owner:",
+        (HUB + "only_a_repository_that_the_token_may_write_to_passes",),
+    ),
+    Mutation(
+        "an upload that breaks off does not say how to go on",
+        "; {folder} is whole: go on with {command}",
+        "",
+        (HUB + "a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on",),
+    ),
+    Mutation(
+        "whatever lies in the folder is uploaded",
+        "allow_patterns=list(patterns),\n                commit_message",
+        "commit_message",
+        (HUB + "a_folder_is_uploaded_whole_and_loads_from_there",),
+    ),
+    Mutation(
+        "a keyword of transformers is a keyword that nobody knows",
+        "for name in filter(KEYWORDS.__contains__, kwargs):",
+        "for name in ():",
+        ("tests/test_habits.py::test_a_habit_is_answered_by_one_line",),
+    ),
     Mutation(
         "the rest of a larger model beside an encoder at its root is an error",
         "if match.prefix or not any(map(_LANGUAGE.search, names)):",
