@@ -69,15 +69,12 @@ TOKENIZER_CAPTIONS = 1_000_000
 
 VALIDATION_EXAMPLES = 512
 
-PAPER_BATCH = 8192
+PAPER_BATCH, PAPER_MIN_RATE, PAPER_WARM_UP = 8192, 1e-5, 12_500 / 1_500_000
 PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
-"""Width -> highest learning rate at that batch (arXiv 2411.14402, table A1, as all that is the paper's below)."""
+"""Width -> highest learning rate at that batch (arXiv 2411.14402, table A1, as the betas, decay and clipping below).
 
-PAPER_MIN_RATE = 1e-5
-"""The rate of the last step, for each width."""
-
-PAPER_WARM_UP = 12_500 / 1_500_000
-"""Share of the steps."""
+It is reached after that share of the steps and falls to the same lowest rate for each width.
+"""
 
 GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
 """Positions are not decayed, as norms and biases are not."""
