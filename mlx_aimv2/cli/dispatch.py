@@ -31,6 +31,7 @@ VERBS = {
     "duplicates": ("use", "INDEX", "list images that an index has more than once; nothing is deleted"),
     "classify": ("use", "IMAGE...", "rank your labels by how well they fit each image"),
     "map": ("use", "IMAGE... -m MODEL", "draw features of images: a colour for each patch, or how similar patches are"),
+    "serve": ("use", "(INDEX | -m MODEL)", "open a page to search, look and teach, with an API for programs"),
     "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
     "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
@@ -54,6 +55,7 @@ EXAMPLES = {
     "duplicates": "photos.db --html duplicates.html --open",
     "classify": 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"',
     "map": "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12",
+    "serve": "photos.db",
     "info": "photos.db",
     "convert": f"--hf-path {LARGE} --mlx-path large-4bit -q",
     "compare": f"{LARGE} large-4bit --images ~/Pictures",
@@ -71,7 +73,7 @@ EXAMPLES = {
 
 FILES = (
     "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export_upload",
-    "pretrain_lit",
+    "pretrain_lit", "serve",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_aimv2.checkpoint.hub import check_upload, file_sizes, is_in_cache, upload
 from mlx_aimv2.checkpoint.read import WEIGHT_FILES, WEIGHT_SUFFIXES, is_hub_name, released_at
-from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups, whole_numbers
+from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_image_size, add_revision, groups, whole_numbers
 from mlx_aimv2.cli.output import aligned, note, progress, show
 from mlx_aimv2.config import (
     DTYPES,
@@ -189,6 +189,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add["input"]("reference", metavar="REFERENCE", help=f"run in float32: {MODEL}")
     add["input"]("other", metavar="MODEL", help="the model to judge")
     add_dtype(add["input"])
+    add_image_size(add["input"])
     words = f"take {MAX_IMAGES} images of this folder (default: four bundled photographs)"
     add["input"]("--images", metavar="DIR", help=words)
     words = f"of REFERENCE: {REVISION} (default: Apple's release, pinned)"
@@ -201,7 +202,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.conversion.fidelity import choose_images, compare, table
 
     images = choose_images(arguments.images)
-    keywords = {name: getattr(arguments, name) for name in ("revision", "dtype")}
+    keywords = {name: getattr(arguments, name) for name in ("revision", "dtype", "image_size")}
     with progress() as on_progress:
         found = compare(arguments.reference, arguments.other, images=images, on_progress=on_progress, **keywords)
     if arguments.json:
@@ -222,7 +223,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add["input"]("--input", choices=("float", "uint8"), metavar="NAME", help=words)
     words = "images or texts at once, several in one file (default: 1)"
     add["input"]("--batch", type=whole_numbers, default=(1,), metavar="N,N,…", help=words)
-    add["input"]("--image-size", type=int, metavar="N", help="pixels a side (default: the checkpoint's, native 224)")
+    add_image_size(add["input"], "the checkpoint's, native 224")
     words = "native checkpoints: rows and columns of patches"
     add["input"]("--grid", type=whole_numbers, metavar="R,C", help=words)
     words = "file to write, NAME.mlpackage for Core ML, or NAME.mlxfn for this machine's device (for Metal: on a Mac)"

@@ -1,7 +1,7 @@
 """Chooses what a conversion is calibrated on, images and texts, and which images judge it: never the same ones.
 
 By default crops of three bundled photographs calibrate, and the fourth judges beside bundled emoji. Of a folder every
-fifth image judges. Texts are names of emoji and random tokens: on texts alone, rare tokens would never be seen.
+fifth image judges. Texts are random tokens, which were better than names: they leave no token out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ MAX_IMAGES, BATCH = 128, 8
 EMOJI = 19
 """Among the judges: with the photograph twenty images, enough to ask for the ten nearest."""
 
-RANDOM_TEXTS = 1024
+TEXTS, TEXT_LENGTHS = 128, (4, 6, 8, 12, 16, 20)
+"""Texts of each length, in tokens."""
 
 MIN_AREA = 0.08
 """Of a crop, as a share of its photograph."""
@@ -81,7 +82,6 @@ def calibrate(
     encoder, processor = at_size(model.vision, loaded.processor, None)
     images: Sequence[ImageInput] = files or crops(processor.canvas)
     states = [encoder.embed(processor(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-    keep = [mx.ones((*x.shape[:2], 1)) for x in states]
     text = model.text_model if isinstance(model, Aimv2Model) else None
     total = len(encoder.blocks) + (len(text.blocks) if text else 0)
     done = itertools.count()
@@ -90,21 +90,12 @@ def calibrate(
         on_progress(next(done), total, "blocks quantized")
 
     on_block()
-    run = Calibration(states, keep, quantization, dtype, on_block)
-    parts = run(encoder.blocks, "vision_model." if text else "", causal=False)
+    run = Calibration(states, quantization, dtype, on_block)
+    parts = run(encoder.blocks, "vision_model." if text else "")
     if text:
-        ids = text_ids(text.config, loaded.processor.tokenizer)
-        # What follows the end changes nothing, and must not count.
-        keep = [(mx.cumsum(x == text.config.eos_token_id, axis=1, inclusive=False) == 0)[..., None] for x in ids]
-        run = Calibration([text.embed(x) for x in ids], keep, quantization, dtype, on_block)
-        parts |= run(text.blocks, "text_model.", causal=True)
+        states = [text.embed(ids) for ids in random_texts(text.config, loaded.processor.tokenizer)]
+        parts |= Calibration(states, quantization, dtype, on_block)(text.blocks, "text_model.", causal=True)
     return parts
-
-
-def method(files: Sequence[Path]) -> str:
-    """What the report says of a calibration on these files, none for crops."""
-    on = f"{len(files)} images" if files else f"{MAX_IMAGES} crops of three bundled photographs"
-    return f"gptq, calibrated on {on}"
 
 
 def crops(size: tuple[int, int]) -> list[Image.Image]:
@@ -114,18 +105,13 @@ def crops(size: tuple[int, int]) -> list[Image.Image]:
     return [crop(photographs[i % len(photographs)], size, rng) for i in range(MAX_IMAGES)]
 
 
-def text_ids(config: Aimv2TextConfig, tokenizer: Tokenizer | None) -> list[mx.array]:
-    """Texts to calibrate on, some (T, L) with what fills them: random tokens, and half of the bundled names.
-
-    Where there is no tokenizer, only the former.
-    """
-    rng = np.random.default_rng(0)
-    length, end = min(config.max_position_embeddings, 20), config.eos_token_id
-    rows = rng.integers(0, config.vocab_size, (RANDOM_TEXTS, length))
-    rows[np.arange(length) >= rng.integers(2, length, (RANDOM_TEXTS, 1), endpoint=True) - 1] = end
-    ids = [mx.array(rows)]
-    if tokenizer is not None:
-        ids[0][:, 0] = tokenizer.bos
-        names = list(bundled.emoji_images().values())[::2]
-        ids.append(mx.array(tokenizer([*names, *(f"a picture of a {name}" for name in names)])))
-    return ids
+def random_texts(config: Aimv2TextConfig, tokenizer: Tokenizer | None) -> list[mx.array]:
+    """Random tokens between the start and the end, texts of several lengths: `[(T, L), …]`."""
+    rng, longest = np.random.default_rng(0), config.max_position_embeddings
+    texts = []
+    for length in (length for length in TEXT_LENGTHS if length <= longest):
+        ids = rng.integers(0, config.vocab_size, (TEXTS, length))
+        ids[:, 0] = tokenizer.bos if tokenizer is not None else ids[:, 0]
+        ids[:, -1] = config.eos_token_id
+        texts.append(mx.array(ids))
+    return texts

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -27,11 +28,11 @@ from mlx_aimv2.checkpoint.detect import listed
 from mlx_aimv2.layers import Block, merge_heads
 from mlx_aimv2.quantize import pack, settings_at, unpack
 
-DAMPING, MAX_DAMPING = 0.03, 3.0
-"""Added to the diagonal of X'X, as a share of it; ten times as much, up to the second, where it cannot be factored."""
+DAMPING = 0.03
+"""Added to the diagonal of X'X, as a share of its mean; ten times as much where X'X cannot be factored."""
 
 FIT_DAMPING = 1.0
-"""The same for the fit to the dense stream: as the number says, weights move only where the data leave no doubt."""
+"""The same for the fit to the dense stream, so that weights move only where the data leave no doubt."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -42,17 +43,16 @@ class Calibration:
     def __init__(
         self,
         states: list[mx.array],
-        keep: Sequence[mx.array],
         quantization: Mapping[str, Any],
         dtype: mx.Dtype,
         on_block: Callable[[], None] = lambda: None,
     ) -> None:
-        """Takes the embedded inputs, each (B, N, D); `keep` (B, N, 1) has 1 for their tokens that count, else 0.
+        """Takes the embedded inputs, each (B, N, D), the section of config.json, and the dtype of the scales.
 
-        `quantization` is the section of config.json, `dtype` that of the scales; `on_block` is called after each block.
+        `on_block` is called after each block.
         """
-        self.states, self.exact, self.keep = states, list(states), keep
-        self.tokens = sum(int(np.array(own).sum()) for own in keep)
+        self.states, self.exact = states, list(states)
+        self.tokens = sum(x.size // x.shape[-1] for x in states)
         self.quantization, self.dtype, self.on_block = quantization, dtype, on_block
         self.parts: dict[str, list[mx.array]] = {}
         self.notes: dict[str, list[str]] = {}
@@ -70,9 +70,8 @@ class Calibration:
             path = f"{prefix}blocks.{i}"
             rounded = copy.copy(block)
             rounded.attn, rounded.mlp = copy.copy(block.attn), copy.copy(block.mlp)
-            self._half(block, rounded, block.norm1, attended, (f"{path}.attn.qkv",), f"{path}.attn.proj")
-            gates = (f"{path}.mlp.gate", f"{path}.mlp.up")
-            self._half(block, rounded, block.norm2, _gated, gates, f"{path}.mlp.down")
+            self._half(block, rounded, block.norm1, attended, f"{path}.attn.qkv", f"{path}.attn.proj")
+            self._half(block, rounded, block.norm2, _gated, f"{path}.mlp.gate", f"{path}.mlp.up", f"{path}.mlp.down")
             blocks[i] = nn.Identity()
             del block, rounded
             mx.clear_cache()
@@ -87,30 +86,30 @@ class Calibration:
         rounded: Block,
         norm: nn.Module,
         hidden: Callable[[Block, mx.array], mx.array],
-        first: Sequence[str],
-        last: str,
+        *paths: str,
     ) -> None:
-        """Quantizes attention or feed-forward into `rounded`, the first layers and the last, and takes both streams on.
+        """Quantizes attention or feed-forward into `rounded`, and takes both streams through it.
 
-        `hidden` is the input of the last layer.
+        `hidden` gives the inputs of the last of the layers at `paths`.
         """
+        *first, last = paths
+        dense = _layer(block, last)
 
-        def inputs(x: mx.array, own: mx.array) -> tuple[mx.array]:
-            x = norm(x) * own
-            return (_product(x, x),)
+        def inputs(x: mx.array) -> tuple[mx.array]:
+            return (_product(h := norm(x), h),)
 
-        def outputs(x: mx.array, exact: mx.array, own: mx.array) -> tuple[mx.array, ...]:
+        def outputs(x: mx.array, exact: mx.array) -> tuple[mx.array, ...]:
             h, exact = hidden(rounded, x), exact + dense(hidden(block, exact))
-            return h, exact, _product(h * own, h), _product((exact - x - dense(h)) * own, h)
+            return h, exact, _product(h, h), _product(exact - x - dense(h), h)
 
         squares = products = mx.array(0.0)
-        for x, own in zip(self.states, self.keep, strict=True):
-            squares = squares + by_images(inputs, x, own)[0].sum(axis=0)
+        for x in self.states:
+            squares = squares + by_images(inputs, x)[0].sum(axis=0)
             mx.eval(squares)
         self._quantize(first, rounded, np.array(squares))
-        dense, between, squares = _layer(block, last), [], mx.array(0.0)
-        for i, own in enumerate(self.keep):
-            h, self.exact[i], *sums = by_images(outputs, self.states[i], self.exact[i], own)
+        between, squares = [], mx.array(0.0)
+        for i in range(len(self.states)):
+            h, self.exact[i], *sums = by_images(outputs, self.states[i], self.exact[i])
             squares, products = squares + sums[0].sum(axis=0), products + sums[1].sum(axis=0)
             mx.eval(h, self.exact[i], squares, products)
             between.append(h)
@@ -128,27 +127,24 @@ class Calibration:
         """
         if not np.isfinite(squares).all():
             raise ValueError(f"{paths[0]}: its inputs are not finite even in float32: the weights are damaged")
-        diagonal = np.diag(squares)
-        if self.tokens < len(diagonal):
+        if self.tokens < len(squares):
             self._note(f"calibrated on {self.tokens:,} tokens, fewer than these layers have inputs", paths)
-        if dead := int((diagonal == 0).sum()):
+        if not np.diag(squares).all():
             self._note("some inputs are zero in all of the calibration, so their numbers are rounded without it", paths)
-        squares = squares + np.diag(np.where(diagonal == 0, 1.0, 0.0)).astype(squares.dtype) if dead else squares
         for path in paths:
             settings, layer = settings_at(path, self.quantization), copy.copy(_layer(rounded, path))
-            if not settings:
-                continue
-            if settings["mode"] != "affine":
+            if settings and settings["mode"] != "affine":  # a predicate's own
                 self.parts[path] = pack(layer.weight, settings, self.dtype)
-            else:
+            elif settings:
                 weight = np.array(layer.weight)
                 if products is not None:
                     weight = weight + np.linalg.solve(_damped(squares, FIT_DAMPING), products.T).T
                 self.parts[path] = self._packed(path, weight, squares, settings)
-            mx.eval(self.parts[path])
-            layer.weight = unpack(self.parts[path], settings)
-            parent, name = path.split(".")[-2:]
-            rounded[parent][name] = layer
+            if settings:
+                layer.weight = unpack(self.parts[path], settings)
+                mx.eval(self.parts[path], layer.weight)
+            part, name = path.split(".")[-2:]
+            rounded[part][name] = layer
 
     def _packed(self, path: str, weight: Floats, squares: Floats, settings: Mapping[str, Any]) -> list[mx.array]:
         """A weight (O, I) rounded column by column: `-> packed integers, scales, biases`."""
@@ -162,8 +158,11 @@ class Calibration:
         scales, biases = (np.empty((len(order) // group, columns.shape[1]), columns.dtype) for _ in range(2))
         for start in range(0, len(order), group):
             end, here = start + group, order[start] // group
-            block = columns[start:end] + factor[:start, start:end].T @ errors[:start]
-            grid = mx.quantize(mx.array(block.T), group_size=group, bits=bits)[1:]
+            due = factor[:start, start:end].T @ errors[:start]
+            block = columns[start:end] + due
+            # As if the group's own columns would be rounded without errors of their own: the best guess of them.
+            expected = columns[start:end] + np.linalg.solve(factor[start:end, start:end].T, due)
+            grid = mx.quantize(mx.array(expected.T), group_size=group, bits=bits)[1:]
             scales[here], biases[here] = (np.array(x.astype(self.dtype).astype(mx.float32))[:, 0] for x in grid)
             for i in range(group):
                 row = start + i
@@ -184,8 +183,8 @@ def _gated(block: Block, x: mx.array) -> mx.array:
 
 def _layer(block: Block, path: str) -> nn.Module:
     """The layer of a block that a path ends with."""
-    parent, name = path.split(".")[-2:]
-    layer: nn.Module = block[parent][name]
+    part, name = path.split(".")[-2:]
+    layer: nn.Module = block[part][name]
     return layer
 
 
@@ -197,7 +196,7 @@ def _product(a: mx.array, b: mx.array) -> mx.array:
 def _damped(squares: Floats, damping: float) -> Floats:
     diagonal = np.diag(squares)
     damped = squares.copy()
-    np.fill_diagonal(damped, diagonal + damping * diagonal.mean())
+    np.fill_diagonal(damped, diagonal + damping * (diagonal.mean() or 1.0))
     return damped
 
 
@@ -212,15 +211,10 @@ def _factor(squares: Floats) -> tuple[Floats, float]:
     """U of `X'X = U D U'` with the damping that it took: `(I, I) -> (I, I) float32, damping`."""
     squares, damping = squares.astype(np.float64), DAMPING
     while True:
-        try:
-            lower = np.linalg.cholesky(_damped(squares, damping)[::-1, ::-1])
-        except np.linalg.LinAlgError:
-            if damping >= MAX_DAMPING:
-                raise
-            damping *= 10
-        else:
-            upper = lower[::-1, ::-1]
+        with suppress(np.linalg.LinAlgError):
+            upper = np.linalg.cholesky(_damped(squares, damping)[::-1, ::-1])[::-1, ::-1]
             return (upper / np.diag(upper)).astype(np.float32), damping
+        damping *= 10
 
 
 def _words(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

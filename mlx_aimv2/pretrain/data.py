@@ -40,7 +40,17 @@ from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
-from mlx_aimv2.learn.tables import CAPTION, CAPTIONS, METADATA, TABLES, column, not_read, rows_with_images, tables
+from mlx_aimv2.learn.tables import (
+    CAPTION,
+    CAPTIONS,
+    METADATA,
+    TABLES,
+    column,
+    decoded,
+    not_read,
+    rows_with_images,
+    tables,
+)
 from mlx_aimv2.pretrain.objective import Batch, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
@@ -121,7 +131,7 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
     place, scan = expand_user(path), Scan()
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist; {WANTED}")
-    found = _files_by_part(place, scan) if place.is_dir() else {"": [place] if place.suffix == ".tar" else []}
+    found = _files_by_part(place, scan) if place.is_dir() else {"": [place] if place.suffix.lower() == ".tar" else []}
     part = next((part for part in ("train", "", *found) if found.get(part)), None)
     if part is None or (part not in ("train", "") and len(found) > 1):
         raise ValueError("; ".join([f"{place}: {WANTED}, found neither", *not_read(place, "text", CAPTION)]))
@@ -134,8 +144,8 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
 def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
     """The tables with captions, or the shards, in a folder or in its folders, by part."""
     found: dict[str, list[Path]] = {part: [file] for part, file in tables(place, of=CAPTION).items()}
-    for file in sorted([] if found else place.glob("*.tar")):
-        if not is_junk(file.name):
+    for file in sorted([] if found else place.iterdir()):
+        if file.suffix.lower() == ".tar" and not is_junk(file.name):
             found.setdefault(part_of(file.stem) or "", []).append(file)
     if found:
         return found
@@ -209,15 +219,17 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
         with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
                 # The last example of a broken shard, which may be cut, raises here.
-                parts = {ending: content for _, ending, content in members}
-                name = f"{file.name}:{key.lstrip('/')}"
+                found = [(ending, content) for _, ending, content in members]
+                parts, name = dict(found), f"{file.name}:{key.lstrip('/')}"
+                if len(parts) < len(found):
+                    scan.note(f"{file.parent / name}", "has files of one ending more than once: the last is taken")
                 exact_first = sorted(parts, key=lambda ending: "." in ending)  # 0.jpg before 0.depth.png
                 image = next((parts[ending] for ending in exact_first if has_suffix(f"x.{ending}")), None)
                 texts = _texts(parts, f"{file.parent / name}", scan)
                 if image is None:
                     scan.note(f"{file.parent / name}", "has no image: skipped")
                 elif not texts:
-                    scan.note(f"{file.parent / name}", "has no caption: skipped")
+                    scan.note(f"{file.parent / name}", "has no caption in UTF-8: skipped")
                 else:
                     yield Example(name, image, texts)
     except Exception as error:  # tarfile and what it unpacks with raise whatever they meet
@@ -259,13 +271,10 @@ def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple
 
 
 def _texts(parts: dict[str, bytes], where: str, scan: Scan) -> tuple[str, ...]:
-    plain = next((parts[ending] for ending in CAPTION_ENDINGS if ending in parts), None)
+    plain = next((parts[ending] for ending in CAPTION_ENDINGS if parts.get(ending, b"").strip()), None)
     try:
-        about = (
-            parse(parts.get("json", b"{}"), "json", but=CAPTIONS)
-            if plain is None
-            else {"text": plain.decode("utf-8-sig")}
-        )
+        told = {"text": decoded(plain)[0]} if plain is not None else None
+        about = told or parse(parts.get("json", b"{}"), "json", but=CAPTIONS)
     except ValueError:  # neither UTF-8 nor JSON
         return ()
     return captions_of(about, where, scan) if isinstance(about, dict) else ()

@@ -196,6 +196,41 @@ def test_what_lies_there_instead_of_captions_is_named(tmp_path):
         open_data(tmp_path)
 
 
+@pytest.mark.parametrize(("file", "text"), [("0.txt", "a cat"), ("captions.txt", "image,caption\n0.png,a cat\n")])
+def test_texts_that_are_in_no_table_are_named(tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"{file} is no table or shard: a table is called \.csv, and tar "):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "texts", [[("0.txt", "é".encode("utf-16"))], [("0.txt", b" \n"), ("0.json", '{"caption": "é"}'.encode())]]
+)
+def test_a_caption_in_utf_16_or_beside_an_empty_text_is_taken(tmp_path, texts):
+    shard(tmp_path / "0.TAR", [("0.png", png(0)), *texts])
+    assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("é",)]
+
+
+def test_files_of_one_name_in_a_shard_are_told(tmp_path):
+    shard(tmp_path / "0.tar", [("0.png", png(0)), ("0.txt", b"one"), ("0.png", png(1)), ("0.txt", b"two")])
+    with pytest.warns(UserWarning, match=r"0\.tar:0 has files of one ending more than once: the last is taken"):
+        assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("two",)]
+
+
+def test_a_caption_that_is_not_utf_8_is_told(tmp_path):
+    shard(tmp_path / "0.tar", [*members(0, 1), ("9.png", png(0)), ("9.txt", "café".encode("cp1252"))])
+    with pytest.warns(UserWarning, match=r"0\.tar:9 has no caption in UTF-8: skipped"):
+        assert names(open_data(tmp_path)) == ["0.tar:000"]
+
+
+@pytest.mark.parametrize("text", ['["a cat", "one"]', "['a cat', 'one']"])
+def test_a_list_of_captions_in_a_cell_is_a_list(tmp_path, text):
+    cell = text.replace('"', '""')
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\n0.png,"{cell}"\n')
+    (tmp_path / "0.png").write_bytes(png(0))
+    assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("a cat", "one")]
+
+
 def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):
     shard(tmp_path / "0.tar", members(0, 3))
     whole = shard(tmp_path / "1.tar", members(3, 3)).read_bytes()
