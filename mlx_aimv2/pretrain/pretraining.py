@@ -31,25 +31,17 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.layers import patches_of, pixels_of
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.data import (
-    PATCHES,
-    Data,
-    Grid,
-    Preparation,
-    Prepared,
-    Shards,
-    Stream,
-    collate,
-    first_examples,
-    grid_of,
-    images_of,
-)
+from mlx_aimv2.pretrain.data import Data, Preparation, Prepared, Stream, collate, content_of, first_examples
 from mlx_aimv2.pretrain.objective import (
     ALPHA,
+    PATCHES,
     Batch,
     Decoder,
     DecoderConfig,
+    Grid,
     Pretraining,
+    grid_of,
+    images_of,
     initialise,
     mean_and_deviation,
 )
@@ -256,13 +248,6 @@ def pretrain(
         if ranks.rank == 0:
             write_checkpoint(model.encoder, output, tokenizer=tokenizer, decoder=model.decoder)
         return model.encoder
-
-
-def content_of(data: Data) -> str:
-    """A short name of a collection's images and captions."""
-    if isinstance(data, Shards):
-        return digest_of((file.name, file) for file in data.files)
-    return digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
 
 
 def begin(folder: Path, data: Data, tokenizer: Tokenizer, identity: Mapping[str, Any]) -> StateFile:
