@@ -186,7 +186,7 @@ def contact_sheet(
                 fitted = ImageOps.expand(fitted, 3, colour)
             canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
-                draw.text((left + side / 2, top + side + 5), one_line(captions[r][c]), INK, font, anchor="mt")
+                draw.text((left + side / 2, top + side + 5), " ".join(captions[r][c].split()), INK, font, anchor="mt")
     return canvas
 
 
@@ -268,7 +268,9 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
         shown = np.sort(np.argsort(-mistaken, kind="stable")[:MAX_CLASSES])
     counts = counts[np.ix_(shown, shown)]
-    names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (one_line(classes[int(i)]) for i in shown)]
+    names = [
+        name if len(name) <= 18 else f"{name[:17]}…" for name in (" ".join(classes[int(i)].split()) for i in shown)
+    ]
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left = round(max(large.getlength(name) for name in names)) + 34
     side = CELL * len(names)
@@ -349,13 +351,8 @@ def _sized(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
 
 
-def one_line(text: str) -> str:
-    """Text on one line: Pillow draws no others at an anchor of these."""
-    return " ".join(text.split())
-
-
 def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
-    draw, text = ImageDraw.Draw(image), one_line(text)
+    draw, text = ImageDraw.Draw(image), " ".join(text.split())  # Pillow draws no other line at such an anchor
     box = draw.textbbox(at, text, font=ImageFont.load_default(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
     draw.text(at, text, PAPER, ImageFont.load_default(16), anchor=anchor)

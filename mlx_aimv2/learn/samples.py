@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from mlx_aimv2.embed.cache import Known, KnownFiles
-from mlx_aimv2.files import read_image_file
+from mlx_aimv2.files import read_image_file, reason_of
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.images.open import open_image, warn_of
 
@@ -204,11 +204,7 @@ def read(
     names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
-    faults += (
-        []
-        if not names
-        else _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}))
-    )
+    faults += _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}), scan)
     if classes is None and (training or not faults):
         faults += _too_few(training, names, images, data, form)
     if classes is None and labelled and not labelled.keys() & {"train", ""}:
@@ -218,9 +214,6 @@ def read(
     if faults:
         raise refusal(faults, broken=0 if skip_broken else len(broken))
     notes = [f"{one_image(len(broken))} left out that cannot be read: {listed(broken, shown=3)}"] if broken else []
-    cases = Counter(name.casefold() for name in names)
-    if alike := [name for name in names if cases[name.casefold()] > 1]:
-        scan.note(f"labels {listed(alike)}", "differ in letter case alone: they are labels of their own")
     left_out = (*broken, *scan.all_noted)
     samples = {
         part: [
@@ -243,11 +236,14 @@ def read(
     return Dataset(names, splits, (*divided, *notes, *_copies(splits, every), *scan.notes), left_out)
 
 
-def _wrong_names(names: Sequence[str], unknown: Mapping[str, int]) -> list[str]:
+def _wrong_names(names: Sequence[str], unknown: Mapping[str, int], scan: Scan) -> list[str]:
     """Labels that are not among the `names`, and names that are no text, as those of folders may be."""
+    cases = Counter(name.casefold() for name in names)
+    if alike := [name for name in names if cases[name.casefold()] > 1]:
+        scan.note(f"labels {listed(alike)}", "differ in letter case alone: they are labels of their own")
     faults = [
         f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
-        for name, count in sorted(unknown.items())
+        for name, count in sorted(unknown.items() if names else ())
     ]
     no_text = [name for name in names if name.encode(errors="ignore").decode() != name]
     return faults + [f"the label {name!r} is not UTF-8: rename it" for name in no_text]
@@ -315,8 +311,7 @@ def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str,
     for folder, images in [(data, scan.loose(data)), *((folder, scan.images(folder)) for folder in others)]:
         if images:
             where = f"{folder} itself" if folder is data else str(folder)
-            no_part = f"is no labelled part of {data} (train, val, test): skipped"
-            scan.note(f"{where}, with {one_image(len(images))},", no_part)
+            scan.note(f"{where}, with {one_image(len(images))},", f"is no labelled part of {data}: skipped")
     return found
 
 
@@ -362,7 +357,7 @@ def _checked(path: str, decode: bool) -> Known | str:
             image.rgb()
         return Known(hashlib.sha256(data).digest(), (height, width), decode)
     except OSError as error:
-        return str(error) if path in str(error) else f"{path} {error.strerror or error}"
+        return str(error) if error.errno is None and path in str(error) else f"{path} {reason_of(error)}"
     except Exception as error:  # decoders raise whatever they meet
         return " ".join(str(error).split()) or f"{path} cannot be read"
 

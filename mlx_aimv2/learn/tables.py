@@ -188,7 +188,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _value(cell: str) -> Any:
     """A cell's text, or the list or object that it holds as JSON or as Python shows it, as pandas writes both."""
     found: Any = None
-    if cell[:1] + cell[-1:] in ("[]", "{}"):
+    if cell[:1] in ("[", "{"):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             found = ast.literal_eval(cell)
         with suppress(ValueError):

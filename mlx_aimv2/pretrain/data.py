@@ -265,7 +265,7 @@ def _texts(parts: dict[str, bytes], where: str, scan: Scan) -> tuple[str, ...]:
     try:
         told = {"text": decoded(plain)[0]} if plain is not None else None
         about = told or parse(parts.get("json", b"{}"), "json", but=CAPTIONS)
-    except ValueError:  # neither UTF-8 nor JSON
+    except ValueError:  # no JSON
         return ()
     return captions_of(about, where, scan) if isinstance(about, dict) else ()
 

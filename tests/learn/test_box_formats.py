@@ -572,10 +572,3 @@ def test_a_text_of_yolo_without_an_image_is_told(tmp_path):
     yolo_images_labels(tmp_path)
     put(tmp_path / "labels" / "train" / "alone.txt", "0 .5 .5 .1 .1\n")
     assert any("alone.txt has no image of its name" in note for note in boxes.read(tmp_path).notes)
-
-
-def test_two_yaml_files_that_name_classes_are_refused(tmp_path):
-    yolo_images_labels(tmp_path)
-    put(tmp_path / "args.yaml", "names: [x, y]\n")
-    with pytest.raises(ValueError, match="yaml name classes: keep one of them"):
-        boxes.read(tmp_path)
