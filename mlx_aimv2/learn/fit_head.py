@@ -83,8 +83,12 @@ def fit(
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind, recognised = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
-        decode = skip_broken or found.types[kind].features is None
-        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken, recognised=recognised)
+        how = {"decode": skip_broken or found.types[kind].features is None, "skip_broken": skip_broken}
+        is_solved = not found.types[kind].learning_rates
+        how["holdout"] = options.holdout or (None if is_solved else HELD_OUT)
+        dataset = _dataset(found, source, labels, say, recognised=recognised, **how)
+        if not is_solved and not dataset.splits["val"] and not dataset.splits["test"]:
+            raise DataError([f"{source} has no two images of any label, so none is held out to choose by: knn and linear need none"])
         loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
         if (slow := slow_here(loaded.model.dtype)) is not None:
             say(f"note: {slow}")
@@ -125,6 +129,12 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     for part in [name for name, samples in splits.items() if name != "train" and samples]:
         predictions = decoded(task, splits[part], trained.outputs(splits[part]))
         scores[part], table = task.results.score(splits[part], predictions, classes)
+    if not scores:
+        part, predictions, table = "train", [], []
+    advice = _imbalance(run, trained, part)
+    if run.options.refit and trained.refit is not None and not run.dataset.is_crossed:
+        learned = [sample for samples in splits.values() for sample in samples]
+        trained = replace(trained, **dict(zip(("head", "head_options"), trained.refit(learned), strict=True)))
     images = {part: len(samples) for part, samples in splits.items()}
     info = {
         "task": task.name,

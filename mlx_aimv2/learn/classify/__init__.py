@@ -14,7 +14,7 @@ TASK = Task(
         "dora": Type(None, (3e-4,), epochs=10, batch_size=16),
         "full": Type(None, (1e-4,), epochs=10, batch_size=16, layer_decay=0.75, drop_path=0.1),
     },
-    metric="top1",
+    metrics=("top1", "mean_class"),
     dense=False,
     data=data,
     head=head,
