@@ -6,7 +6,7 @@ Every square of a map is one token; nothing is smoothed, so that what is drawn i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -41,6 +41,9 @@ SMALLEST = 448
 CELL = 28
 MAX_CLASSES = 40
 """Pixels of a cell of a confusion matrix, and the classes that it shows: the most confused ones."""
+
+CHART, MAX_LINES = (420, 260), 14
+"""Pixels of a chart, width and height, and the lines that are drawn in it."""
 
 HEAT = ((16, 18, 52), (62, 38, 120), (140, 46, 116), (214, 84, 80), (248, 158, 66), (252, 236, 152))
 """From unlike to alike; lightness rises all the way, so the order survives in grey."""
@@ -281,6 +284,37 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         canvas.paste(strip.rotate(90, expand=True), (left + i * CELL, 0))
     words = "rows: the label, columns: what was predicted"
     draw.text((left + side, left + side + 6), words, FAINT, small, anchor="rt")
+    return canvas
+
+
+def curves(
+    lines: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    *,
+    x: str,
+    y: str,
+    bounds: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Lines by name, each through its points (n,), (n,), on axes called `x` and `y`; the first ones where many.
+
+    `bounds` are the left, lower, right and upper ends of the axes, else those of the points.
+    """
+    lines = dict(list(lines.items())[:MAX_LINES])
+    values = np.concatenate([np.asarray(points, np.float64) for points in lines.values()], axis=1)
+    ends = np.array(bounds or (*values.min(axis=1), *values.max(axis=1)), np.float64)
+    spans = np.where(ends[2:] > ends[:2], ends[2:] - ends[:2], 1)
+    (width, height), (left, top), font = CHART, (80, 16), ImageFont.load_default(13)
+    canvas = Image.new("RGB", (left + width + 200, top + height + 44), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((left, top, left + width, top + height), outline=(225, 225, 225))
+    for i, (text, anchor) in enumerate(((x, "m"), (y, "r"))):
+        for end, share in ((ends[i], 0.0), (ends[2 + i], 1.0), (None, 0.5)):
+            at = (left + share * width, top + height + 8) if i == 0 else (left - 8, top + (1 - share) * height)
+            draw.text(at, text if end is None else f"{end:.3g}", INK, font, anchor=anchor + "tm"[i])
+    for number, (name, points) in enumerate(lines.items()):
+        shares = (np.stack(points, axis=1) - ends[:2]) / spans
+        places = np.array([left, top + height]) + shares * np.array([width, -height])
+        draw.line([tuple(place) for place in places.tolist()], class_colour(number), 2)
+        draw.text((left + width + 12, top + 18 * number), name[:24], class_colour(number), font)
     return canvas
 
 

@@ -284,16 +284,11 @@ def folds(samples: Sequence[Sample]) -> list[tuple[list[Sample], list[Sample]]]:
         sha256 for stratum in sorted(contents) for sha256 in sorted(contents[stratum]) if len(contents[stratum]) > 1
     ]
     fold_of = {sha256: index % FOLDS for index, sha256 in enumerate(order)}
-    pairs = []
-    for fold in range(min(FOLDS, len(order))):
-        held = [fold_of.get(sample.sha256) == fold for sample in samples]
-        pairs.append(
-            tuple(
-                [sample for sample, is_held in zip(samples, held, strict=True) if is_held == out]
-                for out in (False, True)
-            )
-        )
-    return pairs
+    numbers = [(fold_of.get(sample.sha256, -1), sample) for sample in samples]
+    return [
+        ([one for own, one in numbers if own != fold], [one for own, one in numbers if own == fold])
+        for fold in range(min(FOLDS, len(order)))
+    ]
 
 
 def split(samples: Sequence[Sample], strata: Sequence[int], share: float = HELD_OUT) -> dict[str, list[Sample]]:

@@ -130,7 +130,9 @@ class Options:
     class_weights: str | None = setting(
         None, "what is trained", "balanced: all classes count alike, however many images they have", choices=WEIGHTS
     )
-    refit: bool = setting(False, "what is trained", "linear, knn: when all is chosen fit on all images, val and test too")
+    refit: bool = setting(
+        False, "what is trained", "linear, knn: when all is chosen fit on all images, val and test too"
+    )
     num_layers: int | None = setting(
         None, "what is trained", "the last N blocks alone; -1 for all (default)", "a number of blocks, or -1 for all"
     )
@@ -150,6 +152,9 @@ class Options:
     flip: bool = setting(False, "augmentation", "mirror half of the images in training")
     mixup: float = setting(0.0, "augmentation", "mix images by Beta(X, X) (default: 0, off)", "at least 0")
     mask_ratio: float = setting(0.0, "augmentation", "share of patches hidden in training", "at least 0, below 1")
+    mask_shape: str = setting(
+        "random", "augmentation", "of hidden patches: random, each alone, or block", choices=("random", "block")
+    )
     drop_path: float | None = setting(
         None, "augmentation", "share of images that skip the last block, less before it", "at least 0, below 1"
     )
@@ -190,7 +195,7 @@ IN_LOOP = COMMON | {
     "patience", "recipe",
 }  # fmt: skip
 ON_ENCODER = (IN_LOOP - {"recipe"}) | {
-    "num_layers", "grad_checkpoint", "drop_path", "mask_ratio", "mixup", "augment", "flip",
+    "num_layers", "grad_checkpoint", "drop_path", "mask_ratio", "mask_shape", "mixup", "augment", "flip",
 }  # fmt: skip
 ADAPTER = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
 """Options that mean something for heads alone that a loop trains, for an encoder, and for its adapters."""
@@ -219,5 +224,5 @@ def check_options(options: Options, task: Task, kind: str) -> None:
         means, beside = means - ADAPTER - {"num_layers"} | {"adapter_path"}, f"{beside} and --adapter-path"
     if idle := [flag(field) for field in fields(options) if field.name in given and field.name not in means]:
         raise ValueError(f"{', '.join(idle)} would change nothing with {beside}: leave it out")
-    if options.mask_ratio and task.dense:
-        raise ValueError(f"--mask-ratio does not go with {task.name}, whose heads need every patch: leave it out")
+    if "mask_shape" in given and not options.mask_ratio:
+        raise ValueError(f"--mask-shape {options.mask_shape} would change nothing without --mask-ratio: say how many")

@@ -1,7 +1,4 @@
-"""One run of `fit` as its steps see it, and the two ways of training.
-
-Heads are trained on stored features of a frozen encoder; or the encoder is trained together with its head.
-"""
+"""One run of `fit` as its steps see it, and how an encoder is trained together with its head."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,14 +22,14 @@ from mlx_aimv2.files import cache_folder
 from mlx_aimv2.images import FAST
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead, balanced
-from mlx_aimv2.learn.learner import Learner, outputs_of_head, outputs_of_learner
+from mlx_aimv2.learn.classify.head import balanced
+from mlx_aimv2.learn.learner import Learner, outputs_of_learner, visible_patches
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, folds, refusal
 from mlx_aimv2.learn.task_options import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import LossError, Plan, Watch, drawn, train
-from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
+from mlx_aimv2.train.optimizer import FROZEN, Table, freeze, layer_decay
 from mlx_aimv2.train.state import Progress, StateFile
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
@@ -64,6 +61,16 @@ class Run:
     say: Callable[[str], None]
     on_progress: Callable[[int, int, str], None]
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether all classes count alike."""
+        return self.options.class_weights is not None
+
+    @property
+    def metric(self) -> str:
+        """The score that is chosen by."""
+        return self.options.metric or self.task.metric
+
     def head(self) -> nn.Module:
         """A new head for this run's classes."""
         return self.task.head.make_head(self.kind, self.encoder.config, len(self.dataset.classes), {})
@@ -71,7 +78,7 @@ class Run:
     def loss(self, outputs: dict[str, mx.array], batch: dict[str, mx.array]) -> mx.array:
         """The loss of each image, by the weight of its class where classes have one: `-> (B,)`."""
         losses: mx.array = self.task.head.loss(outputs, batch)
-        if self.options.class_weights is None:
+        if not self.is_balanced:
             return losses
         labels = np.array([sample.target for sample in self.dataset.splits["train"]])
         return losses * mx.array(balanced(labels, len(self.dataset.classes)))[batch["label"]]
@@ -94,9 +101,9 @@ class Run:
                     raise LossError(f"what the head makes of {sample.path} is no number")
                 predictions.append(self.task.results.decode(found, sample.size))
             targets = [self.task.data.targets(sample, self.processor) for sample, _ in chunk]
-            total += self.loss(_batch([found for _, found in chunk]), _batch(targets)).sum().item()
+            total += float(np.array(self.loss(_batch([found for _, found in chunk]), _batch(targets))).sum())
         scores, _ = self.task.results.score(samples, predictions, self.dataset.classes)
-        return scores[self.options.metric or self.task.metric], total / len(samples)
+        return scores[self.metric], total / len(samples)
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
         """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.
@@ -130,7 +137,7 @@ class Run:
         features_of: Callable[[Sequence[Sample]], Array],
         train: Sequence[Sample] | None = None,
         *,
-        is_balanced: bool | None = None,
+        is_balanced: bool,
         say: Callable[[str], None] = lambda line: None,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The head of a kind that no loop trains, from the mean token of each image, and its settings.
@@ -140,16 +147,15 @@ class Run:
         classes, own = len(self.dataset.classes), self.dataset.splits
         train = own["train"] if train is None else train
         pairs = [(train, own["val"])] if own["val"] else folds(train)
-        weigh = self.options.class_weights is not None if is_balanced is None else is_balanced
 
         def judge(settings: Mapping[str, Any], samples: Sequence[Sample], logits: Array) -> tuple[float, float]:
             score, loss = self.judged(samples, ({"logits": row} for row in logits))
             named = ", ".join(f"{name} {value:g}" for name, value in settings.items())
-            say(f"{named}: val loss {loss:.4f}, val {self.options.metric or self.task.metric} {100 * score:.2f} %")
+            say(f"{named}: val loss {loss:.4f}, val {self.metric} {100 * score:.2f} %")
             return score, -loss
 
         labelled = [tuple((features_of(part), part) for part in pair) for pair in pairs]
-        settings: dict[str, Any] = self.task.head.choose(kind, labelled, classes, judge, is_balanced=weigh)
+        settings: dict[str, Any] = self.task.head.choose(kind, labelled, classes, judge, is_balanced=is_balanced)
         chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "is_balanced")
         if pairs:
             say(f"{chosen}: the best on {'val' if own['val'] else 'images held out in turn'}")
@@ -220,119 +226,8 @@ class Trained:
     """What the same would give with balanced class weights."""
 
 
-def train_on_features(run: Run) -> Trained:
-    """The head of this run on features that are computed once: solved for, or the best of several that are trained."""
-    samples = [sample for part in run.dataset.splits.values() for sample in part]
-    features, grid = run.features(run.type.features or "tokens", samples), run.processor.grid
-
-    def outputs_of(head: nn.Module) -> OutputsOf:
-        return lambda part: outputs_of_head(head, part, features, grid)
-
-    if not run.type.learning_rates:
-        return _solved(run, features, outputs_of)
-    heads, settings = _candidates(run, features)
-    base_rate, base_decay = settings[0]
-    groups = [
-        (rf"heads\.{i}\..*", Group(rate / base_rate, decay / base_decay if base_decay else 1.0, clip_with=f"{i}"))
-        for i, (rate, decay) in enumerate(settings)
-    ]
-
-    def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        row = np.asarray(features[sample.sha256], np.float32)
-        return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
-
-    def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
-        losses = [run.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
-        total: mx.array = sum(losses[1:], losses[0])
-        return total
-
-    def scores(candidates: Any) -> list[tuple[float, float]]:
-        return [run.score(outputs_of(head)) for head in candidates.heads]
-
-    if len(heads) > 1:
-        run.say(f"{len(heads)} heads are trained side by side, by different settings; the loss is their mean")
-    model = nn.Module()
-    model.heads = heads
-    progress = run.train(model, loss, make, evaluate=lambda candidates: best_of(scores(candidates)), groups=groups)
-    best = int(np.argmax([score for score, _ in scores(model)]))
-    rate, decay = settings[best]
-    if len(settings) > 1:
-        run.say(f"learning rate {rate:g} and weight decay {decay:g} are the best on val")
-    about = {"learning_rate": rate, "weight_decay": decay, "step": progress.best_step}
-    return Trained(model.heads[best], outputs_of(model.heads[best]), settings=about, history=progress.history)
-
-
-def best_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The best score of several heads and the lowest of their losses."""
-    return max(score for score, _ in scores), min(loss for _, loss in scores)
-
-
 def _batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, mx.array]:
     return {name: mx.array(np.stack([one[name] for one in examples])) for name in examples[0]}
-
-
-def _solved(run: Run, features: Features, outputs_of: Callable[[nn.Module], OutputsOf]) -> Trained:
-    """The head that no loop trains; of a set that is crossed each image is judged by one that never saw it."""
-    splits, crossed = run.dataset.splits, dict[str, Outputs]()
-    head, settings = run.solve(run.kind, features.of, say=run.say)
-    for rest, held in folds(splits["train"]) if run.dataset.is_crossed else []:
-        other, _ = run.solve(run.kind, features.of, rest)
-        crossed |= {sample.path: found for sample, found in zip(held, outputs_of(other)(held), strict=True)}
-    options = {"images": len(splits["train"]), **settings} if run.kind == "knn" else {}
-    all_outputs = outputs_of(head)
-
-    def outputs(part: Sequence[Sample]) -> Iterator[Outputs]:
-        return (crossed[sample.path] for sample in part) if part is splits["test"] and crossed else all_outputs(part)
-
-    def refit(samples: Sequence[Sample]) -> tuple[nn.Module, dict[str, Any]]:
-        again = run.task.head.solve(run.kind, (features.of(samples), samples), len(run.dataset.classes), settings)
-        return again, options | ({"images": len(samples)} if options else {})
-
-    def alternative() -> OutputsOf:
-        return outputs_of(run.solve(run.kind, features.of, is_balanced=True)[0])
-
-    return Trained(head, outputs, options, settings, refit=refit, balanced=alternative)
-
-
-def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tuple[float, float]]]:
-    """A head for each learning rate and weight decay to be tried, all from the same start, and these settings.
-
-    Attentive probes get the statistics of the tokens, and there is one more that begins as the linear probe: with that
-    one among them, what `val` likes best is there no worse than the linear probe. A recipe of others is followed as it
-    is, without.
-    """
-    settings = list(product(run.type.learning_rates, run.type.weight_decays))
-    heads = [run.head() for _ in settings]
-    for head in heads[1:]:
-        head.update(heads[0].parameters())
-    if not isinstance(heads[0], AttentiveHead):
-        return heads, settings
-    mean, std = (mx.array(array) for array in token_statistics(features, run.dataset.splits["train"]))
-    probe = None
-    if run.options.recipe is None:
-        heads.append(run.head())
-        probe, _ = run.solve("linear", lambda part: mean_tokens(features, part))
-        settings.append((min(run.type.learning_rates), run.type.weight_decays[0]))
-    for number, head in enumerate(heads):
-        head.start(mean, std, probe if number == len(heads) - 1 else None)
-    return heads, settings
-
-
-def token_statistics(features: Features, samples: Sequence[Sample]) -> tuple[Array, Array]:
-    """Mean and standard deviation of all tokens of the samples, (D,) each in float32, a few images at a time."""
-    count, total, squares = 0, np.zeros(1), np.zeros(1)
-    for part in split_into_chunks(samples, STEP):
-        tokens = features.of(part)
-        rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
-        count, total, squares = count + len(rows), total + rows.sum(axis=0), squares + (rows**2).sum(axis=0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, MIN_STD**2))
-    return mean.astype(np.float32), std.astype(np.float32)
-
-
-def mean_tokens(features: Features, samples: Sequence[Sample]) -> Array:
-    """The mean token of each sample, (n, D)."""
-    return np.concatenate([features.of(part).mean(axis=1) for part in split_into_chunks(samples, STEP)])
 
 
 def fine_tune(run: Run) -> Trained:
@@ -343,18 +238,18 @@ def fine_tune(run: Run) -> Trained:
         raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
     head = _first_head(run)  # before the encoder has adapters
     adapters = _with_adapters(run, layers)
-    learner = Learner(run.encoder, head)
+    grid = run.processor.grid
+    hidden = round(options.mask_ratio * math.prod(grid))
+    learner = Learner(run.encoder, head, fills=run.task.dense and hidden > 0)
     groups = (
         _groups(depth, layers, own.layer_decay) if adapters is None else []
     )  # adapters have frozen all but themselves
     freeze(learner, groups)
-    patches = math.prod(run.processor.grid)
-    hidden = round(options.mask_ratio * patches)
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         example = run.task.data.example(sample, run.processor, rng=rng if options.augment else None, flip=options.flip)
         if hidden:
-            example["visible"] = np.sort(rng.permutation(patches)[hidden:]).astype(np.int32)
+            example["visible"] = visible_patches(grid, hidden, options.mask_shape, rng)
         return example
 
     def loss(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
@@ -389,7 +284,7 @@ def _first_head(run: Run) -> nn.Module:
     if run.task.dense or run.options.adapter_path is not None:
         return head
     features = run.features("mean", [*run.dataset.splits["train"], *run.dataset.splits["val"]])
-    probe, _ = run.solve("linear", features.of)
+    probe, _ = run.solve("linear", features.of, is_balanced=run.is_balanced)
     head.update(probe.parameters())
     run.say("the head starts as the linear probe")
     return head

@@ -103,7 +103,9 @@ class Step:
         self.model, self.plan, self.ranks = model, plan, ranks or Ranks()
         self.groups = groups_of(model, plan.groups)
         self.rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up)
-        self.optimizer = Optimizer(model, self.groups, schedule=self.rate, weight_decay=plan.weight_decay, betas=plan.betas)
+        self.optimizer = Optimizer(
+            model, self.groups, schedule=self.rate, weight_decay=plan.weight_decay, betas=plan.betas
+        )
         self._losses = losses
         mx.eval(model.parameters())  # what is not, would be computed in every compiled step
         self._differentiate = compiled(self._differentiated, [mx.random.state])
