@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.backend import prepared
@@ -26,7 +27,7 @@ from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
 from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, listed, one_image, same_form, short
-from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task
+from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task, score_text
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
@@ -111,6 +112,8 @@ def fit(
         )
         mx.random.seed(options.seed)
         trained = train_on_features(run) if run.type.features else fine_tune(run)
+        if (val := dataset.splits["val"]) and not found.dense:  # with the head, its options are changed
+            found.head.calibrate(trained.head, np.stack([one["logits"] for one in trained.outputs(val)]), val)
         if ranks.rank > 0:
             return Fitted(target, {}, {}, "")
         fitted = _written(target, run, trained, seconds=time.monotonic() - started)
@@ -130,7 +133,7 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
         "task": task.name,
         "fine_tune_type": run.kind,
         "classes": list(classes),
-        "options": trained.head_options,
+        "options": trained.head_options | ({} if task.dense else trained.head.options()),
         "encoder": run.described,
         "image_size": run.processor.canvas[0],
         "images": images,
@@ -154,14 +157,14 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
 def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> str:
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
     value = scores[task.metric]
-    text = f"{task.metric} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
+    text = f"{task.metric} {score_text(task.metric, value)} on {one_image(count, f'{part} image')}"
     if task.metric == "top1":  # the interval in which the true share lies with 95 % confidence (Wilson 1927)
         z = 1.96
         whole, middle = 1 + z * z / count, value + z * z / (2 * count)
         half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
         low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
+    text += "".join(f", {name} {score_text(name, score)}" for name, score in scores.items() if name != task.metric)
     flattered = "; chosen on the same images, so a little flattering: a test part would tell"
     return text + (flattered if part == "val" else "")
 
@@ -183,7 +186,7 @@ def _write_card(
     names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
     rows = [["part", "images", *names]]
     for part, scores in metrics.items():
-        values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
+        values = (score_text(name, scores[name]) if name in scores else "none" for name in names)
         rows.append([part, f"{info['images'][part]:,}", *values])
     images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
     text = f"""\

@@ -66,7 +66,9 @@ class Run:
 
     def head(self) -> nn.Module:
         """A new head for this run's classes."""
-        return self.task.head.make_head(self.kind, self.encoder.config, len(self.dataset.classes), {})
+        head, classes = self.task.head, len(self.dataset.classes)
+        first = {} if self.task.dense else head.first_options(self.dataset.splits["train"])
+        return head.make_head(self.kind, self.encoder.config, classes, first)
 
     def score(self, outputs: OutputsOf) -> float:
         """The score on `val` that the best state goes by. Raises LossError for outputs that are no numbers."""
