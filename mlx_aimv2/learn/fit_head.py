@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
-from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, listed, one_image, same_form, short
+from mlx_aimv2.learn.samples import HELD_OUT, DataError, Dataset, Recognised, listed, one_image, same_form, short
 from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task, score_text
 from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
 from mlx_aimv2.loading import at_size, read_source
@@ -84,8 +84,14 @@ def fit(
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind, recognised = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
-        decode = skip_broken or found.types[kind].features is None
-        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken, recognised=recognised)
+        how = {"decode": skip_broken or found.types[kind].features is None, "skip_broken": skip_broken}
+        is_solved = not found.types[kind].learning_rates
+        how["holdout"] = options.holdout or (None if is_solved else HELD_OUT)
+        dataset = _dataset(found, source, labels, say, recognised=recognised, **how)
+        if not is_solved and not dataset.splits["val"] and not dataset.splits["test"]:
+            raise DataError(
+                [f"{source} has no two images of any label, so none is held out to choose by: knn and linear need none"]
+            )
         loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
         if (slow := slow_here(loaded.model.dtype)) is not None:
             say(f"note: {slow}")
@@ -112,8 +118,6 @@ def fit(
         )
         mx.random.seed(options.seed)
         trained = train_on_features(run) if run.type.features else fine_tune(run)
-        if (val := dataset.splits["val"]) and not found.dense:  # with the head, its options are changed
-            found.head.calibrate(trained.head, np.stack([one["logits"] for one in trained.outputs(val)]), val)
         if ranks.rank > 0:
             return Fitted(target, {}, {}, "")
         fitted = _written(target, run, trained, seconds=time.monotonic() - started)
@@ -125,9 +129,20 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     """Scores the head on each part that was held out, of which the last one counts, and writes its folder."""
     task, splits, classes = run.task, run.dataset.splits, run.dataset.classes
     scores: dict[str, dict[str, float]] = {}
+    held_out = splits["val"] or (splits["test"] if run.dataset.is_crossed else [])
+    if held_out and not task.dense:
+        task.head.calibrate(trained.head, np.stack([one["logits"] for one in trained.outputs(held_out)]), held_out)
     for part in [name for name, samples in splits.items() if name != "train" and samples]:
         predictions = decoded(task, splits[part], trained.outputs(splits[part]))
         scores[part], table = task.results.score(splits[part], predictions, classes)
+    if not scores:
+        part, predictions, table = "train", [], []
+    if run.options.refit and trained.refit is not None and not run.dataset.is_crossed:
+        before = trained.head
+        learned = [sample for samples in splits.values() for sample in samples]
+        trained = replace(trained, **dict(zip(("head", "head_options"), trained.refit(learned), strict=True)))
+        if task.name != "regression":  # whose units are those of the images it has learned
+            trained.head.take(before.options(), len(classes))
     images = {part: len(samples) for part, samples in splits.items()}
     info = {
         "task": task.name,

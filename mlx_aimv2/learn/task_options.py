@@ -56,7 +56,7 @@ RECIPES = {
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task. The first of its `types` is the default; `metric` is the score that the best state goes by.
+    """A task. The first of its `types` is the default, and so is that of its `metrics`, which the best state goes by.
 
     `dense` tasks answer for every place of an image: images are brought to the encoder's size without cutting anything
     off, and the heads need every patch. For the others `head.solve` finds a head without the training loop.
@@ -71,11 +71,16 @@ class Task:
     name: str
     pipeline_tag: str
     types: Mapping[str, Type]
-    metric: str
+    metrics: tuple[str, ...]
     dense: bool
     data: ModuleType
     head: ModuleType
     results: ModuleType
+
+    @property
+    def metric(self) -> str:
+        """The score that counts where no flag says another."""
+        return self.metrics[0]
 
 
 def find_task(name: str) -> Task:
@@ -104,6 +109,8 @@ def guess_task(data: Path) -> tuple[Task, Recognised]:
     )
 
 
+WEIGHTS = ("balanced",)
+
 ADAPTERS = "adapters, of lora and dora"
 
 MAX_RANK = 8192
@@ -120,8 +127,24 @@ class Options:
     image_size: int | None = setting(
         None, "data", "side of the images in pixels (default: the checkpoint's)", "at least 1", maximum=MAX_SIDE
     )
+    holdout: float | None = setting(
+        None,
+        "data",
+        "share of the images for val, and for test, of DATA without parts (default: 0.15; probes of a small set are "
+        "cross-validated)",
+        "above 0, below 0.5",
+    )
     recipe: str | None = setting(
         None, "what is trained", "paper: as AIMv2's attentive probe, without its augmentation", choices=tuple(RECIPES)
+    )
+    metric: str | None = setting(
+        None, "what is trained", "score to choose by (top1, mean_class, miou, pixel_accuracy, ap, ap50, ap75)"
+    )
+    class_weights: str | None = setting(
+        None, "what is trained", "balanced: all classes count alike, however many images they have", choices=WEIGHTS
+    )
+    refit: bool = setting(
+        False, "what is trained", "linear, knn: when all is chosen fit on all images, val and test too"
     )
     num_layers: int | None = setting(
         None, "what is trained", "the last N blocks alone; -1 for all (default)", "a number of blocks, or -1 for all"
@@ -156,7 +179,8 @@ class Options:
     patience: int | None = setting(
         None,
         "run",
-        "stop after N evaluations none of which is better, 0 never (default: 8 for lora, dora and full, else 0)",
+        "early stopping, after the warm-up: when of N evaluations none has a better score or a val loss as low as the "
+        "lowest; 0 never (default: 8 for lora, dora and full, else 0)",
         "at least 0",
     )
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
@@ -178,7 +202,7 @@ class Options:
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
-COMMON = {"image_size", "seed"}
+COMMON = {"image_size", "seed", "holdout", "metric", "class_weights"}
 IN_LOOP = COMMON | {
     "batch_size", "iters", "epochs", "learning_rate", "weight_decay", "grad_accumulation_steps", "steps_per_eval",
     "patience", "recipe",
@@ -198,9 +222,13 @@ def check_options(options: Options, task: Task, kind: str) -> None:
         raise ValueError("choose either --iters or --epochs, not both")
     if options.recipe is not None and kind != "attentive":
         raise ValueError(f"--recipe {options.recipe} is for --fine-tune-type attentive, not for {kind}")
+    if options.metric not in (None, *task.metrics):
+        raise ValueError(f"--metric of {task.name} must be {', '.join(task.metrics)}, got {options.metric}")
+    if options.class_weights is not None and task.name != "classify":
+        raise ValueError(f"--class-weights is for one label an image, not for {task.name}: leave it out")
     given, beside = options.given(), f"--fine-tune-type {kind}"
     if not task.types[kind].learning_rates:
-        means = COMMON
+        means = COMMON | {"refit"}
     elif task.types[kind].features is not None:
         means = IN_LOOP
     else:

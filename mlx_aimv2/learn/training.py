@@ -6,10 +6,10 @@ Heads are trained on stored features of a frozen encoder; or the encoder is trai
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,9 +25,9 @@ from mlx_aimv2.files import cache_folder
 from mlx_aimv2.images import FAST
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
-from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner, visible_patches
-from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
+from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead, balanced
+from mlx_aimv2.learn.learner import Learner, outputs_of_head, outputs_of_learner, visible_patches
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample, folds, refusal
 from mlx_aimv2.learn.task_options import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
@@ -70,19 +70,35 @@ class Run:
         first = {} if self.task.dense else head.first_options(self.dataset.splits["train"])
         return head.make_head(self.kind, self.encoder.config, classes, first)
 
-    def score(self, outputs: OutputsOf) -> float:
-        """The score on `val` that the best state goes by. Raises LossError for outputs that are no numbers."""
-        val = self.dataset.splits["val"] or self.dataset.splits["test"]
+    def loss(self, outputs: dict[str, mx.array], batch: dict[str, mx.array]) -> mx.array:
+        """The loss of each image, by the weight of its class where classes have one: `-> (B,)`."""
+        losses: mx.array = self.task.head.loss(outputs, batch)
+        if self.options.class_weights is None:
+            return losses
+        labels = np.array([sample.target for sample in self.dataset.splits["train"]])
+        return losses * mx.array(balanced(labels, len(self.dataset.classes)))[batch["label"]]
 
-        def checked() -> Iterator[Outputs]:
-            for sample, found in zip(val, outputs(val), strict=True):
+    def score(self, outputs: OutputsOf) -> tuple[float, float]:
+        """`judged` on `val`, which the best state goes by."""
+        val = self.dataset.splits["val"] or self.dataset.splits["test"]
+        return self.judged(val, outputs(val))
+
+    def judged(self, samples: Sequence[Sample], outputs: Iterable[Outputs]) -> tuple[float, float]:
+        """How right outputs are, by the metric that is chosen by, and their mean loss.
+
+        Raises LossError for outputs that are no numbers.
+        """
+        predictions, total = list[Any](), 0.0
+        pairs = zip(samples, outputs, strict=True)
+        while chunk := list(islice(pairs, 8 if self.task.dense else STEP)):
+            for sample, found in chunk:
                 if not all(np.isfinite(array).all() for array in found.values()):
                     raise LossError(f"what the head makes of {sample.path} is no number")
-                yield found
-
-        predictions = decoded(self.task, val, checked())
-        scores, _ = self.task.results.score(val, predictions, self.dataset.classes)
-        return scores[self.task.metric]
+                predictions.append(self.task.results.decode(found, sample.size))
+            targets = [self.task.data.targets(sample, self.processor) for sample, _ in chunk]
+            total += self.loss(_batch([found for _, found in chunk]), _batch(targets)).sum().item()
+        scores, _ = self.task.results.score(samples, predictions, self.dataset.classes)
+        return scores[self.options.metric or self.task.metric], total / len(samples)
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
         """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.
@@ -114,13 +130,33 @@ class Run:
         self,
         kind: str,
         features_of: Callable[[Sequence[Sample]], Array],
+        train: Sequence[Sample] | None = None,
         *,
+        is_balanced: bool | None = None,
         say: Callable[[str], None] = lambda line: None,
-    ) -> nn.Module:
-        """The head of a kind that no loop trains, from the mean token of each image."""
-        train, val = ((features_of(part), part) for part in (self.dataset.splits["train"], self.dataset.splits["val"]))
-        head: nn.Module = self.task.head.solve(kind, train, val, len(self.dataset.classes), say)
-        return head
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The head of a kind that no loop trains, from the mean token of each image, and its settings.
+
+        They are chosen on `val`, or without one on the `folds` of the training images.
+        """
+        classes, own = len(self.dataset.classes), self.dataset.splits
+        train = own["train"] if train is None else train
+        pairs = [(train, own["val"])] if own["val"] else folds(train)
+        weigh = self.options.class_weights is not None if is_balanced is None else is_balanced
+
+        def judge(settings: Mapping[str, Any], samples: Sequence[Sample], logits: Array) -> tuple[float, float]:
+            score, loss = self.judged(samples, ({"logits": row} for row in logits))
+            named = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+            say(f"{named}: val loss {loss:.4f}, val {self.options.metric or self.task.metric} {100 * score:.2f} %")
+            return score, -loss
+
+        labelled = [tuple((features_of(part), part) for part in pair) for pair in pairs]
+        settings: dict[str, Any] = self.task.head.choose(kind, labelled, classes, judge, is_balanced=weigh)
+        chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "is_balanced")
+        if pairs:
+            say(f"{chosen}: the best on {'val' if own['val'] else 'images held out in turn'}")
+        head: nn.Module = self.task.head.solve(kind, (features_of(train), train), classes, settings)
+        return head, settings
 
     def train(
         self,
@@ -128,7 +164,7 @@ class Run:
         loss: Callable[[Any, dict[str, mx.array], mx.array], mx.array],
         make: Callable[[Sample, np.random.Generator], Arrays],
         *,
-        evaluate: Callable[[Any], float],
+        evaluate: Callable[[Any], tuple[float, float]],
         groups: Table,
     ) -> Progress:
         """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
@@ -150,6 +186,7 @@ class Run:
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),
             patience=patience if options.patience is None else options.patience,
             seed=options.seed,
+            models=len(getattr(model, "heads", [None])),
         )
         self.on_progress(0, steps, "steps")
         watch = Watch(evaluate, say=self.say, on_progress=lambda done: self.on_progress(done, steps, "steps"))
@@ -179,6 +216,10 @@ class Trained:
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     adapters: dict[str, Any] | None = None
+    refit: Callable[[Sequence[Sample]], tuple[nn.Module, dict[str, Any]]] | None = None
+    """The head with the same settings on other samples, and its options, where no loop trains it."""
+    balanced: Callable[[], OutputsOf] | None = None
+    """What the same would give with balanced class weights."""
 
 
 def train_on_features(run: Run) -> Trained:
@@ -190,9 +231,7 @@ def train_on_features(run: Run) -> Trained:
         return lambda part: outputs_of_head(head, part, features, grid)
 
     if not run.type.learning_rates:
-        solved = run.solve(run.kind, features.of, say=run.say)
-        own = {"images": len(run.dataset.splits["train"])} if run.kind == "knn" else {}
-        return Trained(solved, outputs_of(solved), own)
+        return _solved(run, features, outputs_of)
     heads, settings = _candidates(run, features)
     base_rate, base_decay = settings[0]
     groups = [
@@ -205,24 +244,56 @@ def train_on_features(run: Run) -> Trained:
         return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
 
     def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
-        losses = [run.task.head.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
+        losses = [run.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
         total: mx.array = sum(losses[1:], losses[0])
         return total
 
-    def scores(candidates: Any) -> list[float]:
+    def scores(candidates: Any) -> list[tuple[float, float]]:
         return [run.score(outputs_of(head)) for head in candidates.heads]
 
     if len(heads) > 1:
-        run.say(f"{len(heads)} heads are trained side by side, by different settings; the loss is that of all together")
+        run.say(f"{len(heads)} heads are trained side by side, by different settings; the loss is their mean")
     model = nn.Module()
     model.heads = heads
-    progress = run.train(model, loss, make, evaluate=lambda candidates: max(scores(candidates)), groups=groups)
-    best = int(np.argmax(scores(model)))
+    progress = run.train(model, loss, make, evaluate=lambda candidates: best_of(scores(candidates)), groups=groups)
+    best = int(np.argmax([score for score, _ in scores(model)]))
     rate, decay = settings[best]
     if len(settings) > 1:
         run.say(f"learning rate {rate:g} and weight decay {decay:g} are the best on val")
     about = {"learning_rate": rate, "weight_decay": decay, "step": progress.best_step}
     return Trained(model.heads[best], outputs_of(model.heads[best]), settings=about, history=progress.history)
+
+
+def best_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The best score of several heads and the lowest of their losses."""
+    return max(score for score, _ in scores), min(loss for _, loss in scores)
+
+
+def _batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, mx.array]:
+    return {name: mx.array(np.stack([one[name] for one in examples])) for name in examples[0]}
+
+
+def _solved(run: Run, features: Features, outputs_of: Callable[[nn.Module], OutputsOf]) -> Trained:
+    """The head that no loop trains; of a set that is crossed each image is judged by one that never saw it."""
+    splits, crossed = run.dataset.splits, dict[str, Outputs]()
+    head, settings = run.solve(run.kind, features.of, say=run.say)
+    for rest, held in folds(splits["train"]) if run.dataset.is_crossed else []:
+        other, _ = run.solve(run.kind, features.of, rest)
+        crossed |= {sample.path: found for sample, found in zip(held, outputs_of(other)(held), strict=True)}
+    options = {"images": len(splits["train"]), **settings} if run.kind == "knn" else {}
+    all_outputs = outputs_of(head)
+
+    def outputs(part: Sequence[Sample]) -> Iterator[Outputs]:
+        return (crossed[sample.path] for sample in part) if part is splits["test"] and crossed else all_outputs(part)
+
+    def refit(samples: Sequence[Sample]) -> tuple[nn.Module, dict[str, Any]]:
+        again = run.task.head.solve(run.kind, (features.of(samples), samples), len(run.dataset.classes), settings)
+        return again, options | ({"images": len(samples)} if options else {})
+
+    def alternative() -> OutputsOf:
+        return outputs_of(run.solve(run.kind, features.of, is_balanced=True)[0])
+
+    return Trained(head, outputs, options, settings, refit=refit, balanced=alternative)
 
 
 def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tuple[float, float]]]:
@@ -242,7 +313,7 @@ def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tup
     probe = None
     if run.options.recipe is None:
         heads.append(run.head())
-        probe = run.solve("linear", lambda part: mean_tokens(features, part))
+        probe, _ = run.solve("linear", lambda part: mean_tokens(features, part))
         settings.append((min(run.type.learning_rates), run.type.weight_decays[0]))
     for number, head in enumerate(heads):
         head.start(mean, std, probe if number == len(heads) - 1 else None)
@@ -297,11 +368,11 @@ def fine_tune(run: Run) -> Trained:
         outputs = model(
             pixels, visible=batch.get("visible"), checkpoint=options.grad_checkpoint, drop_path=own.drop_path, key=key
         )
-        losses = run.task.head.loss(outputs, batch)
+        losses = run.loss(outputs, batch)
         if shares is None:
             return losses
         other = {name: array[order] for name, array in batch.items()}
-        return shares[0] * losses + shares[1] * run.task.head.loss(outputs, other)
+        return shares[0] * losses + shares[1] * run.loss(outputs, other)
 
     def outputs(part: Sequence[Sample]) -> Iterator[Outputs]:
         return outputs_of_learner(learner, part, run.processor)
@@ -320,7 +391,7 @@ def _first_head(run: Run) -> nn.Module:
     if run.task.dense or run.options.adapter_path is not None:
         return head
     features = run.features("mean", [*run.dataset.splits["train"], *run.dataset.splits["val"]])
-    probe = run.solve("linear", features.of)
+    probe, _ = run.solve("linear", features.of)
     head.update(probe.parameters())
     run.say("the head starts as the linear probe")
     return head

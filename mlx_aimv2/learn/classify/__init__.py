@@ -16,7 +16,7 @@ TASK = Task(
         "dora": Type(None, (3e-4,), epochs=10, batch_size=16),
         "full": Type(None, (1e-4,), epochs=10, batch_size=16, layer_decay=0.75, drop_path=0.1),
     },
-    metric="top1",
+    metrics=("top1", "mean_class"),
     dense=False,
     data=data,
     head=head,
@@ -25,12 +25,14 @@ TASK = Task(
 
 TASKS = {
     "classify": TASK,
-    "multilabel": replace(TASK, name="multilabel", metric="map", data=multilabel, head=multilabel, results=multilabel),
+    "multilabel": replace(
+        TASK, name="multilabel", metrics=("map", "f1"), data=multilabel, head=multilabel, results=multilabel
+    ),
     "regression": replace(
         TASK,
         name="regression",
         pipeline_tag="image-regression",
-        metric="r2",
+        metrics=("r2", "rmse", "mae"),
         data=regression,
         head=regression,
         results=regression,

@@ -195,7 +195,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
     return numbers[labels.names[0]]
 
 
-read = partial(samples.read, form=Format(sources_of, _find, _labels, _target, min_images=2, others=tables.not_read))
+read = partial(samples.read, form=Format(sources_of, _find, _labels, _target, others=tables.not_read))
 
 
 def example(

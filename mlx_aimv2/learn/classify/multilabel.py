@@ -90,18 +90,19 @@ def read(place: Path, **how: Any) -> Dataset:
     """As `samples.read`. DataError, too, where a label is on no image of `train` or `val`, or on all of `train`."""
     dataset = samples.read(place, FORM, **how)
     faults = []
-    for part in ("train", "val") if how.get("classes") is None else ():
-        marks = np.array([sample.target for sample in dataset.splits[part]]).reshape(-1, len(dataset.classes))
-        shares = marks.mean(axis=0).tolist()
+    parts = {part: dataset.splits[part] for part in ("train", "val") if how.get("classes") is None}
+    for part, own in parts.items():
+        shares = np.mean([sample.target for sample in own], axis=0).tolist() if own else []
         for word, share in (("no", 0.0), ("every", 1.0 if part == "train" else None)):
-            if names := [name for name, own in zip(dataset.classes, shares, strict=True) if own == share]:
+            if names := [name for name, one in zip(dataset.classes, shares, strict=False) if one == share]:
                 faults.append(f"{listed(names)} is on {word} image of {part}: add images, or take the label out")
     if faults:
         raise DataError(faults)
     return dataset
 
 
-example, targets, solve, first_options = data.example, data.targets, head.solve, head.first_options
+example, targets = data.example, data.targets
+choose, solve, first_options = head.choose, head.solve, head.first_options
 make_head = partial(head.make_head, labels="classes")
 
 

@@ -71,7 +71,7 @@ def _find(place: Path, sources: Any, scan: Scan) -> Found:
     return data.find_in_tables(place, sources, scan, _marks, WANTED)
 
 
-FORM = Format(partial(data.sources_of, of=None), _find, _labels, _target, min_classes=1, min_images=2, stratified=False)
+FORM = Format(partial(data.sources_of, of=None), _find, _labels, _target, min_classes=1, stratified=False)
 
 
 def read(place: Path, **how: Any) -> Dataset:
@@ -82,7 +82,8 @@ def read(place: Path, **how: Any) -> Dataset:
     return dataset
 
 
-example, targets, solve, make_head = data.example, data.targets, head.solve, partial(head.make_head, labels="number")
+example, targets, choose, solve = data.example, data.targets, head.choose, head.solve
+make_head = partial(head.make_head, labels="number")
 
 
 def first_options(samples: Sequence[Sample]) -> dict[str, float]:
@@ -93,7 +94,7 @@ def first_options(samples: Sequence[Sample]) -> dict[str, float]:
 
 def loss(outputs: dict[str, mx.array], targets: dict[str, mx.array]) -> mx.array:
     """Half the squared error of each image, in standard deviations of the training images, `(B, 1), (B, 1) -> (B,)`."""
-    error = (outputs["logits"].astype(mx.float32) - targets["label"]) / outputs["scale"]
+    error = (outputs["logits"].astype(mx.float32) - targets["label"]) / outputs.get("scale", mx.array(1.0))[..., None]
     return 0.5 * mx.square(error).sum(axis=1)
 
 

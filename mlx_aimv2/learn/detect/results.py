@@ -62,7 +62,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes:
         own = [precisions[i].mean(), precisions[i, 0]]
         rows.append([name, f"{objects[i]:,}", *("-" if np.isnan(score) else f"{score:.3f}" for score in own)])
     known = {name: value for name, value in scores.items() if not np.isnan(value)}
-    return {"AP": 0.0} | known, [["class", "objects", "AP", "AP50"], *rows]
+    return {"ap": 0.0} | known, [["class", "objects", "AP", "AP50"], *rows]
 
 
 def as_json(prediction: Detections, classes: Sequence[str]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def card(
 
     def quality(sample: Sample, prediction: Detections) -> float:
         scores, _ = summary([sample.target], [prediction], len(classes))
-        return 1.0 if np.isnan(scores["AP"]) else scores["AP"]
+        return 1.0 if np.isnan(scores["ap"]) else scores["ap"]
 
     dense.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with the lowest precision: labelled above, predicted below", "overlays.jpg")]

@@ -48,7 +48,7 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
 
 
 def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> Scored:
-    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks.
+    """`miou` and `pixel_accuracy`, each from 0 to 1, at the size of the masks.
 
     Of each class: images that have it, its share of the labelled pixels, IoU.
     """
@@ -62,7 +62,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classe
         [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
         for i, name in enumerate(classes)
     ]
-    scores = {"mIoU": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
+    scores = {"miou": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
     return scores, [["class", "images", "pixels", "IoU"], *rows]
 
 
