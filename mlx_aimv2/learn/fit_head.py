@@ -39,7 +39,7 @@ from mlx_aimv2.learn.samples import (
     same_form,
     short,
 )
-from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task
+from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task, score_text
 from mlx_aimv2.learn.training import Run, Trained, fine_tune
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
@@ -145,6 +145,9 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     """Scores the head on each part that was held out, of which the last one counts, and writes its folder."""
     task, splits, classes = run.task, run.dataset.splits, run.dataset.classes
     scores: dict[str, dict[str, float]] = {}
+    held_out = splits["val"] or (splits["test"] if run.dataset.is_crossed else [])
+    if held_out and not task.dense:
+        task.head.calibrate(trained.head, np.stack([one["logits"] for one in trained.outputs(held_out)]), held_out)
     for part in [name for name, samples in splits.items() if name != "train" and samples]:
         predictions = decoded(task, splits[part], trained.outputs(splits[part]))
         scores[part], table = task.results.score(splits[part], predictions, classes)
@@ -154,15 +157,18 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
         run.say(f"note: {advice.replace('`', '')}")
     learned = splits["train"]
     if run.options.refit and trained.refit is not None and not run.dataset.is_crossed:
+        before = trained.head
         learned = [sample for samples in splits.values() for sample in samples]
         head, options = trained.refit(learned)
         trained = replace(trained, head=head, head_options=options)
+        if task.name != "regression":  # whose units are those of the images it has learned
+            trained.head.take(before.options(), len(classes))
     images = {part: len(samples) for part, samples in splits.items()}
     info = {
         "task": task.name,
         "fine_tune_type": run.kind,
         "classes": list(classes),
-        "options": trained.head_options,
+        "options": trained.head_options | ({} if task.dense else trained.head.options()),
         "encoder": run.described,
         "image_size": run.processor.canvas[0],
         "images": images,
@@ -207,14 +213,14 @@ def result_line(task: Task, scores: dict[str, float], part: str, count: int, *, 
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
     value = scores[task.metric]
     of = f"{one_image(count)}, cross-validated in {FOLDS} folds" if is_crossed else one_image(count, f"{part} image")
-    text = f"{task.metric} {100 * value:.2f} % on {of}"
+    text = f"{task.metric} {score_text(task.metric, value)} on {of}"
     if task.metric == "top1":  # the interval in which the true share lies with 95 % confidence (Wilson 1927)
         z = 1.96
         whole, middle = 1 + z * z / count, value + z * z / (2 * count)
         half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
         low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
+    text += "".join(f", {name} {score_text(name, score)}" for name, score in scores.items() if name != task.metric)
     flattered = "; chosen on the same images, so a little flattering: a test part would tell"
     return text + (flattered if part == "val" else "")
 
@@ -255,7 +261,7 @@ def _write_card(
     rows = [["part", "images", *names]]
     part = "train"
     for part, scores in metrics.items():
-        values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
+        values = (score_text(name, scores[name]) if name in scores else "none" for name in names)
         rows.append([part, f"{info['images'][part]:,}", *values])
     told = {
         "`val` chose the settings and the best step, so its numbers flatter a little": "val" in metrics,

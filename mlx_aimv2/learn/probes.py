@@ -90,7 +90,7 @@ def _solved(run: Run, features: Features, outputs_of: Callable[[nn.Module], Outp
         head,
         judged_by(head, run.is_balanced),
         options,
-        settings,
+        {name: value for name, value in settings.items() if name != "is_balanced"},
         refit=refit,
         balanced=lambda: judged_by(run.solve(run.kind, features.of, is_balanced=True)[0], True),
     )

@@ -17,8 +17,14 @@ from mlx_aimv2.learn.tables import not_read
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
 
-TASKS = ("segment", "detect", "classify")
-"""Folders beside this file, in the order in which DATA is tried."""
+TASKS = {
+    "segment": "segment", "detect": "detect",
+    "classify": "classify", "multilabel": "classify", "regression": "classify",
+}  # fmt: skip
+"""Task -> its folder beside this file, in the order in which DATA is tried."""
+
+NUMBERS = {"r2", "rmse", "mae"}
+"""Scores that are no shares, and told as they are; all others are told in percent."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Task:
     The files of a task's folder have the same functions in each: `data` what DATA has of it, its samples and what
     training compares with (`recognise`, `read`, `example`, `targets`); `head` the network on an encoder's tokens
     (`make_head`) and one `loss` per image; `results` what outputs mean, how right that is and what is shown of it
-    (`decode`, `score`, `as_json`, `as_text`, `save_prediction`, `save_all`, `card`).
+    (`decode`, `score`, `as_json`, `as_text`, `save_prediction`, `save_all`, `card`, and `at_least` where --min-score
+    means something).
     """
 
     name: str
@@ -80,8 +87,14 @@ def find_task(name: str) -> Task:
     """The task of this name. Raises ValueError with the names there are."""
     if name not in TASKS:
         raise ValueError(f"--task must be {', '.join(TASKS)}, got {name}")
-    task: Task = import_module(f"mlx_aimv2.learn.{name}").TASK
+    module = import_module(f"mlx_aimv2.learn.{TASKS[name]}")
+    task: Task = module.TASKS[name] if hasattr(module, "TASKS") else module.TASK
     return task
+
+
+def score_text(name: str, score: float) -> str:
+    """A score as it is told: `71.25 %`, `0.8312`."""
+    return f"{score:.4g}" if name in NUMBERS else f"{100 * score:.2f} %"
 
 
 def guess_task(data: Path) -> tuple[Task, Recognised]:

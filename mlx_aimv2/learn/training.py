@@ -73,7 +73,9 @@ class Run:
 
     def head(self) -> nn.Module:
         """A new head for this run's classes."""
-        return self.task.head.make_head(self.kind, self.encoder.config, len(self.dataset.classes), {})
+        head, classes = self.task.head, len(self.dataset.classes)
+        first = {} if self.task.dense else head.first_options(self.dataset.splits["train"])
+        return head.make_head(self.kind, self.encoder.config, classes, first)
 
     def loss(self, outputs: dict[str, mx.array], batch: dict[str, mx.array]) -> mx.array:
         """The loss of each image, by the weight of its class where classes have one: `-> (B,)`."""

@@ -1,6 +1,8 @@
-"""Classification: a label for each image, from folders named after labels or from a list in a metadata file."""
+"""A label for each image, from folders named after labels or from a table; or several labels, or a number."""
 
-from mlx_aimv2.learn.classify import data, head, results
+from dataclasses import replace
+
+from mlx_aimv2.learn.classify import data, head, multilabel, regression, results
 from mlx_aimv2.learn.task_options import Task, Type
 
 TASK = Task(
@@ -20,3 +22,20 @@ TASK = Task(
     head=head,
     results=results,
 )
+
+TASKS = {
+    "classify": TASK,
+    "multilabel": replace(
+        TASK, name="multilabel", metrics=("map", "f1"), data=multilabel, head=multilabel, results=multilabel
+    ),
+    "regression": replace(
+        TASK,
+        name="regression",
+        pipeline_tag="image-regression",
+        metrics=("r2", "rmse", "mae"),
+        data=regression,
+        head=regression,
+        results=regression,
+    ),
+}
+"""The tasks that give an image as a whole something, by name."""

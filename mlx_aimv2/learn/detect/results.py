@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Detections:
     found, label, score = found[seen], label[seen], score[seen]
     keep = suppress(found, score, label)[:MAX_BOXES]
     return Detections(found[keep], label[keep], score[keep], size)
+
+
+def at_least(prediction: Detections, min_score: float) -> Detections:
+    """The boxes whose score is high enough."""
+    keep = prediction.scores >= min_score
+    return replace(prediction, **{name: getattr(prediction, name)[keep] for name in ("boxes", "labels", "scores")})
 
 
 def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> Scored:
