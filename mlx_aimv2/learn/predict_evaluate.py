@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
@@ -76,7 +76,8 @@ def predict(
 ) -> Iterator[tuple[str, Any]]:
     """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
 
-    The prediction is the task's own; for `classify` it has `probabilities` (classes,). An image that cannot be read
+    The prediction is the task's own and knows its labels by name; for `classify` it has `label`, `labels` with how
+    probable they are, best first, and `probabilities` (classes,). An image that cannot be read
     raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out. `output` is a
     folder for predictions as files, which must not exist yet and appears when all is written; a file below a folder
     that was given keeps its path in there. Below `min_score` a label, or a box, is not told: of an image without one
@@ -99,6 +100,9 @@ def predict(
                 stem = folder / stems[image.path]
                 stem.parent.mkdir(parents=True, exist_ok=True)
                 records.append(results.save_prediction(image.path, prediction, loaded.classes, stem))
-            yield image.path, prediction
+            yield (
+                image.path,
+                replace(prediction, **({"classes": loaded.classes} if "classes" in vars(prediction) else {})),
+            )
         if folder is not None:
             results.save_all(records, loaded.classes, folder)

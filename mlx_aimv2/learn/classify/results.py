@@ -17,8 +17,8 @@ from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.samples import Sample, Scored
 from mlx_aimv2.train.batches import Arrays
 
-SHOWN, MISTAKES = 5, 12
-"""Labels that a prediction tells, and images on the model card that were called what they are not."""
+SHOWN, MISTAKES, WIDE = 5, 12, 16
+"""Labels that a prediction tells, images on the model card that were called what they are not, letters below one."""
 
 BINS = 15
 """Of confidence, of equal width, over which the calibration error is summed (Guo et al. 2017)."""
@@ -32,10 +32,24 @@ FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d*\.?\d+$)")
 
 @dataclass(frozen=True)
 class Classification:
-    """How probable each class is, (classes,), all together 1; below `min_score` none of them is told."""
+    """How probable each class is, (classes,), all together 1; below `min_score` none of them is told.
+
+    `classes` are their names, in what `predict` gives.
+    """
 
     probabilities: NDArray[Any]
     min_score: float = 0.0
+    classes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name of the most probable class."""
+        return NONE if self.is_none else self.classes[self.best(1)[0]]
+
+    @property
+    def labels(self) -> list[tuple[str, float]]:
+        """The names of all classes and how probable they are, best first."""
+        return [(self.classes[i], float(self.probabilities[i])) for i in self.best(len(self.classes))]
 
     @property
     def is_none(self) -> bool:
@@ -176,21 +190,24 @@ def card(
     pairs = zip(samples, predictions, strict=True)
     mistakes = [(sample, found.best(1)[0], found) for sample, found in pairs if found.best(1)[0] != sample.target]
     mistakes.sort(key=lambda mistake: -mistake[2].probabilities[mistake[1]])
-    shown = [(sample.path, f"{classes[sample.target][:9]}, not {classes[label][:9]}") for sample, label, _ in mistakes]
+    shown = [(sample.path, f"{classes[sample.target]}\nnot {classes[label]}") for sample, label, _ in mistakes]
     return images + draw_mistakes(shown, folder)
 
 
 def draw_mistakes(mistakes: Sequence[tuple[str, str]], folder: Path) -> list[tuple[str, str]]:
-    """Writes `mistakes.png`, the first images of these paths with their captions, if there are any."""
-    shown = [(to_rgb(path), caption) for path, caption in mistakes[:MISTAKES]]
+    """Writes `mistakes.png`, the first images of these paths with their captions of one or two lines, if there are."""
+    shown = [
+        (to_rgb(path), "\n".join(line if len(line) <= WIDE else f"{line[: WIDE - 1]}…" for line in caption.split("\n")))
+        for path, caption in mistakes[:MISTAKES]
+    ]
     if not shown:
         return []
-    rows = [shown[start : start + 6] for start in range(0, len(shown), 6)]
+    rows = [shown[start : start + 4] for start in range(0, len(shown), 4)]
     sheet = plot.contact_sheet(
         [[image for image, _ in row] for row in rows],
         captions=[[caption for _, caption in row] for row in rows],
-        side=128,
-        gap=14,
+        side=160,
+        gap=20,
     )
     sheet.save(folder / "mistakes.png")
     return [("Worst mistakes", "mistakes.png")]

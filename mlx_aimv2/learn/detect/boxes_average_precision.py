@@ -37,12 +37,21 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in an image of `size` (height, width): boxes (n, 4), class numbers (n,), scores (n,)."""
+    """What was found in an image of `size` (height, width): boxes (n, 4), class numbers (n,), scores (n,).
+
+    `classes` are the names of the classes, in what `predict` gives.
+    """
 
     boxes: NDArray[Any]
     labels: NDArray[Any]
     scores: NDArray[Any]
     size: tuple[int, int]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each box by name."""
+        return [self.classes[label] for label in self.labels]
 
 
 def overlaps(first: NDArray[Any], second: NDArray[Any], *, crowd: NDArray[Any] | None = None) -> NDArray[Any]:

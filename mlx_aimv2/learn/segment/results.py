@@ -24,10 +24,19 @@ from mlx_aimv2.train.batches import Arrays
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The class of every pixel, `labels` (H, W) uint8, and how sure it is, `confidence` (H, W) from 0 to 1."""
+    """The class of every pixel, `labels` (H, W) uint8, and how sure it is, `confidence` (H, W) from 0 to 1.
+
+    `classes` are the names of the classes, in what `predict` gives.
+    """
 
     labels: NDArray[Any]
     confidence: NDArray[Any]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The classes there are, by name."""
+        return [self.classes[label] for label in np.unique(self.labels)]
 
 
 def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
