@@ -100,9 +100,8 @@ def predict(
                 stem = folder / stems[image.path]
                 stem.parent.mkdir(parents=True, exist_ok=True)
                 records.append(results.save_prediction(image.path, prediction, loaded.classes, stem))
-            yield (
-                image.path,
-                replace(prediction, **({"classes": loaded.classes} if "classes" in vars(prediction) else {})),
-            )
+            if hasattr(prediction, "classes"):
+                prediction = replace(prediction, classes=loaded.classes)
+            yield image.path, prediction
         if folder is not None:
             results.save_all(records, loaded.classes, folder)

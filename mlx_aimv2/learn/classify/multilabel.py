@@ -134,10 +134,19 @@ def best_threshold(marks: NDArray[Any], likely: NDArray[Any]) -> float:
 
 @dataclass(frozen=True)
 class Tags:
-    """How probable each label is, (classes,), each for itself, and from where on an image has it, (classes,)."""
+    """How probable each label is, (classes,), each for itself, and from where on an image has it, (classes,).
+
+    `classes` are their names, in what `predict` gives.
+    """
 
     probabilities: NDArray[Any]
     thresholds: NDArray[Any]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> list[tuple[str, float]]:
+        """The names of the labels that the image has and how probable they are, best first."""
+        return [(self.classes[i], float(self.probabilities[i])) for i in self.best()]
 
     def best(self) -> list[int]:
         """The labels that the image has, the most probable first."""
