@@ -11,6 +11,8 @@ UPDATES, SEARCH, POOLS = (
     ("tests/embed/test_pooling.py",),
 )
 
+GPTQ = ("tests/conversion/test_gptq.py",)
+
 BESIDE = "tests/checkpoint/test_hostile_checkpoints.py::test_"
 
 SAVE, HUB = "tests/conversion/test_save.py::test_", "tests/checkpoint/test_hub.py::test_"
@@ -228,6 +230,66 @@ CHECKPOINTS = (
         'STAY_DENSE = ("head", "visual_projection", ',
         'STAY_DENSE = ("head", ',
         BITS,
+    ),
+    Mutation(
+        "the errors of a column are not fed on inside its group",
+        "block[i + 1 :] += factor[row, row + 1 : end, None] * errors[row]",
+        "block[i + 1 :] += 0",
+        GPTQ,
+    ),
+    Mutation(
+        "the errors of a group are not fed on to the others",
+        "due = factor[:start, start:end].T @ errors[:start]",
+        "due = 0 * factor[:start, start:end].T @ errors[:start]",
+        GPTQ,
+    ),
+    Mutation(
+        "a group's scale is that of the weights before they were corrected",
+        "mx.quantize(mx.array(expected.T),",
+        "mx.quantize(mx.array(columns[start:end].T),",
+        GPTQ,
+    ),
+    Mutation(
+        "the last layer is fitted away from the dense stream",
+        "_product(exact - x - dense(h), h)",
+        "_product(x - exact + dense(h), h)",
+        GPTQ,
+    ),
+    Mutation(
+        "packed numbers have their high bits first",
+        'axis=-1, bitorder="little")',
+        'axis=-1, bitorder="big")',
+        GPTQ,
+    ),
+    Mutation(
+        "what judges a conversion calibrates it too",
+        "[file for file in files if file not in set(judges)]",
+        "[file for file in files]",
+        GPTQ,
+    ),
+    Mutation(
+        "the photograph that judges is among those that calibrate",
+        "for file in bundled.photographs()[:-1]]",
+        "for file in bundled.photographs()]",
+        GPTQ,
+    ),
+    Mutation(
+        "the token embedding has no more bits than the blocks",
+        'max(settings["bits"], EMBEDDING_BITS)',
+        'max(settings["bits"], 2)',
+        GPTQ,
+    ),
+    Mutation(
+        "an image is the nearest to itself",
+        "np.fill_diagonal(scores, -np.inf)\n        found.append",
+        "found.append",
+        ("tests/conversion/test_fidelity.py",),
+    ),
+    Mutation(
+        "a report computes halves in halves on a CPU",
+        'computed = "float32" if dtype is None and slow_here(own)',
+        'computed = "float32" if dtype is None and not slow_here(own)',
+        ("tests/conversion/test_fidelity.py",),
     ),
     Mutation(
         "the report on fidelity compares the source with itself",

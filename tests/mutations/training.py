@@ -600,9 +600,9 @@ TRAINING = (
     ),
     Mutation(
         "an example that a broken shard cuts is used",
-        "                parts = {ending: content for _, ending, content in members}\n",
-        "                parts: dict[str, bytes] = {}\n                try:\n"
-        "                    parts.update((ending, content) for _, ending, content in members)\n"
+        "                found = [(ending, content) for _, ending, content in members]\n",
+        "                found: list[tuple[str, bytes]] = []\n                try:\n"
+        "                    found.extend((ending, content) for _, ending, content in members)\n"
         "                except tarfile.TarError:\n                    pass\n",
         ("tests/pretrain/test_captioned.py::test_the_example_at_which_a_shard_breaks_is_left_out",),
     ),
