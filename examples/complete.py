@@ -20,9 +20,9 @@ from mlx_aimv2.pretrain.objective import DecoderConfig
 from mlx_aimv2.train.augment import Augmentation
 
 parser = argparse.ArgumentParser(description="Pre-train a small encoder and let its decoder complete emoji.")
-parser.add_argument("--iters", type=int, default=400, help="steps (default: %(default)s)")
+parser.add_argument("--iters", type=int, default=600, help="steps (default: %(default)s)")
 parser.add_argument("--output", default="complete.png", help="image to write (default: %(default)s)")
-TRAINED, SHOWN, PREFIX = 24, 3, 18
+TRAINED, SHOWN, PREFIX = 8, 2, 18
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     given[:, 84 * PREFIX // 36 :] = 255
     sides = zip(shown, given, found.images, strict=True)
     drawn = [[Image.open(file), *map(Image.fromarray, pair)] for file, *pair in sides]
-    words = [[names[file], "its prefix", caption] for file, caption in zip(shown, found.captions, strict=True)]
+    words = [[names[file][:18], "prefix", caption[:18]] for file, caption in zip(shown, found.captions, strict=True)]
     plot.contact_sheet(drawn, captions=words, side=168).save(args.output)
     for file, (name, _, caption) in zip(shown, words, strict=True):
         print(f"{'seen' if file in seen else 'never seen'}: {name} is called {caption!r}")

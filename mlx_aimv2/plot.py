@@ -170,10 +170,11 @@ def contact_sheet(
 ) -> Image.Image:
     """Images in rows on white, each fitted into a square of `side` pixels.
 
-    `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
+    `captions` and `frames` follow the shape of `rows`: lines of text under each image, a coloured frame around it.
     """
     text = max(11, side // 8)
-    step = (side + gap, side + gap + (text + 6 if captions else 0))
+    lines = max(caption.count("\n") + 1 for row in captions for caption in row) if captions else 0
+    step = (side + gap, side + gap + lines * (text + 6))
     columns = max(len(row) for row in rows)
     font = ImageFont.load_default(text)
     canvas = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
@@ -186,7 +187,9 @@ def contact_sheet(
                 fitted = ImageOps.expand(fitted, 3, colour)
             canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
-                draw.text((left + side / 2, top + side + 5), one_line(captions[r][c]), INK, font, anchor="mt")
+                caption = captions[r][c] if lines > 1 else " ".join(captions[r][c].split())
+                at = (left + side / 2, top + side + 5)
+                draw.text(at, caption, INK, font, anchor="ma" if lines > 1 else "mt", align="center")
     return canvas
 
 
@@ -268,7 +271,9 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
         shown = np.sort(np.argsort(-mistaken, kind="stable")[:MAX_CLASSES])
     counts = counts[np.ix_(shown, shown)]
-    names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (one_line(classes[int(i)]) for i in shown)]
+    names = [
+        name if len(name) <= 18 else f"{name[:17]}…" for name in (" ".join(classes[int(i)].split()) for i in shown)
+    ]
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left = round(max(large.getlength(name) for name in names)) + 34
     side = CELL * len(names)
@@ -349,13 +354,8 @@ def _sized(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
 
 
-def one_line(text: str) -> str:
-    """Text on one line: Pillow draws no others at an anchor of these."""
-    return " ".join(text.split())
-
-
 def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
-    draw, text = ImageDraw.Draw(image), one_line(text)
+    draw, text = ImageDraw.Draw(image), " ".join(text.split())  # Pillow draws no other line at such an anchor
     box = draw.textbbox(at, text, font=ImageFont.load_default(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
     draw.text(at, text, PAPER, ImageFont.load_default(16), anchor=anchor)

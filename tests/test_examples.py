@@ -75,7 +75,7 @@ def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "score"), [("segmentation", "mIoU"), ("detection", "AP")])
+@pytest.mark.parametrize(("name", "score"), [("segmentation", "miou"), ("detection", "ap")])
 def test_a_head_for_masks_and_boxes_ends_in_overlays(name, score, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
     flags = ["--scenes", "12", "--iters", "2", "--image-size", "56", "--output", tmp_path / "overlays.jpg"]
@@ -104,10 +104,10 @@ def test_lora_ends_in_a_score_and_a_fused_checkpoint(tmp_path, capsys, monkeypat
 @pytest.mark.slow
 def test_images_are_completed_and_named(tmp_path, capsys):
     out = run("complete", capsys, "--iters", 2, "--output", tmp_path / "complete.png")
-    assert len(re.findall(r"^seen: .+ is called '", out, re.MULTILINE)) == 3
-    assert len(re.findall(r"^never seen: .+ is called '", out, re.MULTILINE)) == 3
+    assert len(re.findall(r"^seen: .+ is called '", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^never seen: .+ is called '", out, re.MULTILINE)) == 2
     with Image.open(tmp_path / "complete.png") as image:
-        assert image.width > 3 * 168 and image.height > 6 * 168
+        assert image.width > 3 * 168 and image.height > 4 * 168
 
 
 @pytest.mark.slow

@@ -178,18 +178,15 @@ def list_images(
     *,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
-    deep: bool = True,
-    every_name: bool = False,
 ) -> Listing:
     """Finds the images: `one path or several files, folders and patterns -> Listing`.
 
-    Folders are scanned to the bottom, or without `deep` for the files right in them. Of files only names with one of
-    `SUFFIXES` count; skipped are hidden names, the folders of `EXCLUDED_FOLDERS`, those that this package wrote and
-    what `exclude` names; `include` takes all the same what it names (`Rules`). Links to folders come last, so that a
-    folder reached twice is listed under its own name and no circle is scanned. Names that exist are no patterns.
-    With `every_name` a file is listed by each of its names: what belongs to it goes by them.
+    Folders are scanned to the bottom. Of files only names with one of `SUFFIXES` count; skipped are hidden names, the
+    folders of `EXCLUDED_FOLDERS`, those that this package wrote and what `exclude` names; `include` takes all the same
+    what it names (`Rules`). Links to folders come last, so that a folder reached twice is listed under its own name and
+    no circle is scanned. Names that exist are no patterns.
     """
-    lister = _Lister(Rules(exclude, include), deep, every_name)
+    lister = _Lister(Rules(exclude, include))
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         lister.argument(os.fspath(path))
     return lister.finish()
@@ -303,7 +300,9 @@ class Scan:
 
     def _listing(self, folder: Path, *, deep: bool) -> Listing:
         if (folder, deep) not in self._listings:
-            listing = self._listings[folder, deep] = list_images(folder, deep=deep, every_name=True)
+            lister = _Lister(Rules(), deep, every_name=True)  # what belongs to a file goes by its name
+            lister.argument(str(folder))
+            listing = self._listings[folder, deep] = lister.finish()
             start = len(os.path.normpath(folder.absolute()))
             for names in (listing.files, listing.folders):
                 names[:] = [f"{folder}{name[start:]}" for name in names]
@@ -321,11 +320,11 @@ _Folder: TypeAlias = tuple[str, os.stat_result, str]
 
 @dataclass
 class _Lister:
-    """The state of one listing."""
+    """The state of one listing: of folders to the bottom if `deep`, of files by one name each or by `every_name`."""
 
     rules: Rules
-    deep: bool
-    every_name: bool
+    deep: bool = True
+    every_name: bool = False
     found: Listing = field(default_factory=Listing)
     files: dict[tuple[int, int] | str, tuple[bool, bytes, str]] = field(default_factory=dict)
     """Identity of a file -> the best name so far: links last, then by its bytes."""

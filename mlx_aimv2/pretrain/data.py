@@ -10,15 +10,10 @@ decodes a collection of this size beforehand: it is named once and skipped, unle
 
 Example number n, counted over all epochs, has a random generator of its own. So what it becomes depends on neither the
 batch it falls into nor on the rank that prepares it, and a resumed run needs to know n alone.
-
-Native encoders: the paper draws 2 ** n patches with n between 7 and 12, from a standard normal distribution cut to
--1 … 1 and stretched to that, and resizes images to that area in their own shape; the larger, the fewer in a batch. Here
-a batch has one shape, drawn with the number, and crops of that shape: so nothing is distorted and nothing is padded.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import tarfile
 import warnings
@@ -27,7 +22,7 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -51,17 +46,12 @@ from mlx_aimv2.learn.tables import (
     rows_with_images,
     tables,
 )
-from mlx_aimv2.pretrain.objective import Batch, draw_lengths
+from mlx_aimv2.pretrain.objective import Batch, Grid, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll
+from mlx_aimv2.train.state import digest_of
 from mlx_aimv2.untrusted_json import parse
-
-Grid: TypeAlias = tuple[int, int]
-"""Rows and columns of patches."""
-
-PATCHES = (1 << 7, 1 << 12)
-"""The fewest and the most patches of an image."""
 
 MAX_CAPTION_BYTES = 1 << 20
 """Of a caption's file, and of a header that has a long name."""
@@ -275,7 +265,7 @@ def _texts(parts: dict[str, bytes], where: str, scan: Scan) -> tuple[str, ...]:
     try:
         told = {"text": decoded(plain)[0]} if plain is not None else None
         about = told or parse(parts.get("json", b"{}"), "json", but=CAPTIONS)
-    except ValueError:  # neither UTF-8 nor JSON
+    except ValueError:  # no JSON
         return ()
     return captions_of(about, where, scan) if isinstance(about, dict) else ()
 
@@ -291,32 +281,6 @@ def captions_of(about: Mapping[str, Any], where: str, scan: Scan) -> tuple[str, 
     if len(whole) < len(texts):
         scan.note(where, "has a caption with half a character, as of an emoji cut in two: left out")
     return tuple(filter(None, whole))
-
-
-def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:
-    """The grid of a batch: that of the fixed size, or drawn between the fewest and the most patches.
-
-    Without `rng`, for validation, a square in the middle of what is drawn.
-    """
-    if vision.image_size is not None:
-        return (vision.image_size // vision.patch_size,) * 2
-    if rng is None:
-        return (max(2, round((patches[0] * patches[1]) ** 0.25)),) * 2
-    low, high = (math.log2(number) for number in patches)
-    z = math.inf
-    while not -1 <= z <= 1:
-        z = rng.normal()
-    area = 2 ** (low + (high - low) * (z + 1) / 2)
-    aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
-    rows = max(1, round(math.sqrt(area / aspect)))
-    return rows, max(2, min(round(area / rows), patches[1] // rows))
-
-
-def images_of(vision: Aimv2VisionConfig, grid: Grid, size: int, *, patches: tuple[int, int] = PATCHES) -> int:
-    """The images of a batch of this grid: `size`, native as many as have the patches of `size` images in the middle."""
-    if vision.image_size is not None:
-        return size
-    return max(1, round(size * math.sqrt(patches[0] * patches[1]) / math.prod(grid)))
 
 
 @dataclass(frozen=True)
@@ -415,6 +379,13 @@ def _without_end(data: Data, seed: int) -> Iterator[Example]:
             yield example
         if example is None:
             raise ValueError("the data holds no image with a caption that can be read")
+
+
+def content_of(data: Data) -> str:
+    """A short name of a collection's images and captions."""
+    if isinstance(data, Shards):
+        return digest_of((file.name, file) for file in data.files)
+    return digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
 
 
 def first_examples(data: Data, prepare: Preparation, grid: Grid, limit: int) -> list[Prepared]:

@@ -21,8 +21,7 @@ from mlx_aimv2.images.open import ImageInput
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.layers import Block, attention, merge_heads, patches_of, pixels_of, project_and_add, sincos_positions
 from mlx_aimv2.loading import load
-from mlx_aimv2.pretrain.data import Grid
-from mlx_aimv2.pretrain.objective import DecoderConfig, Pretraining, drawable
+from mlx_aimv2.pretrain.objective import DecoderConfig, Grid, Pretraining, drawable
 from mlx_aimv2.pretrain.pretraining import DECODER_FILE, levels_of
 from mlx_aimv2.tokenizer import Tokenizer
 

@@ -31,13 +31,12 @@ from mlx_aimv2.images.open import Levels, OpenImage, open_image
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.loading import AnyModel
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.pretrain.data import Data, Example
+from mlx_aimv2.pretrain.data import Data, Example, content_of
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import (
     Captioned,
     begin,
     check_enough,
-    content_of,
     log_to,
     tokenizer_for,
     write_checkpoint,

@@ -6,13 +6,17 @@
 Apple released no decoder. This one follows the paper: the encoder's blocks (SwiGLU, RMSNorm), the features projected
 linearly to its width, two linear heads on its last state. The paper does not say how the caption's positions are
 coded: here by a learned table, as in LiT's text encoder.
+
+Native encoders: the paper draws 2 ** n patches with n between 7 and 12, from a standard normal distribution cut to
+-1 … 1 and stretched to that, and resizes images to that area in their own shape; the larger, the fewer in a batch. Here
+a batch has one shape, drawn with the number, and crops of that shape: so nothing is distorted and nothing is padded.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,12 +27,46 @@ from mlx_aimv2 import layers
 from mlx_aimv2.backend import by_images, cross_entropy, run_blocks
 from mlx_aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.augment import ASPECT
 
 ALPHA = 0.4
 """Weight of the image loss beside the text loss (arXiv 2411.14402, section 3.1)."""
 
 EPS = 1e-6
 """Added to a patch's variance (He et al. 2021, arXiv 2111.06377, their code)."""
+
+
+Grid: TypeAlias = tuple[int, int]
+"""Rows and columns of patches."""
+
+PATCHES = (1 << 7, 1 << 12)
+"""The fewest and the most patches of an image."""
+
+
+def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:
+    """The grid of a batch: that of the fixed size, or drawn between the fewest and the most patches.
+
+    Without `rng`, for validation, a square in the middle of what is drawn.
+    """
+    if vision.image_size is not None:
+        return (vision.image_size // vision.patch_size,) * 2
+    if rng is None:
+        return (max(2, round((patches[0] * patches[1]) ** 0.25)),) * 2
+    low, high = (math.log2(number) for number in patches)
+    z = math.inf
+    while not -1 <= z <= 1:
+        z = rng.normal()
+    area = 2 ** (low + (high - low) * (z + 1) / 2)
+    aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+    rows = max(1, round(math.sqrt(area / aspect)))
+    return rows, max(2, min(round(area / rows), patches[1] // rows))
+
+
+def images_of(vision: Aimv2VisionConfig, grid: Grid, size: int, *, patches: tuple[int, int] = PATCHES) -> int:
+    """The images of a batch of this grid: `size`, native as many as have the patches of `size` images in the middle."""
+    if vision.image_size is not None:
+        return size
+    return max(1, round(size * math.sqrt(patches[0] * patches[1]) / math.prod(grid)))
 
 
 def draw_lengths(count: int, patches: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:

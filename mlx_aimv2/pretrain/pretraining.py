@@ -31,25 +31,17 @@ from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.layers import patches_of, pixels_of
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.data import (
-    PATCHES,
-    Data,
-    Grid,
-    Preparation,
-    Prepared,
-    Shards,
-    Stream,
-    collate,
-    first_examples,
-    grid_of,
-    images_of,
-)
+from mlx_aimv2.pretrain.data import Data, Preparation, Prepared, Stream, collate, content_of, first_examples
 from mlx_aimv2.pretrain.objective import (
     ALPHA,
+    PATCHES,
     Batch,
     Decoder,
     DecoderConfig,
+    Grid,
     Pretraining,
+    grid_of,
+    images_of,
     initialise,
     mean_and_deviation,
 )
@@ -69,15 +61,12 @@ TOKENIZER_CAPTIONS = 1_000_000
 
 VALIDATION_EXAMPLES = 512
 
-PAPER_BATCH = 8192
+PAPER_BATCH, PAPER_MIN_RATE, PAPER_WARM_UP = 8192, 1e-5, 12_500 / 1_500_000
 PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
-"""Width -> highest learning rate at that batch (arXiv 2411.14402, table A1, as all that is the paper's below)."""
+"""Width -> highest learning rate at that batch (arXiv 2411.14402, table A1, as the betas, decay and clipping below).
 
-PAPER_MIN_RATE = 1e-5
-"""The rate of the last step, for each width."""
-
-PAPER_WARM_UP = 12_500 / 1_500_000
-"""Share of the steps."""
+It is reached after that share of the steps and falls to the same lowest rate for each width.
+"""
 
 GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
 """Positions are not decayed, as norms and biases are not."""
@@ -259,13 +248,6 @@ def pretrain(
         if ranks.rank == 0:
             write_checkpoint(model.encoder, output, tokenizer=tokenizer, decoder=model.decoder)
         return model.encoder
-
-
-def content_of(data: Data) -> str:
-    """A short name of a collection's images and captions."""
-    if isinstance(data, Shards):
-        return digest_of((file.name, file) for file in data.files)
-    return digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
 
 
 def begin(folder: Path, data: Data, tokenizer: Tokenizer, identity: Mapping[str, Any]) -> StateFile:

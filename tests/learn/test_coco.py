@@ -293,7 +293,7 @@ def test_a_file_is_known_by_its_start_though_images_alone_fill_it(tmp_path):
 def test_one_id_for_two_categories_is_refused(tmp_path):
     data = content(6, categories=[{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4, "name": "dog"}])
     write(tmp_path / "_annotations.coco.json", data)
-    assert "gives the id 3 to the categories cat and dog" in lines(tmp_path)[0]
+    assert "gives one id, 3, to cat and dog" in lines(tmp_path)[0]
 
 
 @pytest.mark.parametrize(

@@ -612,3 +612,8 @@ def test_a_label_of_two_lines_can_be_drawn(tmp_path):
 def test_images_of_which_none_can_be_held_out_are_refused(tmp_path):
     with pytest.raises(DataError, match="too few images to hold some out"):
         fit(write("detect", tmp_path / "d", range(2)), CHECKPOINT, tmp_path / "head")
+
+
+def test_an_image_that_goes_while_data_is_read_is_named(tmp_path):
+    gone = str(tmp_path / "gone.png")
+    assert samples.check_images([gone]) == ({}, [f"{gone} does not exist"])

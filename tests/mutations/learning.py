@@ -225,6 +225,12 @@ LEARNING = (
         HEADS,
     ),
     Mutation(
+        "beside the adapters of one's own loop the rest of the model learns",
+        "    model.freeze()\n    model.update_modules(tree_unflatten(found))",
+        "    model.update_modules(tree_unflatten(found))",
+        ("tests/learn/test_lora.py::test_the_adapters_of_a_pair_learn_alone_and_fuse_into_what_they_do",),
+    ),
+    Mutation(
         "fused adapters forget their scale",
         "+ self.scale * (a @ b).T",
         "+ (a @ b).T",
@@ -232,8 +238,8 @@ LEARNING = (
     ),
     Mutation(
         "adapters go around the first blocks, not the last",
-        "encoder.blocks[len(encoder.blocks) - num_layers :]",
-        "encoder.blocks[:num_layers]",
+        "for i in range(depth - count, depth):",
+        "for i in range(count):",
         ("tests/learn/test_lora.py",),
     ),
     Mutation(
@@ -471,6 +477,84 @@ LEARNING = (
         "elif len(found) > 1:",
         "elif len(found) > 2:",
         MASKS,
+    ),
+    Mutation(
+        "of masks that are links to one file one is found",
+        "known = path if self.every_name else identity(path, about)",
+        "known = identity(path, about)",
+        (f"{SAMPLES[0]}::test_what_belongs_to_an_image_goes_by_each_name_of_its_file",),
+    ),
+    Mutation(
+        "an image of a Mac has no mask from Linux",
+        'return same_form(str(Path(file).relative_to(folder).with_suffix("")))',
+        'return str(Path(file).relative_to(folder).with_suffix(""))',
+        (*MASKS, *FORMATS),
+    ),
+    Mutation(
+        "labels of two letter cases are not told",
+        "if cases[name.casefold()] > 1",
+        "if cases[name] > 1",
+        (f"{SAMPLES[0]}::test_labels_that_differ_in_letter_case_alone_are_told",),
+    ),
+    Mutation(
+        "folders of one name in every label are not told",
+        "if len(below) == len(places) > 1 and",
+        "if len(below) == len(places) > 2 and",
+        (f"{SAMPLES[0]}::test_folders_of_one_name_in_every_label_are_told",),
+    ),
+    Mutation(
+        "a table of boxes is one of labels",
+        "        if of is LABEL and column(names, BOX):\n            continue\n",
+        "",
+        (f"{METADATA}::test_a_table_of_boxes_is_not_taken_for_labels",),
+    ),
+    Mutation(
+        "of two columns of one name the last one counts",
+        "if name and names.count(name) > 1",
+        "if name and names.count(name) > 9",
+        (f"{REFUSED}_is_refused_with_what_to_change[two columns of one name]",),
+    ),
+    Mutation(
+        "a list in a cell is one text",
+        "return found if isinstance(found, (list, dict)) else cell",
+        "return cell",
+        (METADATA, CAPTIONED),
+    ),
+    Mutation(
+        "COCO's images alone are not known by their start",
+        '|.*"images"\\s*:\\s*\\[\\s*\\{[^{}]*"file_name"',
+        "",
+        COCO,
+    ),
+    Mutation(
+        "one id of two categories is the last one",
+        "for key, name in pairs if names[key] != name",
+        "for key, name in pairs if key not in names",
+        COCO,
+    ),
+    Mutation(
+        "boxes in shares of the sides are tiny ones in pixels",
+        "max(cut) <= 1 > area",
+        "max(cut) <= 0 > area",
+        COCO,
+    ),
+    Mutation(
+        "a smoothed mask has a class for each grey",
+        "len(seen) > MAX_UNNAMED",
+        "len(seen) > 256",
+        MASKS,
+    ),
+    Mutation(
+        "lists that name no image leave all of them out",
+        "if pairs and not any(found.values()):",
+        "if not pairs and not any(found.values()):",
+        MASKS,
+    ),
+    Mutation(
+        "files of one ending under a key of a shard are not told",
+        "if len(parts) < len(found):",
+        "if len(parts) > len(found):",
+        (CAPTIONED,),
     ),
     Mutation(
         "pretraining decays by the rate, as AdamW does",

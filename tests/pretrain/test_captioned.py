@@ -12,7 +12,8 @@ from PIL import Image
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain import data as data_module
-from mlx_aimv2.pretrain.data import Example, Preparation, Shards, Stream, grid_of, images_of, open_data, shuffled
+from mlx_aimv2.pretrain.data import Example, Preparation, Shards, Stream, open_data, shuffled
+from mlx_aimv2.pretrain.objective import grid_of, images_of
 from mlx_aimv2.tokenizer import Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation, random_crop
 from mlx_aimv2.train.batches import Batches

@@ -96,7 +96,7 @@ def _labels(marked: Sequence[tuple[str, tuple[BoxFormat, Objects], Size]], scan:
             if not row.name:
                 faults.append(f"{where} has no name of its class")
             if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
-                stated = f"is {row.box!r:.60}" if row.box else "is missing"
+                stated = "is missing" if row.box in (None, [], [None] * 4) else f"is {row.box!r:.60}"
                 faults.append(f"{where} {stated}, not four numbers: {form.numbers}")
                 continue
             corners = CORNERS[form.numbers](*numbers)

@@ -46,6 +46,10 @@ XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 """The names of YOLO's classes, one a line, where no YAML file has them."""
 
+NO_OBJECTS = "taken for an image without objects"
+NO_LABELS = ("classes.txt", "README.roboflow.txt", "README.dataset.txt")
+"""What an image without a text of YOLO is, and the texts that belong to no image."""
+
 CATEGORIES = ("categories", "category", "category_id", "labels", "label", "classes", "class")
 """What data sets on Hugging Face call the classes of an image's boxes."""
 
@@ -187,11 +191,11 @@ def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
         file, faults = source[0], reading.scan.faults
         content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
         entries, annotations, categories = (_coco_entries(content, section, file, faults) for section in COCO)
-        names: dict[str, str] = {}
-        for entry in categories:
-            key, name = str(entry["id"]), same_form(str(entry["name"]))
-            if names.setdefault(key, name) != name:
-                faults.append(f"{file} gives the id {key} to the categories {names[key]} and {name}")
+        pairs = [(str(entry["id"]), same_form(str(entry["name"]))) for entry in categories]
+        names = dict(pairs)
+        faults += [
+            f"{file} gives one id, {key}, to {name} and {names[key]}" for key, name in pairs if names[key] != name
+        ]
         if part in ("train", ""):
             reading.classes |= dict.fromkeys(names[key] for key in samples.in_order(names))
         reading.above |= {same_form(str(entry.get("supercategory", ""))) for entry in categories}
@@ -321,10 +325,8 @@ def read_yolo(found: Yolo, reading: Reading) -> None:
     numbered = {str(key): same_form(name) for key, name in pairs if isinstance(name, str) and name.strip()}
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
     for part, (images, texts) in ((part, pair) for part, pairs in folders.items() for pair in pairs):
-        others = (*NAMES_FILES, "README.roboflow.txt", "README.dataset.txt")
-        files = [str(text) for text in _files(texts, "txt", beside=False) if text.name not in others]
-        empty = "taken for an image without objects"
-        described = dict(dense.by_name((images, texts), files, "text file", reading.scan, without=empty))
+        files = [str(text) for text in _files(texts, "txt", beside=False) if text.name not in NO_LABELS]
+        described = dict(dense.by_name((images, texts), files, "text file", reading.scan, without=NO_OBJECTS))
         for path in reading.scan.images(images):
             text = Path(described.get(path, texts))
             objects = reading.parts[part][path] = Objects(text)
@@ -354,7 +356,6 @@ def _yolo_rows(text: Path, names: Mapping[str, str], source: Path | None, scan: 
 
 def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
     """The YAML file right in DATA that names classes, and what it says, every value as text; or nothing."""
-    found: dict[Path, dict[str, Any]] = {}
     for file in sorted(data.glob("[!.]*.y*ml")):
         try:
             text = read_text(file, max_bytes=SETTINGS_BYTES)
@@ -365,10 +366,8 @@ def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise DataError([f"{file} cannot be read as YAML: {' '.join(str(error).split())}"]) from None
         if isinstance(content, dict) and "names" in content:
-            found[file] = content
-    if len(found) > 1:
-        raise DataError([f"{' and '.join(map(str, found))} name classes: keep one of them"])
-    return next(iter(found.items()), (None, {}))
+            return file, content
+    return None, {}
 
 
 def read_voc(folders: Mapping[str, tuple[Path, Path]], reading: Reading) -> None:
@@ -394,8 +393,7 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
         return Objects(file)
     found = Objects(file, (root.findtext("size/height"), root.findtext("size/width")))
     for count, entry in enumerate(root.iter("object"), 1):
-        own = entry.find("bndbox")
-        box = None if own is None else [own.findtext(corner) for corner in ("xmin", "ymin", "xmax", "ymax")]
+        box = [entry.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
         name = same_form(entry.findtext("name") or "")
         found.rows.append(Row(f"object {count}", name, box, entry.findtext("difficult")))
     return found

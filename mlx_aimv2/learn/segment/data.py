@@ -249,6 +249,8 @@ def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | 
     """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
     place = place or dense.plain(sample.size, processor.canvas)
     mask = Image.fromarray(read_mask(sample.target))
+    if mask.size != sample.size[::-1]:
+        raise ValueError(f"{sample.path} or its mask was changed while it was read: run it again")
     return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}
 
 
