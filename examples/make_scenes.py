@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
                 {"id": number, "file_name": f"{number:05}.jpg", "width": args.side, "height": args.side}
             )
             for digit, box in objects:
-                entry = {"id": len(coco["annotations"]), "image_id": number, "category_id": digit, "bbox": box}
+                entry = {"id": len(coco["annotations"]) + 1, "image_id": number, "category_id": digit, "bbox": box}
                 coco["annotations"].append({**entry, "area": box[2] * box[3], "iscrowd": 0})
         (boxes / "_annotations.coco.json").write_text(json.dumps(coco), encoding="utf-8")
     names = ["background", *(str(n) for n in range(10))]

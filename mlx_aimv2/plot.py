@@ -170,10 +170,11 @@ def contact_sheet(
 ) -> Image.Image:
     """Images in rows on white, each fitted into a square of `side` pixels.
 
-    `captions` and `frames` follow the shape of `rows`: a line of text under each image, a coloured frame around it.
+    `captions` and `frames` follow the shape of `rows`: lines of text under each image, a coloured frame around it.
     """
     text = max(11, side // 8)
-    step = (side + gap, side + gap + (text + 6 if captions else 0))
+    lines = max(caption.count("\n") + 1 for row in captions for caption in row) if captions else 0
+    step = (side + gap, side + gap + lines * (text + 6))
     columns = max(len(row) for row in rows)
     font = ImageFont.load_default(text)
     canvas = Image.new("RGB", (columns * step[0] + gap, len(rows) * step[1] + gap), PAPER)
@@ -186,7 +187,9 @@ def contact_sheet(
                 fitted = ImageOps.expand(fitted, 3, colour)
             canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
-                draw.text((left + side / 2, top + side + 5), " ".join(captions[r][c].split()), INK, font, anchor="mt")
+                caption = captions[r][c] if lines > 1 else " ".join(captions[r][c].split())
+                at = (left + side / 2, top + side + 5)
+                draw.text(at, caption, INK, font, anchor="ma" if lines > 1 else "mt", align="center")
     return canvas
 
 

@@ -75,7 +75,7 @@ def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "score"), [("segmentation", "mIoU"), ("detection", "AP")])
+@pytest.mark.parametrize(("name", "score"), [("segmentation", "miou"), ("detection", "ap")])
 def test_a_head_for_masks_and_boxes_ends_in_overlays(name, score, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
     flags = ["--scenes", "12", "--iters", "2", "--image-size", "56", "--output", tmp_path / "overlays.jpg"]

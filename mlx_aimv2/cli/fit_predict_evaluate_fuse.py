@@ -26,8 +26,9 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=f"encoder: {MODEL}")
     add_revision(add["model"])
     add_dtype(add["model"])
+    tasks = "classify, segment or detect (default: guessed from DATA); multilabel, regression"
     types = "linear, attentive, knn, decoder, lora, dora, full (default: by task)"
-    add["what is trained"]("--task", metavar="NAME", help="classify, segment or detect (default: guessed from DATA)")
+    add["what is trained"]("--task", metavar="NAME", help=tasks)
     add["what is trained"]("--fine-tune-type", metavar="NAME", help=types)
     add_settings(add, Options)
     add_resume(add["run"])
@@ -71,6 +72,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     _add_encoder(add["model"])
     words = "write predictions as files, too, into a new folder"
     add["output"]("-o", "--output", type=expand_user, metavar="DIR", help=words)
+    words = "do not tell a label or a box less probable than X, from 0 to 1: none of these"
+    add["output"]("--min-score", type=float, metavar="X", help=words)
     add["output"]("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
@@ -83,7 +86,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
     if (output := arguments.output) is not None:
         check_target(output)  # before the model is loaded, which takes longer
     head = load_head(arguments.head, model=arguments.model, dtype=arguments.dtype)
-    for path, found in predict(head, arguments.images, output=output, on_failure=fail):
+    for path, found in predict(head, arguments.images, output=output, min_score=arguments.min_score, on_failure=fail):
         if arguments.json:
             show_json({"path": path, **head.task.results.as_json(found, head.classes)})
         else:
@@ -105,6 +108,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Prints the scores and the table by class."""
     from mlx_aimv2.learn import evaluate
+    from mlx_aimv2.learn.task_options import score_text
 
     keywords = {name: getattr(arguments, name) for name in ("model", "dtype", "card", "skip_broken")}
     with faults_as_json(arguments):
@@ -118,7 +122,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     for first, *rest in found.table:
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         show("  ".join([first.ljust(widths[0]), *cells]))
-    scores = ", ".join(f"{name} {100 * score:.2f} %" for name, score in found.scores.items())
+    scores = ", ".join(f"{name} {score_text(name, score)}" for name, score in found.scores.items())
     show(f"{scores} on {found.images:,} images")
     return 0
 

@@ -249,7 +249,7 @@ def save(
         try:
             Aimv2Processor.from_folder(place, config=model.config)
         except ValueError as error:
-            what = str(error).replace(str(place), str(target))
+            what = str(error).replace(str(place), str(target)).partition(": mend ")[0]  # not the file is to be mended
             raise ValueError(f"{what}; save a model with the processor that load gives beside it") from None
         save_weights(place, sorted(weights.items()), total_parameters=source.parameters)
         save_config(place, config)

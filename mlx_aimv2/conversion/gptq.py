@@ -209,11 +209,12 @@ def _order(diagonal: Floats, group: int) -> NDArray[np.intp]:
 
 def _factor(squares: Floats) -> tuple[Floats, float]:
     """U of `X'X = U D U'` with the damping that it took: `(I, I) -> (I, I) float32, damping`."""
-    squares, damping = squares.astype(np.float64), DAMPING
+    damping = DAMPING
     while True:
         with suppress(np.linalg.LinAlgError):
-            upper = np.linalg.cholesky(_damped(squares, damping)[::-1, ::-1])[::-1, ::-1]
-            return (upper / np.diag(upper)).astype(np.float32), damping
+            damped = _damped(squares, damping).astype(np.float64)
+            upper: Floats = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1].astype(np.float32)
+            return upper / np.diag(upper), damping
         damping *= 10
 
 

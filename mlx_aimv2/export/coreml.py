@@ -39,6 +39,8 @@ def write(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, A
         raise ValueError("a .mlpackage takes one image or text at a time, and Core ML makes batches: leave --batch out")
     if exported.head is not None and not isinstance(exported.head, MeanHead | AttentiveHead):
         raise ValueError("a .mlpackage can hold the heads linear and attentive, and those of lora, dora and full")
+    if exported.task not in ("", "classify"):
+        raise ValueError(f"a .mlpackage cannot hold a head to {exported.task}: a .mlxfn can")
     is_text = exported.text is not None
     shape = (1, *exported.shape) if is_text else (1, 3, *exported.shape[:2])
     spec = mb.TensorSpec(shape=shape, dtype=types.int32 if is_text else types.fp32)
@@ -149,7 +151,8 @@ class Network:
         mb, is_mean = self.mb, isinstance(head, MeanHead)
         x = mb.reduce_mean(x=tokens, axes=[1]) if is_mean else tokens
         x = mb.real_div(x=mb.sub(x=x, y=self.array(head.mean, x)), y=self.array(head.std, x))
-        return mb.softmax(x=self.linear(x if is_mean else self.pooled(x, head.query, head), head.linear), axis=-1)
+        logits = self.linear(x if is_mean else self.pooled(x, head.query, head), head.linear)
+        return mb.softmax(x=mb.mul(x=logits, y=np.float32(head.scale)), axis=-1)
 
     def norm(self, x: Any, layer: Any) -> Any:
         """RMSNorm: `(1, N, D) -> (1, N, D)`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +27,13 @@ from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 OUTPUTS = {"image": ("image",), "tokens": ("tokens",), "both": ("image", "tokens"), "text": ("text",)}
 """What may be asked for -> the arrays that come out, in this order."""
 
+ANSWERS: dict[str, tuple[str, Callable[[mx.array], mx.array]]] = {
+    "classify": ("probabilities", partial(mx.softmax, axis=-1)),
+    "multilabel": ("probabilities", mx.sigmoid),
+    "regression": ("number", lambda logits: logits),
+}
+"""Task of a head -> what comes out, and the function of the logits that it is."""
+
 INPUTS = {"float": "float32", "uint8": "uint8"}
 """How images go in -> the dtype: as the processor's pixels, or as levels, whose normalisation is inside then."""
 
@@ -35,7 +43,8 @@ class Exported:
     """A function to export, of MLX's plain operations on any machine, and what its caller has to know.
 
     Called with images `(B, H, W, 3)`, or with ids `(B, L)` where the output is text, it gives an array for each of
-    `outputs`: image `(B, E)`, tokens `(B, N, D)`, text `(B, E)`, or with a head probabilities `(B, classes)`.
+    `outputs`: image `(B, E)`, tokens `(B, N, D)`, text `(B, E)`, or with a head probabilities `(B, classes)`, of labels
+    that go together each for itself, or a number `(B, 1)`.
     """
 
     loaded: Loaded
@@ -46,6 +55,8 @@ class Exported:
     """What goes in: float32, uint8 or int32."""
     head: Any = None
     labels: tuple[str, ...] = ()
+    task: str = ""
+    """That of the head."""
 
     @property
     def text(self) -> Any:
@@ -66,8 +77,8 @@ class Exported:
         *_, last = plain_blocks(self.vision.blocks, self.vision.embed(pixels))  # x86's own cannot be exported
         tokens = self.vision.norm(last)
         if self.head is not None:
-            logits = self.head(tokens, self.processor.grid)["logits"]
-            return [mx.softmax(logits.astype(mx.float32), axis=-1)]
+            logits = self.head(tokens, self.processor.grid)["logits"].astype(mx.float32)
+            return [ANSWERS[self.task][1](logits)]
         if isinstance(model, Aimv2Model):
             image = model.visual_projection(self.vision.head(tokens))
         else:
@@ -93,6 +104,8 @@ class Exported:
         if self.text is not None:  # shorter texts are filled with EOS
             return about | {"eos": self.text.config.eos_token_id}
         preprocessing = asdict(steps) | {"resample": names[steps.resample]}
+        if self.task == "multilabel":
+            about["thresholds"] = self.head.options()["thresholds"]
         return about | {"labels": self.labels, "preprocessing": preprocessing}
 
 
@@ -111,10 +124,11 @@ def prepare(
         if output is not None or size is not None or revision is not None:
             raise ValueError(f"{model} was written by fit: leave --output, --image-size, --grid and --revision out")
         head = load_head(model, dtype=dtype)
-        if head.task.name != "classify":
-            raise ValueError(f"{model} is a head to {head.task.name}: only one to classify can be exported")
-        parts = {"head": head.learner.head, "labels": head.classes}
-        return Exported(head.loaded, head.learner.encoder, head.processor, ("probabilities",), INPUTS[input], **parts)
+        if (task := head.task.name) not in ANSWERS:
+            raise ValueError(f"{model} is a head to {task}: only one to {', '.join(ANSWERS)} can be exported")
+        outputs = (ANSWERS[task][0],)
+        parts: dict[str, Any] = {"head": head.learner.head, "labels": head.classes, "task": task}
+        return Exported(head.loaded, head.learner.encoder, head.processor, outputs, INPUTS[input], **parts)
     grid, pixels = (size, None) if isinstance(size, tuple) else (None, size)
     source = read_source(model, revision=revision, image_size=pixels)
     own_size = source.config.vision.image_size

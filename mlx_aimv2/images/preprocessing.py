@@ -56,6 +56,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _SQUASH | _HALF | {"resample": RESAMPLE["bilinear"]},
     # Those of vision-language models: the view of the whole image, beside which they take its tiles.
     "Ovis2ImageProcessor": _SQUASH | {"crop_to_patches": True},
+    "LlavaNextImageProcessor": _SQUASH | {"do_pad": True},
+    "LlavaOnevisionImageProcessor": _SQUASH | {"do_pad": True},
     "SAILVLImageProcessor": _SQUASH | {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
 }
 """Image processors that are followed, and what each assumes for a field that its file leaves out."""
@@ -169,6 +171,7 @@ def _kind(fields: dict[str, Any]) -> str:
     """The class that a file is for; without a name CLIP's, unless the file is in no form of CLIP's."""
     remote = fields.get("auto_map")
     named = remote.get("AutoImageProcessor") if isinstance(remote, dict) else None
+    named = next(filter(None, named), None) if isinstance(named, list) else named  # of several the slow one is first
     named = named or fields.get("image_processor_type") or fields.get("feature_extractor_type")
     if named is None:
         return "code of its own (auto_map)" if remote else CLIP
@@ -187,24 +190,18 @@ def from_processor(fields: dict[str, Any], file: Path) -> Preprocessing:
             raise ValueError(f"{file}: {step} is set, which is no step of {kind}'s; set it to false")
     # A field that is null is not said, so its default counts; transformers 5.24 leaves such a step out.
     fields = {name: value for name, value in fields.items() if value is not None}
-    if kind == "SAILVLImageProcessor" and "image_size" in fields:
-        side = _pixels(fields["image_size"], "image_size", file)
-        fields["size"] = {"height": side, "width": side}
-    fields = defaults | fields
-    size = fields["size"]
-    if (
-        fields.get("default_to_square", not defaults["do_center_crop"])
-        and isinstance(size, int)
-        and not isinstance(size, bool)
-    ):
-        size = {"height": size, "width": size}
+    fields = defaults | ({"size": fields["image_size"]} if "image_size" in fields else {}) | fields
     for step in STEPS:
         if not isinstance(fields[step], bool):
             raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r:.80}")
     scale = _number(fields["rescale_factor"], "rescale_factor", file, above_zero=True) if fields["do_rescale"] else None
     crop = _size(fields["crop_size"], "crop_size", file) if fields["do_center_crop"] else None
+    resize = _size(fields["size"], "size", file) if fields["do_resize"] else None
+    is_square = fields.get("default_to_square") and not isinstance(fields["size"], dict)
+    if isinstance(resize, int) and (is_square or not defaults["do_center_crop"]):
+        resize = (resize, resize)
     return Preprocessing(
-        resize=_size(size, "size", file) if fields["do_resize"] else None,
+        resize=resize,
         crop=(crop, crop) if isinstance(crop, int) else crop,
         resample=_resample(fields["resample"], "resample", file),
         rescale_factor=scale,

@@ -9,14 +9,16 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_aimv2 import __version__
+from mlx_aimv2 import __version__, plot
 from mlx_aimv2.backend import prepared
 from mlx_aimv2.backend.device import AUTO, slow_here
 from mlx_aimv2.conversion.model_card import front_matter
@@ -25,11 +27,27 @@ from mlx_aimv2.embed.loader import MIN_PATCHES
 from mlx_aimv2.files import atomic_folder, expand_user
 from mlx_aimv2.learn import head_folder
 from mlx_aimv2.learn.learner import Learner, decoded
-from mlx_aimv2.learn.samples import DataError, Dataset, Recognised, listed, one_image, same_form, short
-from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task
-from mlx_aimv2.learn.training import Run, Trained, fine_tune, train_on_features
+from mlx_aimv2.learn.probes import train_on_features
+from mlx_aimv2.learn.samples import (
+    FOLDS,
+    HELD_OUT,
+    DataError,
+    Dataset,
+    Recognised,
+    listed,
+    one_image,
+    same_form,
+    short,
+)
+from mlx_aimv2.learn.task_options import RECIPES, Options, Task, check_options, find_task, guess_task, score_text
+from mlx_aimv2.learn.training import Run, Trained, fine_tune
 from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
+
+UNEQUAL = 10
+"""Times that a label may have the images of another one without a word."""
+
+NOTHING = "no image was held out, as no label has two: nothing is known of how good the head is"
 
 
 @dataclass(frozen=True)
@@ -83,8 +101,13 @@ def fit(
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind, recognised = _task(source, task, fine_tune_type, say)
         check_options(options, found, kind)
-        decode = skip_broken or found.types[kind].features is None
-        dataset = _dataset(found, source, labels, say, decode=decode, skip_broken=skip_broken, recognised=recognised)
+        how: dict[str, Any] = {"decode": skip_broken or found.types[kind].features is None, "skip_broken": skip_broken}
+        is_solved = not found.types[kind].learning_rates
+        how["holdout"] = options.holdout or (None if is_solved else HELD_OUT)
+        dataset = _dataset(found, source, labels, say, recognised=recognised, **how)
+        if not is_solved and not dataset.splits["val"] and not dataset.splits["test"]:
+            needs = "of knn and linear one image a label is enough, others need one held out"
+            raise DataError([f"{source} has no two images of any label: {needs}"])
         loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
         if (slow := slow_here(loaded.model.dtype)) is not None:
             say(f"note: {slow}")
@@ -122,48 +145,101 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
     """Scores the head on each part that was held out, of which the last one counts, and writes its folder."""
     task, splits, classes = run.task, run.dataset.splits, run.dataset.classes
     scores: dict[str, dict[str, float]] = {}
+    held_out = splits["val"] or (splits["test"] if run.dataset.is_crossed else [])
+    if held_out and not task.dense:
+        task.head.calibrate(trained.head, np.stack([one["logits"] for one in trained.outputs(held_out)]), held_out)
     for part in [name for name, samples in splits.items() if name != "train" and samples]:
         predictions = decoded(task, splits[part], trained.outputs(splits[part]))
         scores[part], table = task.results.score(splits[part], predictions, classes)
+    if not scores:
+        part, predictions, table = "train", [], []
+    if advice := _imbalance(run, trained, part):
+        run.say(f"note: {advice.replace('`', '')}")
+    learned = splits["train"]
+    if run.options.refit and trained.refit is not None and not run.dataset.is_crossed:
+        before = trained.head
+        learned = [sample for samples in splits.values() for sample in samples]
+        head, options = trained.refit(learned)
+        trained = replace(trained, head=head, head_options=options)
+        if task.name != "regression":  # whose units are those of the images it has learned
+            trained.head.take(before.options(), len(classes))
     images = {part: len(samples) for part, samples in splits.items()}
     info = {
         "task": task.name,
         "fine_tune_type": run.kind,
         "classes": list(classes),
-        "options": trained.head_options,
+        "options": trained.head_options | ({} if task.dense else trained.head.options()),
         "encoder": run.described,
         "image_size": run.processor.canvas[0],
         "images": images,
         "metrics": scores,
         "settings": {name: getattr(run.options, name) for name in run.options.given()} | trained.settings,
         "history": trained.history,
+        "is_crossed": run.dataset.is_crossed,
+        "is_refit": learned is not splits["train"],
         "seconds": round(seconds, 1),
         "versions": {"mlx-aimv2": __version__},
     }
     learner = Learner(run.encoder, trained.head)
     with atomic_folder(target) as place:
-        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=splits["train"])
-        shown = task.results.card(splits[part], predictions, classes, place)
-        _write_card(place, info, task, table, shown, name=target.name)
+        head_folder.save(place, info, learner, adapters=trained.adapters, trained_on=learned)
+        shown = task.results.card(splits[part], predictions, classes, place) if scores else []
+        shown = [*shown, *_curves(trained.history, place)]
+        _write_card(place, info, task, table, shown, name=target.name, advice=advice)
         if left_out := run.dataset.left_out:
             lines = "".join(line.replace("\n", "\\n") + "\n" for line in left_out)
             (place / "left_out.txt").write_text(lines, encoding="utf-8", errors="backslashreplace")
-    return Fitted(target, scores, images, result_line(task, scores[part], part, images[part]), left_out)
+    line = result_line(task, scores[part], part, images[part], is_crossed=run.dataset.is_crossed) if scores else NOTHING
+    return Fitted(target, scores, images, line, left_out)
 
 
-def result_line(task: Task, scores: dict[str, float], part: str, count: int) -> str:
+def _imbalance(run: Run, trained: Trained, part: str) -> str:
+    """What is to be said of labels whose images differ a lot in number, "" where they do not."""
+    targets, classes = [sample.target for sample in run.dataset.splits["train"]], run.dataset.classes
+    if run.task.name != "classify" or max(counts := Counter(targets).values()) <= UNEQUAL * min(counts):
+        return ""
+    text = f"Labels have from {min(counts):,} to {one_image(max(counts))} for training"
+    if run.is_balanced:
+        return f"{text}; classes are weighted so that each counts alike."
+    if trained.balanced is None or part == "train":
+        return f"{text}: `--class-weights balanced --metric mean_class` would count each alike."
+    samples = run.dataset.splits[part]
+    scores, _ = run.task.results.score(samples, decoded(run.task, samples, trained.balanced()(samples)), classes)
+    would = ", ".join(f"{name} {100 * scores[name]:.2f} %" for name in run.task.metrics)
+    return f"{text}. With `--class-weights balanced`, which counts each alike, the scores on {part} would be {would}."
+
+
+def result_line(task: Task, scores: dict[str, float], part: str, count: int, *, is_crossed: bool = False) -> str:
     """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
     value = scores[task.metric]
-    text = f"{task.metric} {100 * value:.2f} % on {one_image(count, f'{part} image')}"
+    of = f"{one_image(count)}, cross-validated in {FOLDS} folds" if is_crossed else one_image(count, f"{part} image")
+    text = f"{task.metric} {score_text(task.metric, value)} on {of}"
     if task.metric == "top1":  # the interval in which the true share lies with 95 % confidence (Wilson 1927)
         z = 1.96
         whole, middle = 1 + z * z / count, value + z * z / (2 * count)
         half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
         low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    text += "".join(f", {name} {100 * score:.2f} %" for name, score in scores.items() if name != task.metric)
+    text += "".join(f", {name} {score_text(name, score)}" for name, score in scores.items() if name != task.metric)
     flattered = "; chosen on the same images, so a little flattering: a test part would tell"
     return text + (flattered if part == "val" else "")
+
+
+def _curves(history: Sequence[Mapping[str, float]], folder: Path) -> list[tuple[str, str]]:
+    """`training.png`: losses, score and learning rate of each evaluation; nothing of a head that no loop trained."""
+    if not history:
+        return []
+    charts = []
+    for names in (("loss", "val_loss"), ("score",), ("rate",)):
+        rows = {name: [one for one in history if name in one and (name != "loss" or one["step"])] for name in names}
+        lines = {
+            name: (np.array([one["step"] for one in own]), np.array([one[name] for one in own]))
+            for name, own in rows.items()
+            if own
+        }
+        charts.append(plot.curves(lines, x="step", y=names[0]))
+    plot.below(charts).save(folder / "training.png")
+    return [("Training: losses, score on val, learning rate", "training.png")]
 
 
 def _write_card(
@@ -174,6 +250,7 @@ def _write_card(
     shown: Sequence[tuple[str, str]],
     *,
     name: str,
+    advice: str,
 ) -> None:
     """Writes README.md into a head folder: the scores, the table of the last part, images by title and file name."""
     encoder, metrics = info["encoder"], info["metrics"]
@@ -182,9 +259,21 @@ def _write_card(
         at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`"
     names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
     rows = [["part", "images", *names]]
+    part = "train"
     for part, scores in metrics.items():
-        values = (f"{100 * scores[name]:.2f} %" if name in scores else "none" for name in names)
+        values = (score_text(name, scores[name]) if name in scores else "none" for name in names)
         rows.append([part, f"{info['images'][part]:,}", *values])
+    told = {
+        "`val` chose the settings and the best step, so its numbers flatter a little": "val" in metrics,
+        "`test` chose nothing": "test" in metrics and "val" in metrics,
+        f"each image of `test` was scored by one of {FOLDS} heads that never saw it, and the head is trained on all of "
+        "them": info["is_crossed"],
+        "then the head was fitted once more on all images, and the numbers are those from before": info["is_refit"],
+        NOTHING: not metrics,
+    }
+    words = "; ".join(sentence for sentence, holds in told.items() if holds)
+    settings = ", ".join(f"{name} {value}" for name, value in info["settings"].items() if value is not None)
+    by_class = f"## By class, on {part}\n\n{_markdown(table)}\n\n" if table else ""
     images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
     text = f"""\
 {front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
@@ -201,14 +290,10 @@ The encoder's licence holds for what is made with it; its weights are not in thi
 
 {_markdown(rows)}
 
-`val` chose the settings and the best step, so its numbers flatter a little\
-{"; `test` chose nothing" if "test" in metrics else ""}.
+{words[:1].upper()}{words[1:]}.{f" {advice}" if advice else ""}
+Settings: {_as_text(settings) or "the defaults"}.
 
-## By class, on {part}
-
-{_markdown(table)}
-
-{images}## Use
+{by_class}{images}## Use
 
 ```sh
 mlx-aimv2 predict {name} IMAGE

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_aimv2.embed.encode import OnFailure, listed_files, raise_failure
@@ -71,16 +71,22 @@ def predict(
     model: str | None = None,
     dtype: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    min_score: float | None = None,
     on_failure: OnFailure = raise_failure,
 ) -> Iterator[tuple[str, Any]]:
     """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
 
-    The prediction is the task's own; for `classify` it has `probabilities` (classes,). An image that cannot be read
+    The prediction is the task's own and knows its labels by name; for `classify` it has `label`, `labels` with how
+    probable they are, best first, and `probabilities` (classes,). An image that cannot be read
     raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out. `output` is a
     folder for predictions as files, which must not exist yet and appears when all is written; a file below a folder
-    that was given keeps its path in there.
+    that was given keeps its path in there. Below `min_score` a label, or a box, is not told: of an image without one
+    "none of these"; it replaces the thresholds of `multilabel`. Raises ValueError for a task without scores.
     """
     loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
+    if min_score is not None and not (0 <= min_score <= 1 and hasattr(loaded.task.results, "at_least")):
+        wanted = "does not go with segment and regression" if 0 <= min_score <= 1 else "must be from 0 to 1"
+        raise ValueError(f"--min-score {wanted}, got {min_score:g} for a head to {loaded.task.name}")
     given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     files, results, records = listed_files(given, on_failure), loaded.task.results, list[Any]()
     with nullcontext() if output is None else atomic_folder(expand_user(output)) as folder:
@@ -88,10 +94,14 @@ def predict(
         _log.debug("predicting %s images", f"{len(files):,}")
         for image, outputs in outputs_of_files(loaded.learner, files, loaded.processor, on_failure):
             prediction = results.decode(outputs, image.upright)
+            if min_score is not None:
+                prediction = results.at_least(prediction, min_score)
             if folder is not None:
                 stem = folder / stems[image.path]
                 stem.parent.mkdir(parents=True, exist_ok=True)
                 records.append(results.save_prediction(image.path, prediction, loaded.classes, stem))
+            if hasattr(prediction, "classes"):
+                prediction = replace(prediction, classes=loaded.classes)
             yield image.path, prediction
         if folder is not None:
             results.save_all(records, loaded.classes, folder)

@@ -9,23 +9,18 @@ with a note, what is refused, and how DATA without parts is divided. What is ref
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mlx_aimv2.embed.cache import Known, KnownFiles
-from mlx_aimv2.files import read_image_file, reason_of
 from mlx_aimv2.images.find import Scan
-from mlx_aimv2.images.open import open_image, warn_of
+from mlx_aimv2.learn.check_images import check_images
 
 PARTS = {
     "train": {"train", "training"},
@@ -36,6 +31,9 @@ PARTS = {
 
 HELD_OUT = 0.15
 """Share of the images that become `val`, and as many `test`, where DATA does not say."""
+
+FOLDS, MIN_TEST = 5, 30
+"""Of a cross-validation, which takes the place of a test of fewer images."""
 
 MAX_BYTES = 1 << 32
 """Of a list of labels or captions: COCO's own annotations have 450 MB."""
@@ -84,13 +82,15 @@ class Sample:
 class Dataset:
     """Checked samples of each part (`train`, `val`, `test`; some may be empty), and notes for the user.
 
-    `left_out` has a line for each thing that the notes count.
+    `left_out` has a line for each thing that the notes count. Where it `is_crossed`, `test` are training images that
+    `folds` hold out in turn.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, list[Sample]]
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    is_crossed: bool = False
 
     def to_score(self) -> tuple[str, list[Sample]]:
         """The part that a head is scored on, and its samples; of a Dataset that was read with the head's classes."""
@@ -141,9 +141,9 @@ class Format:
     `marked` are its path, mark and size. `target(labels, numbers)` is what training compares with, where `numbers` are
     those of the classes.
 
-    At least `min_classes` must occur in training, each in `min_images` different images. `in_order` gives the names of
-    the classes, where the format lists none, from those that occur in training. Where DATA is split, images of each
-    class are divided alike, if `stratified`. `others` says what lies in DATA that may describe it and is not read.
+    At least `min_classes` must occur in training. `in_order` gives the names of the classes, where the format lists
+    none, from those that occur in training. Where DATA is split, images of each class are divided alike, if
+    `stratified`. `others` says what lies in DATA that may describe it and is not read.
     """
 
     locate: Callable[[Path, Scan], Any]
@@ -152,7 +152,6 @@ class Format:
     target: Callable[[Labels, Mapping[str, int]], Any]
     in_order: Callable[[set[str]], list[str]] = in_order
     min_classes: int = 2
-    min_images: int = 1
     stratified: bool = True
     others: Callable[[Path], list[str]] = lambda data: []
 
@@ -165,6 +164,7 @@ def read(
     decode: bool = True,
     skip_broken: bool = False,
     recognised: Recognised | None = None,
+    holdout: float | None = HELD_OUT,
 ) -> Dataset:
     """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
 
@@ -174,7 +174,8 @@ def read(
 
     Without `decode` only the headers of images are read: for a caller that decodes all of them before it trusts them.
     Images and masks that cannot be read are refused, all at once, or with `skip_broken` left out with a note.
-    `recognised` is what the task's `recognise` gave: nothing is looked for twice.
+    `recognised` is what the task's `recognise` gave: nothing is looked for twice. `holdout` is the share of `val`, and
+    of `test`, where DATA is split; with None a small set is for training and cross-validation alone.
     """
     if not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
@@ -206,7 +207,7 @@ def read(
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
     faults += _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}), scan)
     if classes is None and (training or not faults):
-        faults += _too_few(training, names, images, data, form)
+        faults += _too_few(training, data, form)
     if classes is None and labelled and not labelled.keys() & {"train", ""}:
         faults.append(f"{data} has {' and '.join(labelled)} but no train folder: add it, or give one folder")
     if not faults and not any(every.values()):
@@ -232,8 +233,10 @@ def read(
         own = [numbers[name] for name in every[sample.path]] if form.stratified else []
         return int(np.bincount(own).argmax()) if own else len(names)
 
-    splits, divided = _divided(samples, stratum)
-    return Dataset(names, splits, (*divided, *notes, *_copies(splits, every), *scan.notes), left_out)
+    splits, divided = _divided(samples, stratum, holdout)
+    is_crossed = holdout is None and not splits["val"]
+    copies = _copies({part: own for part, own in splits.items() if part != "test" or not is_crossed}, every)
+    return Dataset(names, splits, (*divided, *notes, *copies, *scan.notes), left_out, is_crossed)
 
 
 def _wrong_names(names: Sequence[str], unknown: Mapping[str, int], scan: Scan) -> list[str]:
@@ -250,14 +253,20 @@ def _wrong_names(names: Sequence[str], unknown: Mapping[str, int], scan: Scan) -
 
 
 def _divided(
-    samples: Mapping[str, list[Sample]], stratum: Callable[[Sample], int]
+    samples: Mapping[str, list[Sample]], stratum: Callable[[Sample], int], holdout: float | None
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """The parts that training needs, those that DATA does not have taken from the others, and notes that say so."""
     splits = {part: samples.get(part, []) for part in PARTS}
     if splits["val"]:
         return splits, []
     whole = samples.get("", splits["train"])
-    parts = split(whole, [stratum(sample) for sample in whole])
+    if holdout is None and not splits["test"] and HELD_OUT * len(whole) < MIN_TEST:
+        held = [sample for _, out in folds(whole) for sample in out]
+        note = (
+            f"{one_image(len(whole))} are few: cross-validated in {FOLDS} folds; --holdout X holds images out instead"
+        )
+        return {"train": whole, "val": [], "test": held}, [note]
+    parts = split(whole, [stratum(sample) for sample in whole], holdout or HELD_OUT)
     if not splits["test"]:
         return parts, [f"{one_image(len(whole))}, split by content, the same each time"]
     train = sorted([*parts["train"], *parts["test"]], key=lambda sample: sample.path)
@@ -265,8 +274,28 @@ def _divided(
     return {"train": train, "val": parts["val"], "test": splits["test"]}, [note]
 
 
-def split(samples: Sequence[Sample], strata: Sequence[int]) -> dict[str, list[Sample]]:
-    """Stratified parts, 70 : 15 : 15, by content hash: `samples and the class of each -> {"train": …}`.
+def folds(samples: Sequence[Sample]) -> list[tuple[list[Sample], list[Sample]]]:
+    """For training and held out, `FOLDS` times by content: each image once, but of a class with one it is never.
+
+    No folds where there is none to hold out.
+    """
+    contents: dict[Any, set[bytes]] = defaultdict(set)
+    strata = {sample.sha256: sample.target if isinstance(sample.target, int) else 0 for sample in samples}
+    for sha256, stratum in strata.items():
+        contents[stratum].add(sha256)
+    order = [
+        sha256 for stratum in sorted(contents) for sha256 in sorted(contents[stratum]) if len(contents[stratum]) > 1
+    ]
+    fold_of = {sha256: index % FOLDS for index, sha256 in enumerate(order)}
+    numbers = [(fold_of.get(sample.sha256, -1), sample) for sample in samples]
+    return [
+        ([one for own, one in numbers if own != fold], [one for own, one in numbers if own == fold])
+        for fold in range(min(FOLDS, len(order)))
+    ]
+
+
+def split(samples: Sequence[Sample], strata: Sequence[int], share: float = HELD_OUT) -> dict[str, list[Sample]]:
+    """Stratified parts, val and test a `share` each, by content hash: `samples, the class of each -> {"train": …}`.
 
     Images of equal content stay together, and adding an image moves hardly any other one. Of a class with two
     different images one is for training and one for `val`; from three on each part has at least one.
@@ -278,7 +307,7 @@ def split(samples: Sequence[Sample], strata: Sequence[int]) -> dict[str, list[Sa
     result: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
     for stratum in sorted(groups):
         order = sorted(groups[stratum])
-        held = max(1, round(HELD_OUT * len(order))) if len(order) > 1 else 0
+        held = min(max(1, round(share * len(order))), max(1, (len(order) - 1) // 2)) if len(order) > 1 else 0
         for_test = held if len(order) > 2 else 0
         for index, key in enumerate(order):
             part = "val" if index < held else "test" if index < held + for_test else "train"
@@ -327,58 +356,13 @@ def same_form(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip())
 
 
-def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str, Known], list[str]]:
-    """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, what is wrong with which)`.
-
-    A file that was good before and has not been changed since is not read again. Without `decode` headers are read
-    alone, unless one is bad: then what else is wrong is told with it.
-    """
-    known_files = KnownFiles()
-    known = known_files.look_up(paths, decoded=decode)
-    others = [path for path in dict.fromkeys(paths) if path not in known]
-    with ThreadPoolExecutor(os.cpu_count() or 1, "check") as pool:
-        results = list(pool.map(lambda path: _checked(path, decode), others))
-    found = {path: result for path, result in zip(others, results, strict=True) if isinstance(result, Known)}
-    known_files.remember(found.items())
-    faults = [result for result in results if isinstance(result, str)]
-    return check_images(paths) if faults and not decode else (known | found, faults)
-
-
-def _checked(path: str, decode: bool) -> Known | str:
-    """What is known of an image that can be read, or what is wrong with it."""
-    try:
-        _, data = read_image_file(path)
-        image = open_image(data, name=path)
-        width, height = image.size
-        if (width, height) == (1, 1):
-            return f"{path} is a single pixel: nothing to see"
-        if decode:
-            warn_of(image)
-            image.rgb()
-        return Known(hashlib.sha256(data).digest(), (height, width), decode)
-    except OSError as error:
-        return str(error) if error.errno is None and path in str(error) else f"{path} {reason_of(error)}"
-    except Exception as error:  # decoders raise whatever they meet
-        return " ".join(str(error).split()) or f"{path} cannot be read"
-
-
-def _too_few(
-    training: Mapping[str, Labels], classes: Sequence[str], images: Mapping[str, Known], data: Path, form: Format
-) -> list[str]:
-    """What is missing for training: classes, and of each class images that are not copies of each other."""
-    contents: dict[str, list[bytes]] = defaultdict(list)
-    for path, labels in training.items():
-        for name in set(labels.names):
-            contents[name].append(images[path].sha256)
-    if len(contents) < form.min_classes:
-        one = f"only one label, {short(next(iter(contents)))}" if contents else "no labelled images"
-        return [f"{data} has {one}: training needs at least {one_image(form.min_classes, 'label')}", *form.others(data)]
-    return [
-        f"the label {short(name)} has one image{f' in {len(found)} copies' if len(found) > 1 else ''}: "
-        f"it needs at least {form.min_images}"
-        for name in classes
-        if 0 < len(set(found := contents[name])) < form.min_images
-    ]
+def _too_few(training: Mapping[str, Labels], data: Path, form: Format) -> list[str]:
+    """What is missing for training: classes."""
+    names = {name for labels in training.values() for name in labels.names}
+    if len(names) >= form.min_classes:
+        return []
+    one = f"only one label, {short(*names)}" if names else "no labelled images"
+    return [f"{data} has {one}: training needs at least {one_image(form.min_classes, 'label')}", *form.others(data)]
 
 
 def _copies(splits: Mapping[str, Sequence[Sample]], names: Mapping[str, Sequence[str]]) -> list[str]:

@@ -93,19 +93,19 @@ def metadata_file(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
-def tables(folder: Path, *, of: Names) -> dict[str, Path]:
+def tables(folder: Path, *, of: Names | None) -> dict[str, Path]:
     """The tables right in a folder that name images and have a column `of` something, by the part that they are for.
 
     That is the metadata file, be it readable or not, or else those of other names; the part is "" where a name says
     none. Raises DataError where two are for the same part.
     """
     given = metadata_file(folder)
-    if given and (not (names := columns_of(given)) or column(names, of)):
+    if given and (of is None or not (names := columns_of(given)) or column(names, of)):
         return {"": given}
     found: dict[str, Path] = {}
     for file in sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in TABLES):
         names = columns_of(file)
-        if not column(names, IMAGE) or not column(names, of):
+        if not column(names, IMAGE) or not (of is None or column(names, of)):
             continue
         if of is LABEL and column(names, BOX):
             continue
@@ -264,7 +264,7 @@ def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
             missing = [name for name, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)]
             wanted = " and no ".join(f"column {name}" for name in missing)
             one_hot = (
-                "; several labels an image, a column for each, are not possible yet"
+                "; several labels an image, a column for each, are for --task multilabel"
                 if missing == ["label"] and len(names) > 2
                 else ""
             )

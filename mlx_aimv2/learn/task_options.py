@@ -18,8 +18,14 @@ from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.settings import MAX_SEED, flag, setting
 from mlx_aimv2.train.settings import check as check_ranges
 
-TASKS = ("segment", "detect", "classify")
-"""Folders beside this file, in the order in which DATA is tried."""
+TASKS = {
+    "segment": "segment", "detect": "detect",
+    "classify": "classify", "multilabel": "classify", "regression": "classify",
+}  # fmt: skip
+"""Task -> its folder beside this file, in the order in which DATA is tried."""
+
+NUMBERS = {"r2", "rmse", "mae"}
+"""Scores that are no shares, and told as they are; all others are told in percent."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ RECIPES = {"paper": _PAPER, "paper-others": replace(_PAPER, batch_size=512, warm
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task. The first of its `types` is the default; `metric` is the score that the best state goes by.
+    """A task. The first of its `types` is the default, and so is that of its `metrics`, which the best state goes by.
 
     `dense` tasks answer for every place of an image: images are brought to the encoder's size without cutting anything
     off, and the heads need every patch. For the others `head.solve` finds a head without the training loop.
@@ -69,25 +75,37 @@ class Task:
     The files of a task's folder have the same functions in each: `data` what DATA has of it, its samples and what
     training compares with (`recognise`, `read`, `example`, `targets`); `head` the network on an encoder's tokens
     (`make_head`) and one `loss` per image; `results` what outputs mean, how right that is and what is shown of it
-    (`decode`, `score`, `as_json`, `as_text`, `save_prediction`, `save_all`, `card`).
+    (`decode`, `score`, `as_json`, `as_text`, `save_prediction`, `save_all`, `card`, and `at_least` where --min-score
+    means something).
     """
 
     name: str
     pipeline_tag: str
     types: Mapping[str, Type]
-    metric: str
+    metrics: tuple[str, ...]
     dense: bool
     data: ModuleType
     head: ModuleType
     results: ModuleType
+
+    @property
+    def metric(self) -> str:
+        """The score that counts where no flag says another."""
+        return self.metrics[0]
 
 
 def find_task(name: str) -> Task:
     """The task of this name. Raises ValueError with the names there are."""
     if name not in TASKS:
         raise ValueError(f"--task must be {', '.join(TASKS)}, got {name}")
-    task: Task = import_module(f"mlx_aimv2.learn.{name}").TASK
+    module = import_module(f"mlx_aimv2.learn.{TASKS[name]}")
+    task: Task = module.TASKS[name] if hasattr(module, "TASKS") else module.TASK
     return task
+
+
+def score_text(name: str, score: float) -> str:
+    """A score as it is told: `71.25 %`, `0.8312`."""
+    return f"{score:.4g}" if name in NUMBERS else f"{100 * score:.2f} %"
 
 
 def guess_task(data: Path) -> tuple[Task, Recognised]:
@@ -101,6 +119,8 @@ def guess_task(data: Path) -> tuple[Task, Recognised]:
         [f"{data} holds no labelled images{form} make a folder for each label in it, or a metadata.csv; or say --task"]
     )
 
+
+WEIGHTS = ("balanced",)
 
 ADAPTERS = "adapters, of lora and dora"
 
@@ -118,8 +138,24 @@ class Options:
     image_size: int | None = setting(
         None, "data", "side of the images in pixels (default: the checkpoint's)", "at least 1", maximum=MAX_SIDE
     )
+    holdout: float | None = setting(
+        None,
+        "data",
+        "share of the images for val, and for test, of DATA without parts (default: 0.15; probes of a small set are "
+        "cross-validated)",
+        "above 0, below 0.5",
+    )
     recipe: str | None = setting(
         None, "what is trained", "as AIMv2's attentive probe: paper on ImageNet, paper-others", choices=tuple(RECIPES)
+    )
+    metric: str | None = setting(
+        None, "what is trained", "score to choose by (top1, mean_class, miou, pixel_accuracy, ap, ap50, ap75)"
+    )
+    class_weights: str | None = setting(
+        None, "what is trained", "balanced: all classes count alike, however many images they have", choices=WEIGHTS
+    )
+    refit: bool = setting(
+        False, "what is trained", "linear, knn: when all is chosen fit on all images, val and test too"
     )
     num_layers: int | None = setting(
         None, "what is trained", "the last N blocks alone; -1 for all (default)", "a number of blocks, or -1 for all"
@@ -154,7 +190,8 @@ class Options:
     patience: int | None = setting(
         None,
         "run",
-        "stop after N evaluations none of which is better, 0 never (default: 8 for lora, dora and full, else 0)",
+        "early stopping, after the warm-up: when of N evaluations none has a better score or a val loss as low as the "
+        "lowest; 0 never (default: 8 for lora, dora and full, else 0)",
         "at least 0",
     )
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
@@ -176,7 +213,7 @@ class Options:
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
 
-COMMON = {"image_size", "seed"}
+COMMON = {"image_size", "seed", "holdout", "metric", "class_weights"}
 IN_LOOP = COMMON | {
     "batch_size", "iters", "epochs", "learning_rate", "weight_decay", "grad_accumulation_steps", "steps_per_eval",
     "patience", "recipe",
@@ -196,9 +233,13 @@ def check_options(options: Options, task: Task, kind: str) -> None:
         raise ValueError("choose either --iters or --epochs, not both")
     if options.recipe is not None and kind != "attentive":
         raise ValueError(f"--recipe {options.recipe} is for --fine-tune-type attentive, not for {kind}")
+    if options.metric not in (None, *task.metrics):
+        raise ValueError(f"--metric of {task.name} must be {', '.join(task.metrics)}, got {options.metric}")
+    if options.class_weights is not None and task.name != "classify":
+        raise ValueError(f"--class-weights is for one label an image, not for {task.name}: leave it out")
     given, beside = options.given(), f"--fine-tune-type {kind}"
     if not task.types[kind].learning_rates:
-        means = COMMON
+        means = COMMON | {"refit"}
     elif task.types[kind].features is not None:
         means = IN_LOOP
     else:

@@ -1,15 +1,12 @@
-"""One run of `fit` as its steps see it, and the two ways of training.
-
-Heads are trained on stored features of a frozen encoder; or the encoder is trained together with its head.
-"""
+"""One run of `fit` as its steps see it, and how an encoder is trained together with its head."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,17 +19,17 @@ from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, Outputs, split_into_chunks
 from mlx_aimv2.files import cache_folder
-from mlx_aimv2.images import FAST, to_rgb
+from mlx_aimv2.images import FAST
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
-from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
-from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner, visible_patches
-from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
+from mlx_aimv2.learn.classify.head import balanced
+from mlx_aimv2.learn.learner import Learner, outputs_of_learner, visible_patches
+from mlx_aimv2.learn.samples import DataError, Dataset, Sample, folds, refusal
 from mlx_aimv2.learn.task_options import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.batches import Arrays, Batches, Shuffled
 from mlx_aimv2.train.loop import LossError, Plan, Watch, drawn, train
-from mlx_aimv2.train.optimizer import FROZEN, Group, Table, freeze, layer_decay
+from mlx_aimv2.train.optimizer import FROZEN, Table, freeze, layer_decay
 from mlx_aimv2.train.state import Progress, StateFile
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
@@ -64,23 +61,51 @@ class Run:
     say: Callable[[str], None]
     on_progress: Callable[[int, int, str], None]
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether all classes count alike."""
+        return self.options.class_weights is not None
+
+    @property
+    def metric(self) -> str:
+        """The score that is chosen by."""
+        return self.options.metric or self.task.metric
+
     def head(self) -> nn.Module:
         """A new head for this run's classes."""
-        return self.task.head.make_head(self.kind, self.encoder.config, len(self.dataset.classes), {})
+        head, classes = self.task.head, len(self.dataset.classes)
+        first = {} if self.task.dense else head.first_options(self.dataset.splits["train"])
+        return head.make_head(self.kind, self.encoder.config, classes, first)
 
-    def score(self, outputs: OutputsOf) -> float:
-        """The score on `val` that the best state goes by. Raises LossError for outputs that are no numbers."""
+    def loss(self, outputs: dict[str, mx.array], batch: dict[str, mx.array]) -> mx.array:
+        """The loss of each image, by the weight of its class where classes have one: `-> (B,)`."""
+        losses: mx.array = self.task.head.loss(outputs, batch)
+        if not self.is_balanced:
+            return losses
+        labels = np.array([sample.target for sample in self.dataset.splits["train"]])
+        return losses * mx.array(balanced(labels, len(self.dataset.classes)))[batch["label"]]
+
+    def score(self, outputs: OutputsOf) -> tuple[float, float]:
+        """`judged` on `val`, which the best state goes by."""
         val = self.dataset.splits["val"] or self.dataset.splits["test"]
+        return self.judged(val, outputs(val))
 
-        def checked() -> Iterator[Outputs]:
-            for sample, found in zip(val, outputs(val), strict=True):
+    def judged(self, samples: Sequence[Sample], outputs: Iterable[Outputs]) -> tuple[float, float]:
+        """How right outputs are, by the metric that is chosen by, and their mean loss.
+
+        Raises LossError for outputs that are no numbers.
+        """
+        predictions, total = list[Any](), 0.0
+        pairs = zip(samples, outputs, strict=True)
+        while chunk := list(islice(pairs, 8 if self.task.dense else STEP)):
+            for sample, found in chunk:
                 if not all(np.isfinite(array).all() for array in found.values()):
                     raise LossError(f"what the head makes of {sample.path} is no number")
-                yield found
-
-        predictions = decoded(self.task, val, checked())
-        scores, _ = self.task.results.score(val, predictions, self.dataset.classes)
-        return scores[self.task.metric]
+                predictions.append(self.task.results.decode(found, sample.size))
+            targets = [self.task.data.targets(sample, self.processor) for sample, _ in chunk]
+            total += float(np.array(self.loss(_batch([found for _, found in chunk]), _batch(targets))).sum())
+        scores, _ = self.task.results.score(samples, predictions, self.dataset.classes)
+        return scores[self.metric], total / len(samples)
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
         """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.
@@ -112,13 +137,32 @@ class Run:
         self,
         kind: str,
         features_of: Callable[[Sequence[Sample]], Array],
+        train: Sequence[Sample] | None = None,
         *,
+        is_balanced: bool,
         say: Callable[[str], None] = lambda line: None,
-    ) -> nn.Module:
-        """The head of a kind that no loop trains, from the mean token of each image."""
-        train, val = ((features_of(part), part) for part in (self.dataset.splits["train"], self.dataset.splits["val"]))
-        head: nn.Module = self.task.head.solve(kind, train, val, len(self.dataset.classes), say)
-        return head
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The head of a kind that no loop trains, from the mean token of each image, and its settings.
+
+        They are chosen on `val`, or without one on the `folds` of the training images.
+        """
+        classes, own = len(self.dataset.classes), self.dataset.splits
+        train = own["train"] if train is None else train
+        pairs = [(train, own["val"])] if own["val"] else folds(train)
+
+        def judge(settings: Mapping[str, Any], samples: Sequence[Sample], logits: Array) -> tuple[float, float]:
+            score, loss = self.judged(samples, ({"logits": row} for row in logits))
+            named = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+            say(f"{named}: val loss {loss:.4f}, val {self.metric} {100 * score:.2f} %")
+            return score, -loss
+
+        labelled = [tuple((features_of(part), part) for part in pair) for pair in pairs]
+        settings: dict[str, Any] = self.task.head.choose(kind, labelled, classes, judge, is_balanced=is_balanced)
+        chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "is_balanced")
+        if pairs:
+            say(f"{chosen}: the best on {'val' if own['val'] else 'images held out in turn'}")
+        head: nn.Module = self.task.head.solve(kind, (features_of(train), train), classes, settings)
+        return head, settings
 
     def train(
         self,
@@ -126,7 +170,7 @@ class Run:
         loss: Callable[[Any, dict[str, mx.array], mx.array], mx.array],
         make: Callable[[Sample, np.random.Generator], Arrays],
         *,
-        evaluate: Callable[[Any], float],
+        evaluate: Callable[[Any], tuple[float, float]],
         groups: Table,
     ) -> Progress:
         """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
@@ -149,6 +193,7 @@ class Run:
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),
             patience=patience if options.patience is None else options.patience,
             seed=options.seed,
+            models=len(getattr(model, "heads", [None])),
         )
         self.on_progress(0, steps, "steps")
         watch = Watch(evaluate, say=self.say, on_progress=lambda done: self.on_progress(done, steps, "steps"))
@@ -178,96 +223,14 @@ class Trained:
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     adapters: dict[str, Any] | None = None
+    refit: Callable[[Sequence[Sample]], tuple[nn.Module, dict[str, Any]]] | None = None
+    """The head with the same settings on other samples, and its options, where no loop trains it."""
+    balanced: Callable[[], OutputsOf] | None = None
+    """What the same would give with balanced class weights."""
 
 
-def train_on_features(run: Run) -> Trained:
-    """The head of this run on features that are computed once: solved for, or the best of several that are trained."""
-    samples = [sample for part in run.dataset.splits.values() for sample in part]
-    features, grid = run.features(run.type.features or "tokens", samples), run.processor.grid
-
-    def outputs_of(head: nn.Module) -> OutputsOf:
-        return lambda part: outputs_of_head(head, part, features, grid)
-
-    if not run.type.learning_rates:
-        solved = run.solve(run.kind, features.of, say=run.say)
-        own = {"images": len(run.dataset.splits["train"])} if run.kind == "knn" else {}
-        return Trained(solved, outputs_of(solved), own)
-    heads, settings = _candidates(run, features)
-    base_rate, base_decay = settings[0]
-    groups = [
-        (rf"heads\.{i}\..*", Group(rate / base_rate, decay / base_decay if base_decay else 1.0, clip_with=f"{i}"))
-        for i, (rate, decay) in enumerate(settings)
-    ]
-
-    def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        if run.type.augmentation is not None and run.options.augment:
-            image = run.type.augmentation(to_rgb(sample.path), run.processor.canvas, rng)
-            return {"pixels": run.processor.pixels(image), **run.task.data.targets(sample, run.processor)}
-        row = np.asarray(features[sample.sha256], np.float32)
-        return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
-
-    def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
-        if "pixels" in batch:
-            batch = batch | {"tokens": mx.stop_gradient(run.encoder(batch["pixels"]).last_hidden_state)}
-        losses = [run.task.head.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
-        total: mx.array = sum(losses[1:], losses[0])
-        return total
-
-    def scores(candidates: Any) -> list[float]:
-        return [run.score(outputs_of(head)) for head in candidates.heads]
-
-    if len(heads) > 1:
-        run.say(f"{len(heads)} heads are trained side by side, by different settings; the loss is that of all together")
-    model = nn.Module()
-    model.heads = heads
-    progress = run.train(model, loss, make, evaluate=lambda candidates: max(scores(candidates)), groups=groups)
-    best = int(np.argmax(scores(model)))
-    rate, decay = settings[best]
-    if len(settings) > 1:
-        run.say(f"learning rate {rate:g} and weight decay {decay:g} are the best on val")
-    about = {"learning_rate": rate, "weight_decay": decay, "step": progress.best_step}
-    return Trained(model.heads[best], outputs_of(model.heads[best]), settings=about, history=progress.history)
-
-
-def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tuple[float, float]]]:
-    """A head for each learning rate and weight decay to be tried, all from the same start, and these settings.
-
-    Attentive probes get the statistics of the tokens, and there is one more that begins as the linear probe: with that
-    one among them, what `val` likes best is there no worse than the linear probe. A recipe of others is followed as it
-    is, without.
-    """
-    settings = list(product(run.type.learning_rates, run.type.weight_decays))
-    heads = [run.head() for _ in settings]
-    for head in heads[1:]:
-        head.update(heads[0].parameters())
-    if not isinstance(heads[0], AttentiveHead):
-        return heads, settings
-    mean, std = (mx.array(array) for array in token_statistics(features, run.dataset.splits["train"]))
-    probe = None
-    if run.options.recipe is None:
-        heads.append(run.head())
-        probe = run.solve("linear", lambda part: mean_tokens(features, part))
-        settings.append((min(run.type.learning_rates), run.type.weight_decays[0]))
-    for number, head in enumerate(heads):
-        head.start(mean, std, probe if number == len(heads) - 1 else None)
-    return heads, settings
-
-
-def token_statistics(features: Features, samples: Sequence[Sample]) -> tuple[Array, Array]:
-    """Mean and standard deviation of all tokens of the samples, (D,) each in float32, a few images at a time."""
-    count, total, squares = 0, np.zeros(1), np.zeros(1)
-    for part in split_into_chunks(samples, STEP):
-        tokens = features.of(part)
-        rows = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
-        count, total, squares = count + len(rows), total + rows.sum(axis=0), squares + (rows**2).sum(axis=0)
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, MIN_STD**2))
-    return mean.astype(np.float32), std.astype(np.float32)
-
-
-def mean_tokens(features: Features, samples: Sequence[Sample]) -> Array:
-    """The mean token of each sample, (n, D)."""
-    return np.concatenate([features.of(part).mean(axis=1) for part in split_into_chunks(samples, STEP)])
+def _batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, mx.array]:
+    return {name: mx.array(np.stack([one[name] for one in examples])) for name in examples[0]}
 
 
 def fine_tune(run: Run) -> Trained:
@@ -301,11 +264,11 @@ def fine_tune(run: Run) -> Trained:
         outputs = model(
             pixels, visible=batch.get("visible"), checkpoint=options.grad_checkpoint, drop_path=own.drop_path, key=key
         )
-        losses = run.task.head.loss(outputs, batch)
+        losses = run.loss(outputs, batch)
         if shares is None:
             return losses
         other = {name: array[order] for name, array in batch.items()}
-        return shares[0] * losses + shares[1] * run.task.head.loss(outputs, other)
+        return shares[0] * losses + shares[1] * run.loss(outputs, other)
 
     def outputs(part: Sequence[Sample]) -> Iterator[Outputs]:
         return outputs_of_learner(learner, part, run.processor)
@@ -324,7 +287,7 @@ def _first_head(run: Run) -> nn.Module:
     if run.task.dense or run.options.adapter_path is not None:
         return head
     features = run.features("mean", [*run.dataset.splits["train"], *run.dataset.splits["val"]])
-    probe = run.solve("linear", features.of)
+    probe, _ = run.solve("linear", features.of, is_balanced=run.is_balanced)
     head.update(probe.parameters())
     run.say("the head starts as the linear probe")
     return head

@@ -75,7 +75,10 @@ class Plan:
     save_every: int = 0
     """Steps between two states, 0 with every evaluation."""
     patience: int = 0
-    """Evaluations without a better score before training stops; 0 never stops early."""
+    """Evaluations after the warm-up, none with a better score or a val loss as low as ever, before training stops;
+    0 never stops early."""
+    models: int = 1
+    """Trained side by side, their losses summed: what is told is the mean."""
     seed: int = 0
 
 
@@ -83,7 +86,8 @@ class Plan:
 class Watch:
     """What is done beside training: a score to go by (higher is better), and what is told to whoever watches."""
 
-    evaluate: Callable[[Any], float] | None = None
+    evaluate: Callable[[Any], float | tuple[float, float]] | None = None
+    """The score, and the val loss if there is one."""
     after_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None
     say: Callable[[str], None] = lambda line: None
     on_progress: Callable[[int], None] = lambda steps: None
@@ -100,8 +104,10 @@ class Step:
         """Takes the model's trainable parameters and lays them out as training likes it."""
         self.model, self.plan, self.ranks = model, plan, ranks or Ranks()
         self.groups = groups_of(model, plan.groups)
-        rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up, min_rate=plan.min_rate)
-        self.optimizer = Optimizer(model, self.groups, schedule=rate, weight_decay=plan.weight_decay, betas=plan.betas)
+        self.rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up, min_rate=plan.min_rate)
+        self.optimizer = Optimizer(
+            model, self.groups, schedule=self.rate, weight_decay=plan.weight_decay, betas=plan.betas
+        )
         self._losses = losses
         mx.eval(model.parameters())  # what is not, would be computed in every compiled step
         self._differentiate = compiled(self._differentiated, [mx.random.state])
@@ -213,8 +219,10 @@ def train(
     def evaluated() -> None:
         nonlocal kept
         model.eval()
-        score = watch.evaluate(model) if watch.evaluate is not None and ranks.rank == 0 else 0.0
-        if _is_best(ranks.size * ranks.mean({"score": score})["score"], done, plan, watch.say):
+        found = watch.evaluate(model) if watch.evaluate is not None and ranks.rank == 0 else (0.0, 0.0)
+        told = dict(zip(("score", "val_loss"), found if isinstance(found, tuple) else (found,), strict=False))
+        told = {name: ranks.size * value for name, value in ranks.mean(told).items()}
+        if _is_best(told | {"rate": float(step.rate(mx.array(done.step)))}, done, plan, watch.say):
             kept = flat(model.trainable_parameters())
 
     def save_pending(loss: float = 0.0) -> None:
@@ -239,7 +247,7 @@ def train(
         while done.step < plan.steps and not _is_over(done, plan):
             means, position = step(done.step, batches, save_pending)
             done.step += 1
-            done.losses += means["loss"]
+            done.losses += means["loss"] / plan.models
             if plan.keep == "average":
                 kept = _averaged(kept, model, done.step)
             watch.on_progress(done.step)
@@ -271,16 +279,19 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _is_best(score: float, done: Progress, plan: Plan, say: Callable[[str], None]) -> bool:
+def _is_best(told: dict[str, float], done: Progress, plan: Plan, say: Callable[[str], None]) -> bool:
     """Notes an evaluation; whether it is the best so far: of equal ones the later, which has seen more."""
+    score, val_loss = told["score"], told.get("val_loss", math.inf)
     since = done.step - (done.history[-1]["step"] if done.history else 0)
     loss, done.losses = done.losses / max(1, since), 0.0
-    done.history.append({"step": done.step, "loss": loss, "score": score})
+    done.history.append({"step": done.step, "loss": loss, **told})
     is_better, is_best = score > done.best_score, score >= done.best_score
-    done.stale = 0 if is_better else done.stale + 1
+    is_learning = is_better or val_loss <= done.best_loss < math.inf or done.step <= plan.warm_up
+    done.stale, done.best_loss = 0 if is_learning else done.stale + 1, min(val_loss, done.best_loss)
     if is_best:
         done.best_score, done.best_step = score, done.step
     trained = f"loss {loss:.4f}, " if done.step else ""
+    trained += f"val loss {val_loss:.4f}, " if "val_loss" in told else ""
     say(
         f"step {done.step:,} of {plan.steps:,}: {trained}val {100 * score:.2f} %"
         f"{', the best so far' if is_better and done.step else ''}"

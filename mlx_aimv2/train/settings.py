@@ -15,6 +15,7 @@ RANGES = {
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0.01 to 1": lambda value: 0.01 <= value <= 1,
     "above 0, at most 1": lambda value: 0 < value <= 1,
+    "above 0, below 0.5": lambda value: 0 < value < 0.5,
     "at least 0, below 1": lambda value: 0 <= value < 1,
     "a number of blocks, or -1 for all": lambda value: value == -1 or value >= 1,
     "the fewest, 2 at least, and the most": lambda value: 2 <= value[0] <= value[1],

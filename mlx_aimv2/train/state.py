@@ -79,11 +79,12 @@ def discard(folder: Path) -> None:
 
 @dataclass
 class Progress:
-    """How far training is: steps, best score and its step, evaluations since, every evaluation, each rank's example."""
+    """How far training is: steps, best score and its step, best val loss, evaluations since, every one, and so on."""
 
     step: int = 0
     best_score: float = -math.inf
     best_step: int = 0
+    best_loss: float = math.inf
     stale: int = 0
     losses: float = 0.0
     first_loss: float = math.inf

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_aimv2 import bundled, load
 from mlx_aimv2.cli import main
-from mlx_aimv2.conversion.calibration import split
+from mlx_aimv2.conversion.calibration import crops, split
 from mlx_aimv2.conversion.gptq import DAMPING, Calibration
 from mlx_aimv2.convert import convert
 from mlx_aimv2.quantize import pack, resolve, unpack
@@ -118,6 +118,12 @@ def test_nobody_judges_what_he_was_calibrated_on(tmp_path, images):
     assert not calibrating
     assert judges[0] == bundled.photographs()[-1]  # the crops are of the other three
     assert len(judges) == len({*judges}) == 20
+
+
+def test_no_crop_is_of_the_photograph_that_judges(monkeypatch):
+    photographs = [*bundled.photographs()[:-1], Path("judge.jpg")]
+    monkeypatch.setattr(bundled, "photographs", lambda: photographs)
+    assert {crop.size for crop in crops((42, 56))} == {(56, 42)}
 
 
 def test_both_methods_are_judged_by_the_same_images(images):

@@ -107,6 +107,23 @@ def test_a_model_of_every_layout_comes_back(layout, kind, image, tmp_path):
     assert_comes_back(*load(source), tmp_path / "saved", image)
 
 
+@pytest.mark.parametrize("size", [None, 25])
+def test_the_encoder_of_a_larger_model_comes_back_with_its_own_pixels(size, image, tmp_path):
+    """Ovis2 squashes images to a square."""
+    config = KINDS["fixed"]
+    prefix = "visual_tokenizer.backbone."
+    named = layout_for("apple", pair=False).to_source(random_weights(config).items())
+    tensors = {prefix + name: array for name, array in named}
+    tensors["llm.model.embed_tokens.weight"] = mx.zeros((7, 3))
+    about = {"model_type": "ovis", "visual_tokenizer_config": {"backbone_config": config_for(config, "apple")}}
+    source = write(tmp_path / "Ovis2", tensors, about)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, processor = load(source, image_size=size)
+    assert isinstance(processor.preprocessing.resize, tuple)
+    assert_comes_back(model, processor, tmp_path / "saved", image)
+
+
 @pytest.mark.parametrize("keep", [True, False], ids=["packed", "dequantized"])
 @pytest.mark.parametrize(
     "settings",

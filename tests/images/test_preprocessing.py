@@ -119,7 +119,7 @@ def test_timms_pretrained_cfg_is_read(tmp_path, change, resize):
         ({"auto_map": {"AutoProcessor": "processing_x.XProcessor"}}, r"code of its own \(auto_map\)"),
         ({"auto_map": {"AutoImageProcessor": "image_x.XImageProcessor"}, "size": 224}, "asks for XImageProcessor"),
         ({"auto_map": [], "image_size": 448}, "image_size and says no size"),
-        ({"image_processor_type": "SAILVLImageProcessor", "image_size": 0}, "image_size must be in whole pixels"),
+        ({"image_processor_type": "SAILVLImageProcessor", "image_size": 0}, "size must be in whole pixels"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(tmp_path, fields, line):
@@ -166,6 +166,9 @@ SAILVL = {
     [
         ({"image_processor_type": "Ovis2ImageProcessor", "size": {"height": 70, "width": 70}}, {}),
         ({"image_processor_type": "Ovis2ImageProcessorFast", "crop_to_patches": True}, {}),
+        ({"image_processor_type": "Ovis2ImageProcessorPil", "size": {"shortest_edge": 70}}, {}),
+        ({"image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": 70}, "do_pad": True}, {}),
+        ({"auto_map": {"AutoImageProcessor": [None, "a.Ovis2ImageProcessorFast"]}, "size": 70}, {}),
         (SAILVL, IMAGENET),
         (SAILVL | {"image_mean": [0.1, 0.2, 0.3]}, IMAGENET | {"image_mean": (0.1, 0.2, 0.3)}),
         ({"image_processor_type": "SiglipImageProcessor", "size": 70}, dict.fromkeys(IMAGENET, (0.5,) * 3)),
@@ -174,7 +177,17 @@ SAILVL = {
             dict.fromkeys(IMAGENET, (0.5,) * 3) | {"resample": 2},
         ),
     ],
-    ids=["Ovis2", "Ovis2 without a size", "SAIL-VL2", "another mean", "SigLIP", "ViT"],
+    ids=[
+        "Ovis2",
+        "Ovis2 without a size",
+        "a shortest edge",
+        "LLaVA-NeXT",
+        "a list",
+        "SAIL-VL2",
+        "another mean",
+        "SigLIP",
+        "ViT",
+    ],
 )
 def test_processors_that_squash_are_followed_as_their_own_code_does(tmp_path, fields, steps):
     found = Aimv2Processor.from_folder(stored(tmp_path, fields), config=Aimv2VisionConfig(image_size=70))

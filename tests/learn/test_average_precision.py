@@ -8,7 +8,7 @@ import pytest
 
 from mlx_aimv2.learn.detect.boxes_average_precision import Detections, GroundTruth, areas, summary
 
-NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 def ground_truth(boxes, labels, crowd=(False, False)):
@@ -98,20 +98,20 @@ def test_a_perfect_result_has_one_and_none_has_zero():
     boxes, labels = np.array([[3.0, 5, 20, 31], [40, 2, 90, 97]]), np.array([0, 1])
     nothing = detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
     full, _ = summary([ground_truth(boxes, labels)], [detections(boxes, labels, np.array([0.9, 0.2]))], 2)
-    assert (full["AP"], full["AP_small"], full["AP_medium"]) == pytest.approx((1, 1, 1))
-    assert np.isnan(full["AP_large"])
-    assert summary([ground_truth(boxes, labels)], [nothing], 2)[0]["AP"] == 0.0
+    assert (full["ap"], full["ap_small"], full["ap_medium"]) == pytest.approx((1, 1, 1))
+    assert np.isnan(full["ap_large"])
+    assert summary([ground_truth(boxes, labels)], [nothing], 2)[0]["ap"] == 0.0
 
 
 def test_half_of_the_objects_found_is_half_of_the_recalls():
     boxes, labels = np.array([[3.0, 5, 20, 31], [40, 2, 90, 97]]), np.zeros(2, int)
     got, _ = summary([ground_truth(boxes, labels)], [detections(boxes[:1], labels[:1], np.ones(1))], 1)
-    assert got["AP50"] == pytest.approx(51 / 101)
+    assert got["ap50"] == pytest.approx(51 / 101)
 
 
 def test_a_box_within_a_crowd_is_neither_right_nor_wrong():
     boxes, labels = np.array([[0.0, 0, 100, 100], [110, 5, 131, 37]]), np.zeros(2, int)
     inside = np.array([[10.0, 10, 20, 20], [30, 30, 41, 47], boxes[1]])
     found = detections(inside, np.zeros(3, int), np.array([0.9, 0.8, 0.7]))
-    assert summary([ground_truth(boxes, labels, [True, False])], [found], 1)[0]["AP"] == pytest.approx(1)
-    assert summary([ground_truth(boxes, labels)], [found], 1)[0]["AP"] < 0.3
+    assert summary([ground_truth(boxes, labels, [True, False])], [found], 1)[0]["ap"] == pytest.approx(1)
+    assert summary([ground_truth(boxes, labels)], [found], 1)[0]["ap"] < 0.3

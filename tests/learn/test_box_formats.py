@@ -552,7 +552,7 @@ def test_a_head_trained_on_boxes_of_another_program_beats_guessing(form, tmp_pat
                     f"<annotation><object><name>{name}</name><bndbox>{corners}</bndbox></object></annotation>",
                 )
     trained, untrained = (
-        fit(tmp_path / "d", CHECKPOINT, tmp_path / name, **steps).scores["val"]["AP50"]
+        fit(tmp_path / "d", CHECKPOINT, tmp_path / name, **steps).scores["val"]["ap50"]
         for name, steps in (("trained", {"epochs": 30}), ("untrained", {"iters": 1}))
     )
     assert trained > 0.3 > 3 * untrained

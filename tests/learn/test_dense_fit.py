@@ -88,7 +88,7 @@ def test_a_head_for_boxes_and_masks_is_made_used_and_scored(task, kind, scenes, 
     assert f"{image.stem}-overlay.jpg" in names
     assert ("predictions.coco.json" if task == "detect" else "classes.txt") in names
     scored = json.loads(run(capsys, "evaluate", "head", data, "--json").out)
-    metric = {"segment": "mIoU", "detect": "AP"}[task]
+    metric = {"segment": "miou", "detect": "ap"}[task]
     # Features are kept in half precision, images run in whole.
     assert scored[metric] == pytest.approx(info["metrics"]["test"][metric], abs=2e-3)
 

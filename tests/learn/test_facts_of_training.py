@@ -401,7 +401,7 @@ def test_the_state_with_the_best_score_is_the_one_that_is_written(shop, task, ki
     """At a rate that ruins everything that is the start."""
     settings = SHORT | {"learning_rate": 30.0, "weight_decay": 0.0, "iters": 2, "steps_per_eval": 1}
     info = shop.info(task, kind, **settings)
-    metric = {"classify": "top1", "segment": "mIoU", "detect": "AP"}[task]
+    metric = {"classify": "top1", "segment": "miou", "detect": "ap"}[task]
     best = max(entry["score"] for entry in info["history"])
     assert info["metrics"]["val"][metric] == pytest.approx(best)
     assert info["settings"]["step"] in [entry["step"] for entry in info["history"] if entry["score"] == best]
@@ -617,14 +617,14 @@ def test_training_goes_on_with_the_dropout_of_its_adapters(shop, tmp_path):
 def test_of_several_rates_the_best_is_kept_as_if_it_had_been_the_only_one(shop):
     settings = {"iters": 12, "batch_size": 7, "steps_per_eval": 12}
     low, high = (
-        shop.info("segment", "linear", learning_rate=rate, **settings)["metrics"]["val"]["mIoU"]
+        shop.info("segment", "linear", learning_rate=rate, **settings)["metrics"]["val"]["miou"]
         for rate in (1e-3, 3e-3)
     )
     info = shop.info("segment", "linear", **settings)
     assert low < high, "in a few steps the higher rate gets farther"
     assert info["settings"]["learning_rate"] == 3e-3
-    assert info["metrics"]["val"]["mIoU"] == pytest.approx(high, abs=0.01)
-    assert info["metrics"]["val"]["mIoU"] == pytest.approx(max(entry["score"] for entry in info["history"]))
+    assert info["metrics"]["val"]["miou"] == pytest.approx(high, abs=0.01)
+    assert info["metrics"]["val"]["miou"] == pytest.approx(max(entry["score"] for entry in info["history"]))
     one = arrays(shop.head("segment", "linear", **settings) / "head.safetensors")
     two = arrays(shop.head("segment", "linear", learning_rate=3e-3, **settings) / "head.safetensors")
     assert max(moved(one, two).values()) < 1e-4

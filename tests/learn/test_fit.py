@@ -112,7 +112,9 @@ def test_the_command_says_what_it_guessed_and_ends_in_an_honest_line(digits, cap
     out, err = capsys.readouterr()
     assert "task classify: " in err and "has a folder for each of 3 labels" in err
     assert "fine-tune type linear, the default" in err
-    assert re.match(r"top1 \d+\.\d\d % on 6 test images \(95 % interval \d+\.\d to \d+\.\d\)", out)
+    assert re.match(
+        r"top1 \d+\.\d\d % on 36 images, cross-validated in 5 folds \(95 % interval \d+\.\d to \d+\.\d\)", out
+    )
     assert out.splitlines()[1] == "mine"
     assert main(["evaluate", "mine", str(digits), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 36
@@ -410,3 +412,83 @@ def test_evaluate_and_predict_print_a_table_and_the_best_labels(head, digits, ca
 def test_a_keyword_that_there_is_not_is_named_as_one_of_fit(tmp_path):
     with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'epoch'"):
         fit(tmp_path, "nowhere", tmp_path / "head", epoch=3)
+
+
+def test_a_small_set_is_cross_validated_and_all_of_it_is_learned(digits, tmp_path):
+    fitted = fit(digits, CHECKPOINT, tmp_path / "head")
+    assert fitted.images == {"train": 36, "val": 0, "test": 36} and set(fitted.scores) == {"test"}
+    assert "on 36 images, cross-validated in 5 folds" in fitted.line
+    assert "one of 5 heads that never saw it" in (tmp_path / "head" / "README.md").read_text()
+    assert len((tmp_path / "head" / "trained_on.sha256").read_bytes()) == 8 * 36
+    held_out = fit(digits, CHECKPOINT, tmp_path / "other", holdout=0.25)
+    assert held_out.images == {"train": 18, "val": 9, "test": 9}
+
+
+def test_a_cross_validation_does_not_see_what_it_scores(digits, tmp_path):
+    """Labels that say nothing are learned by heart, and the estimate knows better."""
+    rng = np.random.default_rng(4)
+    files = sorted(digits.rglob("*.png"))
+    for i, file in enumerate(rng.permutation(np.array(files, dtype=object))):
+        file.rename(digits / f"digit {i % 3}" / f"mixed-{i}.png")
+    fitted = fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="knn")
+    assert evaluate(tmp_path / "head", digits).scores["top1"] > 0.6 > fitted.scores["test"]["top1"]
+
+
+def test_refit_learns_all_images_and_keeps_the_estimate_and_the_settings(digits, tmp_path):
+    before = fit(digits, CHECKPOINT, tmp_path / "before", holdout=0.25)
+    after = fit(digits, CHECKPOINT, tmp_path / "after", holdout=0.25, refit=True)
+    assert before.scores == after.scores and before.images == after.images
+    infos = [json.loads((tmp_path / name / "head.json").read_text()) for name in ("before", "after")]
+    assert infos[0]["settings"]["penalty"] == infos[1]["settings"]["penalty"]
+    assert [len((tmp_path / name / "trained_on.sha256").read_bytes()) // 8 for name in ("before", "after")] == [18, 36]
+    assert "fitted once more on all images" in (tmp_path / "after" / "README.md").read_text()
+    (note,) = [line for line in evaluate(tmp_path / "after", digits).notes if "flatters" in line]
+    assert note.startswith("36 of the 36 images scored")
+    one, two = (mx.load(str(tmp_path / name / "head.safetensors"))["mean"] for name in ("before", "after"))
+    assert not mx.array_equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+def test_one_image_a_label_is_enough(tmp_path, kind):
+    digits = write_digits(tmp_path / "few", per_class=1)
+    fitted = fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type=kind)
+    assert fitted.scores == {} and "no image was held out" in fitted.line
+    assert [one.label for _, one in predict(tmp_path / "head", digits)] == ["digit 0", "digit 1", "digit 2"]
+    with pytest.raises(ValueError, match="has no two images of any label: of knn and linear one image"):
+        fit(digits, CHECKPOINT, tmp_path / "other", fine_tune_type="lora")
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+def test_balanced_classes_find_more_of_the_rare_ones_and_the_card_says_so(tmp_path, kind):
+    data = write_digits(tmp_path / "uneven", per_class=40)
+    for label, kept in (("digit 1", 3), ("digit 2", 4)):
+        for file in sorted((data / label).iterdir())[kept:]:
+            file.unlink()
+    said = []
+    fit(data, CHECKPOINT, tmp_path / "plain", fine_tune_type=kind, say=said.append)
+    fit(data, CHECKPOINT, tmp_path / "even", fine_tune_type=kind, class_weights="balanced", metric="mean_class")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "Labels have from 3 to 40 images for training. With `--class-weights balanced`" in card
+    assert any("would be top1" in line for line in said)
+    assert "classes are weighted so that each counts alike" in (tmp_path / "even" / "README.md").read_text()
+    unseen = write_digits(tmp_path / "new", per_class=80)
+    found = [evaluate(tmp_path / name, unseen).scores["mean_class"] for name in ("plain", "even")]
+    assert found[1] > found[0] + 0.02, found
+
+
+def test_what_is_chosen_by_must_be_a_score_of_the_task(digits, tmp_path):
+    with pytest.raises(ValueError, match="--metric of classify must be top1, mean_class, got miou"):
+        fit(digits, CHECKPOINT, tmp_path / "head", metric="miou")
+    with pytest.raises(ValueError, match="--refit would change nothing with --fine-tune-type lora"):
+        fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="lora", refit=True)
+
+
+def test_a_run_draws_its_curves_and_keeps_val_loss_and_rate(digits, tmp_path):
+    settings = {"fine_tune_type": "attentive", "epochs": 2, "batch_size": 8, "steps_per_eval": 2}
+    fit(digits, CHECKPOINT, tmp_path / "head", **settings)
+    history = json.loads((tmp_path / "head" / "head.json").read_text())["history"]
+    assert all({"step", "loss", "score", "val_loss", "rate"} <= entry.keys() for entry in history)
+    assert 0 < history[1]["loss"] < 2 and history[1]["rate"] > history[-1]["rate"] >= 0
+    assert "training.png" in (tmp_path / "head" / "README.md").read_text()
+    with Image.open(tmp_path / "head" / "training.png") as image:
+        assert image.height > image.width / 2

@@ -1,7 +1,5 @@
 """Heads and scores: logistic regression and top-k are scikit-learn's, the neighbours' vote is done by hand."""
 
-import re
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,10 +7,20 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2.embed.cache import Features
 from mlx_aimv2.learn import classify
-from mlx_aimv2.learn.classify.head import AttentiveHead, KnnHead, MeanHead, fit_linear, fit_logistic, minimize
+from mlx_aimv2.learn.classify.head import (
+    PENALTIES,
+    AttentiveHead,
+    KnnHead,
+    MeanHead,
+    balanced,
+    choose,
+    fit_logistic,
+    minimize,
+    solve,
+)
 from mlx_aimv2.learn.classify.results import Classification, confusion
+from mlx_aimv2.learn.probes import mean_tokens, token_statistics
 from mlx_aimv2.learn.samples import Sample
-from mlx_aimv2.learn.training import mean_tokens, token_statistics
 from mlx_aimv2.model import unit_length
 
 pytestmark = pytest.mark.rounding
@@ -48,27 +56,58 @@ def test_logistic_regression_is_scikit_learns(l2):
     )
 
 
+def labelled(features, labels):
+    return features, [Sample("", b"", (1, 1), int(label)) for label in labels]
+
+
+def chosen_linear(train, val, **how):
+    """The penalty that is chosen, and accuracy and negative loss of each on `val`."""
+    found = {}
+
+    def judge(settings, samples, logits):
+        logits = logits - logits.max(axis=1, keepdims=True)
+        labels = np.array([sample.target for sample in samples])
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+        found[settings["penalty"]] = (logits.argmax(axis=1) == labels).mean(), -losses.mean()
+        return found[settings["penalty"]]
+
+    return choose("linear", [(labelled(*train), labelled(*val))], 5, judge, is_balanced=False)["penalty"], found
+
+
 def test_the_linear_probe_is_the_one_that_val_likes_best():
     features, labels = blobs(1)
-    train, val = slice(0, 130), slice(130, None)
-    lines = []
-    head, penalty = fit_linear((features[train], labels[train]), (features[val], labels[val]), 5, say=lines.append)
-    assert [line.split()[1] for line in lines] == [f"{10.0**power:g}:" for power in range(1, -7, -1)]
-    accuracies = [float(line.rsplit("val top-1 ")[1].rstrip(" %")) for line in lines]
-    logits = np.array(head(mx.array(features[val])[:, None])["logits"])
-    found = 100 * (logits.argmax(axis=1) == labels[val]).mean()
-    assert found == pytest.approx(max(accuracies), abs=0.01)
-    assert accuracies[[f"penalty {penalty:g}:" in line for line in lines].index(True)] == max(accuracies) > 50
+    train, val = (features[:130], labels[:130]), (features[130:], labels[130:])
+    penalty, found = chosen_linear(train, val)
+    assert list(found) == list(PENALTIES)
+    head = solve("linear", labelled(*train), 5, {"penalty": penalty, "is_balanced": False})
+    logits = np.array(head(mx.array(val[0])[:, None])["logits"])
+    right = (logits.argmax(axis=1) == val[1]).mean()
+    assert right == pytest.approx(max(accuracy for accuracy, _ in found.values()), abs=0.01) and right > 0.5
+    assert found[penalty] == max(found.values())
 
 
 def test_of_probes_that_are_right_equally_often_the_surest_is_taken():
     features, labels = blobs(4)
-    lines = []
-    _, penalty = fit_linear((features[:130], labels[:130]), (features[-9:], labels[-9:]), 5, say=lines.append)
-    found = [[float(one) for one in re.findall(r"val loss ([0-9.]+), val top-1 ([0-9.]+)", line)[0]] for line in lines]
-    best = [loss for loss, accuracy in found if accuracy == max(right for _, right in found)]
-    assert best[0] > min(best) < best[-1]
-    assert f"penalty {penalty:g}: " in lines[[loss for loss, _ in found].index(min(best))]
+    penalty, found = chosen_linear((features[:130], labels[:130]), (features[-9:], labels[-9:]))
+    best = [loss for accuracy, loss in found.values() if accuracy == max(right for right, _ in found.values())]
+    assert best[0] < max(best) > best[-1]
+    assert found[penalty][1] == max(best)
+
+
+def test_balanced_weights_are_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    weights = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
+    features, labels = blobs(1)
+    kept = np.concatenate([np.flatnonzero(labels == label)[: 3 + 7 * label] for label in range(5)])
+    features, labels = features[kept], labels[kept]
+    wanted = weights("balanced", classes=np.arange(5), y=labels)
+    np.testing.assert_allclose(balanced(labels, 6), [*wanted, 0], rtol=1e-6)
+    mine, _ = fit_logistic(features.astype(np.float64), labels, 5, l2=0.01, weights=balanced(labels, 5)[labels])
+    other = linear_model.LogisticRegression(
+        C=1 / (0.01 * len(labels)), class_weight="balanced", tol=1e-8, max_iter=5000
+    ).fit(features, labels)
+    logits, wanted = features @ mine[:-1] + mine[-1], other.decision_function(features)
+    np.testing.assert_allclose(logits - logits.mean(axis=1, keepdims=True), wanted, atol=2e-2 * np.abs(wanted).max())
 
 
 def test_the_neighbours_vote_by_hand():
@@ -80,10 +119,13 @@ def test_the_neighbours_vote_by_hand():
         cosines = bank @ query
         for near in np.argsort(-cosines)[:20]:
             row[labels[near]] += np.exp((cosines[near] - 1) / 0.07)
-    head = KnnHead(5, 3, 31)
+    head = KnnHead(5, 3, 31, 20, 0.07, False)
     head.bank, head.labels = mx.array(bank), mx.array(labels.astype(np.int32))
     found = np.exp(np.array(head(mx.array(queries[:, None]))["logits"]))
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-9)
+    head.is_balanced = True
+    found = np.exp(np.array(head(mx.array(queries[:, None]))["logits"]))
+    np.testing.assert_allclose(found, wanted * balanced(labels, 3), rtol=1e-3, atol=1e-9)
 
 
 def test_the_mean_head_takes_tokens_and_their_mean_alike():

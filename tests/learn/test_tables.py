@@ -168,13 +168,16 @@ REFUSED = {
     ),
     "more cells than columns": (table() + "img/disc0.png,disc, small\n", "line 10: 3 cells, but 2 columns: quote"),
     "an unfinished quote": (table() + '"img/disc0.png,disc\n', "unexpected end of data"),
-    "two labels": (table(rows=[*ROWS, (ROWS[0][0], "x")]), "line 10: img/disc0.png has no single label; several"),
-    "a number that is not whole": (table(rows=[(name, 0.5) for name, _ in ROWS]), "numbers as labels, 0.5 for one"),
+    "two labels": (table(rows=[*ROWS, (ROWS[0][0], "x")]), "line 10: img/disc0.png has another label in another row"),
+    "a number that is not whole": (
+        table(rows=[(name, 0.5) for name, _ in ROWS]),
+        "whole number; --task regression learns numbers",
+    ),
     "a missing image": (table() + "img/disc9.png,disc\n", "line 10: img/disc9.png does not exist"),
     "a long name": (table() + f"{'n' * 300}.png,disc\n", "line 10: nnnn"),
     "a list of labels": (
         lines({"file_name": name, "label": [label, "x"]} for name, label in ROWS),
-        "several labels an",
+        "has no single label: --task multilabel takes several an image",
     ),
     "no text": (lines({"file_name": name, "label": {"a": 1}} for name, label in ROWS), "has no single label"),
     "deep json": (

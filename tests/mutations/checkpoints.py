@@ -11,12 +11,69 @@ UPDATES, SEARCH, POOLS = (
     ("tests/embed/test_pooling.py",),
 )
 
+GPTQ = ("tests/conversion/test_gptq.py",)
+
 BESIDE = "tests/checkpoint/test_hostile_checkpoints.py::test_"
 
+SAVE, HUB = "tests/conversion/test_save.py::test_", "tests/checkpoint/test_hub.py::test_"
 TOWERS, SIZES = "tests/checkpoint/test_read.py::test_", "tests/test_image_size.py::test_"
 PIXELS = "tests/images/test_preprocessing.py::test_"
 
 CHECKPOINTS = (
+    Mutation(
+        "layers with bits of their own are saved with those of the others",
+        "return shared | dict.fromkeys(layers(model), False) | own",
+        "return shared | dict.fromkeys(layers(model), False)",
+        (SAVE + "a_quantized_model_comes_back_with_the_same_bits",),
+    ),
+    Mutation(
+        "a resized encoder is saved with the preprocessing of its source",
+        "        processor.save_to(place)\n        if isinstance(model, Aimv2Model)",
+        "        if isinstance(model, Aimv2Model)",
+        (SAVE + "what_was_loaded_comes_back",),
+    ),
+    Mutation(
+        "weights of several dtypes are saved, which load makes one of",
+        "if len(dtypes) > 1 or dtypes[0] not in DTYPES:",
+        "if dtypes[0] not in DTYPES:",
+        (SAVE + "what_cannot_come_back_is_refused_and_nothing_is_left",),
+    ),
+    Mutation(
+        "a saved model forgets its licence",
+        "copy_beside(place, source, BESIDE)",
+        "pass",
+        (SAVE + "licence_origin_and_tokenizer_go_along_and_a_source_that_is_gone_is_said",),
+    ),
+    Mutation(
+        "a token that may only read converts for hours",
+        '.get("role") == "read":',
+        '.get("role") == "nobody":',
+        (HUB + "only_a_repository_that_the_token_may_write_to_passes",),
+    ),
+    Mutation(
+        "whoever the token is of may write anywhere",
+        "if owner.casefold() not in map(str.casefold, owners):",
+        "if not owner:",
+        (HUB + "only_a_repository_that_the_token_may_write_to_passes",),
+    ),
+    Mutation(
+        "an upload that breaks off does not say how to go on",
+        "; {folder} is whole: go on with {command}",
+        "",
+        (HUB + "a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on",),
+    ),
+    Mutation(
+        "whatever lies in the folder is uploaded",
+        "allow_patterns=list(patterns),\n                commit_message",
+        "commit_message",
+        (HUB + "a_folder_is_uploaded_whole_and_loads_from_there",),
+    ),
+    Mutation(
+        "a keyword of transformers is a keyword that nobody knows",
+        "for name in filter(KEYWORDS.__contains__, kwargs):",
+        "for name in ():",
+        ("tests/test_habits.py::test_a_habit_is_answered_by_one_line",),
+    ),
     Mutation(
         "the rest of a larger model beside an encoder at its root is an error",
         "if match.prefix or not any(map(_LANGUAGE.search, names)):",
@@ -173,6 +230,66 @@ CHECKPOINTS = (
         'STAY_DENSE = ("head", "visual_projection", ',
         'STAY_DENSE = ("head", ',
         BITS,
+    ),
+    Mutation(
+        "the errors of a column are not fed on inside its group",
+        "block[i + 1 :] += factor[row, row + 1 : end, None] * errors[row]",
+        "block[i + 1 :] += 0",
+        GPTQ,
+    ),
+    Mutation(
+        "the errors of a group are not fed on to the others",
+        "due = factor[:start, start:end].T @ errors[:start]",
+        "due = 0 * factor[:start, start:end].T @ errors[:start]",
+        GPTQ,
+    ),
+    Mutation(
+        "a group's scale is that of the weights before they were corrected",
+        "mx.quantize(mx.array(expected.T),",
+        "mx.quantize(mx.array(columns[start:end].T),",
+        GPTQ,
+    ),
+    Mutation(
+        "the last layer is fitted away from the dense stream",
+        "_product(exact - x - dense(h), h)",
+        "_product(x - exact + dense(h), h)",
+        GPTQ,
+    ),
+    Mutation(
+        "packed numbers have their high bits first",
+        'axis=-1, bitorder="little")',
+        'axis=-1, bitorder="big")',
+        GPTQ,
+    ),
+    Mutation(
+        "what judges a conversion calibrates it too",
+        "[file for file in files if file not in set(judges)]",
+        "[file for file in files]",
+        GPTQ,
+    ),
+    Mutation(
+        "the photograph that judges is among those that calibrate",
+        "for file in bundled.photographs()[:-1]]",
+        "for file in bundled.photographs()]",
+        GPTQ,
+    ),
+    Mutation(
+        "the token embedding has no more bits than the blocks",
+        'max(settings["bits"], EMBEDDING_BITS)',
+        'max(settings["bits"], 2)',
+        GPTQ,
+    ),
+    Mutation(
+        "an image is the nearest to itself",
+        "np.fill_diagonal(scores, -np.inf)\n        found.append",
+        "found.append",
+        ("tests/conversion/test_fidelity.py",),
+    ),
+    Mutation(
+        "a report computes halves in halves on a CPU",
+        'computed = "float32" if dtype is None and slow_here(own)',
+        'computed = "float32" if dtype is None and not slow_here(own)',
+        ("tests/conversion/test_fidelity.py",),
     ),
     Mutation(
         "the report on fidelity compares the source with itself",

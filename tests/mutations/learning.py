@@ -225,6 +225,12 @@ LEARNING = (
         HEADS,
     ),
     Mutation(
+        "beside the adapters of one's own loop the rest of the model learns",
+        "    model.freeze()\n    model.update_modules(tree_unflatten(found))",
+        "    model.update_modules(tree_unflatten(found))",
+        ("tests/learn/test_lora.py::test_the_adapters_of_a_pair_learn_alone_and_fuse_into_what_they_do",),
+    ),
+    Mutation(
         "fused adapters forget their scale",
         "+ self.scale * (a @ b).T",
         "+ (a @ b).T",
@@ -232,8 +238,8 @@ LEARNING = (
     ),
     Mutation(
         "adapters go around the first blocks, not the last",
-        "encoder.blocks[len(encoder.blocks) - num_layers :]",
-        "encoder.blocks[:num_layers]",
+        "for i in range(depth - count, depth):",
+        "for i in range(count):",
         ("tests/learn/test_lora.py",),
     ),
     Mutation(

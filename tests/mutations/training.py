@@ -546,8 +546,8 @@ TRAINING = (
     ),
     Mutation(
         "adapters of all blocks, -1, are on none",
-        "num_layers=depth if layers == -1 else layers,",
-        "num_layers=layers,",
+        "count = depth if num_layers == -1 else num_layers",
+        "count = num_layers",
         (LORA + "adapters_of_all_blocks_may_say_so_by_minus_one",),
     ),
     Mutation(
@@ -680,7 +680,7 @@ TRAINING = (
     ),
     Mutation(
         "a fused model does not say its dtype",
-        ' | {"torch_dtype": dtype_name(loaded.model.dtype)}',
+        ' | {"torch_dtype": dtype_name(model.dtype)}',
         "",
         (LORA + "fuse_makes_a_checkpoint_that_load_and_the_converter_read",),
     ),

@@ -1,15 +1,16 @@
 """Images with a label each, from folders named after labels, or from tables such as `metadata.csv` beside them.
 
-The target of a sample is the number of its class.
+The target of a sample is the number of its class. Of tables with several labels an image, or with numbers, the rows
+are read here too; `multilabel` and `regression` say what a row holds.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -25,35 +26,44 @@ from mlx_aimv2.train.batches import Arrays
 NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.compile(r"(-?\d+)\.0*$")
 """A number as text, and a whole one as pandas writes it where a column has gaps."""
 
-SEVERAL = "several labels an image are not possible yet: keep one, or make each combination a label"
+SEVERAL = "has no single label: --task multilabel takes several an image"
 
-tables_of = partial(tables.tables, of=LABEL)
+Row: TypeAlias = "dict[str, Any]"
+Marks: TypeAlias = "Callable[[Path, Sequence[Row], Scan], Sequence[tuple[Any, str]]]"
+"""What each row of a table says of its image, None where nothing, and what is wrong with it, "" where nothing is."""
 
 
 def recognise(data: Path) -> Recognised | None:
     """What in DATA gives each image a label; None where nothing does."""
     scan = Scan()
-    sources = _sources(data, scan)
+    sources = sources_of(data, scan)
     if files := [file.name for _, tables in sources.values() for file in tables]:
         return Recognised(f"labels in {listed(dict.fromkeys(files))}", scan, sources)
     count = len({same_form(place.name) for folder, _ in sources.values() for place in _label_folders(folder, scan)})
     return Recognised(f"a folder for each of {one_image(count, 'label')}", scan, sources) if count else None
 
 
-def _sources(data: Path, scan: Scan) -> dict[str, tuple[Path, list[Path]]]:
+def sources_of(data: Path, scan: Scan, of: tables.Names | None = LABEL) -> dict[str, tuple[Path, list[Path]]]:
     """Of each part its folder, and its tables with labels; where there are none, folders in it name the labels.
 
-    Right in DATA folders win over a table that is not called metadata, as it may be about something else.
+    Right in DATA folders win over a table that is not called metadata, as it may be about something else. Without `of`
+    tables may have any columns, and folders name nothing.
     """
-    here = tables_of(data)
+    here = tables.tables(data, of=of)
     if len(here) > 1 and "" in here:  # as Kaggle's sample_submission.csv
         scan.note(str(here.pop("")), "is for no part, as others are: not read")
     by_table = {part: (data, [file]) for part, file in here.items()}
     if metadata_file(data) in here.values():
         return by_table
-    parts = samples.parts_of(data, scan, lambda folder: bool(_tables(folder, scan) or _label_folders(folder, scan)))
-    found = {part: (folder, [] if here and folder == data else _tables(folder, scan)) for part, folder in parts.items()}
-    names = {place.name for folder, files in found.values() if not files for place in _label_folders(folder, scan)}
+
+    def inside(folder: Path) -> list[Path]:
+        return _label_folders(folder, scan) if of else []
+
+    parts = samples.parts_of(data, scan, lambda folder: bool(_tables(folder, scan, of) or inside(folder)))
+    found = {
+        part: (folder, [] if here and folder == data else _tables(folder, scan, of)) for part, folder in parts.items()
+    }
+    names = {place.name for folder, files in found.values() if not files for place in inside(folder)}
     is_by_folder = len(names) > 1 and not all(map(part_of, names))
     return found if is_by_folder or not here else by_table
 
@@ -62,17 +72,18 @@ def _label_folders(folder: Path, scan: Scan) -> list[Path]:
     return [place for place in scan.folders(folder) if scan.images(place)]
 
 
-def _tables(folder: Path, scan: Scan) -> list[Path]:
+def _tables(folder: Path, scan: Scan, of: tables.Names | None) -> list[Path]:
     """The tables with labels right in a folder, else the metadata files in its folders."""
     inside = [metadata_file(place) for place in scan.folders(folder)]
-    return [*tables_of(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]
+    alike = [file for file in inside if file and (of is None or column(columns_of(file), of))]
+    return [*tables.tables(folder, of=of).values()] or alike
 
 
 def _find(data: Path, sources: Mapping[str, tuple[Path, list[Path]]], scan: Scan) -> Found:
     found = Found({})
     for part, (folder, files) in sources.items():
         if files:
-            found.parts |= _by_part(_by_tables(files, scan), part, data, scan)
+            found.parts |= by_part(by_tables(files, scan), part, data, scan)
             others = {*_label_folders(folder, scan)} - {file.parent for file in files}
             if files[0].parent != folder and others:
                 scan.note(sorted(map(str, others)), "has no metadata with labels: skipped")
@@ -99,39 +110,46 @@ def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan) -> None:
     """Notes the tables in DATA that are not read, as folders name the labels; a fault where they differ."""
     for file in sorted(file for file in data.glob("[!.]*") if file.suffix.lower() in TABLES):
         scan.note(str(file), "is not read, as folders name the labels")
-        if any(by_folder.get(path, label) != label for path, (label, _) in _by_tables([file], Scan()).items()):
+        if any(by_folder.get(path, label) != label for path, (label, _) in by_tables([file], Scan()).items()):
             scan.faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
 
 
-def _by_tables(files: Sequence[Path], scan: Scan) -> dict[str, tuple[str, str]]:
-    """Of the path of each image in the rows its label and its part; what is wrong is added to `scan.faults`."""
-    found: dict[str, tuple[str, str]] = {}
-    faults = scan.faults
+def by_tables(files: Sequence[Path], scan: Scan, marks: Marks | None = None) -> dict[str, tuple[Any, str]]:
+    """Of the path of each image in the rows its mark and its part; what is wrong is added to `scan.faults`."""
+    found: dict[str, tuple[Any, str]] = {}
     for file in files:
         rows = tables.rows_with_images(file, scan)
         names = dict.fromkeys(name for _, row, _ in rows for name in row)
-        if not rows or not (labels := tables.one_column(names, LABEL, "label", file, scan)):
-            continue
-        texts = _texts([row.get(labels) for _, row, _ in rows])
-        if all(NUMBER.fullmatch(text) for text in texts if text):
-            texts = [WHOLE.sub(r"\1", text) for text in texts]
-            if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
-                faults.append(f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number")
-                continue
-        for (where, row, image), text in zip(rows, texts, strict=True):
-            path, value = str(image), row.get(labels)
-            is_several = isinstance(value, dict) or (isinstance(value, list) and len(value) > 1)
-            if is_several or (image and found.get(path, (text,))[0] != text):
-                faults.append(f"{where} has no single label; {SEVERAL}")
-            elif not text:
+        own = (marks or _single)(file, [row for _, row, _ in rows], scan) if rows else []
+        for (where, row, image), (mark, fault) in zip(rows, own, strict=False):
+            path = str(image)
+            if fault or (image and found.get(path, (mark,))[0] != mark):
+                scan.faults.append(f"{where} {fault or 'has another label in another row: keep one of them'}")
+            elif mark is None:
                 scan.note(where, "has no label: left out")
             elif image is None:
-                faults.append(f"{where} does not exist")
+                scan.faults.append(f"{where} does not exist")
             elif path in found:
                 scan.note(where, "is there already, with the same label: left out")
             else:
-                found[path] = text, part_of(" ".join(str(row.get(name)) for name in column(names, PART))) or ""
+                found[path] = mark, part_of(" ".join(str(row.get(name)) for name in column(names, PART))) or ""
     return found
+
+
+def _single(file: Path, rows: Sequence[Row], scan: Scan) -> list[tuple[Any, str]]:
+    """One label in each row, as a text; none, and a fault, where it is not clear which column has them."""
+    if not (labels := tables.one_column((name for row in rows for name in row), LABEL, "label", file, scan)):
+        return []
+    values = [row.get(labels) for row in rows]
+    texts = _texts(values)
+    if all(NUMBER.fullmatch(text) for text in texts if text):
+        texts = [WHOLE.sub(r"\1", text) for text in texts]
+        if odd := [text for text in texts if text and not text.lstrip("-").isdigit()]:
+            fault = f"{file} has numbers as labels, {odd[0]} for one: a label is a word or a whole number"
+            scan.faults.append(f"{fault}; --task regression learns numbers")
+            return []
+    several = [isinstance(value, dict) or (isinstance(value, list) and len(value) > 1) for value in values]
+    return [(text or None, SEVERAL if own else "") for text, own in zip(texts, several, strict=True)]
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
@@ -140,12 +158,10 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return ["" if value in (None, []) or value != value else same_form(str(value)) for value in single]
 
 
-def _by_part(
-    rows: Mapping[str, tuple[str, str]], part: str, data: Path, scan: Scan
-) -> dict[str, list[tuple[str, str]]]:
+def by_part(rows: Mapping[str, tuple[Any, str]], part: str, data: Path, scan: Scan) -> dict[str, list[tuple[str, Any]]]:
     """Rows of a `part`, or by the one that they say or a folder in their path, if all have one or several are named."""
     pairs = [(path, label) for path, (label, _) in rows.items()]
-    found: dict[str, list[tuple[str, str]]] = {} if rows else {"": []}
+    found: dict[str, list[tuple[str, Any]]] = {} if rows else {"": []}
     for path, (label, own) in rows.items():
         inside = Path(path).relative_to(data).parent.parts if Path(path).is_relative_to(data) else ()
         found.setdefault(own or next(filter(None, map(part_of, inside)), ""), []).append((path, label))
@@ -153,6 +169,25 @@ def _by_part(
         return {part: pairs}
     if len(found) > 2 and (rest := found.pop("", [])):
         scan.note([path for path, _ in rest], "lies in no part of the labelled data (train, val, test): skipped")
+    return found
+
+
+def value_columns(rows: Sequence[Row]) -> list[str]:
+    """The columns of a table that say neither which image nor which part a row is for."""
+    names = dict.fromkeys(name for row in rows for name in row if name)
+    others = {*column(names, tables.IMAGE), *column(names, PART), "file_name"}
+    return [name for name in names if name not in others]
+
+
+def find_in_tables(
+    data: Path, sources: Mapping[str, tuple[Path, list[Path]]], scan: Scan, marks: Marks, wanted: str
+) -> Found:
+    """The images of tables by part, each with what `marks` makes of its row; `wanted` says what a table should hold."""
+    found = Found({})
+    for part, (folder, files) in sources.items():
+        if not files:
+            scan.faults.append(f"{folder} has no table of images: make a {wanted}")
+        found.parts |= by_part(by_tables(files, scan, marks), part, data, scan)
     return found
 
 
@@ -164,7 +199,7 @@ def _target(labels: Labels, numbers: Mapping[str, int]) -> int:
     return numbers[labels.names[0]]
 
 
-read = partial(samples.read, form=Format(_sources, _find, _labels, _target, min_images=2, others=tables.not_read))
+read = partial(samples.read, form=Format(sources_of, _find, _labels, _target, others=tables.not_read))
 
 
 def example(
@@ -180,5 +215,6 @@ def example(
 
 
 def targets(sample: Sample, processor: Aimv2Processor) -> Arrays:
-    """The number of the class, ()."""
-    return {"label": np.array(sample.target, np.int32)}
+    """The number of the class, (); a 0 or 1 for each, (classes,); or the number that is learned, (1,)."""
+    label = np.asarray(sample.target)
+    return {"label": label.astype(np.float32 if label.dtype.kind == "f" else np.int32)}

@@ -11,7 +11,7 @@ TASK = Task(
         "decoder": Type("tokens", (1e-3,), epochs=30, batch_size=16, warm_up_epochs=2),
         **TUNED,
     },
-    metric="AP",
+    metrics=("ap", "ap50", "ap75"),
     dense=True,
     data=data,
     head=head,

@@ -37,12 +37,21 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in an image of `size` (height, width): boxes (n, 4), class numbers (n,), scores (n,)."""
+    """What was found in an image of `size` (height, width): boxes (n, 4), class numbers (n,), scores (n,).
+
+    `classes` are the names of the classes, in what `predict` gives.
+    """
 
     boxes: NDArray[Any]
     labels: NDArray[Any]
     scores: NDArray[Any]
     size: tuple[int, int]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each box by name."""
+        return [self.classes[label] for label in self.labels]
 
 
 def overlaps(first: NDArray[Any], second: NDArray[Any], *, crowd: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -97,16 +106,16 @@ def summary(
     Per class and image, detections are matched to the ground truth from the highest score down, at ten overlaps from
     0.50 to 0.95; the precision at 101 recalls, over all images, is averaged (cocodataset.org/#detection-eval,
     cocoeval.py). And precision averaged over recalls, by class and overlap, `(classes, 10)`; NaN without objects.
-    `AP` is the mean over ten overlaps, `AP50` and `AP75` are at one, `AP_small` (up to 32 x 32 pixels), `AP_medium` and
-    `AP_large` (from 96 x 96) at all ten.
+    `ap` is the mean over ten overlaps, `ap50` and `ap75` are at one, `ap_small` (up to 32 x 32 pixels), `ap_medium` and
+    `ap_large` (from 96 x 96) at all ten.
     """
     tables = {
         size: np.stack([_of_class(truths, found, label, limits) for label in range(classes)])
         for size, limits in RANGES.items()
     }
     whole = tables.pop("all")
-    parts = {"AP": whole, "AP50": whole[:, 0], "AP75": whole[:, 5]}
-    parts |= {f"AP_{size}": table for size, table in tables.items()}
+    parts = {"ap": whole, "ap50": whole[:, 0], "ap75": whole[:, 5]}
+    parts |= {f"ap_{size}": table for size, table in tables.items()}
     known = {name: part[~np.isnan(part)] for name, part in parts.items()}
     return {name: float(part.mean()) if len(part) else math.nan for name, part in known.items()}, whole
 

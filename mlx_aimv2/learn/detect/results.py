@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Detections:
     return Detections(found[keep], label[keep], score[keep], size)
 
 
+def at_least(prediction: Detections, min_score: float) -> Detections:
+    """The boxes whose score is high enough."""
+    keep = prediction.scores >= min_score
+    return replace(prediction, **{name: getattr(prediction, name)[keep] for name in ("boxes", "labels", "scores")})
+
+
 def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes: Sequence[str]) -> Scored:
     """COCO's six average precisions, each from 0 to 1; those of sizes that no object has are left out.
 
@@ -55,7 +62,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Detections], classes:
         own = [precisions[i].mean(), precisions[i, 0]]
         rows.append([name, f"{objects[i]:,}", *("-" if np.isnan(score) else f"{score:.3f}" for score in own)])
     known = {name: value for name, value in scores.items() if not np.isnan(value)}
-    return {"AP": 0.0} | known, [["class", "objects", "AP", "AP50"], *rows]
+    return {"ap": 0.0} | known, [["class", "objects", "AP", "AP50"], *rows]
 
 
 def as_json(prediction: Detections, classes: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def card(
 
     def quality(sample: Sample, prediction: Detections) -> float:
         scores, _ = summary([sample.target], [prediction], len(classes))
-        return 1.0 if np.isnan(scores["AP"]) else scores["AP"]
+        return 1.0 if np.isnan(scores["ap"]) else scores["ap"]
 
     dense.worst(samples, predictions, quality, draw).save(folder / "overlays.jpg", quality=92)
     return [("The images with the lowest precision: labelled above, predicted below", "overlays.jpg")]

@@ -12,7 +12,7 @@ TASK = Task(
         "linear": Type("tokens", (1e-3, 3e-3), epochs=30, batch_size=16, warm_up_epochs=2),
         **TUNED,
     },
-    metric="mIoU",
+    metrics=("miou", "pixel_accuracy"),
     dense=True,
     data=data,
     head=head,

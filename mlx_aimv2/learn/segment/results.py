@@ -24,10 +24,19 @@ from mlx_aimv2.train.batches import Arrays
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The class of every pixel, `labels` (H, W) uint8, and how sure it is, `confidence` (H, W) from 0 to 1."""
+    """The class of every pixel, `labels` (H, W) uint8, and how sure it is, `confidence` (H, W) from 0 to 1.
+
+    `classes` are the names of the classes, in what `predict` gives.
+    """
 
     labels: NDArray[Any]
     confidence: NDArray[Any]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The classes there are, by name."""
+        return [self.classes[label] for label in np.unique(self.labels)]
 
 
 def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
@@ -48,7 +57,7 @@ def decode(outputs: Arrays, size: tuple[int, int]) -> Segmentation:
 
 
 def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classes: Sequence[str]) -> Scored:
-    """`mIoU` and `pixel_accuracy`, each from 0 to 1, at the size of the masks.
+    """`miou` and `pixel_accuracy`, each from 0 to 1, at the size of the masks.
 
     Of each class: images that have it, its share of the labelled pixels, IoU.
     """
@@ -62,7 +71,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Segmentation], classe
         [name, f"{images[i]:,}", f"{100 * shares[i]:.1f} %", "-" if np.isnan(ious[i]) else f"{ious[i]:.3f}"]
         for i, name in enumerate(classes)
     ]
-    scores = {"mIoU": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
+    scores = {"miou": mean_iou(counts), "pixel_accuracy": accuracy(counts)}
     return scores, [["class", "images", "pixels", "IoU"], *rows]
 
 
