@@ -72,7 +72,7 @@ def test_every_type_predicts_again_from_its_folder_what_it_was_scored_on(digits,
 
 def test_the_folder_holds_a_card_with_a_table_and_images(head):
     card = (head / "README.md").read_text()
-    assert "| digit 2 | 2 |" in card
+    assert "| digit 2 | 12 |" in card
     assert "![Confusion matrix](confusion.png)" in card
     with Image.open(head / "confusion.png") as image:
         assert min(image.size) > 80
@@ -93,7 +93,7 @@ def test_the_folder_holds_a_card_with_a_table_and_images(head):
 def test_a_label_is_text_on_the_card_and_in_a_spreadsheet(digits, tmp_path, label, shown, cell):
     (digits / "digit 2").rename(digits / label)
     fit(digits, CHECKPOINT, tmp_path / "head")
-    assert f"| {shown} | 2 |" in (tmp_path / "head" / "README.md").read_text()
+    assert f"| {shown} | 12 |" in (tmp_path / "head" / "README.md").read_text()
     assert main(["predict", "head", str(digits / label), "-o", "written"]) == 0
     with (tmp_path / "written" / "predictions.csv").open(newline="") as stream:
         assert cell in {row["label"] for row in csv.DictReader(stream)}

@@ -244,14 +244,38 @@ LEARNING = (
     ),
     Mutation(
         "far neighbours vote like near ones",
-        "axis=1) - 1) / TEMPERATURE)",
-        "axis=1) - 1) * TEMPERATURE)",
+        "axis=1) - 1) / self.temperature)",
+        "axis=1) - 1) * self.temperature)",
         HEADS,
     ),
     Mutation(
+        "rare classes count less in a balanced probe",
+        "np.where(counts > 0, len(labels) / (",
+        "np.where(counts > 0, 1 / len(labels) * (",
+        (*HEADS, "tests/learn/test_fit.py::test_balanced_classes_find_more_of_the_rare_ones_and_the_card_says_so"),
+    ),
+    Mutation(
+        "a vote is never balanced",
+        "if self.is_balanced:\n            votes",
+        "if False:\n            votes",
+        HEADS,
+    ),
+    Mutation(
+        "an image of a cross-validation is scored by a head that has seen it",
+        "for own, one in numbers if own != fold]",
+        "for own, one in numbers]",
+        ("tests/learn/test_fit.py::test_a_cross_validation_does_not_see_what_it_scores",),
+    ),
+    Mutation(
+        "a refitted head has learned the training part alone",
+        "head, options = trained.refit(learned)",
+        'head, options = trained.refit(splits["train"])',
+        ("tests/learn/test_fit.py::test_refit_learns_all_images_and_keeps_the_estimate_and_the_settings",),
+    ),
+    Mutation(
         "the penalty of the probe holds for the bias too",
-        "gradient[:-1] += l2 * weights[:-1]",
-        "gradient += l2 * weights",
+        "gradient[:-1] += l2 * linear[:-1]",
+        "gradient += l2 * linear",
         HEADS,
     ),
     Mutation(
