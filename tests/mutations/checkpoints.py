@@ -489,8 +489,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a head is exported as its logits",
-        "return [mx.softmax(logits.astype(mx.float32), axis=-1)]",
-        "return [logits.astype(mx.float32)]",
+        "return [ANSWERS[self.task][1](logits)]",
+        "return [logits]",
         (EXPORT + "with_a_head_inside_come_the_probabilities_that_predict_gives",),
     ),
 )

@@ -37,7 +37,39 @@ OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test
 RUNS = "tests/pretrain/test_pretrain.py::test_"
 NATIVE = "test_patches_are_as_many_as_the_paper_draws_and_a_batch_has_as_many_of_them_whatever_the_size"
 
+SEVERAL = "tests/learn/test_several_labels_and_numbers.py::test_"
+
 LEARNING = (
+    Mutation(
+        "logits are multiplied by the temperature",
+        "head.scale = 1 / temperature(softmax_losses,",
+        "head.scale = temperature(softmax_losses,",
+        (SEVERAL + "the_temperature_is_found_and_a_val_of_which_all_is_right_makes_no_certainty",),
+    ),
+    Mutation(
+        "equal scores come one after another in a precision",
+        "ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))",
+        "ends = np.arange(len(scores))",
+        (SEVERAL + "metrics_are_scikit_learns",),
+    ),
+    Mutation(
+        "the gradient of several labels is that of none",
+        "sigmoid_losses(logits, labels), sigmoid(logits) - labels",
+        "sigmoid_losses(logits, labels), sigmoid(logits)",
+        (SEVERAL + "linear_maps_reach_scikit_learns_objective",),
+    ),
+    Mutation(
+        "a class is told however improbable it is",
+        "return bool(self.probabilities.max() < self.min_score)",
+        "return False",
+        (SEVERAL + "below_the_score_that_is_asked_for_it_is_none_of_these",),
+    ),
+    Mutation(
+        "hidden patches are left out of a dense head's map",
+        'if visible is not None and "hidden" in self:',
+        "if False:",
+        ("tests/learn/test_dense_fit.py::test_a_learned_vector_stands_where_a_patch_is_hidden",),
+    ),
     Mutation(
         "every table is taken for one with commas",
         "separator = max(names, key=lambda one: (bool(column(names[one], IMAGE)), len(names[one])))",
