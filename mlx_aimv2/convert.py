@@ -22,11 +22,19 @@ import mlx.core as mx
 
 from mlx_aimv2.backend.device import turn_tf32_off
 from mlx_aimv2.checkpoint.hub import check_upload, upload
-from mlx_aimv2.cli.flags import MODEL, add_revision
+from mlx_aimv2.cli.flags import MODEL, add_image_size, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion.calibration import calibrate, split, with_finer_embedding
 from mlx_aimv2.conversion.fidelity import FILE, choose_images, report, run_other, run_reference, table
-from mlx_aimv2.conversion.folder import PYTORCH_LAYOUTS, is_own, save_beside, save_config, save_pytorch, save_weights
+from mlx_aimv2.conversion.folder import (
+    PYTORCH_LAYOUTS,
+    WRITTEN,
+    is_own,
+    save_beside,
+    save_config,
+    save_pytorch,
+    save_weights,
+)
 from mlx_aimv2.conversion.model_card import write as write_card
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
@@ -51,6 +59,7 @@ def convert(
     quant_predicate: str | Predicate | None = None,
     dequantize: bool = False,
     dtype: str | mx.Dtype | None = None,
+    image_size: int | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
     calibration: str | os.PathLike[str] | None = None,
@@ -68,6 +77,7 @@ def convert(
     are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
     settings or bool`. With the `q_method` "gptq" weights are rounded with calibration, on most images of the folder
     `calibration` or on crops of bundled photographs (`conversion.calibration`). `dtype` None keeps the checkpoint's.
+    `image_size` is `load`'s: the folder takes images of that size, and its fidelity is that to the source at it.
 
     With `verify` the folder is loaded again and compared with the source in float32, for fidelity.json, on images of
     `calibration` that it was not calibrated on, or on bundled ones. For that TensorFloat32 is turned off for the whole
@@ -105,7 +115,8 @@ def convert(
         log("[INFO] --trust-remote-code changes nothing: no code of a checkpoint is ever run here")
 
     log("[INFO] Loading")
-    source = read_source(hf_path, revision=revision)
+    source = read_source(hf_path, revision=revision, image_size=image_size)
+    source.processor()  # an image processor that cannot be followed is refused before anything is written
     _check_source(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
     wanted = wanted or source.dtype
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
@@ -133,10 +144,7 @@ def convert(
             log(table(found))
         write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
     if upload_repo is not None:
-        try:
-            log(f"[INFO] Uploading to {upload(target, upload_repo)}")
-        except OSError as error:
-            raise type(error)(f"{error}; the folder {target} is written") from None
+        log(f"[INFO] Uploading to {upload(target, upload_repo, patterns=WRITTEN)}")
     if quantize and not is_gptq and q_mode == "affine":
         log(f"[INFO] {GAIN}")
     return target
@@ -247,6 +255,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
     dtypes, layouts = f"{', '.join(DTYPES)}: of the weights", " or ".join(PYTORCH_LAYOUTS)
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"{dtypes} (default: the checkpoint's)")
+    add_image_size(add)
     layout_help = f"{layouts}: write a PyTorch folder instead"
     add("--export-layout", choices=PYTORCH_LAYOUTS, metavar="NAME", help=layout_help)
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")

@@ -6,7 +6,7 @@ Every square of a map is one token; nothing is smoothed, so that what is drawn i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -42,6 +42,9 @@ CELL = 28
 MAX_CLASSES = 40
 """Pixels of a cell of a confusion matrix, and the classes that it shows: the most confused ones."""
 
+CHART, MAX_LINES = (420, 260), 14
+"""Pixels of a chart, width and height, and the lines that are drawn in it."""
+
 HEAT = ((16, 18, 52), (62, 38, 120), (140, 46, 116), (214, 84, 80), (248, 158, 66), (252, 236, 152))
 """From unlike to alike; lightness rises all the way, so the order survives in grey."""
 
@@ -73,12 +76,18 @@ def pca_map(tokens: NDArray[Any], grid: tuple[int, int], *, cell: int = 14) -> I
     Red, green and blue are the first three principal components of this image's tokens, each stretched between its
     2nd and 98th percentile. Each token is a square of `cell` pixels.
     """
+    return _squares(component_colours(tokens, grid), cell)
+
+
+def component_colours(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
+    """The colours of `pca_map`, `(N, D), (rows, columns) -> (rows, columns, 3)` from 0 to 1."""
     _check_grid(tokens, grid)
     coordinates = principal_components(tokens, 3)
     low, high = np.percentile(coordinates, [2, 98], axis=0)
     flat = high - low < 1e-12
     levels = np.where(flat, 0.5, (coordinates - low) / np.where(flat, 1, high - low))
-    return _squares(levels.clip(0, 1).reshape(*grid, 3), cell)
+    colours: NDArray[Any] = levels.clip(0, 1).reshape(*grid, 3)
+    return colours
 
 
 def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int]) -> NDArray[Any]:
@@ -177,7 +186,7 @@ def contact_sheet(
                 fitted = ImageOps.expand(fitted, 3, colour)
             canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
-                draw.text((left + side / 2, top + side + 5), captions[r][c], INK, font, anchor="mt")
+                draw.text((left + side / 2, top + side + 5), one_line(captions[r][c]), INK, font, anchor="mt")
     return canvas
 
 
@@ -259,7 +268,7 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
         shown = np.sort(np.argsort(-mistaken, kind="stable")[:MAX_CLASSES])
     counts = counts[np.ix_(shown, shown)]
-    names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (classes[int(i)] for i in shown)]
+    names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (one_line(classes[int(i)]) for i in shown)]
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left = round(max(large.getlength(name) for name in names)) + 34
     side = CELL * len(names)
@@ -281,6 +290,37 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         canvas.paste(strip.rotate(90, expand=True), (left + i * CELL, 0))
     words = "rows: the label, columns: what was predicted"
     draw.text((left + side, left + side + 6), words, FAINT, small, anchor="rt")
+    return canvas
+
+
+def curves(
+    lines: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    *,
+    x: str,
+    y: str,
+    bounds: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Lines by name, each through its points (n,), (n,), on axes called `x` and `y`; the first ones where many.
+
+    `bounds` are the left, lower, right and upper ends of the axes, else those of the points.
+    """
+    lines = dict(list(lines.items())[:MAX_LINES])
+    values = np.concatenate([np.asarray(points, np.float64) for points in lines.values()], axis=1)
+    ends = np.array(bounds or (*values.min(axis=1), *values.max(axis=1)), np.float64)
+    spans = np.where(ends[2:] > ends[:2], ends[2:] - ends[:2], 1)
+    (width, height), (left, top), font = CHART, (80, 16), ImageFont.load_default(13)
+    canvas = Image.new("RGB", (left + width + 200, top + height + 44), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((left, top, left + width, top + height), outline=(225, 225, 225))
+    for i, (text, anchor) in enumerate(((x, "m"), (y, "r"))):
+        for end, share in ((ends[i], 0.0), (ends[2 + i], 1.0), (None, 0.5)):
+            at = (left + share * width, top + height + 8) if i == 0 else (left - 8, top + (1 - share) * height)
+            draw.text(at, text if end is None else f"{end:.3g}", INK, font, anchor=anchor + "tm"[i])
+    for number, (name, points) in enumerate(lines.items()):
+        shares = (np.stack(points, axis=1) - ends[:2]) / spans
+        places = np.array([left, top + height]) + shares * np.array([width, -height])
+        draw.line([tuple(place) for place in places.tolist()], class_colour(number), 2)
+        draw.text((left + width + 12, top + 18 * number), name[:24], class_colour(number), font)
     return canvas
 
 
@@ -309,8 +349,13 @@ def _sized(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize((max(1, round(scale * image.width)), max(1, round(scale * image.height))))
 
 
+def one_line(text: str) -> str:
+    """Text on one line: Pillow draws no others at an anchor of these."""
+    return " ".join(text.split())
+
+
 def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
-    draw = ImageDraw.Draw(image)
+    draw, text = ImageDraw.Draw(image), one_line(text)
     box = draw.textbbox(at, text, font=ImageFont.load_default(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
     draw.text(at, text, PAPER, ImageFont.load_default(16), anchor=anchor)

@@ -135,6 +135,20 @@ def apply_structure(model: nn.Module, quantization: Quantization, stored: Contai
     model.update_modules(modules)
 
 
+def section_of(model: nn.Module) -> dict[str, Any] | None:
+    """The `quantization` section that describes how the layers of a model are packed; None where all are dense."""
+    packed = {
+        path: {key: getattr(layer, key) for key in SHARED}
+        for path, layer in sorted(model.named_modules())
+        if hasattr(layer, "bits")
+    }
+    if not packed:
+        return None
+    shared = max(packed.values(), key=[*packed.values()].count)
+    own = {path: settings for path, settings in packed.items() if settings != shared}
+    return shared | dict.fromkeys(layers(model), False) | own
+
+
 def _quantized(layer: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     """The layer packed, as `layer.to_quantized` makes it, but without random numbers (`layers` says why)."""
     kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear

@@ -79,3 +79,15 @@ def test_tokens_that_do_not_fill_the_grid_are_refused():
 def test_heat_grows_lighter_all_the_way():
     lightness = plot.heat(np.linspace(0, 1, 50)) @ [0.299, 0.587, 0.114]
     assert (np.diff(lightness) > 0).all()
+
+
+def test_lines_go_from_corner_to_corner_of_their_chart_and_a_constant_one_lies_at_its_foot():
+    points = np.linspace(0, 1, 7)
+    chart = np.asarray(plot.curves({"rising": (points, 5 * points), "flat": (points, 0 * points)}, x="step", y="loss"))
+    first, second = (np.array(plot.class_colour(number)) for number in range(2))
+    (left, top), (width, height) = (80, 16), plot.CHART
+    assert (chart[top + height // 2, left + width // 2] == first).all()
+    assert (chart[top + 2, left + width - 2] == first).all()
+    assert (chart[top + height, left + width // 2] == second).all()
+    alone = plot.curves({"flat": (points, 0 * points)}, x="step", y="loss", bounds=(0, -1, 1, 1))
+    assert (np.asarray(alone)[top + height // 2, left + width // 3] == first).all()

@@ -29,6 +29,7 @@ __all__ = [
     "compiles",
     "cross_entropy",
     "packing_streams",
+    "plain_blocks",
     "prepared",
     "run_blocks",
     "swiglu",
@@ -42,9 +43,14 @@ def run_blocks(
     blocks: Iterable[Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
 ) -> Iterator[mx.array]:
     """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`; as `layers.attention`."""
-    if x86.on_x86_cpu():
-        yield from x86.run_blocks(blocks, x, causal=causal, mask=mask)
-        return
+    run = x86.run_blocks if x86.on_x86_cpu() else plain_blocks
+    return run(blocks, x, causal=causal, mask=mask)
+
+
+def plain_blocks(
+    blocks: Iterable[Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
+) -> Iterator[mx.array]:
+    """`run_blocks` by MLX's own operations on any machine."""
     for block in blocks:
         x = block(x, causal=causal, mask=mask)
         yield x

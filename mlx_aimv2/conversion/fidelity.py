@@ -7,6 +7,7 @@ needs the memory of one block, and the two are never in memory together.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT, TF32, may_use_tf32, slow_here, turn_tf32_off
 from mlx_aimv2.config import dtype_name, megabytes
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.loading import Source, read_source
+from mlx_aimv2.loading import Source, read_source, resample_positions
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
 
 if TYPE_CHECKING:
@@ -86,20 +87,35 @@ def compare(
     images: Sequence[str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    image_size: int | None = None,
     on_progress: OnProgress = _in_silence,
 ) -> dict[str, Any]:
     """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
-    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` the other's, in which it is
-    computed; None is its own, except on a CPU (`run_other`). Neither model is ever in memory as a whole. `on_progress`
-    takes how many blocks are done, how many there are, and what they are. TensorFloat32 is turned off for the whole
-    process, or the report says that it may be on (`turn_tf32_off`). Raises ValueError where the two give features of
-    different shapes.
+    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` and `image_size` the other's.
+    It is computed in `dtype`; None is its own, except on a CPU (`run_other`). Tokens of another grid than the
+    reference's are resampled to it as positions are. Neither model is ever in memory as a whole. `on_progress` takes
+    how many blocks are done, how many there are, and what they are. TensorFloat32 is turned off for the whole process,
+    or the report says that it may be on (`turn_tf32_off`). Raises ValueError where the two give features of different
+    shapes.
     """
     turn_tf32_off()
     images = images if images is not None else choose_images(None)
-    run = run_reference(read_source(reference, revision=revision), images, on_progress=on_progress)
-    return report(run, run_other(read_source(other), images, run, dtype=dtype, on_progress=on_progress), images)
+    source, judged = read_source(reference, revision=revision), read_source(other, image_size=image_size)
+    sides = [math.isqrt(one.config.vision.num_patches or 0) for one in (judged, source)]
+    if image_size is not None and not all(sides):
+        raise ValueError("image_size is compared with the checkpoint's own size, a native one has none: leave it out")
+    run = run_reference(source, images, on_progress=on_progress)
+    found = run_other(judged, images, run, dtype=dtype, on_progress=on_progress)
+    if sides[0] == sides[1] or not all(sides):  # of a native checkpoint every image has a grid of its own
+        return report(run, found, images)
+    grids = [(side, side) for side in sides]
+    tokens = [_float64(resample_positions(mx.array(one, mx.float32), *grids)) for one in found.tokens]
+    compared = report(run, replace(found, tokens=tokens), images)
+    compared["warnings"].append(
+        f"tokens of {sides[0]}x{sides[0]} patches were resampled to the reference's {sides[1]}x{sides[1]}"
+    )
+    return compared
 
 
 def run_reference(

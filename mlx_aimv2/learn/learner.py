@@ -22,12 +22,17 @@ from mlx_aimv2.model import Aimv2VisionModel
 
 
 class Learner(nn.Module):
-    """An encoder and a head: `(B, H, W, 3) -> {name: (B, …)}`."""
+    """An encoder and a head: `(B, H, W, 3) -> {name: (B, …)}`.
 
-    def __init__(self, encoder: Aimv2VisionModel, head: nn.Module) -> None:
+    With `fills` a learned vector (D,) stands for each hidden patch, for heads that need a token in every place.
+    """
+
+    def __init__(self, encoder: Aimv2VisionModel, head: nn.Module, *, fills: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        if fills:
+            self.hidden = mx.zeros((encoder.config.hidden_size,))
 
     def __call__(
         self,
@@ -53,7 +58,11 @@ class Learner(nn.Module):
             x = run_training_blocks(encoder.blocks, x, checkpoint=checkpoint, drop_path=drop_path, key=key)
         else:
             *_, x = run_blocks(encoder.blocks, x)
-        outputs: dict[str, mx.array] = self.head(encoder.norm(x), encoder.grid(pixels))
+        x, grid = encoder.norm(x), encoder.grid(pixels)
+        if visible is not None and "hidden" in self:
+            every = mx.broadcast_to(self.hidden.astype(x.dtype), (len(x), math.prod(grid), x.shape[-1]))
+            x = mx.put_along_axis(every, mx.broadcast_to(visible[..., None], x.shape), x, axis=1)
+        outputs: dict[str, mx.array] = self.head(x, grid)
         return outputs
 
 
@@ -84,6 +93,27 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
     is_drawn = mx.arange(chosen.size) < mx.floor(batch * (1 - rate) + mx.random.uniform(key=draw))
     share = is_drawn.astype(x.dtype)[:, None, None] / (1 - rate)
     return x.at[chosen].add((run(x[chosen]) - x[chosen]) * share)
+
+
+def visible_patches(
+    grid: tuple[int, int], hidden: int, shape: str, rng: np.random.Generator
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The patches that are left when so many are hidden, `-> (M,)` in their order.
+
+    By `random` each alone; by `block` in rectangles with sides of up to 10 : 3, each a quarter of all that are hidden
+    or more (after BEiT, arXiv 2106.08254, algorithm 1).
+    """
+    left = np.ones(grid, bool)
+    if shape == "random":
+        left.flat[rng.permutation(left.size)[:hidden]] = False
+    while (missing := hidden - np.count_nonzero(~left)) > 0:
+        area, aspect = rng.uniform(hidden / 4, hidden), np.exp(rng.uniform(*np.log((0.3, 1 / 0.3))))
+        high, wide = np.clip(np.rint(np.sqrt([area * aspect, area / aspect])), 1, grid).astype(int)
+        top, side = rng.integers(0, grid[0] - high + 1), rng.integers(0, grid[1] - wide + 1)
+        block = np.zeros(grid, bool)
+        block[top : top + high, side : side + wide] = True
+        left.flat[np.flatnonzero(block & left)[:missing]] = False
+    return np.flatnonzero(left).astype(np.int32)
 
 
 def outputs_of_head(

@@ -204,16 +204,23 @@ def read(
     names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
-    faults += _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}))
+    faults += (
+        []
+        if not names
+        else _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}))
+    )
     if classes is None and (training or not faults):
         faults += _too_few(training, names, images, data, form)
-    if classes is None and not labelled.keys() & {"train", ""}:
+    if classes is None and labelled and not labelled.keys() & {"train", ""}:
         faults.append(f"{data} has {' and '.join(labelled)} but no train folder: add it, or give one folder")
     if not faults and not any(every.values()):
         faults.append(f"{data} has no labelled images in it")
     if faults:
         raise refusal(faults, broken=0 if skip_broken else len(broken))
     notes = [f"{one_image(len(broken))} left out that cannot be read: {listed(broken, shown=3)}"] if broken else []
+    cases = Counter(name.casefold() for name in names)
+    if alike := [name for name in names if cases[name.casefold()] > 1]:
+        scan.note(f"labels {listed(alike)}", "differ in letter case alone: they are labels of their own")
     left_out = (*broken, *scan.all_noted)
     samples = {
         part: [
@@ -308,7 +315,8 @@ def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str,
     for folder, images in [(data, scan.loose(data)), *((folder, scan.images(folder)) for folder in others)]:
         if images:
             where = f"{folder} itself" if folder is data else str(folder)
-            scan.note(f"{where}, with {one_image(len(images))},", f"is no part of {data} (train, val, test): skipped")
+            no_part = f"is no labelled part of {data} (train, val, test): skipped"
+            scan.note(f"{where}, with {one_image(len(images))},", no_part)
     return found
 
 

@@ -22,11 +22,11 @@ from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.embed.encode import Pooling, embed_chunks
 from mlx_aimv2.embed.loader import Decoder, Outputs, split_into_chunks
 from mlx_aimv2.files import cache_folder
-from mlx_aimv2.images import FAST
+from mlx_aimv2.images import FAST, to_rgb
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
-from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner
+from mlx_aimv2.learn.learner import Learner, decoded, outputs_of_head, outputs_of_learner, visible_patches
 from mlx_aimv2.learn.samples import DataError, Dataset, Sample, refusal
 from mlx_aimv2.learn.task_options import Options, Task, Type
 from mlx_aimv2.model import Aimv2VisionModel
@@ -143,6 +143,7 @@ class Run:
             learning_rate=self.type.learning_rates[0],
             weight_decay=self.type.weight_decays[0],
             warm_up=min(self.type.warm_up_epochs * per_epoch, max(1, steps // 5)),
+            min_rate=self.type.min_rate,
             groups=groups,
             accumulate=options.grad_accumulation_steps,
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),
@@ -199,10 +200,15 @@ def train_on_features(run: Run) -> Trained:
     ]
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        if run.type.augmentation is not None and run.options.augment:
+            image = run.type.augmentation(to_rgb(sample.path), run.processor.canvas, rng)
+            return {"pixels": run.processor.pixels(image), **run.task.data.targets(sample, run.processor)}
         row = np.asarray(features[sample.sha256], np.float32)
         return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
 
     def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+        if "pixels" in batch:
+            batch = batch | {"tokens": mx.stop_gradient(run.encoder(batch["pixels"]).last_hidden_state)}
         losses = [run.task.head.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
         total: mx.array = sum(losses[1:], losses[0])
         return total
@@ -272,18 +278,18 @@ def fine_tune(run: Run) -> Trained:
         raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
     head = _first_head(run)  # before the encoder has adapters
     adapters = _with_adapters(run, layers)
-    learner = Learner(run.encoder, head)
+    grid = run.processor.grid
+    hidden = round(options.mask_ratio * math.prod(grid))
+    learner = Learner(run.encoder, head, fills=run.task.dense and hidden > 0)
     groups = (
         _groups(depth, layers, own.layer_decay) if adapters is None else []
     )  # adapters have frozen all but themselves
     freeze(learner, groups)
-    patches = math.prod(run.processor.grid)
-    hidden = round(options.mask_ratio * patches)
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
         example = run.task.data.example(sample, run.processor, rng=rng if options.augment else None, flip=options.flip)
         if hidden:
-            example["visible"] = np.sort(rng.permutation(patches)[hidden:]).astype(np.int32)
+            example["visible"] = visible_patches(grid, hidden, options.mask_shape, rng)
         return example
 
     def loss(model: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:

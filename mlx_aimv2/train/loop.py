@@ -60,6 +60,8 @@ class Plan:
     weight_decay: float
     betas: tuple[float, float] = (0.9, 0.999)
     warm_up: int = 0
+    min_rate: float = 0.0
+    """The learning rate of the last step."""
     clip: float = 3.0
     groups: Table = ()
     """Factors of rate and decay by path pattern (`optimizer.groups_of`)."""
@@ -98,7 +100,7 @@ class Step:
         """Takes the model's trainable parameters and lays them out as training likes it."""
         self.model, self.plan, self.ranks = model, plan, ranks or Ranks()
         self.groups = groups_of(model, plan.groups)
-        rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up)
+        rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up, min_rate=plan.min_rate)
         self.optimizer = Optimizer(model, self.groups, schedule=rate, weight_decay=plan.weight_decay, betas=plan.betas)
         self._losses = losses
         mx.eval(model.parameters())  # what is not, would be computed in every compiled step

@@ -1,17 +1,21 @@
 """`fit`, `predict` and `evaluate` on masks and boxes, from a folder of scenes to overlays."""
 
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from mlx_aimv2 import Aimv2VisionConfig, Aimv2VisionModel
 from mlx_aimv2.cli import main
-from mlx_aimv2.learn import fit
+from mlx_aimv2.learn import evaluate, fit
+from mlx_aimv2.learn.learner import Learner, visible_patches
 from tests.small_encoder import small_encoder
 from tests.small_models import FIXED
 from tests.small_training import write_encoder
@@ -110,11 +114,43 @@ def test_a_size_that_no_patch_divides_is_refused(scenes, capsys):
     )
 
 
+@pytest.mark.parametrize("shape", ["random", "block"])
 @pytest.mark.parametrize("task", KINDS)
-def test_hidden_patches_are_refused(task, scenes, capsys):
-    flags = ["--fine-tune-type", "full", "--mask-ratio", "0.5"]
-    assert main(["fit", str(scenes / KINDS[task]), "-m", str(small_encoder()), "-o", "head", *flags]) == 2
-    assert "--mask-ratio does not go with" in capsys.readouterr().err
+def test_a_dense_head_is_trained_with_hidden_patches_and_used_without(task, shape, scenes, tiny, tmp_path):
+    settings = {"fine_tune_type": "full", "iters": 2, "batch_size": 3, "steps_per_eval": 1}
+    fitted = fit(scenes / KINDS[task], tiny, tmp_path / "head", mask_ratio=0.5, mask_shape=shape, **settings)
+    assert min(fitted.scores["test"].values()) >= 0
+    assert evaluate(fitted.folder, scenes / KINDS[task]).scores == fitted.scores["test"]
+
+
+def test_a_learned_vector_stands_where_a_patch_is_hidden():
+    """Other places hold what the encoder makes of the visible patches, whatever the hidden ones show."""
+    encoder = Aimv2VisionModel(Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5))
+    learner = Learner(encoder, lambda tokens, grid: {"tokens": tokens}, fills=True)
+    learner.hidden = mx.arange(22).astype(mx.float32)
+    pixels, visible = mx.random.normal((2, 15, 15, 3), key=mx.random.key(1)), np.array([[1, 2, 6, 8], [0, 3, 4, 5]])
+    tokens = np.array(learner(pixels, visible=mx.array(visible))["tokens"])
+    is_hidden = np.ones((2, 9), bool)
+    np.put_along_axis(is_hidden, visible, False, axis=1)
+    np.testing.assert_array_equal(tokens[is_hidden], np.tile(np.arange(22), (10, 1)))
+    wanted = np.array(encoder(pixels, patch_mask=mx.array(is_hidden)).last_hidden_state)
+    np.testing.assert_allclose(tokens[~is_hidden].reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 17, 34])
+def test_as_many_patches_are_hidden_as_are_asked_for_in_blocks_of_neighbours(hidden):
+    rng = np.random.default_rng(0)
+    alone = {"random": 0, "block": 0}
+    for shape, _ in itertools.product(alone, range(99)):
+        left = visible_patches((5, 7), hidden, shape, rng)
+        assert len(left) == 35 - hidden
+        assert (np.diff(left) > 0).all()
+        is_hidden = np.ones((7, 9), bool)
+        is_hidden[1:-1, 1:-1].flat[left] = False
+        is_hidden[[0, -1]] = is_hidden[:, [0, -1]] = False
+        around = is_hidden[:-2, 1:-1] | is_hidden[2:, 1:-1] | is_hidden[1:-1, :-2] | is_hidden[1:-1, 2:]
+        alone[shape] += (is_hidden[1:-1, 1:-1] & ~around).sum()
+    assert hidden != 17 or alone["block"] < alone["random"] / 5
 
 
 @pytest.mark.parametrize("task", ["segment", pytest.param("detect", marks=pytest.mark.slow)])

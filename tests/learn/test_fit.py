@@ -297,11 +297,37 @@ def test_an_encoder_in_half_precision_is_trained_in_full_as_float32(digits, tmp_
 
 def test_the_papers_recipe_tries_its_fourteen_settings(digits, tmp_path):
     lines = []
-    fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="attentive", recipe="paper", epochs=2, say=lines.append)
+    about = {"fine_tune_type": "attentive", "recipe": "paper", "epochs": 2}
+    fit(digits, CHECKPOINT, tmp_path / "head", **about, augment=False, say=lines.append)
     info = json.loads((tmp_path / "head" / "head.json").read_text())
     assert len(RECIPES["paper"].learning_rates) * len(RECIPES["paper"].weight_decays) == 14
     assert info["settings"]["learning_rate"] in RECIPES["paper"].learning_rates
     assert any("are the best on val" in line for line in lines)
+
+
+def test_the_papers_recipe_has_both_columns_of_its_table():
+    """And timm's rand-m9-mstd0.5-inc1, crops of 8 % and more, and jitter of 0.3 for both."""
+    assert [(one.batch_size, one.warm_up_epochs, one.min_rate) for one in RECIPES.values()] == [
+        (1024, 5, 1e-5),
+        (512, 0, 1e-5),
+    ]
+    for one in RECIPES.values():
+        changed = one.augmentation
+        assert (changed.min_area, changed.flip, changed.jitter) == (0.08, True, 0.3)
+        assert (changed.operations, changed.strength, changed.probability) == (2, (0.9, 0.05), 0.5)
+
+
+def test_the_papers_recipe_learns_on_images_that_are_changed_at_random_each_time(digits, tmp_path):
+    def losses(name, **more):
+        fit(digits, CHECKPOINT, tmp_path / name, fine_tune_type="attentive", recipe="paper-others", iters=2, **more)
+        history = json.loads((tmp_path / name / "head.json").read_text())["history"]
+        return [entry["loss"] for entry in history[1:]]
+
+    still = {"learning_rate": 1e-12, "weight_decay": 0.0, "steps_per_eval": 1, "seed": 1}
+    as_is = losses("as-is", **still, augment=False)
+    assert as_is[0] == pytest.approx(as_is[1], rel=1e-6)  # one batch, whose features are those of the cache
+    first, second = losses("changed", **still)
+    assert len({round(loss, 4) for loss in (as_is[0], first, second)}) == 3
 
 
 def test_a_native_encoder_learns_on_images_of_one_size(digits, tmp_path):

@@ -15,7 +15,64 @@ GPTQ = ("tests/conversion/test_gptq.py",)
 
 BESIDE = "tests/checkpoint/test_hostile_checkpoints.py::test_"
 
+TOWERS, SIZES = "tests/checkpoint/test_read.py::test_", "tests/test_image_size.py::test_"
+PIXELS = "tests/images/test_preprocessing.py::test_"
+
 CHECKPOINTS = (
+    Mutation(
+        "the rest of a larger model beside an encoder at its root is an error",
+        "if match.prefix or not any(map(_LANGUAGE.search, names)):",
+        "if True:",
+        (f"{TOWERS}an_encoder_at_the_root_of_a_larger_model_is_taken_with_the_rest_counted_aloud",),
+    ),
+    Mutation(
+        "the language model's sizes are taken for the encoder's",
+        '"vocab_size" not in part or "patch_size" in part',
+        "True",
+        (f"{TOWERS}sizes_come_from_the_towers_section_or_its_tensors_never_from_the_language_model",),
+    ),
+    Mutation(
+        "every shard of a larger model is opened",
+        "if name.startswith(match.prefix) and name not in rest",
+        "if name",
+        (f"{TOWERS}of_a_larger_model_in_shards_only_those_with_the_encoder_are_opened",),
+    ),
+    Mutation(
+        "a vision-language model's square is cut where its file gives the shortest edge",
+        "if not size or (steps.final_size and not is_open):",
+        "if True:",
+        (f"{PIXELS}what_a_vision_language_models_code_does_counts_where_no_file_says_it",),
+    ),
+    Mutation(
+        "an image processor that is not known is CLIP's",
+        "if (defaults := PROCESSORS.get(kind)) is None:",
+        "if (defaults := PROCESSORS.get(kind, CLIP_DEFAULTS)) is None:",
+        (f"{PIXELS}settings_that_cannot_be_followed_are_refused",),
+    ),
+    Mutation(
+        "timm's share is lost at another size",
+        "return side * size // min(steps.final_size or (side,))",
+        "return size",
+        (f"{SIZES}the_processor_prepares_the_new_size_as_it_did_its_own",),
+    ),
+    Mutation(
+        "a resized folder keeps the processor of the checkpoint's size",
+        "if not (is_said := is_clips(folder, processor.preprocessing)):",
+        "is_said = True\n    if False:",
+        (f"{SIZES}convert_writes_the_resized_folder",),
+    ),
+    Mutation(
+        "an index forgets at which size it was made",
+        '"max_patches", "image_size")\n        kept',
+        '"max_patches")\n        kept',
+        (f"{SIZES}an_index_is_made_and_searched_at_the_size_asked_for",),
+    ),
+    Mutation(
+        "compare runs the checkpoint at its own size",
+        "read_source(other, image_size=image_size)",
+        "read_source(other)",
+        (f"{SIZES}compare_says_what_a_size_costs",),
+    ),
     Mutation(
         "a moving average is taken for the weights where its name comes first",
         "key=lambda found: (found[0], not _EMA.search(found[3]))",
@@ -24,8 +81,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "of two encoders in one file the first one is taken",
-        "if len(copies) > 1:",
-        "if len(copies) > 9:",
+        "if len(encoders) > 1:",
+        "if len(encoders) > 9:",
         (f"{BESIDE}two_encoders_in_one_file_are_refused",),
     ),
     Mutation(
@@ -352,9 +409,9 @@ CHECKPOINTS = (
         ("tests/index/test_reader.py",),
     ),
     Mutation(
-        "the text of an export is pooled at its last EOS",
-        "first_eos = mx.argmax(x == text.config.eos_token_id, axis=1)",
-        "first_eos = mx.full((x.shape[0],), x.shape[1] - 1, mx.int32)",
+        "the text of an export runs by this machine's own blocks",
+        "text.unchecked(x, run=plain_blocks)",
+        "text.unchecked(x)",
         (EXPORT + "a_text_encoder_takes_ids_of_one_length_filled_with_eos",),
     ),
     Mutation(

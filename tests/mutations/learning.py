@@ -34,6 +34,8 @@ FORMATS, MASKS, COCO = (
     ("tests/learn/test_coco.py",),
 )
 OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test_lit_tuning.py",)
+RUNS = "tests/pretrain/test_pretrain.py::test_"
+NATIVE = "test_patches_are_as_many_as_the_paper_draws_and_a_batch_has_as_many_of_them_whatever_the_size"
 
 LEARNING = (
     Mutation(
@@ -469,5 +471,60 @@ LEARNING = (
         "elif len(found) > 1:",
         "elif len(found) > 2:",
         MASKS,
+    ),
+    Mutation(
+        "pretraining decays by the rate, as AdamW does",
+        "weight_decay=self.weight_decay / rate,",
+        "weight_decay=self.weight_decay,",
+        (f"{RUNS}a_schedule_of_zero_gradients_leaves_951_thousandths_of_a_matrix_and_all_of_a_norm",),
+    ),
+    Mutation(
+        "the rate of pretraining falls to zero",
+        "min_rate=self.rate * PAPER_MIN_RATE / self._paper_rate,",
+        "",
+        (f"{RUNS}each_width_has_the_papers_rates",),
+    ),
+    Mutation(
+        "numbers of native patches are drawn more narrowly",
+        "z = rng.normal()",
+        "z = rng.normal() / 2",
+        (f"{CAPTIONED}::{NATIVE}",),
+    ),
+    Mutation(
+        "native batches are as many images whatever their size",
+        "return max(1, round(size * math.sqrt(patches[0] * patches[1]) / math.prod(grid)))",
+        "return size",
+        (f"{CAPTIONED}::{NATIVE}", f"{PRE_FACTS}::test_a_native_batch_of_small_images_has_more_of_them"),
+    ),
+    Mutation("a patch's variance is biased", "keepdims=True, ddof=1)", "keepdims=True)", OBJECTIVE),
+    Mutation(
+        "generation forgets what it saw", "if (before := cache[number]) is not None:", "if before := None:", OBJECTIVE
+    ),
+    Mutation(
+        "generated patches have no mean", "* mx.maximum(predicted[..., -1:], 0) + predicted[..., -2:-1]", "", OBJECTIVE
+    ),
+    Mutation(
+        "lit begins the text side of a pair anew",
+        "model.load_weights(list(flat(encoder.parameters()).items()))",
+        "initialise(model, 1, seed=settings.seed)",
+        (f"{TUNING[0]}::test_a_pair_that_goes_on_for_no_steps_is_as_it_was",),
+    ),
+    Mutation(
+        "lit with held-out images keeps the last weights",
+        'replace(plan, keep="best",',
+        'replace(plan, keep="last",',
+        (f"{TUNING[0]}::test_of_a_run_with_held_out_images_the_best_recall_is_kept",),
+    ),
+    Mutation(
+        "a caption with half a character is left out in silence",
+        "if len(whole) < len(texts):",
+        "if False:",
+        (f"{CAPTIONED}::test_of_several_captions_the_one_with_half_a_character_is_named_and_left_out",),
+    ),
+    Mutation(
+        "the paper's recipe learns from the images as they are",
+        "if run.type.augmentation is not None and run.options.augment:",
+        "if False:",
+        ("tests/learn/test_fit.py::test_the_papers_recipe_learns_on_images_that_are_changed_at_random_each_time",),
     ),
 )

@@ -384,8 +384,8 @@ TRAINING = (
     ),
     Mutation(
         "lit saves no state",
-        "settings.plan(), state=state,",
-        "settings.plan(), state=None,",
+        "batches, plan, state=state, ranks=ranks,",
+        "batches, plan, state=None, ranks=ranks,",
         PRE_RESUMED,
     ),
     Mutation(

@@ -33,7 +33,9 @@ from mlx_aimv2.untrusted_json import parse
 COCO = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 """The lists of a COCO file, and those fields of their entries that must be there, as text or numbers."""
 
-COCO_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\{(?=.*"images")(?=.*"annotations")', re.DOTALL)
+COCO_START = re.compile(  # of many images the list alone fills the start of a file
+    rb'\A(\xef\xbb\xbf)?\s*\{((?=.*"images")(?=.*"annotations")|.*"images"\s*:\s*\[\s*\{[^{}]*"file_name")', re.DOTALL
+)
 CREATE_ML_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\[(?=.*"coordinates")(?=.*"label")', re.DOTALL)
 VOC_START = re.compile(rb"<annotation\b")
 YOLO_START = re.compile(rb"\A\s*\S+([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
@@ -147,8 +149,8 @@ def _sources(data: Path, scan: Scan, files: Callable[[Path], Sequence[Path]]) ->
 
 def _files(folder: Path, suffix: str, beside: bool) -> list[Path]:
     """The files of a suffix right in a folder, or also below it, but for hidden ones."""
-    pattern = f"[!.]*.{suffix}" if beside else f"**/[!.]*.{suffix}"
-    return [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+    files = sorted(folder.glob("[!.]*" if beside else "**/[!.]*"))
+    return [file for file in files if file.suffix.lower() == f".{suffix}" and file.is_file()]
 
 
 def _like(files: Iterable[Path], start: re.Pattern[bytes]) -> Iterator[Path]:
@@ -185,7 +187,11 @@ def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
         file, faults = source[0], reading.scan.faults
         content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
         entries, annotations, categories = (_coco_entries(content, section, file, faults) for section in COCO)
-        names = {str(entry["id"]): same_form(str(entry["name"])) for entry in categories}
+        names: dict[str, str] = {}
+        for entry in categories:
+            key, name = str(entry["id"]), same_form(str(entry["name"]))
+            if names.setdefault(key, name) != name:
+                faults.append(f"{file} gives the id {key} to the categories {names[key]} and {name}")
         if part in ("train", ""):
             reading.classes |= dict.fromkeys(names[key] for key in samples.in_order(names))
         reading.above |= {same_form(str(entry.get("supercategory", ""))) for entry in categories}
@@ -315,13 +321,15 @@ def read_yolo(found: Yolo, reading: Reading) -> None:
     numbered = {str(key): same_form(name) for key, name in pairs if isinstance(name, str) and name.strip()}
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
     for part, (images, texts) in ((part, pair) for part, pairs in folders.items() for pair in pairs):
+        others = (*NAMES_FILES, "README.roboflow.txt", "README.dataset.txt")
+        files = [str(text) for text in _files(texts, "txt", beside=False) if text.name not in others]
+        empty = "taken for an image without objects"
+        described = dict(dense.by_name((images, texts), files, "text file", reading.scan, without=empty))
         for path in reading.scan.images(images):
-            text = texts / Path(path).relative_to(images).with_suffix(".txt")
+            text = Path(described.get(path, texts))
             objects = reading.parts[part][path] = Objects(text)
-            if text.is_file():
+            if path in described:
                 objects.rows += _yolo_rows(text, numbered, file, reading.scan, keypoints="kpt_shape" in settings)
-            else:
-                reading.scan.note(path, "has no text file of its name: taken for an image without objects")
         for suffix in (".txt", ".yaml", ".yml", ".names", ".labels"):
             reading.scan.was_read(images, suffix)
 
@@ -346,7 +354,8 @@ def _yolo_rows(text: Path, names: Mapping[str, str], source: Path | None, scan: 
 
 def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
     """The YAML file right in DATA that names classes, and what it says, every value as text; or nothing."""
-    for file in sorted(data.glob("*.y*ml")):
+    found: dict[Path, dict[str, Any]] = {}
+    for file in sorted(data.glob("[!.]*.y*ml")):
         try:
             text = read_text(file, max_bytes=SETTINGS_BYTES)
             if text.count("[") + text.count("{") > MAX_BRACKETS:
@@ -356,8 +365,10 @@ def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise DataError([f"{file} cannot be read as YAML: {' '.join(str(error).split())}"]) from None
         if isinstance(content, dict) and "names" in content:
-            return file, content
-    return None, {}
+            found[file] = content
+    if len(found) > 1:
+        raise DataError([f"{' and '.join(map(str, found))} name classes: keep one of them"])
+    return next(iter(found.items()), (None, {}))
 
 
 def read_voc(folders: Mapping[str, tuple[Path, Path]], reading: Reading) -> None:
@@ -383,7 +394,8 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
         return Objects(file)
     found = Objects(file, (root.findtext("size/height"), root.findtext("size/width")))
     for count, entry in enumerate(root.iter("object"), 1):
-        box = [entry.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
+        own = entry.find("bndbox")
+        box = None if own is None else [own.findtext(corner) for corner in ("xmin", "ymin", "xmax", "ymax")]
         name = same_form(entry.findtext("name") or "")
         found.rows.append(Row(f"object {count}", name, box, entry.findtext("difficult")))
     return found
