@@ -323,7 +323,7 @@ def test_the_papers_recipe_has_both_columns_of_its_table():
 
 def test_the_papers_recipe_learns_on_images_that_are_changed_at_random_each_time(digits, tmp_path, monkeypatch):
     opened = Counter()
-    monkeypatch.setattr("mlx_aimv2.learn.training.to_rgb", lambda path: opened.update([path]) or to_rgb(path))
+    monkeypatch.setattr("mlx_aimv2.learn.probes.to_rgb", lambda path: opened.update([path]) or to_rgb(path))
 
     def losses(name, **more):
         settings = {"recipe": "paper-others", "iters": 3, "steps_per_eval": 1, "learning_rate": 1e-2}
