@@ -84,8 +84,8 @@ LEARNING = (
     ),
     Mutation(
         "of an image with two labels the first one counts",
-        " or (image and found.get(path, (text,))[0] != text)",
-        "",
+        "elif found.get(path, (mark,))[0] != mark:",
+        "elif path == where:",
         (f"{REFUSED}_is_refused_with_what_to_change[two labels]",),
     ),
     Mutation(
