@@ -250,12 +250,6 @@ CHECKPOINTS = (
         GPTQ,
     ),
     Mutation(
-        "the last layer is fitted away from the dense stream",
-        "_product(exact - x - dense(h), h)",
-        "_product(x - exact + dense(h), h)",
-        GPTQ,
-    ),
-    Mutation(
         "packed numbers have their high bits first",
         'axis=-1, bitorder="little")',
         'axis=-1, bitorder="big")',
