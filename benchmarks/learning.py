@@ -26,6 +26,7 @@ from mlx_aimv2 import bundled
 from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.conversion import folder
+from mlx_aimv2.files import atomic_folder
 from mlx_aimv2.images import preprocessing
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import fit
@@ -135,7 +136,7 @@ def pretrain(model: Autoencoder, images: mx.array, *, steps: int) -> None:
 
 def write(encoder: Aimv2VisionModel, place: Path) -> None:
     """An MLX folder of an encoder."""
-    with folder.appearing(place) as inside:
+    with atomic_folder(place) as inside:
         flat: Any = tree_flatten(encoder.parameters())
         folder.save_weights(inside, flat)
         folder.save_config(inside, CONFIG.to_dict())
@@ -162,6 +163,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of pre-training (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="folder for the encoders and heads (default: a temporary one)")
     parser.add_argument("--only", nargs="*", default=list(RUNS), help="fine-tune types")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mask-ratio", type=float, default=0.0, help="of patches that lora and full hide in training")
+    parser.add_argument("--mask-shape", default="random", help="random or block")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = arguments.keep or Path(temporary)
@@ -180,9 +184,10 @@ def main() -> None:
             for start in ("pretrained", "random"):
                 began = time.perf_counter()
                 target = place / f"{kind}-from-{start}"
-                settings = {"fine_tune_type": kind, **RUNS[kind]}
+                settings = {"fine_tune_type": kind, "seed": arguments.seed, **RUNS[kind]}
                 if kind in ("lora", "full"):
                     settings["augment"] = False  # crops and turns of 8 x 8 pixels hide more than they teach
+                    settings |= {name: getattr(arguments, name) for name in ("mask_ratio", "mask_shape")}
                 fitted = fit(place / "digits", place / start, target, cache=place / "cache", **settings)
                 taken = time.perf_counter() - began
                 cells.append(f"{100 * fitted.scores['test']['top1']:.2f} % ({taken:.0f} s)")

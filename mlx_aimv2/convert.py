@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlx_aimv2.checkpoint.hub import check_upload, upload
 from mlx_aimv2.cli.flags import MODEL, add_image_size, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
 from mlx_aimv2.conversion.calibration import calibrate, split, with_finer_embedding
-from mlx_aimv2.conversion.fidelity import FILE, choose_images, report, run_other, run_reference, table
+from mlx_aimv2.conversion.fidelity import FILE, BlockwiseRun, choose_images, report, run_other, run_reference, table
 from mlx_aimv2.conversion.folder import (
     PYTORCH_LAYOUTS,
     WRITTEN,
@@ -82,25 +82,16 @@ def convert(
     With `verify` the folder is loaded again and compared with the source in float32, for fidelity.json, on images of
     `calibration` that it was not calibrated on, or on bundled ones. For that TensorFloat32 is turned off for the whole
     process, or the report says that it may be on (`turn_tf32_off`). `export_layout` writes PyTorch's names and axes
-    instead, dense. `upload_repo` uploads the folder to the Hub. `log` receives lines, `on_progress` how much is done of
-    how much and what it is. With `overwrite` a folder that an earlier conversion wrote is replaced once the new one is
-    whole. `trust_remote_code`, a habit from elsewhere, changes nothing: no code of a checkpoint is ever run.
+    instead, dense. `upload_repo` uploads the folder. `log` receives lines, `on_progress` how much is done of how much
+    and of what. With `overwrite` an earlier conversion's folder is replaced once the new one is whole.
+    `trust_remote_code`, a habit from elsewhere, changes nothing: no code of a checkpoint is ever run.
 
-    Raises FileExistsError when `mlx_path` exists, and ValueError, FileNotFoundError, OSError or ConnectionError, each
-    with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
-    unless the conversion was complete.
+    Raises FileExistsError when `mlx_path` exists, ValueError or OSError, each with one line, for flags that contradict
+    each other and a source that cannot be used. Nothing stands at `mlx_path` unless the conversion was complete.
     """
-    given: dict[str, Any] = {
-        "--q-bits": q_bits,
-        "--q-group-size": q_group_size,
-        "--q-mode": None if q_mode == "affine" else q_mode,
-        "--quant-predicate": quant_predicate,
-        "--q-method": None if q_method == METHODS[0] else q_method,
-        "--calibration": calibration,
-        "--export-layout": export_layout,
-    }
-    given = {flag: value for flag, value in given.items() if value is not None}
-    _check_flags(given, quantize=quantize, dequantize=dequantize, verify=verify)
+    flags: dict[str, Any] = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode, "q_method": q_method}
+    flags |= {"quant_predicate": quant_predicate, "calibration": calibration, "export_layout": export_layout}
+    _check_flags(flags, quantize=quantize, dequantize=dequantize, verify=verify)
     settings = resolve(q_mode, q_group_size, q_bits)
     is_gptq = q_method == "gptq"
     inputs = [expand_user(path) for path in (hf_path, calibration) if path is not None]
@@ -113,35 +104,24 @@ def convert(
         turn_tf32_off()
     if trust_remote_code:
         log("[INFO] --trust-remote-code changes nothing: no code of a checkpoint is ever run here")
-
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision, image_size=image_size)
     source.processor()  # an image processor that cannot be followed is refused before anything is written
     _check_source(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
     wanted = wanted or source.dtype
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
-    if is_gptq and quant_predicate is None:
-        quant_predicate = with_finer_embedding(settings)
-    section = plan(build(source.config), settings, quant_predicate) if quantize else None
+    predicate = quant_predicate or (with_finer_embedding(settings) if is_gptq else None)
+    section = plan(build(source.config), settings, predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
     reference = run_reference(source.reopened(), images, on_progress=on_progress) if verify else None
     done: dict[str, list[mx.array]] = {}
     if section is not None and is_gptq:
-        log("[INFO] Calibrating")
         done = calibrate(source.reopened(), files, section, dtype=wanted, on_progress=on_progress)
 
     with atomic_folder(target, overwrite=overwrite, is_own=is_own, inputs=inputs) as place:
         config = _write(source, place, dtype=wanted, section=section, done=done, export_layout=export_layout, log=log)
-        found = None
-        if reference is not None:
-            log("[INFO] Comparing with the source in float32")
-            other = run_other(read_source(place), images, reference, name=target.name, on_progress=on_progress)
-            found = report(reference, other, images)
-            if quantize:
-                on = f"{len(files)} images" if files else "crops of three bundled photographs"
-                found["method"] = f"gptq, calibrated on {on}" if is_gptq else "plain"
-            write_json(place / FILE, found)
-            log(table(found))
+        method = _method(files, is_gptq=is_gptq) if quantize else {}
+        found = _judged(place, reference, images, target.name, method, log, on_progress) if reference else None
         write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
     if upload_repo is not None:
         log(f"[INFO] Uploading to {upload(target, upload_repo, patterns=WRITTEN)}")
@@ -150,8 +130,37 @@ def convert(
     return target
 
 
-def _check_flags(given: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
-    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
+def _method(files: Sequence[Path], *, is_gptq: bool) -> dict[str, str]:
+    """What the report says of how weights were rounded."""
+    on = f"{len(files)} images" if files else "crops of three bundled photographs"
+    return {"method": f"gptq, calibrated on {on}" if is_gptq else "plain"}
+
+
+def _judged(
+    place: Path,
+    reference: BlockwiseRun,
+    images: Sequence[Path],
+    name: str,
+    method: dict[str, str],
+    log: Callable[[str], None],
+    on_progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Compares the folder with its source and writes fidelity.json: `-> its content`."""
+    log("[INFO] Comparing with the source in float32")
+    other = run_other(read_source(place), images, reference, name=name, on_progress=on_progress)
+    found = report(reference, other, images) | method
+    write_json(place / FILE, found)
+    log(table(found))
+    return found
+
+
+def _check_flags(flags: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
+    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read.
+
+    `flags` are those that may be left out, as the keywords of `convert`.
+    """
+    defaults = {"q_mode": "affine", "q_method": METHODS[0]}
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value != defaults.get(name)}
     recipe, layout = given.get("--quant-predicate"), given.get("--export-layout")
     is_named, bits = isinstance(recipe, str), [flag for flag in given if flag.startswith("--q")]
     faults = {

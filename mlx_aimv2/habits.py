@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NoReturn, TypeVar
-
-Class = TypeVar("Class", bound=type)
+from typing import TYPE_CHECKING, Any, NoReturn
 
 _LOAD = "model, processor = mlx_aimv2.load(NAME)"
 _MOVE = "MLX's arrays need no device: leave it out; load(NAME, dtype=…) chooses the numbers"
@@ -35,23 +33,35 @@ KEYWORDS = {
 """Keyword of transformers' calls -> what to write instead."""
 
 
-class _Missing:
-    """An attribute that is not there, so that `hasattr` says no, and whose error says what is."""
+class _Answering(type):
+    if not TYPE_CHECKING:
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: object, owner: type) -> NoReturn:
-        raise AttributeError(f"{owner.__name__} has no {self.name}: {ATTRIBUTES[self.name]}")
+        def __getattr__(cls, name: str) -> NoReturn:
+            raise AttributeError(_answer(cls, name) or f"type object {cls.__name__!r} has no attribute {name!r}")
 
 
-def answers_habits(cls: Class) -> Class:
-    """Makes a class answer transformers' attributes and keywords with our line, as AttributeError and TypeError."""
-    for name in ATTRIBUTES.keys() - vars(cls).keys():
-        setattr(cls, name, _Missing(name))
-    for method in {"__call__", "encode_image", "encode_text"} & vars(cls).keys():
-        setattr(cls, method, _checked(vars(cls)[method]))
-    return cls
+class AnswersHabits(metaclass=_Answering):
+    """Answers transformers' attributes by AttributeError and its keywords by TypeError, with the line of ours.
+
+    The attributes are not there: `hasattr` says no, and `dir` does not list them.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for method in {"__call__", "encode_image", "encode_text"} & vars(cls).keys():
+            setattr(cls, method, _checked(vars(cls)[method]))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if (answer := _answer(type(self), name)) is not None:
+                raise AttributeError(answer)
+            if hasattr(super(), "__getattr__"):  # an MLX module's parameters
+                return super().__getattr__(name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _answer(cls: type, name: str) -> str | None:
+    return f"{cls.__name__} has no {name}: {ATTRIBUTES[name]}" if name in ATTRIBUTES else None
 
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from mlx_aimv2 import layers
 from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import any_thread
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.habits import answers_habits
+from mlx_aimv2.habits import AnswersHabits
 
 if TYPE_CHECKING:
     from mlx_aimv2.checkpoint.read import Checkpoint
@@ -52,8 +52,7 @@ class Aimv2Output:
     text_model_output: EncoderOutput
 
 
-@answers_habits
-class Aimv2VisionModel(nn.Module):
+class Aimv2VisionModel(AnswersHabits, nn.Module):
     """The vision encoder: images to one vector per patch, `(B, H, W, 3) -> (B, N, D)`."""
 
     origin: Checkpoint | None = None
@@ -169,8 +168,7 @@ class Aimv2VisionModel(nn.Module):
         raise ValueError(f"this checkpoint has no text encoder; the one that has is {LIT_CHECKPOINT}")
 
 
-@answers_habits
-class Aimv2TextModel(nn.Module):
+class Aimv2TextModel(AnswersHabits, nn.Module):
     """The text encoder of LiT: token ids to one vector per token and one per text, always causal."""
 
     def __init__(self, config: Aimv2TextConfig) -> None:
@@ -228,8 +226,7 @@ class Aimv2TextModel(nn.Module):
             raise ValueError(f"a row of ids has no EOS (id {config.eos_token_id}); processor.tokenize adds it")
 
 
-@answers_habits
-class Aimv2Model(nn.Module):
+class Aimv2Model(AnswersHabits, nn.Module):
     """LiT: the vision encoder with its pooling head and the text encoder, projected into one space of width E."""
 
     origin: Checkpoint | None = None

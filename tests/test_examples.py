@@ -126,7 +126,7 @@ def test_a_loop_of_ones_own_learns_and_leaves_a_checkpoint(tmp_path, capsys):
 def test_a_connected_language_model_learns_the_names_of_images(capsys):
     out = run("connector", capsys)
     first, last = (float(loss) for loss in re.findall(r"loss (\d+\.\d+)", out))
-    assert last < 0.2 * first
+    assert last < 0.5 * first
 
 
 def test_the_demo_fails_where_features_are_wrong(monkeypatch):

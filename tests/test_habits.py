@@ -46,6 +46,7 @@ def test_probing_copying_and_pickling_work_as_before():
     for owner in (MODEL, MODEL.vision, MODEL.text_model, PROCESSOR, Aimv2Model):
         assert not any(hasattr(owner, name) for name in ATTRIBUTES)
         assert getattr(owner, "from_pretrained", None) is None
+        assert not ATTRIBUTES.keys() & {*dir(owner)}
     with pytest.raises(AttributeError, match=r"no attribute 'something_else'"):
         MODEL.something_else  # noqa: B018
     with pytest.raises(TypeError, match=r"something_else"):

@@ -106,6 +106,21 @@ def test_the_best_state_is_kept_and_training_stops_early():
     assert kept == seen[2]
 
 
+@pytest.mark.parametrize(
+    ("losses", "warm_up", "steps"),
+    [
+        ([5, 4, 3, 3, 3, 3, 3], 0, 18),  # as low as the lowest, to the end
+        ([5, 4, 6, 6, 6, 6, 6], 0, 9),
+        ([5, 6, 6, 6, 6, 6, 6], 9, 15),  # what the warm-up does counts nothing
+    ],
+)
+def test_early_stopping_goes_by_the_val_loss_too(losses, warm_up, steps):
+    told = iter(losses)
+    _, done = run(evaluate=lambda model: (0.5, float(next(told))), steps=18, patience=2, warm_up=warm_up)
+    assert done.step == steps
+    assert [entry["val_loss"] for entry in done.history] == losses[: len(done.history)]
+
+
 def test_a_resumed_run_is_as_patient_as_one_that_was_not_stopped(tmp_path):
     """Of scores that are all alike the first one alone is better than what was before."""
     options = {"evaluate": lambda model: 0.5, "patience": 3}

@@ -102,12 +102,14 @@ def compare(
     turn_tf32_off()
     images = images if images is not None else choose_images(None)
     source, judged = read_source(reference, revision=revision), read_source(other, image_size=image_size)
-    sides = [math.isqrt(one.config.vision.num_patches or 0) for one in (judged, source)]
+    visions = [one.config.vision for one in (judged, source)]
+    sides = [math.isqrt(one.num_patches or 0) for one in visions]
     if image_size is not None and not all(sides):
         raise ValueError("image_size is compared with the checkpoint's own size, a native one has none: leave it out")
     run = run_reference(source, images, on_progress=on_progress)
     found = run_other(judged, images, run, dtype=dtype, on_progress=on_progress)
-    if sides[0] == sides[1] or not all(sides):  # of a native checkpoint every image has a grid of its own
+    # Of a native checkpoint every image has a grid of its own.
+    if sides[0] == sides[1] or not all(sides) or visions[0].hidden_size != visions[1].hidden_size:
         return report(run, found, images)
     grids = [(side, side) for side in sides]
     tokens = [_float64(resample_positions(mx.array(one, mx.float32), *grids)) for one in found.tokens]

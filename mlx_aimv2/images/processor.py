@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_aimv2.backend.device import check_process
 from mlx_aimv2.config import Aimv2Config
-from mlx_aimv2.habits import answers_habits
+from mlx_aimv2.habits import AnswersHabits
 from mlx_aimv2.images.open import ImageInput, Levels, OpenImage, Policy, as_array, name_of, open_image, warn_of
 from mlx_aimv2.images.preprocessing import Preprocessing, read_preprocessing, to_clip
 from mlx_aimv2.tokenizer import Tokenizer
@@ -36,8 +36,7 @@ MAX_ASKED_PATCHES = 1 << 16
 """Patches that the files of a checkpoint that takes any size may ask for: 16 times what Apple's was trained on."""
 
 
-@answers_habits
-class Aimv2Processor:
+class Aimv2Processor(AnswersHabits):
     """Images to pixels, texts to ids."""
 
     def __init__(

@@ -217,10 +217,7 @@ def read(
     notes = [f"{one_image(len(broken))} left out that cannot be read: {listed(broken, shown=3)}"] if broken else []
     left_out = (*broken, *scan.all_noted)
     samples = {
-        part: [
-            Sample(path, images[path].sha256, images[path].size, form.target(labels, numbers))
-            for path, labels in pairs.items()
-        ]
+        part: [Sample(p, images[p].sha256, images[p].size, form.target(labels, numbers)) for p, labels in pairs.items()]
         for part, pairs in labelled.items()
     }
     if classes is not None:

@@ -306,7 +306,8 @@ class Service:
         """Writes beside the index the examples as a folder for `fit`, and the head that it makes of them."""
 
         def fitted(data: Path, head: Path) -> str:
-            line: str = self.engine.call(lambda: fit(data, self.name, head, revision=self.commit).line, patience=600.0)
+            how: dict[str, Any] = {"revision": self.commit, "refit": True}
+            line: str = self.engine.call(lambda: fit(data, self.name, head, **how).line, patience=600.0)
             return line
 
         return self.lessons.save(fitted)

@@ -227,13 +227,12 @@ def train(
 
     def save_pending(loss: float = 0.0) -> None:
         nonlocal is_pending
-        if done.step == 0:
-            done.first_loss = loss
+        done.first_loss = done.first_loss if done.step else loss
         is_wanted, is_pending = is_pending and loss <= EXPLODED * (1 + done.first_loss), False
         if not is_wanted:
             return
-        own = {} if plan.keep == "last" else kept
-        parts = {"model": flat(model.trainable_parameters()), "optimizer": step.optimizer.moments, "kept": own}
+        parts = {"model": flat(model.trainable_parameters()), "optimizer": step.optimizer.moments}
+        parts["kept"] = {} if plan.keep == "last" else kept
         for arrays in parts.values():
             if (name := first_not_finite(arrays)) is not None:
                 raise LossError(f"{name} is not finite after step {done.step}")

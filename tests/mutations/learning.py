@@ -37,7 +37,39 @@ OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test
 RUNS = "tests/pretrain/test_pretrain.py::test_"
 NATIVE = "test_patches_are_as_many_as_the_paper_draws_and_a_batch_has_as_many_of_them_whatever_the_size"
 
+SEVERAL = "tests/learn/test_several_labels_and_numbers.py::test_"
+
 LEARNING = (
+    Mutation(
+        "logits are multiplied by the temperature",
+        "head.scale = 1 / temperature(softmax_losses,",
+        "head.scale = temperature(softmax_losses,",
+        (SEVERAL + "the_temperature_is_found_and_a_val_of_which_all_is_right_makes_no_certainty",),
+    ),
+    Mutation(
+        "equal scores come one after another in a precision",
+        "ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))",
+        "ends = np.arange(len(scores))",
+        (SEVERAL + "metrics_are_scikit_learns",),
+    ),
+    Mutation(
+        "the gradient of several labels is that of none",
+        "sigmoid_losses(logits, labels), sigmoid(logits) - labels",
+        "sigmoid_losses(logits, labels), sigmoid(logits)",
+        (SEVERAL + "linear_maps_reach_scikit_learns_objective",),
+    ),
+    Mutation(
+        "a class is told however improbable it is",
+        "return bool(self.probabilities.max() < self.min_score)",
+        "return False",
+        (SEVERAL + "below_the_score_that_is_asked_for_it_is_none_of_these",),
+    ),
+    Mutation(
+        "hidden patches are left out of a dense head's map",
+        'if visible is not None and "hidden" in self:',
+        "if False:",
+        ("tests/learn/test_dense_fit.py::test_a_learned_vector_stands_where_a_patch_is_hidden",),
+    ),
     Mutation(
         "every table is taken for one with commas",
         "separator = max(names, key=lambda one: (bool(column(names[one], IMAGE)), len(names[one])))",
@@ -52,8 +84,8 @@ LEARNING = (
     ),
     Mutation(
         "of an image with two labels the first one counts",
-        " or (image and found.get(path, (text,))[0] != text)",
-        "",
+        "elif found.get(path, (mark,))[0] != mark:",
+        "elif path == where:",
         (f"{REFUSED}_is_refused_with_what_to_change[two labels]",),
     ),
     Mutation(
@@ -214,14 +246,38 @@ LEARNING = (
     ),
     Mutation(
         "far neighbours vote like near ones",
-        "axis=1) - 1) / TEMPERATURE)",
-        "axis=1) - 1) * TEMPERATURE)",
+        "axis=1) - 1) / self.temperature)",
+        "axis=1) - 1) * self.temperature)",
         HEADS,
     ),
     Mutation(
+        "rare classes count less in a balanced probe",
+        "np.where(counts > 0, len(labels) / (",
+        "np.where(counts > 0, 1 / len(labels) * (",
+        (*HEADS, "tests/learn/test_fit.py::test_balanced_classes_find_more_of_the_rare_ones_and_the_card_says_so"),
+    ),
+    Mutation(
+        "a vote is never balanced",
+        "if self.is_balanced:\n            votes",
+        "if False:\n            votes",
+        HEADS,
+    ),
+    Mutation(
+        "an image of a cross-validation is scored by a head that has seen it",
+        "for own, one in numbers if own != fold]",
+        "for own, one in numbers]",
+        ("tests/learn/test_fit.py::test_a_cross_validation_does_not_see_what_it_scores",),
+    ),
+    Mutation(
+        "a refitted head has learned the training part alone",
+        "head, options = trained.refit(learned)",
+        'head, options = trained.refit(splits["train"])',
+        ("tests/learn/test_fit.py::test_refit_learns_all_images_and_keeps_the_estimate_and_the_settings",),
+    ),
+    Mutation(
         "the penalty of the probe holds for the bias too",
-        "gradient[:-1] += l2 * weights[:-1]",
-        "gradient += l2 * weights",
+        "gradient[:-1] += l2 * linear[:-1]",
+        "gradient += l2 * linear",
         HEADS,
     ),
     Mutation(

@@ -20,8 +20,8 @@ RESULTS = (
     ),
     Mutation(
         "an index takes another dtype with -m",
-        'made[name] for name in ("dtype", "pool",',
-        'made[name] for name in ("pool",',
+        'names = ("dtype", "pool",',
+        'names = ("pool",',
         (HOUR + "an_index_keeps_the_dtype_that_it_was_made_with",),
     ),
     Mutation(

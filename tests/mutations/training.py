@@ -154,7 +154,7 @@ TRAINING = (
     ),
     Mutation(
         "mixup mixes pixels and not labels",
-        "return shares[0] * losses + shares[1] * run.task.head.loss(outputs, other)",
+        "return shares[0] * losses + shares[1] * run.loss(outputs, other)",
         "return losses",
         MIXUP,
     ),
@@ -202,7 +202,24 @@ TRAINING = (
         fit("epochs_count_whole_batches_where_they_are_accumulated"),
     ),
     Mutation("all candidates learn at one rate", "Group(rate / base_rate,", "Group(1.0,", BEST),
-    Mutation("the worst candidate is kept", "int(np.argmax(scores(model)))", "int(np.argmin(scores(model)))", BEST),
+    Mutation(
+        "a val loss as low as the lowest ends a run",
+        "val_loss <= done.best_loss < math.inf",
+        "val_loss < done.best_loss",
+        train("early_stopping_goes_by_the_val_loss_too"),
+    ),
+    Mutation(
+        "the warm-up counts against a run",
+        " or done.step <= plan.warm_up",
+        "",
+        train("early_stopping_goes_by_the_val_loss_too"),
+    ),
+    Mutation(
+        "the worst candidate is kept",
+        "int(np.argmax([score for score, _ in scores(model)]))",
+        "int(np.argmin([score for score, _ in scores(model)]))",
+        BEST,
+    ),
     Mutation(
         "a head ignores the dtype that it was trained in",
         'dtype=dtype or wanted.get("dtype")',
@@ -438,8 +455,8 @@ TRAINING = (
     ),
     Mutation(
         "a score is divided by the number of ranks",
-        '_is_best(ranks.size * ranks.mean({"score": score})["score"]',
-        '_is_best(ranks.mean({"score": score})["score"]',
+        "{name: ranks.size * value for name, value in ranks.mean(told).items()}",
+        "{name: value for name, value in ranks.mean(told).items()}",
         train("losses_are_means_over_the_ranks_and_the_score_is_that_of_the_first"),
     ),
     Mutation(

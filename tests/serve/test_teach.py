@@ -95,7 +95,7 @@ def test_what_is_saved_is_what_fit_makes_of_the_same_labels_to_the_bit(client, s
         mark(client, label, *ids)
     saved = client.post("/examples/save").json()
     assert saved["data"] == str(tmp_path / "photos-labels") and saved["head"] == str(tmp_path / "photos-head")
-    fit(saved["data"], served.name, tmp_path / "own")
+    fit(saved["data"], served.name, tmp_path / "own", refit=True)
     for file in ("head.safetensors",):
         assert (tmp_path / "own" / file).read_bytes() == (tmp_path / "photos-head" / file).read_bytes()
     predictions = list(predict(saved["head"], served.gallery.paths))

@@ -123,12 +123,14 @@ def by_tables(files: Sequence[Path], scan: Scan, marks: Marks | None = None) -> 
         own = (marks or _single)(file, [row for _, row, _ in rows], scan) if rows else []
         for (where, row, image), (mark, fault) in zip(rows, own, strict=False):
             path = str(image)
-            if fault or (image and found.get(path, (mark,))[0] != mark):
-                scan.faults.append(f"{where} {fault or 'has another label in another row: keep one of them'}")
+            if fault:
+                scan.faults.append(f"{where} {fault}")
             elif mark is None:
                 scan.note(where, "has no label: left out")
             elif image is None:
                 scan.faults.append(f"{where} does not exist")
+            elif found.get(path, (mark,))[0] != mark:
+                scan.faults.append(f"{where} has another label in another row: keep one of them")
             elif path in found:
                 scan.note(where, "is there already, with the same label: left out")
             else:
