@@ -29,7 +29,6 @@ SIZES = ", ".join(WIDTHS)
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "data", "what is trained", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
-    add["data"]("--validation", metavar="DATA", help="held-out data, whose losses are reported")
     of_size = add["what is trained"]
     of_size("--size", default="large", metavar="NAME", help=f"{SIZES}, or a config.json of your own (default: large)")
     of_size("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the size's, 224)")
@@ -73,7 +72,6 @@ def sizes(size: str) -> tuple[Aimv2VisionConfig, DecoderConfig]:
 def add_lit(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "data", "model", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
-    add["data"]("--validation", metavar="DATA", help="held-out data: recall is reported, and the best pair kept")
     add["model"]("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder, or a pair: {MODEL}")
     add["model"]("--from-scratch", action="store_true", help="start the text side at random, that of a pair too")
     words = "config.json with text_config and projection_dim (default: Apple's LiT)"
@@ -113,6 +111,8 @@ def _add_captions(add: Mapping[str, Add]) -> None:
     add["data"](
         "data", metavar="DATA", help="folder with metadata.jsonl or .csv (file_name, text), or WebDataset's .tar"
     )
+    words = "held-out data: losses are reported; in lit recall, and the pair with the best is kept"
+    add["data"]("--validation", metavar="DATA", help=words)
     add_skip_broken(add["data"], default=True)
     words = "largest vocabulary trained on the captions (default: %(default)s)"
     add["data"]("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=words)

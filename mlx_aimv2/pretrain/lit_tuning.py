@@ -66,7 +66,7 @@ class LitSettings(Captioned):
     learning_rate: float = setting(1e-3, "optimisation", "highest rate", "above 0")
     views: int = setting(1, "augmentation", "crops kept of each image, the whole one among them", "at least 1")
     steps_per_report: int = setting(50, "run", "steps between two lines of losses", "at least 0")
-    steps_per_eval: int = setting(100, "run", "with --validation: steps between evaluations", "at least 1")
+    steps_per_eval: int = setting(100, "run", "steps between evaluations", "at least 1")
 
     def plan(self) -> Plan:
         """How the loop trains."""

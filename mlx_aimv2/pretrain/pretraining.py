@@ -86,9 +86,7 @@ class Captioned:
     What is done every so many steps is never done with 0.
     """
 
-    batch_size: int = setting(
-        64, "optimisation", "images of a batch, on all ranks; with --native of the middle size", "at least 1"
-    )
+    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
     iters: int = setting(1000, "optimisation", "steps", "at least 1")
     learning_rate: float | None = setting(
         None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
@@ -96,12 +94,8 @@ class Captioned:
     warm_up: int | None = setting(
         None, "optimisation", "steps until the highest rate (default: 1 in 120, of lit 1 in 10)", "at least 0"
     )
-    weight_decay: float = setting(
-        1e-4,
-        "optimisation",
-        "share of a matrix that a step at the highest rate takes off (docs/pretraining.md)",
-        "from 0 to 1",
-    )
+    weight_decay: float = setting(1e-4, "optimisation", "of AdamW", "from 0 to 1")
+    """The share of a matrix that a step at the highest rate takes off: fully decoupled, unlike that of `fit`."""
     first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
     steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")

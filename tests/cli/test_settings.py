@@ -110,4 +110,5 @@ def test_a_text_of_a_list_is_checked_in_python_too():
 def test_what_has_no_flag_is_no_number_or_text_of_the_command_line():
     rest = {(kind.__name__, one.name) for kind in ALL for one in fields(kind)}
     rest -= {(kind.__name__, one.name) for kind, one in FLAGGED}
-    assert {name for _, name in rest} == {"vision", "decoder", "augmentation", "operations", "text", "projection_dim"}
+    of_models = {"vision", "decoder", "text", "projection_dim"}
+    assert {name for _, name in rest} == of_models | {"augmentation", "operations", "probability", "strength"}
