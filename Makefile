@@ -21,7 +21,7 @@ PARITY := tests/parity tests/export/test_coreml.py
 # The modules of the API page.
 API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert export model images.processor config pretrain)
 
-.PHONY: help demo test test-all rounding coverage mutations parity check fuzz verify train docs format clean
+.PHONY: help demo test test-all rounding coverage mutations parity browser check fuzz verify train docs format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
 
@@ -46,6 +46,9 @@ mutations: $(VENV)/tested  ## break the package in some 370 places: which test n
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
 	env MLX_ENABLE_TF32=0 HF_HUB_OFFLINE=1 $(RUN) -m pytest -o addopts= -q $(PARITY)
+
+browser: $(VENV)/browser  ## the page of `serve` in Chromium (CHROMIUM=its path, if it is not called so)
+	$(RUN) -m pytest -o addopts= --import-mode=importlib -q tests/browser
 
 fuzz: $(VENV)/tested  ## 20,000 broken checkpoints, images, indexes, heads, states, data sets, answers of the Hub (FUZZ="--seed 7 --inputs 500" for more)
 	$(RUN) -m tests.fuzz $(FUZZ)
@@ -85,6 +88,10 @@ $(VENV)/tested: pyproject.toml | $(VENV)/bin/python
 $(VENV)/train: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[train]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/browser: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,browser]'
+	@touch $@ $(VENV)/tested $(VENV)/installed
 
 $(VENV)/docs: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'

@@ -19,6 +19,7 @@ from typing import Any
 from convert.published import FILE, Row, choose, read
 from mlx_aimv2.checkpoint import hub
 from mlx_aimv2.cli.dispatch import one_line_errors
+from mlx_aimv2.conversion.folder import WRITTEN
 from mlx_aimv2.convert import convert
 
 VARIANTS: dict[str, Mapping[str, Any]] = {
@@ -67,7 +68,8 @@ def _make(row: Row, variant: str, target: Path, arguments: argparse.Namespace, l
     """Converts and uploads one variant as far as that has not been done; returns what was done."""
     repo = f"{arguments.upload}/{target.name}" if arguments.upload else None
     if target.exists():
-        return f"is there already, uploaded to {hub.upload(target, repo)}" if repo else "is there already"
+        to = f", uploaded to {hub.upload(target, repo, patterns=WRITTEN)}" if repo else ""
+        return f"is there already{to}"
     target.parent.mkdir(parents=True, exist_ok=True)
     convert(
         row.repo,

@@ -25,6 +25,7 @@ from mlx_aimv2 import bundled, load, plot, zero_shot
 from mlx_aimv2.index import Index
 from mlx_aimv2.learn import fit, predict
 from mlx_aimv2.plot import below, contact_sheet
+from mlx_aimv2.serve.plane import neighbour_plane
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = {phrase: found(opened, model.encode_text(processor.tokenize([phrase]))) for phrase in PHRASES}
         query = bundled.ASSETS / "noto" / QUERY
         rows[f"like the {names[query]}"] = found(opened, model.encode_image(processor([query])))
-        plane = tsne.neighbour_plane(vectors_of(opened, names))
+        plane = neighbour_plane(vectors_of(opened, names))
     for phrase, files in rows.items():
         print(f"{phrase}: {', '.join(names[file] for file in files)}")
     command("search", index, PHRASES[0], "-k", "24", "--html", page, shown=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+    from mlx_aimv2.conversion.folder import save
     from mlx_aimv2.images.processor import Aimv2Processor
     from mlx_aimv2.loading import load
     from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel
@@ -27,6 +28,7 @@ __all__ = [
     "Aimv2VisionModel",
     "ZeroShotClassifier",
     "load",
+    "save",
     "zero_shot",
 ]
 
@@ -40,6 +42,7 @@ _HOME = {
     "Aimv2Processor": "images.processor",
     "ZeroShotClassifier": "zero_shot_classifier",
     "load": "loading",
+    "save": "conversion.folder",
     "zero_shot": "zero_shot_classifier",
 }
 """Public name -> the file that it is defined in."""
@@ -50,6 +53,8 @@ def lazily(module: dict[str, Any], home: dict[str, str]) -> tuple[Callable[[str]
 
     def load_name(name: str) -> Any:
         if name not in home:
+            if name.startswith("Auto"):  # transformers' AutoModel, AutoProcessor, AutoTokenizer
+                raise AttributeError(f"{module['__name__']} has no {name}: model, processor = load(NAME)")
             raise AttributeError(f"module {module['__name__']!r} has no attribute {name!r}")
         from importlib import import_module
 

@@ -99,7 +99,7 @@ class Aimv2VisionConfig:
         `use_head` is True by default as in transformers, but False in Apple's format, which does not know it. Raises
         ValueError for a network that AIMv2 is not (biases in the blocks, another activation, rotary positions).
         """
-        section = _vision_section(raw)
+        section = _vision_section(raw, found or {})
         is_apple = raw.get("model_type") == "aimv2" and "vision_config" not in raw
         sizes = dict(found or {})
         has_table = "image_size" in sizes
@@ -198,14 +198,22 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def _vision_section(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the sizes of the image encoder stand, in Hugging Face's names."""
+def _vision_section(raw: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the sizes of the image encoder stand, in Hugging Face's names; nowhere in a language model's file.
+
+    That is a known place, or whatever section says the sizes `found` in the tensors.
+    """
     if isinstance(tokenizer := raw.get("visual_tokenizer_config"), Mapping) and "backbone_config" in tokenizer:  # Ovis2
         return _section(tokenizer, "backbone_config")
     if isinstance(raw.get("vision_config"), Mapping):  # transformers' pairs and its vision-language models
-        return {"is_native": False, "image_size": 224, **raw["vision_config"]}
+        return {"is_native": False, "image_size": found.get("image_size", 224), **raw["vision_config"]}
     if not isinstance(timm := raw.get("pretrained_cfg"), Mapping):
-        return dict(raw)
+        sizes = {name: found[name] for name in ("hidden_size", "num_hidden_layers") if name in found}
+        parts = [part for part in (raw, *raw.values()) if isinstance(part, Mapping) and "hidden_size" in part]
+        of_images = [part for part in parts if "vocab_size" not in part or "patch_size" in part]
+        fitting = (part for part in of_images if sizes and sizes.items() <= part.items())
+        is_larger = found and (len(of_images) < len(parts) or parts[1:] or "mm_vision_tower" in raw)
+        return dict(next(fitting, {} if is_larger else raw))
     section: dict[str, Any] = {"is_native": False}
     size = timm.get("input_size")
     if isinstance(size, list | tuple) and len(size) == 3:
@@ -231,7 +239,8 @@ def _with_heads(sizes: dict[str, Any]) -> dict[str, Any]:
     if sizes["hidden_size"] % _HEAD_DIM:
         raise ValueError(
             f"config.json does not say num_attention_heads, and hidden_size {sizes['hidden_size']} "
-            f"is no multiple of the released head width {_HEAD_DIM}: add num_attention_heads to config.json"
+            f"is no multiple of the released head width {_HEAD_DIM}: add num_attention_heads to config.json (in "
+            'that of a larger model as "vision_config": {"num_attention_heads": …})'
         )
     return sizes | {"num_attention_heads": sizes["hidden_size"] // _HEAD_DIM}
 

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,30 @@ import mlx.core as mx
 
 from mlx_aimv2.backend.device import turn_tf32_off
 from mlx_aimv2.checkpoint.hub import check_upload, upload
-from mlx_aimv2.cli.flags import MODEL, add_revision
+from mlx_aimv2.cli.flags import MODEL, add_image_size, add_revision
 from mlx_aimv2.config import DTYPES, dtype_name
-from mlx_aimv2.conversion.fidelity import FILE, choose_images, report, run_blockwise, run_reference, table
-from mlx_aimv2.conversion.folder import PYTORCH_LAYOUTS, is_own, save_beside, save_config, save_pytorch, save_weights
+from mlx_aimv2.conversion.calibration import calibrate, split, with_finer_embedding
+from mlx_aimv2.conversion.fidelity import FILE, BlockwiseRun, choose_images, report, run_other, run_reference, table
+from mlx_aimv2.conversion.folder import (
+    PYTORCH_LAYOUTS,
+    WRITTEN,
+    is_own,
+    save_beside,
+    save_config,
+    save_pytorch,
+    save_weights,
+)
 from mlx_aimv2.conversion.model_card import write as write_card
 from mlx_aimv2.files import atomic_folder, check_target, expand_user, write_json
 from mlx_aimv2.loading import Source, build, parse_dtype, read_source
-from mlx_aimv2.quantize import MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
+from mlx_aimv2.quantize import METHODS, MODES, RECIPES, Predicate, dequantized, layers, packed, plan, resolve
 
 __all__ = ["convert"]
 
 DEFAULT_PATH = "mlx_model"
+
+GAIN = "--q-method gptq rounds with calibration: at 4 bits it left a third of this error or less (docs/converting.md)"
+"""What gptq would give, as the last line of a plain quantization."""
 
 
 def convert(
@@ -47,78 +59,108 @@ def convert(
     quant_predicate: str | Predicate | None = None,
     dequantize: bool = False,
     dtype: str | mx.Dtype | None = None,
+    image_size: int | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    q_method: str = METHODS[0],
     verify: bool = True,
     export_layout: str | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     log: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
 ) -> Path:
     """Converts a checkpoint: `Hub name, folder or weight file -> MLX folder`, whose path is returned.
 
     The keywords up to `upload_repo` are mlx-lm's. `quantize` packs the layers of the blocks; group size and bits None
     are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
-    settings or bool`. `dtype` None keeps the checkpoint's.
+    settings or bool`. With the `q_method` "gptq" weights are rounded with calibration, on most images of the folder
+    `calibration` or on crops of bundled photographs (`conversion.calibration`). `dtype` None keeps the checkpoint's.
+    `image_size` is `load`'s: the folder takes images of that size, and its fidelity is that to the source at it.
 
-    With `verify` the folder is loaded again and compared with the source in float32 on the images of `calibration`, or
-    on four bundled photographs, for fidelity.json. For that TensorFloat32 is turned off for the whole process, or the
-    report says that it may be on (`turn_tf32_off`). `export_layout` writes PyTorch's names and axes instead, dense.
-    `upload_repo` uploads the folder to the Hub. `log` receives progress lines. With `overwrite` a folder that an
-    earlier conversion wrote is replaced once the new one is whole.
+    With `verify` the folder is loaded again and compared with the source in float32, for fidelity.json, on images of
+    `calibration` that it was not calibrated on, or on bundled ones. For that TensorFloat32 is turned off for the whole
+    process, or the report says that it may be on (`turn_tf32_off`). `export_layout` writes PyTorch's names and axes
+    instead, dense. `upload_repo` uploads the folder. `log` receives lines, `on_progress` how much is done of how much
+    and of what. With `overwrite` an earlier conversion's folder is replaced once the new one is whole.
+    `trust_remote_code`, a habit from elsewhere, changes nothing: no code of a checkpoint is ever run.
 
-    Raises FileExistsError when `mlx_path` exists, and ValueError, FileNotFoundError, OSError or ConnectionError, each
-    with one line, for flags that contradict each other and a source that cannot be used. Nothing stands at `mlx_path`
-    unless the conversion was complete.
+    Raises FileExistsError when `mlx_path` exists, ValueError or OSError, each with one line, for flags that contradict
+    each other and a source that cannot be used. Nothing stands at `mlx_path` unless the conversion was complete.
     """
-    given: dict[str, Any] = {
-        "--q-bits": q_bits,
-        "--q-group-size": q_group_size,
-        "--q-mode": None if q_mode == "affine" else q_mode,
-        "--quant-predicate": quant_predicate,
-        "--calibration": calibration,
-        "--export-layout": export_layout,
-    }
-    given = {flag: value for flag, value in given.items() if value is not None}
-    _check_flags(given, quantize=quantize, dequantize=dequantize, verify=verify)
+    flags: dict[str, Any] = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode, "q_method": q_method}
+    flags |= {"quant_predicate": quant_predicate, "calibration": calibration, "export_layout": export_layout}
+    _check_flags(flags, quantize=quantize, dequantize=dequantize, verify=verify)
     settings = resolve(q_mode, q_group_size, q_bits)
+    is_gptq = q_method == "gptq"
     inputs = [expand_user(path) for path in (hf_path, calibration) if path is not None]
     wanted, target = parse_dtype(dtype) if dtype is not None else None, expand_user(mlx_path)
     check_target(target, overwrite=overwrite, is_own=is_own, inputs=inputs)
     if upload_repo is not None:
         check_upload(upload_repo)
-    images = choose_images(calibration) if verify else []
+    files, images = split(calibration, calibrates=is_gptq) if quantize else ([], choose_images(calibration))
     if verify:
         turn_tf32_off()
-
+    if trust_remote_code:
+        log("[INFO] --trust-remote-code changes nothing: no code of a checkpoint is ever run here")
     log("[INFO] Loading")
-    source = read_source(hf_path, revision=revision)
+    source = read_source(hf_path, revision=revision, image_size=image_size)
+    source.processor()  # an image processor that cannot be followed is refused before anything is written
     _check_source(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
     wanted = wanted or source.dtype
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
-    section = plan(build(source.config), settings, quant_predicate) if quantize else None
+    predicate = quant_predicate or (with_finer_embedding(settings) if is_gptq else None)
+    section = plan(build(source.config), settings, predicate) if quantize else None
     # Before anything is written: an image that cannot be read would end a long conversion at its end.
-    reference = run_reference(source.reopened(), images) if verify else None
+    reference = run_reference(source.reopened(), images, on_progress=on_progress) if verify else None
+    done: dict[str, list[mx.array]] = {}
+    if section is not None and is_gptq:
+        done = calibrate(source.reopened(), files, section, dtype=wanted, on_progress=on_progress)
 
     with atomic_folder(target, overwrite=overwrite, is_own=is_own, inputs=inputs) as place:
-        config = _write(source, place, dtype=wanted, section=section, export_layout=export_layout, log=log)
-        found = None
-        if reference is not None:
-            log("[INFO] Comparing with the source in float32")
-            found = report(reference, run_blockwise(read_source(place), images, name=target.name), images)
-            write_json(place / FILE, found)
-            log(table(found))
+        config = _write(source, place, dtype=wanted, section=section, done=done, export_layout=export_layout, log=log)
+        method = _method(files, is_gptq=is_gptq) if quantize else {}
+        found = _judged(place, reference, images, target.name, method, log, on_progress) if reference else None
         write_card(place, source=source, config=config, report=found, hub_name=upload_repo, layout=export_layout)
     if upload_repo is not None:
-        try:
-            log(f"[INFO] Uploading to {upload(target, upload_repo)}")
-        except OSError as error:
-            raise type(error)(f"{error}; the folder {target} is written") from None
+        log(f"[INFO] Uploading to {upload(target, upload_repo, patterns=WRITTEN)}")
+    if quantize and not is_gptq and q_mode == "affine":
+        log(f"[INFO] {GAIN}")
     return target
 
 
-def _check_flags(given: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
-    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read."""
+def _method(files: Sequence[Path], *, is_gptq: bool) -> dict[str, str]:
+    """What the report says of how weights were rounded."""
+    on = f"{len(files)} images" if files else "crops of three bundled photographs"
+    return {"method": f"gptq, calibrated on {on}" if is_gptq else "plain"}
+
+
+def _judged(
+    place: Path,
+    reference: BlockwiseRun,
+    images: Sequence[Path],
+    name: str,
+    method: dict[str, str],
+    log: Callable[[str], None],
+    on_progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Compares the folder with its source and writes fidelity.json: `-> its content`."""
+    log("[INFO] Comparing with the source in float32")
+    other = run_other(read_source(place), images, reference, name=name, on_progress=on_progress)
+    found = report(reference, other, images) | method
+    write_json(place / FILE, found)
+    log(table(found))
+    return found
+
+
+def _check_flags(flags: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
+    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read.
+
+    `flags` are those that may be left out, as the keywords of `convert`.
+    """
+    defaults = {"q_mode": "affine", "q_method": METHODS[0]}
+    given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value != defaults.get(name)}
     recipe, layout = given.get("--quant-predicate"), given.get("--export-layout")
     is_named, bits = isinstance(recipe, str), [flag for flag in given if flag.startswith("--q")]
     faults = {
@@ -129,9 +171,17 @@ def _check_flags(given: Mapping[str, Any], *, quantize: bool, dequantize: bool, 
             layout is not None and quantize
         ),
         f"{', '.join(bits)} would change nothing without --quantize; add -q": bits and not quantize,
+        f"--q-method must be {' or '.join(METHODS)}, got {given.get('--q-method')}": (
+            given.get("--q-method", METHODS[1]) not in METHODS
+        ),
+        f"gptq has affine bits only; leave --q-mode {given.get('--q-mode')} out": (
+            "--q-method" in given and "--q-mode" in given
+        ),
         f"recipes have affine bits only; leave --q-mode {given.get('--q-mode')} out": is_named and "--q-mode" in given,
         f"--quant-predicate {recipe} sets the bits; leave --q-bits out": is_named and "--q-bits" in given,
-        "--calibration is for the fidelity report; without it leave it out": "--calibration" in given and not verify,
+        "--calibration is for gptq and for the fidelity report; without both leave it out": (
+            "--calibration" in given and not verify and "--q-method" not in given
+        ),
     }
     for message, is_met in faults.items():
         if is_met:
@@ -154,10 +204,14 @@ def _write(
     *,
     dtype: mx.Dtype,
     section: Mapping[str, Any] | None,
+    done: dict[str, list[mx.array]],
     export_layout: str | None,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes the weights, using up the source's, config.json and the auxiliary files: `-> config.json`."""
+    """Writes the weights, using up the source's, config.json and the auxiliary files: `-> config.json`.
+
+    `done` are the layers that are packed already, by path.
+    """
     if source.quantization is not None:
         log("[INFO] Dequantizing")
         source.weights = dequantized(source.weights, source.quantization)
@@ -171,7 +225,8 @@ def _write(
             log("[INFO] Quantizing")
             config |= {"quantization": section, "quantization_config": section}
         count = source.parameters
-        weights = packed(weights, layers(build(source.config)) if section else (), section or {}, dtype=dtype)
+        paths = layers(build(source.config)) if section else ()
+        weights = packed(weights, paths, section or {}, dtype=dtype, done=done)
         size = save_weights(place, weights, total_parameters=count)
         if section is not None:
             log(f"[INFO] Quantized model with {8 * size / count:.3f} bits per weight.")
@@ -185,6 +240,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("--hf-path", "--model", required=True, metavar="MODEL", help=MODEL)
     add_revision(add)
+    words = "for habit; changes nothing: no code of a checkpoint is ever run"
+    add("--trust-remote-code", action="store_true", help=words)
 
     add = parser.add_argument_group("quantization").add_argument
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
@@ -192,17 +249,22 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
     modes, recipes = ", ".join(MODES), ", ".join(RECIPES)
     add("--q-mode", choices=MODES, default="affine", metavar="NAME", help=f"{modes} (default: %(default)s)")
-    add("--quant-predicate", choices=RECIPES, metavar="NAME", help=f"more bits where they matter: {recipes}")
+    words = f"{recipes}: mlx-lm's, kept for habit; here plain bits of the same size came as close to the source"
+    add("--quant-predicate", choices=RECIPES, metavar="NAME", help=words)
+    words = "plain rounding, or gptq: with calibration, a fraction of the error for minutes of work (default: plain)"
+    add("--q-method", choices=METHODS, default=METHODS[0], metavar="NAME", help=words)
+    words = "images for gptq, a fifth of which judges the result, or for the report alone (default: bundled ones)"
+    add("--calibration", metavar="DIR", help=words)
     add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
 
     add = parser.add_argument_group("fidelity").add_argument
-    add("--calibration", metavar="DIR", help="images for the report (default: four bundled photographs)")
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
     add = parser.add_argument_group("layout and output").add_argument
     add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
     dtypes, layouts = f"{', '.join(DTYPES)}: of the weights", " or ".join(PYTORCH_LAYOUTS)
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"{dtypes} (default: the checkpoint's)")
+    add_image_size(add)
     layout_help = f"{layouts}: write a PyTorch folder instead"
     add("--export-layout", choices=PYTORCH_LAYOUTS, metavar="NAME", help=layout_help)
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
@@ -211,8 +273,10 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Converts as the flags say and prints where the result lies."""
-    from mlx_aimv2.cli.output import log, show
+    from mlx_aimv2.cli.output import log, progress, show
 
     settings = {name: value for name, value in vars(arguments).items() if name != "verb"}
-    show(str(convert(**settings, log=log)))
+    with progress() as on_progress:
+        folder = convert(**settings, log=log, on_progress=on_progress)
+    show(str(folder))
     return 0

@@ -49,6 +49,13 @@ def patches_of(pixels: mx.array, p: int) -> mx.array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * channels)
 
 
+def pixels_of(patches: mx.array, grid: tuple[int, int], p: int) -> mx.array:
+    """The images that patches were cut from, `(B, N, p * p * C) -> (B, H, W, C)`; `grid` is rows and columns."""
+    rows, columns = grid
+    x = patches.reshape(-1, rows, columns, p, p, patches.shape[-1] // p**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(x.shape[0], rows * p, columns * p, -1)
+
+
 @lru_cache(maxsize=64)
 def sincos_positions(rows: int, columns: int, hidden_size: int) -> np.ndarray[Any, Any]:
     """Positions of a native model's grid: `rows, columns, D -> (rows * columns, D)` float32.

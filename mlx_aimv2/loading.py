@@ -55,17 +55,33 @@ class Source:
 
     `weights` are the tensors under target names; who uses them takes them out, so that each can be freed, and
     `reopened` is for whoever needs them a second time. `quantization` is the section of that name in an MLX folder's
-    config.json, None when the weights are dense.
+    config.json, None when the weights are dense. `image_size` is the size that was asked for, None for the
+    checkpoint's own: `config`, positions and processor are those of this size, `stored` has the sizes of the files.
     """
 
     origin: Checkpoint
-    config: AnyConfig
+    stored: AnyConfig
     match: Match
     weights: dict[str, mx.array]
     quantization: Mapping[str, Any] | None
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         self._shapes = {name: array.shape for name, array in self.weights.items()}
+        own = self.stored.vision
+        self.image_size = pixels_for(own, self.image_size) if self.image_size not in (None, own.image_size) else None
+        if self.image_size is not None and own.image_size is not None:
+            name = "vision_model.pos_embed" if isinstance(self.stored, Aimv2Config) else "pos_embed"
+            self.weights[name] = _resized(self.weights[name], own, self.image_size)
+
+    @property
+    def config(self) -> AnyConfig:
+        """The sizes of the model."""
+        own = self.stored
+        if self.image_size is None or own.vision.image_size is None:
+            return own
+        vision = replace(own.vision, image_size=self.image_size)
+        return replace(own, vision_config=vision) if isinstance(own, Aimv2Config) else vision
 
     @property
     def layout(self) -> str:
@@ -97,14 +113,14 @@ class Source:
         raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
 
     def processor(self) -> Aimv2Processor:
-        """The processor that the checkpoint's files describe."""
-        return Aimv2Processor.from_folder(self.origin.folder, config=self.config)
+        """The processor that the checkpoint's files describe, for images of `image_size` where one was asked for."""
+        own = Aimv2Processor.from_folder(self.origin.folder, config=self.stored)
+        return own if self.image_size is None else own.at_size(self.image_size)
 
     def load(
         self,
         *,
         dtype: str | mx.Dtype | None = None,
-        image_size: int | None = None,
         lazy: bool = False,
         keep_quantized: bool = False,
     ) -> Loaded:
@@ -118,12 +134,7 @@ class Source:
         elif self.quantization is not None:
             self.weights = quantize.dequantized(self.weights, self.quantization)
         fill(model, self.weights, dtype=parse_dtype(dtype) if dtype is not None else None, lazy=lazy)
-        if image_size is not None:
-            vision, processor = at_size(model.vision, processor, image_size)
-            if isinstance(model, Aimv2Model):
-                model.vision_model, model.config = vision, replace(model.config, vision_config=vision.config)
-            else:
-                model = vision
+        model.origin = model.vision.origin = replace(self.origin, tensors={}, folder=self.origin.folder.absolute())
         if lazy:
             mark_lazy(model, threading.get_ident())
         return Loaded(self, model, processor)
@@ -203,31 +214,32 @@ def load(
     """
     if dtype is not None and dtype != AUTO:
         dtype = parse_dtype(dtype)  # before anything is fetched
-    loaded = read_source(path_or_hf_repo, revision=revision).load(
-        dtype=dtype, image_size=image_size, lazy=lazy, keep_quantized=keep_quantized
-    )
+    source = read_source(path_or_hf_repo, revision=revision, image_size=image_size)
+    loaded = source.load(dtype=dtype, lazy=lazy, keep_quantized=keep_quantized)
     if return_config:
         return loaded.model, loaded.processor, loaded.source.origin.config
     return loaded.model, loaded.processor
 
 
-def read_source(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+def read_source(
+    path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None, image_size: int | None = None
+) -> Source:
     """Finds, opens and checks a checkpoint without touching its weights: `path or Hub name -> Source`.
 
-    Every tensor must be known and every tensor of the model must be there, in its shape: otherwise ValueError names all
-    that are not.
+    `image_size` is `load`'s. Every tensor must be known and every tensor of the model must be there, in its shape:
+    otherwise ValueError names all that are not.
     """
     check_process()
     _log.debug("loading")
     origin = read(path_or_hf_repo, revision=revision)
     try:
-        return _checked(origin)
+        return _checked(origin, image_size)
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
 
 
-def _checked(origin: Checkpoint) -> Source:
-    match = recognise(origin.shapes)
+def _checked(origin: Checkpoint, image_size: int | None) -> Source:
+    match = recognise(origin.shapes, origin.config.get("encoder_prefix"))
     extra, lines = beside(origin.shapes, match)
     if lines:
         warnings.warn(f"{origin}: {'; '.join(lines)}; the encoder is taken", stacklevel=3)
@@ -249,7 +261,7 @@ def _checked(origin: Checkpoint) -> Source:
     parameters: Any = tree_flatten(model.parameters())
     packed = {name: array.dtype for name, array in parameters if not mx.issubdtype(array.dtype, mx.floating)}
     origin.check_dtypes(wanted_source, {match.prefix + name: dtype for name, dtype in packed.items()})
-    return Source(origin, config, match, match.to_target(origin.tensors, wanted), quantization)
+    return Source(origin, config, match, match.to_target(origin.tensors, wanted), quantization, image_size)
 
 
 def build(config: AnyConfig) -> AnyModel:
@@ -291,30 +303,38 @@ def at_size(
     square. The layers are shared with `encoder`, only the positions are new; a native checkpoint has none, and only its
     processor changes. Raises ValueError for a size that is no multiple of the patch.
     """
-    config, patch = encoder.config, encoder.config.patch_size
-    own = config.image_size
+    config, own = encoder.config, encoder.config.image_size
     if not whole and own is not None and size in (None, own):
         return encoder, processor
-    if size is None:
-        size = own or (NATIVE_WHOLE if whole else NATIVE) // patch * patch
-    if own is None:
-        size -= size % patch  # a native checkpoint drops what fills no patch
-    if not patch <= size <= LARGEST or size % patch:
-        nearest = (size // patch * patch, (size // patch + 1) * patch)
-        fitting = sorted({max(patch, min(LARGEST // patch * patch, near)) for near in nearest})
-        raise ValueError(
-            f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST}, got {size}; "
-            f"take {' or '.join(map(str, fitting))}"
-        )
-    resized = copy.copy(processor)
-    resized.preprocessing = replace(processor.preprocessing, resize=(size, size) if whole else size, crop=(size, size))
-    resized.any_size = False
-    if own is None or size == own:
+    size = pixels_for(config, size or own or (NATIVE_WHOLE if whole else NATIVE))
+    resized = processor.at_size(size, whole=whole)
+    if own in (None, size):
         return encoder, resized
     model = copy.copy(encoder)
     model.config = replace(config, image_size=size)
-    model.pos_embed = resample_positions(encoder.pos_embed, (own // patch,) * 2, (size // patch,) * 2)
+    model.pos_embed = _resized(encoder.pos_embed, config, size)
     return model, resized
+
+
+def pixels_for(config: Aimv2VisionConfig, size: int) -> int:
+    """The pixels a side that `image_size` means. Raises ValueError for a size that is no multiple of the patch."""
+    patch = config.patch_size
+    if type(size) is not int:
+        raise ValueError(f"image_size must be a whole number of pixels, got {size!r:.80}")
+    fitting = size // patch * patch
+    if not patch <= size <= LARGEST or (size != fitting and config.image_size is not None):
+        near = sorted({max(patch, min(LARGEST // patch * patch, side)) for side in (fitting, fitting + patch)})
+        raise ValueError(
+            f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST}, got {size}; "
+            f"take {' or '.join(map(str, near))}"
+        )
+    return fitting  # a native checkpoint drops what fills no patch
+
+
+def _resized(table: mx.array, config: Aimv2VisionConfig, size: int) -> mx.array:
+    """The positions for square images of `size` pixels: `(N, D) -> (N', D)`."""
+    side = math.isqrt(table.shape[0])
+    return resample_positions(table, (side, side), (size // config.patch_size,) * 2)
 
 
 def resample_positions(table: mx.array, grid: tuple[int, int], target: tuple[int, int]) -> mx.array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,10 @@ from mlx_aimv2 import layers
 from mlx_aimv2.backend import run_blocks
 from mlx_aimv2.backend.device import any_thread
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.habits import AnswersHabits
+
+if TYPE_CHECKING:
+    from mlx_aimv2.checkpoint.read import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,11 @@ class Aimv2Output:
     text_model_output: EncoderOutput
 
 
-class Aimv2VisionModel(nn.Module):
+class Aimv2VisionModel(AnswersHabits, nn.Module):
     """The vision encoder: images to one vector per patch, `(B, H, W, 3) -> (B, N, D)`."""
+
+    origin: Checkpoint | None = None
+    """The checkpoint that the weights were loaded from, without its tensors; None for a new model."""
 
     def __init__(self, config: Aimv2VisionConfig) -> None:
         super().__init__()
@@ -160,7 +168,7 @@ class Aimv2VisionModel(nn.Module):
         raise ValueError(f"this checkpoint has no text encoder; the one that has is {LIT_CHECKPOINT}")
 
 
-class Aimv2TextModel(nn.Module):
+class Aimv2TextModel(AnswersHabits, nn.Module):
     """The text encoder of LiT: token ids to one vector per token and one per text, always causal."""
 
     def __init__(self, config: Aimv2TextConfig) -> None:
@@ -180,11 +188,11 @@ class Aimv2TextModel(nn.Module):
         self.check(ids)
         return self.unchecked(ids, output_hidden_states=output_hidden_states)
 
-    def unchecked(self, ids: mx.array, *, output_hidden_states: bool = False) -> EncoderOutput:
-        """The same without looking at the ids, as a compiled function must do it."""
+    def unchecked(self, ids: mx.array, *, output_hidden_states: bool = False, run: Any = run_blocks) -> EncoderOutput:
+        """The same without looking at the ids, as a compiled function must do it; `run` runs the blocks."""
         embedded = self.embed(ids)
         states = [embedded]
-        for x in run_blocks(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
+        for x in run(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
             if output_hidden_states:
                 states.append(x)
         x = self.norm(x)
@@ -218,8 +226,11 @@ class Aimv2TextModel(nn.Module):
             raise ValueError(f"a row of ids has no EOS (id {config.eos_token_id}); processor.tokenize adds it")
 
 
-class Aimv2Model(nn.Module):
+class Aimv2Model(AnswersHabits, nn.Module):
     """LiT: the vision encoder with its pooling head and the text encoder, projected into one space of width E."""
+
+    origin: Checkpoint | None = None
+    """The checkpoint that the weights were loaded from, without its tensors; None for a new model."""
 
     def __init__(self, config: Aimv2Config) -> None:
         super().__init__()

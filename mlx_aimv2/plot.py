@@ -76,12 +76,18 @@ def pca_map(tokens: NDArray[Any], grid: tuple[int, int], *, cell: int = 14) -> I
     Red, green and blue are the first three principal components of this image's tokens, each stretched between its
     2nd and 98th percentile. Each token is a square of `cell` pixels.
     """
+    return _squares(component_colours(tokens, grid), cell)
+
+
+def component_colours(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[Any]:
+    """The colours of `pca_map`, `(N, D), (rows, columns) -> (rows, columns, 3)` from 0 to 1."""
     _check_grid(tokens, grid)
     coordinates = principal_components(tokens, 3)
     low, high = np.percentile(coordinates, [2, 98], axis=0)
     flat = high - low < 1e-12
     levels = np.where(flat, 0.5, (coordinates - low) / np.where(flat, 1, high - low))
-    return _squares(levels.clip(0, 1).reshape(*grid, 3), cell)
+    colours: NDArray[Any] = levels.clip(0, 1).reshape(*grid, 3)
+    return colours
 
 
 def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int]) -> NDArray[Any]:
@@ -181,14 +187,9 @@ def contact_sheet(
                 fitted = ImageOps.expand(fitted, 3, colour)
             canvas.paste(fitted, (left + (side - fitted.width) // 2, top + (side - fitted.height) // 2))
             if captions:
-                draw.text(
-                    (left + side / 2, top + side + 5),
-                    captions[r][c],
-                    INK,
-                    font,
-                    anchor="ma" if lines > 1 else "mt",
-                    align="center",
-                )
+                caption = captions[r][c] if lines > 1 else " ".join(captions[r][c].split())
+                at = (left + side / 2, top + side + 5)
+                draw.text(at, caption, INK, font, anchor="ma" if lines > 1 else "mt", align="center")
     return canvas
 
 
@@ -270,7 +271,9 @@ def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image
         mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
         shown = np.sort(np.argsort(-mistaken, kind="stable")[:MAX_CLASSES])
     counts = counts[np.ix_(shown, shown)]
-    names = [name if len(name) <= 18 else f"{name[:17]}…" for name in (classes[int(i)] for i in shown)]
+    names = [
+        name if len(name) <= 18 else f"{name[:17]}…" for name in (" ".join(classes[int(i)].split()) for i in shown)
+    ]
     large, small = ImageFont.load_default(13), ImageFont.load_default(11)
     left = round(max(large.getlength(name) for name in names)) + 34
     side = CELL * len(names)
@@ -352,7 +355,7 @@ def _sized(image: Image.Image) -> Image.Image:
 
 
 def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
-    draw = ImageDraw.Draw(image)
+    draw, text = ImageDraw.Draw(image), " ".join(text.split())  # Pillow draws no other line at such an anchor
     box = draw.textbbox(at, text, font=ImageFont.load_default(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
     draw.text(at, text, PAPER, ImageFont.load_default(16), anchor=anchor)

@@ -8,6 +8,7 @@ together they are small, and the head and the projections are the last thing tha
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +36,9 @@ MODES = {
     "mxfp8": ((32,), (8,)),
 }
 """Number format -> the group sizes and the bits that MLX has, the default first."""
+
+METHODS = ("plain", "gptq")
+"""How weights are rounded, the default first: each to the nearest number, or with calibration (`conversion.gptq`)."""
 
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 """Recipe -> (bits of most layers, bits of those that `_matters` names)."""
@@ -131,6 +135,20 @@ def apply_structure(model: nn.Module, quantization: Quantization, stored: Contai
     model.update_modules(modules)
 
 
+def section_of(model: nn.Module) -> dict[str, Any] | None:
+    """The `quantization` section that describes how the layers of a model are packed; None where all are dense."""
+    packed = {
+        path: {key: getattr(layer, key) for key in SHARED}
+        for path, layer in sorted(model.named_modules())
+        if hasattr(layer, "bits")
+    }
+    if not packed:
+        return None
+    shared = max(packed.values(), key=[*packed.values()].count)
+    own = {path: settings for path, settings in packed.items() if settings != shared}
+    return shared | dict.fromkeys(layers(model), False) | own
+
+
 def _quantized(layer: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     """The layer packed, as `layer.to_quantized` makes it, but without random numbers (`layers` says why)."""
     kind = nn.QuantizedEmbedding if isinstance(layer, nn.Embedding) else nn.QuantizedLinear
@@ -157,19 +175,24 @@ def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:
 
 
 def packed(
-    weights: Iterable[tuple[str, mx.array]], paths: Iterable[str], quantization: Quantization, *, dtype: mx.Dtype
+    weights: Iterable[tuple[str, mx.array]],
+    paths: Iterable[str],
+    quantization: Quantization,
+    *,
+    dtype: mx.Dtype,
+    done: Mapping[str, list[mx.array]] = MappingProxyType({}),
 ) -> Iterator[tuple[str, mx.array]]:
     """Packs the layers that the section names, lazily: `(name, array), … -> (name, array), …` with scales and biases.
 
-    `paths` are those of the layers that could be quantized (`layers`). Whatever is not a packed integer is cast to
-    `dtype`.
+    `paths` are those of the layers that could be quantized (`layers`), `done` what some of them are packed as already.
+    Whatever is not a packed integer is cast to `dtype`.
     """
     paths, streams = set(paths), packing_streams()
     for name, array in weights:
         path, _, kind = name.rpartition(".")
         settings = settings_at(path, quantization) if kind == "weight" and path in paths else {}
         with mx.stream(next(streams)):
-            parts = pack(array, settings, dtype) if settings else [array.astype(dtype)]
+            parts = done.get(path) or (pack(array, settings, dtype) if settings else [array.astype(dtype)])
         if settings:
             for part, values in zip(("weight", "scales", "biases"), parts, strict=False):
                 yield f"{path}.{part}", values

@@ -71,16 +71,21 @@ class Tokenizer:
 
     def save_to(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as transformers reads CLIP's."""
+        bos, eos = map(self.backend.id_to_token, (self.bos, self.eos))
         (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
         about: dict[str, Any] = {
             "tokenizer_class": "CLIPTokenizer",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": EOS,
-            "unk_token": EOS,
+            "bos_token": bos,
+            "eos_token": eos,
+            "pad_token": eos,
+            "unk_token": eos,
             "model_max_length": self.context,
         }
         write_json(folder / "tokenizer_config.json", about)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> the text that they stand for, in lower case, with a space after each word."""
+        return self.backend.decode(list(ids)).replace("</w>", " ").strip()
 
     def __call__(self, texts: str | Sequence[str]) -> NDArray[np.int32]:
         """One text or several -> ids (B, L) int32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 MAX_DEPTH = 100
@@ -21,11 +21,11 @@ Fields: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """Names that an object must have, and of what type their values are."""
 
 
-def parse(content: str | bytes, name: object) -> Any:
+def parse(content: str | bytes, name: object, *, but: Collection[str] = ()) -> Any:
     """The value of a JSON text, which `name` names in errors. ValueError with one line for what is none, or is endless.
 
-    Every whole number fits into a float, every text is one, and nothing is nested deeper than `MAX_DEPTH`. NaN and
-    infinity, which Python's json writes, are read: `misfit` refuses them.
+    Every whole number fits into a float, every text is one `but` in what has these names, and nothing is nested deeper
+    than `MAX_DEPTH`. NaN and infinity, which Python's json writes, are read: `misfit` refuses them.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -35,7 +35,9 @@ def parse(content: str | bytes, name: object) -> Any:
         if _is_deeper(value, MAX_DEPTH):
             raise RecursionError
         if _SURROGATE.search(text):  # half of a pair is no text; names may hold what os makes of bytes
-            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
+            own = value.items() if isinstance(value, dict) and but else ()
+            checked = {key: one for key, one in own if key.strip().lower() not in but} if own else value
+            json.dumps(checked, ensure_ascii=False).encode(errors="surrogateescape")
     except RecursionError:
         raise ValueError(f"{name}: not JSON that is read here (nested more than {MAX_DEPTH} deep)") from None
     except ValueError as error:

@@ -28,9 +28,11 @@ class Hub:
 
     `repositories` is `{name: {commit: {path: content}}}`, a repository's last commit being `main`. `refuse` answers a
     repository with `(status, error code)`. `cuts` closes the connection after so many bytes of a path, once for each
-    entry; `down` answers every request for a path's content with 500. `pages` are contents outside all repositories.
+    entry; `down` answers every request for a path's content, and each upload to a repository, with 500. `pages` are
+    contents outside all repositories.
     `etags` replaces a path's; `answers` is what a repository answers to everything: status, kind of content, content.
-    `on_request` runs before each answer to a reader, as a push by somebody else would.
+    `on_request` runs before each answer to a reader, as a push by somebody else would. `whoami` is what is known of the
+    token; `closed` are the repositories that it may not write to.
     """
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -44,6 +46,15 @@ class Hub:
     etags: dict[str, str] = field(default_factory=dict)
     answers: dict[str, tuple[int, str, bytes]] = field(default_factory=dict)
     on_request: Callable[[], None] = lambda: None
+    whoami: dict[str, object] = field(
+        default_factory=lambda: {
+            "type": "user",
+            "name": "somebody",
+            "orgs": [{"name": "ours", "roleInOrg": "write"}, {"name": "theirs", "roleInOrg": "read"}],
+            "auth": {"accessToken": {"role": "write"}},
+        }
+    )
+    closed: set[str] = field(default_factory=set)
     address: str = ""
 
     def publish(self, name: str, commit: str, folder: Path, **renamed: str) -> None:
@@ -118,6 +129,15 @@ class _Handler(BaseHTTPRequestHandler):
         repository = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+)/.+", path)
         if repository and repository[1] in self.state.answers:
             self._answer(*self.state.answers[repository[1]])
+        elif path == "/api/whoami-v2":
+            known = self._may_write()
+            self._json(self.state.whoami if known else {"error": "Invalid credentials"}, 200 if known else 401)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check(?:/write)?", path):
+            if self._files(found[1], "main") is not None:
+                self._json(
+                    {"error": "no write access"} if found[1] in self.state.closed else {},
+                    403 if found[1] in self.state.closed else 200,
+                )
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/([^/]+)", path):
             files = self._files(*found.groups())
             if files is not None:
@@ -183,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "Invalid username or password."}, 401)
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})
+        elif (name := path.removeprefix("/api/models/").rpartition("/preupload")[0]) in self.state.down:
+            self._json({"error": "down"}, 500)
         elif path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"

@@ -28,7 +28,7 @@ ENCODER = Aimv2VisionConfig(22, 13, 2, 2, image_size=42)
 TINY = 1e-12
 """A learning rate that changes no weight of float32: what is logged is of the weights at the start."""
 
-WORDS = ("apple", "bear", "cloud", "door", "eagle", "fish", "grape")
+WORDS = ("apple", "bear", "cloud", "door", "eagle", "fish", "grape", "house")
 
 
 def write_encoder(folder: Path, config: Aimv2VisionConfig = ENCODER, *, seed: int = 3) -> Path:
@@ -193,7 +193,7 @@ def write_captions(folder: Path, *, captions: int = 1, count: int = 7, side: int
 class CaptionWorkshop:
     """A folder with captioned images, and `pretrain` and `lit` on them by the command; equal runs are made once."""
 
-    def __init__(self, folder: Path, *, count: int = len(WORDS)) -> None:
+    def __init__(self, folder: Path, *, count: int = 7) -> None:
         self.folder = folder
         self.encoder = write_encoder(folder / "encoder", Aimv2VisionConfig(22, 13, 1, 2, image_size=15, patch_size=5))
         self.data = {

@@ -55,7 +55,7 @@ def test_each_flag_is_a_keyword():
     parser = argparse.ArgumentParser()
     converter.add_convert(parser)
     flags = vars(parser.parse_args(["--model", "x"]))
-    keywords = set(inspect.signature(convert).parameters) - {"log"}
+    keywords = set(inspect.signature(convert).parameters) - {"log", "on_progress"}
     assert set(flags) == keywords
     assert {name: flags[name] for name in flags if name in MLX_LM and name != "hf_path"} == {
         name: value for name, value in MLX_LM.items() if name != "hf_path"
@@ -76,7 +76,7 @@ def test_each_flag_is_a_keyword():
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
-        ({"calibration": "images", "verify": False}, "--calibration is for the fidelity report"),
+        ({"calibration": "images", "verify": False}, "--calibration is for gptq and for the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
         *(({"upload_repo": name}, "no Hub name of the form owner/name") for name in ("bad/na/me", "-x/y")),
         ({"upload_repo": "somebody/model"}, "nothing can be uploaded while HF_HUB_OFFLINE is set"),
@@ -178,6 +178,7 @@ def test_what_happens_is_said_in_the_words_of_mlx_lm(tmp_path):
         "[INFO] Using dtype: float16",
         "[INFO] Quantizing",
         "[INFO] Quantized model with 9.304 bits per weight.",
+        f"[INFO] {converter.GAIN}",
     ]
     lines.clear()
     convert(folder, tmp_path / "dense", dequantize=True, verify=False, log=lines.append)

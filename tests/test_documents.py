@@ -29,6 +29,7 @@ SMALLER = (
     ),  # a caption's tokenizer is trained
     ("--start encoder --image-size 336", "--start encoder --size tiny.json --image-size 84 --batch-size 4"),
     ("--encoder encoder -o pair", "--encoder encoder -o pair --iters 2 --batch-size 4 --vocab-size 600"),
+    ("--encoder pair -o better-pair", "--encoder pair -o better-pair --iters 2 --batch-size 4"),
 )
 """What a document's training says -> the same in seconds. Everything else runs as it is written."""
 

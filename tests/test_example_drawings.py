@@ -7,6 +7,7 @@ from PIL import Image
 from examples import tsne
 from mlx_aimv2 import plot
 from mlx_aimv2.plot import below, contact_sheet
+from mlx_aimv2.serve import plane
 
 ROWS, COLUMNS, WIDTH = 3, 5, 7
 
@@ -48,25 +49,25 @@ def test_the_plane_keeps_neighbours_together():
     chance = np.random.default_rng(4)
     centres = chance.normal(size=(3, 11)) * 5
     features = np.concatenate([centre + chance.normal(size=(13, 11)) for centre in centres])
-    place = tsne.neighbour_plane(features, neighbours=5)
+    place = plane.neighbour_plane(features, neighbours=5)
     groups = np.repeat(np.arange(3), 13)
     far = np.linalg.norm(place[:, None] - place, axis=2) + 1e9 * np.eye(len(place))
     assert (groups[far.argmin(axis=1)] == groups).all()
-    np.testing.assert_array_equal(place, tsne.neighbour_plane(features, neighbours=5))
+    np.testing.assert_array_equal(place, plane.neighbour_plane(features, neighbours=5))
 
 
 def test_the_perplexity_of_each_feature_is_as_asked():
-    given = tsne._conditional(tokens(), 4.0)
+    given = plane._conditional(tokens(), 4.0)
     perplexity = np.exp(-(given * np.log(np.maximum(given, 1e-300))).sum(axis=1))
     np.testing.assert_allclose(perplexity, 4.0, rtol=1e-6)
 
 
 def test_nearness_is_mutual():
-    near = tsne._nearness(tokens(), 4.0)
+    near = plane._nearness(tokens(), 4.0)
     assert near.sum() == pytest.approx(1)
     np.testing.assert_allclose(near, near.T)
 
 
 def test_two_features_make_no_plane():
     with pytest.raises(ValueError, match="at least 3 features, got 2"):
-        tsne.neighbour_plane(np.ones((2, 5)))
+        plane.neighbour_plane(np.ones((2, 5)))

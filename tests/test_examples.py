@@ -4,17 +4,19 @@ import importlib.util
 import re
 from pathlib import Path
 
-import numpy as np
+import mlx.core as mx
 import pytest
 from PIL import Image
 
-from examples import tsne
-from mlx_aimv2 import bundled
+from mlx_aimv2 import bundled, load
+from mlx_aimv2.serve import plane
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(
     file for file in FOLDER.glob("*.py") if file.stem not in ("demo", "titled", "tsne", "make_scenes", "__init__")
 )
+
+PIXELS = mx.random.normal((1, 84, 84, 3), key=mx.random.key(1))
 
 
 def imported(file: Path):
@@ -66,20 +68,6 @@ def test_a_patch_finds_its_likes(tmp_path, capsys):
         assert image.size == (672, 672)
 
 
-def test_the_page_holds_the_cosines_of_every_pair(tmp_path, capsys):
-    import base64
-    import json
-
-    out = run("click_a_patch", capsys, "--output", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "36 patches to click" in out
-    data = json.loads(re.search(r"^const \{.*\} = (\{.*\});$", page, re.MULTILINE)[1])
-    levels = np.frombuffer(base64.b64decode(data["levels"]), np.uint8).reshape(36, 36)
-    assert (np.diag(levels) == 255).all()
-    assert (levels.min(axis=1) == 0).all()
-    assert "http" not in page
-
-
 def test_converting_to_half_precision_hardly_turns_the_feature(capsys):
     out = run("convert_and_load", capsys, "--dtype", "float16")
     assert 0.999 < float(re.search(r"feature (\d\.\d+)", out)[1]) < 1.0000005
@@ -113,6 +101,34 @@ def test_lora_ends_in_a_score_and_a_fused_checkpoint(tmp_path, capsys, monkeypat
     assert (tmp_path / "head-fused" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_images_are_completed_and_named(tmp_path, capsys):
+    out = run("complete", capsys, "--iters", 2, "--output", tmp_path / "complete.png")
+    assert len(re.findall(r"^seen: .+ is called '", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^never seen: .+ is called '", out, re.MULTILINE)) == 2
+    with Image.open(tmp_path / "complete.png") as image:
+        assert image.width > 3 * 168 and image.height > 4 * 168
+
+
+@pytest.mark.slow
+def test_a_loop_of_ones_own_learns_and_leaves_a_checkpoint(tmp_path, capsys):
+    out = run("own_loop", capsys, "--output", tmp_path / "tuned")
+    first, last = (float(loss) for loss in re.findall(r"loss (\d+\.\d+)", out))
+    assert last < 0.7 * first
+    assert int(re.search(r"(\d+)% of 100 held-out digits", out)[1]) >= 40
+    tuned, before = (
+        load(folder)[0].encode_image(PIXELS) for folder in (tmp_path / "tuned", bundled.emoji_checkpoint())
+    )
+    assert not mx.allclose(tuned, before, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_connected_language_model_learns_the_names_of_images(capsys):
+    out = run("connector", capsys)
+    first, last = (float(loss) for loss in re.findall(r"loss (\d+\.\d+)", out))
+    assert last < 0.5 * first
+
+
 def test_the_demo_fails_where_features_are_wrong(monkeypatch):
     demo = imported(FOLDER / "demo.py")
     names = bundled.emoji_images()
@@ -126,7 +142,7 @@ def test_the_demo_fails_where_features_are_wrong(monkeypatch):
 
 @pytest.mark.slow
 def test_the_demo_replaces_an_earlier_one_and_says_where_everything_lies(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(tsne, "STEPS", 5)
+    monkeypatch.setattr(plane, "STEPS", 5)
     (tmp_path / "emoji-mlx").mkdir()
     (tmp_path / "emoji-mlx" / "old.txt").touch()
     imported(FOLDER / "demo.py").main(["--output", str(tmp_path)])

@@ -257,6 +257,6 @@ def test_the_run_over_all_converts_skips_what_is_there_and_names_what_failed(tmp
     assert json.loads((tmp_path / "out" / "good-fp16" / "config.json").read_text())["torch_dtype"] == "float16"
     every.main(["good", *arguments])
     assert capsys.readouterr().out.splitlines()[1] == f"{tmp_path / 'out' / 'good-fp32'}: is there already"
-    monkeypatch.setattr(every.hub, "upload", lambda folder, repo: f"{repo} from {folder.name}")
+    monkeypatch.setattr(every.hub, "upload", lambda folder, repo, **_: f"{repo} from {folder.name}")
     assert every.main(["good", *arguments, "--upload", "somebody"]) == 0
     assert "is there already, uploaded to somebody/good-fp16 from good-fp16" in capsys.readouterr().out

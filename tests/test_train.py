@@ -319,13 +319,17 @@ def parameters(model):
     return dict(tree_flatten(model.trainable_parameters()))
 
 
+def tenth(step, factor):
+    return mx.array(0.1 * factor)
+
+
 def test_adamw_decays_matrices_alone_takes_each_groups_rate_and_leaves_what_is_frozen():
     model = Two()
     freeze(model, RATES)
     model.update({"a": {"weight": mx.ones((3, 2)), "bias": mx.ones(3)}, "b": {"weight": mx.ones((3, 2))}})
     groups = groups_of(model, RATES)
     assert sorted(groups) == ["a.bias", "a.weight", "b.bias", "b.weight"]
-    optimizer = Optimizer(model, groups, schedule=lambda step: mx.array(0.1), weight_decay=0.5, betas=(0.9, 0.999))
+    optimizer = Optimizer(model, groups, schedule=tenth, weight_decay=0.5, betas=(0.9, 0.999))
     optimizer.update(model, {name: mx.zeros_like(x) for name, x in parameters(model).items()})
     new = parameters(model)
     assert new["a.weight"][0, 0].item() == pytest.approx(0.95)
@@ -338,7 +342,7 @@ def test_adamw_by_groups_is_mlxs_adamw():
     freeze(model, RATES)
     mine, theirs = model, parameters(model)
     groups = groups_of(model, RATES)
-    optimizer = Optimizer(model, groups, schedule=lambda step: mx.array(0.1), weight_decay=0.3, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, groups, schedule=tenth, weight_decay=0.3, betas=(0.9, 0.95))
     others = {
         name: optim.AdamW(
             0.2 if name[0] == "b" else 0.1,
@@ -369,6 +373,15 @@ def test_the_rate_rises_linearly_to_its_peak_and_falls_as_half_a_cosine():
     rates = [rate(mx.array(step)).item() for step in range(10)]
     fallen = [3.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     np.testing.assert_allclose(rates, [3.5, 7.0, *fallen], rtol=100 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_the_rate_falls_to_its_minimum_whatever_the_factor(factor):
+    rate = warm_up_cosine(7.0, steps=10, warm_up=2, min_rate=2.0)
+    rates = [rate(mx.array(step), factor).item() for step in range(11)]
+    peak = 7 * factor
+    fallen = [2 + (peak - 2) * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
+    np.testing.assert_allclose(rates, [peak / 2, peak, *fallen], rtol=100 * np.finfo(np.float32).eps)
 
 
 def test_layers_learn_the_slower_the_nearer_to_the_pixels():

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_aimv2 import layers
 from mlx_aimv2.backend import x86
 from mlx_aimv2.backend.x86 import WIDE_SIGHT, Balance, by_images, columns_first, prepared
 from mlx_aimv2.layers import Block
@@ -21,14 +22,17 @@ from mlx_aimv2.layers import Block
 __all__ = [
     "WIDE_SIGHT",
     "Balance",
+    "attention",
     "by_images",
     "columns_first",
     "compiled",
     "compiles",
     "cross_entropy",
     "packing_streams",
+    "plain_blocks",
     "prepared",
     "run_blocks",
+    "swiglu",
 ]
 
 MAX_TRACES = 16
@@ -39,12 +43,28 @@ def run_blocks(
     blocks: Iterable[Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
 ) -> Iterator[mx.array]:
     """Runs tokens through blocks and yields the output of each: `(B, N, D) -> (B, N, D), …`; as `layers.attention`."""
-    if x86.on_x86_cpu():
-        yield from x86.run_blocks(blocks, x, causal=causal, mask=mask)
-        return
+    run = x86.run_blocks if x86.on_x86_cpu() else plain_blocks
+    return run(blocks, x, causal=causal, mask=mask)
+
+
+def plain_blocks(
+    blocks: Iterable[Block], x: mx.array, *, causal: bool = False, mask: mx.array | None = None
+) -> Iterator[mx.array]:
+    """`run_blocks` by MLX's own operations on any machine."""
     for block in blocks:
         x = block(x, causal=causal, mask=mask)
         yield x
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool) -> mx.array:
+    """`layers.attention`: three `(B, H, N, D/H) -> (B, H, N, D/H)`."""
+    attend = x86.attention if x86.on_x86_cpu() else layers.attention
+    return attend(queries, keys, values, causal=causal)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`layers.swiglu`: two `(B, N, I) -> (B, N, I)`."""
+    return x86.swiglu(gate, up) if x86.on_x86_cpu() else layers.swiglu(gate, up)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ at different revisions.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,9 @@ _NOT_AIMV2 = {
 }
 """Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
 
+GATE, TOKENS = "blocks.{i}.mlp.gate.weight", "token_embed.weight"
+"""Tensors by which an AIMv2 encoder is told from another ViT, and a pair from its vision encoder."""
+
 _GATE = {"blocks.0.mlp.gate.weight": ("intermediate_size", "")}
 _IMAGE_AXES = _GATE | {PATCH_CONV: ("hidden_size", "patch_size", "", "num_channels"), "pos_embed": ("patches", "")}
 # The width is the position table's: unlike the token table it is never packed into integers.
@@ -31,6 +35,9 @@ _TEXT_AXES = _GATE | {"token_embed.weight": ("vocab_size", ""), "pos_embed": ("m
 """Which sizes the axes of the target's tensors are."""
 
 _EMA = re.compile(r"(^|[._])ema([._]|$)")
+
+_LANGUAGE = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|tok_embeddings)\.")
+"""What only a language model has."""
 
 _BESIDE = {
     "a classifier": re.compile(r"^(head|fc)\.(weight|bias)$|(^|\.)classifier\."),
@@ -46,11 +53,12 @@ LONGEST, SHOWN = 120, 5
 """Characters of a tensor's name that an error quotes, and names of those that are left out."""
 
 
-def recognise(shapes: Shapes) -> Match:
+def recognise(shapes: Shapes, chosen: object = None) -> Match:
     """Finds the layout that has most of the tensors: `{source name: shape} -> Match`.
 
-    Raises ValueError with the known layouts and the first foreign names when none has half of an encoder, and with the
-    reason when the encoder has parts that AIMv2 has not.
+    `chosen` is the prefix to take where there are several encoders, None for the only one. Raises ValueError with the
+    known layouts and the first foreign names when none has half of an encoder, with the prefixes when several have one,
+    and with the reason when the encoder has parts that AIMv2 has not.
     """
     patterns = {split_number(name)[0] for name in shapes}
     candidates = [
@@ -58,24 +66,45 @@ def recognise(shapes: Shapes) -> Match:
         for layout in LAYOUTS.values()
         for rows in (layout.vision, layout.pair)
         for prefix in _prefixes(patterns, rows)
-        if _conv_fits(layout, rows, prefix, shapes)
+        if _conv_fits(layout, rows, prefix, shapes) and (rows is layout.vision or _has(TOKENS, rows, prefix, patterns))
     ]
+    if chosen is not None:
+        candidates = [found for found in candidates if found[3] == chosen]
     best = max(candidates, key=lambda found: (found[0], not _EMA.search(found[3])), default=(0, None, (), ""))
     matched, layout, rows, prefix = best
     if layout is None or 2 * matched < sum(len(row.sources) for row in rows if "head." not in row.target):
         first = ", ".join(sorted(shapes)[:5]) or "none at all"
         raise ValueError(
             f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}"
-            f"{_foreign_parts(shapes)}"
+            f"{'' if chosen is None else f' (config.json says encoder_prefix: {chosen!r:.80})'}{_foreign_parts(shapes)}"
         )
-    copies = sorted({other[3] for other in candidates if other[0] == matched and not _EMA.search(other[3])})
-    if len(copies) > 1:
-        raise ValueError(f"it holds the encoder more than once, as {' and as '.join(copies)}: leave one of them in it")
-    known = {prefix + name for row in rows for name in row.sources}
-    inside = [name for name in shapes if name.startswith(prefix)]
+    # By the name of its patch convolution, which a pair's rows and those of its vision encoder share.
+    encoders = {
+        conv: at
+        for *_, rows_at, at in candidates
+        if (conv := _has(PATCH_CONV, rows_at, at, patterns)) and _has(GATE, rows_at, at, patterns)
+        if (_EMA.search(at) is None) == (_EMA.search(prefix) is None)
+    }
+    if len(encoders) > 1:
+        names = sorted(encoders.values())
+        raise ValueError(
+            f"it holds the encoder more than once, as {' and as '.join(names)}: leave one of them in it, or choose one "
+            f'in its config.json, as by "encoder_prefix": {json.dumps(names[0])}'
+        )
+    match = Match(layout, rows, prefix)
+    known, rest = {prefix + name for row in rows for name in row.sources}, rest_of(shapes, match)
+    inside = [name for name in shapes if name.startswith(prefix) and name not in rest]
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
         raise ValueError(f"the names are those of the {layout.name} layout{parts}")
-    return Match(layout, rows, prefix)
+    return match
+
+
+def rest_of(names: Iterable[str], match: Match) -> set[str]:
+    """What of a larger model lies beside an encoder that has no prefix: there is a language model, and its parts."""
+    if match.prefix or not any(map(_LANGUAGE.search, names)):
+        return set()
+    own = {name.partition(".")[0] for row in match.rows for name in row.sources}
+    return {name for name in names if name.partition(".")[0] not in own}
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
@@ -114,6 +143,7 @@ def beside(shapes: Shapes, match: Match) -> tuple[set[str], list[str]]:
     found = {
         what: [own for own in shapes if name.search(own.removeprefix(match.prefix))] for what, name in _BESIDE.items()
     }
+    found["the rest of a larger model"] = sorted(rest_of(shapes, match))
     lines = [
         f"{what} is left out ({listed(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if names[SHOWN:] else ''})"
         for what, names in found.items()
@@ -183,6 +213,12 @@ def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
     anchors = [row.sources[0] for row in rows if row.target.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
     ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
     return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
+
+
+def _has(target: str, rows: tuple[Row, ...], prefix: str, patterns: set[str]) -> str:
+    """The name of the first tensor that ends so in the target, where it is there, else nothing."""
+    source = next(prefix + row.sources[0] for row in rows if row.target.endswith(target))
+    return source if source in patterns else ""
 
 
 def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shapes) -> bool:

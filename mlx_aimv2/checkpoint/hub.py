@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import shlex
 import socket
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -77,29 +78,57 @@ def is_in_cache(repo: str, *, revision: str | None) -> bool:
 
 
 def check_upload(repo: str) -> None:
-    """Raises ValueError for what is no name of a repository, ConnectionError when the Hub may not be asked."""
-    from huggingface_hub import constants
+    """Asks the Hub whether this machine's token may write to a repository, which need not be there yet.
+
+    Raises ValueError for what is no name of the form owner/name, PermissionError where the token is missing, unknown or
+    may not write there, ConnectionError when the Hub may not be asked or does not answer.
+    """
+    from huggingface_hub import HfApi, constants, errors, get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     with _one_line(repo, "", ""):
         validate_repo_id(repo)
+    owner, slash, _ = repo.partition("/")
+    if not slash:
+        raise ValueError(f"{repo}: no Hub name of the form owner/name: put your name or an organisation's in front")
     _check_settings()
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(f"{repo}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise PermissionError(f"{repo}: an upload needs a token that may write: run hf auth login, or set HF_TOKEN")
+    with _one_line(repo, "", "the Hub was asked in vain; run it again"):
+        about = HfApi().whoami()
+        with contextlib.suppress(errors.RepositoryNotFoundError, TypeError):  # older releases cannot ask for writing
+            HfApi().auth_check(repo, write=True)
+    owners = [about["name"], *(one["name"] for one in about.get("orgs", ()) if one.get("roleInOrg") != "read")]
+    if owner.casefold() not in map(str.casefold, owners):
+        raise PermissionError(f"{repo}: the token is {about['name']}'s, who may write to {', '.join(owners)} alone")
+    if about.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PermissionError(f"{repo}: the token may only read: make one that may write, and set HF_TOKEN to it")
 
 
-def upload(folder: Path, repo: str) -> str:
-    """Publishes every file of a folder as a repository of that name, made if need be: `folder, name -> its address`.
+def upload(folder: Path, repo: str, *, patterns: Iterable[str]) -> str:
+    """Publishes those files of a folder that match as a repository, made if need be: `folder, name -> its address`.
 
-    Needs a token that may write (HF_TOKEN, or a login stored by `hf auth login`). Raises PermissionError without one.
+    Needs a token that may write (`check_upload`). What broke off is taken up after the last file that came whole. An
+    error, PermissionError or ConnectionError, ends in the command that does so.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _one_line(repo, "", "the upload broke off; run it again"):
-        address = str(api.create_repo(repo, exist_ok=True))
-        # Not upload_large_folder, which newer releases of huggingface_hub have folded into this.
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload an MLX folder with mlx-aimv2")
+    try:
+        with _one_line(repo, "", "the upload broke off"):
+            address = str(api.create_repo(repo, exist_ok=True))
+            # Not upload_large_folder, which newer releases of huggingface_hub have folded into this.
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                allow_patterns=list(patterns),
+                commit_message="Upload a folder written by mlx-aimv2",
+            )
+    except OSError as error:
+        command = shlex.join(["mlx-aimv2", "upload", str(folder), repo])
+        raise type(error)(f"{error}; {folder} is whole: go on with {command}") from None
     return address
 
 

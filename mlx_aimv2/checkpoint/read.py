@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_aimv2.checkpoint.detect import listed, recognise
+from mlx_aimv2.checkpoint.detect import listed, recognise, rest_of
 from mlx_aimv2.config import DTYPES, RELEASED, Released, dtype_name, near_release
 from mlx_aimv2.files import check_link, expand_user, read_json, read_text
 
@@ -47,6 +46,9 @@ AUXILIARY_FILES = (
     "ACKNOWLEDGEMENTS*",
 )
 """Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
+
+WHOLE = "save(model, processor, FOLDER) writes a whole checkpoint, model.save_weights the weights alone"
+"""What to do where sizes are missing beside weights."""
 
 HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
 """What is fetched from the Hub before the weights, whose files it names."""
@@ -106,14 +108,19 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
             announce(repo, revision=commit, names=names)
             download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
 
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     try:
-        files = [path] if path.is_file() else _weight_files(folder, index, fetch)
+        files = [path] if path.is_file() else _weight_files(folder, index, fetch, config.get("encoder_prefix"))
+    except ValueError as error:
+        raise ValueError(f"{f'{repo} at {commit}' if repo else folder}: {error}") from None
     except FileNotFoundError as error:
         if repo is None:
             raise
         reason = str(error).removeprefix(f"{path}: ")
         raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
-    config = read_json(folder / CONFIG_FILE)
+    if not os.path.lexists(folder / CONFIG_FILE):
+        raise FileNotFoundError(f"{files[0]}: no {CONFIG_FILE} beside it; {WHOLE}")
+    config = config or read_json(folder / CONFIG_FILE)
     for file in files:
         _check_safetensors(file)
     tensors = read_tensors(files)
@@ -145,7 +152,9 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
 
     path = expand_user(path_or_hf_repo)
     if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        raise ValueError(f"{path}: not a weight file; wanted {', '.join(WEIGHT_SUFFIXES)}, or a checkpoint's folder")
+        more = f"; {WHOLE}" if path.suffix == ".npz" else ""
+        wanted = ", ".join(WEIGHT_SUFFIXES)
+        raise ValueError(f"{path}: not a weight file; wanted {wanted}, or a checkpoint's folder{more}")
     if path.exists():
         if revision is not None:
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
@@ -187,15 +196,22 @@ def _in_cache(path: Path) -> Path:
 
 
 def _weight_files(
-    folder: Path, index: tuple[Path, Mapping[str, str]] | None, fetch: Callable[[Sequence[str]], None]
+    folder: Path,
+    index: tuple[Path, Mapping[str, str]] | None,
+    fetch: Callable[[Sequence[str]], None],
+    chosen: object = None,
 ) -> list[Path]:
-    """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here."""
+    """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here.
+
+    Raises ValueError where the names in a list of shards are not those of one encoder: before any shard is fetched.
+    """
     if index is not None:
         list_file, weight_map = index
-        prefix = ""
-        with suppress(ValueError):  # said better once the shapes are known: all shards if no encoder is recognised
-            prefix = recognise(dict.fromkeys(weight_map, ())).prefix
-        needed = sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
+        match = recognise(dict.fromkeys(weight_map, ()), chosen)
+        rest = rest_of(weight_map, match)
+        needed = sorted(
+            {file for name, file in weight_map.items() if name.startswith(match.prefix) and name not in rest}
+        )
         fetch(needed)
         for name in needed:
             check_link(folder / name)
@@ -209,7 +225,9 @@ def _weight_files(
             return [folder / name]
     if any(folder.glob("model-*-of-*.safetensors")):
         raise FileNotFoundError(f"{folder}: has shards but no {INDEX_FILE} that lists them")
-    raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}")
+    stray = sorted(file.name for kind in ("*.safetensors", "*.npz") for file in folder.glob(kind))
+    what = f"; {stray[0]} is none of them: {WHOLE}" if stray else ""
+    raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}{what}")
 
 
 def _read_index(folder: Path) -> tuple[Path, Mapping[str, str]] | None:

@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,10 +16,10 @@ from mlx.utils import tree_flatten
 
 from mlx_aimv2 import __version__
 from mlx_aimv2.backend.device import advice, cpu_count, machine, mlx_build
-from mlx_aimv2.cli.flags import MODEL, add_revision
+from mlx_aimv2.cli.flags import MODEL, add_image_size, add_revision
 from mlx_aimv2.cli.output import aligned, log
 from mlx_aimv2.config import DTYPES, Aimv2VisionConfig, dtype_name, released
-from mlx_aimv2.loading import NATIVE, parse_dtype, read_source
+from mlx_aimv2.loading import NATIVE, parse_dtype, pixels_for, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
 MAX_COUNT = 4096
@@ -61,7 +62,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     dtypes = f"{', '.join(DTYPES)} (default: float32 on a CPU, else both halves)"
     add("--dtype", nargs="+", choices=DTYPES, metavar="NAME", help=dtypes)
     add("--batch", nargs="+", type=_count, default=[1, 4], metavar="N", help="images at once (default: 1 4)")
-    add("--side", type=_count, metavar="N", help=f"native checkpoints: pixels of a side (default: {NATIVE})")
+    add_image_size(add, f"the checkpoint's, native {NATIVE}")
     add("--runs", type=_count, default=7, metavar="N", help="runs of each measurement (default: %(default)s)")
     add("--keep-quantized", action="store_true", help="time quantized weights packed, too, not only made dense")
 
@@ -72,7 +73,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
     size = released(arguments.random) if arguments.random else None
-    source = None if size else read_source(arguments.model, revision=arguments.revision)
+    side = arguments.image_size
+    source = None if size else read_source(arguments.model, revision=arguments.revision, image_size=side)
+    config = size.config.vision if size else Aimv2VisionConfig()
+    if size and side is not None:
+        side = pixels_for(config, side)
+        config = replace(config, image_size=config.image_size and side)
     name = arguments.model or f"random {arguments.random}"
     if arguments.keep_quantized and (source is None or source.quantization is None):
         raise ValueError(f"--keep-quantized needs quantized weights, {name} holds dense ones; leave it out")
@@ -83,11 +89,11 @@ def run_bench(arguments: argparse.Namespace) -> int:
     for dtype, weights in itertools.product(arguments.dtype or DEFAULT_DTYPES[on.kind], kinds):
         if source is not None:
             model = source.reopened().load(dtype=dtype, keep_quantized=weights == "packed").model.vision
-        elif size is not None:
-            model = random_model(size.config.vision, parse_dtype(dtype))
+        else:
+            model = random_model(config, parse_dtype(dtype))
         for batch in arguments.batch:
             log(f"measuring: {dtype} {weights}, batch {batch}")
-            pixels = random_pixels(model.config, batch=batch, side=arguments.side)
+            pixels = random_pixels(model.config, batch=batch, side=side)
             found["speed"].append({"weights": weights} | measure_speed(model, pixels, runs=arguments.runs))
     print(json.dumps(found) if arguments.json else table(found))
     return 0

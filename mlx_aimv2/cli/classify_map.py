@@ -54,6 +54,7 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", default=LIT_CHECKPOINT, metavar="MODEL", help=words)
     flags.add_revision(add)
     flags.add_dtype(add)
+    flags.add_image_size(add)
 
     flags.add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
@@ -74,7 +75,8 @@ def run_classify(arguments: argparse.Namespace) -> int:
     names = (os.path.abspath(expand_user(name)) for name in arguments.images)  # noqa: PTH100 - as the listing's
     given = {path: number for number, path in enumerate(dict.fromkeys(names))}
     images.sort(key=lambda path: given.get(path, len(given)))  # what has a name: as it was given
-    model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
+    keywords = {name: getattr(arguments, name) for name in ("revision", "dtype", "image_size")}
+    model, processor = load(arguments.model, **keywords)
     classifier = ZeroShotClassifier(model, processor, labels, templates=templates)
     with progress() as on_progress:
         for done, result in enumerate(classifier.each(images, policy=policy)):
@@ -116,6 +118,7 @@ def add_map(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", required=True, metavar="MODEL", help=flags.MODEL)
     flags.add_revision(add)
     flags.add_dtype(add)
+    flags.add_image_size(add)
 
     add = parser.add_argument_group("what is drawn").add_argument
     words = "how similar patches are to this one, 0,0 at the top left (default: three principal components as colours)"
@@ -145,7 +148,8 @@ def run_map(arguments: argparse.Namespace) -> int:
             if target.exists() or target.is_symlink() or target.parent.is_dir():  # else the folder is made later
                 options = {"overwrite": arguments.overwrite, "inputs": files}
                 check_file(target, option="--output", is_own=lambda head: own in head, **options)
-        model, processor = load(arguments.model, revision=arguments.revision, dtype=arguments.dtype)
+        keywords = {name: getattr(arguments, name) for name in ("revision", "dtype", "image_size")}
+        model, processor = load(arguments.model, **keywords)
         decoder = Decoder(processor, max_patches=arguments.max_patches, policy=policy)
         mark = PngInfo()
         mark.add_text("Software", SOFTWARE)

@@ -31,11 +31,13 @@ VERBS = {
     "duplicates": ("use", "INDEX", "list images that an index has more than once; nothing is deleted"),
     "classify": ("use", "IMAGE...", "rank your labels by how well they fit each image"),
     "map": ("use", "IMAGE... -m MODEL", "draw features of images: a colour for each patch, or how similar patches are"),
+    "serve": ("use", "(INDEX | -m MODEL)", "open a page to search, look and teach, with an API for programs"),
     "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
     "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
     "export": ("convert", "-m MODEL -o FILE", "write an encoder for programs in Swift and C++, or for Core ML"),
     "fuse": ("convert", "--adapter-path HEAD", "merge adapters into the encoder"),
+    "upload": ("convert", "FOLDER OWNER/NAME", "publish a converted folder on the Hugging Face Hub"),
     "fit": ("learn", "DATA -m MODEL -o HEAD", "learn your labels from a folder of images"),
     "predict": ("learn", "HEAD IMAGE...", "predict labels, masks or boxes for images"),
     "evaluate": ("learn", "HEAD DATA", "score a trained head on labelled images"),
@@ -53,11 +55,13 @@ EXAMPLES = {
     "duplicates": "photos.db --html duplicates.html --open",
     "classify": 'cat.jpg dog.jpg --labels cat,dog,fox --template "a photo of a {}"',
     "map": "photo.jpg -m apple/aimv2-large-patch14-native --patch 9,12",
+    "serve": "photos.db",
     "info": "photos.db",
     "convert": f"--hf-path {LARGE} --mlx-path large-4bit -q",
     "compare": f"{LARGE} large-4bit --images ~/Pictures",
     "export": f"-m {LARGE} -o encoder.mlxfn --input uint8",
     "fuse": "--adapter-path my-labels --save-path my-encoder",
+    "upload": "large-4bit my-name/aimv2-large-4bit",
     "fit": f"photos/ -m {LARGE} -o my-labels",
     "predict": "my-labels new.jpg",
     "evaluate": "my-labels held-out/",
@@ -68,8 +72,8 @@ EXAMPLES = {
 """Verb -> what its help begins with."""
 
 FILES = (
-    "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export",
-    "pretrain_lit",
+    "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export_upload",
+    "pretrain_lit", "serve",
 )  # fmt: skip
 """The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
 

@@ -39,6 +39,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", metavar="MODEL", help=flags.OF_INDEX)
     flags.add_revision(add)
     flags.add_dtype(add, f"the index's own, else {AUTO}")
+    flags.add_image_size(add, "the index's own, else the checkpoint's")
 
     add = parser.add_argument_group("what is stored of an image").add_argument
     words = "mean or head, or all: tokens, map (default: head if there is one, else mean)"

@@ -39,6 +39,12 @@ def add_dtype(add: Add, own: str | None = None) -> None:
     add("--dtype", choices=(*DTYPES, AUTO), default=None if own else AUTO, metavar="NAME", help=words)
 
 
+def add_image_size(add: Add, default: str = "the checkpoint's") -> None:
+    """Adds --image-size; `default` says what None means."""
+    words = f"pixels a side, the positions resampled (default: {default})"
+    add("--image-size", type=int, metavar="N", help=words)
+
+
 def add_resume(add: Add) -> None:
     """Adds --resume."""
     add("--resume", action="store_true", help="go on with a run that was stopped")

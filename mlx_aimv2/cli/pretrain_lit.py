@@ -49,10 +49,9 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
         decoder=replace(decoder, vocab_size=arguments.vocab_size),
         augmentation=settings_of(Augmentation, arguments),
     )
-    data, shared = _shared(arguments)
-    validation = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None
+    data, tokenizer, shared = _shared(arguments)
     begin("training")
-    pretrain(data, arguments.output, settings=settings, validation=validation, **shared)
+    pretrain(data, arguments.output, settings=settings, tokenizer=tokenizer, **shared)
     show(str(arguments.output))
     return 0
 
@@ -74,7 +73,9 @@ def sizes(size: str) -> tuple[Aimv2VisionConfig, DecoderConfig]:
 def add_lit(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "data", "model", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
-    add["model"]("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder: {MODEL}")
+    add["data"]("--validation", metavar="DATA", help="held-out data: recall is reported, and the best pair kept")
+    add["model"]("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder, or a pair: {MODEL}")
+    add["model"]("--from-scratch", action="store_true", help="start the text side at random, that of a pair too")
     words = "config.json with text_config and projection_dim (default: Apple's LiT)"
     add["model"]("--config", metavar="FILE", help=words)
     add_settings(add, LitSettings, Augmentation)
@@ -91,12 +92,18 @@ def run_lit(arguments: argparse.Namespace) -> int:
         projection_dim=config.projection_dim,
         augmentation=settings_of(Augmentation, arguments),
     )
-    data, shared = _shared(arguments)
+    data, tokenizer, shared = _shared(arguments)
     model, processor = load(arguments.encoder, dtype="float32")
-    if model.vision is not model:
-        say(f"note: of the pair {arguments.encoder} the image encoder alone is used; its text encoder is trained anew")
+    if arguments.from_scratch or model.vision is model:
+        model, processor.tokenizer = model.vision, tokenizer
+    elif idle := [name for name in ("config", "tokenizer") if getattr(arguments, name) is not None]:
+        raise ValueError(f"--{idle[0]} would change nothing of the pair {arguments.encoder}: add --from-scratch")
+    elif processor.tokenizer is None:
+        raise ValueError(f"{arguments.encoder} has no tokenizer for its text side: add --from-scratch")
+    else:
+        say(f"note: starts from the text side of {arguments.encoder} (--from-scratch starts at random)")
     begin("training")
-    lit(data, model.vision, processor, arguments.output, settings=settings, **shared)
+    lit(data, model, processor, arguments.output, settings=settings, **shared)
     show(str(arguments.output))
     return 0
 
@@ -115,9 +122,10 @@ def _add_captions(add: Mapping[str, Add]) -> None:
     add_resume(add["run"])
 
 
-def _shared(arguments: argparse.Namespace) -> tuple[Data, dict[str, Any]]:
-    """The data, and the keywords that `pretrain` and `lit` share."""
+def _shared(arguments: argparse.Namespace) -> tuple[Data, Tokenizer | None, dict[str, Any]]:
+    """The data, the tokenizer that is given, and the keywords that `pretrain` and `lit` share."""
     begin("scanning")
     data = open_data(arguments.data, skip_broken=arguments.skip_broken)
+    held_out = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None
     tokenizer = Tokenizer.from_folder(Path(arguments.tokenizer)) if arguments.tokenizer else None
-    return data, {"tokenizer": tokenizer, "resume": arguments.resume, "report": say}
+    return data, tokenizer, {"validation": held_out, "resume": arguments.resume, "report": say}

@@ -7,10 +7,12 @@ needs the memory of one block, and the two are never in memory together.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,10 +24,10 @@ from numpy.typing import NDArray
 
 from mlx_aimv2 import __version__, bundled
 from mlx_aimv2.backend import run_blocks
-from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT, TF32, may_use_tf32, turn_tf32_off
+from mlx_aimv2.backend.device import FLOAT16_LARGEST, HEADROOM, REPORT, TF32, may_use_tf32, slow_here, turn_tf32_off
 from mlx_aimv2.config import dtype_name, megabytes
 from mlx_aimv2.images.find import list_images
-from mlx_aimv2.loading import Source, read_source
+from mlx_aimv2.loading import Source, read_source, resample_positions
 from mlx_aimv2.model import Aimv2Model, Aimv2TextModel, Aimv2VisionModel, unit_length
 
 if TYPE_CHECKING:
@@ -45,16 +47,25 @@ TEXTS = (
 )
 """What a LiT model's text encoder is run on."""
 
+NEAREST = 10
+"""How many of the other images are nearest to one, for the overlap of both models' searches."""
+
 Floats: TypeAlias = NDArray[np.float64]
+OnProgress: TypeAlias = Callable[[int, int, str], None]
+
+
+def _in_silence(done: int, total: int, unit: str) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True)
 class BlockwiseRun:
     """The features and the range of activations of one model.
 
-    `tokens` one (N, D) for each image, after the final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image`
-    gives them; `text_vectors` (T, E) and `logits` (B, T) for LiT alone. `peaks` the largest absolute value of each
-    block's output, or of everything between its layers too. `stored_bytes` of all tensors on disk.
+    `dtype` is that of the weights and `computed_in` that of the pass. `tokens` one (N, D) for each image, after the
+    final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image` gives them; `text_vectors` (T, E) and `logits`
+    (B, T) for LiT alone. `peaks` the largest absolute value of each block's output, or of everything between its layers
+    too. `stored_bytes` of all tensors on disk.
     """
 
     name: str
@@ -66,6 +77,7 @@ class BlockwiseRun:
     peaks: dict[str, float]
     text_vectors: Floats | None = None
     logits: Floats | None = None
+    computed_in: str = "float32"
 
 
 def compare(
@@ -75,31 +87,74 @@ def compare(
     images: Sequence[str | os.PathLike[str]] | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    image_size: int | None = None,
+    on_progress: OnProgress = _in_silence,
 ) -> dict[str, Any]:
     """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
-    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` the other's. Neither model is
-    ever in memory as a whole. TensorFloat32 is turned off for the whole process, or the report says that it may be on
-    (`turn_tf32_off`). Raises ValueError where the two give features of different shapes.
+    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` and `image_size` the other's.
+    It is computed in `dtype`; None is its own, except on a CPU (`run_other`). Tokens of another grid than the
+    reference's are resampled to it as positions are. Neither model is ever in memory as a whole. `on_progress` takes
+    how many blocks are done, how many there are, and what they are. TensorFloat32 is turned off for the whole process,
+    or the report says that it may be on (`turn_tf32_off`). Raises ValueError where the two give features of different
+    shapes.
     """
     turn_tf32_off()
     images = images if images is not None else choose_images(None)
-    run = run_reference(read_source(reference, revision=revision), images)
-    return report(run, run_blockwise(read_source(other), images, dtype=dtype), images)
+    source, judged = read_source(reference, revision=revision), read_source(other, image_size=image_size)
+    visions = [one.config.vision for one in (judged, source)]
+    sides = [math.isqrt(one.num_patches or 0) for one in visions]
+    if image_size is not None and not all(sides):
+        raise ValueError("image_size is compared with the checkpoint's own size, a native one has none: leave it out")
+    run = run_reference(source, images, on_progress=on_progress)
+    found = run_other(judged, images, run, dtype=dtype, on_progress=on_progress)
+    # Of a native checkpoint every image has a grid of its own.
+    if sides[0] == sides[1] or not all(sides) or visions[0].hidden_size != visions[1].hidden_size:
+        return report(run, found, images)
+    grids = [(side, side) for side in sides]
+    tokens = [_float64(resample_positions(mx.array(one, mx.float32), *grids)) for one in found.tokens]
+    compared = report(run, replace(found, tokens=tokens), images)
+    compared["warnings"].append(
+        f"tokens of {sides[0]}x{sides[0]} patches were resampled to the reference's {sides[1]}x{sides[1]}"
+    )
+    return compared
 
 
-def run_reference(source: Source, images: Sequence[str | os.PathLike[str]]) -> BlockwiseRun:
+def run_reference(
+    source: Source, images: Sequence[str | os.PathLike[str]], *, on_progress: OnProgress = _in_silence
+) -> BlockwiseRun:
     """Runs the reference in float32, using up its weights.
 
     Raises ValueError, with the first block where it happens, for NaN or infinity.
     """
-    run = run_blockwise(source, images, dtype="float32", inside=True)
+    run = run_blockwise(source, images, dtype="float32", inside=True, on_progress=on_progress)
     if damaged := [block for block, peak in run.peaks.items() if not np.isfinite(peak)]:
         raise ValueError(
             f"{run.name}: {damaged[0]} gives numbers that are not finite even in float32: "
             "its weights are damaged (NaN, infinite or huge); fetch them again"
         )
     return run
+
+
+def run_other(
+    source: Source,
+    images: Sequence[str | os.PathLike[str]],
+    reference: BlockwiseRun,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    name: str | None = None,
+    on_progress: OnProgress = _in_silence,
+) -> BlockwiseRun:
+    """Runs the model that is compared with a reference, using up its weights, in `dtype` or its own.
+
+    A CPU takes about nine times as long in halves, so there it computes halves in float32, unless the reference's
+    activations may leave float16.
+    """
+    own = source.dtype
+    is_safe = own != mx.float16 or max(reference.peaks.values()) * HEADROOM <= FLOAT16_LARGEST
+    computed = "float32" if dtype is None and slow_here(own) and is_safe else dtype
+    run = run_blockwise(source, images, dtype=computed, name=name, on_progress=on_progress)
+    return run if dtype is not None else replace(run, dtype=dtype_name(own))
 
 
 def run_blockwise(
@@ -109,6 +164,7 @@ def run_blockwise(
     dtype: str | mx.Dtype | None = None,
     inside: bool = False,
     name: str | None = None,
+    on_progress: OnProgress = _in_silence,
 ) -> BlockwiseRun:
     """Runs a checkpoint on images, using up its weights: `Source, B images -> BlockwiseRun`.
 
@@ -117,12 +173,15 @@ def run_blockwise(
     """
     stored_bytes, parameters = source.stored_bytes, source.parameters
     name = name or source.origin.repo or source.origin.folder.resolve().name
+    unit = f"blocks of {name}"
     loaded = source.load(dtype=dtype, lazy=True)
     model, processor = loaded.model, loaded.processor
     peaks: dict[str, float] = {}
+    blocks = len(model.vision.blocks) + (len(model.text_model.blocks) if isinstance(model, Aimv2Model) else 0)
+    run = partial(_run_encoder, peaks=peaks, inside=inside, on_block=lambda: on_progress(len(peaks), blocks, unit))
     vision, prefix = model.vision, "vision_model." if isinstance(model, Aimv2Model) else ""
     states = [vision.embed(processor(os.fspath(image))) for image in images]
-    states = _run_encoder(vision, states, peaks, inside=inside, prefix=prefix)
+    states = run(vision, states, prefix=prefix)
     text_vectors = logits = None
     if not isinstance(model, Aimv2Model):  # the vectors are those of `encode_image`
         vectors = mx.concatenate([state.astype(mx.float32).mean(axis=1) for state in states])
@@ -130,27 +189,30 @@ def run_blockwise(
         vectors = mx.concatenate([model.visual_projection(vision.head(state)) for state in states])
         ids = text_ids(model, processor)
         text = model.text_model
-        texts = _run_encoder(text, [text.embed(row) for row in ids], peaks, inside=inside, prefix="text_model.")
+        texts = run(text, [text.embed(row) for row in ids], prefix="text_model.")
         # Nothing is padded, so EOS is the last token.
         embeds = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
         logits = _float64(model.logits(unit_length(vectors), unit_length(embeds)))
         text_vectors = _float64(embeds)
     tokens, kind = [_float64(state[0]) for state in states], dtype_name(model.dtype)
-    return BlockwiseRun(name, kind, parameters, stored_bytes, tokens, _float64(vectors), peaks, text_vectors, logits)
+    found = (tokens, _float64(vectors), peaks, text_vectors, logits)
+    return BlockwiseRun(name, kind, parameters, stored_bytes, *found, computed_in=kind)
 
 
 def _run_encoder(
     encoder: Aimv2VisionModel | Aimv2TextModel,
     states: list[mx.array],
-    peaks: dict[str, float],
     *,
+    peaks: dict[str, float],
     inside: bool,
     prefix: str,
+    on_block: Callable[[], None],
 ) -> list[mx.array]:
     """Runs embedded inputs through an encoder and its final norm, freeing each block: `[(1, N, D), …] -> the same`.
 
     The encoder's blocks are removed. `peaks` gets the largest absolute value of each block.
     """
+    on_block()
     causal = isinstance(encoder, Aimv2TextModel)
     mx.eval(states)
     for i, block in enumerate(encoder.blocks):
@@ -167,6 +229,7 @@ def _run_encoder(
         encoder.blocks[i] = nn.Identity()
         del block
         mx.clear_cache()
+        on_block()
     return [encoder.norm(state) for state in states]
 
 
@@ -194,7 +257,10 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
         "tokens": len(tokens),
         "token_cosine": _spread(tokens),
         "image_cosine": _spread(cosines(reference.vectors, other.vectors)),
+        "computed_in": other.computed_in,
     }
+    if len(images) > NEAREST:
+        found["nearest_in_common"] = nearest_in_common(reference.vectors, other.vectors)
     if reference.text_vectors is not None and other.text_vectors is not None:
         found["text_cosine"] = _spread(cosines(reference.text_vectors, other.text_vectors))
         found["largest_logit_difference"] = _finite(np.abs(reference.logits - other.logits).max())  # type: ignore[operator]
@@ -208,7 +274,7 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
     return found
 
 
-def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
+def choose_images(folder: str | os.PathLike[str] | None, *, limit: int | None = MAX_IMAGES) -> list[Path]:
     """The images to compare on: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
     if folder is None:
         return bundled.photographs()
@@ -217,9 +283,12 @@ def choose_images(folder: str | os.PathLike[str] | None) -> list[Path]:
     files = [Path(file) for file in list_images([folder]).files]
     if not files:
         raise FileNotFoundError(f"{folder}: no images in this folder")
-    if len(files) > MAX_IMAGES:
-        files = [files[i * len(files) // MAX_IMAGES] for i in range(MAX_IMAGES)]
-    return files
+    return spread(files, limit or len(files))
+
+
+def spread(files: Sequence[Path], count: int = MAX_IMAGES) -> list[Path]:
+    """So many of the files at most, from all over."""
+    return [files[i * len(files) // count] for i in range(count)] if len(files) > count else list(files)
 
 
 def rows(found: Mapping[str, Any]) -> dict[str, str]:
@@ -232,6 +301,8 @@ def rows(found: Mapping[str, Any]) -> dict[str, str]:
         "token cosine, minimum": f"{token['min']:.6f}",
         "image vector cosine, minimum": f"{image['min']:.6f}",
     }
+    if "nearest_in_common" in found:
+        table[f"{NEAREST} nearest images, the same"] = f"{found['nearest_in_common']:.1%}"
     if "text_cosine" in found:
         table["text vector cosine, minimum"] = f"{found['text_cosine']['min']:.6f}"
         table["largest difference of logits"] = f"{found['largest_logit_difference']:.4g}"
@@ -239,7 +310,9 @@ def rows(found: Mapping[str, Any]) -> dict[str, str]:
         "largest activation": f"{largest['value']:.4g} in {largest['block']} ({limit})",
         "size": f"{megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
         "size of the reference": megabytes(found["reference"]["bytes"]),
-        "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, against float32",
+        **({"method": found["method"]} if "method" in found else {}),
+        "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, in {found['computed_in']}, "
+        "against float32",
     }
 
 
@@ -283,6 +356,17 @@ def _about(run: BlockwiseRun) -> dict[str, Any]:
     bits = round(8 * run.stored_bytes / run.parameters, 4)  # scales included
     sizes = {"parameters": run.parameters, "bytes": run.stored_bytes, "bits_per_weight": bits}
     return {"name": run.name, "dtype": run.dtype} | sizes
+
+
+def nearest_in_common(a: Floats, b: Floats) -> float:
+    """Of the `NEAREST` others nearest to a vector, the share that two models agree on: two `(B, D) -> 0 to 1`."""
+    found = []
+    for vectors in (a, b):
+        unit = np.nan_to_num(vectors) / np.maximum(np.linalg.norm(np.nan_to_num(vectors), axis=1, keepdims=True), 1e-30)
+        scores = unit @ unit.T
+        np.fill_diagonal(scores, -np.inf)
+        found.append(np.argsort(-scores, axis=1, kind="stable")[:, :NEAREST])
+    return float(np.mean([np.isin(*pair).mean() for pair in zip(*found, strict=True)]))
 
 
 def _spread(values: Floats) -> dict[str, float]:

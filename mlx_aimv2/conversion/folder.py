@@ -1,4 +1,4 @@
-"""The folders that conversions and trainings write, for MLX, or for PyTorch in the layouts of transformers and Apple.
+"""The folders that `save`, conversions and trainings write, for MLX or for PyTorch (transformers' layout and Apple's).
 
 Weights in one file or in numbered shards, their index, config.json, and the files that belong beside them. A file is
 written one tensor after another, so that its weights are never in memory together.
@@ -16,22 +16,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from mlx_aimv2.checkpoint.layouts import layout_for
-from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE
-from mlx_aimv2.config import APPLE_NAMES, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig, AnyConfig, dtype_name
-from mlx_aimv2.files import check_size, read_bytes, write_json
-
-if TYPE_CHECKING:
-    from mlx_aimv2.loading import Source
+from mlx_aimv2 import quantize
+from mlx_aimv2.checkpoint.detect import differences
+from mlx_aimv2.checkpoint.layouts import MLX as MLX_LAYOUT
+from mlx_aimv2.checkpoint.layouts import Match, layout_for
+from mlx_aimv2.checkpoint.read import AUXILIARY_FILES, CONFIG_FILE, INDEX_FILE, Checkpoint
+from mlx_aimv2.config import (
+    APPLE_NAMES,
+    DTYPES,
+    Aimv2Config,
+    Aimv2TextConfig,
+    Aimv2VisionConfig,
+    AnyConfig,
+    dtype_name,
+)
+from mlx_aimv2.conversion import model_card
+from mlx_aimv2.files import atomic_folder, check_size, check_target, expand_user, read_bytes, write_json
+from mlx_aimv2.images.preprocessing import is_clips
+from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.loading import AnyModel, Source, build, parameter_shapes
+from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 
 SHARD_BYTES = 5 << 30
 """A file of weights is closed before it passes this size, as mlx-lm does."""
 
 CARD_FILE = "README.md"
+
+BESIDE = tuple(name for name in AUXILIARY_FILES if name != "processor_config.json")
+"""What `save` takes over from the checkpoint, where the processor has not written it."""
 
 WRITTEN = (CONFIG_FILE, INDEX_FILE, "model*.safetensors", CARD_FILE, "fidelity.json", *AUXILIARY_FILES)
 """Files that a converted folder may hold."""
@@ -168,9 +185,12 @@ def save_beside(folder: Path, source: Source) -> None:
 
     Raises FileNotFoundError for a source that is gone.
     """
+    processor = source.processor()
     copy_beside(folder, source, AUXILIARY_FILES)
-    if not (folder / "preprocessor_config.json").is_file():  # timm says in config.json how images are prepared
-        source.processor().save_to(folder)
+    if not (is_said := is_clips(folder, processor.preprocessing)):  # of another size or in another package's words
+        (folder / "processor_config.json").unlink(missing_ok=True)
+    if not (is_said and (folder / "preprocessor_config.json").is_file()):
+        processor.save_to(folder)
 
 
 def copy_beside(folder: Path, source: Source, patterns: Iterable[str]) -> None:
@@ -187,6 +207,75 @@ def copy_beside(folder: Path, source: Source, patterns: Iterable[str]) -> None:
             shutil.copyfile(file, folder / file.name)
     if not (origin / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
         raise FileNotFoundError(f"{origin} vanished while it was read; nothing was written")
+
+
+def save(
+    model: AnyModel,
+    processor: Aimv2Processor,
+    folder: str | os.PathLike[str],
+    *,
+    is_tuned: bool | None = None,
+) -> Path:
+    """Writes a model as it is in memory as an MLX folder, from which `load` gives the same numbers: `-> its path`.
+
+    Weights that were changed are saved so, packed ones stay packed, a resized encoder keeps its size. The tokenizer and
+    the preprocessing are the processor's. Licence and origin come from the checkpoint that was loaded, as long as it is
+    there; the model card says with `is_tuned` whether the weights are still that checkpoint's.
+
+    Raises FileExistsError where `folder` exists, TypeError for arguments of another kind, ValueError for a model that
+    `load` could not give back: with adapters, with weights of several dtypes, or with a processor that is not its own.
+    Nothing stands at `folder` unless it is whole.
+    """
+    for name, value, kinds in (
+        ("model", model, (Aimv2VisionModel, Aimv2Model)),
+        ("processor", processor, (Aimv2Processor,)),
+        ("folder", folder, (str, os.PathLike)),
+    ):
+        if not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"save(model, processor, folder): {name} must be {wanted}, got {type(value).__name__}")
+    target = expand_user(folder)
+    check_target(target)
+    section, match = quantize.section_of(model), layout_for(MLX_LAYOUT, pair=isinstance(model, Aimv2Model))
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    _check_whole(weights, model.config, section, match)
+    config = model.config.to_dict() | {"torch_dtype": dtype_name(model.dtype)}
+    config |= {"quantization": section, "quantization_config": section} if section else {}
+    source = Source(model.origin or Checkpoint(target, target, [], {}, {}), model.config, match, {}, section)
+    with atomic_folder(target) as place:
+        processor.save_to(place)
+        if isinstance(model, Aimv2Model) and processor.tokenizer is not None:
+            processor.tokenizer.save_to(place)
+        try:
+            Aimv2Processor.from_folder(place, config=model.config)
+        except ValueError as error:
+            what = str(error).replace(str(place), str(target)).partition(": mend ")[0]  # not the file is to be mended
+            raise ValueError(f"{what}; save a model with the processor that load gives beside it") from None
+        save_weights(place, sorted(weights.items()), total_parameters=source.parameters)
+        save_config(place, config)
+        try:
+            if model.origin is not None:
+                copy_beside(place, source, BESIDE)
+        except FileNotFoundError:
+            warnings.warn(f"{source.origin} is gone: its licence could not be copied into {target}", stacklevel=2)
+        model_card.write(place, source=source, config=config, report=None, is_tuned=is_tuned)
+    return target
+
+
+def _check_whole(
+    weights: Mapping[str, mx.array], config: AnyConfig, section: Mapping[str, Any] | None, match: Match
+) -> None:
+    """Raises ValueError for weights that `load` would refuse, or make another dtype of."""
+    plain = build(config)
+    quantize.apply_structure(plain, section or {}, weights)
+    if lines := differences(parameter_shapes(plain), {name: array.shape for name, array in weights.items()}, match):
+        has_adapters = any(name.endswith(".lora_a") for name in weights)
+        advice = "; fuse(model) of mlx_aimv2.learn makes adapters part of the weights" if has_adapters else ""
+        raise ValueError(f"the parameters are not those of this model: {'; '.join(lines)}{advice}")
+    dtypes = sorted({dtype_name(one.dtype) for one in weights.values() if mx.issubdtype(one.dtype, mx.floating)})
+    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
+        wanted = f"weights must be of one dtype, {', '.join(DTYPES)}"
+        raise ValueError(f"{wanted}, got {', '.join(dtypes)}: model.set_dtype(mx.float32) makes them so")
 
 
 def is_own(folder: Path) -> bool:

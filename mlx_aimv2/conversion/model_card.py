@@ -71,13 +71,13 @@ def write(
     report: Mapping[str, Any] | None,
     hub_name: str | None = None,
     layout: str | None = None,
-    is_tuned: bool = False,
+    is_tuned: bool | None = False,
 ) -> None:
     """Writes README.md into a converted folder, replacing what was there.
 
     `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
     compared, `hub_name` the repository it will be uploaded to, None for a folder that stays, `layout` that of a PyTorch
-    folder; `is_tuned` says that its weights are not the source's.
+    folder; `is_tuned` says whether its weights are not the source's, None where nobody knows.
     """
     card, origin = source_card(source), source.origin
     name = origin.repo or origin.folder.absolute().name
@@ -87,12 +87,16 @@ def write(
     target = f"a PyTorch folder in the {layout} layout" if layout else "MLX"
     package = "transformers and torch" if layout == "transformers" else "the Python package mlx-aimv2"
     package += ", or Apple's own PyTorch code," if layout == "apple" else ""
-    made = "fine-tuned and converted" if is_tuned else "converted"
+    made = {
+        None: "loaded, perhaps changed, and saved for",
+        True: "fine-tuned and converted to",
+        False: "converted to",
+    }[is_tuned]
     relation = "finetune" if is_tuned else "quantized" if "quantization" in config else None
     parts = [
         front_matter(_head(place, source, card, is_mlx=layout is None, relation=relation)),
         f"# {title}",
-        f"{link}{at}, {made} to {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
+        f"{link}{at}, {made} {target} by mlx-aimv2 {__version__}: {_precision(config)}.",
         f"## Use\n\nWith {package} installed:\n\n```python\n{_snippet(source.config, layout, hub_name)}```",
         _fidelity(report),
         _licence(place, card),

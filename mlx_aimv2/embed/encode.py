@@ -46,6 +46,7 @@ FIELDS: Fields = {
     "layer": (int, NoneType),
     "norm": bool,
     "max_patches": (int, NoneType),
+    "image_size": (int, NoneType),
     "weights": dict,
 }
 """Fields of a description that are used again, and their types."""
@@ -250,13 +251,16 @@ class Settings:
     layer: int | None = None
     norm: bool = False
     max_patches: int | None = None
+    image_size: int | None = None
 
     def filled(self, made: Mapping[str, Any]) -> Settings:
         """These settings and, where they say nothing, those that made an index (`made_by`)."""
-        kept = {name: made[name] for name in ("dtype", "pool", "layer", "norm", "max_patches")}
+        names = ("dtype", "pool", "layer", "norm", "max_patches", "image_size")
+        kept: dict[str, Any] = {name: made.get(name) for name in names}
         if self.model is None:
             kept |= {"model": made["checkpoint"], "revision": made["commit"]}
-        return Settings(**(kept | {name: value for name, value in asdict(self).items() if value not in (None, False)}))
+        given = {name: value for name, value in asdict(self).items() if value is not None and value is not False}
+        return Settings(**(kept | given))
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,8 @@ class Embedder:
     @classmethod
     def load(cls, settings: Settings, policy: Policy = FAST) -> Embedder:
         """Loads the checkpoint. Raises ValueError for settings that it cannot meet."""
-        loaded = read_source(settings.model or "", revision=settings.revision).load(dtype=settings.dtype)
+        source = read_source(settings.model or "", revision=settings.revision, image_size=settings.image_size)
+        loaded = source.load(dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
         return cls(loaded, pooling, settings.max_patches or MAX_PATCHES, policy)
 
@@ -289,6 +294,7 @@ class Embedder:
             "width": self.pooling.width(model),
             "preprocessing": json.loads(json.dumps(asdict(self.loaded.processor.preprocessing))),
             "max_patches": self.max_patches if is_native else None,
+            "image_size": self.loaded.source.image_size,
             "decode": self.policy.decode,
             "weights": fingerprint(model),
             "versions": {
@@ -312,7 +318,7 @@ def made_by(index: Index) -> Description:
         raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
     if made.get("width", index.width) != index.width:
         raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
-    if (name := misfit(made, FIELDS)) is not None:
+    if (name := misfit({"image_size": None, **made}, FIELDS)) is not None:  # earlier releases had the own size alone
         raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
     if misfit(made["weights"], {"digest": str, "sample": list}):
         raise damaged(index.path, "it says nothing of the weights that made it")

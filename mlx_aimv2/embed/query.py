@@ -106,7 +106,7 @@ def query_vectors(
                 f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by "
                 f"words: give an image, or embed with -m {LIT_CHECKPOINT}"
             )
-        embedder = _embedder(index, Settings(model, revision), policy)
+        embedder = embedder_of(index, Settings(model, revision), policy)
         vectors |= {query: _vector(query, embedder) for query in missing}
     return [(query.weight, vector) for query in queries if (vector := vectors[query]) is not None]
 
@@ -121,7 +121,7 @@ def _known(index: Index, image: str | None) -> NDArray[Any] | None:
     return None
 
 
-def _embedder(index: Index, given: Settings, policy: Policy) -> Embedder:
+def embedder_of(index: Index, given: Settings, policy: Policy = FAST) -> Embedder:
     """The model that made the index, or the given one if it is the same."""
     made = made_by(index)
     try:

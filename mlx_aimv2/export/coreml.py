@@ -23,8 +23,8 @@ from mlx_aimv2.learn.classify.head import AttentiveHead, MeanHead
 from mlx_aimv2.model import Aimv2Model
 
 
-def write(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
-    """Writes a package, dense or with the bits that the model keeps: `-> arrays of the outputs' shapes`.
+def write(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, Any]:
+    """Writes a package, dense or with the bits that the model keeps: `-> its description`.
 
     Raises ValueError without coremltools, for several images at once and for a head that is none of a probe's.
     """
@@ -50,7 +50,9 @@ def write(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.arr
         return Network(mb, types, exported).outputs(input)
 
     given = ct.TensorType("input", shape, np.int32) if is_text else ct.ImageType("input", shape)
-    outputs = [mx.zeros(one.shape) for one in program.functions["main"].outputs]
+    names = ("label_probs",) if exported.labels else exported.outputs  # as coremltools calls a classifier's
+    made = program.functions["main"].outputs
+    outputs = {name: mx.zeros(one.shape) for name, one in zip(names, made, strict=True)}
     labels = ct.ClassifierConfig(list(exported.labels), "label", "probabilities") if exported.labels else None
     with redirect_stderr(io.StringIO()):  # bars of coremltools' own
         model = ct.convert(
@@ -61,14 +63,14 @@ def write(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.arr
             compute_precision=ct.precision.FLOAT32,  # that is: as it was built
             skip_model_load=True,
         )
-    found = exported.describe(batches, outputs)
+    found = exported.describe(batches, outputs, device="any")
     source = exported.loaded.source.origin
     licences = [file.read_text("utf-8", "replace") for file in sorted(source.folder.glob("LICENSE*"))]
     model.license = "\n".join(licences) or " ".join(found["license"].values())
     model.short_description = f"AIMv2 encoder {found['checkpoint']}, {', '.join(exported.outputs)}"
     model.author, model.version = found["exported_by"], str(found["commit"])
     model.save(str(path))
-    return outputs
+    return found
 
 
 class Network:
@@ -181,5 +183,6 @@ class Network:
         )
 
     def array(self, values: mx.array, like: Any) -> NDArray[Any]:
-        """Weights as NumPy's, of the dtype of a variable that they meet."""
-        return np.array(values.astype(mx.float32)).astype(self.types.nptype_from_builtin(like.dtype))
+        """Weights as NumPy's, of the dtype of a variable that they meet: a view where it is theirs, 3B has 5.4 GB."""
+        dtype = np.dtype(self.types.nptype_from_builtin(like.dtype)).name
+        return np.asarray(values.astype(getattr(mx, dtype)))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_aimv2 import __version__
-from mlx_aimv2.backend.device import machine
+from mlx_aimv2.backend import plain_blocks
 from mlx_aimv2.config import LIT_CHECKPOINT, Aimv2Config, dtype_name
 from mlx_aimv2.conversion.model_card import LICENCE_KEYS, source_card
 from mlx_aimv2.embed.cache import fingerprint
@@ -22,7 +21,7 @@ from mlx_aimv2.files import expand_user, is_file
 from mlx_aimv2.images.preprocessing import RESAMPLE
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.head_folder import INFO_FILE, load_head
-from mlx_aimv2.loading import LARGEST, NATIVE, Loaded, read_source
+from mlx_aimv2.loading import LARGEST, Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 
 OUTPUTS = {"image": ("image",), "tokens": ("tokens",), "both": ("image", "tokens"), "text": ("text",)}
@@ -73,11 +72,10 @@ class Exported:
     def __call__(self, x: mx.array) -> list[mx.array]:
         model: Any = self.loaded.model
         if (text := self.text) is not None:  # without the checks of the model, which read values
-            states = text.norm(_through(text.blocks, text.embed(x), causal=True))
-            first_eos = mx.argmax(x == text.config.eos_token_id, axis=1)
-            return [model.text_projection(states[mx.arange(x.shape[0]), first_eos])]
+            return [model.text_projection(text.unchecked(x, run=plain_blocks).pooler_output)]
         pixels = self.processor.normalised(x) if self.dtype == "uint8" else x
-        tokens = self.vision.norm(_through(self.vision.blocks, self.vision.embed(pixels)))
+        *_, last = plain_blocks(self.vision.blocks, self.vision.embed(pixels))  # x86's own cannot be exported
+        tokens = self.vision.norm(last)
         if self.head is not None:
             logits = self.head(tokens, self.processor.grid)["logits"].astype(mx.float32)
             return [ANSWERS[self.task][1](logits)]
@@ -87,20 +85,21 @@ class Exported:
             image = tokens.astype(mx.float32).mean(axis=1).astype(tokens.dtype)
         return [{"image": image, "tokens": tokens}[name] for name in self.outputs]
 
-    def describe(self, batches: Sequence[int], outputs: Sequence[mx.array]) -> dict[str, Any]:
-        """What a caller has to know, for JSON; `outputs` are what came out of a call."""
+    def describe(self, batches: Sequence[int], outputs: Mapping[str, mx.array], *, device: str) -> dict[str, Any]:
+        """What a caller has to know, for JSON; `outputs` are what came out of a call on `device`, by name."""
         source, steps = self.loaded.source, self.processor.preprocessing
         card, names = source_card(source), {number: name for name, number in RESAMPLE.items()}
-        shown = zip(self.outputs, outputs, strict=True)
         about = {
             "exported_by": f"mlx-aimv2 {__version__}, MLX {version('mlx')}",
-            "device": machine().kind,
+            "device": device,
             **self.loaded.origin,
             "checkpoint": source.origin.repo or source.origin.folder.absolute().name,
             "fingerprint": fingerprint(self.loaded.model),
             "license": {key: card[key] for key in LICENCE_KEYS if key in card},
             "input": {"dtype": self.dtype, "batches": list(batches), "shape": self.shape},
-            "outputs": [{"name": name, "dtype": dtype_name(x.dtype), "shape": x.shape[1:]} for name, x in shown],
+            "outputs": [
+                {"name": name, "dtype": dtype_name(x.dtype), "shape": x.shape[1:]} for name, x in outputs.items()
+            ],
         }
         if self.text is not None:  # shorter texts are filled with EOS
             return about | {"eos": self.text.config.eos_token_id}
@@ -130,20 +129,18 @@ def prepare(
         outputs = (ANSWERS[task][0],)
         parts: dict[str, Any] = {"head": head.learner.head, "labels": head.classes, "task": task}
         return Exported(head.loaded, head.learner.encoder, head.processor, outputs, INPUTS[input], **parts)
-    source = read_source(model, revision=revision)
-    grid, own_size = size if isinstance(size, tuple) else None, source.config.vision.image_size
+    grid, pixels = (size, None) if isinstance(size, tuple) else (None, size)
+    source = read_source(model, revision=revision, image_size=pixels)
+    own_size = source.config.vision.image_size
     if grid and own_size:
         raise ValueError(f"--grid is for native checkpoints; {source.origin} takes {own_size} pixels: leave it out")
     if output == "text" and not isinstance(source.config, Aimv2Config):
         raise ValueError(f"--output text: {source.origin} has no text encoder; {LIT_CHECKPOINT} has one")
-    loaded = source.load(
-        dtype=dtype,
-        keep_quantized=keep_quantized,
-        image_size=size if isinstance(size, int) else None if own_size or grid else NATIVE,
-    )
-    processor = _for_grid(loaded.processor, grid) if grid else loaded.processor
+    loaded = source.load(dtype=dtype, keep_quantized=keep_quantized)
+    vision, processor = at_size(loaded.model.vision, loaded.processor, pixels)  # native ones: 224 where nothing is said
+    processor = _for_grid(processor, grid) if grid else processor
     dtype_in = "int32" if output == "text" else INPUTS[input]
-    return Exported(loaded, loaded.model.vision, processor, OUTPUTS[output or "image"], dtype_in)
+    return Exported(loaded, vision, processor, OUTPUTS[output or "image"], dtype_in)
 
 
 def _for_grid(processor: Aimv2Processor, grid: tuple[int, ...]) -> Aimv2Processor:
@@ -156,10 +153,3 @@ def _for_grid(processor: Aimv2Processor, grid: tuple[int, ...]) -> Aimv2Processo
     size = (patch * grid[0], patch * grid[1])
     changed.preprocessing = replace(processor.preprocessing, resize=size, crop=size)
     return changed
-
-
-def _through(blocks: Sequence[nn.Module], x: mx.array, *, causal: bool = False) -> mx.array:
-    """Tokens through blocks by the operations of `layers`: those of `backend.x86` cannot be exported."""
-    for block in blocks:
-        x = block(x, causal=causal)
-    return x

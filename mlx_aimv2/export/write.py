@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_aimv2.backend.device import machine
 from mlx_aimv2.conversion.folder import copy_beside
 from mlx_aimv2.export import coreml
 from mlx_aimv2.export.encoder import INPUTS, OUTPUTS, Exported, prepare
@@ -64,16 +65,9 @@ def export(
         revision=revision,
         keep_quantized=for_core_ml,
     )
-    for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
-        mx.eval(module.parameters())
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as place:
-        outputs = WRITERS[target.suffix](exported, place / target.name, batch)
-        described = exported.describe(batch, outputs)
-        if for_core_ml:
-            described["device"] = "any"
-        if for_core_ml and exported.labels:
-            described["outputs"][0]["name"] = "label_probs"  # as coremltools calls a classifier's
+        described = WRITERS[target.suffix](exported, place / target.name, batch)
         write_json(place / f"{target.stem}.json", described)
         copy_beside(place, exported.loaded.source, LICENCES)
         if exported.text is not None and (tokenizer := exported.processor.tokenizer) is not None:
@@ -132,13 +126,15 @@ def _move(place: Path, target: Path) -> None:
         file.rename(path)
 
 
-def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> list[mx.array]:
-    """Writes a function for each batch and runs the smallest: `-> its outputs`.
+def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, Any]:
+    """Writes a function for each batch and runs the smallest: `-> its description`.
 
     The weights must be contiguous, as `load` makes them: of a view MLX writes the bytes without its strides.
 
     Raises OSError for a full disk, RuntimeError where MLX reads other values back.
     """
+    for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
+        mx.eval(module.parameters())
     # Noise, or texts that end at once.
     examples = [mx.random.uniform(0, 255, (batch, *exported.shape), key=mx.random.key(0)) for batch in sorted(batches)]
     if exported.text is not None:
@@ -156,11 +152,11 @@ def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> l
     for one, other in zip(outputs, exported(examples[0]), strict=True):
         if not mx.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):
             raise RuntimeError(f"MLX reads other values from {path.name} than the model's")
-    return outputs
+    return exported.describe(batches, dict(zip(exported.outputs, outputs, strict=True)), device=machine().kind)
 
 
-WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], list[mx.array]]] = {
+WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], dict[str, Any]]] = {
     ".mlxfn": _write_function,
     ".mlpackage": coreml.write,
 }
-"""How a file's name ends -> what writes it: `exported, its path, batches -> outputs for the smallest batch`."""
+"""How a file's name ends -> what writes it: `exported, its path, batches -> what a caller has to know`."""

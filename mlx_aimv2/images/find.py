@@ -178,16 +178,15 @@ def list_images(
     *,
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
-    deep: bool = True,
 ) -> Listing:
     """Finds the images: `one path or several files, folders and patterns -> Listing`.
 
-    Folders are scanned to the bottom, or without `deep` for the files right in them. Of files only names with one of
-    `SUFFIXES` count; skipped are hidden names, the folders of `EXCLUDED_FOLDERS`, those that this package wrote and
-    what `exclude` names; `include` takes all the same what it names (`Rules`). Links to folders come last, so that a
-    folder reached twice is listed under its own name and no circle is scanned. Names that exist are no patterns.
+    Folders are scanned to the bottom. Of files only names with one of `SUFFIXES` count; skipped are hidden names, the
+    folders of `EXCLUDED_FOLDERS`, those that this package wrote and what `exclude` names; `include` takes all the same
+    what it names (`Rules`). Links to folders come last, so that a folder reached twice is listed under its own name and
+    no circle is scanned. Names that exist are no patterns.
     """
-    lister = _Lister(Rules(exclude, include), deep)
+    lister = _Lister(Rules(exclude, include))
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         lister.argument(os.fspath(path))
     return lister.finish()
@@ -262,7 +261,9 @@ class Scan:
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
         """Notes the images in a folder that a file does not list, where `names` are those that it does."""
         self.was_read(folder, file.suffix)
-        self.note(sorted(set(self.images(folder)).difference(names)), f"is not listed in {file.name}: skipped")
+        listed = set(map(os.path.normpath, names))
+        others = [image for image in self.images(folder) if os.path.normpath(image) not in listed]
+        self.note(others, f"is not listed in {file.name}: skipped")
 
     def text(self, file: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
         """The content of a UTF-8 file; of one that cannot be read "" and a fault, so that others are told with it."""
@@ -299,7 +300,9 @@ class Scan:
 
     def _listing(self, folder: Path, *, deep: bool) -> Listing:
         if (folder, deep) not in self._listings:
-            listing = self._listings[folder, deep] = list_images(folder, deep=deep)
+            lister = _Lister(Rules(), deep, every_name=True)  # what belongs to a file goes by its name
+            lister.argument(str(folder))
+            listing = self._listings[folder, deep] = lister.finish()
             start = len(os.path.normpath(folder.absolute()))
             for names in (listing.files, listing.folders):
                 names[:] = [f"{folder}{name[start:]}" for name in names]
@@ -317,10 +320,11 @@ _Folder: TypeAlias = tuple[str, os.stat_result, str]
 
 @dataclass
 class _Lister:
-    """The state of one listing."""
+    """The state of one listing: of folders to the bottom if `deep`, of files by one name each or by `every_name`."""
 
     rules: Rules
-    deep: bool
+    deep: bool = True
+    every_name: bool = False
     found: Listing = field(default_factory=Listing)
     files: dict[tuple[int, int] | str, tuple[bool, bytes, str]] = field(default_factory=dict)
     """Identity of a file -> the best name so far: links last, then by its bytes."""
@@ -417,7 +421,8 @@ class _Lister:
             self.found.problems.append((path, f"is {kind_of(about)}, not an image"))
             return
         # Not the number that a folder's entry tells: some network and layered file systems give two of them the same.
-        known, candidate = identity(path, about), (is_link, os.fsencode(path), path)
+        known = path if self.every_name else identity(path, about)
+        candidate = (is_link, os.fsencode(path), path)
         self.files[known] = min(self.files.get(known, candidate), candidate)
 
     def problem(self, path: str, error: OSError) -> None:

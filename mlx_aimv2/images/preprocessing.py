@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,36 @@ CLIP_DEFAULTS: dict[str, Any] = {
     "image_std": list(CLIP_STD),
 }
 
-CLIP_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+CLIP = "CLIPImageProcessor"
+
+_SQUASH = CLIP_DEFAULTS | {"size": {"height": 384, "width": 384}, "do_center_crop": False}
+_HALF = {"size": {"height": CLIP_SIDE, "width": CLIP_SIDE}, "image_mean": 0.5, "image_std": 0.5}
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    CLIP: CLIP_DEFAULTS,
+    "CLIPFeatureExtractor": CLIP_DEFAULTS,
+    "BitImageProcessor": CLIP_DEFAULTS,
+    "SiglipImageProcessor": _SQUASH | _HALF,
+    "ViTImageProcessor": _SQUASH | _HALF | {"resample": RESAMPLE["bilinear"]},
+    # Those of vision-language models: the view of the whole image, beside which they take its tiles.
+    "Ovis2ImageProcessor": _SQUASH | {"crop_to_patches": True},
+    "LlavaNextImageProcessor": _SQUASH | {"do_pad": True},
+    "LlavaOnevisionImageProcessor": _SQUASH | {"do_pad": True},
+    "SAILVLImageProcessor": _SQUASH | {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+}
+"""Image processors that are followed, and what each assumes for a field that its file leaves out."""
+
+MODELS = {
+    "ovis": "Ovis2ImageProcessor",
+    "ovis2": "Ovis2ImageProcessor",
+    "sailvl": "SAILVLImageProcessor",
+    "internvl_chat": "SAILVLImageProcessor",
+}
+"""model_type of a vision-language model -> the processor that does what its own code does where no file says it."""
+
+REMEDY = (
+    f"put the preprocessor_config.json of a {CLIP} there that does the same (size, crop_size, image_mean, image_std)"
+)
 
 # Steps of other image processors: one that is switched on changes the pixels, so it cannot be skipped.
 UNSUPPORTED_STEPS = (
@@ -88,52 +117,91 @@ def published(image_size: int | None) -> Preprocessing:
 
 
 def read_preprocessing(folder: Path, *, config: Aimv2VisionConfig | None = None) -> Preprocessing:
-    """What the files in `folder` say; where none does, Apple's preprocessing for `config`, with a note."""
+    """What the files in `folder` say; where none does, what is known of the model, or Apple's for `config`: a note.
+
+    Raises ValueError for an image processor that is not known, whose code would have to be run.
+    """
+    size = config.image_size if config else None
+    fields, file = _fields(folder)
+    if fields is not None:
+        steps = from_processor(fields, file)
+        is_open = _kind(fields) in MODELS.values() and not fields.keys() & {"size", "image_size"}
+        if not size or (steps.final_size and not is_open):
+            return steps
+    about = _read_json(folder / "config.json") or {}
+    kind = MODELS.get(str(about.get("model_type")))
+    if fields is not None:  # Ovis2's own file gives the shortest edge, and its code makes the square
+        return replace(steps, resize=(size, size)) if size and (kind or is_open) else steps
+    if isinstance(timm := about.get("pretrained_cfg"), dict) and "input_size" in timm:
+        return from_timm(timm, folder / "config.json")
+    if config is None:
+        raise FileNotFoundError(f"{folder} has no preprocessor_config.json")
+    shape = str(about.get("image_aspect_ratio") or "square")  # LLaVA's
+    if shape.startswith("anyres"):
+        kind = "Ovis2ImageProcessor"
+    elif shape != "square":
+        raise ValueError(f"{folder}: config.json says image_aspect_ratio: {shape:.60}, which is not followed; {REMEDY}")
+    kept = "images keep their size" if size is None else f"shortest edge to {size}, centre crop {size}x{size}"
+    steps, how = published(size), f"Apple's checkpoints ({kept}, CLIP mean and std)"
+    if kind and size:
+        steps = replace(from_processor({"image_processor_type": kind}, folder), resize=(size, size))
+        how = f"{kind} ({size}x{size} whatever the shape)"
+    warnings.warn(f"{folder} has no preprocessor_config.json; images are prepared as for {how}", stacklevel=3)
+    return steps
+
+
+def is_clips(folder: Path, steps: Preprocessing) -> bool:
+    """Whether the files in a folder say these very steps in CLIPImageProcessor's words, which every reader knows."""
+    fields, file = _fields(folder)
+    return fields is not None and _kind(fields) == CLIP and from_processor(fields, file) == steps
+
+
+def _fields(folder: Path) -> tuple[dict[str, Any] | None, Path]:
+    """The content of preprocessor_config.json, or of the part of processor_config.json that stands for it."""
     file = folder / "preprocessor_config.json"
-    fields = _read_json(file)
-    if fields is None:
+    if (fields := _read_json(file)) is None:
         file = folder / "processor_config.json"
         fields = (_read_json(file) or {}).get("image_processor")
         if not isinstance(fields, (dict, type(None))):
             raise ValueError(f"{file}: image_processor must be a JSON object, not {fields!r:.60}")
-    if fields is not None:
-        kind = fields.get("image_processor_type", fields.get("feature_extractor_type", CLIP_TYPES[0]))
-        if kind in CLIP_TYPES:
-            return from_clip(fields, file)
-        if config is None:
-            raise ValueError(f"{file} asks for {kind}; AIMv2 checkpoints come with {CLIP_TYPES[0]}")
-        note = f"{file} asks for {kind}, which is not AIMv2's"
-    else:
-        file = folder / "config.json"
-        timm = (_read_json(file) or {}).get("pretrained_cfg")
-        if isinstance(timm, dict) and "input_size" in timm:
-            return from_timm(timm, file)
-        if config is None:
-            raise FileNotFoundError(f"{folder} has no preprocessor_config.json")
-        note = f"{folder} has no preprocessor_config.json"
-    size = config.image_size
-    kept = "images keep their size" if size is None else f"shortest edge to {size}, centre crop {size}x{size}"
-    warnings.warn(f"{note}; images are prepared as for Apple's checkpoints ({kept}, CLIP mean and std)", stacklevel=3)
-    return published(size)
+    return fields, file
 
 
-def from_clip(fields: dict[str, Any], file: Path) -> Preprocessing:
-    """preprocessor_config.json as CLIPImageProcessor writes it, sizes as numbers or dictionaries."""
+def _kind(fields: dict[str, Any]) -> str:
+    """The class that a file is for; without a name CLIP's, unless the file is in no form of CLIP's."""
+    remote = fields.get("auto_map")
+    named = remote.get("AutoImageProcessor") if isinstance(remote, dict) else None
+    named = next(filter(None, named), None) if isinstance(named, list) else named  # of several the slow one is first
+    named = named or fields.get("image_processor_type") or fields.get("feature_extractor_type")
+    if named is None:
+        return "code of its own (auto_map)" if remote else CLIP
+    return str(named).rpartition(".")[2].removesuffix("Fast").removesuffix("Pil")
+
+
+def from_processor(fields: dict[str, Any], file: Path) -> Preprocessing:
+    """preprocessor_config.json of one of `PROCESSORS`, sizes as numbers or dictionaries."""
+    kind = _kind(fields)
+    if kind != "SAILVLImageProcessor" and "image_size" in fields and "size" not in fields:
+        kind = "image_size and says no size"
+    if (defaults := PROCESSORS.get(kind)) is None:
+        raise ValueError(f"{file} asks for {kind:.80}, which is not followed; {REMEDY}")
     for step in UNSUPPORTED_STEPS:
-        if fields.get(step):
-            raise ValueError(f"{file}: {step} is set, which is no step of CLIPImageProcessor's; set it to false")
+        if fields.get(step) and step not in defaults:
+            raise ValueError(f"{file}: {step} is set, which is no step of {kind}'s; set it to false")
     # A field that is null is not said, so its default counts; transformers 5.24 leaves such a step out.
-    fields = CLIP_DEFAULTS | {name: value for name, value in fields.items() if value is not None}
-    size = fields["size"]
-    if fields.get("default_to_square") and isinstance(size, int) and not isinstance(size, bool):
-        size = {"height": size, "width": size}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = defaults | ({"size": fields["image_size"]} if "image_size" in fields else {}) | fields
     for step in STEPS:
         if not isinstance(fields[step], bool):
             raise ValueError(f"{file}: {step} must be true or false, not {fields[step]!r:.80}")
     scale = _number(fields["rescale_factor"], "rescale_factor", file, above_zero=True) if fields["do_rescale"] else None
     crop = _size(fields["crop_size"], "crop_size", file) if fields["do_center_crop"] else None
+    resize = _size(fields["size"], "size", file) if fields["do_resize"] else None
+    is_square = fields.get("default_to_square") and not isinstance(fields["size"], dict)
+    if isinstance(resize, int) and (is_square or not defaults["do_center_crop"]):
+        resize = (resize, resize)
     return Preprocessing(
-        resize=_size(size, "size", file) if fields["do_resize"] else None,
+        resize=resize,
         crop=(crop, crop) if isinstance(crop, int) else crop,
         resample=_resample(fields["resample"], "resample", file),
         rescale_factor=scale,
@@ -168,16 +236,16 @@ def from_timm(fields: dict[str, Any], file: Path) -> Preprocessing:
 
 def to_clip(preprocessing: Preprocessing) -> dict[str, Any]:
     """The same in CLIPImageProcessor's format, for preprocessor_config.json."""
-    size, crop = preprocessing.resize, preprocessing.crop
+    size, final = preprocessing.resize, preprocessing.final_size
     return {
-        "crop_size": {"height": crop[0], "width": crop[1]} if crop else CLIP_DEFAULTS["crop_size"],
-        "do_center_crop": crop is not None,
+        "crop_size": {"height": final[0], "width": final[1]} if final else CLIP_DEFAULTS["crop_size"],
+        "do_center_crop": preprocessing.crop is not None,
         "do_convert_rgb": True,
         "do_normalize": preprocessing.image_mean is not None,
         "do_rescale": preprocessing.rescale_factor is not None,
         "do_resize": size is not None,
         "image_mean": list(preprocessing.image_mean or CLIP_MEAN),
-        "image_processor_type": CLIP_TYPES[0],
+        "image_processor_type": CLIP,
         "image_std": list(preprocessing.image_std or CLIP_STD),
         "resample": preprocessing.resample,
         "rescale_factor": preprocessing.rescale_factor or 1 / 255,

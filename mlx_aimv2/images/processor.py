@@ -5,10 +5,12 @@ image -> images.open_image -> resize, crop -> levels (H, W, 3) uint8 -> scale, n
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from mlx_aimv2.backend.device import check_process
 from mlx_aimv2.config import Aimv2Config
+from mlx_aimv2.habits import AnswersHabits
 from mlx_aimv2.images.open import ImageInput, Levels, OpenImage, Policy, as_array, name_of, open_image, warn_of
 from mlx_aimv2.images.preprocessing import Preprocessing, read_preprocessing, to_clip
 from mlx_aimv2.tokenizer import Tokenizer
@@ -33,7 +36,7 @@ MAX_ASKED_PATCHES = 1 << 16
 """Patches that the files of a checkpoint that takes any size may ask for: 16 times what Apple's was trained on."""
 
 
-class Aimv2Processor:
+class Aimv2Processor(AnswersHabits):
     """Images to pixels, texts to ids."""
 
     def __init__(
@@ -74,7 +77,8 @@ class Aimv2Processor:
         final = preprocessing.final_size
         if wanted is not None and final is not None and final != (wanted, wanted):
             raise ValueError(
-                f"{folder}: images are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}"
+                f"{folder}: images are prepared as {final[0]}x{final[1]}, but the model takes {wanted}x{wanted}: mend "
+                "size and crop_size in its preprocessor_config.json"
             )
         patch = 14 if vision is None else vision.patch_size
         any_size = wanted is None if vision is not None else None
@@ -94,6 +98,21 @@ class Aimv2Processor:
                 missing = str(error)
         return cls(preprocessing, patch_size=patch, tokenizer=tokenizer, no_tokenizer=missing, any_size=any_size)
 
+    def at_size(self, size: int, *, whole: bool = False) -> Aimv2Processor:
+        """The same for square images of `size` pixels a side: the same share is cut, or with `whole` all squashed."""
+        steps, sized = self.preprocessing, copy.copy(self)
+
+        def scaled(side: int) -> int:  # more than `size` where timm's crop_pct is below 1
+            return side * size // min(steps.final_size or (side,))
+
+        resize = steps.resize or min(steps.final_size or (size,))
+        if whole:
+            resize = (size, size)
+        else:
+            resize = (scaled(resize[0]), scaled(resize[1])) if isinstance(resize, tuple) else scaled(resize)
+        sized.preprocessing, sized.any_size = replace(steps, resize=resize, crop=(size, size)), False
+        return sized
+
     @property
     def is_native(self) -> bool:
         """Whether images keep their own size."""
@@ -111,6 +130,13 @@ class Aimv2Processor:
         """Rows and columns of patches of every image, where all have one size."""
         height, width = self.canvas
         return height // self.patch_size, width // self.patch_size
+
+    def __repr__(self) -> str:
+        steps = self.preprocessing
+        size = "images keep their size" if steps.final_size is None else "{}x{} pixels".format(*steps.final_size)
+        numbers = {"mean": steps.image_mean, "deviation": steps.image_std}
+        rounded = (f"{name} {tuple(round(one, 4) for one in three or ())}" for name, three in numbers.items())
+        return f"Aimv2Processor({size}, patches of {self.patch_size}x{self.patch_size}, {', '.join(rounded)})"
 
     def __call__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mlx_aimv2.embed.cache import Known, KnownFiles
-from mlx_aimv2.files import read_image_file
+from mlx_aimv2.files import read_image_file, reason_of
 from mlx_aimv2.images.open import open_image, warn_of
 
 
@@ -42,6 +42,6 @@ def _checked(path: str, decode: bool) -> Known | str:
             image.rgb()
         return Known(hashlib.sha256(data).digest(), (height, width), decode)
     except OSError as error:
-        return str(error) if path in str(error) else f"{path} {error.strerror or error}"
+        return str(error) if error.errno is None and path in str(error) else f"{path} {reason_of(error)}"
     except Exception as error:  # decoders raise whatever they meet
         return " ".join(str(error).split()) or f"{path} cannot be read"

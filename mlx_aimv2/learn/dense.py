@@ -27,10 +27,10 @@ from PIL import Image, ImageOps
 
 from mlx_aimv2 import plot
 from mlx_aimv2.images import open_image, to_rgb
-from mlx_aimv2.images.find import Scan
+from mlx_aimv2.images.find import Scan, has_suffix
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import samples
-from mlx_aimv2.learn.samples import Sample, Size, part_of
+from mlx_aimv2.learn.samples import Sample, Size, part_of, same_form
 from mlx_aimv2.learn.task_options import Type
 from mlx_aimv2.train.augment import GREY, jittered
 from mlx_aimv2.train.batches import Arrays
@@ -79,11 +79,13 @@ def folders_beside(
     return {part: (folder, others / folder.relative_to(images)) for part, folder in within.items()}
 
 
-def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: Scan) -> Pairs:
+def by_name(
+    folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: Scan, *, without: str = "left out"
+) -> Pairs:
     """Images of the first folder with those of the `files` below the other that have their name.
 
-    A file may have one of `ENDINGS` more. What has no counterpart is left out with a note; it is a fault where an image
-    has several, and where none has any.
+    A file may have one of `ENDINGS` more. What has no counterpart is left out with a note, or what images `without` one
+    are; it is a fault where an image has several, and where none has any.
     """
     images, others = folders
     alike: dict[str, list[str]] = defaultdict(list)
@@ -96,20 +98,21 @@ def by_name(folders: tuple[Path, Path], files: Sequence[str], noun: str, scan: S
         longer = alike[ENDINGS.sub("", stem)]
         found = [file for file in longer if _stem(file, others) == stem] or longer
         if not found:
-            scan.note(image, f"has no {noun} of its name in {others}: left out")
+            scan.note(image, f"has no {noun} of its name in {others}: {without}")
         elif len(found) > 1:
             scan.faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
         else:
             pairs.append((image, found[0]))
     if files and not pairs and len(scan.faults) == before:
-        scan.faults.append(f"no {noun} in {others} has the name of an image in {images}")
+        own = min(set(scan.images(images)).difference(files), default="none")
+        scan.faults.append(f"no {noun} in {others} has the name of an image in {images}: {files[0]} for one, {own}")
     alone = sorted(set(files).difference(file for _, file in pairs))
     scan.note(alone, f"has no image of its name in {images}: left out")
     return pairs
 
 
 def _stem(file: str, folder: Path) -> str:
-    return str(Path(file).relative_to(folder).with_suffix(""))
+    return same_form(str(Path(file).relative_to(folder).with_suffix("")))
 
 
 def by_lists(around: str, lists: Path, pairs: Pairs, images: Path, scan: Scan) -> dict[str, Pairs]:
@@ -120,10 +123,13 @@ def by_lists(around: str, lists: Path, pairs: Pairs, images: Path, scan: Scan) -
     known = {_stem(pair[0], images): pair for pair in pairs}
     found: dict[str, Pairs] = {}
     for part, file in files.items():
-        names = dict.fromkeys(line.strip() for line in scan.text(file).splitlines() if line.strip())
+        lines = [same_form(line) for line in scan.text(file).splitlines()]
+        names = dict.fromkeys(str(Path(line).with_suffix("")) if has_suffix(line) else line for line in lines if line)
         found[part] = [known[name] for name in names if name in known]
         missing = [f"{name} in {file}" for name in names if name not in known]
         scan.note(missing, "has no image or nothing that belongs to it: left out")
+    if pairs and not any(found.values()):
+        scan.faults.append(f"no list of {lists} names an image as it is called, such as {next(iter(known))}")
     listed = {pair for part in found.values() for pair in part}
     scan.note(sorted(image for image, _ in set(pairs) - listed), f"is in no list of {lists}: left out")
     return {part: own for part, own in found.items() if own}

@@ -15,25 +15,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_aimv2.config import dtype_name
 from mlx_aimv2.conversion import folder as mlx_folder
-from mlx_aimv2.conversion import model_card
 from mlx_aimv2.embed.cache import differences, fingerprint
-from mlx_aimv2.files import atomic_folder, check_target, expand_user, read_bytes, read_json, write_json
+from mlx_aimv2.files import check_target, expand_user, read_bytes, read_json, write_json
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn import lora
 from mlx_aimv2.learn.learner import Learner
 from mlx_aimv2.learn.samples import Sample, one_image
 from mlx_aimv2.learn.task_options import MAX_SIDE, TASKS, Task, find_task
-from mlx_aimv2.loading import Loaded, at_size, read_source
+from mlx_aimv2.loading import AnyModel, Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import first_not_finite, flat
 from mlx_aimv2.untrusted_json import Fields, misfit
+
+Model = TypeVar("Model", bound=AnyModel)
 
 FORMAT = 1
 """Version of what this file writes; a newer one is refused."""
@@ -169,19 +169,34 @@ def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype
     return Head(task, tuple(info["classes"]), learner, processor, trained_on, loaded)
 
 
+@overload
+def fuse(adapter_path: Model) -> Model: ...
+@overload
 def fuse(
     adapter_path: str | os.PathLike[str],
+    save_path: str | os.PathLike[str] = ...,
+    *,
+    model: str | None = ...,
+    revision: str | None = ...,
+) -> Path: ...
+def fuse(
+    adapter_path: str | os.PathLike[str] | Model,
     save_path: str | os.PathLike[str] = "fused_model",
     *,
     model: str | None = None,
     revision: str | None = None,
-) -> Path:
+) -> Path | Model:
     """Adapters, or a head folder of a fine-tuned encoder, to an MLX folder: `HEAD -> folder`, whose path is returned.
+
+    A model with `add_adapters`' adapters becomes one without them that does the same, in place, and is returned.
 
     A head folder knows its encoder; `model` is for adapters alone, or for another place. The result is dense, without
     the head. Raises FileExistsError where `save_path` exists, ValueError where nothing was fine-tuned or the encoder
     is another one.
     """
+    if isinstance(adapter_path, nn.Module):
+        lora.remove_adapters(adapter_path)
+        return adapter_path
     head, target = expand_user(adapter_path), expand_user(save_path)
     check_target(target)
     info = read_info(head) if (head / INFO_FILE).is_file() else {}
@@ -201,13 +216,7 @@ def fuse(
         _load_learned(head, info, loaded.model.vision)
     else:
         _load_changes(head, kind, loaded.model.vision)
-    config = loaded.source.config.to_dict() | {"torch_dtype": dtype_name(loaded.model.dtype)}
-    with atomic_folder(target) as place:
-        mlx_folder.save_weights(place, sorted(flat(loaded.model.parameters()).items()))
-        mlx_folder.save_config(place, config)
-        mlx_folder.save_beside(place, loaded.source)
-        model_card.write(place, source=loaded.source, config=config, report=None, is_tuned=True)
-    return target
+    return mlx_folder.save(loaded.model, loaded.processor, target, is_tuned=True)
 
 
 def _encoder_of(

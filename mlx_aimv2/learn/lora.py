@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.files import read_json
 from mlx_aimv2.learn.task_options import MAX_RANK
+from mlx_aimv2.loading import AnyModel
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.train.optimizer import first_not_finite
 from mlx_aimv2.untrusted_json import Fields, misfit
@@ -84,31 +86,57 @@ KINDS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
 
 
 def add_adapters(
-    encoder: Aimv2VisionModel,
-    kind: str,
+    model: AnyModel,
+    kind: str = "lora",
     *,
-    num_layers: int,
+    num_layers: int = -1,
     rank: int = RANK,
     scale: float = SCALE,
     dropout: float = DROPOUT,
 ) -> dict[str, Any]:
-    """Freezes the encoder and puts adapters around the matrices of its last `num_layers` blocks.
+    """Freezes a model and puts adapters, "lora" or "dora", around the matrices of its last `num_layers` blocks.
 
-    Returns the content of adapter_config.json, as mlx-lm writes it, for adapters.safetensors beside it.
+    -1 means all blocks; of a pair both encoders get them. What `nn.value_and_grad` differentiates are then the adapters
+    alone, which change nothing yet; dropout needs `model.train()`. Returns the content of adapter_config.json, as
+    mlx-lm writes it, for adapters.safetensors beside it. Raises ValueError for numbers out of range, and for layers
+    that are packed or have adapters already.
     """
-    encoder.freeze()
-    for block in encoder.blocks[len(encoder.blocks) - num_layers :]:
-        layers = dict(block.named_modules())
-        adapters = [(key, KINDS[kind](layers[key], rank=rank, scale=scale, dropout=dropout)) for key in KEYS]
-        block.update_modules(tree_unflatten(adapters))
-    parameters = {"rank": rank, "scale": scale, "dropout": dropout, "keys": KEYS}
-    return {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
+    numbers: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout}
+    if kind not in KINDS:
+        raise ValueError(f"adapters are of the kind {' or '.join(KINDS)}, got {kind!r:.60}")
+    if (name := _unfit(numbers)) is not None:
+        raise ValueError(f"{name} must be from {BOUNDS[name][0]} to {BOUNDS[name][1]:g}, got {numbers[name]!r:.60}")
+    found: list[tuple[str, LoRALinear]] = []
+    for path, encoder in [(path, module) for path, module in model.named_modules() if "blocks" in module]:
+        depth = len(encoder.blocks)
+        count = depth if num_layers == -1 else num_layers
+        if not 1 <= count <= depth:
+            raise ValueError(f"num_layers must be from 1 to {depth}, the blocks, or -1 for all, got {num_layers!r:.60}")
+        for i in range(depth - count, depth):
+            layers = dict(encoder.blocks[i].named_modules())
+            if other := next((layers[key] for key in KEYS if not isinstance(layers[key], nn.Linear)), None):
+                advice = "fuse(model) first" if isinstance(other, LoRALinear) else "load it without keep_quantized"
+                raise ValueError(f"blocks.{i} has layers of the kind {type(other).__name__} already: {advice}")
+            found += [
+                (f"{path}.blocks.{i}.{key}".removeprefix("."), KINDS[kind](layers[key], **numbers)) for key in KEYS
+            ]
+    model.freeze()
+    model.update_modules(tree_unflatten(found))
+    return {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": numbers | {"keys": KEYS}}
 
 
-def remove_adapters(encoder: Aimv2VisionModel) -> None:
+def _unfit(numbers: Mapping[str, Any]) -> str | None:
+    """The first of `PARAMETERS` that is missing, of another type or out of bounds."""
+    name = misfit(numbers, PARAMETERS)
+    return name or next((one for one, (low, high) in BOUNDS.items() if not low <= numbers[one] <= high), None)
+
+
+def remove_adapters(model: AnyModel) -> None:
     """Replaces every adapted matrix by the one that does the same."""
-    adapters = [(name, layer) for name, layer in encoder.named_modules() if isinstance(layer, LoRALinear)]
-    encoder.update_modules(tree_unflatten([(name, adapter.fused()) for name, adapter in adapters]))
+    adapters = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+    if not adapters:
+        raise ValueError("the model has no adapters, so there is nothing to fuse: add_adapters(model) adds them")
+    model.update_modules(tree_unflatten([(name, adapter.fused()) for name, adapter in adapters]))
 
 
 def load_adapters(encoder: Aimv2VisionModel, folder: Path) -> dict[str, Any]:
@@ -127,15 +155,13 @@ def load_adapters(encoder: Aimv2VisionModel, folder: Path) -> dict[str, Any]:
     keys = parameters.pop("keys")
     if not isinstance(keys, list) or len(keys) != len(KEYS) or any(key not in keys for key in KEYS):
         raise ValueError(f"{file}: the adapters of this package are on {', '.join(KEYS)}, got {keys!r:.200}")
-    name = misfit(parameters, PARAMETERS)
-    name = name or next((one for one, (low, high) in BOUNDS.items() if not low <= parameters[one] <= high), None)
-    if name is not None:
+    if (name := _unfit(parameters)) is not None:
         raise ValueError(f"{file}: lora_parameters has {parameters.get(name)!r:.60} for {name}")
     layers = config.setdefault("num_layers", -1)
     if misfit(config, {"num_layers": int}) or not (layers == -1 or 1 <= layers <= depth):
         raise ValueError(f"{file}: num_layers {layers!r:.60}, and this encoder has {depth} blocks")
     numbers = {name: parameters[name] for name in PARAMETERS}
-    add_adapters(encoder, config["fine_tune_type"], num_layers=depth if layers == -1 else layers, **numbers)
+    add_adapters(encoder, config["fine_tune_type"], num_layers=layers, **numbers)
     load_arrays(folder / WEIGHTS_FILE, encoder, encoder.trainable_parameters())
     return config
 

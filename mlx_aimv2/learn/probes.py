@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_aimv2.embed.cache import Array, Features
 from mlx_aimv2.embed.loader import Outputs, split_into_chunks
+from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn.classify.head import MIN_STD, AttentiveHead
 from mlx_aimv2.learn.learner import outputs_of_head
 from mlx_aimv2.learn.samples import Sample, folds
@@ -40,10 +41,15 @@ def train_on_features(run: Run) -> Trained:
     ]
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        if run.type.augmentation is not None and run.options.augment:
+            image = run.type.augmentation(to_rgb(sample.path), run.processor.canvas, rng)
+            return {"pixels": run.processor.pixels(image), **run.task.data.targets(sample, run.processor)}
         row = np.asarray(features[sample.sha256], np.float32)
         return {"tokens": row if row.ndim == 2 else row[None], **run.task.data.targets(sample, run.processor)}
 
     def loss(candidates: Any, batch: dict[str, mx.array], key: mx.array) -> mx.array:
+        if "pixels" in batch:
+            batch = batch | {"tokens": mx.stop_gradient(run.encoder(batch["pixels"]).last_hidden_state)}
         losses = [run.loss(head(batch["tokens"], grid), batch) for head in candidates.heads]
         total: mx.array = sum(losses[1:], losses[0])
         return total

@@ -205,10 +205,10 @@ def read(
     names = tuple(classes or found.classes or form.in_order(occurring))
     numbers = {same_form(name): number for number, name in enumerate(names)}
     every = {path: labels.names for pairs in labelled.values() for path, labels in pairs.items()}
-    faults += _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}))
+    faults += _wrong_names(names, Counter(name for own in every.values() for name in {*own} - {*numbers}), scan)
     if classes is None and (training or not faults):
         faults += _too_few(training, data, form)
-    if classes is None and not labelled.keys() & {"train", ""}:
+    if classes is None and labelled and not labelled.keys() & {"train", ""}:
         faults.append(f"{data} has {' and '.join(labelled)} but no train folder: add it, or give one folder")
     if not faults and not any(every.values()):
         faults.append(f"{data} has no labelled images in it")
@@ -239,11 +239,14 @@ def read(
     return Dataset(names, splits, (*divided, *notes, *copies, *scan.notes), left_out, is_crossed)
 
 
-def _wrong_names(names: Sequence[str], unknown: Mapping[str, int]) -> list[str]:
+def _wrong_names(names: Sequence[str], unknown: Mapping[str, int], scan: Scan) -> list[str]:
     """Labels that are not among the `names`, and names that are no text, as those of folders may be."""
+    cases = Counter(name.casefold() for name in names)
+    if alike := [name for name in names if cases[name.casefold()] > 1]:
+        scan.note(f"labels {listed(alike)}", "differ in letter case alone: they are labels of their own")
     faults = [
         f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
-        for name, count in sorted(unknown.items())
+        for name, count in sorted(unknown.items() if names else ())
     ]
     no_text = [name for name in names if name.encode(errors="ignore").decode() != name]
     return faults + [f"the label {name!r} is not UTF-8: rename it" for name in no_text]
@@ -337,7 +340,7 @@ def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str,
     for folder, images in [(data, scan.loose(data)), *((folder, scan.images(folder)) for folder in others)]:
         if images:
             where = f"{folder} itself" if folder is data else str(folder)
-            scan.note(f"{where}, with {one_image(len(images))},", f"is no part of {data} (train, val, test): skipped")
+            scan.note(f"{where}, with {one_image(len(images))},", f"is no labelled part of {data}: skipped")
     return found
 
 

@@ -8,11 +8,13 @@ two things is refused with what to change.
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import io
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,10 +43,12 @@ IMAGE: Names = (
 )
 LABEL: Names = (
     "label",
-    "labels class classname category target tag choice species breed diagnosis",
+    "labels labelname class classname category target tag choice species breed diagnosis",
     "classid classindex labelid categoryid",
 )
-CAPTION: Names = ("text", "caption captions texts", "description prompt alttext title")
+CAPTION: Names = ("text", "caption captions texts", "description prompt alttext title comment")
+CAPTIONS = " ".join(CAPTION).split()
+BOX: Names = ("xmin bbox bboxes boxes regionshapeattributes",)
 PART: Names = ("split part subset partition dataset",)
 
 START = 1 << 16
@@ -73,7 +77,7 @@ def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan
 def columns_of(file: Path) -> list[str]:
     """The names of a table's columns in lower case, from its first rows; none where these cannot be read."""
     try:
-        text, fault = _decoded(read_start(file, max_bytes=START), "ignore")
+        text, fault = decoded(read_start(file, max_bytes=START), "ignore")
     except (ValueError, OSError):
         return []
     if fault or file.suffix.lower() != ".jsonl":
@@ -103,6 +107,8 @@ def tables(folder: Path, *, of: Names | None) -> dict[str, Path]:
         names = columns_of(file)
         if not column(names, IMAGE) or not (of is None or column(names, of)):
             continue
+        if of is LABEL and column(names, BOX):
+            continue
         part = part_of(file.stem) or ""
         if part in found:
             raise DataError([f"{found[part]} and {file} both list images: keep one, or call it {METADATA[0]}"])
@@ -117,7 +123,7 @@ def metadata_rows(file: Path, scan: Scan) -> list[dict[str, Any]]:
     with the others becomes a fault.
     """
     faults = scan.faults
-    text, fault = _decoded(read_bytes(file, max_bytes=MAX_BYTES))
+    text, fault = decoded(read_bytes(file, max_bytes=MAX_BYTES))
     if fault:
         faults.append(f"{file}, {fault}")
         return []
@@ -142,7 +148,7 @@ def metadata_rows(file: Path, scan: Scan) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row["file_name"], str) and row["file_name"]]
 
 
-def _decoded(data: bytes, errors: str = "strict") -> tuple[str, str]:
+def decoded(data: bytes, errors: str = "strict") -> tuple[str, str]:
     """A table's text, or what is wrong with it."""
     coding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -165,15 +171,29 @@ def _header(text: str) -> tuple[list[str], str]:
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     names, separator = _header(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        yield 1, f"the column {listed(twice)} is there more than once: keep one"
+        return
     try:
         for cells in islice(filter(None, reader), 1, None):
             own = [cell.strip() for cell in cells] + [""] * len(names)
             if any(own[len(names) :]):
                 yield reader.line_num, f"{len(cells)} cells, but {len(names)} columns: quote a text with {separator!r}"
             else:
-                yield reader.line_num, {name: cell for name, cell in zip(names, own, strict=False) if name}
+                yield reader.line_num, {name: _value(cell) for name, cell in zip(names, own, strict=False) if name}
     except csv.Error as error:
         yield reader.line_num, str(error)
+
+
+def _value(cell: str) -> Any:
+    """A cell's text, or the list or object that it holds as JSON or as Python shows it, as pandas writes both."""
+    found: Any = None
+    if cell[:1] in ("[", "{"):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(cell)
+        with suppress(ValueError):
+            found = parse(cell, "a cell")
+    return found if isinstance(found, (list, dict)) else cell
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -181,7 +201,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if not line.strip():
             continue
         try:
-            row = parse(line, "a line")
+            row = parse(line, "a line", but=CAPTIONS)
         except ValueError:
             row = None
         if isinstance(row, dict):
@@ -228,8 +248,7 @@ FOREIGN = {
     (".tar",): "is an archive, of which only pretrain and lit read the images: unpack it",
     (".zip", ".tgz", ".gz", ".7z", ".rar"): "is an archive: unpack it",
     (".xlsx", ".xls", ".ods"): "is a spreadsheet: save it as metadata.csv",
-    (".yaml", ".yml", ".xml", ".json"): "is no description of labels, masks or boxes in a form that is read: "
-    "annotation programs export others, as COCO or CSV",
+    (".yaml", ".yml", ".xml", ".json"): "is in no form that is read: programs export others, as COCO or CSV",
 }
 """Endings of what may describe images, or hold them, and is not read, and what to do about it."""
 
@@ -250,6 +269,10 @@ def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
                 else ""
             )
             reason = f"has no {wanted} among its columns ({listed(names)}){one_hot}" if missing else None
+            if of is LABEL and (boxes := column(names, BOX)):
+                reason = f"has boxes ({listed(boxes)}), which are read in other forms: export COCO, VOC's XML or YOLO"
+        if ending == ".txt" and of is CAPTION:
+            reason = "is no table or shard: a table is called .csv, and tar --sort=name -cf packs images and texts"
         if reason:
             scan.note(str(file), reason)
     return scan.notes

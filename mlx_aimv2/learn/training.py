@@ -187,6 +187,7 @@ class Run:
             learning_rate=self.type.learning_rates[0],
             weight_decay=self.type.weight_decays[0],
             warm_up=min(self.type.warm_up_epochs * per_epoch, max(1, steps // 5)),
+            min_rate=self.type.min_rate,
             groups=groups,
             accumulate=options.grad_accumulation_steps,
             eval_every=options.steps_per_eval or max(1, -(-steps // EVALUATIONS)),

@@ -10,16 +10,10 @@ decodes a collection of this size beforehand: it is named once and skipped, unle
 
 Example number n, counted over all epochs, has a random generator of its own. So what it becomes depends on neither the
 batch it falls into nor on the rank that prepares it, and a resumed run needs to know n alone.
-
-Native encoders: the paper draws 2 ** n patches with n between 7 and 12, and resizes images to that area in their own
-shape. Here a batch has one shape, drawn with the number, and crops of that shape: so nothing is distorted and nothing
-is padded. And n is drawn from a normal distribution of deviation 1 around the middle, cut at the ends; the paper's is
-wider, a standard normal distribution cut to -1 … 1 and stretched to 7 … 12.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import tarfile
 import warnings
@@ -28,7 +22,7 @@ from dataclasses import dataclass
 from itertools import count, groupby, islice
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -41,18 +35,23 @@ from mlx_aimv2.images.open import open_image, warn_of
 from mlx_aimv2.images.preprocessing import published
 from mlx_aimv2.images.processor import Aimv2Processor
 from mlx_aimv2.learn.samples import DataError, part_of, parts_of
-from mlx_aimv2.learn.tables import CAPTION, METADATA, TABLES, column, not_read, rows_with_images, tables
-from mlx_aimv2.pretrain.objective import Batch, draw_lengths
+from mlx_aimv2.learn.tables import (
+    CAPTION,
+    CAPTIONS,
+    METADATA,
+    TABLES,
+    column,
+    decoded,
+    not_read,
+    rows_with_images,
+    tables,
+)
+from mlx_aimv2.pretrain.objective import Batch, Grid, draw_lengths
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import ASPECT, Augmentation
 from mlx_aimv2.train.batches import MakeAll
+from mlx_aimv2.train.state import digest_of
 from mlx_aimv2.untrusted_json import parse
-
-Grid: TypeAlias = tuple[int, int]
-"""Rows and columns of patches."""
-
-PATCHES = (1 << 7, 1 << 12)
-"""The fewest and the most patches of an image."""
 
 MAX_CAPTION_BYTES = 1 << 20
 """Of a caption's file, and of a header that has a long name."""
@@ -122,7 +121,7 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
     place, scan = expand_user(path), Scan()
     if not place.exists():
         raise FileNotFoundError(f"{place} does not exist; {WANTED}")
-    found = _files_by_part(place, scan) if place.is_dir() else {"": [place] if place.suffix == ".tar" else []}
+    found = _files_by_part(place, scan) if place.is_dir() else {"": [place] if place.suffix.lower() == ".tar" else []}
     part = next((part for part in ("train", "", *found) if found.get(part)), None)
     if part is None or (part not in ("train", "") and len(found) > 1):
         raise ValueError("; ".join([f"{place}: {WANTED}, found neither", *not_read(place, "text", CAPTION)]))
@@ -135,8 +134,8 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
 def _files_by_part(place: Path, scan: Scan) -> dict[str, list[Path]]:
     """The tables with captions, or the shards, in a folder or in its folders, by part."""
     found: dict[str, list[Path]] = {part: [file] for part, file in tables(place, of=CAPTION).items()}
-    for file in sorted([] if found else place.glob("*.tar")):
-        if not is_junk(file.name):
+    for file in sorted([] if found else place.iterdir()):
+        if file.suffix.lower() == ".tar" and not is_junk(file.name):
             found.setdefault(part_of(file.stem) or "", []).append(file)
     if found:
         return found
@@ -154,7 +153,7 @@ class ImageFolder(Data):
         found: dict[Path, tuple[str, dict[str, None]]] = {}
         for file in files:
             for where, row, image in rows_with_images(file, scan):
-                if not (texts := captions_of(row)):
+                if not (texts := captions_of(row, where, scan)):
                     scan.note(where, "has no caption: skipped")
                 elif image is None:
                     scan.note(where, "is listed but not there: skipped")
@@ -210,15 +209,17 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
         with tarfile.open(file, "r|*", tarinfo=_Header) as archive:
             for key, members in groupby(_members(archive, file, scan), key=itemgetter(0)):
                 # The last example of a broken shard, which may be cut, raises here.
-                parts = {ending: content for _, ending, content in members}
-                name = f"{file.name}:{key.lstrip('/')}"
+                found = [(ending, content) for _, ending, content in members]
+                parts, name = dict(found), f"{file.name}:{key.lstrip('/')}"
+                if len(parts) < len(found):
+                    scan.note(f"{file.parent / name}", "has files of one ending more than once: the last is taken")
                 exact_first = sorted(parts, key=lambda ending: "." in ending)  # 0.jpg before 0.depth.png
                 image = next((parts[ending] for ending in exact_first if has_suffix(f"x.{ending}")), None)
-                texts = _texts(parts)
+                texts = _texts(parts, f"{file.parent / name}", scan)
                 if image is None:
                     scan.note(f"{file.parent / name}", "has no image: skipped")
                 elif not texts:
-                    scan.note(f"{file.parent / name}", "has no caption: skipped")
+                    scan.note(f"{file.parent / name}", "has no caption in UTF-8: skipped")
                 else:
                     yield Example(name, image, texts)
     except Exception as error:  # tarfile and what it unpacks with raise whatever they meet
@@ -259,39 +260,27 @@ def _members(archive: tarfile.TarFile, file: Path, scan: Scan) -> Iterator[tuple
             yield key, ending.lower(), content.read()
 
 
-def _texts(parts: dict[str, bytes]) -> tuple[str, ...]:
-    plain = next((parts[ending] for ending in CAPTION_ENDINGS if ending in parts), None)
+def _texts(parts: dict[str, bytes], where: str, scan: Scan) -> tuple[str, ...]:
+    plain = next((parts[ending] for ending in CAPTION_ENDINGS if parts.get(ending, b"").strip()), None)
     try:
-        about = parse(parts.get("json", b"{}"), "json") if plain is None else {"text": plain.decode("utf-8-sig")}
-    except ValueError:  # neither UTF-8 nor JSON
+        told = {"text": decoded(plain)[0]} if plain is not None else None
+        about = told or parse(parts.get("json", b"{}"), "json", but=CAPTIONS)
+    except ValueError:  # no JSON
         return ()
-    return captions_of(about) if isinstance(about, dict) else ()
+    return captions_of(about, where, scan) if isinstance(about, dict) else ()
 
 
-def captions_of(about: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions under `text` or `caption`, a string or a list of strings, without the empty ones."""
-    found = next((about[name] for name in column([name for name in about if about[name]], CAPTION)), None)
-    texts = found if isinstance(found, list) else [found]
-    usable = [text.strip() for text in texts if isinstance(text, str) and not _SURROGATE.search(text)]
-    return tuple(filter(None, usable))
+def captions_of(about: Mapping[str, Any], where: str, scan: Scan) -> tuple[str, ...]:
+    """The captions under `text` or `caption`, a string or a list of strings, without the empty ones.
 
-
-def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:
-    """The grid of a batch: that of the fixed size, or drawn between the fewest and the most patches.
-
-    Without `rng`, for validation, a square in the middle of what is drawn.
+    One with half a character is left out too, and noted.
     """
-    if vision.image_size is not None:
-        return (vision.image_size // vision.patch_size,) * 2
-    if rng is None:
-        return (max(2, round((patches[0] * patches[1]) ** 0.25)),) * 2
-    low, high = (math.log2(number) for number in patches)
-    n = math.inf
-    while not low <= n <= high:
-        n = rng.normal((low + high) / 2, 1)
-    aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
-    rows = max(1, round(math.sqrt(2**n / aspect)))
-    return rows, max(2, int(2**n / rows))
+    found = next((about[name] for name in column([name for name in about if about[name]], CAPTION)), None)
+    texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
+    whole = [text.strip() for text in texts if not _SURROGATE.search(text)]
+    if len(whole) < len(texts):
+        scan.note(where, "has a caption with half a character, as of an emoji cut in two: left out")
+    return tuple(filter(None, whole))
 
 
 @dataclass(frozen=True)
@@ -348,15 +337,15 @@ class Stream:
         data: Data,
         grid: Callable[[int], Grid],
         *,
-        size: int,
+        size: Callable[[Grid], int],
         seed: int,
         start: int = 0,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """`size` is the examples of a batch on this rank, `grid` gives the grid of a batch by its number."""
+        """`grid` gives the grid of a batch by its number, `size` the examples of such a batch on this rank."""
         self.position = start
-        self._grid, self._size, self._max_failures = grid, size, 10 * size + 100
+        self._grid, self._size = grid, size
         self._broken = data.broken
         self._numbered = islice(enumerate(_without_end(data, seed)), start + (rank - start) % ranks, None, ranks)
 
@@ -367,8 +356,9 @@ class Stream:
         """
         found: list[Prepared] = []
         failed, grid = 0, self._grid(number)
-        while len(found) < self._size:
-            drawn = list(islice(self._numbered, self._size - len(found)))
+        size = self._size(grid)
+        while len(found) < size:
+            drawn = list(islice(self._numbered, size - len(found)))
             for (n, _), made in zip(drawn, make_all([(*one, grid) for one in drawn]), strict=True):
                 self.position = n + 1
                 if not isinstance(made, Exception):
@@ -377,7 +367,7 @@ class Stream:
                     continue
                 self._broken(str(made))
                 failed += 1
-                if failed > self._max_failures:
+                if failed > 10 * size + 100:
                     raise ValueError(f"{failed} images in a row cannot be read, the last one: {made}")
         return found, self.position
 
@@ -389,6 +379,13 @@ def _without_end(data: Data, seed: int) -> Iterator[Example]:
             yield example
         if example is None:
             raise ValueError("the data holds no image with a caption that can be read")
+
+
+def content_of(data: Data) -> str:
+    """A short name of a collection's images and captions."""
+    if isinstance(data, Shards):
+        return digest_of((file.name, file) for file in data.files)
+    return digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
 
 
 def first_examples(data: Data, prepare: Preparation, grid: Grid, limit: int) -> list[Prepared]:

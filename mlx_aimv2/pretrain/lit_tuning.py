@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,21 @@ from mlx_aimv2.backend import WIDE_SIGHT, by_images, prepared
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig
 from mlx_aimv2.embed.cache import KINDS, Array, FeatureCache, Features, cache_key, fingerprint, open_features
 from mlx_aimv2.embed.distributed import Ranks
-from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, run_ahead
+from mlx_aimv2.embed.loader import CHUNK, Decoded, Decoder, run_ahead, split_into_chunks
 from mlx_aimv2.images.open import Levels, OpenImage, open_image
 from mlx_aimv2.images.processor import Aimv2Processor
+from mlx_aimv2.loading import AnyModel
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
-from mlx_aimv2.pretrain.data import Data, Example
+from mlx_aimv2.pretrain.data import Data, Example, content_of
 from mlx_aimv2.pretrain.objective import initialise
-from mlx_aimv2.pretrain.pretraining import Captioned, begin, check_enough, log_to, tokenizer_for, write_checkpoint
+from mlx_aimv2.pretrain.pretraining import (
+    Captioned,
+    begin,
+    check_enough,
+    log_to,
+    tokenizer_for,
+    write_checkpoint,
+)
 from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation  # noqa: F401 - the type of a field that LitSettings inherits
 from mlx_aimv2.train.batches import Batches, Shuffled
@@ -52,10 +61,12 @@ class LitSettings(Captioned):
 
     text: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
     projection_dim: int = 768
-    batch_size: int = setting(256, "optimisation", "images of a batch, on all ranks", "at least 1")
+    iters: int = setting(1000, "optimisation", "steps", "at least 0")
+    batch_size: int = setting(256, "optimisation", "images of a batch, on all ranks", "at least 2")
     learning_rate: float = setting(1e-3, "optimisation", "highest rate", "above 0")
     views: int = setting(1, "augmentation", "crops kept of each image, the whole one among them", "at least 1")
     steps_per_report: int = setting(50, "run", "steps between two lines of losses", "at least 0")
+    steps_per_eval: int = setting(100, "run", "with --validation: steps between evaluations", "at least 1")
 
     def plan(self) -> Plan:
         """How the loop trains."""
@@ -65,46 +76,59 @@ class LitSettings(Captioned):
 @prepared(WIDE_SIGHT)
 def lit(
     data: Data,
-    encoder: Aimv2VisionModel,
+    encoder: AnyModel,
     processor: Aimv2Processor,
     output: str | Path,
     *,
     settings: LitSettings,
-    tokenizer: Tokenizer | None = None,
+    validation: Data | None = None,
     resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Aimv2Model:
     """Trains text encoder, pooling head, projections and scale beside a frozen encoder; writes and returns the pair.
 
-    `tokenizer` reads the captions; by default one is trained on them. Of the ranks of `mlx.launch` each keeps the
-    features of its own, and the loss is over the batch of all. The pair has the running average of the weights.
-    `resume` goes on with a run that was stopped. `report` gets the entries of the log.
+    Of a pair its own are trained on; beside an encoder alone they start at random, in the sizes of `settings`. The
+    processor's tokenizer reads the captions; where it has none, one is trained on them. The pair has the running
+    average of the weights, or with `validation` those of the best recall on these images and their first captions.
+    Of the ranks of `mlx.launch` each keeps the features of its own, and the loss is over the batch of all. `resume`
+    goes on with a run that was stopped. `report` gets the entries of the log.
+
+    Raises ValueError where all captions are equal, and FileExistsError as `pretrain`.
     """
-    output, ranks = Path(output), Ranks()
+    output, ranks, trunk = Path(output), Ranks(), encoder.vision
     with training_run(output, resume=resume, rank=ranks.rank) as folder:
-        tokenizer = tokenizer_for(data, settings.text, tokenizer, folder if resume else None)
+        text = encoder.config.text_config if isinstance(encoder, Aimv2Model) else settings.text
+        tokenizer = tokenizer_for(data, text, processor.tokenizer, folder if resume else None)
         about = {"encoder": fingerprint(encoder)["digest"][:16], "preprocessing": asdict(processor.preprocessing)}
+        about |= {} if validation is None else {"validation": content_of(validation)}
         state = begin(folder, data, tokenizer, settings.identity | about)
         model, kept = pair_with(encoder, settings, tokenizer), folder / f"features-{ranks.rank}"
         try:
-            features = cache_features(encoder, processor, data, kept, settings=settings, report=report)
+            features = cache_features(trunk, processor, data, kept, settings=settings, report=report)
             check_enough(len(features.texts), settings.batch_size)
-            _train(model, features, tokenizer, settings, state, report)
+            as_is, held_out = replace(settings, views=1), None
+            if validation is not None:
+                held_out = cache_features(trunk, processor, validation, kept, settings=as_is, report=report)
+            _train(model, features, held_out, tokenizer, settings, state, report)
         finally:
             shutil.rmtree(kept, ignore_errors=True)
         if ranks.rank == 0:
-            write_checkpoint(model, output, tokenizer=tokenizer)
+            write_checkpoint(model, output, tokenizer=tokenizer, processor=processor)
             state.path.unlink(missing_ok=True)
         return model
 
 
-def pair_with(encoder: Aimv2VisionModel, settings: LitSettings, tokenizer: Tokenizer) -> Aimv2Model:
-    """A LiT model around the encoder's trunk; everything else starts at random."""
-    text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
-    model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
-    initialise(model, text.num_hidden_layers, seed=settings.seed)
-    trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
-    model.vision_model.load_weights(trunk, strict=False)
+def pair_with(encoder: AnyModel, settings: LitSettings, tokenizer: Tokenizer) -> Aimv2Model:
+    """A pair as it is, its trunk frozen; or a LiT model around an encoder's trunk, all else of which is random."""
+    if isinstance(encoder, Aimv2Model):
+        model = Aimv2Model(encoder.config)
+        model.load_weights(list(flat(encoder.parameters()).items()))
+    else:
+        text = replace(settings.text, vocab_size=tokenizer.size, eos_token_id=tokenizer.eos)
+        model = Aimv2Model(Aimv2Config(replace(encoder.config, use_head=True), text, settings.projection_dim))
+        initialise(model, text.num_hidden_layers, seed=settings.seed)
+        trunk = [(name, array) for name, array in flat(encoder.parameters()).items() if not name.startswith("head.")]
+        model.vision_model.load_weights(trunk, strict=False)
     freeze(model, FROZEN_TRUNK)
     return model
 
@@ -112,14 +136,17 @@ def pair_with(encoder: Aimv2VisionModel, settings: LitSettings, tokenizer: Token
 def _train(
     model: Aimv2Model,
     features: CaptionedFeatures,
+    held_out: CaptionedFeatures | None,
     tokenizer: Tokenizer,
     settings: LitSettings,
     state: StateFile,
     report: Callable[[str], None],
 ) -> None:
-    """Trains what is not frozen; at the end the model holds the running average of its weights."""
+    """Trains what is not frozen; at the end the model holds the running average of its weights, or the best ones."""
     ranks, log = Ranks(), log_to(state.folder / "log.jsonl", report)
     keys = {texts[0]: number for number, texts in enumerate(dict.fromkeys(features.texts))}
+    if len(keys) < 2:
+        raise ValueError(f"all images have one caption, {features.texts[0][0]!r:.80}: give them their own")
 
     def make(item: tuple[int, np.random.Generator]) -> tuple[Array, str, int]:
         """A view of an image, one of its captions, and the number of its first caption."""
@@ -142,6 +169,11 @@ def _train(
         if is_due(step, settings.steps_per_report) or step == settings.iters:
             log(step, losses)
 
+    def score(model: Any, held_out: CaptionedFeatures) -> float:
+        first, of_five = recall_on(model, held_out, tokenizer)
+        report(f"recall on the images held out: at 1 {first:.1%}, at 5 {of_five:.1%}")
+        return (first + of_five) / 2
+
     order = Shuffled(
         range(len(features.texts)),
         batch_size=settings.batch_size,
@@ -150,8 +182,31 @@ def _train(
         ranks=ranks.size,
     )
     with closing(Batches(order, make, collate=collate)) as batches:
-        watch = Watch(after_step=after_step, say=report)
-        train(model, loss, batches, settings.plan(), state=state, ranks=ranks, watch=watch)
+        watch, plan = Watch(after_step=after_step, say=report), settings.plan()
+        if held_out is not None:
+            watch, plan = (
+                replace(watch, evaluate=partial(score, held_out=held_out)),
+                replace(plan, keep="best", eval_every=settings.steps_per_eval),
+            )
+        train(model, loss, batches, plan, state=state, ranks=ranks, watch=watch)
+
+
+def recall_on(model: Aimv2Model, held_out: CaptionedFeatures, tokenizer: Tokenizer) -> tuple[float, float]:
+    """The shares of images whose own first caption is first among all, and among the first five."""
+
+    def vectors(chunk: Sequence[int]) -> list[Array]:
+        views, ids = np.stack([held_out.view(i, 0) for i in chunk]), tokenizer([held_out.texts[i][0] for i in chunk])
+        return [np.array(x) for x in both_sides(model, mx.array(views).astype(model.dtype), mx.array(ids))]
+
+    both = [vectors(chunk) for chunk in split_into_chunks(range(len(held_out.texts)), CHUNK)]
+    images, texts = (np.concatenate(side) for side in zip(*both, strict=True))
+    return recall(images @ texts.T)
+
+
+def recall(scores: Array) -> tuple[float, float]:
+    """The shares of rows whose own column, on the diagonal, is first, and among the first five: `(n, n) -> two`."""
+    before = (scores > np.diag(scores)[:, None]).sum(axis=1)
+    return float((before < 1).mean()), float((before < 5).mean())
 
 
 def both_sides(model: Aimv2Model, features: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:

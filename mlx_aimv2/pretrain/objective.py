@@ -6,13 +6,17 @@
 Apple released no decoder. This one follows the paper: the encoder's blocks (SwiGLU, RMSNorm), the features projected
 linearly to its width, two linear heads on its last state. The paper does not say how the caption's positions are
 coded: here by a learned table, as in LiT's text encoder.
+
+Native encoders: the paper draws 2 ** n patches with n between 7 and 12, from a standard normal distribution cut to
+-1 … 1 and stretched to that, and resizes images to that area in their own shape; the larger, the fewer in a batch. Here
+a batch has one shape, drawn with the number, and crops of that shape: so nothing is distorted and nothing is padded.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,12 +27,46 @@ from mlx_aimv2 import layers
 from mlx_aimv2.backend import by_images, cross_entropy, run_blocks
 from mlx_aimv2.config import Aimv2TextConfig, Aimv2VisionConfig
 from mlx_aimv2.model import Aimv2VisionModel
+from mlx_aimv2.train.augment import ASPECT
 
 ALPHA = 0.4
 """Weight of the image loss beside the text loss (arXiv 2411.14402, section 3.1)."""
 
 EPS = 1e-6
 """Added to a patch's variance (He et al. 2021, arXiv 2111.06377, their code)."""
+
+
+Grid: TypeAlias = tuple[int, int]
+"""Rows and columns of patches."""
+
+PATCHES = (1 << 7, 1 << 12)
+"""The fewest and the most patches of an image."""
+
+
+def grid_of(vision: Aimv2VisionConfig, rng: np.random.Generator | None, *, patches: tuple[int, int] = PATCHES) -> Grid:
+    """The grid of a batch: that of the fixed size, or drawn between the fewest and the most patches.
+
+    Without `rng`, for validation, a square in the middle of what is drawn.
+    """
+    if vision.image_size is not None:
+        return (vision.image_size // vision.patch_size,) * 2
+    if rng is None:
+        return (max(2, round((patches[0] * patches[1]) ** 0.25)),) * 2
+    low, high = (math.log2(number) for number in patches)
+    z = math.inf
+    while not -1 <= z <= 1:
+        z = rng.normal()
+    area = 2 ** (low + (high - low) * (z + 1) / 2)
+    aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+    rows = max(1, round(math.sqrt(area / aspect)))
+    return rows, max(2, min(round(area / rows), patches[1] // rows))
+
+
+def images_of(vision: Aimv2VisionConfig, grid: Grid, size: int, *, patches: tuple[int, int] = PATCHES) -> int:
+    """The images of a batch of this grid: `size`, native as many as have the patches of `size` images in the middle."""
+    if vision.image_size is not None:
+        return size
+    return max(1, round(size * math.sqrt(patches[0] * patches[1]) / math.prod(grid)))
 
 
 def draw_lengths(count: int, patches: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -65,12 +103,13 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """Features of patches and a caption's ids to predictions: `(B, I, D), (B, T) -> (B, I - 1, P), (B, T, V)`.
 
-    P is the number of values in a patch, V the size of the vocabulary. Output i of the first predicts patch i + 1,
-    output t of the second token t + 1.
+    P is the number of values that are predicted of a patch, V the size of the vocabulary. Output i of the first
+    predicts patch i + 1, output t of the second token t + 1.
     """
 
     def __init__(self, config: DecoderConfig, *, feature_size: int, patch_values: int) -> None:
         super().__init__()
+        self.config = config
         width = config.hidden_size
         self.from_features = nn.Linear(feature_size, width, bias=False)
         self.token_embed = nn.Embedding(config.vocab_size, width)
@@ -90,18 +129,39 @@ class Decoder(nn.Module):
         return self.patch_head(x[:, : patches - 1]), self.token_head(x[:, patches:])
 
 
+def mean_and_deviation(patches: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each patch over its values, in float32: `(B, I, P) -> two (B, I, 1)`; the variance's divisor is P - 1.
+
+    That is torch's `var` in He et al.'s code.
+    """
+    x = patches.astype(mx.float32)
+    return x.mean(axis=-1, keepdims=True), mx.sqrt(x.var(axis=-1, keepdims=True, ddof=1) + EPS)
+
+
 def normalised(patches: mx.array) -> mx.array:
     """Each patch with mean 0 and variance 1 over its values, in float32: `(B, I, P) -> (B, I, P)`."""
-    x = patches.astype(mx.float32)
-    mean = x.mean(axis=-1, keepdims=True)
-    variance = mx.square(x - mean).mean(axis=-1, keepdims=True)
-    return (x - mean) * mx.rsqrt(variance + EPS)
+    mean, deviation = mean_and_deviation(patches)
+    return (patches.astype(mx.float32) - mean) / deviation
+
+
+def drawable(predicted: mx.array) -> mx.array:
+    """Predictions of normalised patches, their means and deviations as pixels: `(B, I, P + 2) -> (B, I, P)`."""
+    return predicted[..., :-2] * mx.maximum(predicted[..., -1:], 0) + predicted[..., -2:-1]
 
 
 def image_loss(predicted: mx.array, patches: mx.array, lengths: mx.array) -> mx.array:
-    """Mean squared error over the patches after each prefix: `(B, I - 1, P), (B, I, P), (B,) -> (B,)`."""
+    """Mean squared error over the patches after each prefix: `(B, I - 1, P), (B, I, P), (B,) -> (B,)`.
+
+    With P + 2 predictions the last two are compared with the patch's mean and deviation, which the target has lost,
+    and their squared errors are added.
+    """
     target = normalised(patches[:, 1:])
-    error = mx.square(predicted.astype(mx.float32) - target).mean(axis=-1)  # (B, I - 1)
+    values = patches.shape[-1]
+    x = predicted.astype(mx.float32)
+    error = mx.square(x[..., :values] - target).mean(axis=-1)  # (B, I - 1)
+    if x.shape[-1] > values:
+        lost = mx.concatenate([*mean_and_deviation(patches[:, 1:])], axis=-1)
+        error = error + mx.square(x[..., values:] - lost).sum(axis=-1)
     counts = mx.arange(1, patches.shape[1])[None] >= lengths[:, None]
     return (error * counts).sum(axis=1) / counts.sum(axis=1)
 
@@ -130,13 +190,18 @@ class Batch(NamedTuple):
 
 
 class Pretraining(nn.Module):
-    """The encoder with prefix attention and the decoder over its features."""
+    """The encoder with prefix attention and the decoder over its features.
 
-    def __init__(self, vision: Aimv2VisionConfig, decoder: DecoderConfig, *, eos: int) -> None:
+    A `generative` one predicts the mean and deviation of each patch too.
+    """
+
+    def __init__(
+        self, vision: Aimv2VisionConfig, decoder: DecoderConfig, *, eos: int, generative: bool = False
+    ) -> None:
         super().__init__()
         self.eos = eos
         self.encoder = Aimv2VisionModel(vision)
-        patch_values = vision.num_channels * vision.patch_size**2
+        patch_values = vision.num_channels * vision.patch_size**2 + 2 * generative
         self.decoder = Decoder(decoder, feature_size=vision.hidden_size, patch_values=patch_values)
 
     def predict(self, batch: Batch) -> tuple[mx.array, mx.array]:

@@ -21,44 +21,52 @@ import numpy as np
 from PIL import Image
 
 from mlx_aimv2.backend import WIDE_SIGHT, prepared
+from mlx_aimv2.checkpoint.read import read_safetensors
 from mlx_aimv2.config import DTYPES, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.conversion.folder import save_pytorch
+from mlx_aimv2.conversion.folder import save_pytorch, write_safetensors
 from mlx_aimv2.embed.distributed import Ranks
 from mlx_aimv2.files import atomic_file, atomic_folder
 from mlx_aimv2.images.preprocessing import CLIP_MEAN, CLIP_STD, published
 from mlx_aimv2.images.processor import Aimv2Processor
-from mlx_aimv2.layers import patches_of
+from mlx_aimv2.layers import patches_of, pixels_of
 from mlx_aimv2.loading import AnyModel, load, resample_positions
 from mlx_aimv2.model import Aimv2VisionModel
-from mlx_aimv2.pretrain.data import (
+from mlx_aimv2.pretrain.data import Data, Preparation, Prepared, Stream, collate, content_of, first_examples
+from mlx_aimv2.pretrain.objective import (
+    ALPHA,
     PATCHES,
-    Data,
+    Batch,
+    Decoder,
+    DecoderConfig,
     Grid,
-    Preparation,
-    Prepared,
-    Shards,
-    Stream,
-    collate,
-    first_examples,
+    Pretraining,
     grid_of,
+    images_of,
+    initialise,
+    mean_and_deviation,
 )
-from mlx_aimv2.pretrain.objective import ALPHA, EPS, Batch, DecoderConfig, Pretraining, initialise
 from mlx_aimv2.tokenizer import VOCAB_SIZE, Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation
 from mlx_aimv2.train.batches import Batches, share_of
 from mlx_aimv2.train.loop import Plan, Watch, is_due, train
 from mlx_aimv2.train.optimizer import Group, Table, flat
 from mlx_aimv2.train.settings import MAX_SEED, check, setting
-from mlx_aimv2.train.state import StateFile, digest_of, saved_weights, training_run
+from mlx_aimv2.train.state import StateFile, digest_of, training_run
+
+DECODER_FILE = "decoder.safetensors"
+"""Beside an encoder's weights: those of the decoder that it was trained with, its sizes in the metadata."""
 
 TOKENIZER_CAPTIONS = 1_000_000
 """Captions that a tokenizer is trained on at most."""
 
 VALIDATION_EXAMPLES = 512
 
-PAPER_BATCH = 8192
+PAPER_BATCH, PAPER_MIN_RATE, PAPER_WARM_UP = 8192, 1e-5, 12_500 / 1_500_000
 PAPER_RATES = {1024: 1e-3, 1536: 8e-4, 2048: 8e-4, 3072: 4e-4}
-"""Width -> learning rate at that batch (arXiv 2411.14402, table A1, as the betas, weight decay and clipping below)."""
+"""Width -> highest learning rate at that batch (arXiv 2411.14402, table A1, as the betas, decay and clipping below).
+
+It is reached after that share of the steps and falls to the same lowest rate for each width.
+"""
 
 GROUPS: Table = [(r".*pos_embed", Group(decay=0.0))]
 """Positions are not decayed, as norms and biases are not."""
@@ -78,15 +86,22 @@ class Captioned:
     What is done every so many steps is never done with 0.
     """
 
-    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
+    batch_size: int = setting(
+        64, "optimisation", "images of a batch, on all ranks; with --native of the middle size", "at least 1"
+    )
     iters: int = setting(1000, "optimisation", "steps", "at least 1")
     learning_rate: float | None = setting(
         None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
     )
     warm_up: int | None = setting(
-        None, "optimisation", "steps until the highest rate (default: a tenth of all)", "at least 0"
+        None, "optimisation", "steps until the highest rate (default: 1 in 120, of lit 1 in 10)", "at least 0"
     )
-    weight_decay: float = setting(1e-4, "optimisation", "of AdamW", "at least 0")
+    weight_decay: float = setting(
+        1e-4,
+        "optimisation",
+        "share of a matrix that a step at the highest rate takes off (docs/pretraining.md)",
+        "from 0 to 1",
+    )
     first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
     seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
     steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
@@ -102,11 +117,11 @@ class Captioned:
         return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
 
     def _plan(self, rate: float) -> Plan:
-        """What the loop does for both."""
+        """What the loop does for both. Decay is fully decoupled: `p *= 1 - weight_decay * (rate now) / rate`."""
         return Plan(
             steps=self.iters,
             learning_rate=rate,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay / rate,
             betas=(0.9, 0.95),
             warm_up=self.iters // 10 if self.warm_up is None else self.warm_up,
             clip=1.0,
@@ -128,6 +143,9 @@ class Settings(Captioned):
     start: str | None = setting(
         None, "what is trained", "go on from an earlier result, at another --image-size for example", metavar="MODEL"
     )
+    generative: bool = setting(
+        False, "what is trained", "predict mean and contrast of patches too, so that `generate` can draw them"
+    )
     grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
     alpha: float = setting(ALPHA, "optimisation", "weight of the image loss", "at least 0")
     dtype: str = setting(
@@ -148,14 +166,19 @@ class Settings(Captioned):
         """The highest learning rate; the paper's is scaled by the root of a step's examples, as Adam's noise goes."""
         if self.learning_rate is not None:
             return self.learning_rate
-        paper = next((rate for width, rate in PAPER_RATES.items() if self.vision.hidden_size <= width), 4e-4)
-        return paper * math.sqrt(self.batch_size * self.grad_accumulation_steps / PAPER_BATCH)
+        return self._paper_rate * math.sqrt(self.batch_size * self.grad_accumulation_steps / PAPER_BATCH)
+
+    @property
+    def _paper_rate(self) -> float:
+        return next((rate for width, rate in PAPER_RATES.items() if self.vision.hidden_size <= width), 4e-4)
 
     def plan(self) -> Plan:
-        """How the loop trains."""
+        """How the loop trains; the rate falls to the same share of its highest as in the paper."""
         is_on_gpu = mx.default_device().type == mx.DeviceType.gpu
         return replace(
             self._plan(self.rate),
+            warm_up=round(self.iters * PAPER_WARM_UP) if self.warm_up is None else self.warm_up,
+            min_rate=self.rate * PAPER_MIN_RATE / self._paper_rate,
             accumulate=self.grad_accumulation_steps,
             dtype=("bfloat16" if is_on_gpu else "float32") if self.dtype == AUTO else self.dtype,
             keep="last",
@@ -184,15 +207,15 @@ def pretrain(
     """
     output, ranks = Path(output), Ranks()
     with training_run(output, resume=resume, rank=ranks.rank) as folder:
-        start, size = settings.start, share_of(settings.batch_size, ranks.size)
+        start, share = settings.start, share_of(settings.batch_size, ranks.size)
         check_enough(sum(1 for _ in islice(data.epoch(None), settings.batch_size)), settings.batch_size)
         tokenizer = tokenizer_for(data, settings.decoder, tokenizer, folder if resume else start)
         settings = replace(settings, decoder=replace(settings.decoder, vocab_size=tokenizer.size))
         state = begin(folder, data, tokenizer, settings.identity)
-        model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos)
+        model = Pretraining(settings.vision, settings.decoder, eos=tokenizer.eos, generative=settings.generative)
         initialise(model, settings.vision.num_hidden_layers, seed=settings.seed)
         if start is not None and not resume and not start_from(model, start):
-            report(f"{start} has no {Path(start).name}.training beside it: the decoder starts at random")
+            report(f"{start} has no {DECODER_FILE}: the decoder starts at random")
 
         def grid(number: int) -> Grid:
             """The same for all batches of a step and for all ranks."""
@@ -202,7 +225,7 @@ def pretrain(
         order = Stream(
             data,
             grid,
-            size=size,
+            size=lambda grid: images_of(settings.vision, grid, share, patches=settings.patches),
             seed=settings.seed,
             start=state.progress.positions[ranks.rank] if state.progress is not None else 0,
             rank=ranks.rank,
@@ -223,18 +246,15 @@ def pretrain(
                 watch=Watch(after_step=after_step, say=report),
             )
         if ranks.rank == 0:
-            write_checkpoint(model.encoder, output, tokenizer=tokenizer)
+            write_checkpoint(model.encoder, output, tokenizer=tokenizer, decoder=model.decoder)
         return model.encoder
 
 
 def begin(folder: Path, data: Data, tokenizer: Tokenizer, identity: Mapping[str, Any]) -> StateFile:
     """The state of a run on these captions, and its tokenizer beside it. ValueError for a state of another run."""
     ranks = Ranks()
-    if isinstance(data, Shards):
-        content = digest_of((file.name, file) for file in data.files)
-    else:
-        content = digest_of((example.name, example.image, example.texts) for example in data.epoch(None))
-    about = {"data": content, "tokenizer": digest_of([tokenizer.backend.to_str()]), "ranks": ranks.size}
+    about = {"data": content_of(data), "tokenizer": digest_of([tokenizer.backend.to_str()]), "ranks": ranks.size}
+    about |= {"decay": "fully decoupled"}  # another one in earlier versions
     state = StateFile(folder, {**identity, **about})
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,15 +299,30 @@ def validate(model: Pretraining, examples: list[Prepared], tokenizer: Tokenizer,
     return {"validation_image_loss": image_mean, "validation_text_loss": text_mean}
 
 
-def write_checkpoint(model: AnyModel, output: Path, *, tokenizer: Tokenizer | None = None) -> None:
-    """A folder in Apple's layout: weights in float32, config.json, preprocessor_config.json, the tokenizer if any."""
+def write_checkpoint(
+    model: AnyModel,
+    output: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    processor: Aimv2Processor | None = None,
+    decoder: Decoder | None = None,
+) -> None:
+    """A folder in Apple's layout: weights in float32, config.json, preprocessor_config.json, the tokenizer if any.
+
+    Without `processor` images are prepared as for Apple's checkpoints. The decoder, if any, lies beside in a file of
+    its own, with its sizes.
+    """
     vision = model.vision.config
+    processor = processor or Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size)
     with atomic_folder(output) as folder:
         weights = list(flat(model.parameters()).items())
         save_pytorch(model.config, weights, folder, layout="apple", dtype=mx.float32)
-        Aimv2Processor(published(vision.image_size), patch_size=vision.patch_size).save_to(folder)
+        processor.save_to(folder)
         if tokenizer is not None:
             tokenizer.save_to(folder)
+        if decoder is not None:
+            about = {"config": json.dumps(asdict(decoder.config))}
+            write_safetensors(folder / DECODER_FILE, flat(decoder.parameters()), metadata=about)
 
 
 def log_to(file: Path, report: Callable[[str], None]) -> Callable[[int, Mapping[str, float]], None]:
@@ -325,13 +360,15 @@ def check_enough(found: int, batch: int) -> None:
 
 
 def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
-    """Fills the model from an earlier run's checkpoint; returns whether there was a decoder, in CHECKPOINT.training.
+    """Fills the model from an earlier run's checkpoint; returns whether it has a decoder.
 
     Position tables are resampled to the new number of patches. Raises ValueError for an encoder of other sizes.
     """
     earlier, _ = load(checkpoint, dtype="float32")
-    encoder, decoder = flat(earlier.vision.parameters()), saved_weights(Path(checkpoint), prefix="decoder.")
-    weights = {f"encoder.{name}": array for name, array in encoder.items() if not name.startswith("head.")} | decoder
+    encoder, file = flat(earlier.vision.parameters()), Path(checkpoint) / DECODER_FILE
+    weights = {f"encoder.{name}": array for name, array in encoder.items() if not name.startswith("head.")}
+    if file.is_file():
+        weights |= {f"decoder.{name}": array for name, array in read_safetensors(file)[0].items()}
     table = "encoder.pos_embed"
     if table in weights and (patches := model.encoder.config.num_patches) is not None:
         old, new = math.isqrt(weights[table].shape[0]), math.isqrt(patches)
@@ -341,7 +378,7 @@ def start_from(model: Pretraining, checkpoint: str | Path) -> bool:
         if shapes.get(name) != array.shape:
             raise ValueError(f"{checkpoint}: {name} is {array.shape}, this run's is {shapes.get(name)}; give its sizes")
     model.load_weights(list(weights.items()), strict=False)
-    return bool(decoder)
+    return file.is_file()
 
 
 def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
@@ -350,17 +387,20 @@ def draw_samples(model: Pretraining, batch: Batch, file: Path) -> None:
     Predictions are of normalised patches, so they are shown with the mean and deviation of the true ones.
     """
     patch_size = model.encoder.config.patch_size
-    rows, columns = model.encoder.grid(batch.pixels)
+    grid = model.encoder.grid(batch.pixels)
     patches = patches_of(batch.pixels, patch_size)
     predicted, _ = model.predict(batch)
-    mean = patches.mean(axis=-1, keepdims=True)
-    deviation = mx.sqrt(mx.square(patches - mean).mean(axis=-1, keepdims=True) + EPS)
-    shown = predicted.astype(mx.float32) * deviation[:, 1:] + mean[:, 1:]
+    mean, deviation = mean_and_deviation(patches)
+    shown = predicted[..., : patches.shape[-1]].astype(mx.float32) * deviation[:, 1:] + mean[:, 1:]
     shown = mx.concatenate([patches[:, :1], shown], axis=1)
-    is_prefix = mx.arange(rows * columns)[None] < batch.lengths[:, None]
+    is_prefix = mx.arange(patches.shape[1])[None] < batch.lengths[:, None]
     shown = mx.where(is_prefix[..., None], patches, shown)
-    sides = np.array(mx.stack([patches, shown], axis=1)).reshape(-1, 2, rows, columns, patch_size, patch_size, 3)
-    grid = sides.transpose(0, 2, 4, 1, 3, 5, 6).reshape(-1, 2 * columns * patch_size, 3)
-    levels = (grid * np.array(CLIP_STD) + np.array(CLIP_MEAN)).clip(0, 1) * 255
+    sides = mx.concatenate([pixels_of(side, grid, patch_size) for side in (patches, shown)], axis=2)
     with atomic_file(file) as stream:
-        Image.fromarray(np.rint(levels).astype(np.uint8)).save(stream, format="PNG")
+        Image.fromarray(levels_of(sides).reshape(-1, *sides.shape[2:])).save(stream, format="PNG")
+
+
+def levels_of(pixels: mx.array) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Normalised pixels as 0 … 255, `(B, H, W, 3) -> (B, H, W, 3)`."""
+    levels = (np.array(pixels) * np.array(CLIP_STD) + np.array(CLIP_MEAN)).clip(0, 1) * 255
+    return np.rint(levels).astype(np.uint8)

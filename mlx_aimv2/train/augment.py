@@ -30,7 +30,8 @@ GREY = (124, 116, 104)
 class Augmentation:
     """What may happen to a training image; the defaults are the paper's for pre-training.
 
-    `flip` mirrors half of the images; `operations` is how many of RandAugment's are drawn for each image.
+    `flip` mirrors half of the images; `operations` is how many of RandAugment's are drawn for each image, each of them
+    done with a `probability`, at a `strength` drawn by mean and deviation.
     """
 
     min_area: float = setting(0.4, "augmentation", "smallest random crop, as a share of the image", "from 0.01 to 1")
@@ -38,6 +39,8 @@ class Augmentation:
     jitter: float = setting(0.0, "augmentation", "change brightness, contrast, saturation by up to X", "from 0 to 1")
     grey: float = setting(0.0, "augmentation", "share of crops without colours", "from 0 to 1")
     operations: int = 0
+    probability: float = 1.0
+    strength: tuple[float, float] = (MAGNITUDE, 0.0)
 
     def __post_init__(self) -> None:
         check(self)
@@ -59,7 +62,7 @@ class Augmentation:
             image = jittered(image, self.jitter, rng)
         if self.grey and rng.random() < self.grey:
             image = ImageOps.grayscale(image).convert("RGB")
-        return rand_augment(image, self.operations, rng)
+        return rand_augment(image, self.operations, rng, probability=self.probability, strength=self.strength)
 
 
 def random_crop(
@@ -88,11 +91,20 @@ def jittered(image: Image.Image, amount: float, rng: np.random.Generator) -> Ima
     return image
 
 
-def rand_augment(image: Image.Image, operations: int, rng: np.random.Generator) -> Image.Image:
-    """So many operations of the table, each as strong as `MAGNITUDE` says, to either side."""
-    names = list(TABLE)
+def rand_augment(
+    image: Image.Image,
+    operations: int,
+    rng: np.random.Generator,
+    *,
+    probability: float = 1.0,
+    strength: tuple[float, float] = (MAGNITUDE, 0.0),
+) -> Image.Image:
+    """So many operations of the table, each done or not, its strength drawn by mean and deviation, to either side."""
+    names, (mean, deviation) = list(TABLE), strength
     for number in rng.integers(0, len(names), operations):
-        image = TABLE[names[number]](image, MAGNITUDE * float(rng.choice((-1.0, 1.0))))
+        own = mean if deviation == 0 else float(np.clip(rng.normal(mean, deviation), 0, 1))
+        if probability == 1 or rng.random() < probability:
+            image = TABLE[names[number]](image, own * float(rng.choice((-1.0, 1.0))))
     return image
 
 

@@ -60,6 +60,8 @@ class Plan:
     weight_decay: float
     betas: tuple[float, float] = (0.9, 0.999)
     warm_up: int = 0
+    min_rate: float = 0.0
+    """The learning rate of the last step."""
     clip: float = 3.0
     groups: Table = ()
     """Factors of rate and decay by path pattern (`optimizer.groups_of`)."""
@@ -102,7 +104,7 @@ class Step:
         """Takes the model's trainable parameters and lays them out as training likes it."""
         self.model, self.plan, self.ranks = model, plan, ranks or Ranks()
         self.groups = groups_of(model, plan.groups)
-        self.rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up)
+        self.rate = warm_up_cosine(plan.learning_rate, steps=plan.steps, warm_up=plan.warm_up, min_rate=plan.min_rate)
         self.optimizer = Optimizer(
             model, self.groups, schedule=self.rate, weight_decay=plan.weight_decay, betas=plan.betas
         )
@@ -225,13 +227,12 @@ def train(
 
     def save_pending(loss: float = 0.0) -> None:
         nonlocal is_pending
-        if done.step == 0:
-            done.first_loss = loss
+        done.first_loss = done.first_loss if done.step else loss
         is_wanted, is_pending = is_pending and loss <= EXPLODED * (1 + done.first_loss), False
         if not is_wanted:
             return
-        own = {} if plan.keep == "last" else kept
-        parts = {"model": flat(model.trainable_parameters()), "optimizer": step.optimizer.moments, "kept": own}
+        parts = {"model": flat(model.trainable_parameters()), "optimizer": step.optimizer.moments}
+        parts["kept"] = {} if plan.keep == "last" else kept
         for arrays in parts.values():
             if (name := first_not_finite(arrays)) is not None:
                 raise LossError(f"{name} is not finite after step {done.step}")

@@ -22,8 +22,8 @@ from mlx_aimv2.backend import Balance, columns_first
 
 Arrays: TypeAlias = dict[str, mx.array]
 
-Rate: TypeAlias = Callable[[mx.array], mx.array]
-"""The learning rate at a step, which counts from 0."""
+Rate: TypeAlias = Callable[..., mx.array]
+"""`step, factor -> ()`: the learning rate at a step, which counts from 0, of a group of such a factor."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Optimizer:
             alike[group.rate, group.decay].append(path)
 
         def times(factor: float) -> Rate:
-            return lambda step: factor * schedule(step)
+            return lambda step: schedule(step, factor)
 
         self.parts = [
             (AdamW(times(rate), betas=list(betas), weight_decay=weight_decay * decay, bias_correction=True), paths)
@@ -155,14 +155,18 @@ def _each_on_its_core(work: Callable[[str, mx.array], mx.array], arrays: Arrays)
     return done
 
 
-def warm_up_cosine(rate: float, *, steps: int, warm_up: int) -> Rate:
-    """The learning rate: it rises linearly for `warm_up` steps to `rate`, then falls as half a cosine to zero."""
+def warm_up_cosine(rate: float, *, steps: int, warm_up: int, min_rate: float = 0.0) -> Rate:
+    """The learning rate: it rises linearly for `warm_up` steps to `factor * rate`, then falls as half a cosine.
 
-    def schedule(step: mx.array) -> mx.array:
+    It falls to `min_rate`, whatever the factor.
+    """
+
+    def schedule(step: mx.array, factor: float = 1.0) -> mx.array:
         step = step.astype(mx.float32)
         risen = (step + 1) / max(1, warm_up)
         fallen = 0.5 * (1 + mx.cos(mx.pi * (step - warm_up) / max(1, steps - warm_up)))
-        return rate * mx.where(step < warm_up, risen, fallen)
+        above = factor * (rate * mx.where(step < warm_up, risen, fallen))
+        return above + min_rate * mx.where(step < warm_up, 0.0, 1 - fallen)
 
     return schedule
 

@@ -10,6 +10,7 @@ RANGES = {
     "any": lambda value: True,
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
     "above 0": lambda value: value > 0,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0.01 to 1": lambda value: 0.01 <= value <= 1,

@@ -165,13 +165,6 @@ def _is_progress(saved: dict[str, Any]) -> bool:
     return not any(misfit(entry, {"step": int}) for entry in saved["history"])
 
 
-def saved_weights(output: Path, *, prefix: str) -> Arrays:
-    """The parameters in OUTPUT.training whose paths begin so; none where there is no state."""
-    file = training_folder(output) / STATE_FILE
-    tensors = read_safetensors(file)[0] if file.is_file() else {}
-    return {key.removeprefix("model."): array for key, array in tensors.items() if key.startswith(f"model.{prefix}")}
-
-
 def digest_of(values: Iterable[Any]) -> str:
     """A short name of numbers, texts, arrays, files (`Path`) and what holds them: of their content alone."""
     digest = hashlib.sha256()

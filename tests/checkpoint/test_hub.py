@@ -5,6 +5,7 @@ Each case runs in a process of its own, because huggingface_hub reads its enviro
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_aimv2.checkpoint.hub import download
+from mlx_aimv2.cli import main
 from mlx_aimv2.config import RELEASED
 from tests.loopback import TOKEN, Hub, serve
 from tests.programs import HANGS
@@ -122,17 +124,16 @@ def test_a_released_checkpoint_comes_at_its_pinned_commit_with_only_the_files_ne
 def test_the_size_of_a_download_is_said_before_it_starts_and_info_needs_none(hub, tmp_path):
     hub.publish("somebody/aimv2", MAIN, FIXED)
     hub.repositories["somebody/aimv2"][MAIN]["pytorch_model.bin"] = b"the same again"  # which is not fetched
-    main = "from mlx_aimv2.cli import main; sys.exit(main(argv[1:]))"
     size = (FIXED / "model.safetensors").stat().st_size
-    result = run(hub, tmp_path / "home", main, "info", "somebody/aimv2", "--json")
+    result = run(hub, tmp_path / "home", MAIN_OF_CLI, "info", "somebody/aimv2", "--json")
     assert json.loads(result.stdout)["download"] == size, result.stderr
     assert not hub.fetched()
     line = f"mlx-aimv2: downloading {size / 1e6:.2f} MB of somebody/aimv2 into "
     for said in (True, False):
-        result = run(hub, tmp_path / "home", main, "compare", FIXED, "somebody/aimv2")
+        result = run(hub, tmp_path / "home", MAIN_OF_CLI, "compare", FIXED, "somebody/aimv2")
         assert result.returncode == 0 and (line in result.stderr) == said, result.stderr
     asked = len(hub.fetched())
-    result = run(hub, tmp_path / "home", main, "info", "somebody/aimv2", "--json")
+    result = run(hub, tmp_path / "home", MAIN_OF_CLI, "info", "somebody/aimv2", "--json")
     assert json.loads(result.stdout)["layout"] == "apple" and len(hub.fetched()) == asked
 
 
@@ -284,43 +285,110 @@ def test_a_repository_without_weights_says_what_was_looked_for(released, tmp_pat
     assert f"{NAME} at {PIN}: no weights; looked for model.safetensors.index.json" in line
 
 
-UPLOAD = """
-from pathlib import Path
-from mlx_aimv2.cli.dispatch import one_line_errors
-from mlx_aimv2.checkpoint.hub import upload
-def work():
-    print(upload(Path(argv[1]), argv[2]))
-    return 0
-sys.exit(one_line_errors(work))
-"""
-
-
-CONVERT = "from mlx_aimv2.cli import main; sys.exit(main(['convert', *argv[1:]]))"
+MAIN_OF_CLI = "from mlx_aimv2.cli import main; sys.exit(main(argv[1:]))"
 
 
 @pytest.mark.slow
 def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
     name, folder = "somebody/aimv2-mlx", tmp_path / "mlx"
     flags = ("--hf-path", FIXED, "--mlx-path", folder, "--no-verify", "--upload-repo", name)
-    result = run(hub, tmp_path / "home", CONVERT, *flags, HF_TOKEN=TOKEN)
+    result = run(hub, tmp_path / "home", MAIN_OF_CLI, "convert", *flags, HF_TOKEN=TOKEN)
     assert f"[INFO] Uploading to {hub.address}/{name}" in result.stderr
     assert result.stdout.strip() == str(folder)
     published = list(hub.repositories[name].values())[-1]
     assert published == {file.name: file.read_bytes() for file in folder.iterdir()}
     assert f'load("{name}")' in published["README.md"].decode()
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
-    result = run(hub, tmp_path / "home", UPLOAD, folder, name, HF_TOKEN=TOKEN)  # the repository exists already
+    (folder / ".DS_Store").write_text("a file of the system")
+    result = run(hub, tmp_path / "home", MAIN_OF_CLI, "upload", folder, name, HF_TOKEN=TOKEN)  # the repository is there
     assert result.stdout.strip() == f"{hub.address}/{name}", result.stderr
-    assert list(hub.repositories[name].values())[-1]["config.json"] == (folder / "config.json").read_bytes()
+    assert "note: not of a checkpoint, so left out: .DS_Store" in result.stderr
+    assert list(hub.repositories[name].values())[-1] == published | {
+        "config.json": (folder / "config.json").read_bytes()
+    }
     assert run(hub, tmp_path / "other", READ, name).stdout.split()[0] == name
 
 
-def test_without_a_token_that_may_write_the_upload_says_so(hub, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    line = refusal(run(hub, tmp_path / "home", UPLOAD, folder, "somebody/aimv2-mlx", HF_TOKEN="hf_wrong"))
-    assert "HF_TOKEN" in line
-    assert "somebody/aimv2-mlx" in line
+CHECK_EACH = """
+from mlx_aimv2.cli.dispatch import one_line_errors
+from mlx_aimv2.checkpoint.hub import check_upload
+for name in argv[1:]:
+    one_line_errors(lambda: check_upload(name) or 0)
+"""
+
+
+def checked(hub: Hub, home: Path, *names: str, **environment: str) -> list[str]:
+    """The lines that `check_upload` of each name ends in."""
+    return run(hub, home, CHECK_EACH, *names, **environment).stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "an upload needs a token that may write: run hf auth login, or set HF_TOKEN"),
+        ({"HF_TOKEN": "hf_wrong"}, "the Hub refuses (401); set HF_TOKEN to a token that may do this"),
+        ({"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, "nothing can be uploaded while HF_HUB_OFFLINE is set; unset it"),
+    ],
+    ids=["none", "unknown", "offline"],
+)
+def test_a_token_that_may_not_write_is_known_before_anything_is_converted(hub, tmp_path, environment, words):
+    flags = ("--hf-path", FIXED, "--mlx-path", tmp_path / "mlx", "--upload-repo", "somebody/aimv2-mlx")
+    line = refusal(run(hub, tmp_path / "home", MAIN_OF_CLI, "convert", *flags, **environment))
+    assert line == f"mlx-aimv2: somebody/aimv2-mlx: {words}"
+    assert not (tmp_path / "mlx").exists()
+    assert not any(verb == "POST" for verb, _ in hub.requests)
+
+
+def test_only_a_repository_that_the_token_may_write_to_passes(hub, tmp_path):
+    hub.repositories |= {name: {MAIN: {}} for name in ("ours/there", "ours/closed")}
+    hub.closed.add("ours/closed")
+    names = ("somebody/new", "Somebody/New", "ours/new", "ours/there", "ours/closed", "theirs/new", "no-owner", "a/b/c")
+    lines = checked(hub, tmp_path, *names, HF_TOKEN=TOKEN)
+    wanted = [
+        "ours/closed: the Hub refuses (403); set HF_TOKEN to a token that may do this",
+        "theirs/new: the token is somebody's, who may write to somebody, ours alone",
+        "no-owner: no Hub name of the form owner/name: put your name or an organisation's in front",
+        "a/b/c: no Hub name of the form owner/name",
+    ]
+    assert len(lines) == len(wanted), lines
+    for line, words in zip(lines, wanted, strict=True):
+        assert line.startswith(f"mlx-aimv2: {words}")
+    assert not any(verb == "POST" for verb, _ in hub.requests), "asking makes no repository"
+    hub.whoami |= {"auth": {"accessToken": {"role": "read"}}}
+    assert "somebody/new: the token may only read" in checked(hub, tmp_path, "somebody/new", HF_TOKEN=TOKEN)[0]
+
+
+def test_a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on(hub, tmp_path):
+    name, folder = "somebody/aimv2-mlx", tmp_path / "an mlx folder"
+    hub.down.add(name)
+    flags = ("--hf-path", FIXED, "--mlx-path", folder, "--no-verify", "--upload-repo", name)
+    line = refusal(run(hub, tmp_path / "home", MAIN_OF_CLI, "convert", *flags, HF_TOKEN=TOKEN))
+    command = line.rpartition("go on with mlx-aimv2 ")[2]
+    assert command == f"upload '{folder}' {name}"
+    hub.down.clear()
+    result = run(hub, tmp_path / "home", MAIN_OF_CLI, *shlex.split(command), HF_TOKEN=TOKEN)
+    assert result.stdout.strip() == f"{hub.address}/{name}", result.stderr
+    assert "model.safetensors" in list(hub.repositories[name].values())[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere", "nowhere is no folder here: upload takes one that convert, fuse or save has written"),
+        ("head", "head is a head: upload takes checkpoints; mlx-aimv2 fuse makes one of a tuned encoder"),
+        ("photos", "photos: no weights; looked for"),
+        ("other", "other has its weights in mlx_model.safetensors: convert it first, and upload the result"),
+    ],
+)
+def test_what_is_no_checkpoint_of_ours_is_not_uploaded(tmp_path, monkeypatch, capsys, name, words):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("head", "photos"):
+        Path(folder).mkdir()
+    Path("head/head.json").touch()
+    shutil.copytree(FIXED, "other")
+    Path("other/model.safetensors").rename("other/mlx_model.safetensors")
+    assert main(["upload", name, "somebody/x"]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow

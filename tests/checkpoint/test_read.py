@@ -93,6 +93,110 @@ def test_the_encoder_is_taken_out_of_a_larger_model(layout, prefix, config, tmp_
     assert read(folder).shapes.keys() >= LANGUAGE_MODEL.keys()
 
 
+LLM = {"model_type": "llava_qwen", "hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+LLM |= {"rms_norm_eps": 1e-6, "vocab_size": 9, "hidden_act": "silu", "rope_theta": 1e6, "num_key_value_heads": 2}
+LLAVA = {**LLM, "mm_vision_tower": "apple/aimv2-large-patch14-448"}
+SECTION = {key: value for key, value in APPLE.items() if key != "model_type"} | {"num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix", "config", "heads"),
+    [
+        ("transformers", "model.vision_tower.vision_tower.", LLAVA, 2),
+        ("transformers", "model.vision_tower.vision_tower.vision_model.", LLAVA, 2),
+        ("apple", "vision_model.", LLM | {"vision_config": {**APPLE, "model_type": "sailvit"}}, 2),
+        ("apple", "vision_model.", LLM | {"llm_config": LLM, "vit_config": SECTION}, 4),
+        ("apple", "vision_model.", {"llm_config": LLM, "vision_config": {"num_attention_heads": 4}}, 4),
+        ("transformers", "base_model.model.vision_encoder.", {**SECTION, "text_config": LLM}, 4),
+        ("timm", "visual.trunk.", LLM | {"text_config": LLM}, 2),
+        ("timm", "module.visual.", TIMM, 2),
+    ],
+    ids=["LLaVA", "LLaVA, one deeper", "SAIL-VL", "FlashVL", "heads alone", "wrapped", "visual.trunk", "module"],
+)
+def test_sizes_come_from_the_towers_section_or_its_tensors_never_from_the_language_model(
+    layout, prefix, config, heads, tmp_path
+):
+    similar = {
+        f"projector.blocks.{i}.{part}.weight": mx.zeros((8, 8)) for i in range(9) for part in ("norm1", "attn.qkv")
+    }
+    folder = write(tmp_path / "a", in_layout(layout, prefix=prefix) | LANGUAGE_MODEL | similar, config)
+    assert is_the_encoder(folder)
+    assert (found := load(folder)[0].config).num_attention_heads == heads
+    assert (found.rms_norm_eps, found.image_size) == (1e-5, 15)
+
+
+def test_heads_that_nothing_says_are_asked_for_with_the_place_to_say_them(tmp_path):
+    weights = random_weights(Aimv2VisionConfig(96, 13, 2, 2, image_size=15, patch_size=5))
+    tensors = in_layout("transformers", weights, "model.vision_tower.vision_tower.")
+    folder = write(tmp_path / "a", tensors | LANGUAGE_MODEL, LLAVA)
+    message = refusal(folder)
+    assert 'as "vision_config": {"num_attention_heads": …}' in message
+    (folder / "config.json").write_text(json.dumps(LLAVA | {"vision_config": {"num_attention_heads": 3}}))
+    assert load(folder)[0].config.num_attention_heads == 3
+
+
+@pytest.mark.parametrize("layout", ["apple", "timm"])
+def test_an_encoder_at_the_root_of_a_larger_model_is_taken_with_the_rest_counted_aloud(layout, tmp_path):
+    rest = LANGUAGE_MODEL | {
+        f"llm.model.{name}.weight": mx.zeros((8,)) for name in ("embed_tokens", "rotary", "a", "b")
+    }
+    folder = write(tmp_path / "a", in_layout(layout) | rest, {"vision_config": APPLE})
+    with pytest.warns(UserWarning, match=r"the rest of a larger model is left out \(llm\..* and 2 more\)"):
+        assert is_the_encoder(folder)
+
+
+def two_encoders(folder: Path) -> Path:
+    other = {name: 2 * array for name, array in in_layout("timm", prefix="teacher.").items()}
+    del other["teacher.pos_embed"]  # they need not be equally complete
+    return write(folder, in_layout("apple", prefix="vision_model.") | other, {"vision_config": APPLE})
+
+
+def test_of_two_encoders_config_json_chooses_one(tmp_path):
+    folder = two_encoders(tmp_path / "a")
+    message = refusal(folder)
+    assert "as teacher. and as vision_model.:" in message
+    assert 'choose one in its config.json, as by "encoder_prefix": "teacher."' in message
+    (folder / "config.json").write_text(json.dumps({"vision_config": APPLE, "encoder_prefix": "vision_model."}))
+    assert is_the_encoder(folder)
+    (folder / "config.json").write_text(json.dumps({"vision_config": APPLE, "encoder_prefix": ["teacher."]}))
+    assert "encoder_prefix: ['teacher.']" in refusal(folder)
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_of_a_larger_model_in_shards_only_those_with_the_encoder_are_opened(index, tmp_path, monkeypatch):
+    prefix = "model.vision_tower.vision_tower."
+    language = {f"model.layers.{i}.mlp.up_proj.weight": mx.zeros((64, 64)) for i in range(9)}
+    folder = write(tmp_path / "a", in_layout("transformers", prefix=prefix) | language, LLAVA)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [sorted(name for name in tensors if name.startswith(prefix)), sorted(map(str, language))]
+    files = ["first.safetensors", "second.safetensors", "third.safetensors"]
+    parts = [names[0][::2], names[0][1::2] + names[1][:1], names[1][1:]]
+    for file, part in zip(files, parts, strict=True):
+        save_file({name: tensors[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    opened = []
+    monkeypatch.setattr(
+        mx, "load", lambda file, *args, load=mx.load, **more: opened.append(file) or load(file, *args, **more)
+    )
+    assert is_the_encoder(folder)
+    assert {Path(file).name for file in opened} == set(files[:2])
+    (folder / "third.safetensors").unlink()
+    assert is_the_encoder(folder)
+
+
+def test_a_list_of_shards_without_an_encoder_is_refused_before_any_shard_is_looked_for(tmp_path):
+    folder = write(tmp_path / "a", {}, LLM)
+    (folder / "model.safetensors").unlink()
+    weight_map = {f"model.layers.{i}.mlp.up_proj.weight": f"part-{i}.safetensors" for i in range(9)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "unknown layout" in refusal(folder)
+    weight_map = dict.fromkeys(in_layout("apple", prefix="a.") | in_layout("timm", prefix="b."), "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "as a. and as b." in refusal(folder)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float32_float16_and_bfloat16_are_kept(dtype, tmp_path):
     tensors = {name: array.astype(getattr(mx, dtype)) for name, array in in_layout("apple").items()}

@@ -170,7 +170,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
 
 @pytest.mark.parametrize(
     "flags",
-    [*(["--batch", count] for count in ("0", "-1", "two", str(10**30))), ["--side", str(10**8)], ["--runs", "0"]],
+    [*(["--batch", count] for count in ("0", "-1", "two", str(10**30))), ["--batch", str(10**8)], ["--runs", "0"]],
 )
 def test_counts_are_whole_positive_and_what_a_machine_can_do(flags, capsys):
     with pytest.raises(SystemExit, match="2"):

@@ -97,7 +97,7 @@ try:
 finally:
     print(*sys.modules)"""
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.split()
-    assert "mlx_aimv2.cli.info_compare_export" in loaded
+    assert "mlx_aimv2.cli.info_compare_export_upload" in loaded
     assert "mlx_aimv2.cli.embed_search_duplicates" not in loaded
 
 

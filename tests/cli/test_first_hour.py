@@ -17,7 +17,7 @@ from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import dispatch, main
 from mlx_aimv2.cli.bench import measure_speed, random_model, random_pixels
 from mlx_aimv2.cli.dispatch import EXAMPLES, VERBS
-from mlx_aimv2.cli.info_compare_export import memory
+from mlx_aimv2.cli.info_compare_export_upload import memory
 from mlx_aimv2.cli.output import say
 from mlx_aimv2.config import RELEASED, Aimv2VisionConfig
 from mlx_aimv2.convert import convert
@@ -157,6 +157,7 @@ MODELS = {
     "info": ("info", "IT"),
     "bench": ("bench", "-m", "IT"),
     "fuse": ("fuse", "--adapter-path", "IT"),
+    "upload": ("upload", "IT", "owner/name"),
 }
 KINDS = {
     "nothing is there": ("nowhere", 2, "nowhere", (LISTED, LABELLED, INDEXED)),

@@ -212,6 +212,28 @@ def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, 
     assert not target.exists()
 
 
+def test_of_the_ten_nearest_those_are_counted_that_both_models_find():
+    angles = np.linspace(0, 1.5, 12)[:, None]
+    a = np.hstack([np.cos(angles), np.sin(angles)])
+    assert fidelity.nearest_in_common(a, 3 * a) == 1
+    b = a.copy()
+    b[0] = [-1, 0]  # was of the ten nearest to all but the last; now the twelve have eleven others to choose from
+    found = [{*np.argsort(-(x @ x[i]) + 9 * (np.arange(12) == i))[:10]} for x in (a, b) for i in range(12)]
+    common = [len(one & other) / 10 for one, other in zip(found[:12], found[12:], strict=True)]
+    assert fidelity.nearest_in_common(a, b) == pytest.approx(np.mean(common))
+    assert np.mean(common) < 1
+
+
+def test_on_a_cpu_halves_are_computed_in_float32_unless_asked_for(tmp_path):
+    half = convert(ENCODER, tmp_path / "half", dtype="float16", verify=False)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    found = fidelity.compare(ENCODER, half, images=IMAGES)
+    assert (found["model"]["dtype"], found["computed_in"]) == ("float16", "float32" if on_cpu else "float16")
+    assert "in float16, against float32" in fidelity.table(
+        fidelity.compare(ENCODER, half, images=IMAGES, dtype="float16")
+    )
+
+
 def test_a_reference_in_half_precision_runs_in_float32(tmp_path):
     half = convert(REFERENCE / "fixed", tmp_path / "half", dtype="bfloat16", verify=False)
     assert fidelity.run_reference(read_source(half), IMAGES).dtype == "float32"

@@ -162,6 +162,14 @@ def test_the_written_package_says_what_goes_in_and_out_and_whose_it_is(tmp_path)
     assert (tmp_path / "app" / "LICENSE").read_text() == "research only"
 
 
+def test_weights_of_the_packages_dtype_are_not_copied():
+    exported = prepare(EMOJI, None, "uint8", None, dtype="float16", revision=None, keep_quantized=True)
+    weight = exported.vision.blocks[0].mlp.up.weight
+    with Function({}, opset_version=ct.target.iOS18):
+        like = mb.const(val=np.zeros(3, np.float16))
+    assert np.shares_memory(Network(mb, types, exported).array(weight, like), np.asarray(weight))
+
+
 @pytest.mark.slow
 def test_bits_stay_bits(sources, tmp_path):
     for name, count in (("4 bits", 5), ("5 bits", 0)):

@@ -31,6 +31,8 @@ VERBS: dict[str, tuple[str, ...]] = {
     "export -o": ("-m", "MODEL", "-o", "NAME.mlxfn"),
     "fuse": ("--adapter-path", "NAME", "--save-path", "OUT"),
     "fuse --save-path": ("--adapter-path", "HEAD", "--save-path", "NAME"),
+    "upload": ("NAME", "owner/name"),
+    "upload to": ("MODEL", "NAME"),
     "fit": ("NAME", "-m", "MODEL", "-o", "OUT"),
     "fit -m": ("DATA", "-m", "NAME", "-o", "OUT"),
     "fit -o": ("DATA", "-m", "MODEL", "-o", "NAME"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_aimv2.images.find import is_gone, list_images, read_list
+from mlx_aimv2.images.find import Scan, is_gone, list_images, read_list
 
 
 @pytest.fixture
@@ -154,9 +154,9 @@ def test_folders_that_this_package_wrote_are_skipped_unless_they_are_meant(tree,
 
 def test_a_shallow_scan_lists_the_folders_that_it_did_not_enter(tree):
     (tree / "a" / "@eaDir").mkdir()
-    listing = list_images([tree / "a"], deep=False)
-    assert names(listing, tree) == ["a/1.jpg"]
-    assert listing.folders == [str(tree / "a" / "b")]
+    scan = Scan()
+    assert scan.loose(tree / "a") == [str(tree / "a" / "1.jpg")]
+    assert scan.folders(tree / "a") == [tree / "a" / "b"]
 
 
 def test_a_list_is_cut_at_nul_or_at_lines():

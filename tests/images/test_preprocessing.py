@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.images.preprocessing import Preprocessing, from_clip, published, to_clip
+from mlx_aimv2.images.preprocessing import Preprocessing, from_processor, published, to_clip
 from mlx_aimv2.images.processor import Aimv2Processor
 from tests.pixels import stored
 
@@ -65,8 +65,8 @@ def test_every_field_of_preprocessor_config_counts(tmp_path):
     ],
 )
 def test_spellings_of_preprocessor_config(change, wanted):
-    whole = from_clip(CLIP, Path("preprocessor_config.json"))
-    assert from_clip(CLIP | change, Path("preprocessor_config.json")) == replace(whole, **wanted)
+    whole = from_processor(CLIP, Path("preprocessor_config.json"))
+    assert from_processor(CLIP | change, Path("preprocessor_config.json")) == replace(whole, **wanted)
 
 
 def test_transformers_5_keeps_the_same_in_processor_config(tmp_path):
@@ -114,7 +114,12 @@ def test_timms_pretrained_cfg_is_read(tmp_path, change, resize):
         ({"rescale_factor": 0}, "rescale_factor must be a number from 1e-06"),
         ({"do_pad": True}, "do_pad is set"),
         ({"use_square_size": True}, "use_square_size is set"),
-        ({"image_processor_type": "SiglipImageProcessor"}, "asks for SiglipImageProcessor"),
+        ({"image_processor_type": "LevitImageProcessor"}, "asks for LevitImageProcessor.*CLIPImageProcessor there"),
+        ({"image_processor_type": "CLIPImageProcessor", "image_size": 448}, "image_size and says no size"),
+        ({"auto_map": {"AutoProcessor": "processing_x.XProcessor"}}, r"code of its own \(auto_map\)"),
+        ({"auto_map": {"AutoImageProcessor": "image_x.XImageProcessor"}, "size": 224}, "asks for XImageProcessor"),
+        ({"auto_map": [], "image_size": 448}, "image_size and says no size"),
+        ({"image_processor_type": "SAILVLImageProcessor", "image_size": 0}, "size must be in whole pixels"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(tmp_path, fields, line):
@@ -145,11 +150,84 @@ def test_a_settings_file_that_is_no_json_object_is_named(tmp_path, content):
         Aimv2Processor.from_folder(tmp_path)
 
 
-def test_another_processors_settings_give_way_to_apples_with_a_remark(tmp_path):
-    stored(tmp_path, {"image_processor_type": "Ovis2ImageProcessor", "crop_to_patches": True})
-    with pytest.warns(UserWarning, match="asks for Ovis2ImageProcessor"):
-        processor = Aimv2Processor.from_folder(tmp_path, config=Aimv2VisionConfig(image_size=448))
-    assert processor.preprocessing == published(448)
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+SAILVL = {
+    "auto_map": {"AutoImageProcessor": "image_processing_sailvl.SAILVLImageProcessor", "AutoProcessor": "a.B"},
+    "max_dynamic_patch": 10,
+    "patch_size": 14,
+    "image_size": 70,
+    "use_msac": False,
+    "pad_input": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"image_processor_type": "Ovis2ImageProcessor", "size": {"height": 70, "width": 70}}, {}),
+        ({"image_processor_type": "Ovis2ImageProcessorFast", "crop_to_patches": True}, {}),
+        ({"image_processor_type": "Ovis2ImageProcessorPil", "size": {"shortest_edge": 70}}, {}),
+        ({"image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": 70}, "do_pad": True}, {}),
+        ({"auto_map": {"AutoImageProcessor": [None, "a.Ovis2ImageProcessorFast"]}, "size": 70}, {}),
+        (SAILVL, IMAGENET),
+        (SAILVL | {"image_mean": [0.1, 0.2, 0.3]}, IMAGENET | {"image_mean": (0.1, 0.2, 0.3)}),
+        ({"image_processor_type": "SiglipImageProcessor", "size": 70}, dict.fromkeys(IMAGENET, (0.5,) * 3)),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": 70},
+            dict.fromkeys(IMAGENET, (0.5,) * 3) | {"resample": 2},
+        ),
+    ],
+    ids=[
+        "Ovis2",
+        "Ovis2 without a size",
+        "a shortest edge",
+        "LLaVA-NeXT",
+        "a list",
+        "SAIL-VL2",
+        "another mean",
+        "SigLIP",
+        "ViT",
+    ],
+)
+def test_processors_that_squash_are_followed_as_their_own_code_does(tmp_path, fields, steps):
+    found = Aimv2Processor.from_folder(stored(tmp_path, fields), config=Aimv2VisionConfig(image_size=70))
+    assert found.preprocessing == Preprocessing(resize=(70, 70), crop=None, **steps)
+
+
+OVIS2 = {**CLIP, "do_center_crop": False, "crop_size": {"height": 70, "width": 70}}
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "steps"),
+    [
+        ({"model_type": "ovis"}, None, {}),
+        ({"model_type": "ovis"}, OVIS2, from_processor(OVIS2, Path())),
+        ({"model_type": "ovis2"}, None, {}),
+        ({"model_type": "internvl_chat"}, None, IMAGENET),
+        ({"model_type": "sailvl"}, None, IMAGENET),
+        ({"model_type": "llava_qwen", "image_aspect_ratio": "anyres_max_9"}, None, {}),
+    ],
+    ids=["Ovis2", "Ovis2's own file", "transformers' Ovis2", "SAIL-VL 1.6", "SAIL-VL2", "LLaVA's anyres"],
+)
+def test_what_a_vision_language_models_code_does_counts_where_no_file_says_it(tmp_path, model, file, steps):
+    stored(tmp_path, model, "config.json")
+    if file is not None:
+        found = Aimv2Processor.from_folder(stored(tmp_path, file), config=Aimv2VisionConfig(image_size=70))
+        assert found.preprocessing == replace(steps, resize=(70, 70))
+        return
+    with pytest.warns(UserWarning, match="70x70 whatever the shape"):
+        found = Aimv2Processor.from_folder(tmp_path, config=Aimv2VisionConfig(image_size=70))
+    assert found.preprocessing == Preprocessing(resize=(70, 70), crop=None, **steps)
+
+
+def test_llavas_padding_is_refused_with_the_remedy_and_its_square_is_apples(tmp_path):
+    stored(tmp_path, {"model_type": "llava_qwen", "image_aspect_ratio": "pad"}, "config.json")
+    with pytest.raises(ValueError, match=r"image_aspect_ratio: pad.*put the preprocessor_config\.json"):
+        Aimv2Processor.from_folder(tmp_path, config=Aimv2VisionConfig(image_size=70))
+    stored(tmp_path, {"model_type": "llava_qwen", "mm_vision_tower": "apple/aimv2"}, "config.json")
+    with pytest.warns(UserWarning, match="centre crop 70x70"):
+        found = Aimv2Processor.from_folder(tmp_path, config=Aimv2VisionConfig(image_size=70))
+    assert found.preprocessing == published(70)
 
 
 def test_a_fixed_models_size_must_be_that_of_its_images(tmp_path):
@@ -177,7 +255,7 @@ def test_the_vision_part_of_a_pair_gives_its_sizes(tmp_path):
 def test_what_is_saved_is_read_back(tmp_path, steps):
     Aimv2Processor(steps).save_to(tmp_path)
     assert Aimv2Processor.from_folder(tmp_path).preprocessing == steps
-    assert from_clip(to_clip(steps), tmp_path) == steps
+    assert from_processor(to_clip(steps), tmp_path) == steps
 
 
 def test_a_native_image_above_max_patches_is_scaled_down_in_its_shape():

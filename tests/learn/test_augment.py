@@ -50,6 +50,16 @@ def test_operations_go_to_either_side():
     assert min(seen) < (100, 100, 100) < max(seen)
 
 
+def test_operations_are_as_strong_and_as_frequent_as_is_said(monkeypatch):
+    strengths = []
+    for name in augment.TABLE:
+        monkeypatch.setitem(augment.TABLE, name, lambda image, strength: strengths.append(abs(strength)) or image)
+    rng, image = np.random.default_rng(0), Image.new("RGB", (3, 2))
+    augment.rand_augment(image, 4000, rng, probability=0.5, strength=(0.9, 0.05))
+    assert len(strengths) == pytest.approx(2000, abs=150)
+    assert np.mean(strengths) == pytest.approx(0.9, abs=0.01) and np.std(strengths) == pytest.approx(0.05, abs=0.01)
+
+
 def test_each_operation_is_drawn(monkeypatch):
     drawn = []
     for name in augment.TABLE:

@@ -556,3 +556,19 @@ def test_a_head_trained_on_boxes_of_another_program_beats_guessing(form, tmp_pat
         for name, steps in (("trained", {"epochs": 30}), ("untrained", {"iters": 1}))
     )
     assert trained > 0.3 > 3 * untrained
+
+
+def test_texts_of_yolo_are_met_in_either_unicode_form_and_letter_case(tmp_path):
+    yolo_images_labels(tmp_path)
+    for place, name in (("images", "ü{}"), ("labels", "u\u0308{}")):
+        for file in [*(tmp_path / place).rglob("*.*")]:
+            file.rename(
+                file.with_name(name.format(file.stem) + (file.suffix.upper() if place == "labels" else file.suffix))
+            )
+    assert {name.lstrip("ü"): found for name, found in truths(boxes.read(tmp_path)).items()} == WANTED
+
+
+def test_a_text_of_yolo_without_an_image_is_told(tmp_path):
+    yolo_images_labels(tmp_path)
+    put(tmp_path / "labels" / "train" / "alone.txt", "0 .5 .5 .1 .1\n")
+    assert any("alone.txt has no image of its name" in note for note in boxes.read(tmp_path).notes)

@@ -9,6 +9,7 @@ from PIL import Image
 from mlx_aimv2.learn.detect import data as coco
 from mlx_aimv2.learn.detect import results
 from mlx_aimv2.learn.detect.boxes_average_precision import Detections
+from mlx_aimv2.learn.tables import START
 
 
 def content(count=5, name="{}.png", first=0, **changes):
@@ -279,3 +280,27 @@ def test_results_are_a_coco_file_with_scores(tmp_path):
     assert got["categories"][1] == {"id": 2, "name": "dog"}
     (entry,) = got["annotations"]
     assert (entry["bbox"], entry["category_id"], entry["score"]) == ([2.0, 3.0, 11.0, 13.12], 2, 0.75)
+
+
+def test_a_file_is_known_by_its_start_though_images_alone_fill_it(tmp_path):
+    data = content(6)
+    for entry in data["images"]:
+        entry["coco_url"] = "http://" + "x" * START
+    write(tmp_path / "result.json", data)
+    assert counts(coco.read(tmp_path)) and coco.recognise(tmp_path) is not None
+
+
+def test_one_id_for_two_categories_is_refused(tmp_path):
+    data = content(6, categories=[{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 4, "name": "dog"}])
+    write(tmp_path / "_annotations.coco.json", data)
+    assert "gives one id, 3, to cat and dog" in lines(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("box", "words"), [([0.1, 0.2, 0.3, 0.4], "lies within one pixel"), (None, "is missing, not four numbers")]
+)
+def test_a_box_in_shares_and_one_that_is_missing_are_refused(tmp_path, box, words):
+    data = content(6)
+    data["annotations"][0]["bbox"] = box
+    write(tmp_path / "_annotations.coco.json", data)
+    assert words in lines(tmp_path)[0]

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_aimv2 import plot
 from mlx_aimv2.backend.device import slow_here
 from mlx_aimv2.cli import main
 from mlx_aimv2.embed.cache import open_features
+from mlx_aimv2.images import to_rgb
 from mlx_aimv2.learn import classify, evaluate, fit, fuse, predict
 from mlx_aimv2.learn.head_folder import load_head
 from mlx_aimv2.learn.samples import Sample
@@ -299,11 +301,41 @@ def test_an_encoder_in_half_precision_is_trained_in_full_as_float32(digits, tmp_
 
 def test_the_papers_recipe_tries_its_fourteen_settings(digits, tmp_path):
     lines = []
-    fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="attentive", recipe="paper", epochs=2, say=lines.append)
+    about = {"fine_tune_type": "attentive", "recipe": "paper", "epochs": 2}
+    fit(digits, CHECKPOINT, tmp_path / "head", **about, augment=False, say=lines.append)
     info = json.loads((tmp_path / "head" / "head.json").read_text())
     assert len(RECIPES["paper"].learning_rates) * len(RECIPES["paper"].weight_decays) == 14
     assert info["settings"]["learning_rate"] in RECIPES["paper"].learning_rates
     assert any("are the best on val" in line for line in lines)
+
+
+def test_the_papers_recipe_has_both_columns_of_its_table():
+    """And timm's rand-m9-mstd0.5-inc1, crops of 8 % and more, and jitter of 0.3 for both."""
+    assert [(one.batch_size, one.warm_up_epochs, one.min_rate) for one in RECIPES.values()] == [
+        (1024, 5, 1e-5),
+        (512, 0, 1e-5),
+    ]
+    for one in RECIPES.values():
+        changed = one.augmentation
+        assert (changed.min_area, changed.flip, changed.jitter) == (0.08, True, 0.3)
+        assert (changed.operations, changed.strength, changed.probability) == (2, (0.9, 0.05), 0.5)
+
+
+def test_the_papers_recipe_learns_on_images_that_are_changed_at_random_each_time(digits, tmp_path, monkeypatch):
+    opened = Counter()
+    monkeypatch.setattr("mlx_aimv2.learn.training.to_rgb", lambda path: opened.update([path]) or to_rgb(path))
+
+    def losses(name, **more):
+        settings = {"recipe": "paper-others", "iters": 3, "steps_per_eval": 1, "learning_rate": 1e-2}
+        fit(digits, CHECKPOINT, tmp_path / name, fine_tune_type="attentive", **settings, **more)
+        history = json.loads((tmp_path / name / "head.json").read_text())["history"]
+        return [entry["loss"] for entry in history[1:]]
+
+    as_is = losses("as-is", augment=False)
+    assert not opened
+    changed = losses("changed")
+    assert len(opened) == 24 and min(opened.values()) >= 3  # all are in each batch
+    assert abs(changed[2] - as_is[2]) > 1e-3 * as_is[2]
 
 
 def test_a_native_encoder_learns_on_images_of_one_size(digits, tmp_path):

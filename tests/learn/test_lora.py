@@ -5,15 +5,18 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlx_aimv2
 from mlx_aimv2 import load
+from mlx_aimv2.bundled import emoji_checkpoint, photographs
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
 from mlx_aimv2.files import write_json
-from mlx_aimv2.learn import fit, fuse, lora
+from mlx_aimv2.learn import add_adapters, fit, fuse, lora
 from tests.labelled import CHECKPOINT, write_digits
 from tests.small_training import write_encoder
 
@@ -183,3 +186,57 @@ def test_there_is_nothing_to_fuse_in_a_probe(tmp_path, monkeypatch):
         fuse(tmp_path / "head", tmp_path / "fused")
     with pytest.raises(ValueError, match="does not say which encoder it is for: give --model"):
         fuse(tmp_path, tmp_path / "fused")
+
+
+# One's own loop
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_the_adapters_of_a_pair_learn_alone_and_fuse_into_what_they_do(kind, tmp_path):
+    model, processor = load(emoji_checkpoint(), dtype="float32")
+    config = add_adapters(model, kind, num_layers=2, rank=3)
+    assert config["num_layers"] == 2
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    assert len(names) == 2 * 2 * len(lora.KEYS) * (2 if kind == "lora" else 3)
+    assert all(name.rpartition(".")[2] in ("lora_a", "lora_b", "m") for name in names)
+    pixels, ids = processor(photographs()[:2]), processor.tokenize(["a cat", "a cup"])
+
+    def loss(model):
+        return nn.losses.cross_entropy(model(pixels, ids).logits_per_image, mx.arange(2)).mean()
+
+    optimizer = optim.AdamW(learning_rate=1e-3)
+    before = dict(tree_flatten(model.parameters()))
+    for _ in range(3):
+        _, grads = nn.value_and_grad(model, loss)(model)
+        optimizer.update(model, grads)
+    changed = {name for name, array in tree_flatten(model.parameters()) if not mx.array_equal(array, before[name])}
+    assert changed and changed <= set(names)
+    applied = np.array(model(pixels, ids).logits_per_image)
+    assert fuse(model) is model
+    fused = np.array(model(pixels, ids).logits_per_image)
+    assert np.abs(fused - applied).max() <= 1e-4 * np.abs(applied).max()
+    again, _ = load(mlx_aimv2.save(model, processor, tmp_path / "tuned", is_tuned=True))
+    np.testing.assert_array_equal(np.array(again(pixels, ids).logits_per_image), fused)
+
+
+def test_adapters_that_cannot_be_added_or_fused_are_refused_with_what_can(tmp_path):
+    model, _ = load(CHECKPOINT)
+    for keywords, words in (
+        ({"kind": "prefix"}, "adapters are of the kind lora or dora, got 'prefix'"),
+        ({"num_layers": 0}, "num_layers must be from 1 to 4, the blocks, or -1 for all, got 0"),
+        ({"num_layers": 9}, "num_layers must be from 1 to 4"),
+        ({"rank": 0}, "rank must be from 1 to"),
+        ({"dropout": 1.0}, r"dropout must be from 0 to 0.999, got 1.0"),
+        ({"scale": math.nan}, "scale must be from"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            add_adapters(model, **keywords)
+    assert not any("lora" in name for name, _ in tree_flatten(model.parameters()))
+    with pytest.raises(ValueError, match="the model has no adapters, so there is nothing to fuse"):
+        fuse(model)
+    add_adapters(model)
+    with pytest.raises(ValueError, match=r"blocks.0 has layers of the kind LoRALinear already: fuse\(model\) first"):
+        add_adapters(model, "dora")
+    convert(CHECKPOINT, tmp_path / "q", quantize=True, verify=False)
+    with pytest.raises(ValueError, match="of the kind QuantizedLinear already: load it without keep_quantized"):
+        add_adapters(load(tmp_path / "q", keep_quantized=True)[0])

@@ -281,3 +281,33 @@ def test_a_folder_without_masks_is_not_for_segmentation(tmp_path):
     image(tmp_path / "images" / "a.jpg")
     assert mask_files.recognise(tmp_path) is None
     assert "has no masks" in lines(tmp_path)[0]
+
+
+def test_names_in_two_unicode_forms_are_one(tmp_path):
+    folder(tmp_path, layout="images/ü{name}", masks="masks/u\u0308{name}")
+    assert sum(map(len, mask_files.read(tmp_path).splits.values())) == 7
+
+
+def test_where_no_mask_belongs_to_an_image_one_of_each_is_named(tmp_path):
+    folder(tmp_path, masks="masks/deep/{name}")
+    assert lines(tmp_path)[0].endswith(".png for one, " + str(tmp_path / "images" / "0.jpg"))
+
+
+@pytest.mark.parametrize(("line", "count"), [("{}", 7), ("{}.jpg", 7), ("{} 1", 0)])
+def test_lists_may_have_the_suffix_of_images_and_are_refused_where_they_name_none(tmp_path, line, count):
+    folder(tmp_path)
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(line.format(number) for number in range(5)))
+    (lists / "val.txt").write_text("\n".join(line.format(number) for number in range(5, 7)))
+    if count:
+        assert [len(part) for part in mask_files.read(tmp_path).splits.values()] == [5, 2, 0]
+    else:
+        assert lines(tmp_path) == (f"no list of {lists} names an image as it is called, such as 0",)
+
+
+def test_a_mask_with_smoothed_edges_is_refused(tmp_path):
+    folder(tmp_path, values=range(0, 256, 5))
+    assert "0.png has 52 values from 0 to 255, as smoothed edges do: draw it" in lines(tmp_path)[0]
+    (tmp_path / "classes.txt").write_text("".join(f"class {value}\n" for value in range(255)))
+    assert len(mask_files.read(tmp_path).classes) == 255

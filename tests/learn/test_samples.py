@@ -280,7 +280,7 @@ def test_a_word_that_only_holds_a_parts_name_is_no_part(task, tmp_path, name):
     write(task, tmp_path / name, range(40, 43))
     found = TASKS[task].data.read(tmp_path)
     assert counts(found) == (9, 5, 0)
-    assert f"{tmp_path / name}, with " in said(found) and "is no part of" in said(found)
+    assert f"{tmp_path / name}, with " in said(found) and "is no labelled part of" in said(found)
 
 
 @every_task
@@ -572,3 +572,48 @@ def test_a_file_that_was_changed_a_moment_ago_is_not_remembered(tmp_path):
         os.utime(path, (time.time() - age,) * 2)
         KnownFiles().remember([(str(path), known)])
         assert list(KnownFiles().look_up([str(path)])) == [str(path)] * (age > 0)
+
+
+@every_task
+def test_what_belongs_to_an_image_goes_by_each_name_of_its_file(task, tmp_path):
+    """As in a cache of the Hub, where files of equal content are links to one."""
+    write(task, tmp_path / "d", range(6))
+    by_content = {}
+    for file in sorted((tmp_path / "d").rglob("*.png")):
+        kept = by_content.setdefault(file.read_bytes(), tmp_path / "blobs" / str(len(by_content)))
+        kept.parent.mkdir(exist_ok=True)
+        file.replace(kept)
+        file.symlink_to(kept)
+    assert len(by_content) == (8 if task == "segment" else 6)
+    found = TASKS[task].data.read(tmp_path / "d")
+    assert sum(counts(found)) == 6 and not any("has no" in note for note in found.notes)
+
+
+@every_task
+def test_labels_that_differ_in_letter_case_alone_are_told(task, tmp_path):
+    found = TASKS[task].data.read(write(task, tmp_path / "d", range(8), names=("Cat", "cat")))
+    assert len(found.classes) == 2 and "labels Cat, cat differ in letter case alone" in said(found)
+
+
+@pytest.mark.parametrize("inner", [("disc", "square"), ("train", "test")])
+def test_folders_of_one_name_in_every_label_are_told(inner, tmp_path):
+    for seed in range(16):
+        write("classify", tmp_path / ("trainset", "testset")[seed // 8], [seed], names=inner)
+    found = classify.data.read(tmp_path)
+    assert found.classes == ("testset", "trainset")
+    assert f"folders that the others have too, {', '.join(sorted(inner))}: its own name is taken" in said(found)
+
+
+def test_a_label_of_two_lines_can_be_drawn(tmp_path):
+    fit(write("classify", tmp_path / "d", range(16), names=("a\nb", "c")), CHECKPOINT, tmp_path / "head")
+    assert (tmp_path / "head" / "confusion.png").exists()
+
+
+def test_images_of_which_none_can_be_held_out_are_refused(tmp_path):
+    with pytest.raises(DataError, match="too few images to hold some out"):
+        fit(write("detect", tmp_path / "d", range(2)), CHECKPOINT, tmp_path / "head")
+
+
+def test_an_image_that_goes_while_data_is_read_is_named(tmp_path):
+    gone = str(tmp_path / "gone.png")
+    assert samples.check_images([gone]) == ({}, [f"{gone} does not exist"])

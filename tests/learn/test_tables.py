@@ -88,6 +88,9 @@ READ = {
     "beside the folder": ("labels.csv", table().replace("img/", ""), "labels.csv has its images in img/"),
     "json lines": ("metadata.jsonl", lines({"file_name": name, "label": label} for name, label in ROWS), ""),
     "json capitals": ("data.jsonl", lines({"Image": name, "Label": label} for name, label in ROWS), "column image"),
+    "lists of one as JSON": ("metadata.csv", table(rows=[(name, f'"[""{label}""]"') for name, label in ROWS]), ""),
+    "lists of one as Python shows them": ("metadata.csv", table(rows=[(n, f"['{label}']") for n, label in ROWS]), ""),
+    "Open Images": ("labels.csv", table(header="ImageID,LabelName").replace(".png", ""), "has the column labelname"),
     "list of one": ("metadata.jsonl", lines({"file_name": name, "labels": [label]} for name, label in ROWS), "labels"),
 }
 
@@ -137,6 +140,15 @@ def test_a_name_is_met_in_either_unicode_form(data, form):
 THREE = [(*row, "1") for row in ROWS]
 
 REFUSED = {
+    "two columns of one name": (table(header="file_name,label,Label", rows=THREE), "label is there more than once"),
+    "several labels as JSON": (
+        table(rows=[(name, '"{""choices"": [""a"", ""b""]}"') for name, _ in ROWS]),
+        "img/disc0.png has no single label",
+    ),
+    "several labels as Python shows them": (
+        table(rows=[(name, """"['a', 'b']\"""") for name, _ in ROWS]),
+        "img/disc0.png has no single label",
+    ),
     "cp1252": (
         table().replace("disc\n", "disqué\n").encode("cp1252"),
         "line 2, is not UTF-8 (cp1252, perhaps: img/disc0.png,disqué)",
@@ -282,8 +294,8 @@ NOT_READ = {
     "0.tar": "is an archive, of which only pretrain and lit read",
     "labels.xlsx": "is a spreadsheet",
     "x.npz": "holds arrays",
-    "data.yaml": "is no description of labels, masks or boxes in a form that is read",
-    "annotations.json": "is no description of labels, masks or boxes in a form that is read",
+    "data.yaml": "is in no form that is read",
+    "annotations.json": "is in no form that is read",
     "metadata.csv": "has no column label among its columns (file_name, text)",
     "list.csv": "has no column file_name and no column label among its columns (a, b)",
 }
@@ -351,3 +363,19 @@ def test_data_as_downloaded_is_learned_better_than_guessed(tmp_path, layout):
     fitted = fit(tmp_path / "d", CHECKPOINT, tmp_path / "head")
     assert fitted.scores["test"]["top1"] > 0.7 and fitted.images["test"] >= 6
     assert evaluate(tmp_path / "head", tmp_path / "d").scores["top1"] > 0.7
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["filename,width,height,class,xmin,ymin,xmax,ymax", "image_id,bbox,label", "filename,tag,Region_Shape_Attributes"],
+)
+def test_a_table_of_boxes_is_not_taken_for_labels(data, header):
+    rows = [(name, *[label] * header.count(",")) for name, label in ROWS]
+    (data / "_annotations.csv").write_text(table(header=header, rows=rows))
+    assert "_annotations.csv has boxes (" in "".join(refused(data))
+
+
+def test_images_that_rows_name_by_another_way_are_not_told_as_left_out(data):
+    (data / "img" / "metadata.csv").write_text(table().replace("img/", "../img/"))
+    found = read(data)
+    assert count(found) == 8 and not any("is not listed" in note for note in found.notes)

@@ -11,9 +11,123 @@ UPDATES, SEARCH, POOLS = (
     ("tests/embed/test_pooling.py",),
 )
 
+GPTQ = ("tests/conversion/test_gptq.py",)
+
 BESIDE = "tests/checkpoint/test_hostile_checkpoints.py::test_"
 
+SAVE, HUB = "tests/conversion/test_save.py::test_", "tests/checkpoint/test_hub.py::test_"
+TOWERS, SIZES = "tests/checkpoint/test_read.py::test_", "tests/test_image_size.py::test_"
+PIXELS = "tests/images/test_preprocessing.py::test_"
+
 CHECKPOINTS = (
+    Mutation(
+        "layers with bits of their own are saved with those of the others",
+        "return shared | dict.fromkeys(layers(model), False) | own",
+        "return shared | dict.fromkeys(layers(model), False)",
+        (SAVE + "a_quantized_model_comes_back_with_the_same_bits",),
+    ),
+    Mutation(
+        "a resized encoder is saved with the preprocessing of its source",
+        "        processor.save_to(place)\n        if isinstance(model, Aimv2Model)",
+        "        if isinstance(model, Aimv2Model)",
+        (SAVE + "what_was_loaded_comes_back",),
+    ),
+    Mutation(
+        "weights of several dtypes are saved, which load makes one of",
+        "if len(dtypes) > 1 or dtypes[0] not in DTYPES:",
+        "if dtypes[0] not in DTYPES:",
+        (SAVE + "what_cannot_come_back_is_refused_and_nothing_is_left",),
+    ),
+    Mutation(
+        "a saved model forgets its licence",
+        "copy_beside(place, source, BESIDE)",
+        "pass",
+        (SAVE + "licence_origin_and_tokenizer_go_along_and_a_source_that_is_gone_is_said",),
+    ),
+    Mutation(
+        "a token that may only read converts for hours",
+        '.get("role") == "read":',
+        '.get("role") == "nobody":',
+        (HUB + "only_a_repository_that_the_token_may_write_to_passes",),
+    ),
+    Mutation(
+        "whoever the token is of may write anywhere",
+        "if owner.casefold() not in map(str.casefold, owners):",
+        "if not owner:",
+        (HUB + "only_a_repository_that_the_token_may_write_to_passes",),
+    ),
+    Mutation(
+        "an upload that breaks off does not say how to go on",
+        "; {folder} is whole: go on with {command}",
+        "",
+        (HUB + "a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on",),
+    ),
+    Mutation(
+        "whatever lies in the folder is uploaded",
+        "allow_patterns=list(patterns),\n                commit_message",
+        "commit_message",
+        (HUB + "a_folder_is_uploaded_whole_and_loads_from_there",),
+    ),
+    Mutation(
+        "a keyword of transformers is a keyword that nobody knows",
+        "for name in filter(KEYWORDS.__contains__, kwargs):",
+        "for name in ():",
+        ("tests/test_habits.py::test_a_habit_is_answered_by_one_line",),
+    ),
+    Mutation(
+        "the rest of a larger model beside an encoder at its root is an error",
+        "if match.prefix or not any(map(_LANGUAGE.search, names)):",
+        "if True:",
+        (f"{TOWERS}an_encoder_at_the_root_of_a_larger_model_is_taken_with_the_rest_counted_aloud",),
+    ),
+    Mutation(
+        "the language model's sizes are taken for the encoder's",
+        '"vocab_size" not in part or "patch_size" in part',
+        "True",
+        (f"{TOWERS}sizes_come_from_the_towers_section_or_its_tensors_never_from_the_language_model",),
+    ),
+    Mutation(
+        "every shard of a larger model is opened",
+        "if name.startswith(match.prefix) and name not in rest",
+        "if name",
+        (f"{TOWERS}of_a_larger_model_in_shards_only_those_with_the_encoder_are_opened",),
+    ),
+    Mutation(
+        "a vision-language model's square is cut where its file gives the shortest edge",
+        "if not size or (steps.final_size and not is_open):",
+        "if True:",
+        (f"{PIXELS}what_a_vision_language_models_code_does_counts_where_no_file_says_it",),
+    ),
+    Mutation(
+        "an image processor that is not known is CLIP's",
+        "if (defaults := PROCESSORS.get(kind)) is None:",
+        "if (defaults := PROCESSORS.get(kind, CLIP_DEFAULTS)) is None:",
+        (f"{PIXELS}settings_that_cannot_be_followed_are_refused",),
+    ),
+    Mutation(
+        "timm's share is lost at another size",
+        "return side * size // min(steps.final_size or (side,))",
+        "return size",
+        (f"{SIZES}the_processor_prepares_the_new_size_as_it_did_its_own",),
+    ),
+    Mutation(
+        "a resized folder keeps the processor of the checkpoint's size",
+        "if not (is_said := is_clips(folder, processor.preprocessing)):",
+        "is_said = True\n    if False:",
+        (f"{SIZES}convert_writes_the_resized_folder",),
+    ),
+    Mutation(
+        "an index forgets at which size it was made",
+        '"max_patches", "image_size")\n        kept',
+        '"max_patches")\n        kept',
+        (f"{SIZES}an_index_is_made_and_searched_at_the_size_asked_for",),
+    ),
+    Mutation(
+        "compare runs the checkpoint at its own size",
+        "read_source(other, image_size=image_size)",
+        "read_source(other)",
+        (f"{SIZES}compare_says_what_a_size_costs",),
+    ),
     Mutation(
         "a moving average is taken for the weights where its name comes first",
         "key=lambda found: (found[0], not _EMA.search(found[3]))",
@@ -22,8 +136,8 @@ CHECKPOINTS = (
     ),
     Mutation(
         "of two encoders in one file the first one is taken",
-        "if len(copies) > 1:",
-        "if len(copies) > 9:",
+        "if len(encoders) > 1:",
+        "if len(encoders) > 9:",
         (f"{BESIDE}two_encoders_in_one_file_are_refused",),
     ),
     Mutation(
@@ -118,14 +232,74 @@ CHECKPOINTS = (
         BITS,
     ),
     Mutation(
+        "the errors of a column are not fed on inside its group",
+        "block[i + 1 :] += factor[row, row + 1 : end, None] * errors[row]",
+        "block[i + 1 :] += 0",
+        GPTQ,
+    ),
+    Mutation(
+        "the errors of a group are not fed on to the others",
+        "due = factor[:start, start:end].T @ errors[:start]",
+        "due = 0 * factor[:start, start:end].T @ errors[:start]",
+        GPTQ,
+    ),
+    Mutation(
+        "a group's scale is that of the weights before they were corrected",
+        "mx.quantize(mx.array(expected.T),",
+        "mx.quantize(mx.array(columns[start:end].T),",
+        GPTQ,
+    ),
+    Mutation(
+        "the last layer is fitted away from the dense stream",
+        "_product(exact - x - dense(h), h)",
+        "_product(x - exact + dense(h), h)",
+        GPTQ,
+    ),
+    Mutation(
+        "packed numbers have their high bits first",
+        'axis=-1, bitorder="little")',
+        'axis=-1, bitorder="big")',
+        GPTQ,
+    ),
+    Mutation(
+        "what judges a conversion calibrates it too",
+        "[file for file in files if file not in set(judges)]",
+        "[file for file in files]",
+        GPTQ,
+    ),
+    Mutation(
+        "the photograph that judges is among those that calibrate",
+        "for file in bundled.photographs()[:-1]]",
+        "for file in bundled.photographs()]",
+        GPTQ,
+    ),
+    Mutation(
+        "the token embedding has no more bits than the blocks",
+        'max(settings["bits"], EMBEDDING_BITS)',
+        'max(settings["bits"], 2)',
+        GPTQ,
+    ),
+    Mutation(
+        "an image is the nearest to itself",
+        "np.fill_diagonal(scores, -np.inf)\n        found.append",
+        "found.append",
+        ("tests/conversion/test_fidelity.py",),
+    ),
+    Mutation(
+        "a report computes halves in halves on a CPU",
+        'computed = "float32" if dtype is None and slow_here(own)',
+        'computed = "float32" if dtype is None and not slow_here(own)',
+        ("tests/conversion/test_fidelity.py",),
+    ),
+    Mutation(
         "the report on fidelity compares the source with itself",
-        "return report(run, run_blockwise(read_source(other), images, dtype=dtype), images)",
+        "return report(run, run_other(read_source(other), images, run, dtype=dtype, on_progress=on_progress), images)",
         "return report(run, run, images)",
         ("tests/conversion/test_fidelity.py",),
     ),
     Mutation(
         "the reference of the report runs in the checkpoint's dtype",
-        'run_blockwise(source, images, dtype="float32", inside=True)',
+        'run_blockwise(source, images, dtype="float32", inside=True, on_progress=on_progress)',
         "run_blockwise(source, images, inside=True)",
         ("tests/conversion/test_fidelity.py",),
     ),
@@ -143,7 +317,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "a conversion asks again what the name of its source means",
-        "= run_reference(source.reopened(), images)",
+        "= run_reference(source.reopened(), images, on_progress=on_progress)",
         "= run_reference(read_source(hf_path, revision=revision), images)",
         ("tests/test_convert.py",),
     ),
@@ -290,9 +464,9 @@ CHECKPOINTS = (
         ("tests/index/test_reader.py",),
     ),
     Mutation(
-        "the text of an export is pooled at its last EOS",
-        "first_eos = mx.argmax(x == text.config.eos_token_id, axis=1)",
-        "first_eos = mx.full((x.shape[0],), x.shape[1] - 1, mx.int32)",
+        "the text of an export runs by this machine's own blocks",
+        "text.unchecked(x, run=plain_blocks)",
+        "text.unchecked(x)",
         (EXPORT + "a_text_encoder_takes_ids_of_one_length_filled_with_eos",),
     ),
     Mutation(

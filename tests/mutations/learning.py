@@ -34,6 +34,8 @@ FORMATS, MASKS, COCO = (
     ("tests/learn/test_coco.py",),
 )
 OBJECTIVE, TUNING = ("tests/pretrain/test_objective.py",), ("tests/pretrain/test_lit_tuning.py",)
+RUNS = "tests/pretrain/test_pretrain.py::test_"
+NATIVE = "test_patches_are_as_many_as_the_paper_draws_and_a_batch_has_as_many_of_them_whatever_the_size"
 
 SEVERAL = "tests/learn/test_several_labels_and_numbers.py::test_"
 
@@ -279,6 +281,12 @@ LEARNING = (
         HEADS,
     ),
     Mutation(
+        "beside the adapters of one's own loop the rest of the model learns",
+        "    model.freeze()\n    model.update_modules(tree_unflatten(found))",
+        "    model.update_modules(tree_unflatten(found))",
+        ("tests/learn/test_lora.py::test_the_adapters_of_a_pair_learn_alone_and_fuse_into_what_they_do",),
+    ),
+    Mutation(
         "fused adapters forget their scale",
         "+ self.scale * (a @ b).T",
         "+ (a @ b).T",
@@ -286,8 +294,8 @@ LEARNING = (
     ),
     Mutation(
         "adapters go around the first blocks, not the last",
-        "encoder.blocks[len(encoder.blocks) - num_layers :]",
-        "encoder.blocks[:num_layers]",
+        "for i in range(depth - count, depth):",
+        "for i in range(count):",
         ("tests/learn/test_lora.py",),
     ),
     Mutation(
@@ -525,5 +533,138 @@ LEARNING = (
         "elif len(found) > 1:",
         "elif len(found) > 2:",
         MASKS,
+    ),
+    Mutation(
+        "of masks that are links to one file one is found",
+        "known = path if self.every_name else identity(path, about)",
+        "known = identity(path, about)",
+        (f"{SAMPLES[0]}::test_what_belongs_to_an_image_goes_by_each_name_of_its_file",),
+    ),
+    Mutation(
+        "an image of a Mac has no mask from Linux",
+        'return same_form(str(Path(file).relative_to(folder).with_suffix("")))',
+        'return str(Path(file).relative_to(folder).with_suffix(""))',
+        (*MASKS, *FORMATS),
+    ),
+    Mutation(
+        "labels of two letter cases are not told",
+        "if cases[name.casefold()] > 1",
+        "if cases[name] > 1",
+        (f"{SAMPLES[0]}::test_labels_that_differ_in_letter_case_alone_are_told",),
+    ),
+    Mutation(
+        "folders of one name in every label are not told",
+        "if len(below) == len(places) > 1 and",
+        "if len(below) == len(places) > 2 and",
+        (f"{SAMPLES[0]}::test_folders_of_one_name_in_every_label_are_told",),
+    ),
+    Mutation(
+        "a table of boxes is one of labels",
+        "        if of is LABEL and column(names, BOX):\n            continue\n",
+        "",
+        (f"{METADATA}::test_a_table_of_boxes_is_not_taken_for_labels",),
+    ),
+    Mutation(
+        "of two columns of one name the last one counts",
+        "if name and names.count(name) > 1",
+        "if name and names.count(name) > 9",
+        (f"{REFUSED}_is_refused_with_what_to_change[two columns of one name]",),
+    ),
+    Mutation(
+        "a list in a cell is one text",
+        "return found if isinstance(found, (list, dict)) else cell",
+        "return cell",
+        (METADATA, CAPTIONED),
+    ),
+    Mutation(
+        "COCO's images alone are not known by their start",
+        '|.*"images"\\s*:\\s*\\[\\s*\\{[^{}]*"file_name"',
+        "",
+        COCO,
+    ),
+    Mutation(
+        "one id of two categories is the last one",
+        "for key, name in pairs if names[key] != name",
+        "for key, name in pairs if key not in names",
+        COCO,
+    ),
+    Mutation(
+        "boxes in shares of the sides are tiny ones in pixels",
+        "max(cut) <= 1 > area",
+        "max(cut) <= 0 > area",
+        COCO,
+    ),
+    Mutation(
+        "a smoothed mask has a class for each grey",
+        "len(seen) > MAX_UNNAMED",
+        "len(seen) > 256",
+        MASKS,
+    ),
+    Mutation(
+        "lists that name no image leave all of them out",
+        "if pairs and not any(found.values()):",
+        "if not pairs and not any(found.values()):",
+        MASKS,
+    ),
+    Mutation(
+        "files of one ending under a key of a shard are not told",
+        "if len(parts) < len(found):",
+        "if len(parts) > len(found):",
+        (CAPTIONED,),
+    ),
+    Mutation(
+        "pretraining decays by the rate, as AdamW does",
+        "weight_decay=self.weight_decay / rate,",
+        "weight_decay=self.weight_decay,",
+        (f"{RUNS}a_schedule_of_zero_gradients_leaves_951_thousandths_of_a_matrix_and_all_of_a_norm",),
+    ),
+    Mutation(
+        "the rate of pretraining falls to zero",
+        "min_rate=self.rate * PAPER_MIN_RATE / self._paper_rate,",
+        "",
+        (f"{RUNS}each_width_has_the_papers_rates",),
+    ),
+    Mutation(
+        "numbers of native patches are drawn more narrowly",
+        "z = rng.normal()",
+        "z = rng.normal() / 2",
+        (f"{CAPTIONED}::{NATIVE}",),
+    ),
+    Mutation(
+        "native batches are as many images whatever their size",
+        "return max(1, round(size * math.sqrt(patches[0] * patches[1]) / math.prod(grid)))",
+        "return size",
+        (f"{CAPTIONED}::{NATIVE}", f"{PRE_FACTS}::test_a_native_batch_of_small_images_has_more_of_them"),
+    ),
+    Mutation("a patch's variance is biased", "keepdims=True, ddof=1)", "keepdims=True)", OBJECTIVE),
+    Mutation(
+        "generation forgets what it saw", "if (before := cache[number]) is not None:", "if before := None:", OBJECTIVE
+    ),
+    Mutation(
+        "generated patches have no mean", "* mx.maximum(predicted[..., -1:], 0) + predicted[..., -2:-1]", "", OBJECTIVE
+    ),
+    Mutation(
+        "lit begins the text side of a pair anew",
+        "model.load_weights(list(flat(encoder.parameters()).items()))",
+        "initialise(model, 1, seed=settings.seed)",
+        (f"{TUNING[0]}::test_a_pair_that_goes_on_for_no_steps_is_as_it_was",),
+    ),
+    Mutation(
+        "lit with held-out images keeps the last weights",
+        'replace(plan, keep="best",',
+        'replace(plan, keep="last",',
+        (f"{TUNING[0]}::test_of_a_run_with_held_out_images_the_best_recall_is_kept",),
+    ),
+    Mutation(
+        "a caption with half a character is left out in silence",
+        "if len(whole) < len(texts):",
+        "if False:",
+        (f"{CAPTIONED}::test_of_several_captions_the_one_with_half_a_character_is_named_and_left_out",),
+    ),
+    Mutation(
+        "the paper's recipe learns from the images as they are",
+        "if run.type.augmentation is not None and run.options.augment:",
+        "if False:",
+        ("tests/learn/test_fit.py::test_the_papers_recipe_learns_on_images_that_are_changed_at_random_each_time",),
     ),
 )

@@ -171,8 +171,8 @@ NETWORK = (
     Mutation("Metal is not forced to fuse", "mask=allowed, force_fused=True)", "mask=allowed)", LONG),
     Mutation(
         "the text encoder sees what follows",
-        "run_blocks(self.blocks, embedded, causal=True)",
-        "run_blocks(self.blocks, embedded, causal=False)",
+        "run(self.blocks, embedded, causal=True)",
+        "run(self.blocks, embedded, causal=False)",
         LIT,
     ),
     Mutation(

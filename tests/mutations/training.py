@@ -401,8 +401,8 @@ TRAINING = (
     ),
     Mutation(
         "lit saves no state",
-        "settings.plan(), state=state,",
-        "settings.plan(), state=None,",
+        "batches, plan, state=state, ranks=ranks,",
+        "batches, plan, state=None, ranks=ranks,",
         PRE_RESUMED,
     ),
     Mutation(
@@ -563,8 +563,8 @@ TRAINING = (
     ),
     Mutation(
         "adapters of all blocks, -1, are on none",
-        "num_layers=depth if layers == -1 else layers,",
-        "num_layers=layers,",
+        "count = depth if num_layers == -1 else num_layers",
+        "count = num_layers",
         (LORA + "adapters_of_all_blocks_may_say_so_by_minus_one",),
     ),
     Mutation(
@@ -617,9 +617,9 @@ TRAINING = (
     ),
     Mutation(
         "an example that a broken shard cuts is used",
-        "                parts = {ending: content for _, ending, content in members}\n",
-        "                parts: dict[str, bytes] = {}\n                try:\n"
-        "                    parts.update((ending, content) for _, ending, content in members)\n"
+        "                found = [(ending, content) for _, ending, content in members]\n",
+        "                found: list[tuple[str, bytes]] = []\n                try:\n"
+        "                    found.extend((ending, content) for _, ending, content in members)\n"
         "                except tarfile.TarError:\n                    pass\n",
         ("tests/pretrain/test_captioned.py::test_the_example_at_which_a_shard_breaks_is_left_out",),
     ),
@@ -697,7 +697,7 @@ TRAINING = (
     ),
     Mutation(
         "a fused model does not say its dtype",
-        ' | {"torch_dtype": dtype_name(loaded.model.dtype)}',
+        ' | {"torch_dtype": dtype_name(model.dtype)}',
         "",
         (LORA + "fuse_makes_a_checkpoint_that_load_and_the_converter_read",),
     ),

@@ -143,7 +143,9 @@ def test_adamw_is_torchs():
     model = nn.Linear(3, 5, bias=False)
     model.weight = mx.array(start.astype(np.float32))
     groups = groups_of(model, [])
-    optimizer = Optimizer(model, groups, schedule=lambda step: mx.array(0.03), weight_decay=0.2, betas=(0.9, 0.999))
+    optimizer = Optimizer(
+        model, groups, schedule=lambda step, factor: mx.array(0.03 * factor), weight_decay=0.2, betas=(0.9, 0.999)
+    )
     for gradient in gradients.astype(np.float32):
         parameter.grad = torch.from_numpy(gradient)
         wanted.step()

@@ -12,7 +12,8 @@ from PIL import Image
 from mlx_aimv2 import bundled
 from mlx_aimv2.config import Aimv2VisionConfig
 from mlx_aimv2.pretrain import data as data_module
-from mlx_aimv2.pretrain.data import Example, Preparation, Shards, Stream, grid_of, open_data, shuffled
+from mlx_aimv2.pretrain.data import Example, Preparation, Shards, Stream, open_data, shuffled
+from mlx_aimv2.pretrain.objective import grid_of, images_of
 from mlx_aimv2.tokenizer import Tokenizer, train_tokenizer
 from mlx_aimv2.train.augment import Augmentation, random_crop
 from mlx_aimv2.train.batches import Batches
@@ -196,6 +197,41 @@ def test_what_lies_there_instead_of_captions_is_named(tmp_path):
         open_data(tmp_path)
 
 
+@pytest.mark.parametrize(("file", "text"), [("0.txt", "a cat"), ("captions.txt", "image,caption\n0.png,a cat\n")])
+def test_texts_that_are_in_no_table_are_named(tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"{file} is no table or shard: a table is called \.csv, and tar "):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "texts", [[("0.txt", "é".encode("utf-16"))], [("0.txt", b" \n"), ("0.json", '{"caption": "é"}'.encode())]]
+)
+def test_a_caption_in_utf_16_or_beside_an_empty_text_is_taken(tmp_path, texts):
+    shard(tmp_path / "0.TAR", [("0.png", png(0)), *texts])
+    assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("é",)]
+
+
+def test_files_of_one_name_in_a_shard_are_told(tmp_path):
+    shard(tmp_path / "0.tar", [("0.png", png(0)), ("0.txt", b"one"), ("0.png", png(1)), ("0.txt", b"two")])
+    with pytest.warns(UserWarning, match=r"0\.tar:0 has files of one ending more than once: the last is taken"):
+        assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("two",)]
+
+
+def test_a_caption_that_is_not_utf_8_is_told(tmp_path):
+    shard(tmp_path / "0.tar", [*members(0, 1), ("9.png", png(0)), ("9.txt", "café".encode("cp1252"))])
+    with pytest.warns(UserWarning, match=r"0\.tar:9 has no caption in UTF-8: skipped"):
+        assert names(open_data(tmp_path)) == ["0.tar:000"]
+
+
+@pytest.mark.parametrize("text", ['["a cat", "one"]', "['a cat', 'one']"])
+def test_a_list_of_captions_in_a_cell_is_a_list(tmp_path, text):
+    cell = text.replace('"', '""')
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\n0.png,"{cell}"\n')
+    (tmp_path / "0.png").write_bytes(png(0))
+    assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("a cat", "one")]
+
+
 def test_a_broken_shard_is_named_and_the_others_are_used(tmp_path):
     shard(tmp_path / "0.tar", members(0, 3))
     whole = shard(tmp_path / "1.tar", members(3, 3)).read_bytes()
@@ -256,8 +292,18 @@ def test_the_files_of_an_example_are_bounded_together_and_others_are_not_held(tm
 
 def test_a_caption_with_half_a_character_is_none(tmp_path):
     shard(tmp_path / "0.tar", [("0.png", png(1)), ("0.json", b'{"text": "a \\ud83d"}'), *members(1, 1)])
-    with pytest.warns(UserWarning, match="has no caption"):
+    with pytest.warns(UserWarning) as told:
         assert names(open_data(tmp_path)) == ["0.tar:001"]
+    lines = [str(one.message) for one in told]
+    assert any("0.tar:0 has a caption with half a character" in line and "left out" in line for line in lines)
+    assert any("0.tar:0 has no caption" in line for line in lines)
+
+
+def test_of_several_captions_the_one_with_half_a_character_is_named_and_left_out(tmp_path):
+    folder = image_folder(tmp_path / "in", [{"file_name": "0.png", "text": ["a cat", "a \ud83d"]}])
+    with pytest.warns(UserWarning, match=r"line 1: 0\.png has a caption with half a character"):
+        (example,) = open_data(folder).epoch(None)
+    assert example.texts == ("a cat",)
 
 
 def test_a_name_that_is_too_long_for_a_file_is_one_that_is_not_there(tmp_path):
@@ -303,7 +349,7 @@ def taken(folder, size, *, data=None, **options):
     """The first examples of a stream."""
     vision = Aimv2VisionConfig(22, 13, 2, 2, image_size=10, patch_size=5)
     prepare = Preparation(vision, seed=3, augmentation=Augmentation())
-    order = Stream(data or open_data(folder), lambda number: GRID, size=size, seed=3, **options)
+    order = Stream(data or open_data(folder), lambda number: GRID, size=lambda grid: size, seed=3, **options)
     batches = Batches(order, lambda item: prepare(*item), collate=list)
     try:
         return batches(0)[0]
@@ -439,6 +485,19 @@ def test_a_native_grid_is_drawn_between_the_fewest_and_the_most_patches():
     fixed = Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5)
     assert grid_of(fixed, rng) == grid_of(fixed, None) == (3, 3)
     assert grid_of(native, None, patches=(16, 256)) == (8, 8)
+
+
+def test_patches_are_as_many_as_the_paper_draws_and_a_batch_has_as_many_of_them_whatever_the_size():
+    """A normal distribution cut to one deviation and stretched from 7 to 12: 2.5 times 0.5396 wide."""
+    native = Aimv2VisionConfig(24, 13, 2, 2, is_native=True, patch_size=5)
+    rng = np.random.default_rng(3)
+    grids = [grid_of(native, rng) for _ in range(20_000)]
+    n = np.log2([rows * columns for rows, columns in grids])
+    assert n.std() == pytest.approx(1.35, abs=0.02)
+    assert (n <= 8).mean() == pytest.approx(0.169, abs=0.01)
+    of_batch = [rows * columns * images_of(native, (rows, columns), 64) for rows, columns in grids]
+    middle = 64 * 2**9.5
+    assert max(of_batch) < 1.05 * middle and min(of_batch) > 0.95 * middle
 
 
 def test_a_crop_can_keep_the_shape():

@@ -1,5 +1,7 @@
 """LiT tuning: words find images, the loss is over the global batch, and what cannot go on ends in one line."""
 
+import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -84,7 +86,7 @@ def test_words_find_the_images_they_were_trained_with(shop):
     output = shop.run("lit", "--batch-size", 7, "--iters", 150)
     model, reader = load(output)
     images = model.encode_image(reader([shop.data[1] / f"{i}.png" for i in range(7)]), normalize=True)
-    texts = model.encode_text(reader.tokenize([f"{word} {i}" for i, word in enumerate(WORDS)]), normalize=True)
+    texts = model.encode_text(reader.tokenize([f"{word} {i}" for i, word in enumerate(WORDS[:7])]), normalize=True)
     assert np.array(mx.argmax(images @ texts.T, axis=1)).tolist() == list(range(7))
 
 
@@ -104,12 +106,52 @@ def test_the_pair_is_converted_like_any_other(shop, tmp_path):
     assert np.abs(np.array(one[0].encode_text(ids)) - np.array(other[0].encode_text(ids))).max() < 1e-6
 
 
-def test_of_a_pair_the_image_encoder_alone_is_used_and_that_is_said(shop, capsys):
+def test_of_a_pair_from_scratch_the_image_encoder_alone_is_used(shop):
     pair = shop.run("lit")
+    assert shop.bits("lit", "--encoder", pair, "--from-scratch") == shop.bits("lit")
+
+
+def started_from(pair, shop, *flags):
+    """The pair that a run from another one has made; the text side's sizes are those of that."""
+    words = shop.words("lit", "--encoder", pair, *flags)
+    place, output = words.index("--config"), shop.new()
+    assert main([*words[:place], *words[place + 2 :], "-o", str(output)]) == 0
+    return output
+
+
+def test_a_pair_that_goes_on_for_no_steps_is_as_it_was(shop, tmp_path):
+    pair = shop.run("lit")
+    about = json.loads((pair / "preprocessor_config.json").read_text()) | {"image_std": [0.5, 0.4, 0.3]}
+    (pair / "preprocessor_config.json").write_text(json.dumps(about))
+    again = started_from(pair, shop, "--iters", 0)
+    files = sorted(file.name for file in pair.iterdir())
+    assert [(again / name).read_bytes() for name in files if name != "preprocessor_config.json"] == [
+        (pair / name).read_bytes() for name in files if name != "preprocessor_config.json"
+    ]
+    assert json.loads((again / "preprocessor_config.json").read_text())["image_std"] == [0.5, 0.4, 0.3]
+
+
+def test_a_pair_goes_on_from_its_own_text_side(shop, capsys):
+    pair = shop.run("lit", "--iters", 9)
     capsys.readouterr()
-    again = shop.bits("lit", "--encoder", pair)
-    assert f"of the pair {pair} the image encoder alone is used" in capsys.readouterr().err
-    assert again == shop.bits("lit")
+    near = moved(weights(pair), weights(started_from(pair, shop, "--iters", 1, "--learning-rate", 1e-5)))
+    assert f"starts from the text side of {pair}" in capsys.readouterr().err
+    assert 0 < max(near.values()) < 1e-4
+
+
+def test_of_a_run_with_held_out_images_the_best_recall_is_kept(shop, capsys):
+    flags = ("--validation", shop.data[3], "--steps-per-eval", 1, "--iters", 12, "--batch-size", 7)
+    output = shop.run("lit", *flags, "--learning-rate", 3e-2)
+    told = re.findall(r"at 1 ([\d.]+)%, at 5 ([\d.]+)%", capsys.readouterr().err)
+    assert len(told) == 13
+    model, reader = load(output)
+    images = model.encode_image(reader([shop.data[3] / f"{i}.png" for i in range(7)]), normalize=True)
+    texts = model.encode_text(reader.tokenize([f"{word} {i}" for i, word in enumerate(WORDS[:7])]), normalize=True)
+    scores = np.array(images @ texts.T)
+    before = (scores > np.diag(scores)[:, None]).sum(axis=1)
+    best = max((float(first) + float(of_five), first, of_five) for first, of_five in told)
+    assert best[1:] == tuple(f"{100 * share:.1f}" for share in ((before < 1).mean(), (before < 5).mean()))
+    assert len({sum(map(float, pair)) for pair in told}) > 1
 
 
 @pytest.mark.parametrize(
@@ -117,6 +159,7 @@ def test_of_a_pair_the_image_encoder_alone_is_used_and_that_is_said(shop, capsys
     [
         (("--batch-size", 8), "7 images with captions, fewer than a batch of 8"),
         (("--views", 0), "--views must be at least 1"),
+        (("--batch-size", 1), "--batch-size must be at least 2"),
         (("--iters", 9, "--learning-rate", 1e30), "the loss is "),
     ],
 )
@@ -124,7 +167,22 @@ def test_what_cannot_go_on_is_one_line(shop, capsys, flags, words):
     output = shop.new()
     assert main([*shop.words("lit", *flags), "-o", str(output)]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
-    assert not output.exists()
+    assert not [*output.parent.glob(f"{output.name}*")]
+
+
+def test_images_that_all_have_one_caption_are_refused_and_leave_nothing(shop, capsys):
+    listed, output = shop.data[1] / "metadata.jsonl", shop.new()
+    rows = [json.loads(line) | {"text": "a thing"} for line in listed.read_text().splitlines()]
+    listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([*shop.words("lit"), "-o", str(output)]) == 2
+    assert "all images have one caption, 'a thing'" in capsys.readouterr().err.splitlines()[-1]
+    assert not [*output.parent.glob(f"{output.name}*")]
+
+
+def test_sizes_that_a_pair_has_already_are_refused(shop, capsys):
+    pair = shop.run("lit")
+    assert main([*shop.words("lit", "--encoder", pair), "-o", str(shop.new())]) == 2
+    assert f"--config would change nothing of the pair {pair}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_features_that_do_not_fit_on_the_disk_are_an_error(shop, capsys, monkeypatch):

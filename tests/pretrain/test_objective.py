@@ -1,5 +1,7 @@
 """The pre-training objective: prefix attention, outputs that see nothing of what they predict, the losses' values."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,7 +9,19 @@ import pytest
 from mlx_aimv2 import layers
 from mlx_aimv2.backend import x86
 from mlx_aimv2.config import Aimv2VisionConfig
-from mlx_aimv2.pretrain.objective import Batch, DecoderConfig, Pretraining, draw_lengths, initialise, prefix_mask
+from mlx_aimv2.pretrain.generate import Steps
+from mlx_aimv2.pretrain.objective import (
+    Batch,
+    DecoderConfig,
+    Pretraining,
+    draw_lengths,
+    drawable,
+    image_loss,
+    initialise,
+    is_counted,
+    prefix_mask,
+    text_loss,
+)
 
 pytestmark = pytest.mark.rounding
 
@@ -100,7 +114,7 @@ def test_the_losses_are_those_of_an_independent_computation(model, batch):
         for i in range(int(batch.lengths[image].item()), PATCHES):
             row, column = divmod(i, 3)
             target = pixels[image, row * 5 : row * 5 + 5, column * 5 : column * 5 + 5].reshape(-1)
-            target = (target - target.mean()) / np.sqrt(target.var() + 1e-6)
+            target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
             errors.append(((patches[image, i - 1] - target) ** 2).mean())
         for t, wanted in enumerate(IDS[image][1:]):
             logits = tokens[image, t]
@@ -109,6 +123,40 @@ def test_the_losses_are_those_of_an_independent_computation(model, batch):
                 break
         found = [float(each[image].item()) for each in model(batch)]
         assert found == pytest.approx([np.mean(errors), np.mean(entropies)], abs=1e-5)
+
+
+def steps_of(model, batch, length):
+    """Predictions of patches and tokens, each computed when it is its turn."""
+    patches, steps = layers.patches_of(batch.pixels, 5), Steps(model, (3, 3))
+    parts = [patches[:, :length], *(patches[:, i : i + 1] for i in range(length, PATCHES))]
+    predicted = mx.concatenate([steps.patches(part) for part in parts], axis=1)[:, :-1]
+    tokens = [steps.tokens(batch.ids[:, t : t + 1]) for t in range(batch.ids.shape[1] - 1)]
+    return patches, predicted, mx.concatenate(tokens, axis=1)
+
+
+@pytest.mark.parametrize("generative", [False, True])
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 8])
+def test_step_by_step_through_the_caches_the_losses_are_those_of_training(batch, length, native, generative):
+    vision = replace(VISION, hidden_size=24, image_size=None, is_native=True) if native else VISION
+    model = Pretraining(vision, DECODER, eos=EOS, generative=generative)
+    initialise(model, 1, seed=3)
+    patches, predicted, tokens = steps_of(model, batch, length)
+    lengths, targets = mx.array([length] * 3), batch.ids[:, 1:]
+    found = image_loss(predicted, patches, lengths), text_loss(tokens, targets, is_counted(targets, EOS))
+    for one, other in zip(found, model(Batch(batch.pixels, batch.ids, lengths)), strict=True):
+        assert mx.abs(one - other).max().item() < 1e-5
+
+
+def test_a_generative_model_learns_what_normalising_takes_from_a_patch_beside(batch):
+    patches, lengths = layers.patches_of(batch.pixels, 5), batch.lengths
+    mean, deviation = patches.mean(axis=-1, keepdims=True), mx.std(patches, axis=-1, keepdims=True, ddof=1)
+    own = mx.concatenate([(patches - mean) / deviation, mean, deviation], axis=-1)[:, 1:]
+    assert mx.abs(drawable(own) - patches[:, 1:]).max().item() < 1e-5
+    assert image_loss(own, patches, lengths).max().item() < 1e-5
+    off = own + mx.array([0.0] * 75 + [0.3, 0.4])
+    np.testing.assert_allclose(np.array(image_loss(off, patches, lengths)), 0.25, rtol=1e-4)
+    np.testing.assert_allclose(image_loss(off[..., :-2], patches, lengths), 0, atol=1e-5)
 
 
 def test_alpha_weighs_the_image_loss(model, batch):

@@ -95,6 +95,10 @@ def _find(data: Path, sources: Mapping[str, tuple[Path, list[Path]]], scan: Scan
             places = []
         found.parts[part] = [(path, same_form(place.name)) for place in places for path in scan.images(place)]
         scan.faults += [f"{place} is a label without images" for place in places if not scan.images(place)]
+        below = [{inner.name for inner in scan.folders(place)} for place in places if not scan.loose(place)]
+        if len(below) == len(places) > 1 and (alike := sorted(set.intersection(*below))):
+            inner = f"has no images but folders that the others have too, {listed(alike, shown=3)}"
+            scan.note(list(map(str, places)), f"{inner}: its own name is taken for the label")
         if loose := scan.loose(folder):
             scan.note(loose, "lies in no label's folder: skipped")
     if not any(files for _, files in sources.values()):

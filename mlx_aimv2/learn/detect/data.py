@@ -96,7 +96,8 @@ def _labels(marked: Sequence[tuple[str, tuple[BoxFormat, Objects], Size]], scan:
             if not row.name:
                 faults.append(f"{where} has no name of its class")
             if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
-                faults.append(f"{where} is {row.box!r:.60}, not four numbers: {form.numbers}")
+                stated = "is missing" if row.box in (None, [], [None] * 4) else f"is {row.box!r:.60}"
+                faults.append(f"{where} {stated}, not four numbers: {form.numbers}")
                 continue
             corners = CORNERS[form.numbers](*numbers)
             box = [value * side for value, side in zip(corners, sides, strict=True)] if form.in_shares else corners
@@ -104,6 +105,8 @@ def _labels(marked: Sequence[tuple[str, tuple[BoxFormat, Objects], Size]], scan:
             area, visible = (max(edges[2] - edges[0], 0) * max(edges[3] - edges[1], 0) for edges in (box, cut))
             if area == 0:
                 scan.note(where, "has no width or no height: left out")
+            elif not form.in_shares and max(cut) <= 1 > area:
+                faults.append(f"{where} lies within one pixel, as a share of the sides would: {form.numbers} in pixels")
             elif not visible >= MIN_VISIBLE * area:  # which holds for what is too large to be a number, too
                 faults.append(
                     f"{where} goes from {box[0]:g},{box[1]:g} to {box[2]:g},{box[3]:g}, "

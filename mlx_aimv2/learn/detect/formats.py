@@ -33,7 +33,9 @@ from mlx_aimv2.untrusted_json import parse
 COCO = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
 """The lists of a COCO file, and those fields of their entries that must be there, as text or numbers."""
 
-COCO_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\{(?=.*"images")(?=.*"annotations")', re.DOTALL)
+COCO_START = re.compile(  # of many images the list alone fills the start of a file
+    rb'\A(\xef\xbb\xbf)?\s*\{((?=.*"images")(?=.*"annotations")|.*"images"\s*:\s*\[\s*\{[^{}]*"file_name")', re.DOTALL
+)
 CREATE_ML_START = re.compile(rb'\A(\xef\xbb\xbf)?\s*\[(?=.*"coordinates")(?=.*"label")', re.DOTALL)
 VOC_START = re.compile(rb"<annotation\b")
 YOLO_START = re.compile(rb"\A\s*\S+([ \t]+-?[\d.]+(e-?\d+)?){4,}\s*(\n|$)")
@@ -43,6 +45,10 @@ XML_FOLDERS = ("Annotations", "annotations", "xmls", "labels")
 
 NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 """The names of YOLO's classes, one a line, where no YAML file has them."""
+
+NO_OBJECTS = "taken for an image without objects"
+NO_LABELS = ("classes.txt", "README.roboflow.txt", "README.dataset.txt")
+"""What an image without a text of YOLO is, and the texts that belong to no image."""
 
 CATEGORIES = ("categories", "category", "category_id", "labels", "label", "classes", "class")
 """What data sets on Hugging Face call the classes of an image's boxes."""
@@ -147,8 +153,8 @@ def _sources(data: Path, scan: Scan, files: Callable[[Path], Sequence[Path]]) ->
 
 def _files(folder: Path, suffix: str, beside: bool) -> list[Path]:
     """The files of a suffix right in a folder, or also below it, but for hidden ones."""
-    pattern = f"[!.]*.{suffix}" if beside else f"**/[!.]*.{suffix}"
-    return [file for file in sorted(folder.glob(pattern)) if file.is_file()]
+    files = sorted(folder.glob("[!.]*" if beside else "**/[!.]*"))
+    return [file for file in files if file.suffix.lower() == f".{suffix}" and file.is_file()]
 
 
 def _like(files: Iterable[Path], start: re.Pattern[bytes]) -> Iterator[Path]:
@@ -185,7 +191,11 @@ def read_coco(sources: Mapping[str, Source], reading: Reading) -> None:
         file, faults = source[0], reading.scan.faults
         content = parse(read_text(file, max_bytes=samples.MAX_BYTES), file)
         entries, annotations, categories = (_coco_entries(content, section, file, faults) for section in COCO)
-        names = {str(entry["id"]): same_form(str(entry["name"])) for entry in categories}
+        pairs = [(str(entry["id"]), same_form(str(entry["name"]))) for entry in categories]
+        names = dict(pairs)
+        faults += [
+            f"{file} gives one id, {key}, to {name} and {names[key]}" for key, name in pairs if names[key] != name
+        ]
         if part in ("train", ""):
             reading.classes |= dict.fromkeys(names[key] for key in samples.in_order(names))
         reading.above |= {same_form(str(entry.get("supercategory", ""))) for entry in categories}
@@ -315,13 +325,13 @@ def read_yolo(found: Yolo, reading: Reading) -> None:
     numbered = {str(key): same_form(name) for key, name in pairs if isinstance(name, str) and name.strip()}
     reading.classes |= dict.fromkeys(numbered[key] for key in samples.in_order(numbered))
     for part, (images, texts) in ((part, pair) for part, pairs in folders.items() for pair in pairs):
+        files = [str(text) for text in _files(texts, "txt", beside=False) if text.name not in NO_LABELS]
+        described = dict(dense.by_name((images, texts), files, "text file", reading.scan, without=NO_OBJECTS))
         for path in reading.scan.images(images):
-            text = texts / Path(path).relative_to(images).with_suffix(".txt")
+            text = Path(described.get(path, texts))
             objects = reading.parts[part][path] = Objects(text)
-            if text.is_file():
+            if path in described:
                 objects.rows += _yolo_rows(text, numbered, file, reading.scan, keypoints="kpt_shape" in settings)
-            else:
-                reading.scan.note(path, "has no text file of its name: taken for an image without objects")
         for suffix in (".txt", ".yaml", ".yml", ".names", ".labels"):
             reading.scan.was_read(images, suffix)
 
@@ -346,7 +356,7 @@ def _yolo_rows(text: Path, names: Mapping[str, str], source: Path | None, scan: 
 
 def _settings(data: Path) -> tuple[Path | None, dict[str, Any]]:
     """The YAML file right in DATA that names classes, and what it says, every value as text; or nothing."""
-    for file in sorted(data.glob("*.y*ml")):
+    for file in sorted(data.glob("[!.]*.y*ml")):
         try:
             text = read_text(file, max_bytes=SETTINGS_BYTES)
             if text.count("[") + text.count("{") > MAX_BRACKETS:

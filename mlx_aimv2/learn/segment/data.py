@@ -42,6 +42,9 @@ names and colours."""
 COLOUR = 1 << 24
 """Added to a colour, 0xRRGGBB, where it stands for a class: so that black is not the value 0."""
 
+MAX_UNNAMED = 32
+"""Values without names in a mask that has 255 too: images of many classes, as ADE20K's or COCO-Stuff's, have fewer."""
+
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes in which a pixel is one number."""
 
@@ -210,7 +213,11 @@ def _labels_of_one(marked: tuple[str, tuple[str, Names], Size]) -> Labels | list
         return " ".join(str(error).split())
     if fault := dense.size_fault(image, size, mask.shape, f"its mask {path}"):
         return [fault]
-    values = [int(value) for value in np.unique(mask) if value != IGNORED or IGNORED in (names or ())]
+    seen = np.unique(mask).tolist()
+    if names is None and len(seen) > MAX_UNNAMED and seen[-1] == IGNORED:
+        soft = f"has {len(seen)} values from {seen[0]} to {IGNORED}, as smoothed edges do"
+        return [f"{path} {soft}: draw it without smoothing, or name the values in {CLASSES_FILE}"]
+    values = [value for value in seen if value != IGNORED or IGNORED in (names or ())]
     unknown = [value for value in values if value not in names] if names is not None else []
     if unknown and in_colours:
         colours = ["#" + f"{value - COLOUR:06x}" for value in unknown]
@@ -242,6 +249,8 @@ def targets(sample: Sample, processor: Aimv2Processor, place: dense.Placement | 
     """`mask` (H, W) uint8, unchanged or where `place` puts it; what lies outside the image is `IGNORED`."""
     place = place or dense.plain(sample.size, processor.canvas)
     mask = Image.fromarray(read_mask(sample.target))
+    if mask.size != sample.size[::-1]:
+        raise ValueError(f"{sample.path} or its mask was changed while it was read: run it again")
     return {"mask": np.asarray(place.draw(mask, fill=IGNORED, resample=Image.Resampling.NEAREST))}
 
 

@@ -1,5 +1,5 @@
 """Verbs of a checkpoint: `info` prints what it holds (of an index, too), `compare` how far it is from its reference,
-`export` writes its encoder for programs in Swift and C++, or for Core ML.
+`export` writes its encoder for programs in Swift and C++, or for Core ML, `upload` publishes its folder on the Hub.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_aimv2.checkpoint.hub import file_sizes, is_in_cache
+from mlx_aimv2.checkpoint.hub import check_upload, file_sizes, is_in_cache, upload
 from mlx_aimv2.checkpoint.read import WEIGHT_FILES, WEIGHT_SUFFIXES, is_hub_name, released_at
-from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_revision, groups, whole_numbers
-from mlx_aimv2.cli.output import aligned, show
+from mlx_aimv2.cli.flags import MODEL, REVISION, add_dtype, add_image_size, add_revision, groups, whole_numbers
+from mlx_aimv2.cli.output import aligned, note, progress, show
 from mlx_aimv2.config import (
     DTYPES,
     Aimv2Config,
@@ -189,6 +189,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add["input"]("reference", metavar="REFERENCE", help=f"run in float32: {MODEL}")
     add["input"]("other", metavar="MODEL", help="the model to judge")
     add_dtype(add["input"])
+    add_image_size(add["input"])
     words = f"take {MAX_IMAGES} images of this folder (default: four bundled photographs)"
     add["input"]("--images", metavar="DIR", help=words)
     words = f"of REFERENCE: {REVISION} (default: Apple's release, pinned)"
@@ -201,8 +202,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.conversion.fidelity import choose_images, compare, table
 
     images = choose_images(arguments.images)
-    keywords = {name: getattr(arguments, name) for name in ("revision", "dtype")}
-    found = compare(arguments.reference, arguments.other, images=images, **keywords)
+    keywords = {name: getattr(arguments, name) for name in ("revision", "dtype", "image_size")}
+    with progress() as on_progress:
+        found = compare(arguments.reference, arguments.other, images=images, on_progress=on_progress, **keywords)
     if arguments.json:
         print(json.dumps(found, indent=4))
     else:
@@ -221,7 +223,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add["input"]("--input", choices=("float", "uint8"), metavar="NAME", help=words)
     words = "images or texts at once, several in one file (default: 1)"
     add["input"]("--batch", type=whole_numbers, default=(1,), metavar="N,N,…", help=words)
-    add["input"]("--image-size", type=int, metavar="N", help="pixels a side (default: the checkpoint's, native 224)")
+    add_image_size(add["input"], "the checkpoint's, native 224")
     words = "native checkpoints: rows and columns of patches"
     add["input"]("--grid", type=whole_numbers, metavar="R,C", help=words)
     words = "file to write, NAME.mlpackage for Core ML, or NAME.mlxfn for this machine's device (for Metal: on a Mac)"
@@ -235,4 +237,34 @@ def run_export(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.export import export
 
     show(str(export(**{name: value for name, value in vars(arguments).items() if name != "verb"})))
+    return 0
+
+
+def add_upload(parser: argparse.ArgumentParser) -> None:
+    add = groups(parser, "what goes where")["what goes where"]
+    add("folder", type=expand_user, metavar="FOLDER", help="checkpoint that convert, fuse or save has written")
+    add("repo", metavar="OWNER/NAME", help="repository on the Hub, made if it is not there yet")
+
+
+def run_upload(arguments: argparse.Namespace) -> int:
+    """Uploads the files of a checkpoint and prints the repository's address; other files of the folder stay here."""
+    from mlx_aimv2.conversion.folder import WRITTEN
+    from mlx_aimv2.learn.head_folder import INFO_FILE
+    from mlx_aimv2.loading import read_source
+
+    folder: Path = arguments.folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder here: upload takes one that convert, fuse or save has written")
+    if (
+        folder / INFO_FILE
+    ).is_file():  # it names its encoder by a path of this machine, and predict reads folders alone
+        raise ValueError(f"{folder} is a head: upload takes checkpoints; mlx-aimv2 fuse makes one of a tuned encoder")
+    files = read_source(folder).origin.files
+    others = [file.name for file in sorted(folder.iterdir()) if not any(map(file.match, WRITTEN))]
+    if odd := [file.name for file in files if file.name in others]:
+        raise ValueError(f"{folder} has its weights in {', '.join(odd)}: convert it first, and upload the result")
+    check_upload(arguments.repo)
+    if others:
+        note(f"not of a checkpoint, so left out: {', '.join(others)}")
+    show(upload(folder, arguments.repo, patterns=WRITTEN))
     return 0
