@@ -346,7 +346,7 @@ def test_a_native_encoder_learns_on_images_of_one_size(digits, tmp_path):
     side = info["image_size"]
     assert side <= 63 and side % load_head(tmp_path / "head").processor.patch_size == 0
     assert load_head(tmp_path / "head").processor.preprocessing.final_size == (side, side)
-    assert fitted.images == {"train": 24, "val": 6, "test": 6}
+    assert fitted.images == {"train": 36, "val": 0, "test": 36}
 
 
 def test_a_head_asks_for_the_commit_of_its_encoder_that_it_was_trained_on(head, tmp_path, monkeypatch):
@@ -386,7 +386,9 @@ def test_a_head_that_is_there_is_not_overwritten(head, digits):
 def test_the_interval_is_wilsons(digits, tmp_path):
     """By the formula in the books, of so many images of which so many are right."""
     line = fit(digits, CHECKPOINT, tmp_path / "head").line
-    found = re.search(r"(\d+\.\d+) % on (\d+) test images \(95 % interval (\d+\.\d) to (\d+\.\d)\)", line)
+    found = re.search(
+        r"(\d+\.\d+) % on (\d+) images, cross-validated in 5 folds \(95 % interval (\d+\.\d) to (\d+\.\d)\)", line
+    )
     share, count, low, high = float(found[1]) / 100, int(found[2]), float(found[3]), float(found[4])
     middle, z = share + 1.96**2 / (2 * count), 1.96
     half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
@@ -399,7 +401,7 @@ def test_evaluate_and_predict_print_a_table_and_the_best_labels(head, digits, ca
     assert main(["evaluate", str(head), str(digits)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:7] for line in lines[1:4]] == ["digit 0", "digit 1", "digit 2"]
-    assert re.fullmatch(r"top1 \d+\.\d\d %, mean_class \d+\.\d\d % on 36 images", lines[-1])
+    assert re.fullmatch(r"top1 \d+\.\d\d %, mean_class \d+\.\d\d %, ece \d+\.\d\d % on 36 images", lines[-1])
     image = str(next((digits / "digit 1").iterdir()))
     shutil.copy(image, digits / "loose.png")
     assert any("loose.png lies in no label's folder" in note for note in evaluate(head, digits).notes)
