@@ -85,7 +85,10 @@ def told(name: str, images: list[Path]) -> list[dict[str, np.ndarray]]:
     """What a head says of each image."""
     names = ("probabilities", "labels", "confidence", "boxes", "scores")
     predictions = predict(WRITTEN / name, [str(path) for path in images], model=str(WRITTEN / "encoder"))
-    return [{key: np.array(getattr(one, key)) for key in names if hasattr(one, key)} for _, one in predictions]
+    return [
+        {key: np.array(getattr(one, key)) for key in names if isinstance(getattr(one, key, 0), np.ndarray)}
+        for _, one in predictions
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,7 @@ WRONG = {
     "-m native -o encoder.mlxfn --grid 3": "--grid must be rows,columns of patches, each from 1 to",
     "-m native -o encoder.mlxfn --grid 3,9999": "--grid must be rows,columns of patches",
     "-m head -o labels.mlxfn --output tokens": "by fit: leave --output, --image-size, --grid and --revision out",
-    "-m segments -o labels.mlxfn": "is a head to segment: only one to classify can be exported",
+    "-m segments -o labels.mlxfn": "is a head to segment: only one to classify, multilabel, regression can be exported",
     "-m nothing -o encoder.mlxfn": "nothing: no such file or folder",
 }
 

@@ -96,8 +96,8 @@ LEARNING = (
     ),
     Mutation(
         "folders with a table each are labels",
-        "[*tables_of(folder).values()] or [file for file in inside if file and column(columns_of(file), LABEL)]",
-        "[*tables_of(folder).values()]",
+        "[*tables.tables(folder, of=of).values()] or alike",
+        "[*tables.tables(folder, of=of).values()]",
         (f"{METADATA}::test_folders_with_a_table_each_are_no_labels",),
     ),
     Mutation(
@@ -150,8 +150,8 @@ LEARNING = (
     ),
     Mutation(
         "training sees the label of another class",
-        '{"label": np.array(sample.target, np.int32)}',
-        '{"label": np.array(max(0, sample.target - 1), np.int32)}',
+        "label = np.asarray(sample.target)",
+        "label = np.maximum(0, np.asarray(sample.target) - 1)",
         (f"{FACTS}::test_training_begins_with_the_linear_probe_and_the_right_labels",),
     ),
     Mutation(

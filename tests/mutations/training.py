@@ -166,8 +166,8 @@ TRAINING = (
     ),
     Mutation(
         "the share of patches that is to be hidden is what is seen",
-        "np.sort(rng.permutation(patches)[hidden:])",
-        "np.sort(rng.permutation(patches)[:hidden])",
+        "left.flat[rng.permutation(left.size)[:hidden]] = False",
+        "left.flat[rng.permutation(left.size)[hidden:]] = False",
         fit("the_mask_hides_its_share_of_the_patches"),
     ),
     Mutation(
