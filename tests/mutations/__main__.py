@@ -26,13 +26,14 @@ from tests.mutations.checkpoints import CHECKPOINTS
 from tests.mutations.learning import LEARNING
 from tests.mutations.network import NETWORK
 from tests.mutations.results import RESULTS
+from tests.mutations.serve import SERVE
 from tests.mutations.training import TRAINING
 
 ROOT = Path(__file__).parents[2]
 
 PACKAGE = "mlx_aimv2"
 
-MUTATIONS = (*NETWORK, *CHECKPOINTS, *LEARNING, *TRAINING, *RESULTS)
+MUTATIONS = (*NETWORK, *CHECKPOINTS, *LEARNING, *TRAINING, *RESULTS, *SERVE)
 
 SECONDS = 300
 """A fault that keeps its tests running longer than this counts as noticed."""
