@@ -339,8 +339,6 @@ def _task(
 
 def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callable[[str], None], **how: Any) -> Dataset:
     dataset = task.data.read(source, **how)
-    if not dataset.splits["val"]:
-        raise DataError([f"{source} has too few images to hold some out: give two different ones of a class at least"])
     allowed = [same_form(name) for name in labels or dataset.classes]
     if labels is not None and (unknown := [name for name in dataset.classes if name not in allowed]):
         raise DataError([f"the label {short(name)} is not in the list {listed(labels)}" for name in unknown])

@@ -610,7 +610,7 @@ def test_a_label_of_two_lines_can_be_drawn(tmp_path):
 
 
 def test_images_of_which_none_can_be_held_out_are_refused(tmp_path):
-    with pytest.raises(DataError, match="too few images to hold some out"):
+    with pytest.raises(DataError, match="has no two images of any label"):
         fit(write("detect", tmp_path / "d", range(2)), CHECKPOINT, tmp_path / "head")
 
 
