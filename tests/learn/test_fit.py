@@ -375,7 +375,7 @@ def test_the_surest_of_the_mistakes_come_first_on_the_card(head, digits, tmp_pat
     probabilities = ([0.4, 0.6, 0.0], [0.05, 0.05, 0.9], [0.9, 0.1, 0.0])
     predictions = [classify.results.Classification(np.array(row)) for row in probabilities]
     classify.results.card(samples, predictions, ("a", "b", "c"), tmp_path)
-    assert shown == [["a, not c", "a, not b"]]
+    assert shown == [["a\nnot c", "a\nnot b"]]
 
 
 def test_a_head_that_is_there_is_not_overwritten(head, digits):
