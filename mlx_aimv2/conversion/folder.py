@@ -185,8 +185,8 @@ def save_beside(folder: Path, source: Source) -> None:
 
     Raises FileNotFoundError for a source that is gone.
     """
-    processor = source.processor()
     copy_beside(folder, source, AUXILIARY_FILES)
+    processor = source.processor()
     if not (is_said := is_clips(folder, processor.preprocessing)):  # of another size or in another package's words
         (folder / "processor_config.json").unlink(missing_ok=True)
     if not (is_said and (folder / "preprocessor_config.json").is_file()):
