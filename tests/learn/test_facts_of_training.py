@@ -417,18 +417,26 @@ def test_a_run_is_evaluated_some_twenty_times_where_nobody_says_how_often(shop):
     assert [entry["step"] for entry in history] == [*range(0, 21, 2), 21]
 
 
+RUINOUS = {"learning_rate": 30.0, "weight_decay": 0.0, "batch_size": 2, "steps_per_eval": 1}
+"""At such a rate the loss on val rises from the end of the warm-up on, and no score is better than that of the start."""
+
+
 def test_patience_ends_a_run_that_gets_no_better(shop):
-    settings = settings_without(SHORT | STILL | {"iters": 9}) | {"steps_per_eval": 1}
     ends = [
-        shop.info("classify", "lora", patience=patience, **settings)["history"][-1]["step"] for patience in (0, 1, 3)
+        shop.info("classify", "lora", patience=patience, iters=12, **RUINOUS)["history"][-1]["step"]
+        for patience in (0, 2, 4)
     ]
-    assert ends == [9, 1, 3]
+    assert ends[0] == 12 and ends[2] - ends[1] == 2 < ends[1]
+
+
+def test_a_run_whose_loss_stays_the_same_goes_on(shop):
+    settings = settings_without(SHORT | STILL | {"iters": 9}) | {"steps_per_eval": 1}
+    assert shop.info("classify", "lora", patience=2, **settings)["history"][-1]["step"] == 9
 
 
 def test_heads_alone_are_trained_to_the_end_where_an_encoder_stops_by_itself(shop):
-    settings = {"learning_rate": TINY, "weight_decay": 0.0, "iters": 9, "batch_size": 2, "steps_per_eval": 1}
-    ends = [shop.info("classify", kind, **settings)["history"][-1]["step"] for kind in ("attentive", "lora")]
-    assert ends == [9, 8]
+    ends = [shop.info("classify", kind, iters=16, **RUINOUS)["history"][-1]["step"] for kind in ("attentive", "lora")]
+    assert ends[0] == 16 > ends[1] > 8
 
 
 # Order and examples

@@ -159,7 +159,10 @@ def test_with_given_classes_nothing_is_split(digits):
         ("file_name,label\nmissing.png,a\n", "line 2: missing.png does not exist"),
         ("file_name,label\n", "has no rows"),
         ("name,label\ndigit 0/000.png,a\n", "has no column file_name (name, label): call one of them file_name"),
-        ("file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n", "line 3: digit 0/000.png has no single label"),
+        (
+            "file_name,label\ndigit 0/000.png,a\ndigit 0/000.png,b\n",
+            "line 3: digit 0/000.png has another label in another row",
+        ),
     ],
 )
 def test_wrong_metadata_is_named_with_its_line(digits, text, words):
