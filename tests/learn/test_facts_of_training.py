@@ -418,7 +418,7 @@ def test_a_run_is_evaluated_some_twenty_times_where_nobody_says_how_often(shop):
 
 
 RUINOUS = {"learning_rate": 30.0, "weight_decay": 0.0, "batch_size": 2, "steps_per_eval": 1}
-"""At such a rate the loss on val rises from the end of the warm-up on, and no score is better than that of the start."""
+"""At such a rate the loss on val rises from the end of the warm-up on; no score is better than that of the start."""
 
 
 def test_patience_ends_a_run_that_gets_no_better(shop):
