@@ -72,7 +72,7 @@ def loss_in_torch(w, pixels, ids, lengths, alpha):
     predicted = x[:, : patches - 1] @ w["decoder.patch_head.weight"].T + w["decoder.patch_head.bias"]
     logits = x[:, patches:] @ w["decoder.token_head.weight"].T + w["decoder.token_head.bias"]
     target = pixels.unfold(1, 5, 5).unfold(2, 5, 5).permute(0, 1, 2, 4, 5, 3).reshape(batch, patches, -1)
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True, unbiased=True) + 1e-6).sqrt()
     losses = []
     for i in range(batch):
         start = int(lengths[i])
