@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_aimv2.files import atomic_file, atomic_folder, read_json
-from mlx_aimv2.learn.classify.head import fit_logistic
+from mlx_aimv2.learn.classify.linear import fit_logistic
 from mlx_aimv2.learn.samples import same_form
 from mlx_aimv2.serve.gallery import Gallery
 from mlx_aimv2.untrusted_json import misfit

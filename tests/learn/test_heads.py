@@ -14,10 +14,9 @@ from mlx_aimv2.learn.classify.head import (
     MeanHead,
     balanced,
     choose,
-    fit_logistic,
-    minimize,
     solve,
 )
+from mlx_aimv2.learn.classify.linear import fit_logistic, minimize
 from mlx_aimv2.learn.classify.results import Classification, confusion
 from mlx_aimv2.learn.probes import mean_tokens, token_statistics
 from mlx_aimv2.learn.samples import Sample

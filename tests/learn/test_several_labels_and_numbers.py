@@ -15,6 +15,7 @@ from mlx_aimv2.images.open import open_image
 from mlx_aimv2.learn import evaluate, fit, predict
 from mlx_aimv2.learn.classify import head as heads
 from mlx_aimv2.learn.classify import multilabel, regression, results
+from mlx_aimv2.learn.classify.linear import fit_penalised
 from mlx_aimv2.learn.samples import DataError, Sample
 from tests.small_training import write_encoder
 
@@ -198,8 +199,8 @@ def test_linear_maps_reach_scikit_learns_objective(l2, rest, ridge):
     x, w = rng.normal(size=(53, 11)), rng.normal(size=(11, 3))
     marks = (x @ w + rng.normal(size=(53, 3)) > 0).astype(int)
     numbers = x @ w[:, :1] * 3 + 40 + rng.normal(size=(53, 1))
-    assert heads.fit_penalised(x, marks, 3, l2=l2)[1] == pytest.approx(rest, rel=1e-4)
-    assert heads.fit_penalised(x, numbers, 1, l2=l2)[1] == pytest.approx(ridge, rel=1e-9)
+    assert fit_penalised(x, marks, 3, l2=l2)[1] == pytest.approx(rest, rel=1e-4)
+    assert fit_penalised(x, numbers, 1, l2=l2)[1] == pytest.approx(ridge, rel=1e-9)
 
 
 def test_the_temperature_is_found_and_a_val_of_which_all_is_right_makes_no_certainty():

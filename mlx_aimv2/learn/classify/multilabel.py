@@ -21,7 +21,7 @@ from mlx_aimv2.embed.cache import Array
 from mlx_aimv2.images.find import Scan
 from mlx_aimv2.learn import samples
 from mlx_aimv2.learn.classify import data, head, results
-from mlx_aimv2.learn.classify.head import sigmoid
+from mlx_aimv2.learn.classify.linear import sigmoid, sigmoid_losses
 from mlx_aimv2.learn.classify.results import NONE, average_precision, calibration_error
 from mlx_aimv2.learn.samples import DataError, Dataset, Format, Found, Labels, Sample, Scored, Size, listed, same_form
 from mlx_aimv2.learn.tables import LABEL, column
@@ -118,7 +118,7 @@ def calibrate(trained: Any, logits: Array, samples: Sequence[Sample]) -> None:
     `logits` (n, classes) are the head's on the samples.
     """
     marks = np.array([sample.target for sample in samples])
-    trained.scale = 1 / head.temperature(head.sigmoid_losses, logits, marks, at_random=0.5)
+    trained.scale = 1 / head.temperature(sigmoid_losses, logits, marks, at_random=0.5)
     likely = sigmoid(logits.astype(np.float64) * trained.scale)
     trained.thresholds = np.array([best_threshold(*pair) for pair in zip(marks.T, likely.T, strict=True)])
 
