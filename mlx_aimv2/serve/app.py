@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from mlx_aimv2 import __version__
@@ -33,6 +33,17 @@ from mlx_aimv2.learn import fit
 from mlx_aimv2.serve.access import error_response
 from mlx_aimv2.serve.engine import BusyError, Engine
 from mlx_aimv2.serve.gallery import UNTRUSTED, Gallery, View, enlarged, grouped, levels_of, shown
+from mlx_aimv2.serve.requests import (
+    MAX_INPUTS,
+    ClassifyRequest,
+    EmbeddingsRequest,
+    Identity,
+    ImageAddress,
+    Input,
+    MarkRequest,
+    SearchRequest,
+    SimilarityRequest,
+)
 from mlx_aimv2.serve.teach import Lessons, beside
 from mlx_aimv2.zero_shot_classifier import TEMPLATES, check_labels
 
@@ -42,79 +53,8 @@ PAGE = Path(__file__).parent / "page"
 
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-MAX_INPUTS, MAX_TEXT, MAX_PARTS, MAX_RESULTS = 256, 10_000, 16, 2000
-"""Inputs of one request for embeddings, characters of a text, parts of a query, results."""
-
 VIEWS = 32
 """Images whose tokens are kept for the next click."""
-
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-Number = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-Identity = Annotated[int, Field(ge=0, lt=1 << 31)]
-DataUrl = Annotated[str, Field(max_length=1 << 25, description="data:image/…;base64,…")]
-
-
-class Body(BaseModel):
-    """What a client sends has these fields and no others."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class ImageAddress(Body):
-    url: DataUrl
-    detail: str | None = None
-
-
-class Input(Body):
-    """One input as OpenAI's messages have it."""
-
-    type: Literal["text", "image_url", "input_image"]
-    text: Text | None = None
-    image_url: ImageAddress | DataUrl | None = None
-
-
-class EmbeddingsRequest(BaseModel):
-    """OpenAI's request; fields of theirs that mean nothing here are left unread."""
-
-    input: DataUrl | Input | list[DataUrl | Input]
-    model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-
-
-class Part(Body):
-    """A part of a query: a text, an image of the index, or an image as a data URL; below 0 `weight` takes it away."""
-
-    text: Text | None = None
-    id: Identity | None = None
-    image: DataUrl | None = None
-    weight: Number = 1.0
-
-
-class SearchRequest(Body):
-    query: list[Part] = Field(min_length=1, max_length=MAX_PARTS)
-    k: int = Field(default=60, ge=1, le=MAX_RESULTS)
-    min_score: float | None = Field(default=None, ge=-1, le=1)
-    folder: str | None = None
-    after: str | None = Field(default=None, max_length=10)
-    before: str | None = Field(default=None, max_length=10)
-
-
-class ClassifyRequest(Body):
-    labels: list[Text] = Field(min_length=2, max_length=1000)
-    id: Identity | None = None
-    image: DataUrl | None = None
-
-
-class SimilarityRequest(Body):
-    id: Identity
-    patch: tuple[Identity, Identity]
-    others: list[Identity] = Field(default=[], max_length=24)
-
-
-class MarkRequest(Body):
-    ids: list[Identity] = Field(min_length=1, max_length=MAX_RESULTS)
-    label: str | None = Field(max_length=200)
 
 
 class Service:
