@@ -58,6 +58,16 @@ LABELS = {"cats": "face", "dogs": "button"}
 """A label's folder -> the emoji in it."""
 
 
+SERVED = """
+import signal, subprocess, sys
+with subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True) as server:
+    is_there = server.stdout.readline().startswith("http://127.0.0.1:")
+    server.send_signal(signal.SIGTERM)
+    sys.exit(0 if is_there and server.wait() == 128 + signal.SIGTERM else 1)
+"""
+"""A program that runs a server until it says where it is."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A code block: its language, its code, the line of its fence, and why it is not run, if so."""
@@ -143,6 +153,13 @@ def set_up(place: Path) -> None:
     for name, arguments in (("mlx-aimv2", " -m mlx_aimv2"), ("python", ""), ("python3", "")):
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
         (programs / name).chmod(0o755)
+    (programs / "served").write_text(f"#!{sys.executable}\n{SERVED}")
+    (programs / "served").chmod(0o755)
+
+
+def until_it_serves(code: str) -> str:
+    """Commands whose servers end, and open no browser, as soon as they have said where they are."""
+    return re.sub(r"^(mlx-aimv2 serve [^#\n]*)", r"served \1 --no-open --port 0 ", code, flags=re.MULTILINE)
 
 
 def publish(hub: Hub, place: Path, document: Path) -> None:

@@ -24,7 +24,7 @@ def server(tmp_path, monkeypatch, fixed):
     monkeypatch.chdir(tmp_path)
     for number in range(12):
         noise(tmp_path / "in" / f"{number:02d}.png", number)
-    assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db"]) == 0
+    assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "similar.db"]) == 0
     (section,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     code = section.replace('"aimv2-large-8bit"', repr(str(REFERENCE / "fixed")))
     names: dict = {"__name__": "server"}
