@@ -44,6 +44,9 @@ def name_of(document):
     return str(document.relative_to(ROOT))
 
 
+LOADS = re.compile(r"^from mlx_aimv2 import .*\bload\b", re.MULTILINE)
+
+
 def to_run(document):
     return [block for block in documents.blocks(document) if block.language in RUN and block.reason is None]
 
@@ -68,8 +71,8 @@ def test_every_block_runs(document, tmp_path):
                     code = code.replace(said, smaller)
                 code = documents.until_it_serves(code)
                 command = ["bash", "-e", "-o", "pipefail", "-c", code]
-            else:  # a document's later blocks use the names of earlier ones
-                earlier += documents.with_shapes(code)
+            else:  # a document's later blocks use the names of earlier ones, unless they load what they use themselves
+                earlier = documents.with_shapes(code) if LOADS.search(code) else earlier + documents.with_shapes(code)
                 command = ["python", "-W", "error::SyntaxWarning", "-c", earlier]
             done = subprocess.run(
                 command, cwd=place, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
