@@ -203,13 +203,12 @@ def test_labels_are_taught_by_clicks_and_keys_undone_and_kept(open_page):
             with page.expect_response("**/examples"):
                 page.locator("#lessons .open").nth(position).click()
             settled(page)
-    assert "4 examples" in page.locator("#teach-status").inner_text()
+    until(page, "document.querySelector('#teach-status').textContent.startsWith('4 examples')")
     assert page.locator("#lessons h2").first.inner_text().startswith("Most uncertain")
     page.locator("#lessons .open").first.focus()
     with page.expect_response("**/examples"):
         page.keyboard.press("2")  # the second label, for the image in focus
-    settled(page)
-    assert "5 examples" in page.locator("#teach-status").inner_text()
+    until(page, "document.querySelector('#teach-status').textContent.startsWith('5 examples')")
     with page.expect_response("**/undo"):
         page.click("#undo")
     settled(page)
@@ -280,9 +279,11 @@ def test_two_thousand_results_are_painted_at_once(open_page):
                     const answer = await original(...given);
                     if (!String(given[0]).includes("/search")) return answer;
                     const start = performance.now();
+                    let first = 0;
                     requestAnimationFrame(function look() {
-                      const isThere = document.querySelectorAll("#results .card").length === 2000;
-                      if (isThere) requestAnimationFrame(() => done(performance.now() - start));
+                      const shown = document.querySelectorAll("#results .card").length;
+                      first ||= shown > 0 ? performance.now() - start : 0;
+                      if (shown === 2000) requestAnimationFrame(() => done([first, performance.now() - start]));
                       else requestAnimationFrame(look);
                     });
                     return answer;
@@ -292,8 +293,9 @@ def test_two_thousand_results_are_painted_at_once(open_page):
                 })"""
             )
         )
-    print(f"2,000 results painted after {sorted(times)} ms")
-    assert min(times) < 3000  # ten times what it takes where nothing else runs
+    first, whole = map(min, zip(*times, strict=True))
+    print(f"2,000 results: the first screens painted after {first:.0f} ms, all after {whole:.0f} ms")
+    assert first < 1000 and whole < 6000  # several times what it takes where nothing else runs
 
 
 @pytest.mark.parametrize(("width", "scheme"), WIDTHS)

@@ -4,7 +4,7 @@ import { ask, count, say, trying } from "./api.js";
 import { card, element, movable } from "./grid.js";
 
 const at = (id) => document.getElementById(id);
-const PAGE = 60, MOST = 2000;
+const PAGE = 60, MOST = 2000, STEP = 200;
 
 let parts = [], about = null, shown = PAGE, asked = 0, startedWith = false;
 
@@ -151,6 +151,13 @@ const run = trying(async () => {
     ["−", "Less like this", (image) => add({ id: image.id, name: image.name }, -1)],
   ];
   const open = (image) => { location.hash = `#look/${image.id}`; };
-  at("results").replaceChildren(...matches.map((image) => card(image, { open, actions, score: image.score ?? null })));
+  const made = (start, end) => matches.slice(start, end).map((image) => card(image, { open, actions, score: image.score ?? null }));
+  at("results").replaceChildren(...made(0, PAGE));
   at("more").hidden = !parts.length || matches.length < shown || shown === MOST || about.images <= shown;
+  // What is below the screen comes in the next frames, so that what can be seen is there at once.
+  for (let start = PAGE; start < matches.length; start += STEP) {
+    await new Promise(requestAnimationFrame);
+    if (number !== asked) return;
+    at("results").append(...made(start, start + STEP));
+  }
 });
