@@ -43,7 +43,9 @@ def browser():
         pytest.fail("there is no Chromium: apt-get install chromium, or set CHROMIUM to its path")
     with playwright.sync_playwright() as started:
         own = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # OpenBLAS is not for it
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], env=own)
+        opened = started.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"], env=own
+        )
         yield opened
         opened.close()
 
