@@ -41,7 +41,7 @@ rounding: $(VENV)/tested  ## golden values, gradients and the like (OPENBLAS_COR
 coverage: $(VENV)/tested  ## line and branch coverage of the quick and the slow tests
 	$(RUN) -m pytest $(PARALLEL) --cov --cov-report=term:skip-covered
 
-mutations: $(VENV)/tested  ## break the package in some 370 places: which test notices? (ONLY="words of a fault" for some)
+mutations: $(VENV)/tested  ## break the package in some 440 places: which test notices? (ONLY="words of a fault" for some)
 	$(RUN) -m tests.mutations $(if $(ONLY),--only "$(ONLY)")
 
 parity: $(VENV)/parity  ## features, pixels and ids against transformers on torch (installs torch)
