@@ -139,3 +139,8 @@ def test_a_model_that_is_not_loaded_starts_with_random_weights():
     model = Aimv2VisionModel(Aimv2VisionConfig(22, 13, 2, 2, image_size=15, patch_size=5))
     for weight in (model.patch_embed.proj.weight, model.blocks[1].mlp.gate.weight):
         assert weight.std().item() > 0.01
+
+
+def test_a_name_longer_than_any_path_is_one_line():
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load("x" * 5000)

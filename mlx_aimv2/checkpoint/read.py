@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_aimv2.checkpoint.detect import listed, recognise, rest_of
 from mlx_aimv2.config import DTYPES, RELEASED, Released, dtype_name, near_release
-from mlx_aimv2.files import check_link, expand_user, read_json, read_text
+from mlx_aimv2.files import check_link, expand_user, is_file, read_json, read_text
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -151,11 +151,11 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
     from mlx_aimv2.checkpoint.hub import download
 
     path = expand_user(path_or_hf_repo)
-    if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+    if is_file(path) and path.suffix not in WEIGHT_SUFFIXES:
         more = f"; {WHOLE}" if path.suffix == ".npz" else ""
         wanted = ", ".join(WEIGHT_SUFFIXES)
         raise ValueError(f"{path}: not a weight file; wanted {wanted}, or a checkpoint's folder{more}")
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 - a Path raises for names that are too long
         if revision is not None:
             raise ValueError(f"{path} is on disk and has no revision; leave revision out or give a Hub name")
         return _in_cache(path), None, None

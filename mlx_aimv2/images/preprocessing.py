@@ -184,7 +184,8 @@ def from_processor(fields: dict[str, Any], file: Path) -> Preprocessing:
     if kind != "SAILVLImageProcessor" and "image_size" in fields and "size" not in fields:
         kind = "image_size and says no size"
     if (defaults := PROCESSORS.get(kind)) is None:
-        raise ValueError(f"{file} asks for {kind:.80}, which is not followed; {REMEDY}")
+        shown = kind if kind.isprintable() else repr(kind)
+        raise ValueError(f"{file} asks for {shown:.80}, which is not followed; {REMEDY}")
     for step in UNSUPPORTED_STEPS:
         if fields.get(step) and step not in defaults:
             raise ValueError(f"{file}: {step} is set, which is no step of {kind}'s; set it to false")

@@ -100,6 +100,8 @@ def plain_errors(path: Path) -> Iterator[None]:
     """Turns SQLite's exceptions into those of files, with the file's name."""
     try:
         yield
+    except UnicodeDecodeError as error:  # in the text of its own tables
+        raise damaged(path, str(error)) from None
     except sqlite3.DatabaseError as error:
         text = " ".join(str(error).split())[:200]
         if "not a database" in text:

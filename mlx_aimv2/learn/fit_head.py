@@ -227,8 +227,6 @@ def result_line(task: Task, scores: dict[str, float], part: str, count: int, *, 
 
 def _curves(history: Sequence[Mapping[str, float]], folder: Path) -> list[tuple[str, str]]:
     """`training.png`: losses, score and learning rate of each evaluation; nothing of a head that no loop trained."""
-    if not history:
-        return []
     charts = []
     for names in (("loss", "val_loss"), ("score",), ("rate",)):
         rows = {name: [one for one in history if name in one and (name != "loss" or one["step"])] for name in names}
@@ -237,7 +235,10 @@ def _curves(history: Sequence[Mapping[str, float]], folder: Path) -> list[tuple[
             for name, own in rows.items()
             if own
         }
-        charts.append(plot.curves(lines, x="step", y=names[0]))
+        if lines:
+            charts.append(plot.curves(lines, x="step", y=names[0]))
+    if not charts:
+        return []
     plot.below(charts).save(folder / "training.png")
     return [("Training: losses, score on val, learning rate", "training.png")]
 

@@ -162,7 +162,7 @@ def _is_progress(saved: dict[str, Any]) -> bool:
     found, wanted = ({name: type(value) for name, value in one.items()} for one in (saved, vars(Progress())))
     if found != wanted or not 0 <= saved["step"] <= MAX_COUNT or not are_numbers(saved["positions"]):
         return False
-    return not any(misfit(entry, {"step": int}) for entry in saved["history"])
+    return not any(misfit(one, {"step": int}) or not are_numbers([*one.values()]) for one in saved["history"])
 
 
 def digest_of(values: Iterable[Any]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_aimv2.config import Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
-from mlx_aimv2.images.preprocessing import Preprocessing, from_processor, published, to_clip
+from mlx_aimv2.images.preprocessing import Preprocessing, from_processor, published, read_preprocessing, to_clip
 from mlx_aimv2.images.processor import Aimv2Processor
 from tests.pixels import stored
 
@@ -270,3 +270,9 @@ def test_a_native_image_above_max_patches_is_scaled_down_in_its_shape():
 def test_max_patches_changes_nothing_for_a_fixed_checkpoint():
     processor = Aimv2Processor(published(56))
     assert processor.pixels(np.full((140, 280, 3), 99, np.uint8), max_patches=3).shape == (56, 56, 3)
+
+
+def test_a_processor_that_is_not_known_is_named_in_one_line(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Other\\n"}')
+    with pytest.raises(ValueError, match=r"asks for 'Other\\n', which is not followed"):
+        read_preprocessing(tmp_path)

@@ -129,3 +129,9 @@ def test_an_empty_file_is_called_empty(photos, verb, capsys):
     assert main(verb) == 2
     assert "empty.db is" in (err := capsys.readouterr().err)
     assert "empty" in err.split("empty.db is", 1)[1]
+
+
+def test_tables_whose_text_is_not_utf8_are_damage(photos):
+    photos.write_bytes(photos.read_bytes().replace(b"CREATE TABLE about", b"CREATE TABLE ab\xa5ut", 1))
+    with pytest.raises(ValueError, match=r"photos\.db is damaged"):
+        Index.open(photos)
