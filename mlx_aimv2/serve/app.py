@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from mlx_aimv2.embed.encode import Embedder
 from mlx_aimv2.files import atomic_file
 from mlx_aimv2.learn import fit
 from mlx_aimv2.serve.access import error_response
-from mlx_aimv2.serve.engine import BusyError, Engine
+from mlx_aimv2.serve.engine import BATCH, BusyError, Engine
 from mlx_aimv2.serve.gallery import UNTRUSTED, Gallery, View, enlarged, grouped, levels_of, shown
 from mlx_aimv2.serve.requests import (
     MAX_INPUTS,
@@ -45,7 +46,7 @@ from mlx_aimv2.serve.requests import (
     SimilarityRequest,
 )
 from mlx_aimv2.serve.teach import Lessons, beside
-from mlx_aimv2.zero_shot_classifier import TEMPLATES, check_labels
+from mlx_aimv2.zero_shot_classifier import ZeroShotClassifier
 
 Array = NDArray[Any]
 
@@ -99,7 +100,8 @@ class Service:
             raise ValueError(f"the model here is {self.name}, leave model out or say so")
         if body.dimensions not in (None, self.engine.width):
             raise ValueError(f"vectors of this model have {self.engine.width} dimensions and no others")
-        vectors = [self._vector(*_text_or_image(one)) for one in inputs]
+        with ThreadPoolExecutor(BATCH) as pool:  # so that they wait together, and are batches
+            vectors = list(pool.map(lambda one: self._vector(*_text_or_image(one)), inputs))
         data = [
             {"object": "embedding", "index": number, "embedding": _encoded(vector, body.encoding_format)}
             for number, vector in enumerate(vectors)
@@ -120,14 +122,15 @@ class Service:
 
     def classify(self, body: ClassifyRequest) -> dict[str, Any]:
         """Says which of the labels fits an image best, without training (LiT alone)."""
-        labels = check_labels(body.labels)
-        texts = [TEMPLATES[0].replace("{}", label) for label in labels]
         if (body.id is None) == (body.image is None):
             raise ValueError("give either the id of an image of the index or an image as a data URL")
         image = self._image(body.image) if body.image is not None else self._levels(body.id or 0)
-        vector, rows = self.engine.image(image), np.stack([self.engine.text(text) for text in texts])
-        probabilities = self.engine.call(lambda: np.array(self._probabilities(vector, rows)))
-        pairs = sorted(zip(labels, probabilities.tolist(), strict=True), key=lambda pair: -pair[1])
+        model, processor = self.engine.model, self.engine.processor
+
+        def ranked() -> list[tuple[str, float]]:
+            return ZeroShotClassifier(model, processor, body.labels)(image)[0].top()
+
+        pairs = self.engine.call(ranked)
         return {"labels": [{"label": label, "probability": probability} for label, probability in pairs]}
 
     def about(self) -> dict[str, Any]:
@@ -287,10 +290,6 @@ class Service:
             while len(self._views) > VIEWS:
                 self._views.popitem(last=False)
         return view
-
-    def _probabilities(self, image: Array, texts: Array) -> mx.array:
-        logits = self.engine.model.logits(mx.array(image[None]), mx.array(texts))
-        return mx.softmax(logits, axis=-1)[0]
 
 
 ROUTES: Sequence[tuple[str, str, str, str]] = (
