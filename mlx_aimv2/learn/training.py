@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -82,8 +83,13 @@ class Run:
         losses: mx.array = self.task.head.loss(outputs, batch)
         if not self.is_balanced:
             return losses
+        return losses * mx.array(self._balance)[batch["label"]]
+
+    @cached_property
+    def _balance(self) -> Array:
+        """The weight of each class, (classes,)."""
         labels = np.array([sample.target for sample in self.dataset.splits["train"]])
-        return losses * mx.array(balanced(labels, len(self.dataset.classes)))[batch["label"]]
+        return balanced(labels, len(self.dataset.classes))
 
     def score(self, outputs: OutputsOf) -> tuple[float, float]:
         """`judged` on `val`, which the best state goes by."""
