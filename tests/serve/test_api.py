@@ -32,12 +32,13 @@ def test_embeddings_have_openais_shape_in_both_encodings(client):
     assert plain["object"] == "list" and [one["index"] for one in plain["data"]] == [0, 1, 2]
     packed = good(client.post("/v1/embeddings", json={"input": inputs, "encoding_format": "base64"}))
     rows = np.array([one["embedding"] for one in plain["data"]], np.float32)
-    np.testing.assert_allclose(np.stack([floats(one["embedding"]) for one in packed["data"]]), rows, atol=1e-7)
+    # A request whose inputs fall into other batches rounds in another way.
+    np.testing.assert_allclose(np.stack([floats(one["embedding"]) for one in packed["data"]]), rows, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
     assert rows[0] @ rows[2] > 0.9 > 0.5 > rows[0] @ rows[1]
     assert plain["model"] == good(client.get("/v1/models"))["data"][0]["id"]
     one = good(client.post("/v1/embeddings", json={"input": "red", "model": plain["model"], "user": "x"}))
-    np.testing.assert_allclose(one["data"][0]["embedding"], rows[0], atol=1e-6)
+    np.testing.assert_allclose(one["data"][0]["embedding"], rows[0], atol=1e-5)
 
 
 WRONG = {
