@@ -1,4 +1,4 @@
-"""The command line: `main` runs it, `output` is what it says, and each verb has a file with its flags and one call."""
+"""The command line: `main` runs it, `output` prints its messages, each verb's file has its flags and a single call."""
 
 from mlx_aimv2.cli.dispatch import convert_main, main, parser
 

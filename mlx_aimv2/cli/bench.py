@@ -23,7 +23,7 @@ from mlx_aimv2.loading import NATIVE, parse_dtype, pixels_for, read_source
 from mlx_aimv2.model import Aimv2VisionModel
 
 MAX_COUNT = 4096
-"""Images, pixels of a side or runs that may be asked for: more fits no machine's memory or no day."""
+"""The most images, pixels a side or runs to ask for: more would not fit in any machine's memory, or in a day."""
 
 DEFAULT_DTYPES = {"cpu": ("float32",), "metal": ("float16", "bfloat16"), "cuda": ("float16", "bfloat16")}
 """A CPU's half-precision products are so slow in MLX that they are measured only when asked for."""
@@ -36,15 +36,15 @@ NOTE = (
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "dtype": lambda speed: speed["dtype"],
     "weights": lambda speed: speed["weights"],
-    "MB": lambda speed: f"{speed['weight_bytes'] / 1e6:.0f}",
-    "batch": lambda speed: str(speed["batch"]),
-    "tokens": lambda speed: str(speed["tokens"]),
-    "ms": lambda speed: f"{speed['seconds'] * 1e3:.1f}",
-    "ms/image": lambda speed: f"{speed['milliseconds_per_image']:.1f}",
-    "images/s": lambda speed: f"{speed['images_per_second']:.2f}",
-    "peak MB": lambda speed: f"{speed['peak_bytes'] / 1e6:.0f}",
+    "MB": lambda speed: f"{speed['weight_bytes'] / 1e6:,.0f}",
+    "batch": lambda speed: f"{speed['batch']:,}",
+    "tokens": lambda speed: f"{speed['tokens']:,}",
+    "ms": lambda speed: f"{speed['seconds'] * 1e3:,.1f}",
+    "ms/image": lambda speed: f"{speed['milliseconds_per_image']:,.1f}",
+    "images/s": lambda speed: f"{speed['images_per_second']:,.2f}",
+    "peak MB": lambda speed: f"{speed['peak_bytes'] / 1e6:,.0f}",
 }
-"""What the table shows of each measurement."""
+"""The columns of the table."""
 
 WARM_UP_SECONDS = 1.0
 """Before a GPU is timed: its clock rises with work, and a pass may take milliseconds."""
@@ -59,19 +59,19 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add_revision(add)
 
     add = parser.add_argument_group("what is timed").add_argument
-    dtypes = f"{', '.join(DTYPES)} (default: float32 on a CPU, else both halves)"
+    dtypes = f"{', '.join(DTYPES)} (default: float32 on a CPU, else float16 and bfloat16)"
     add("--dtype", nargs="+", choices=DTYPES, metavar="NAME", help=dtypes)
-    add("--batch", nargs="+", type=_count, default=[1, 4], metavar="N", help="images at once (default: 1 4)")
+    add("--batch", nargs="+", type=_count, default=[1, 4], metavar="N", help="images per batch (default: 1 4)")
     add_image_size(add, f"the checkpoint's, native {NATIVE}")
-    add("--runs", type=_count, default=7, metavar="N", help="runs of each measurement (default: %(default)s)")
-    add("--keep-quantized", action="store_true", help="time quantized weights packed, too, not only made dense")
+    add("--runs", type=_count, default=7, metavar="N", help="runs per measurement (default: %(default)s)")
+    add("--keep-quantized", action="store_true", help="also time quantized weights as packed, not only dequantized")
 
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print the measurements as JSON")
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """Measures as the flags say, tells of each step on stderr, and prints the table or JSON."""
+    """Measures as the flags say, reports each step on stderr, and prints the table or JSON."""
     size = released(arguments.random) if arguments.random else None
     side = arguments.image_size
     source = None if size else read_source(arguments.model, revision=arguments.revision, image_size=side)
@@ -81,7 +81,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         config = replace(config, image_size=config.image_size and side)
     name = arguments.model or f"random {arguments.random}"
     if arguments.keep_quantized and (source is None or source.quantization is None):
-        raise ValueError(f"--keep-quantized needs quantized weights, {name} holds dense ones; leave it out")
+        raise ValueError(f"--keep-quantized needs quantized weights, but {name} has dense ones; leave it out")
     on = machine()
     found: dict[str, Any] = {"device": on.kind, "chip": on.chip, "cores": cpu_count(), "advice": advice(on)}
     found |= {"mlx": mlx_build(), "mlx-aimv2": __version__, "model": name, "runs": arguments.runs, "speed": []}
@@ -100,7 +100,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was measured, as lines for the terminal."""
+    """The measurements as lines for the terminal."""
     lines = {
         "machine": f"{found['chip']}, {found['device']}, {found['cores']} cores",
         "versions": f"mlx {found['mlx']}, mlx-aimv2 {found['mlx-aimv2']}",
@@ -117,12 +117,12 @@ def table(found: dict[str, Any]) -> str:
 def _count(text: str) -> int:
     number = int(text) if text.isdecimal() and len(text) < 10 else 0
     if not 1 <= number <= MAX_COUNT:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 to {MAX_COUNT} is wanted, got {text:.20}")
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 1 to {MAX_COUNT:,}, got {text:.20}")
     return number
 
 
 def random_model(config: Aimv2VisionConfig, dtype: mx.Dtype) -> Aimv2VisionModel:
-    """A model of these sizes with random weights: as fast as a trained one, its features mean nothing."""
+    """A model of these sizes with random weights: as fast as a trained one, but its features are meaningless."""
     model = Aimv2VisionModel(config)
     model.set_dtype(dtype)
     for _, layer in model.named_modules():
@@ -140,9 +140,9 @@ def random_pixels(config: Aimv2VisionConfig, *, batch: int, side: int | None = N
 
 
 def measure_speed(vision: Aimv2VisionModel, pixels: mx.array, *, runs: int) -> dict[str, Any]:
-    """Times the vision encoder on images `(B, H, W, 3)`: the median of the runs, and what follows from it.
+    """Times the vision encoder on images `(B, H, W, 3)`: the median of the runs, and figures derived from it.
 
-    `weight_bytes` is what the weights take, `peak_bytes` the most memory above them and the pixels.
+    `weight_bytes` is the size of the weights, `peak_bytes` the peak memory above them and the pixels.
     """
     rows, columns = vision.grid(pixels)
     parameters: Any = tree_flatten(vision.parameters())

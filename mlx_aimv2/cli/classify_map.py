@@ -1,5 +1,5 @@
 """Verbs that show what a model sees: `classify` prints which of the given labels fit each image, `map` draws the dense
-features of images beside the images.
+features of images next to the images.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 ENDING = ".png"
 
 SOFTWARE = "mlx-aimv2 map"
-"""Stands in every map, so that a map may replace an earlier one and nothing else."""
+"""Written into every map, so a map can replace an earlier map and nothing else."""
 
 HEIGHT = 672
-"""Of the image that is written, in pixels, or a little less: a patch is a whole number of pixels."""
+"""Side of the written image in pixels, or a little less: a patch is a whole number of pixels."""
 
 
 def add_classify(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
     add("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
     flags.add_rules(add)
     add("--labels", metavar="A,B,…", help="the labels, separated by commas")
-    add("--labels-file", metavar="FILE", help="the labels, one a line; here they may hold commas")
+    add("--labels-file", metavar="FILE", help="the labels, one per line; here they may contain commas")
     words = f"sentence with {{}} for the label; {flags.REPEATED} (default: {TEMPLATES[0]!r})"
     add("--template", action="append", metavar="TEXT", help=words)
 
@@ -59,7 +59,7 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
     flags.add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
     add = parser.add_argument_group("output").add_argument
-    add("-k", "--top", type=int, metavar="N", help="labels shown for each image (default: 5; in JSON all)")
+    add("-k", "--top", type=int, metavar="N", help="labels shown for each image (default: 5; all in JSON)")
     add("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 

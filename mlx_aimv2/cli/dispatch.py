@@ -28,10 +28,10 @@ from mlx_aimv2.files import discard_unfinished
 VERBS = {
     "embed": ("use", "PATH... -o FILE", "embed folders of images into an index, for search"),
     "search": ("use", "INDEX QUERY", "find images in an index by example images, by words or by both"),
-    "duplicates": ("use", "INDEX", "list images that an index has more than once; nothing is deleted"),
+    "duplicates": ("use", "INDEX", "list images that occur more than once in an index; nothing is deleted"),
     "classify": ("use", "IMAGE...", "rank your labels by how well they fit each image"),
     "map": ("use", "IMAGE... -m MODEL", "draw features of images: a colour for each patch, or how similar patches are"),
-    "serve": ("use", "(INDEX | -m MODEL)", "open a page to search, look and teach, with an API for programs"),
+    "serve": ("use", "(INDEX | -m MODEL)", "open a web page to search, explore and teach, with an API for programs"),
     "info": ("use", "INDEX|MODEL", "show what an index or a checkpoint contains"),
     "convert": ("convert", "--hf-path MODEL", "convert a checkpoint to an MLX folder"),
     "compare": ("convert", "REFERENCE MODEL", "measure how far a model is from its reference, on images"),
@@ -41,11 +41,15 @@ VERBS = {
     "fit": ("learn", "DATA -m MODEL -o HEAD", "learn your labels from a folder of images"),
     "predict": ("learn", "HEAD IMAGE...", "predict labels, masks or boxes for images"),
     "evaluate": ("learn", "HEAD DATA", "score a trained head on labelled images"),
-    "pretrain": ("learn", "DATA -o DIR", "train an encoder from images with captions, by the paper's objective"),
-    "lit": ("learn", "DATA --encoder DIR -o DIR", "tune a text encoder to a frozen encoder (LiT), for search by words"),
-    "bench": ("measure", "(-m MODEL | --random SIZE)", "measure the time and the memory of a model"),
+    "pretrain": ("learn", "DATA -o DIR", "train an encoder on images with captions, with the paper's objective"),
+    "lit": (
+        "learn",
+        "DATA --encoder DIR -o DIR",
+        "tune a text encoder to a frozen encoder (LiT, locked-image tuning), to search by words",
+    ),
+    "bench": ("measure", "(-m MODEL | --random SIZE)", "measure the speed and memory of a model"),
 }
-"""Verb -> its group in the list, what must be given, and its help."""
+"""Verb -> its group in the list, its required arguments, and its help."""
 
 LARGE = "apple/aimv2-large-patch14-224"
 
@@ -69,30 +73,30 @@ EXAMPLES = {
     "lit": "data/ --encoder encoder -o pair",
     "bench": f"-m {LARGE} --batch 1 4 16",
 }
-"""Verb -> what its help begins with."""
+"""Verb -> the example at the top of its help."""
 
 FILES = (
     "bench", "classify_map", "embed_search_duplicates", "fit_predict_evaluate_fuse", "info_compare_export_upload",
     "pretrain_lit", "serve",
 )  # fmt: skip
-"""The files of this folder that have verbs: those that their names say. `convert` is in the package's `convert`."""
+"""The files of this folder with verbs, which their names list. `convert` is in the package's `convert`."""
 
 MORE = """\
 mlx-aimv2 VERB --help   shows an example and the flags of a verb
 mlx-aimv2 --version     shows the version
-MLX_AIMV2_TRACEBACK=1   in front of a command shows where an error came from
+MLX_AIMV2_TRACEBACK=1   before a command shows the traceback of an error
 README.md and docs/ in the repository explain the verbs."""
 """Below the list of verbs."""
 
 WIDTH, FLAG_COLUMN = 100, 32
-"""Columns of help at most, however wide the terminal is, and where descriptions begin at the latest: two columns behind
+"""The width of help, however wide the terminal is, and the last column where descriptions begin: two columns after
 `--grad-accumulation-steps N`."""
 
 URL = re.compile(r"\w{2,}:/+(?:(?:www\.)?(?:huggingface|hf)\.co/([\w.-]+/[\w.-]+))?")
-"""The beginning of a URL, and of one of the Hub's the repository's name."""
+"""The start of a URL; for one of the Hub's, also the repository's name."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a run to stop: Ctrl-C, `kill`, a closed terminal."""
+"""The signals that stop a run: Ctrl-C, `kill`, a closed terminal."""
 
 TRACEBACK = "MLX_AIMV2_TRACEBACK"
 """The environment variable that shows where an error came from."""
@@ -104,26 +108,26 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with an example in its help, in at most 100 columns; its complaints are one line."""
+    """argparse's parser with an example in its help, in at most 100 columns, and one-line errors."""
 
     def __init__(self, *, example: str = "", **settings: Any) -> None:
-        # No abbreviations: a flag half typed must not do what another one means.
+        # No abbreviations: a half-typed flag must not act as another one.
         super().__init__(add_help=False, formatter_class=_formatter, allow_abbrev=False, **settings)
         self.example = example
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
-        """The help of a verb: an example, which is not wrapped so that it can be copied, what must be given, flags."""
+        """The help of a verb: an example, not wrapped so it can be copied, the required arguments, the flags."""
         return f"example: {self.prog} {self.example}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong with the arguments and where help is, and exits with 2."""
+        """Says what is wrong with the arguments and where to find help, and exits with 2."""
         say(f"{message}; see {self.prog} --help")
         self.exit(2)
 
 
 class ListParser(Parser):
-    """The parser in front of the verbs, whose help lists them in groups."""
+    """The top-level parser, whose help lists the verbs in groups."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -143,8 +147,8 @@ class ListParser(Parser):
 def main(argv: list[str] | None = None) -> int:
     """The command line: `arguments -> exit code`.
 
-    0 done, 1 some inputs failed or a fault of this program, 2 wrong use; of a run that a signal has stopped, 128 and
-    the signal's number.
+    0 done, 1 some inputs failed or a bug in this program, 2 wrong use; 128 plus the signal's number for a run that a
+    signal stopped.
     """
     return one_line_errors(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
 
@@ -155,7 +159,7 @@ def convert_main() -> int:
 
 
 def parser(verb: str | None = None) -> ListParser:
-    """The parser of the whole command line, or with the flags of one verb alone, whose file alone is imported."""
+    """The parser of the whole command line, or with the flags of one verb only, importing only that verb's file."""
     whole = ListParser(prog="mlx-aimv2", description="Apple's AIMv2 vision encoders on MLX: images in, features out.")
     whole.add_argument("--version", action="version", version=f"mlx-aimv2 {__version__}", help="show the version")
     for name, (_, usage, words) in VERBS.items():
@@ -167,15 +171,15 @@ def parser(verb: str | None = None) -> ListParser:
 
 
 def function_of(verb: str, kind: str) -> Callable[..., Any]:
-    """What a verb does, `run(arguments) -> exit code`, or, of the kind `add`, what adds its flags to a parser."""
+    """A verb's function: `run(arguments) -> exit code`, or for the kind `add` one that adds its flags to a parser."""
     files = {name: f"mlx_aimv2.cli.{file}" for file in FILES for name in file.split("_")}
     found: Callable[..., Any] = getattr(import_module(files.get(verb, "mlx_aimv2.convert")), f"{kind}_{verb}")
     return found
 
 
 def _dispatch(argv: list[str]) -> int:
-    argv = argv or ["--help"]  # the name alone asks what there is
-    argv = ["--null" if word == "-0" else word for word in argv]  # as a flag of argparse it would be that of -0.1, too
+    argv = argv or ["--help"]  # the name alone prints the help
+    argv = ["--null" if word == "-0" else word for word in argv]  # as an argparse flag it would match -0.1 too
     verb = argv[0]
     whole = parser(verb)
     for word in argv:
@@ -183,7 +187,7 @@ def _dispatch(argv: list[str]) -> int:
             advice = f"give the Hub name {url[1]}" if url[1] else "download it first and give the file"
             raise ValueError(f"{word} is a URL: {advice}")
     if verb not in VERBS and not verb.startswith("-"):
-        whole.error(f"there is no verb {verb}{_nearest(verb, VERBS) or ', there are ' + ', '.join(VERBS)}")
+        whole.error(f"there is no verb {verb}{_nearest(verb, VERBS) or '; the verbs are ' + ', '.join(VERBS)}")
     _check_flags(whole.verbs.choices.get(verb, whole), argv)
     arguments, unknown = whole.parse_known_args(argv)
     if unknown:
@@ -193,7 +197,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _check_flags(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Ends the run at a flag that a verb has not: argparse would first say which others are missing."""
+    """Ends the run at a flag that the verb does not have: argparse would first list the required ones."""
     for word in takewhile(lambda word: word != "--", words):
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in parser._option_string_actions:
@@ -206,10 +210,10 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Runs `work`; whatever ends it becomes one line on stderr and an exit code, never a traceback.
+    """Runs `work`; any error becomes one line on stderr and an exit code, never a traceback.
 
-    Notes (`warnings.warn`) become one line each too. A reader of stdout that has seen enough, as `head` has, ends the
-    run quietly; that of stderr may go without an effect. With MLX_AIMV2_TRACEBACK=1 the traceback comes first.
+    Notes (`warnings.warn`) become one line each too. If the reader of stdout goes away, as `head` does, the run ends
+    quietly; that of stderr may go away without effect. With MLX_AIMV2_TRACEBACK=1 the traceback comes first.
     """
     try:
         _usable_streams()
@@ -217,7 +221,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
             try:
                 return work()
             except ImportError:
-                if stops:  # a module in C whose import a signal stops ends so
+                if stops:  # raised when a signal stops the import of a C module
                     raise stops[0] from None
                 raise
             finally:
@@ -227,7 +231,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except KeyboardInterrupt as stop:
         say("; ".join(map(str, stop.args)) or "stopped")
         code = stop.exit_code if isinstance(stop, Stopped) else 130
-    except BaseException as error:  # a library written in Rust panics with an exception that is no Exception
+    except BaseException as error:  # a library written in Rust panics with an exception that is not an Exception
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             abandon(sys.stdout)
             return 0
@@ -254,16 +258,16 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[list[Stopped]]:
-    """Within it a signal makes the run end in order: what is half written is removed, what is done is kept.
+    """Inside this context a signal ends the run cleanly: half-written files are removed, finished work is kept.
 
-    Gives a list, into which a signal puts what it raises.
+    Yields a list to which a signal appends the exception it raises.
 
-    The first one raises `Stopped` in the main thread, which ends as after any error. Where Python swallows that, as in
-    a weak reference's callback, it is sent once more. A second one does not wait for the end, nor for a thread in a
-    slow decoder.
+    The first signal raises `Stopped` in the main thread, which ends as after any error. Where Python swallows that, as
+    in a weak reference's callback, it is sent once more. A second signal does not wait for the cleanup, nor for a
+    thread in a slow decoder.
 
-    Signals that the process ignores (as SIGHUP under nohup) stay ignored, and those that somebody else handles stay
-    theirs. Outside the main thread, where Python lets nobody handle signals, nothing changes.
+    Signals that the process ignores (SIGHUP under nohup) stay ignored, and handlers installed by others stay in place.
+    Outside the main thread, where Python allows no signal handlers, nothing changes.
     """
     stops: list[Stopped] = []
 
@@ -305,20 +309,20 @@ def stoppable() -> Iterator[list[Stopped]]:
 
 
 def _sentence(error: BaseException) -> str:
-    """What an error says in one line; the system's errors without their number."""
+    """An error's message in one line; the system's errors without their number."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, (ValueError, OSError)):
         return str(error) or type(error).__name__
     if isinstance(error, MemoryError):
-        return f"not enough memory{f' ({error})' if str(error) else ''}: smaller images, fewer at once or another model"
+        return f"not enough memory{f' ({error})' if str(error) else ''}: use smaller images or batches or another model"
     if isinstance(error, ImportError):
-        return f"{error}: a package is missing or broken; pip install --force-reinstall mlx-aimv2 fetches all of them"
-    return f"a fault of mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 in front of the command shows where"
+        return f"{error}: a package is missing or broken; run pip install --force-reinstall mlx-aimv2"
+    return f"a bug in mlx-aimv2, {type(error).__name__}: {error}; {TRACEBACK}=1 before the command shows where"
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads: only then a broken pipe is no failure."""
+    """Whether stdout is a pipe that nobody reads: only then is a broken pipe not a failure."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # errors are always reported
@@ -328,7 +332,7 @@ def _reader_is_gone() -> bool:
 
 
 def _usable_streams() -> None:
-    """Opens streams that the caller closed, and lets text pass that the terminal's encoding cannot hold."""
+    """Opens streams that the caller closed, and lets through text that the terminal's encoding cannot represent."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115

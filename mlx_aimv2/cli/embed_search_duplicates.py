@@ -1,5 +1,5 @@
-"""Verbs of an index: `embed` brings one up to date with the images that are there now, `search` finds images in it by
-example images, words or both, `duplicates` lists those that are there more than once, and deletes nothing.
+"""Verbs of an index: `embed` brings one up to date with the images on disk, `search` finds images in it by example
+images, words or both, `duplicates` lists those that occur more than once and deletes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlx_aimv2.index.reader import Match
 
 PIXEL_BLOCKS = 4
-"""Blocks of 16 MB that Pillow keeps: without, Linux hands out every page of every image anew, a fifth of the time of
+"""Blocks of 16 MB that Pillow keeps: without them Linux maps every page of every image anew, a fifth of the time of
 decoding 12 megapixels exactly; eight are no faster."""
 
 
@@ -41,30 +41,30 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     flags.add_dtype(add, f"the index's own, else {AUTO}")
     flags.add_image_size(add, "the index's own, else the checkpoint's")
 
-    add = parser.add_argument_group("what is stored of an image").add_argument
-    words = "mean or head, or all: tokens, map (default: head if there is one, else mean)"
+    add = parser.add_argument_group("what is stored for each image").add_argument
+    words = "one vector (mean or head) or all of them (tokens or map) (default: head if there is one, else mean)"
     add("--pool", choices=("mean", "head", "tokens", "map"), metavar="NAME", help=words)
-    words = "hidden state, as in transformers (default: the last, after the final norm)"
+    words = "hidden state, numbered as in transformers (default: the last, after the final norm)"
     add("--layer", type=int, metavar="N", help=words)
     add("--norm", action="store_true", help="with --layer: apply the final norm to it")
-    words = "float16 or float32, of the vectors (default: float16)"
+    words = "dtype of the stored vectors: float16 or float32 (default: float16)"
     add("--store", choices=("float16", "float32"), metavar="NAME", help=words)
 
     add = parser.add_argument_group("reading images").add_argument
     add("--max-patches", type=int, metavar="N", help=f"{flags.PATCHES} (default: 4096)")
-    add("--threads", type=int, metavar="N", help="threads that decode (default: one for each core)")
+    add("--threads", type=int, metavar="N", help="decoding threads (default: one per core)")
     flags.add_policy_arguments(add)
 
     add = parser.add_argument_group("output").add_argument
-    add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to make or to update")
-    words = "npz, safetensors or jsonl: write the vectors beside the index, too"
+    add("-o", "--output", required=True, type=Path, metavar="FILE", help="index to create or update")
+    words = "npz, safetensors or jsonl: also write the vectors to a file next to the index"
     add("--export", choices=("npz", "safetensors", "jsonl"), metavar="NAME", help=words)
-    add("--overwrite", action="store_true", help="let --export replace any other file, but no image")
+    add("--overwrite", action="store_true", help="let --export replace any file except an image")
     add("--json", action="store_true", help="print the summary as JSON")
 
 
 def run_embed(arguments: argparse.Namespace) -> int:
-    """Embeds, and prints the summary; returns 1 when some images failed."""
+    """Embeds and prints the summary; returns 1 if some images failed."""
     begin("scanning")
     from PIL import Image
 
@@ -95,23 +95,23 @@ def run_embed(arguments: argparse.Namespace) -> int:
         parts = [f"{count:,} {name}" for name, count in counts.items() if name != "images" and count]
         show(f"{output}: {summary.images:,} images ({', '.join(parts) or 'nothing to do'})")
     if not is_made:
-        say(f"no image could be embedded; {output} was not made")
+        say(f"no image could be embedded; {output} was not created")
     return 1 if summary.failed else 0
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
-    query = "an image or, where the index was made with LiT, a text; 2:QUERY counts twice"
+    query = "an image, or text if the index was made with LiT (locked-image tuning: -lit); 2:QUERY counts twice"
     add("query", metavar="QUERY", help=query)
     add("-a", "--add", action="append", default=[], metavar="QUERY", help=f"and like this; {flags.REPEATED}")
     add("-s", "--subtract", action="append", default=[], metavar="QUERY", help=f"but not like this; {flags.REPEATED}")
 
     add = parser.add_argument_group("which images").add_argument
-    add("-k", "--top", type=int, default=12, metavar="N", help="images to find (default: %(default)s)")
-    add("--min-score", type=float, metavar="X", help="only images with at least this cosine")
+    add("-k", "--top", type=int, default=12, metavar="N", help="number of images (default: %(default)s)")
+    add("--min-score", type=float, metavar="X", help="only images with at least this cosine similarity")
     flags.add_chosen(add)
-    add("--update", action="store_true", help="first embed what is new in the folders that the index was made of")
+    add("--update", action="store_true", help="first embed new images in the folders of the index")
 
     add = parser.add_argument_group("model").add_argument
     add("-m", "--model", metavar="MODEL", help=flags.OF_INDEX)
@@ -120,14 +120,14 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     flags.add_policy_arguments(parser.add_argument_group("reading images").add_argument)
 
     output = parser.add_argument_group("output")
-    flags.add_found(output, paths="the paths alone", objects="the images as JSON")
+    flags.add_found(output, paths="only the paths", objects="the images as JSON")
     add = output.add_mutually_exclusive_group().add_argument
-    add("--copy-to", type=expand_user, metavar="DIR", help="copy the images into a new folder, the best first by name")
-    add("--link-to", type=expand_user, metavar="DIR", help="link to the images in a new folder instead")
+    add("--copy-to", type=expand_user, metavar="DIR", help="copy the images into a new folder, numbered from the best")
+    add("--link-to", type=expand_user, metavar="DIR", help="put links to the images in a new folder instead")
 
 
 def run_search(arguments: argparse.Namespace) -> int:
-    """Prints the nearest images, best first; returns 1 where some could not be copied."""
+    """Prints the nearest images, best first; returns 1 if some could not be copied."""
     from mlx_aimv2.embed.query import parse_query, query_vectors, title
     from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
     from mlx_aimv2.index.reader import Index
@@ -166,14 +166,14 @@ def run_search(arguments: argparse.Namespace) -> int:
             for match in matches:
                 show(f"{match.score:7.4f}  {match.path}")
         if not (matches or arguments.json):
-            say(f"{arguments.index} has no such image")
+            say(f"no image in {arguments.index} matches")
     if target is not None:
         failed += _put(matches, target, as_links=arguments.link_to is not None)
     return 1 if failed else 0
 
 
 def _update(arguments: argparse.Namespace) -> int:
-    """Embeds what is new in the folders that the index remembers; returns how many images failed."""
+    """Embeds new images in the folders that the index remembers; returns how many failed."""
     from mlx_aimv2.embed.encode import Settings
     from mlx_aimv2.embed.job import Options, update_index
     from mlx_aimv2.images import Policy
@@ -184,20 +184,20 @@ def _update(arguments: argparse.Namespace) -> int:
     with Index.open(path) as index:
         sources = index.sources
     if not sources:
-        raise ValueError(f"{path} does not know its folders: run mlx-aimv2 embed FOLDER -o {path} once")
+        raise ValueError(f"{path} does not record its folders: run mlx-aimv2 embed FOLDER -o {path} once")
     for name, rules in sources.items():
         try:
             exclude, include = ([*map(str, rules[rule])] for rule in ("exclude", "include"))
             options = Options(policy=Policy(**rules["policy"]), exclude=exclude, include=include)
         except (LookupError, TypeError, ValueError) as error:
-            raise damaged(path, f"what it says of {name}: {error}") from None
+            raise damaged(path, f"what it records about {name}: {error}") from None
         settings = Settings(arguments.model, arguments.revision)
         try:
             with progress() as on_progress:
                 summary = update_index([name], path, settings, options, report=say, on_progress=on_progress)
-        except FileNotFoundError as error:  # a drive that is not plugged in: what the index has of it is searched
-            forget = f"mlx-aimv2 embed {quote(name)} -o {path} --prune"
-            say(f"{error}; {forget} forgets what is gone for good" if stat_of(name) is None else error)
+        except FileNotFoundError as error:  # an unplugged drive: its images in the index are searched all the same
+            prune = f"mlx-aimv2 embed {quote(name)} -o {path} --prune"
+            say(f"{error}; if it is gone for good, run {prune}" if stat_of(name) is None else error)
             failed += 1
             continue
         if summary is not None:
@@ -207,13 +207,13 @@ def _update(arguments: argparse.Namespace) -> int:
 
 
 def _put(matches: Sequence[Match], target: Path, *, as_links: bool) -> int:
-    """Copies images into a folder, or links to them, as `001-name.jpg`; returns how many are gone."""
+    """Copies or links images into a folder as `001-name.jpg`; returns how many are gone."""
     there: list[Match] = []
     for match in matches:
         if stat_of(match.path) is not None:
             there.append(match)
         else:
-            say(f"{match.path} does not exist any more")
+            say(f"{match.path} no longer exists")
     digits = len(str(len(there)))
     if there:
         with atomic_folder(target) as folder:
@@ -229,7 +229,7 @@ def add_duplicates(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("index", type=Path, metavar="INDEX", help="index written by mlx-aimv2 embed")
     flags.add_chosen(add)
-    similar = f"also images that are not the same but similar, from this cosine on (X left out: {SIMILAR})"
+    similar = f"also similar images, from this cosine similarity up (without X: {SIMILAR})"
     add("--similar", type=float, nargs="?", const=SIMILAR, metavar="X", help=similar)
 
     output = parser.add_argument_group("output")
@@ -239,13 +239,13 @@ def add_duplicates(parser: argparse.ArgumentParser) -> None:
 
 
 def run_duplicates(arguments: argparse.Namespace) -> int:
-    """Prints the groups, the image to keep first; returns 1 where images could not be read any more."""
+    """Prints the groups, the image to keep first; returns 1 if images could no longer be read."""
     from mlx_aimv2.index.duplicates import KINDS, find_duplicates
     from mlx_aimv2.index.page import Card, check_page, made_with, result_page, write_page
     from mlx_aimv2.index.reader import Index
 
     if arguments.similar is not None and not -1 <= arguments.similar <= 1:
-        raise ValueError(f"--similar is a cosine, at most 1, got {arguments.similar:g}")
+        raise ValueError(f"--similar must be a cosine from -1 to 1, got {arguments.similar:g}")
     with Index.open(arguments.index) as index:
         page = None
         if arguments.html is not None:
@@ -254,7 +254,7 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
             options = {"similar": arguments.similar, **flags.chosen(arguments)}
             groups, unreadable = find_duplicates(index, on_progress=on_progress, **options)
         for path in unreadable:
-            say(f"{path} cannot be read any more")
+            say(f"{path} is missing or unreadable")
         extra = [member for group in groups if group.kind != "similar" for member in group.members[1:]]
         if page is not None or arguments.open:
             pages = [
@@ -280,5 +280,5 @@ def run_duplicates(arguments: argparse.Namespace) -> int:
                 show(f"  {'keep' if number == 0 else '':4}  {pixels:>15}  {one.bytes:>12,}  {one.path}")
         freed = sum(one.bytes for one in extra) / 1e6
         count = f"{len(groups):,} group{'' if len(groups) == 1 else 's'}"
-        show(f"{count}; all but the first of each, the similar ones aside, take {freed:,.1f} MB")
+        show(f"{count}; all but the first of each, not counting the similar ones, take {freed:,.1f} MB")
     return 1 if unreadable else 0

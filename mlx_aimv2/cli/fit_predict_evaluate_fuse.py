@@ -11,9 +11,9 @@ from mlx_aimv2.cli.output import Failures, begin, note, progress, say, show, sho
 from mlx_aimv2.files import check_target, expand_user
 
 OWN = {"verb", "data", "model", "output", "json", "labels"}
-"""Arguments of `fit` that are no keyword of `learn.fit` of the same kind."""
+"""Arguments of `fit` that are not passed to `learn.fit` unchanged."""
 
-HEAD, OF_HEAD = "folder that fit has written", "the one that HEAD names"
+HEAD, OF_HEAD = "folder written by fit", "the one HEAD names"
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     add["what is trained"]("--fine-tune-type", metavar="NAME", help=types)
     add_settings(add, Options)
     add_resume(add["run"])
-    add["run"]("--cache", metavar="DIR", help="where features are kept (default: in ~/.cache/mlx-aimv2)")
+    add["run"]("--cache", metavar="DIR", help="folder for cached features (default: in ~/.cache/mlx-aimv2)")
     add["output"]("-o", "--output", required=True, metavar="HEAD", help="folder to write")
     add["output"]("--json", action="store_true", help="print the scores as JSON")
 
@@ -70,15 +70,15 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     add["input"]("head", metavar="HEAD", help=HEAD)
     add["input"]("images", nargs="+", metavar="IMAGE", help="image file, folder or pattern")
     _add_encoder(add["model"])
-    words = "write predictions as files, too, into a new folder"
+    words = "also write the predictions as files, into a new folder"
     add["output"]("-o", "--output", type=expand_user, metavar="DIR", help=words)
-    words = "do not tell a label or a box less probable than X, from 0 to 1: none of these"
+    words = "leave out labels and boxes less probable than X, from 0 to 1"
     add["output"]("--min-score", type=float, metavar="X", help=words)
     add["output"]("--json", action="store_true", help="print a JSON object for each image, one a line")
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
-    """Prints a prediction for each image; returns 1 when some could not be read."""
+    """Prints a prediction for each image; returns 1 if some could not be read."""
     from mlx_aimv2.learn import predict
     from mlx_aimv2.learn.head_folder import load_head
 
@@ -98,10 +98,10 @@ def run_predict(arguments: argparse.Namespace) -> int:
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "input", "model", "output")
     add["input"]("head", metavar="HEAD", help=HEAD)
-    add["input"]("data", metavar="DATA", help="labelled images, as for fit; of parts test, else val, counts")
+    add["input"]("data", metavar="DATA", help="labelled images, as for fit; if it has parts, test is scored, else val")
     add_skip_broken(add["input"])
     _add_encoder(add["model"])
-    add["output"]("--card", metavar="DIR", help="write the model card's images for this data there")
+    add["output"]("--card", metavar="DIR", help="write the model card's pictures for this data here")
     add["output"]("--json", action="store_true", help="print the scores as JSON")
 
 
@@ -129,7 +129,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def faults_as_json(arguments: argparse.Namespace) -> Iterator[None]:
-    """Within it --json prints everything that is wrong with DATA, before the error that names the first of it."""
+    """Inside this context --json prints everything wrong with DATA before the error, which names the first fault."""
     from mlx_aimv2.learn.samples import DataError
 
     try:
@@ -151,7 +151,7 @@ def add_fuse(parser: argparse.ArgumentParser) -> None:
 
 
 def run_fuse(arguments: argparse.Namespace) -> int:
-    """Fuses and prints where the result lies."""
+    """Fuses and prints the path of the result."""
     from mlx_aimv2.learn import fuse
 
     show(str(fuse(arguments.adapter_path, arguments.save_path, model=arguments.model, revision=arguments.revision)))

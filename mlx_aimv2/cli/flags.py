@@ -1,4 +1,4 @@
-"""The flags that several verbs share, in the same words everywhere."""
+"""The flags that several verbs share, worded the same everywhere."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def add_dtype(add: Add, own: str | None = None) -> None:
 
 def add_image_size(add: Add, default: str = "the checkpoint's") -> None:
     """Adds --image-size; `default` says what None means."""
-    words = f"pixels a side, the positions resampled (default: {default})"
+    words = f"image side in pixels; positions are resampled (default: {default})"
     add("--image-size", type=int, metavar="N", help=words)
 
 
 def add_resume(add: Add) -> None:
     """Adds --resume."""
-    add("--resume", action="store_true", help="go on with a run that was stopped")
+    add("--resume", action="store_true", help="resume a run that was stopped")
 
 
 def add_skip_broken(add: Add, *, default: bool = False) -> None:
     """Adds --skip-broken and --no-skip-broken."""
-    words = f"leave out images that cannot be read, or refuse them (default: {'leave out' if default else 'refuse'})"
+    words = f"skip images that cannot be read, or refuse them (default: {'skip' if default else 'refuse'})"
     add("--skip-broken", action=argparse.BooleanOptionalAction, default=default, help=words)
 
 
@@ -75,32 +75,32 @@ def add_policy_arguments(add: Add) -> None:
 
 
 def add_found(group: argparse._ArgumentGroup, *, paths: str, objects: str) -> None:
-    """Adds how images that were found are given: --paths-only, --null or --json, and --html, --overwrite, --open."""
+    """Adds the output flags for images found: --paths-only, --null or --json, and --html, --overwrite, --open."""
     add = group.add_mutually_exclusive_group().add_argument
-    add("-f", "--paths-only", action="store_true", help=f"print {paths}, one a line")
-    add("--null", action="store_true", help=f"or -0: print {paths}, each ended by a zero byte, for xargs -0")
+    add("-f", "--paths-only", action="store_true", help=f"print {paths}, one per line")
+    add("--null", action="store_true", help=f"or -0: print {paths}, each followed by a NUL, for xargs -0")
     add("--json", action="store_true", help=f"print {objects}")
     add = group.add_argument
     add("--html", type=Path, metavar="FILE", help="write a page with thumbnails")
-    add("--overwrite", action="store_true", help="let --html replace any other file, but no image")
-    add("--open", action="store_true", help="show that page in the browser")
+    add("--overwrite", action="store_true", help="let --html replace any file except an image")
+    add("--open", action="store_true", help="open that page in the browser")
 
 
 def add_chosen(add: Add) -> None:
-    """Adds which images of an index count: --under, --after and --before."""
+    """Adds the flags that choose images of an index: --under, --after and --before."""
     add("--under", type=Path, metavar="DIR", help="only images in this folder and below it")
     words = "only images taken from this day, month or year on: 2024-05-17, 2024-05, 2024"
     add("--after", metavar="DATE", help=f"{words} (by EXIF, else the file's time)")
-    add("--before", metavar="DATE", help="only images taken before it begins")
+    add("--before", metavar="DATE", help="only images taken before this day, month or year")
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same as keywords of `Index.search` and `find_duplicates`."""
+    """The same flags as keywords of `Index.search` and `find_duplicates`."""
     return {name: getattr(arguments, name) for name in ("under", "after", "before")}
 
 
 def policy_of(arguments: argparse.Namespace) -> Policy:
-    """What the flags say, as the library takes it."""
+    """The flags as the library's `Policy`."""
     return Policy(decode=arguments.decode, max_pixels=arguments.max_pixels, truncated=arguments.truncated)
 
 
@@ -118,13 +118,13 @@ def groups(parser: argparse.ArgumentParser, *titles: str) -> dict[str, Add]:
 
 
 def add_settings(add: Mapping[str, Add], *kinds: type) -> None:
-    """A flag for each field of these dataclasses that has one, in its group, of the type of its annotation."""
+    """Adds a flag for each field of these dataclasses that has one, in its group, with the type of its annotation."""
     for kind in kinds:
         hints = get_type_hints(kind)
         for one in flagged(kind):
             about, words = one.metadata, one.metadata["help"]
             default: Any = one.default
-            type_, *_ = get_args(hints[one.name]) or (hints[one.name],)  # of int | None and tuple[int, int] the first
+            type_, *_ = get_args(hints[one.name]) or (hints[one.name],)  # first of int | None and tuple[int, int]
             if type_ is bool:
                 action = "store_false" if default else "store_true"
                 add[about["group"]](flag(one), dest=one.name, action=action, help=words)
@@ -145,7 +145,7 @@ def add_settings(add: Mapping[str, Add], *kinds: type) -> None:
 
 
 def settings_of(kind: type[Settings], arguments: argparse.Namespace, **others: Any) -> Settings:
-    """The dataclass that the flags say; `others` are the fields that have none."""
+    """The dataclass filled from the flags; `others` are the fields without a flag."""
     given = {one.name: getattr(arguments, one.name) for one in flagged(kind)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return kind(**given, **others)

@@ -1,4 +1,4 @@
-"""Verbs of a checkpoint: `info` prints what it holds (of an index, too), `compare` how far it is from its reference,
+"""Verbs of a checkpoint: `info` prints what it contains (an index too), `compare` how far it is from its reference,
 `export` writes its encoder for programs in Swift and C++, or for Core ML, `upload` publishes its folder on the Hub.
 """
 
@@ -40,7 +40,7 @@ def add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """Prints one fact a line; of a checkpoint no weights are read or downloaded."""
+    """Prints one fact per line; no weights of a checkpoint are read or downloaded."""
     facts = about(arguments.target, revision=arguments.revision)
     if arguments.json:
         print(json.dumps(facts))
@@ -70,7 +70,7 @@ def about(target: str, *, revision: str | None = None) -> Facts:
     if path.exists() or not is_hub_name(target) or is_in_cache(target, revision=commit):
         return _about_checkpoint(target, revision)
     facts: Facts = {"checkpoint": target, "commit": commit, "downloaded": False}
-    if known is not None:  # the Hub need not be asked
+    if known is not None:  # no need to ask the Hub
         return facts | {"download": 4 * known.parameters} | _about_sizes(known.config, known.parameters)
     sizes = file_sizes(target, revision=revision)
     shards = sum(size for file, size in sizes.items() if file.endswith(WEIGHT_SUFFIXES))
@@ -78,7 +78,7 @@ def about(target: str, *, revision: str | None = None) -> Facts:
 
 
 def _about_index(path: Path) -> Facts:
-    """What an index holds and how it was made."""
+    """What an index contains and how it was made."""
     from mlx_aimv2.index.reader import AXES, Index
 
     with Index.open(path) as index:
@@ -96,7 +96,7 @@ def _about_index(path: Path) -> Facts:
 
 
 def _about_checkpoint(name: str, revision: str | None) -> Facts:
-    """What a checkpoint holds, from its config.json and the headers of its weight files."""
+    """What a checkpoint contains, from its config.json and the headers of its weight files."""
     from mlx_aimv2.loading import read_source
 
     source = read_source(name, revision=revision)
@@ -115,7 +115,7 @@ def _about_checkpoint(name: str, revision: str | None) -> Facts:
 
 
 def _about_sizes(config: AnyConfig, parameters: int) -> Facts:
-    """The sizes of a network and the memory that it takes."""
+    """The sizes of a network and the memory it needs."""
     pair = config if isinstance(config, Aimv2Config) else None
     vision, text = config.vision, pair.text_config if pair else None
     text_only = {"vocabulary": text.vocab_size, "context": text.max_position_embeddings} if text else {}
@@ -135,17 +135,17 @@ def _about_sizes(config: AnyConfig, parameters: int) -> Facts:
 
 
 def memory(config: AnyConfig, parameters: int) -> Facts:
-    """Bytes that a pass and a training step take for one image, computed from the sizes: `-> {what: {how: bytes}}`.
+    """Bytes that a pass and a training step need for one image, computed from the sizes: `-> {what: {how: bytes}}`.
 
     A pass holds the weights and 8 D + 6 F values for each of N tokens (D the width, F that of the MLP, L blocks, H
-    heads). Packed weights of the blocks take their bits and half a bit of scales (groups of 64), the others 16 bits. A
-    step keeps L (12 D + 6 F + 5 H N) values for each token, and in full 20 bytes a parameter: weights, gradients, both
-    moments and what replaces them, in float32. Peaks on MLX's CPU backend lie within a factor of two.
+    heads). Packed weights of the blocks take their bits plus half a bit of scales (groups of 64), the others 16 bits. A
+    step keeps L (12 D + 6 F + 5 H N) values per token; full tuning adds 20 bytes per parameter: weights, gradients,
+    both moments and their new values, in float32. Peaks on MLX's CPU backend are within a factor of two.
     """
     vision = config.vision
     towers = (vision, config.text_config) if isinstance(config, Aimv2Config) else (vision,)
     width, inner = vision.hidden_size, vision.intermediate_size
-    tokens = vision.num_patches or 256  # native checkpoints take any size: as if it were 224 pixels
+    tokens = vision.num_patches or 256  # native checkpoints take any size; this assumes 224 pixels
     held = tokens * (8 * width + 6 * inner)
     kept = vision.num_hidden_layers * tokens * (12 * width + 6 * inner + 5 * vision.num_attention_heads * tokens)
     packed = sum(
@@ -190,7 +190,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add["input"]("other", metavar="MODEL", help="the model to judge")
     add_dtype(add["input"])
     add_image_size(add["input"])
-    words = f"take {MAX_IMAGES} images of this folder (default: four bundled photographs)"
+    words = f"compare on {MAX_IMAGES} images from this folder (default: four bundled photographs)"
     add["input"]("--images", metavar="DIR", help=words)
     words = f"of REFERENCE: {REVISION} (default: Apple's release, pinned)"
     add["input"]("--revision", metavar="NAME", help=words)
@@ -215,20 +215,20 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "model", "input", "output")
-    words = f"{MODEL}, or a folder that fit has written: class probabilities"
+    words = f"{MODEL}, or a folder written by fit (for class probabilities)"
     add["model"]("-m", "--model", required=True, metavar="MODEL", help=words)
     add_revision(add["model"])
     add_dtype(add["model"], "the checkpoint's, float16 for Core ML")
-    words = "of .mlxfn, float: normalised pixels; uint8: bytes, normalised inside (default: float)"
+    words = ".mlxfn only: float (normalised pixels) or uint8 (bytes, normalised inside) (default: float)"
     add["input"]("--input", choices=("float", "uint8"), metavar="NAME", help=words)
-    words = "images or texts at once, several in one file (default: 1)"
+    words = "images or texts per call; one file can hold several (default: 1)"
     add["input"]("--batch", type=whole_numbers, default=(1,), metavar="N,N,…", help=words)
     add_image_size(add["input"], "the checkpoint's, native 224")
     words = "native checkpoints: rows and columns of patches"
     add["input"]("--grid", type=whole_numbers, metavar="R,C", help=words)
-    words = "file to write, NAME.mlpackage for Core ML, or NAME.mlxfn for this machine's device (for Metal: on a Mac)"
+    words = "file to write: NAME.mlpackage for Core ML, NAME.mlxfn for this machine's device (for Metal, use a Mac)"
     add["output"]("-o", dest="path", type=expand_user, required=True, metavar="FILE", help=words)
-    words = "image: one vector each; tokens, both or text (default: image)"
+    words = "image (one vector each), tokens, both or text (default: image)"
     add["output"]("--output", choices=("image", "tokens", "both", "text"), metavar="NAME", help=words)
 
 
@@ -242,29 +242,27 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def add_upload(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "what goes where")["what goes where"]
-    add("folder", type=expand_user, metavar="FOLDER", help="checkpoint that convert, fuse or save has written")
-    add("repo", metavar="OWNER/NAME", help="repository on the Hub, made if it is not there yet")
+    add("folder", type=expand_user, metavar="FOLDER", help="checkpoint written by convert, fuse or save")
+    add("repo", metavar="OWNER/NAME", help="repository on the Hub, created if it does not exist")
 
 
 def run_upload(arguments: argparse.Namespace) -> int:
-    """Uploads the files of a checkpoint and prints the repository's address; other files of the folder stay here."""
+    """Uploads the files of a checkpoint and prints the repository's address; other files are not uploaded."""
     from mlx_aimv2.conversion.folder import WRITTEN
     from mlx_aimv2.learn.head_folder import INFO_FILE
     from mlx_aimv2.loading import read_source
 
     folder: Path = arguments.folder
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder here: upload takes one that convert, fuse or save has written")
-    if (
-        folder / INFO_FILE
-    ).is_file():  # it names its encoder by a path of this machine, and predict reads folders alone
-        raise ValueError(f"{folder} is a head: upload takes checkpoints; mlx-aimv2 fuse makes one of a tuned encoder")
+        raise FileNotFoundError(f"{folder} is not a folder here: upload takes one written by convert, fuse or save")
+    if (folder / INFO_FILE).is_file():  # it names its encoder by a path on this machine, and predict only reads folders
+        raise ValueError(f"{folder} is a head: upload takes checkpoints; mlx-aimv2 fuse makes one from a tuned encoder")
     files = read_source(folder).origin.files
     others = [file.name for file in sorted(folder.iterdir()) if not any(map(file.match, WRITTEN))]
     if odd := [file.name for file in files if file.name in others]:
-        raise ValueError(f"{folder} has its weights in {', '.join(odd)}: convert it first, and upload the result")
+        raise ValueError(f"{folder} has its weights in {', '.join(odd)}: convert it first and upload the result")
     check_upload(arguments.repo)
     if others:
-        note(f"not of a checkpoint, so left out: {', '.join(others)}")
+        note(f"not part of a checkpoint, so not uploaded: {', '.join(others)}")
     show(upload(folder, arguments.repo, patterns=WRITTEN))
     return 0

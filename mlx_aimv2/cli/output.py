@@ -1,4 +1,4 @@
-"""Writes what a command says: results on stdout, progress and notes on stderr, each one line, escaped here alone."""
+"""Writes a command's output: results on stdout, progress and notes on stderr, one line each, escaped only here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SECONDS_IN_LOG = 10.0
-"""Between two lines on progress where stderr is no terminal."""
+"""Between two lines of progress when stderr is not a terminal."""
 
 MAX_LINE, MAX_RESULT = 1000, 8192
-"""Characters of a line on stderr, and on stdout, where a path of 4,096 bytes stays whole. What is longer quotes a name
+"""Characters of a line on stderr, and on stdout, where a path of 4,096 bytes stays whole. A longer line quotes a name
 or a value that was hardly meant as one."""
 
 NOTE = "note: "
@@ -36,7 +36,7 @@ _shown: Progress | None = None
 
 
 def say(message: object) -> None:
-    """Writes a message as one line on stderr; a full disk or a closed stream stops nothing."""
+    """Writes a message as one line on stderr; a full disk or a closed stream is ignored."""
     text = as_line(str(message).strip())
     if _shown is not None and text.startswith(NOTE):
         if text in _shown.notes:
@@ -49,7 +49,7 @@ def say(message: object) -> None:
 
 
 def log(text: str) -> None:
-    """Writes the lines of a log on stderr as they are, but escaped."""
+    """Writes the lines of a log on stderr unchanged, but escaped."""
     with _above_bar():
         for line in text.splitlines():
             _attempt(f"{as_line(line)}\n")
@@ -68,7 +68,7 @@ def show_json(value: object) -> None:
 
 
 class Failures(list[str]):
-    """The images that failed, each said once; a run that has any ends with 1."""
+    """The images that failed, each reported once; a run with any of them exits with 1."""
 
     def __call__(self, path: str, reason: str) -> None:
         """Takes a failure: `reason` continues a sentence that starts with the path."""
@@ -86,7 +86,7 @@ def _above_bar() -> Iterator[None]:
 
 
 def show_progress(line: str) -> None:
-    """Writes a line on stdout about a file that was written; the work goes on when nobody reads it any more."""
+    """Writes a line on stdout about a file that was written; the work continues even if nobody reads it any more."""
     try:
         show(line)
     except BrokenPipeError:
@@ -94,7 +94,7 @@ def show_progress(line: str) -> None:
 
 
 def show_paths(paths: Iterable[str], *, null: bool) -> None:
-    """Writes paths on stdout as the bytes that they are, for other commands; escaped where a terminal shows them."""
+    """Writes paths on stdout as raw bytes, for other commands; escaped on a terminal."""
     for path in paths:
         if sys.stdout.isatty() and not null:
             show(path)
@@ -104,7 +104,7 @@ def show_paths(paths: Iterable[str], *, null: bool) -> None:
 
 
 def show_page(written: Path, *, is_named: bool, in_browser: bool) -> None:
-    """Says where a page is that nobody gave a name, and shows it in the browser if that is asked for."""
+    """Says where a page without a given name is, and opens it in the browser on request."""
     import webbrowser
 
     if not is_named:
@@ -114,28 +114,28 @@ def show_page(written: Path, *, is_named: bool, in_browser: bool) -> None:
 
 
 def aligned(facts: Mapping[str, str]) -> list[str]:
-    """Facts by their names as lines, the values one below the other."""
+    """Facts by name as lines, with the values aligned."""
     width = max(map(len, facts))
     return [f"{name:<{width}}  {value}" for name, value in facts.items()]
 
 
 def as_line(text: str, limit: int = MAX_LINE) -> str:
-    """Text as one line, escaped; one that is longer than `limit` without its middle: advice stands at the end."""
+    """Text as one line, escaped; beyond `limit` the middle is cut out, because advice is at the end."""
     line = escape(text)
     left = f" … ({len(line):,} characters) … "
     return line if len(line) <= limit else f"{line[: 2 * limit // 3]}{left}{line[len(left) - limit // 3 :]}"
 
 
 def escape(text: str) -> str:
-    """Text as one line that any terminal and log can hold: what is not printable is escaped, as in `a\\x0ab.jpg`."""
+    """Text as one line for any terminal or log: unprintable characters are escaped, as in `a\\x0ab.jpg`."""
     return "".join(character if character.isprintable() else _escaped(character) for character in text)
 
 
 class Progress(logging.Handler):
-    """How far a long run is: on a terminal a bar, in a log a line every ten seconds. A call returns at once.
+    """The progress of a long run: a bar on a terminal, a line every ten seconds in a log. A call returns at once.
 
-    What the package logs before there is something to count, such as "loading", stands before a bar at 0 %; what it
-    logs as information is a line as well.
+    What the package logs before there is something to count, such as "loading", is shown with a bar at 0 %; messages
+    of level INFO are also written as a line.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class Progress(logging.Handler):
         self.more_notes = 0
 
     def __call__(self, done: int, total: int, unit: str) -> None:
-        """Shows that `done` of `total` are done; another unit ends the bar before."""
+        """Shows that `done` of `total` are done; a new unit ends the previous bar."""
         from tqdm import tqdm
 
         self._begin(unit, total, unit=f" {unit}")
@@ -164,7 +164,7 @@ class Progress(logging.Handler):
         self._begin(words, 1, desc=words, bar_format="{desc}: {percentage:3.0f}%|{bar}|")
 
     def _begin(self, what: str, total: int, **settings: Any) -> None:
-        """Takes a new bar where what is counted is something else than before, on a terminal alone."""
+        """Starts a new bar when something else is counted, only on a terminal."""
         global _bar
         from tqdm import tqdm
 
@@ -178,7 +178,7 @@ class Progress(logging.Handler):
             _bar = tqdm(total=total, leave=False, dynamic_ncols=True, **settings)
 
     def end(self) -> None:
-        """Takes the bar off the terminal."""
+        """Removes the bar from the terminal."""
         global _bar
         if _bar is not None:
             _bar.close()
@@ -192,9 +192,9 @@ def begin(what: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Gives what shows the progress of a run, within another one the same.
+    """Yields the progress of a run; inside another `progress` it is the same one.
 
-    Within it each note is written once, and when ten are written the others are counted.
+    Each note is written once; after ten, the others are counted.
     """
     global _shown
     if _shown is not None:
@@ -228,7 +228,7 @@ def _attempt(text: str) -> None:
 
 
 def abandon(stream: TextIO) -> None:
-    """What is still buffered for a stream has nowhere to go, and must not end the interpreter with an error."""
+    """Discards what is still buffered for a stream, which must not end the interpreter with an error."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         stream.flush()

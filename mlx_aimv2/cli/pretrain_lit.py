@@ -30,10 +30,10 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "data", "what is trained", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
     of_size = add["what is trained"]
-    of_size("--size", default="large", metavar="NAME", help=f"{SIZES}, or a config.json of your own (default: large)")
-    of_size("--image-size", type=int, metavar="N", help="side of the images in pixels (default: the size's, 224)")
-    of_size("--patch-size", type=int, metavar="N", help="side of a patch in pixels (default: the size's, 14)")
-    of_size("--native", action="store_true", help="images of any size, a number of patches for each batch")
+    of_size("--size", default="large", metavar="NAME", help=f"{SIZES}, or your own config.json (default: large)")
+    of_size("--image-size", type=int, metavar="N", help="image side in pixels (default: the size's, 224)")
+    of_size("--patch-size", type=int, metavar="N", help="patch side in pixels (default: the size's, 14)")
+    of_size("--native", action="store_true", help="images of any size; each batch has its own number of patches")
     add_settings(add, Settings, Augmentation)
 
 
@@ -56,16 +56,16 @@ def run_pretrain(arguments: argparse.Namespace) -> int:
 
 
 def sizes(size: str) -> tuple[Aimv2VisionConfig, DecoderConfig]:
-    """A released size's name, or a config.json with the encoder's fields and a `decoder_config` of its own."""
+    """The sizes of a released size's name, or of a config.json with the encoder's fields and a `decoder_config`."""
     if size in WIDTHS:
         return Aimv2VisionConfig(*WIDTHS[size]), DecoderConfig()
     file = Path(size)
     if not file.is_file():
-        raise ValueError(f"--size is {SIZES} or a config.json, got {size}")
+        raise ValueError(f"--size must be {SIZES} or a config.json, got {size}")
     raw: dict[str, Any] = read_json(file)
     section, known = raw.get("decoder_config", {}), DecoderConfig.__dataclass_fields__
     if not isinstance(section, dict) or section.keys() - known:
-        raise ValueError(f"{file}: decoder_config has {', '.join(sorted(known))}; got {section}")
+        raise ValueError(f"{file}: decoder_config may have {', '.join(sorted(known))}; got {section}")
     return Aimv2VisionConfig.from_dict({"use_head": False} | raw), DecoderConfig(**section)
 
 
@@ -73,7 +73,7 @@ def add_lit(parser: argparse.ArgumentParser) -> None:
     add = groups(parser, "data", "model", "optimisation", "augmentation", "run", "output")
     _add_captions(add)
     add["model"]("--encoder", required=True, metavar="MODEL", help=f"the frozen encoder, or a pair: {MODEL}")
-    add["model"]("--from-scratch", action="store_true", help="start the text side at random, that of a pair too")
+    add["model"]("--from-scratch", action="store_true", help="start the text encoder at random, that of a pair too")
     words = "config.json with text_config and projection_dim (default: Apple's LiT)"
     add["model"]("--config", metavar="FILE", help=words)
     add_settings(add, LitSettings, Augmentation)
@@ -95,11 +95,11 @@ def run_lit(arguments: argparse.Namespace) -> int:
     if arguments.from_scratch or model.vision is model:
         model, processor.tokenizer = model.vision, tokenizer
     elif idle := [name for name in ("config", "tokenizer") if getattr(arguments, name) is not None]:
-        raise ValueError(f"--{idle[0]} would change nothing of the pair {arguments.encoder}: add --from-scratch")
+        raise ValueError(f"--{idle[0]} would have no effect on the pair {arguments.encoder}: add --from-scratch")
     elif processor.tokenizer is None:
-        raise ValueError(f"{arguments.encoder} has no tokenizer for its text side: add --from-scratch")
+        raise ValueError(f"{arguments.encoder} has no tokenizer for its text encoder: add --from-scratch")
     else:
-        say(f"note: starts from the text side of {arguments.encoder} (--from-scratch starts at random)")
+        say(f"note: starting from the text encoder of {arguments.encoder} (--from-scratch starts at random)")
     begin("training")
     lit(data, model, processor, arguments.output, settings=settings, **shared)
     show(str(arguments.output))
@@ -107,23 +107,23 @@ def run_lit(arguments: argparse.Namespace) -> int:
 
 
 def _add_captions(add: Mapping[str, Add]) -> None:
-    """What both verbs take: images with captions, what reads these, and the folder to write."""
+    """Adds what both verbs take: images with captions, how captions are read, and the folder to write."""
     add["data"](
         "data", metavar="DATA", help="folder with metadata.jsonl or .csv (file_name, text), or WebDataset's .tar"
     )
-    words = "held-out data: losses are reported; in lit recall, and the pair with the best is kept"
+    words = "held-out data: losses are reported (lit: recall, and the best pair is kept)"
     add["data"]("--validation", metavar="DATA", help=words)
     add_skip_broken(add["data"], default=True)
-    words = "largest vocabulary trained on the captions (default: %(default)s)"
+    words = "maximum size of the vocabulary trained on the captions (default: %(default)s)"
     add["data"]("--vocab-size", type=int, default=Aimv2TextConfig.vocab_size, metavar="N", help=words)
-    words = "take this tokenizer instead of training one on the captions"
+    words = "use this tokenizer instead of training one on the captions"
     add["data"]("--tokenizer", metavar="DIR", help=words)
     add["output"]("-o", "--output", required=True, metavar="DIR", help="folder to write, in Apple's layout")
     add_resume(add["run"])
 
 
 def _shared(arguments: argparse.Namespace) -> tuple[Data, Tokenizer | None, dict[str, Any]]:
-    """The data, the tokenizer that is given, and the keywords that `pretrain` and `lit` share."""
+    """The data, the tokenizer if one is given, and the keywords that `pretrain` and `lit` share."""
     begin("scanning")
     data = open_data(arguments.data, skip_broken=arguments.skip_broken)
     held_out = open_data(arguments.validation, skip_broken=arguments.skip_broken) if arguments.validation else None

@@ -1,4 +1,4 @@
-"""The verb `serve`: a page in the browser to search, look and teach, and an API for programs."""
+"""The verb `serve`: a web page to search, explore and teach, and an API for programs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(refuse=parser.error)
     add = parser.add_argument_group("what is served").add_argument
     add("index", type=Path, nargs="?", metavar="INDEX", help="index written by mlx-aimv2 embed")
-    add("-m", "--model", metavar="MODEL", help=f"{flags.OF_INDEX}; without INDEX the API alone")
+    add("-m", "--model", metavar="MODEL", help=f"{flags.OF_INDEX}; without INDEX, the API only")
     flags.add_revision(add)
     flags.add_dtype(add, "the index's own, else auto")
 
     add = parser.add_argument_group("where").add_argument
-    add("--port", type=int, default=PORT, metavar="N", help="0 takes a free one (default: %(default)s)")
-    add("--host", default=LOOPBACK[0], metavar="NAME", help="this machine alone (default: %(default)s), or an address")
-    add("--token", metavar="TEXT", help="what the address ends in (default: a new one; --host needs one of yours)")
+    add("--port", type=int, default=PORT, metavar="N", help="port, 0 for a free one (default: %(default)s)")
+    add("--host", default=LOOPBACK[0], metavar="NAME", help="where to listen (default: %(default)s, this machine only)")
+    add("--token", metavar="TEXT", help="secret at the end of the address (default: a new one; --host needs your own)")
     add("--no-open", action="store_true", help="do not open the page in the browser")
 
 
@@ -51,11 +51,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from mlx_aimv2.serve.gallery import Gallery
 
     if not 0 <= arguments.port < 1 << 16:
-        raise ValueError(f"--port is a number from 0 to 65535, got {arguments.port}")
+        raise ValueError(f"--port must be a number from 0 to 65535, got {arguments.port}")
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     is_local = host in LOOPBACK
     if not is_local and not arguments.token:
-        raise ValueError(f"--host {arguments.host} lets other machines in: say with --token what they need to know")
+        raise ValueError(f"--host {arguments.host} lets other machines in: choose the secret they need with --token")
     token = arguments.token or secrets.token_urlsafe(24)
     settings = Settings(arguments.model, arguments.revision, arguments.dtype)
     with ExitStack() as stack:
@@ -93,9 +93,9 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens already, so that a browser may come at once."""
+    """A socket that is already listening, so a browser can connect at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(f"--port {port} of {host} cannot be had: {error.strerror}; --port 0 takes a free one") from None
+        raise OSError(f"port {port} of {host} is not available: {error.strerror}; --port 0 takes a free one") from None

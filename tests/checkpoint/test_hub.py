@@ -302,7 +302,7 @@ def test_a_folder_is_uploaded_whole_and_loads_from_there(hub, tmp_path):
     (folder / ".DS_Store").write_text("a file of the system")
     result = run(hub, tmp_path / "home", MAIN_OF_CLI, "upload", folder, name, HF_TOKEN=TOKEN)  # the repository is there
     assert result.stdout.strip() == f"{hub.address}/{name}", result.stderr
-    assert "note: not of a checkpoint, so left out: .DS_Store" in result.stderr
+    assert "note: not part of a checkpoint, so not uploaded: .DS_Store" in result.stderr
     assert list(hub.repositories[name].values())[-1] == published | {
         "config.json": (folder / "config.json").read_bytes()
     }
@@ -374,8 +374,8 @@ def test_a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on(hub
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nowhere", "nowhere is no folder here: upload takes one that convert, fuse or save has written"),
-        ("head", "head is a head: upload takes checkpoints; mlx-aimv2 fuse makes one of a tuned encoder"),
+        ("nowhere", "nowhere is not a folder here: upload takes one written by convert, fuse or save"),
+        ("head", "head is a head: upload takes checkpoints; mlx-aimv2 fuse makes one from a tuned encoder"),
         ("photos", "photos: no weights; looked for"),
         ("other", "other has its weights in mlx_model.safetensors: convert it first, and upload the result"),
     ],

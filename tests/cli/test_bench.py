@@ -154,7 +154,7 @@ def test_packed_weights_have_their_own_row(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--random", "larger"], "no released checkpoint is called larger"),
-        (["--random", "large-224", "--keep-quantized"], "needs quantized weights, random large-224 holds dense ones"),
+        (["--random", "large-224", "--keep-quantized"], "needs quantized weights, but random large-224 has dense ones"),
         (["-m", FIXED, "--keep-quantized", "--batch", 1, "--runs", 1], "needs quantized weights"),
         (["-m", "/no/such/folder"], "/no/such/folder"),
     ],

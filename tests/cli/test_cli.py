@@ -56,7 +56,7 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly():
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["frob"], "there is no verb frob, there are embed, search, "),
+        (["frob"], "there is no verb frob; the verbs are embed, search, "),
         (["map", "a.jpg", "-m", "x", "--patch", "x"], "whole numbers such as 3,5, got 'x'; see mlx-aimv2 map --help"),
         (["info", "aimv2-large-patch14-448"], "did you mean apple/aimv2-large-patch14-448?"),
         (["info", str(ROOT / "README.md")], "README.md: not a weight file; wanted .safetensors"),

@@ -188,7 +188,7 @@ def test_a_kind_of_failure_has_one_exit_code_in_every_verb(kind, verb, command, 
     words = [word.replace("IT", it) if word == "IT" else word for word in command]
     code, out, err = run(capsys, *(word.replace("STAGE", str(stage)) for word in words))
     assert code == wanted, err
-    assert named in err and "fault of mlx-aimv2" not in err
+    assert named in err and "bug in mlx-aimv2" not in err
     lines = err.splitlines()
     assert len(set(lines)) == len(lines) and (code == 1 or not out)
     assert not Path("new").exists()
@@ -212,7 +212,7 @@ def test_a_run_that_is_interrupted_ends_with_130_in_every_verb(verb, monkeypatch
     [
         (("emebd", "x"), "there is no verb emebd (did you mean embed?)"),
         (("--hlep",), "unrecognized arguments: --hlep (did you mean --help?)"),
-        (("frobnicate",), "there is no verb frobnicate, there are embed, search,"),
+        (("frobnicate",), "there is no verb frobnicate; the verbs are embed, search,"),
         (("embed", "x", "--ouptut", "y.db"), "unrecognized arguments: --ouptut (did you mean --output?); see"),
         (("embed", "x", "-o", "y.db", "--prun"), "unrecognized arguments: --prun (did you mean --prune?)"),
         (("embed", IMAGE, "-o", "y.db"), "choose a model, for example -m apple/aimv2-large-patch14-224-lit"),

@@ -57,8 +57,8 @@ def test_it_answers_at_the_printed_address_and_stops_within_seconds(index, numbe
 
 WRONG = {
     "no index": (["nowhere.db"], "nowhere.db does not exist"),
-    "no port": (["INDEX", "--port", "70000"], "--port is a number from 0 to 65535"),
-    "others without a token": (["INDEX", "--host", "0.0.0.0"], "say with --token"),
+    "no port": (["INDEX", "--port", "70000"], "--port must be a number from 0 to 65535"),
+    "others without a token": (["INDEX", "--host", "0.0.0.0"], "choose the secret they need with --token"),
 }
 
 
@@ -75,7 +75,7 @@ def test_a_port_that_is_taken_is_said(index, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", str(index), "--port", str(port), "--no-open"]) == 2
-    assert f"--port {port} of 127.0.0.1 cannot be had" in capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 is not available" in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_what_to_install(index, capsys, monkeypatch):

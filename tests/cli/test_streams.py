@@ -70,7 +70,7 @@ def test_labels_are_json_under_an_ascii_locale(tmp_path):
 
 ERRORS = {
     "memory": (MemoryError("cannot allocate 5 GB"), "not enough memory (cannot allocate 5 GB)"),
-    "type": (TypeError("'int' object is not iterable"), "a fault of mlx-aimv2, TypeError: 'int' object"),
+    "type": (TypeError("'int' object is not iterable"), "a bug in mlx-aimv2, TypeError: 'int' object"),
     "import": (ModuleNotFoundError("No module named 'tokenizers'"), "No module named 'tokenizers': a package is miss"),
     "MLX": (RuntimeError("[eval] Not implemented\non the CPU"), "RuntimeError: [eval] Not implemented\\x0aon the CPU"),
     "recursion": (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth"),
@@ -93,7 +93,7 @@ def test_the_traceback_can_be_had(capsys, monkeypatch):
     assert one_line_errors(lambda: 1 // 0) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and "lambda: 1 // 0" in "".join(lines)
-    assert lines[-1].startswith("mlx-aimv2: a fault of mlx-aimv2, ZeroDivisionError")
+    assert lines[-1].startswith("mlx-aimv2: a bug in mlx-aimv2, ZeroDivisionError")
 
 
 def test_a_broken_pipe_of_something_else_is_no_success(capsys):

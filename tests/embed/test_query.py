@@ -208,7 +208,7 @@ def test_images_found_are_put_into_a_new_folder_the_best_first(photo_index, sear
     Path("in/2.png").unlink()
     code, _, err = search("query.png", "-k", "5", flag, "found")
     assert code == 1
-    assert "2.png does not exist any more" in err
+    assert "2.png no longer exists" in err
     names = sorted(path.name for path in Path("found").glob("[!.]*"))
     assert (names[0], len(names)) == ("1-1.png", 4)
     assert Path("found/1-1.png").is_symlink() is (flag == "--link-to")
@@ -228,7 +228,7 @@ def test_copies_of_what_was_found_are_no_new_images(photo_index, search, capsys)
 
 def test_nothing_found_is_said_and_makes_no_folder(photo_index, search):
     code, out, err = search("in/1.png", "--under", "nowhere", "--copy-to", "found")
-    assert (code, out, err) == (0, "", "mlx-aimv2: photos.db has no such image\n")
+    assert (code, out, err) == (0, "", "mlx-aimv2: no image in photos.db matches\n")
     assert not Path("found").exists()
 
 

@@ -116,7 +116,7 @@ def run(words: list[str]) -> None:
     said = err.getvalue()
     for line in said.splitlines():
         assert len(line) <= LONGEST_LINE, f"a line of {len(line):,} characters: {line[:300]}"
-    for text in ("a fault of mlx-aimv2", "Traceback", "force-reinstall"):
+    for text in ("a bug in mlx-aimv2", "Traceback", "force-reinstall"):
         assert text not in said, said[:2000]
     assert code in (0, 1, 2), f"exit code {code}"
     said.encode()

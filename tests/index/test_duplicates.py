@@ -161,7 +161,7 @@ def test_what_could_go_is_a_list_for_the_shell_and_nothing_goes(tmp_path, monkey
     text = capfdbinary.readouterr().out.decode()
     assert "the same file, 2 files" in text
     assert f"keep        150 x 150         {paths[1].stat().st_size:,}  {paths[1]}" in text
-    assert "1 group; all but the first of each, the similar ones aside, take 0.0 MB" in text
+    assert "1 group; all but the first of each, not counting the similar ones, take 0.0 MB" in text
     assert all(path.is_file() for path in paths)
 
 
@@ -182,10 +182,10 @@ def test_an_image_that_is_gone_is_named_and_the_others_are_compared(tmp_path, mo
     (tmp_path / "a.png").rename(tmp_path / "gone.png")
     monkeypatch.chdir(tmp_path)
     assert main(["duplicates", "photos.db", "--similar", "3"]) == 2
-    assert "--similar is a cosine, at most 1, got 3" in capsys.readouterr().err
+    assert "--similar must be a cosine from -1 to 1, got 3" in capsys.readouterr().err
     assert main(["duplicates", "photos.db", "--json"]) == 1
     out, err = capsys.readouterr()
-    assert err == f"mlx-aimv2: {tmp_path / 'a.png'} cannot be read any more\n"
+    assert err == f"mlx-aimv2: {tmp_path / 'a.png'} is missing or unreadable\n"
     assert [Path(one["path"]).name for one in json.loads(out)["groups"][0]["images"]] == ["c.png", "b.png"]
 
 

@@ -135,7 +135,7 @@ def test_a_pair_goes_on_from_its_own_text_side(shop, capsys):
     pair = shop.run("lit", "--iters", 9)
     capsys.readouterr()
     near = moved(weights(pair), weights(started_from(pair, shop, "--iters", 1, "--learning-rate", 1e-5)))
-    assert f"starts from the text side of {pair}" in capsys.readouterr().err
+    assert f"starting from the text encoder of {pair}" in capsys.readouterr().err
     assert 0 < max(near.values()) < 1e-4
 
 
@@ -186,7 +186,7 @@ def test_images_that_all_have_one_caption_are_refused_and_leave_nothing(shop, ca
 def test_sizes_that_a_pair_has_already_are_refused(shop, capsys):
     pair = shop.run("lit")
     assert main([*shop.words("lit", "--encoder", pair), "-o", str(shop.new())]) == 2
-    assert f"--config would change nothing of the pair {pair}" in capsys.readouterr().err.splitlines()[-1]
+    assert f"--config would have no effect on the pair {pair}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_features_that_do_not_fit_on_the_disk_are_an_error(shop, capsys, monkeypatch):

@@ -173,7 +173,7 @@ def test_a_state_that_cannot_be_written_leaves_the_one_before(shop, capsys):
     [
         (("--batch-size", 8), "7 images with captions, fewer than a batch of 8"),
         (("--image-size", 17), "17 pixels do not divide into patches of 5"),
-        (("--size", "tiny"), "--size is large, huge, 1B, 3B or a config.json, got tiny"),
+        (("--size", "tiny"), "--size must be large, huge, 1B, 3B or a config.json, got tiny"),
         (("--patches", 9, 4), "--patches must be the fewest, 2 at least, and the most, got 9 4"),
         (("--start", "gone"), "gone"),
         (("--min-area", 0), "--min-area must be from 0.01 to 1"),
