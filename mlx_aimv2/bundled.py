@@ -1,6 +1,6 @@
-"""Gives what ships inside the package: a small pair of encoders that reads words, 300 emoji, photographs, digits.
+"""What ships inside the package: a small image-text pair of encoders, 300 emoji, photographs, digits.
 
-With these the whole path, foreign checkpoint to features of images, runs offline on any machine.
+With these the whole path, from a foreign checkpoint to features of images, runs offline on any machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ ASSETS = Path(__file__).parent / "assets"
 class Digits(NamedTuple):
     """Scans of handwritten digits, dark ink on white paper: images (n, 8, 8) of grey levels, labels (n,) from 0 to 9.
 
-    No training of what ships has seen them. The parts were drawn at random per digit, so most of the 13 writers occur
-    in both.
+    None of the bundled models was trained on them. The parts were drawn at random per digit, so most of the 13 writers
+    occur in both.
     """
 
     train_images: NDArray[np.uint8]
@@ -51,7 +51,7 @@ def digits() -> Digits:
 def emoji_images() -> dict[Path, str]:
     """300 emoji, 84 x 84 pixels on white, in the order of their names: `{file: name}`.
 
-    Their style, Noto's, is one that no training of what ships has seen.
+    None of the bundled models was trained on their style, Noto's.
     """
     folder = ASSETS / "noto"
     rows = map(json.loads, (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines())

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
-"""Names of the dtypes that weights may have."""
+"""The dtypes that weights may have."""
 
 MAX_SIZE = 1 << 24
-"""No size of a network comes near this; a config.json that says more is damaged."""
+"""Far above any real size of a network; a config.json that says more is damaged."""
 
 LIT_CHECKPOINT = "apple/aimv2-large-patch14-224-lit"
 
@@ -24,7 +24,7 @@ _NO_BIASES = {"qkv_bias": False, "mlp_bias": False}
 
 _FIXED = (
     (("qkv_bias", "mlp_bias", "use_bias"), (None, False), "AIMv2's blocks have no biases"),
-    # Of encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL).
+    # From encoders that keep AIMv2's tensors and add rotary positions or windows, which no tensor shows (AndesVL).
     (
         ("disable_rope", "preserve_original_pe", "fullatt_block_indexes", "rope_theta"),
         (None,),
@@ -32,7 +32,7 @@ _FIXED = (
     ),
     (("hidden_act",), (None, "silu"), "AIMv2 uses silu"),
 )
-"""Keys of config.json, the values that they may have in AIMv2, and why."""
+"""Keys of config.json, the values they may have in AIMv2, and why."""
 
 APPLE_NAMES = {"max_context_length": "max_position_embeddings"}
 """Apple's name of a field -> Hugging Face's."""
@@ -47,7 +47,7 @@ _TIMM_ARGUMENTS = {
 }
 
 _HEAD_DIM = 128
-"""Every released AIMv2 encoder, image or text, has heads of this width; timm's config.json does not say."""
+"""Width of the heads in every released AIMv2 encoder, image or text; timm's config.json does not say it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Aimv2VisionConfig:
     """Sizes of a vision encoder; the defaults are aimv2-large-patch14-224.
 
     `image_size` is the side of the square images in pixels, None for native checkpoints (`is_native`), which take any
-    size of at least one patch. `use_head` says that an attention-pooling head follows the final norm (LiT only).
+    size of at least one patch. `use_head`: an attention-pooling head follows the final norm (LiT only).
     """
 
     hidden_size: int = 1024
@@ -82,22 +82,22 @@ class Aimv2VisionConfig:
 
     @property
     def vision(self) -> Aimv2VisionConfig:
-        """The sizes themselves, under the name by which a pair's give them too."""
+        """The sizes themselves, under the same name as in a pair's configuration."""
         return self
 
     @property
     def num_patches(self) -> int | None:
-        """Tokens per image; None for native checkpoints, where the image decides."""
+        """Tokens per image; None for native checkpoints, where it depends on the image."""
         return None if self.image_size is None else (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], found: Mapping[str, Any] | None = None) -> Aimv2VisionConfig:
         """Sizes from the content of a config.json in any format: `{key: value} -> config`.
 
-        Of a larger model's content the image encoder's section is read. Unknown keys are ignored. `found` are sizes
-        that tensors show: no format says reliably whether there is a head or a position table. Without tensors, None,
-        `use_head` is True by default as in transformers, but False in Apple's format, which does not know it. Raises
-        ValueError for a network that AIMv2 is not (biases in the blocks, another activation, rotary positions).
+        For a larger model the image encoder's section is read. Unknown keys are ignored. `found` are the sizes that the
+        tensors show, since no format says reliably whether there is a head or a position table. Without tensors (None)
+        `use_head` is True by default as in transformers, but False in Apple's format, which does not have it. Raises
+        ValueError for a network other than AIMv2 (biases in the blocks, another activation, rotary positions).
         """
         section = _vision_section(raw, found or {})
         is_apple = raw.get("model_type") == "aimv2" and "vision_config" not in raw
@@ -189,19 +189,19 @@ AnyConfig = Aimv2VisionConfig | Aimv2Config
 
 
 def megabytes(count: float) -> str:
-    """Bytes in words, `1.24 GB` or `4.33 MB`."""
+    """Bytes as text, `1.24 GB` or `4.33 MB`."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def dtype_name(dtype: object) -> str:
-    """The name of an mlx dtype as config.json and flags have it: `mlx.core.float16 -> float16`."""
+    """The name of an mlx dtype in config.json and flags: `mlx.core.float16 -> float16`."""
     return str(dtype).rpartition(".")[2]
 
 
 def _vision_section(raw: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the sizes of the image encoder stand, in Hugging Face's names; nowhere in a language model's file.
+    """The section with the image encoder's sizes, in Hugging Face's names; empty for a language model's file.
 
-    That is a known place, or whatever section says the sizes `found` in the tensors.
+    It is in a known place, or is the section that gives the sizes `found` in the tensors.
     """
     if isinstance(tokenizer := raw.get("visual_tokenizer_config"), Mapping) and "backbone_config" in tokenizer:  # Ovis2
         return _section(tokenizer, "backbone_config")
@@ -225,7 +225,7 @@ def _vision_section(raw: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 
 
 def _section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A section of config.json, or the whole where it has none. Raises ValueError for one that is no object."""
+    """A section of config.json, or all of it if there is none. Raises ValueError if the section is not an object."""
     section = raw.get(key, raw)
     if not isinstance(section, Mapping):
         raise ValueError(f"config.json: {key} must be an object, got {section!r:.80}")
@@ -233,22 +233,22 @@ def _section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _with_heads(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The sizes with the number of heads, which follows from the width where nothing says it."""
+    """The sizes with the number of heads, derived from the width if not given."""
     if "num_attention_heads" in sizes or "hidden_size" not in sizes:
         return sizes
     if sizes["hidden_size"] % _HEAD_DIM:
         raise ValueError(
-            f"config.json does not say num_attention_heads, and hidden_size {sizes['hidden_size']} "
-            f"is no multiple of the released head width {_HEAD_DIM}: add num_attention_heads to config.json (in "
-            'that of a larger model as "vision_config": {"num_attention_heads": …})'
+            f"config.json has no num_attention_heads, and hidden_size {sizes['hidden_size']:,} "
+            f"is not a multiple of the released head width {_HEAD_DIM}: add num_attention_heads to config.json (for "
+            'a larger model as "vision_config": {"num_attention_heads": …})'
         )
     return sizes | {"num_attention_heads": sizes["hidden_size"] // _HEAD_DIM}
 
 
 def _read_fields(kind: type[Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration class that a section of config.json has, checked: `-> {field: value}`.
+    """The fields of a configuration class found in a section of config.json, checked: `-> {field: value}`.
 
-    Raises ValueError for a value of another type and for a network that AIMv2 is not.
+    Raises ValueError for a value of the wrong type and for a network other than AIMv2.
     """
     for keys, allowed, reason in _FIXED:
         if on := [key for key in keys if section.get(key) not in allowed]:
@@ -337,11 +337,11 @@ RELEASED = {
         ("large-patch14-224-lit", "c2cd59a786c4c06f39d199c50d08cc2eab9f8605", 436_680_193),
     )
 }
-"""Every public checkpoint by the name of its repository under `apple/`."""
+"""Every public checkpoint by its repository name under `apple/`."""
 
 
 def near_release(name: str) -> str:
-    """`; did you mean apple/…?` for what is nearly the name of a released checkpoint, else nothing."""
+    """`; did you mean apple/…?` for a near miss of a released checkpoint's name, else nothing."""
     names = [f"apple/{known}" for known in RELEASED]
     near = difflib.get_close_matches(f"apple/{name.removeprefix('apple/')}", names, n=1)
     return f"; did you mean {near[0]}?" if near and name not in names else ""
@@ -350,7 +350,7 @@ def near_release(name: str) -> str:
 def released(name: str) -> Released:
     """The released checkpoint of a name such as `large-patch14-224`; `apple/`, `aimv2-` and `-patch14` may be left out.
 
-    Raises ValueError with the names there are.
+    Raises ValueError with the available names.
     """
 
     def short(name: str) -> str:

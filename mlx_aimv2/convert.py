@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":  # before what takes a while to import, so that Ctrl-C ends in one line from the start
+if __name__ == "__main__":  # before the slow imports, so Ctrl-C ends in one line from the start
     from mlx_aimv2.cli import convert_main
 
     sys.exit(convert_main())
@@ -45,7 +45,7 @@ __all__ = ["convert"]
 DEFAULT_PATH = "mlx_model"
 
 GAIN = "--q-method gptq left two small encoders a quarter of this loss, or less, at 4 bits (docs/converting.md)"
-"""What gptq would give, as the last line of a plain quantization."""
+"""The last line of a plain quantization: what gptq would gain."""
 
 
 def convert(
@@ -73,21 +73,21 @@ def convert(
 ) -> Path:
     """Converts a checkpoint: `Hub name, folder or weight file -> MLX folder`, whose path is returned.
 
-    The keywords up to `upload_repo` are mlx-lm's. `quantize` packs the layers of the blocks; group size and bits None
-    are the mode's own (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path, layer ->
-    settings or bool`. With the `q_method` "gptq" weights are rounded with calibration, on most images of the folder
+    The keywords up to `upload_repo` are mlx-lm's. `quantize` packs the layers of the blocks; None for group size and
+    bits is the mode's default (64 and 4 for affine). `quant_predicate` is the name of a recipe or a function `path,
+    layer -> settings or bool`. The `q_method` "gptq" rounds weights with calibration, on most images of the folder
     `calibration` or on crops of bundled photographs (`conversion.calibration`). `dtype` None keeps the checkpoint's.
-    `image_size` is `load`'s: the folder takes images of that size, and its fidelity is that to the source at it.
+    `image_size` is `load`'s: the folder takes images of that size, and fidelity is measured at that size.
 
     With `verify` the folder is loaded again and compared with the source in float32, for fidelity.json, on images of
-    `calibration` that it was not calibrated on, or on bundled ones. For that TensorFloat32 is turned off for the whole
+    `calibration` not used for calibration, or on bundled ones. For this TensorFloat32 is turned off for the whole
     process, or the report says that it may be on (`turn_tf32_off`). `export_layout` writes PyTorch's names and axes
-    instead, dense. `upload_repo` uploads the folder. `log` receives lines, `on_progress` how much is done of how much
-    and of what. With `overwrite` an earlier conversion's folder is replaced once the new one is whole.
-    `trust_remote_code`, a habit from elsewhere, changes nothing: no code of a checkpoint is ever run.
+    instead, dense. `upload_repo` uploads the folder. `log` receives lines, `on_progress` how much of how much is done,
+    and the unit. With `overwrite` an earlier conversion's folder is replaced once the new one is complete.
+    `trust_remote_code` is accepted for compatibility: no code from a checkpoint is ever run.
 
-    Raises FileExistsError when `mlx_path` exists, ValueError or OSError, each with one line, for flags that contradict
-    each other and a source that cannot be used. Nothing stands at `mlx_path` unless the conversion was complete.
+    Raises FileExistsError if `mlx_path` exists, ValueError or OSError, each with one line, for contradictory flags and
+    an unusable source. Nothing is left at `mlx_path` unless the conversion is complete.
     """
     flags: dict[str, Any] = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode, "q_method": q_method}
     flags |= {"quant_predicate": quant_predicate, "calibration": calibration, "export_layout": export_layout}
@@ -103,16 +103,16 @@ def convert(
     if verify:
         turn_tf32_off()
     if trust_remote_code:
-        log("[INFO] --trust-remote-code changes nothing: no code of a checkpoint is ever run here")
+        log("[INFO] --trust-remote-code has no effect: no code from a checkpoint is ever run")
     log("[INFO] Loading")
     source = read_source(hf_path, revision=revision, image_size=image_size)
-    source.processor()  # an image processor that cannot be followed is refused before anything is written
+    source.processor()  # an unsupported image processor is refused before anything is written
     _check_source(source, quantize=quantize, dequantize=dequantize, dense_anyway=export_layout is not None)
     wanted = wanted or source.dtype
     log(f"[INFO] Using dtype: {dtype_name(wanted)}")
     predicate = quant_predicate or (with_finer_embedding(settings) if is_gptq else None)
     section = plan(build(source.config), settings, predicate) if quantize else None
-    # Before anything is written: an image that cannot be read would end a long conversion at its end.
+    # Before anything is written: otherwise an unreadable image would fail a long conversion at the very end.
     reference = run_reference(source.reopened(), images, on_progress=on_progress) if verify else None
     done: dict[str, list[mx.array]] = {}
     if section is not None and is_gptq:
@@ -131,7 +131,7 @@ def convert(
 
 
 def _method(files: Sequence[Path], *, is_gptq: bool) -> dict[str, str]:
-    """What the report says of how weights were rounded."""
+    """The report's entry on how weights were rounded."""
     on = f"{len(files)} images" if files else "crops of three bundled photographs"
     return {"method": f"gptq, calibrated on {on}" if is_gptq else "plain"}
 
@@ -155,9 +155,9 @@ def _judged(
 
 
 def _check_flags(flags: Mapping[str, Any], *, quantize: bool, dequantize: bool, verify: bool) -> None:
-    """Raises ValueError for flags that contradict each other or would change nothing, before anything is read.
+    """Raises ValueError for flags that contradict each other or would have no effect, before anything is read.
 
-    `flags` are those that may be left out, as the keywords of `convert`.
+    `flags` are the optional ones, as the keywords of `convert`.
     """
     defaults = {"q_mode": "affine", "q_method": METHODS[0]}
     given = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if value != defaults.get(name)}
@@ -170,16 +170,16 @@ def _check_flags(flags: Mapping[str, Any], *, quantize: bool, dequantize: bool, 
         "PyTorch's layouts hold dense weights: choose either --export-layout or quantize, not both.": (
             layout is not None and quantize
         ),
-        f"{', '.join(bits)} would change nothing without --quantize; add -q": bits and not quantize,
+        f"{', '.join(bits)} would have no effect without --quantize; add -q": bits and not quantize,
         f"--q-method must be {' or '.join(METHODS)}, got {given.get('--q-method')}": (
             given.get("--q-method", METHODS[1]) not in METHODS
         ),
-        f"gptq has affine bits only; leave --q-mode {given.get('--q-mode')} out": (
+        f"gptq takes affine bits only; leave --q-mode {given.get('--q-mode')} out": (
             "--q-method" in given and "--q-mode" in given
         ),
-        f"recipes have affine bits only; leave --q-mode {given.get('--q-mode')} out": is_named and "--q-mode" in given,
+        f"recipes take affine bits only; leave --q-mode {given.get('--q-mode')} out": is_named and "--q-mode" in given,
         f"--quant-predicate {recipe} sets the bits; leave --q-bits out": is_named and "--q-bits" in given,
-        "--calibration is for gptq and for the fidelity report; without both leave it out": (
+        "--calibration is for gptq and the fidelity report; without either, leave it out": (
             "--calibration" in given and not verify and "--q-method" not in given
         ),
     }
@@ -189,10 +189,10 @@ def _check_flags(flags: Mapping[str, Any], *, quantize: bool, dequantize: bool, 
 
 
 def _check_source(source: Source, *, quantize: bool, dequantize: bool, dense_anyway: bool) -> None:
-    """Raises ValueError for a source whose bits are not those that the flags are for."""
+    """Raises ValueError for a source that is quantized or dense where the flags need the other."""
     name = source.origin.folder
     if source.quantization is not None and not dequantize and not dense_anyway:
-        what = "quantizing it again would lose twice" if quantize else "its bits would be kept in silence"
+        what = "quantizing it again would lose accuracy twice" if quantize else "would silently keep its bits"
         raise ValueError(f"{name} is already quantized and {what}; convert the original, or make it dense with -d")
     if source.quantization is None and dequantize:
         raise ValueError(f"{name} is not quantized, so there is nothing to dequantize; leave -d out")
@@ -208,9 +208,9 @@ def _write(
     export_layout: str | None,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes the weights, using up the source's, config.json and the auxiliary files: `-> config.json`.
+    """Writes the weights (consuming the source's), config.json and the auxiliary files: `-> config.json`.
 
-    `done` are the layers that are packed already, by path.
+    `done` are the layers already packed, by path.
     """
     if source.quantization is not None:
         log("[INFO] Dequantizing")
@@ -240,39 +240,39 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("--hf-path", "--model", required=True, metavar="MODEL", help=MODEL)
     add_revision(add)
-    words = "for habit; changes nothing: no code of a checkpoint is ever run"
+    words = "accepted for compatibility; no code from a checkpoint is ever run"
     add("--trust-remote-code", action="store_true", help=words)
 
     add = parser.add_argument_group("quantization").add_argument
     add("-q", "--quantize", action="store_true", help="quantize the layers of the blocks")
     add("--q-bits", type=int, metavar="N", help="bits per weight (default: the mode's, 4 for affine)")
-    add("--q-group-size", type=int, metavar="N", help="weights that share a scale (default: the mode's, 64 for affine)")
+    add("--q-group-size", type=int, metavar="N", help="weights per scale (default: the mode's, 64 for affine)")
     modes, recipes = ", ".join(MODES), ", ".join(RECIPES)
     add("--q-mode", choices=MODES, default="affine", metavar="NAME", help=f"{modes} (default: %(default)s)")
-    words = f"{recipes}: mlx-lm's, kept for habit; mixed_3_6 took 0.8 bits more than 3 bits for a tenth less loss"
+    words = f"{recipes}: as in mlx-lm; mixed_3_6 took 0.8 bits more than 3 bits for a tenth less loss"
     add("--quant-predicate", choices=RECIPES, metavar="NAME", help=words)
-    words = "plain rounding, or gptq: with calibration, a fraction of the error for minutes of work (default: plain)"
+    words = "plain rounding, or gptq (calibrated): takes minutes, leaves a fraction of the error (default: plain)"
     add("--q-method", choices=METHODS, default=METHODS[0], metavar="NAME", help=words)
-    words = "images for gptq, a fifth of which judges the result, or for the report alone (default: bundled ones)"
+    words = "images for gptq, a fifth held out to judge the result, or only for the report (default: bundled ones)"
     add("--calibration", metavar="DIR", help=words)
-    add("-d", "--dequantize", action="store_true", help="make a quantized source dense")
+    add("-d", "--dequantize", action="store_true", help="dequantize a quantized source")
 
     add = parser.add_argument_group("fidelity").add_argument
     add("--no-verify", dest="verify", action="store_false", help="do not compare the folder with its source")
 
     add = parser.add_argument_group("layout and output").add_argument
     add("--mlx-path", default=DEFAULT_PATH, metavar="DIR", help="folder to write (default: %(default)s)")
-    dtypes, layouts = f"{', '.join(DTYPES)}: of the weights", " or ".join(PYTORCH_LAYOUTS)
+    dtypes, layouts = f"of the weights: {', '.join(DTYPES)}", " or ".join(PYTORCH_LAYOUTS)
     add("--dtype", choices=DTYPES, metavar="NAME", help=f"{dtypes} (default: the checkpoint's)")
     add_image_size(add)
     layout_help = f"{layouts}: write a PyTorch folder instead"
     add("--export-layout", choices=PYTORCH_LAYOUTS, metavar="NAME", help=layout_help)
     add("--upload-repo", metavar="OWNER/NAME", help="upload the folder to this Hub repository")
-    add("--overwrite", action="store_true", help="replace a folder that convert wrote, once the new one is whole")
+    add("--overwrite", action="store_true", help="replace a folder written by convert, once the new one is complete")
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Converts as the flags say and prints where the result lies."""
+    """Converts as the flags say and prints the path of the result."""
     from mlx_aimv2.cli.output import log, progress, show
 
     settings = {name: value for name, value in vars(arguments).items() if name != "verb"}

@@ -1,9 +1,9 @@
-"""Reads untrusted files within bounds, and writes files and folders whole or not at all.
+"""Reads untrusted files within bounds, and writes files and folders completely or not at all.
 
-What is read is a regular file of no more bytes than expected, without ever waiting for one that is something else. An
-input is never replaced, nor is anything but a regular file or a folder of ours; what stands at the target and is not
-ours is refused unless `overwrite` says otherwise. A process that is killed leaves a hidden temporary behind; the next
-one that writes to the same target removes it.
+Only regular files of at most the expected size are read, and pipes or devices are never waited for. An input is never
+replaced, nor is anything but a regular file or a folder of ours; anything else at the target is refused unless
+`overwrite` is set. A killed process leaves a hidden temporary file behind; the next one that writes to the same target
+removes it.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from typing import Any, BinaryIO
 from mlx_aimv2.untrusted_json import parse
 
 MAX_TEXT_BYTES = 1 << 26
-"""64 MiB: the largest text file of a released checkpoint, a tokenizer.json, has 3 MB."""
+"""64 MiB: the largest text file in a released checkpoint, a tokenizer.json, has 3 MB."""
 
 MAX_JSON_BYTES = 1 << 24
-"""16 MiB: of a JSON file that is read whole, which may take thirty times the memory."""
+"""16 MiB: for a JSON file read in one piece, which may take thirty times the memory."""
 
 MAX_IMAGE_BYTES = 1 << 30
 
 BLOCK = 1 << 20
-"""Bytes that are read at a time where nobody says how many there are."""
+"""Bytes read at a time when the total is unknown."""
 
 HEAD_BYTES = 4096
-"""Of a file in the way, what is looked at for the mark of the run that wrote it."""
+"""The part of an existing file that is searched for the mark of the run that wrote it."""
 
 CACHE_VARIABLE = "MLX_AIMV2_CACHE"
-"""The environment variable that names another folder for what may be computed again, and for locks."""
+"""The environment variable for another cache folder, which also holds locks."""
 
 UNFINISHED = ".unfinished"
-"""How the name of a hidden file or folder ends while it is being written."""
+"""Suffix of a hidden file or folder while it is being written."""
 
 PREVIOUS = "previous"
-"""In the hidden folder, a folder that is being replaced, until its successor has the name."""
+"""Where a replaced folder waits, inside the hidden one, until its successor has the name."""
 
 PATIENCE = 10.0
-"""Seconds that another process may take to finish what it writes to the same target."""
+"""Seconds to wait for another process that writes to the same target."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the errors of a disk, a quota or a file that takes no more."""
+"""Error numbers for a full disk, an exhausted quota and a file at its size limit."""
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -63,12 +63,12 @@ KINDS = {
 
 
 def kind_of(about: os.stat_result) -> str:
-    """What something that is no regular file is called; some systems have more kinds than `KINDS`."""
+    """The word for something that is not a regular file; some systems have more kinds than `KINDS`."""
     return KINDS.get(stat.S_IFMT(about.st_mode), "something else")
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` and `~name` replaced by the home folder; a name that no user has stays as it is."""
+    """The path with `~` and `~name` replaced by the home folder; the name of an unknown user is left unchanged."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises for ~nobody
 
 
@@ -81,12 +81,12 @@ def cache_folder() -> Path:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is there, under a name that an untrusted list gives: none has a NUL or more than 255 bytes."""
+    """Whether a file with a name from an untrusted list exists; a name with a NUL or over 255 bytes cannot."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for them
 
 
 def stat_of(path: str) -> os.stat_result | None:
-    """What the system says of a file, once for each of many; None where it says nothing."""
+    """The system's record of a file, cheap enough for many; None if there is none."""
     try:
         return os.stat(path)  # noqa: PTH116 - a Path would cost more than the call itself
     except (OSError, ValueError):
@@ -94,16 +94,16 @@ def stat_of(path: str) -> os.stat_result | None:
 
 
 def marks_of(about: os.stat_result) -> tuple[int, int, int, int]:
-    """By what a change of a file shows: size in bytes, mtime and ctime in nanoseconds, inode (SQLite holds 63 bits)."""
+    """What reveals a changed file: size in bytes, mtime and ctime in nanoseconds, inode (63 bits, for SQLite)."""
     largest = (1 << 63) - 1  # nanoseconds from 2262 on are more
     return about.st_size, min(about.st_mtime_ns, largest), min(about.st_ctime_ns, largest), about.st_ino & largest
 
 
 def is_unchanged(about: os.stat_result, size: int, mtime_ns: int, ctime_ns: int | None, inode: int | None) -> bool:
-    """Whether a file is as it was by these marks, of which earlier releases kept the first two.
+    """Whether a file is unchanged by these marks, of which earlier releases kept the first two.
 
-    The inode counts where ctime is no copy of mtime: file systems that keep none (exFAT, FUSE) number files anew
-    whenever they are mounted.
+    The inode counts unless ctime is a copy of mtime: file systems without a ctime (exFAT, FUSE) renumber their files
+    at every mount.
     """
     now = marks_of(about)
     if ctime_ns is None or now[:2] != (size, mtime_ns):
@@ -136,7 +136,7 @@ def read_start(path: Path, *, max_bytes: int) -> bytes:
 
 
 def reason_of(error: OSError) -> str:
-    """Why something cannot be read, going on with a sentence that starts with its name."""
+    """Why something cannot be read, as the rest of a sentence that starts with its name."""
     if isinstance(error, FileNotFoundError):
         return "does not exist"
     if isinstance(error, PermissionError):
@@ -145,16 +145,16 @@ def reason_of(error: OSError) -> str:
 
 
 def one_line(error: OSError, what: object) -> str:
-    """What an error of the system says about `what`, and what to do about a full disk."""
+    """The system's error about `what`, with advice if the disk is full."""
     advice = " Make room, or choose another one." if error.errno in FULL else ""
     return str(error) if error.strerror is None else f"{what}: {error.strerror}.{advice}"
 
 
 @contextlib.contextmanager
 def _regular_file(path: str | os.PathLike[str], wanted: str = "a file") -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A regular file, open, and how it was then; of others OSError says without a number: is a device, not a file."""
+    """A regular file, open, and its state at that time; for others an OSError like "is a device, not a file"."""
     try:
-        # A named pipe would else wait for somebody to write into it.
+        # Otherwise a named pipe would wait for a writer.
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except IsADirectoryError:
         raise IsADirectoryError(f"is a folder, not {wanted}") from None
@@ -174,15 +174,15 @@ def read_text(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def check_link(path: Path) -> None:
-    """Raises FileNotFoundError for a link that leads to nothing, as in a cache whose download broke off."""
+    """Raises FileNotFoundError for a dangling link, as in a cache whose download was interrupted."""
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which is not there: fetch it again")
 
 
 def check_size(path: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> None:
-    """Raises ValueError for a file that is larger than such files are."""
+    """Raises ValueError for a file above the limit."""
     if (size := path.stat().st_size) > max_bytes:
-        raise ValueError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read of such a file")
+        raise ValueError(f"{path} has {size:,} bytes; the limit for such a file is {max_bytes:,}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes]:
-    """Content of a regular file, and how the file was before it was read, so that a change during it shows later.
+    """Content of a regular file, and its state before reading, so a change meanwhile can be noticed later.
 
-    Raises OSError without a name in it, as the system does or with a reason that continues a sentence.
+    Raises OSError without a file name, the system's or with a reason that continues a sentence.
     """
     with _regular_file(path, "an image") as (file, about):
         if about.st_size > MAX_IMAGE_BYTES:
@@ -208,14 +208,14 @@ def read_image_file(path: str | os.PathLike[str]) -> tuple[os.stat_result, bytes
 
 
 def read_stream(stream: BinaryIO) -> bytes:
-    """Everything in an open file, from its start where it can go there; its place is the end afterwards."""
+    """Everything in an open file, from its start if it can seek; its position is at the end afterwards."""
     if hasattr(stream, "seek"):
-        with contextlib.suppress(OSError):  # a pipe that the caller opened is read from where it is
+        with contextlib.suppress(OSError):  # a pipe opened by the caller is read from its current position
             stream.seek(0)
     data = bytearray()
     while block := stream.read(BLOCK):
         if not isinstance(block, bytes):
-            raise OSError(f"gives {type(block).__name__} instead of bytes: open it in mode 'rb'")
+            raise OSError(f"returns {type(block).__name__} instead of bytes: open it in mode 'rb'")
         data += block
         if len(data) > MAX_IMAGE_BYTES:
             raise OSError(f"has more than {MAX_IMAGE_BYTES:,} bytes, more than an image")
@@ -232,10 +232,10 @@ def check_target(
     is_own: Callable[[Path], bool] = lambda folder: False,
     inputs: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
-    """Raises OSError where a folder cannot be written: something stands there, or nothing can be written there.
+    """Raises OSError if a folder cannot be written: the path exists, or writing there is not allowed.
 
-    With `overwrite` a folder for which `is_own` says yes is replaced, unless it is or holds one of the `inputs`, or
-    lies in one.
+    With `overwrite` a folder that `is_own` accepts is replaced, unless it is, contains or is inside one of the
+    `inputs`.
     """
     if path.exists() or path.is_symlink():
         if not overwrite:
@@ -246,10 +246,10 @@ def check_target(
         for one in inputs:
             read = Path(os.path.realpath(one))
             if target.is_relative_to(read) or read.is_relative_to(target):
-                raise FileExistsError(f"Cannot save to the path {path}: {one} is read, and lies in it or around it.")
+                raise FileExistsError(f"Cannot save to the path {path}: {one} is an input, inside or around it.")
     existing = next(place for place in path.absolute().parents if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"Cannot save to the path {path}: {existing} cannot be written to. Choose another place.")
+        raise PermissionError(f"Cannot save to the path {path}: {existing} is not writable. Choose another place.")
 
 
 def check_file(
@@ -260,28 +260,27 @@ def check_file(
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
-    """Raises ValueError or OSError where a file cannot or must not be written; `option` is the flag to change.
+    """Raises ValueError or OSError if a file cannot or must not be written; `option` is the flag to change.
 
-    Never one of the inputs; a file is replaced if `is_own` says of its first `HEAD_BYTES` bytes that an earlier run
-    wrote it, if it is empty, or with `overwrite`.
+    An input is never replaced; another file is if `is_own` recognises its first `HEAD_BYTES` bytes as an earlier
+    run's, if it is empty, or with `overwrite`.
     """
     folder = Path(os.path.realpath(path)).parent  # the file that a link leads to is written, not the link
     if not folder.is_dir():
-        raise FileNotFoundError(f"{option} {path}: {folder} does not exist; make that folder first")
+        raise FileNotFoundError(f"{option} {path}: {folder} does not exist; create it first")
     if path.exists():
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
             raise FileExistsError(f"{option} {path} is {kind_of(about)}: name a file")
         for one in inputs:
             if (other := stat_of(os.fspath(one))) is not None and os.path.samestat(other, about):
-                raise FileExistsError(f"{option} {path} would replace {one}, which never happens: choose another name")
+                raise FileExistsError(f"{option} {path} would replace the input {one}: choose another name")
         if about.st_size and not overwrite and not is_own(read_start(path, max_bytes=HEAD_BYTES)):
             raise FileExistsError(
-                f"{option} {path} is there already and mlx-aimv2 did not write it: choose another name, "
-                "or add --overwrite"
+                f"{option} {path} exists and was not written by mlx-aimv2: choose another name, or add --overwrite"
             )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{option} {path}: {folder} cannot be written to; choose another")
+        raise PermissionError(f"{option} {path}: {folder} is not writable; choose another")
 
 
 @contextlib.contextmanager
@@ -292,7 +291,7 @@ def atomic_folder(
     is_own: Callable[[Path], bool] = lambda folder: False,
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
-    """A folder to write into that takes the name `path` only if the block ends well, and vanishes otherwise."""
+    """A folder to write into that gets the name `path` only if the block succeeds, and is removed otherwise."""
     check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as beside:
@@ -302,17 +301,17 @@ def atomic_folder(
         for file in (path for path in folder.rglob("*") if path.is_file()):
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)  # another process may have made it
+        check_target(path, overwrite=overwrite, is_own=is_own, inputs=inputs)  # another process may have created it
         if overwrite and path.exists():
-            path.rename(beside / PREVIOUS)  # from where it comes back if its successor does not take its name
+            path.rename(beside / PREVIOUS)  # restored from there if its successor does not get its name
         folder.rename(path)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write beside `path`, which takes its name when the block ends well and is deleted when it does not.
+    """A file to write next to `path`, which gets its name if the block succeeds and is deleted otherwise.
 
-    Where `path` is a link, the file that it leads to is replaced.
+    If `path` is a link, the file it points to is replaced.
     """
     path = Path(os.path.realpath(path))
     with temporary_folder(path) as beside:
@@ -325,20 +324,20 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path` that goes with the block; one process at a time has it, others wait for a moment.
+    """A hidden folder next to `path`, removed when the block ends; one process at a time has it, others wait a moment.
 
-    What a killed process left there goes first. Errors of the system that name no other file end as one line with the
+    What a killed process left there is removed first. System errors that name no other file become one line with the
     target's name.
     """
     target = path.absolute()
-    # Only those processes share the hidden name that share the lock: on one machine, with one cache.
+    # Only processes that share the lock share the hidden name: on one machine, with one cache.
     shared = hashlib.sha256(os.fsencode(_lock_file(target)) + platform.node().encode()).hexdigest()[:16]
     beside = target.parent / f".{target.name[:50]}.{shared}{UNFINISHED}"  # file systems allow 255 bytes
     try:
         with locked(path, patience=PATIENCE):
             try:
                 _remove_unfinished(target, beside)
-                _mine[target] = beside  # known before there is anything: a signal may come at any moment
+                _mine[target] = beside  # recorded before it exists: a signal may come at any moment
                 beside.mkdir(0o700)
                 yield beside
             finally:
@@ -354,8 +353,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, patience: float) -> Iterator[None]:
-    """A block that one process at a time is in for this path; raises FileExistsError after `patience` seconds."""
-    from filelock import FileLock, Timeout  # not before something is written: it takes 0.1 s to import
+    """A block that only one process at a time enters for this path; raises FileExistsError after `patience` seconds."""
+    from filelock import FileLock, Timeout  # only when something is written: the import takes 0.1 s
 
     lock_file = _lock_file(path.absolute())
     lock = FileLock(lock_file)
@@ -363,25 +362,25 @@ def locked(path: Path, *, patience: float) -> Iterator[None]:
         lock.acquire(timeout=patience)
     except Timeout:
         raise FileExistsError(
-            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another one."
+            f"Cannot save to the path {path}: another process is writing there. Wait for it, or choose another path."
         ) from None
     try:
         yield
     finally:
-        lock_file.unlink(missing_ok=True)  # ours as long as it is held: thousands would stay
+        lock_file.unlink(missing_ok=True)  # still ours while held; otherwise thousands would pile up
         lock.release()
 
 
 def discard_unfinished() -> None:
-    """Removes what this process has not finished writing, before it ends without running to its end."""
+    """Removes what this process has not finished writing, before it exits early."""
     for target, beside in list(_mine.items()):
         _remove_unfinished(target, beside)
 
 
 def stems_below(given: Iterable[str | os.PathLike[str]], files: Sequence[str]) -> dict[str, Path]:
-    """How what is written of each file begins: its path below the folder that holds all that was given.
+    """The stem of each file's outputs: its path below the folder that contains all given files.
 
-    It has no suffix, unless another file has the rest of the name, in any case of letters.
+    It has no suffix, unless another file has the same stem, ignoring case.
     """
     folders = [os.path.normpath(expand_user(one).absolute()) for one in given if expand_user(one).is_dir()]
     others = [Path(file).parent for file in files if not any(Path(file).is_relative_to(one) for one in folders)]
@@ -398,11 +397,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 _mine: dict[Path, Path] = {}
-"""What this process is writing to -> the hidden folder beside it."""
+"""What this process is writing to -> the hidden folder next to it."""
 
 
 def _lock_file(target: Path) -> Path:
-    """The lock of a target among what may be computed again, or in the temporary folder."""
+    """The lock file of a target in the cache, or in the temporary folder."""
     locks = cache_folder() / "locks"
     with contextlib.suppress(OSError):
         locks.mkdir(parents=True, exist_ok=True)
@@ -413,7 +412,7 @@ def _lock_file(target: Path) -> Path:
 
 
 def _remove_unfinished(target: Path, beside: Path) -> None:
-    """Removes the hidden folder; a folder that was moved there, to be replaced, gets its name back first."""
+    """Removes the hidden folder; a folder moved there to be replaced gets its name back first."""
     if (beside / PREVIOUS).exists() and not target.exists():
         (beside / PREVIOUS).rename(target)
     shutil.rmtree(beside, ignore_errors=True)

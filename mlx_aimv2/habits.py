@@ -1,4 +1,4 @@
-"""What transformers' users write by habit, each with the line that says how it is written here."""
+"""Names that users of transformers type out of habit, each with its equivalent here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ATTRIBUTES = {
 KEYWORDS = {
     "pixel_values": "model(pixels) with pixels = processor(images)",
     "input_ids": "model(pixels, ids), or model.encode_text(ids), with ids = processor.tokenize(texts)",
-    "attention_mask": "leave it out: ids are filled with EOS, behind which nothing counts",
-    "return_dict": "leave it out: a model gives an object with last_hidden_state and pooler_output",
-    "return_tensors": "leave it out: processor(images) gives an mlx array (B, H, W, 3)",
+    "attention_mask": "leave it out: ids are padded with EOS, and nothing after EOS counts",
+    "return_dict": "leave it out: a model returns an object with last_hidden_state and pooler_output",
+    "return_tensors": "leave it out: processor(images) returns an mlx array (B, H, W, 3)",
     "text": "ids = processor.tokenize(texts) beside pixels = processor(images)",
-    "padding": "leave it out: processor.tokenize(texts) fills shorter texts with EOS",
+    "padding": "leave it out: processor.tokenize(texts) pads shorter texts with EOS",
 }
 """Keyword of transformers' calls -> what to write instead."""
 
@@ -41,9 +41,9 @@ class _Answering(type):
 
 
 class AnswersHabits(metaclass=_Answering):
-    """Answers transformers' attributes by AttributeError and its keywords by TypeError, with the line of ours.
+    """Answers transformers' attributes with AttributeError and its keywords with TypeError, naming ours.
 
-    The attributes are not there: `hasattr` says no, and `dir` does not list them.
+    The attributes do not exist: `hasattr` is False, and `dir` does not list them.
     """
 
     def __init_subclass__(cls) -> None:

@@ -1,8 +1,8 @@
 """The layers of the network: patch embedding, positions, attention, feed-forward, block, pooling head.
 
-At the end MLX's own layers with weights of zeros inside `empty()`, for models whose weights are about to be loaded.
-MLX's constructors draw random weights. In a thread that ends as the process exits, that aborts the process: the state
-of MLX's random numbers belongs to the thread and is freed too late. Nor must loading advance the user's random state.
+At the end MLX's own layers, with zero weights inside `empty()`, for models whose weights are about to be loaded. MLX's
+constructors draw random weights. In a thread that ends as the process exits, that aborts the process: MLX's random
+state belongs to the thread and is freed too late. Nor should loading advance the user's random state.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, added to `residual`: `(B, N, D) -> (B, N, D)` by way of I features."""
+    """SwiGLU, added to `residual`: `(B, N, D) -> (B, N, D)` through I features."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -145,8 +145,8 @@ def attention(
 ) -> mx.array:
     """Softmax attention, scale `head_dim ** -0.5`: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
 
-    With `causal` (M = N) a token attends to itself and to those before it; with a boolean `mask` (B, M, N) where it is
-    true. One of the two at most.
+    With `causal` (M = N) a token attends to itself and to earlier ones; with a boolean `mask` (B, M, N) where it is
+    true. At most one of the two.
     """
     scale = queries.shape[-1] ** -0.5
     allowed = mask[:, None] if mask is not None else "causal" if causal else None
@@ -191,7 +191,7 @@ _is_empty = ContextVar("_is_empty", default=False)
 
 @contextmanager
 def empty() -> Iterator[None]:
-    """Within the block, and in this thread alone, the three layers below start with zeros."""
+    """Inside the block, and only in this thread, the three layers below start with zeros."""
     token = _is_empty.set(True)
     try:
         yield

@@ -1,7 +1,7 @@
 """Loads any checkpoint as a model and its processor: foreign or MLX, on disk or on the Hub.
 
-A checkpoint is found, opened and checked once. What is passed on is the `Source`, never a name, which might mean
-another commit when it is resolved again:
+A checkpoint is found, opened and checked once. From then on the `Source` is passed, never a name, which might resolve
+to another commit the next time:
 checkpoint.read -> detect.recognise -> sizes -> strict comparison -> target names -> Source -> dtype -> model.
 """
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from mlx_aimv2.checkpoint.layouts import Match
 
 NATIVE, NATIVE_WHOLE = 224, 448
-"""Pixels of a side for native checkpoints, which take any: for labels of whole images, and for boxes and masks."""
+"""Image side in pixels for native checkpoints, which take any: for whole-image labels, and for boxes and masks."""
 
 LARGEST = 2044
-"""Pixels of a side, 146 patches of 14: attention over more tokens would need more than 10 GB a head."""
+"""Image side in pixels, 146 patches of 14: attention over more tokens would need more than 10 GB per head."""
 
 AnyModel = Aimv2VisionModel | Aimv2Model
 
@@ -51,12 +51,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Source:
-    """A checkpoint that was found, opened and checked: where it lies, its sizes, and its tensors, still lazy.
+    """A checkpoint that was found, opened and checked: its location, its sizes, and its tensors, still lazy.
 
-    `weights` are the tensors under target names; who uses them takes them out, so that each can be freed, and
-    `reopened` is for whoever needs them a second time. `quantization` is the section of that name in an MLX folder's
-    config.json, None when the weights are dense. `image_size` is the size that was asked for, None for the
-    checkpoint's own: `config`, positions and processor are those of this size, `stored` has the sizes of the files.
+    `weights` are the tensors under target names; a user takes them out, so each can be freed, and calls `reopened` to
+    read them again. `quantization` is the section of that name in an MLX folder's config.json, None when the weights
+    are dense. `image_size` is the requested size, None for the checkpoint's own: `config`, positions and processor
+    are for this size, `stored` has the sizes in the files.
     """
 
     origin: Checkpoint
@@ -95,7 +95,7 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, however they are packed."""
+        """Number of parameters, counted as if unpacked."""
         return sum(math.prod(shape) for shape in parameter_shapes(build(self.config)).values())
 
     @property
@@ -104,16 +104,16 @@ class Source:
         return sum(array.nbytes for array in self.weights.values())
 
     def reopened(self) -> Source:
-        """The same files with all tensors lazy again, neither resolved nor checked again: a Hub is not asked."""
+        """The same files with all tensors lazy again, not resolved or checked again: the Hub is not asked."""
         tensors = read_tensors(self.origin.files)
         with suppress(KeyError, ValueError):  # a tensor that is gone, or has other axes
             again = replace(self, weights=self.match.to_target(tensors, self._shapes))
             if again._shapes == self._shapes:
                 return again
-        raise ValueError(f"{self.origin}: its weights were changed while they were read; run it again")
+        raise ValueError(f"{self.origin}: its weights changed while being read; run it again")
 
     def processor(self) -> Aimv2Processor:
-        """The processor that the checkpoint's files describe, for images of `image_size` where one was asked for."""
+        """The processor that the checkpoint's files describe, for images of `image_size` if requested."""
         own = Aimv2Processor.from_folder(self.origin.folder, config=self.stored)
         return own if self.image_size is None else own.at_size(self.image_size)
 
@@ -124,7 +124,7 @@ class Source:
         lazy: bool = False,
         keep_quantized: bool = False,
     ) -> Loaded:
-        """The model with its processor, using up the weights; the settings are those of `load`."""
+        """The model with its processor, consuming the weights; the settings are those of `load`."""
         if dtype == AUTO:
             dtype = suited_dtype(self.origin.folder)
         model: AnyModel = build(self.config)
@@ -142,7 +142,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory with its processor, and the checkpoint that it came from."""
+    """A model in memory with its processor, and the checkpoint it came from."""
 
     source: Source
     model: AnyModel
@@ -153,7 +153,7 @@ class Loaded:
         """Which weights these are, for JSON: `-> {"checkpoint", "commit", "dtype", "quantization", "tf32"}`.
 
         `tf32`, whether float32 products may be rounded, is recorded and never compared. `quantization` has the shared
-        bits, and as `recipe` a short digest of what single layers have instead.
+        bits, and as `recipe` a short digest of the layers with their own.
         """
         origin, section = self.source.origin, self.source.quantization
         shared = None
@@ -205,10 +205,10 @@ def load(
     """Loads a checkpoint: `Hub name, foreign folder or weight file, or MLX folder -> (model, processor)`.
 
     A foreign layout is recognised by its tensor names and translated in memory. `dtype` is "float32", "float16",
-    "bfloat16", an mlx dtype, or "auto" for what suits this machine and the checkpoint (`suited_dtype`); None
-    keeps the checkpoint's. `image_size` takes images of another size in pixels than the checkpoint's (`at_size`).
-    Quantized weights are made dense once, because an encoder runs faster so; `keep_quantized` saves the memory instead.
-    With `lazy` the weights are read when first used. With `return_config` the content of config.json comes third.
+    "bfloat16", an mlx dtype, or "auto" for the best on this machine and checkpoint (`suited_dtype`); None keeps the
+    checkpoint's. `image_size` is a side in pixels other than the checkpoint's (`at_size`). Quantized weights are
+    dequantized at loading, because an encoder runs faster that way; `keep_quantized` saves the memory instead. With
+    `lazy` the weights are read when first used. With `return_config` the content of config.json is returned third.
 
     Raises FileNotFoundError, ConnectionError or ValueError with one line that says what was wanted and what came.
     """
@@ -226,8 +226,8 @@ def read_source(
 ) -> Source:
     """Finds, opens and checks a checkpoint without touching its weights: `path or Hub name -> Source`.
 
-    `image_size` is `load`'s. Every tensor must be known and every tensor of the model must be there, in its shape:
-    otherwise ValueError names all that are not.
+    `image_size` is `load`'s. Every tensor must be known, and every tensor of the model present in its shape: otherwise
+    ValueError names all the offenders.
     """
     check_process()
     _log.debug("loading")
@@ -242,14 +242,14 @@ def _checked(origin: Checkpoint, image_size: int | None) -> Source:
     match = recognise(origin.shapes, origin.config.get("encoder_prefix"))
     extra, lines = beside(origin.shapes, match)
     if lines:
-        warnings.warn(f"{origin}: {'; '.join(lines)}; the encoder is taken", stacklevel=3)
+        warnings.warn(f"{origin}: {'; '.join(lines)}; only the encoder is used", stacklevel=3)
         origin.tensors = {name: array for name, array in origin.tensors.items() if name not in extra}
     quantization = origin.config.get("quantization") if match.is_target else None
     shown = sizes(match.target_shapes(origin.shapes))
     kind: type[AnyConfig] = Aimv2Config if "text_config" in shown else Aimv2VisionConfig
     config = kind.from_dict(origin.config, shown)
-    if others := disagreements(config, shown):  # before a model of sizes that nobody checked is built
-        raise ValueError(f"config.json and the weights are of different sizes: {'; '.join(others)}")
+    if others := disagreements(config, shown):  # before building a model of unchecked sizes
+        raise ValueError(f"config.json and the weights disagree on sizes: {'; '.join(others)}")
     model = build(config)
     if quantization is not None:
         quantize.check_section(quantization, quantize.layers(model))
@@ -257,7 +257,7 @@ def _checked(origin: Checkpoint, image_size: int | None) -> Source:
     wanted = parameter_shapes(model)
     wanted_source = match.source_shapes(wanted)
     if lines := differences(wanted_source, origin.shapes, match):
-        raise ValueError(f"the tensors are not those of this model: {'; '.join(lines)}")
+        raise ValueError(f"the tensors do not match this model: {'; '.join(lines)}")
     parameters: Any = tree_flatten(model.parameters())
     packed = {name: array.dtype for name, array in parameters if not mx.issubdtype(array.dtype, mx.floating)}
     origin.check_dtypes(wanted_source, {match.prefix + name: dtype for name, dtype in packed.items()})
@@ -265,7 +265,7 @@ def _checked(origin: Checkpoint, image_size: int | None) -> Source:
 
 
 def build(config: AnyConfig) -> AnyModel:
-    """The model of these sizes, its weights lazy zeros until a checkpoint's take their place."""
+    """The model of these sizes, with lazy zeros as weights until a checkpoint's replace them."""
     with empty():
         return Aimv2Model(config) if isinstance(config, Aimv2Config) else Aimv2VisionModel(config)
 
@@ -277,20 +277,20 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def fill(model: nn.Module, weights: dict[str, mx.array], *, dtype: mx.Dtype | None, lazy: bool = False) -> None:
-    """Puts the weights into the model, in one dtype throughout, and empties `weights`.
+    """Puts the weights into the model, all in one dtype, and empties `weights`.
 
-    One tensor of another dtype would promote everything after it; dtype None takes that of the patch embedding. Tensor
-    by tensor, because casting all at once needs the memory twice.
+    One tensor of another dtype would promote everything after it; None takes the patch embedding's dtype. It goes
+    tensor by tensor, because casting all at once needs twice the memory.
     """
     dtype = dtype or _dtype(weights)
     for name in list(weights):
         array = weights.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
-        array = mx.contiguous(array)  # PyTorch's patch kernel comes transposed: each pass would copy the view
+        array = mx.contiguous(array)  # PyTorch's patch kernel is transposed: each pass would copy the view
         if not lazy:
             mx.eval(array)
-        model.load_weights([(name, array)], strict=False)  # the names were compared with the model's before
+        model.load_weights([(name, array)], strict=False)  # the names were checked before
     model.eval()
 
 
@@ -299,9 +299,9 @@ def at_size(
 ) -> tuple[Aimv2VisionModel, Aimv2Processor]:
     """Encoder and processor for square images of `size` pixels a side: None takes the checkpoint's own.
 
-    The processor cuts the middle out of an image, as the checkpoint's does, or with `whole` stretches all of it to the
+    The processor takes a centre crop, as the checkpoint's does, or with `whole` stretches the whole image to the
     square. The layers are shared with `encoder`, only the positions are new; a native checkpoint has none, and only its
-    processor changes. Raises ValueError for a size that is no multiple of the patch.
+    processor changes. Raises ValueError for a size that is not a multiple of the patch.
     """
     config, own = encoder.config, encoder.config.image_size
     if not whole and own is not None and size in (None, own):
@@ -317,7 +317,7 @@ def at_size(
 
 
 def pixels_for(config: Aimv2VisionConfig, size: int) -> int:
-    """The pixels a side that `image_size` means. Raises ValueError for a size that is no multiple of the patch."""
+    """The side in pixels for `image_size`. Raises ValueError for a size that is not a multiple of the patch."""
     patch = config.patch_size
     if type(size) is not int:
         raise ValueError(f"image_size must be a whole number of pixels, got {size!r:.80}")
@@ -325,10 +325,10 @@ def pixels_for(config: Aimv2VisionConfig, size: int) -> int:
     if not patch <= size <= LARGEST or (size != fitting and config.image_size is not None):
         near = sorted({max(patch, min(LARGEST // patch * patch, side)) for side in (fitting, fitting + patch)})
         raise ValueError(
-            f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST}, got {size}; "
-            f"take {' or '.join(map(str, near))}"
+            f"image_size must be a multiple of the patch of {patch} pixels, at most {LARGEST:,}, got {size:,}; "
+            f"use {' or '.join(map(str, near))}"
         )
-    return fitting  # a native checkpoint drops what fills no patch
+    return fitting  # a native checkpoint drops partial patches
 
 
 def _resized(table: mx.array, config: Aimv2VisionConfig, size: int) -> mx.array:
@@ -338,9 +338,9 @@ def _resized(table: mx.array, config: Aimv2VisionConfig, size: int) -> mx.array:
 
 
 def resample_positions(table: mx.array, grid: tuple[int, int], target: tuple[int, int]) -> mx.array:
-    """The positions of one grid for another, in the table's dtype: `(rows * columns, D) -> (rows' * columns', D)`.
+    """Positions resampled to another grid, in the table's dtype: `(rows * columns, D) -> (rows' * columns', D)`.
 
-    As timm's `resample_abs_pos_embed`: bicubic and antialiased, computed in float32. The one rule of this package.
+    As timm's `resample_abs_pos_embed`: bicubic and antialiased, computed in float32. The only such rule here.
     """
     if grid == target:
         return table
@@ -353,13 +353,13 @@ def resample_positions(table: mx.array, grid: tuple[int, int], target: tuple[int
 def _cubic_weights(old: int, new: int) -> np.ndarray:
     """Weights of antialiased cubic interpolation along one axis, `-> (new, old)` float32.
 
-    Pillow's, whose rule torch's `antialias=True` follows: an identity that is resampled shows them.
+    Pillow's, whose rule torch's `antialias=True` follows: resampling an identity matrix reveals them.
     """
     return np.asarray(Image.fromarray(np.eye(old, dtype=np.float32)).resize((old, new), Image.Resampling.BICUBIC))
 
 
 def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
-    """A dtype or its name as an mlx dtype. Raises ValueError with the names there are."""
+    """A dtype or its name as an mlx dtype. Raises ValueError with the valid names."""
     name = dtype if isinstance(dtype, str) else dtype_name(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype must be {', '.join(DTYPES)}, got {dtype}")

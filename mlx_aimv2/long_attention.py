@@ -1,7 +1,7 @@
-"""Attention for training on many tokens, with a gradient of its own that keeps no scores (Dao et al. 2022).
+"""Attention for training on many tokens, with a custom gradient that keeps no scores (Dao et al. 2022).
 
-MLX keeps all scores for the gradient, on Metal too, whose fused kernel has none. Here the gradient computes them again,
-a head and some queries at a time, each chunk after the one before: side by side they would need all their memory.
+MLX keeps all scores for the gradient, on Metal too, whose fused kernel has no gradient. Here the gradient recomputes
+them, a head and some queries at a time, chunk after chunk: side by side they would need all their memory at once.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import mlx.core as mx
 
 LONG = 1024
-"""Tokens from which on it is used."""
+"""It is used from this many tokens up."""
 
 CHUNK = 1 << 20
 """Scores of one chunk: of 256 queries and 4,096 keys, 4 MB in float32."""
 
 FUSED = (64, 72, 80, 96, 128, 192, 256)
-"""Sizes of a head for which Metal has a fused kernel (MLX's scaled_dot_product_attention.cpp)."""
+"""Head sizes for which Metal has a fused kernel (MLX's scaled_dot_product_attention.cpp)."""
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, *, causal: bool, mask: mx.array | None) -> mx.array:
-    """By MLX: at once where Metal has the kernel, which MLX does not take while it differentiates unless forced to."""
+    """By MLX: fused where Metal has the kernel, which MLX does not use while differentiating unless forced."""
     scale, (batch, heads, tokens, size) = q.shape[-1] ** -0.5, q.shape
     if mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu and size in FUSED:
         allowed = mask[:, None] if mask is not None else "causal" if causal else None
@@ -51,9 +51,9 @@ def long_attention(
     attend: Callable[..., mx.array] = _attend,
     power: Callable[[mx.array], mx.array] = mx.exp,
 ) -> mx.array:
-    """`layers.attention` but for rounding: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
+    """`layers.attention` up to rounding: `(B, H, M, D/H), two (B, H, N, D/H) -> (B, H, M, D/H)`.
 
-    `attend` computes it, `power` is `exp` of numbers up to 0. MLX has no `vmap`, no `jvp` and no second gradient of it.
+    `attend` computes it, `power` is `exp` for numbers up to 0. It supports no `vmap`, `jvp` or second gradient.
     """
 
     def gradients(inputs: Any, grad: mx.array, out: mx.array) -> list[mx.array]:
@@ -71,11 +71,11 @@ def long_attention(
 
 
 def with_gradient(function: Callable[..., mx.array], gradient: Callable[..., Any]) -> Callable[..., mx.array]:
-    """`function` with `gradient(inputs, grad, out)` as its own, computed on the stream that is the default now."""
+    """`function` with the gradient `gradient(inputs, grad, out)`, computed on the current default stream."""
     stream = mx.default_stream(mx.default_device())
 
     def on_stream(inputs: Any, grad: mx.array, out: mx.array) -> Any:
-        with mx.stream(stream):  # MLX calls this in the default one of that time: a shard would leave its core
+        with mx.stream(stream):  # MLX calls this on the default stream of that time: a shard would leave its core
             return gradient(inputs, grad, out)
 
     made: Any = mx.custom_function(function)
@@ -95,7 +95,7 @@ def _gradients(
     causal: bool,
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Of one head, `(M, D/H), two (N, D/H), (M, D/H), (M, 1) -> (M, D/H), two (N, D/H)`; the last two in float32.
+    """For one head, `(M, D/H), two (N, D/H), (M, D/H), (M, 1) -> (M, D/H), two (N, D/H)`; the last two in float32.
 
     `along` is each query's `grad · out`. Keys are rows of the scores here, queries columns.
     """

@@ -1,4 +1,4 @@
-"""The models: the vision encoder, LiT's text encoder, the LiT model of both, and what they return.
+"""The models: the vision encoder, LiT's text encoder, the LiT model that joins them, and what they return.
 
 Read from top to bottom like the paper (arXiv 2411.14402): patches, blocks, final norm, pooling, shared space.
 """
@@ -73,12 +73,12 @@ class Aimv2VisionModel(AnswersHabits, nn.Module):
 
     @property
     def vision(self) -> Aimv2VisionModel:
-        """The vision encoder itself, under the name by which the LiT model gives it too."""
+        """The vision encoder itself, under the same name as in the LiT model."""
         return self
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of the weights and so of the features; quantized layers compute in it too."""
+        """The dtype of the weights and of the features; quantized layers compute in it too."""
         dtype: mx.Dtype = self.patch_embed.proj.weight.dtype
         return dtype
 
@@ -93,12 +93,11 @@ class Aimv2VisionModel(AnswersHabits, nn.Module):
     ) -> EncoderOutput:
         """Features of images, `(B, H, W, 3) -> EncoderOutput`.
 
-        `pixels` are what the processor gives: normalised RGB, channels last. `patch_mask` (B, N) of bool is true where
-        a patch is hidden, equally often in each image: hidden patches are dropped before the first block, the others
-        keep their positions and their order. With a boolean `mask` (B, N, N) a patch attends where its row is true
-        (prefix attention, in pre-training); without, to all. Raises ValueError for an image of another size than a
-        fixed checkpoint was trained on, for one smaller than a patch, and for a patch_mask of another shape or of
-        unequal counts.
+        `pixels` come from the processor: normalised RGB, channels last. `patch_mask` (B, N) of bool is true for hidden
+        patches, the same number in each image: they are dropped before the first block, the others keep their
+        positions and order. With a boolean `mask` (B, N, N) a patch attends where its row is true (prefix attention,
+        in pre-training); without it, to all. Raises ValueError for an image whose size differs from a fixed
+        checkpoint's, for one smaller than a patch, and for a patch_mask of the wrong shape or with unequal counts.
         """
         embedded = self.embed(pixels, patch_mask=patch_mask)
         states = [embedded]
@@ -112,9 +111,9 @@ class Aimv2VisionModel(AnswersHabits, nn.Module):
     def embed(self, pixels: mx.array, *, patch_mask: mx.array | None = None) -> mx.array:
         """Patches with their positions, the input of the first block: `(B, H, W, 3) -> (B, N, D)`.
 
-        With `patch_mask` (B, N) only the patches that it does not hide, in their order.
+        With `patch_mask` (B, N) only the visible patches, in order.
         """
-        pixels = pixels if isinstance(pixels, mx.array) else mx.array(pixels)  # NumPy's are welcome too
+        pixels = pixels if isinstance(pixels, mx.array) else mx.array(pixels)  # NumPy arrays are welcome too
         rows, columns = self.grid(pixels)
         visible = None if patch_mask is None else visible_patches(patch_mask, (pixels.shape[0], rows * columns))
         x = self.patch_embed(pixels.astype(self.dtype))
@@ -130,12 +129,12 @@ class Aimv2VisionModel(AnswersHabits, nn.Module):
         if pixels.ndim != 4 or pixels.shape[3] != config.num_channels:
             raise ValueError(
                 f"pixels must be (images, height, width, {config.num_channels}), got {tuple(pixels.shape)}; "
-                "the processor gives them so"
+                "the processor makes them so"
             )
         if not mx.issubdtype(pixels.dtype, mx.floating):
             raise ValueError(
                 f"pixels must be scaled and normalised numbers, got {str(pixels.dtype).rpartition('.')[2]}: "
-                "give the images to the processor first"
+                "pass the images through the processor first"
             )
         height, width = pixels.shape[1:3]
         if config.image_size is not None and (height, width) != (config.image_size, config.image_size):
@@ -157,15 +156,15 @@ class Aimv2VisionModel(AnswersHabits, nn.Module):
     ) -> mx.array:
         """One vector per image, the mean over its tokens: `(B, H, W, 3) -> (B, D)`; `normalize` for unit length.
 
-        With `patch_mask` (B, N) the mean over the patches that it does not hide.
+        With `patch_mask` (B, N) the mean over the visible patches.
         """
         tokens = self(pixels, patch_mask=patch_mask).last_hidden_state
         mean = tokens.astype(mx.float32).mean(axis=1)  # float32: hundreds of halves would lose digits
         return (unit_length(mean) if normalize else mean).astype(tokens.dtype)
 
     def encode_text(self, ids: mx.array, *, normalize: bool = False) -> mx.array:
-        """Always raises ValueError: this checkpoint has no text encoder, and the message names the one that has."""
-        raise ValueError(f"this checkpoint has no text encoder; the one that has is {LIT_CHECKPOINT}")
+        """Always raises ValueError: this checkpoint has no text encoder; the message names the one that does."""
+        raise ValueError(f"this checkpoint has no text encoder; use {LIT_CHECKPOINT}")
 
 
 class Aimv2TextModel(AnswersHabits, nn.Module):
@@ -189,7 +188,7 @@ class Aimv2TextModel(AnswersHabits, nn.Module):
         return self.unchecked(ids, output_hidden_states=output_hidden_states)
 
     def unchecked(self, ids: mx.array, *, output_hidden_states: bool = False, run: Any = run_blocks) -> EncoderOutput:
-        """The same without looking at the ids, as a compiled function must do it; `run` runs the blocks."""
+        """The same without checking the ids, for compiled functions; `run` runs the blocks."""
         embedded = self.embed(ids)
         states = [embedded]
         for x in run(self.blocks, embedded, causal=True):  # so padding after EOS changes nothing
@@ -208,19 +207,19 @@ class Aimv2TextModel(AnswersHabits, nn.Module):
         """Raises ValueError for ids `(B, L)` that `__call__` refuses."""
         config = self.config
         if not isinstance(ids, mx.array):
-            raise ValueError(f"ids must be an mlx array, as processor.tokenize gives it, got {type(ids).__name__}")
+            raise ValueError(f"ids must be an mlx array, as processor.tokenize returns it, got {type(ids).__name__}")
         if ids.ndim != 2 or 0 in ids.shape or not mx.issubdtype(ids.dtype, mx.integer):
             raise ValueError(f"ids must be whole numbers (texts, length), got {ids.dtype} {tuple(ids.shape)}")
         if ids.shape[1] > config.max_position_embeddings:
             raise ValueError(
-                f"this checkpoint reads at most {config.max_position_embeddings} tokens a text, got {ids.shape[1]}; "
+                f"this checkpoint reads at most {config.max_position_embeddings} tokens per text, got {ids.shape[1]}; "
                 "processor.tokenize cuts texts to that length"
             )
         lowest, highest = (int(value.item()) for value in (ids.min(), ids.max()))  # type: ignore[arg-type]
         if lowest < 0 or highest >= config.vocab_size:
             outside = lowest if lowest < 0 else highest
             raise ValueError(
-                f"token id {outside} is outside the vocabulary of {config.vocab_size}; is the tokenizer its own?"
+                f"token id {outside} is outside the vocabulary of {config.vocab_size:,}; is this its own tokenizer?"
             )
         if not (ids == config.eos_token_id).any(axis=1).all().item():
             raise ValueError(f"a row of ids has no EOS (id {config.eos_token_id}); processor.tokenize adds it")
@@ -257,13 +256,13 @@ class Aimv2Model(AnswersHabits, nn.Module):
     ) -> Aimv2Output:
         """How well each image fits each text: `(B, H, W, 3), (T, L) -> Aimv2Output`.
 
-        `patch_mask` (B, N) hides patches as in `Aimv2VisionModel`. Raises TypeError without ids, and says what gives
-        the features of images alone.
+        `patch_mask` (B, N) hides patches as in `Aimv2VisionModel`. Raises TypeError without ids, naming the calls for
+        images alone.
         """
         if ids is None:
             raise TypeError(
                 "the LiT model compares images with texts: model(pixels, ids) with ids = processor.tokenize(texts); "
-                "of images alone model.vision(pixels) gives the tokens and model.encode_image(pixels) one vector"
+                "for images alone, model.vision(pixels) gives the tokens and model.encode_image(pixels) one vector"
             )
         vision, text = self.vision_model(pixels, patch_mask=patch_mask), self.text_model(ids)
         image_embeds = unit_length(self.visual_projection(_pooled(vision)))
@@ -274,8 +273,8 @@ class Aimv2Model(AnswersHabits, nn.Module):
     def logits(self, image_embeds: mx.array, text_embeds: mx.array) -> mx.array:
         """Scaled cosines of unit vectors, `(B, E), (T, E) -> (B, T)`, in float32.
 
-        The scale is `exp(logit_scale)` held between 1 and `max_logit_scale`; the trained one exceeds it, so the limit
-        works.
+        The scale is `exp(logit_scale)` clamped between 1 and `max_logit_scale`; the trained value exceeds it, so the
+        limit applies.
         """
         limit = math.log(self.config.max_logit_scale)
         scale = mx.exp(mx.clip(self.logit_scale.astype(mx.float32), 0.0, limit))
@@ -287,7 +286,7 @@ class Aimv2Model(AnswersHabits, nn.Module):
     ) -> mx.array:
         """One vector per image in the shared space: `(B, H, W, 3) -> (B, E)`; `normalize` for unit length.
 
-        With `patch_mask` (B, N) from the patches that it does not hide.
+        With `patch_mask` (B, N) from the visible patches.
         """
         vision = self.vision_model(pixels, patch_mask=patch_mask)
         return self._features(self.visual_projection(_pooled(vision)), normalize)
@@ -303,10 +302,10 @@ class Aimv2Model(AnswersHabits, nn.Module):
 
 
 def visible_patches(patch_mask: mx.array, shape: tuple[int, int]) -> mx.array:
-    """The indices of the patches that are not hidden, in their order: `(B, N) bool -> (B, M)`.
+    """The indices of the visible patches, in order: `(B, N) bool -> (B, M)`.
 
-    `shape` is the (B, N) that the mask must have. Raises ValueError for another one, for numbers instead of bool, for
-    images with unequally many hidden patches and where nothing is left to see.
+    `shape` is the (B, N) that the mask must have. Raises ValueError for another shape, for numbers instead of bool, for
+    images with different numbers of hidden patches, and where no patch is visible.
     """
     if not isinstance(patch_mask, (mx.array, np.ndarray)):
         raise ValueError(f"patch_mask must be an array of bool (B, N), got {type(patch_mask).__name__}")
@@ -319,11 +318,11 @@ def visible_patches(patch_mask: mx.array, shape: tuple[int, int]) -> mx.array:
     hidden = np.array(patch_mask.sum(axis=1))
     if hidden.min() != hidden.max():
         raise ValueError(
-            f"patch_mask must hide equally many patches of each image, got {hidden.min()} to {hidden.max()}"
+            f"patch_mask must hide the same number of patches in each image, got {hidden.min():,} to {hidden.max():,}"
         )
     if hidden[0] == shape[1]:
-        raise ValueError(f"patch_mask hides all {shape[1]} patches: leave at least one of them visible")
-    # Visible ones first, each in its own order: sorting the indices with the hidden ones moved behind all.
+        raise ValueError(f"patch_mask hides all {shape[1]:,} patches: leave at least one visible")
+    # Visible ones first, each group in order: sort the indices with the hidden ones moved to the end.
     indices = mx.where(patch_mask, shape[1], 0) + mx.arange(shape[1])
     return mx.sort(indices, axis=1)[:, : shape[1] - int(hidden[0])]
 

@@ -1,6 +1,6 @@
 """Draws as PIL images: maps of dense features, masks and boxes over images, confusion matrices, images in rows.
 
-Every square of a map is one token; nothing is smoothed, so that what is drawn is what the model said.
+Every square of a map is one token; nothing is smoothed, so the picture shows exactly what the model said.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CLASSES = (
 """Ten colours that are easy to tell apart on white."""
 
 IGNORED = 255
-"""The value of pixels in a mask that nobody labelled; they count nowhere."""
+"""The value of unlabelled pixels in a mask; they are ignored everywhere."""
 
 BACKGROUND = ("background", "_background_", "__background__", "unlabeled", "unlabelled")
-"""Names of a first class that stays bare in overlays."""
+"""Names of a first class that overlays leave uncoloured."""
 
 OPACITY = 0.55
 
@@ -36,7 +36,7 @@ LARGEST = 1600
 """Pixels of the longer side of an overlay; larger images are drawn smaller."""
 
 SMALLEST = 448
-"""Small images are drawn larger, so that names can be read."""
+"""Small images are enlarged, to make names readable."""
 
 CELL = 28
 MAX_CLASSES = 40
@@ -46,14 +46,14 @@ CHART, MAX_LINES = (420, 260), 14
 """Pixels of a chart, width and height, and the lines that are drawn in it."""
 
 HEAT = ((16, 18, 52), (62, 38, 120), (140, 46, 116), (214, 84, 80), (248, 158, 66), (252, 236, 152))
-"""From unlike to alike; lightness rises all the way, so the order survives in grey."""
+"""From different to similar; lightness rises throughout, so the order survives in grey."""
 
 
 def principal_components(features: NDArray[Any], count: int) -> NDArray[Any]:
     """The directions along which features differ most, `(n, D), count -> (n, count)` coordinates, most variance first.
 
-    The sign of a component, which mathematics leaves open, is the one that makes its largest weight positive. Where
-    there are fewer components than asked for, the rest is zero.
+    The sign of a component, which is arbitrary, is chosen to make its largest weight positive. If there are fewer
+    components than requested, the rest is zero.
     """
     centred = np.asarray(features, np.float64)
     centred = centred - centred.mean(axis=0)
@@ -71,7 +71,7 @@ def principal_components(features: NDArray[Any], count: int) -> NDArray[Any]:
 
 
 def pca_map(tokens: NDArray[Any], grid: tuple[int, int], *, cell: int = 14) -> Image.Image:
-    """Dense features as colours, `(N, D), (rows, columns) -> image`: tokens of like colour are alike.
+    """Dense features as colours, `(N, D), (rows, columns) -> image`: similar colours are similar tokens.
 
     Red, green and blue are the first three principal components of this image's tokens, each stretched between its
     2nd and 98th percentile. Each token is a square of `cell` pixels.
@@ -91,7 +91,7 @@ def component_colours(tokens: NDArray[Any], grid: tuple[int, int]) -> NDArray[An
 
 
 def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int]) -> NDArray[Any]:
-    """How alike each token is to one of them, `(N, D), (rows, columns), (row, column) -> (rows, columns)` cosines."""
+    """Cosines of all tokens with one of them, `(N, D), (rows, columns), (row, column) -> (rows, columns)`."""
     _check_grid(tokens, grid)
     if not all(0 <= index < size for index, size in zip(patch, grid, strict=True)):
         raise ValueError(
@@ -107,9 +107,9 @@ def similarities(tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, 
 def similarity_map(
     tokens: NDArray[Any], grid: tuple[int, int], patch: tuple[int, int], *, cell: int = 14
 ) -> Image.Image:
-    """How alike each patch is to one of them, `(N, D), (rows, columns), (row, column) -> image`.
+    """How similar each patch is to one of them, `(N, D), (rows, columns), (row, column) -> image`.
 
-    Dark is the least alike of this image, bright the most; the patch itself has a white frame.
+    Dark is the least similar in this image, bright the most; the patch itself has a white frame.
     """
     cosines = similarities(tokens, grid, patch)
     low, high = cosines.min(), cosines.max()
@@ -138,13 +138,13 @@ def framed(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) ->
 
 
 def to_height(image: Image.Image, height: int) -> Image.Image:
-    """An image at this height, its shape kept; a tiny one keeps its squares."""
+    """An image at this height, with its aspect ratio; a tiny one keeps its squares."""
     width = max(1, round(image.width * height / image.height))
     return image.convert("RGB").resize((width, height), sampling(image, height))
 
 
 def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
-    """Images in a row as they are, their tops in line."""
+    """Images in a row at their own size, aligned at the top."""
     widths, heights = zip(*(image.size for image in images), strict=True)
     canvas = Image.new("RGB", (sum(widths) + gap * (len(images) - 1), max(heights)), PAPER)
     left = 0
@@ -155,7 +155,7 @@ def beside(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
 
 
 def below(images: Sequence[Image.Image], *, gap: int = 24) -> Image.Image:
-    """Images in a column as they are, their left edges in line."""
+    """Images in a column at their own size, aligned at the left."""
     turned = [image.transpose(Image.Transpose.TRANSPOSE) for image in images]
     return beside(turned, gap=gap).transpose(Image.Transpose.TRANSPOSE)
 
@@ -195,7 +195,7 @@ def contact_sheet(
 
 @lru_cache
 def palette() -> NDArray[Any]:
-    """The colours of PASCAL VOC's masks, as every viewer of such masks knows them: bits of the class, shuffled.
+    """The colours of PASCAL VOC's masks, which viewers of such masks know: the bits of the class, shuffled.
 
     `-> (256, 3) uint8`; 0 is black, 255 nearly white.
     """
@@ -205,7 +205,7 @@ def palette() -> NDArray[Any]:
 
 
 def palette_image(labels: NDArray[Any]) -> Image.Image:
-    """Class numbers as a palette image whose values they are: `(H, W) uint8 -> image of mode P`."""
+    """Class numbers as the values of a palette image: `(H, W) uint8 -> image of mode P`."""
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(palette().tobytes())
     return image
@@ -220,9 +220,9 @@ def class_colour(label: int) -> Colour:
 
 
 def with_mask(image: Image.Image, labels: NDArray[Any], classes: Sequence[str]) -> Image.Image:
-    """An image under its coloured mask, names at the middle of what they name: `image, (H, W) -> image`.
+    """An image under its coloured mask, with names at the middle of their areas: `image, (H, W) -> image`.
 
-    A first class called background stays bare, as do pixels that nobody labelled.
+    A first class called background stays uncoloured, as do unlabelled pixels.
     """
     bare = [IGNORED, *([0] if classes and classes[0].lower() in BACKGROUND else [])]
     laid, mask = _sized(image), Image.fromarray(labels.astype(np.uint8))
@@ -255,7 +255,7 @@ def with_boxes(
     scale = laid.width / image.width
     draw = ImageDraw.Draw(laid)
     line = max(2, round(min(laid.size) / 200))
-    for i in range(len(boxes) - 1, -1, -1):  # the surest on top
+    for i in range(len(boxes) - 1, -1, -1):  # the most confident on top
         left, top, right, bottom = (float(n) * scale for n in boxes[i])
         colour = class_colour(int(labels[i]))
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
@@ -265,7 +265,7 @@ def with_boxes(
 
 
 def confusion_image(counts: NDArray[Any], classes: Sequence[str]) -> Image.Image:
-    """The matrix as an image: rows are the labels, columns what was predicted, dark is often."""
+    """The matrix as an image: rows are labels, columns predictions, darker means more often."""
     shown = np.arange(len(classes))
     if len(classes) > MAX_CLASSES:
         mistaken = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
@@ -305,9 +305,9 @@ def curves(
     y: str,
     bounds: tuple[float, float, float, float] | None = None,
 ) -> Image.Image:
-    """Lines by name, each through its points (n,), (n,), on axes called `x` and `y`; the first ones where many.
+    """Lines by name, each through its points (n,), (n,), on axes called `x` and `y`; only the first ones if many.
 
-    `bounds` are the left, lower, right and upper ends of the axes, else those of the points.
+    `bounds` are the left, lower, right and upper limits of the axes, by default those of the points.
     """
     lines = dict(list(lines.items())[:MAX_LINES])
     values = np.concatenate([np.asarray(points, np.float64) for points in lines.values()], axis=1)
@@ -343,7 +343,7 @@ def _squares(levels: NDArray[Any], cell: int) -> Image.Image:
 
 
 def sampling(image: Image.Image, side: int) -> Any:
-    """Images are smoothed, but one that is enlarged a lot shows its pixels."""
+    """Images are smoothed, except that one enlarged a lot shows its pixels."""
     return Image.Resampling.NEAREST if 4 * max(image.size) <= side else Image.Resampling.LANCZOS
 
 
@@ -355,7 +355,7 @@ def _sized(image: Image.Image) -> Image.Image:
 
 
 def _name(image: Image.Image, at: tuple[float, float], text: str, colour: Colour, anchor: str) -> None:
-    draw, text = ImageDraw.Draw(image), " ".join(text.split())  # Pillow draws no other line at such an anchor
+    draw, text = ImageDraw.Draw(image), " ".join(text.split())  # with such an anchor Pillow draws a single line only
     box = draw.textbbox(at, text, font=ImageFont.load_default(16), anchor=anchor)
     draw.rectangle((box[0] - 3, box[1] - 2, box[2] + 3, box[3] + 2), fill=colour)
     draw.text(at, text, PAPER, ImageFont.load_default(16), anchor=anchor)

@@ -1,8 +1,8 @@
 """Decides which layer gets how many bits; packs, recognises and unpacks quantized layers.
 
-The attention and feed-forward layers of the blocks and LiT's token embedding are quantized. The patch embedding (rows
-of 588 divide into no group), norms, positions, the pooling head, LiT's two projections and `logit_scale` stay dense:
-together they are small, and the head and the projections are the last thing that a feature passes.
+The attention and feed-forward layers of the blocks and LiT's token embedding are quantized. The patch embedding (its
+rows of 588 fit no group size), norms, positions, the pooling head, LiT's two projections and `logit_scale` stay dense:
+together they are small, and the head and the projections are the last layers a feature passes through.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mlx_aimv2.backend import packing_streams
 from mlx_aimv2.checkpoint.detect import listed
 
 Quantization = Mapping[str, Any]
-"""The `quantization` section of config.json: group_size, bits, mode, and per layer path an own object or false."""
+"""The `quantization` section of config.json: group_size, bits, mode, and per layer path an object or false."""
 
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
-"""What mlx-lm takes beside a recipe's name: `path, layer -> settings, True for the shared ones, or False for dense`."""
+"""mlx-lm's alternative to a recipe's name: `path, layer -> settings, True for the shared ones, or False for dense`."""
 
 SHARED = ("group_size", "bits", "mode")
 STAY_DENSE = ("head", "visual_projection", "text_projection")
@@ -35,19 +35,19 @@ MODES = {
     "nvfp4": ((16,), (4,)),
     "mxfp8": ((32,), (8,)),
 }
-"""Number format -> the group sizes and the bits that MLX has, the default first."""
+"""Number format -> the group sizes and bits that MLX supports, the default first."""
 
 METHODS = ("plain", "gptq")
-"""How weights are rounded, the default first: each to the nearest number, or with calibration (`conversion.gptq`)."""
+"""How weights are rounded, the default first: each to the nearest value, or with calibration (`conversion.gptq`)."""
 
 RECIPES = {"mixed_2_6": (2, 6), "mixed_3_4": (3, 4), "mixed_3_6": (3, 6), "mixed_4_6": (4, 6)}
 """Recipe -> (bits of most layers, bits of those that `_matters` names)."""
 
 
 def resolve(mode: str = "affine", group_size: int | None = None, bits: int | None = None) -> dict[str, Any]:
-    """The settings asked for, with the mode's defaults: `-> {"group_size", "bits", "mode"}`.
+    """The requested settings, with the mode's defaults: `-> {"group_size", "bits", "mode"}`.
 
-    Raises ValueError with what there is.
+    Raises ValueError with the valid choices.
     """
     if mode not in list(MODES):  # a list of a damaged config.json cannot be asked of a dictionary
         raise ValueError(f"q_mode must be {', '.join(MODES)}, got {mode!s:.80}")
@@ -66,8 +66,8 @@ def resolve(mode: str = "affine", group_size: int | None = None, bits: int | Non
 def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predicate | None = None) -> dict[str, Any]:
     """The whole `quantization` section for a model: `settings for all, recipe or predicate -> section`.
 
-    Every layer that stays dense although it could be quantized has an entry `false`; one whose settings are its own has
-    them in full. Raises ValueError that names the layers whose rows do not divide into groups.
+    Every layer that stays dense although it could be quantized has an entry `false`; a layer with its own settings has
+    all of them. Raises ValueError that names the layers whose rows do not divide into groups.
     """
     if isinstance(predicate, str):
         low, high = RECIPES[predicate]
@@ -87,14 +87,14 @@ def plan(model: nn.Module, settings: Mapping[str, Any], predicate: str | Predica
 
 
 def check(model: nn.Module, quantization: Quantization) -> None:
-    """Raises ValueError that names the layers which cannot be quantized as the section says."""
+    """Raises ValueError naming the layers that cannot be quantized as the section says."""
     misfits: dict[tuple[int, int], list[str]] = {}
     for path, layer in layers(model).items():
         settings, width = settings_at(path, quantization), layer.weight.shape[-1]
         if settings and width % settings["group_size"]:
             misfits.setdefault((width, settings["group_size"]), []).append(path)
     if misfits:
-        lines = [f"{listed(paths)} (rows of {width}, groups of {size})" for (width, size), paths in misfits.items()]
+        lines = [f"{listed(paths)} (rows of {width:,}, groups of {size:,})" for (width, size), paths in misfits.items()]
         fitting = [size for size in MODES["affine"][0] if all(width % size == 0 for width, _ in misfits)]
         advice = f"; --q-group-size {_or(fitting)} would fit" if fitting else ""
         raise ValueError(f"these layers do not divide into groups: {'; '.join(lines)}{advice}")
@@ -106,7 +106,7 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_section(quantization: object, known: Container[str]) -> None:
-    """Raises ValueError unless a `quantization` section is an object of settings, and of entries per layer."""
+    """Raises ValueError unless a `quantization` section is an object of settings and entries per layer."""
     if not isinstance(quantization, Mapping):
         raise ValueError(f"config.json: quantization must be an object, got {quantization!r:.80}")
     for path in ("", *(key for key in quantization if key not in SHARED)):
@@ -136,7 +136,7 @@ def apply_structure(model: nn.Module, quantization: Quantization, stored: Contai
 
 
 def section_of(model: nn.Module) -> dict[str, Any] | None:
-    """The `quantization` section that describes how the layers of a model are packed; None where all are dense."""
+    """The `quantization` section that describes how the layers of a model are packed; None if all are dense."""
     packed = {
         path: {key: getattr(layer, key) for key in SHARED}
         for path, layer in sorted(model.named_modules())
@@ -167,7 +167,7 @@ def _quantized(layer: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def settings_at(path: str, quantization: Quantization) -> dict[str, Any]:
-    """Group size, bits and mode at a path: its own entry where there is one, else the shared one; empty when dense."""
+    """Group size, bits and mode at a path: its own entry if it has one, else the shared one; empty if dense."""
     entry = quantization.get(path, True)
     if entry is True:
         entry = quantization
@@ -184,8 +184,8 @@ def packed(
 ) -> Iterator[tuple[str, mx.array]]:
     """Packs the layers that the section names, lazily: `(name, array), … -> (name, array), …` with scales and biases.
 
-    `paths` are those of the layers that could be quantized (`layers`), `done` what some of them are packed as already.
-    Whatever is not a packed integer is cast to `dtype`.
+    `paths` are the layers that could be quantized (`layers`), `done` the ones already packed. Everything but packed
+    integers is cast to `dtype`.
     """
     paths, streams = set(paths), packing_streams()
     for name, array in weights:
@@ -213,8 +213,8 @@ def pack(array: mx.array, settings: Mapping[str, Any], dtype: mx.Dtype) -> list[
 
 
 def unpack(parts: Sequence[mx.array], settings: Mapping[str, Any]) -> mx.array:
-    """The dense weight that packed integers, scales and biases stand for, in float32, which holds it exactly."""
-    # Scales in halves would round scale * number + bias once more.
+    """The dense weight that packed integers, scales and biases represent, in float32, which holds it exactly."""
+    # Half-precision scales would round scale * number + bias once more.
     weight, scales, *biases = (
         part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in parts
     )

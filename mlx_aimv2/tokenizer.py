@@ -1,4 +1,4 @@
-"""Tokenizes texts for the text encoder: CLIP's byte-pair encoding, from the checkpoint's own files or trained anew."""
+"""Tokenizes texts for the text encoder: CLIP's byte-pair encoding, from the checkpoint's files or newly trained."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def from_folder(cls, folder: Path, *, config: Aimv2TextConfig | None = None) -> Tokenizer:
-        """tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the sizes to agree with."""
+        """From tokenizer.json, else vocab.json and merges.txt; `config` gives the context and the expected sizes."""
         backend, file = _read(folder)
         names = _special_tokens(folder)
         special: list[int] = []
@@ -84,7 +84,7 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", about)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> the text that they stand for, in lower case, with a space after each word."""
+        """Ids -> their text, in lower case, with a space after each word."""
         return self.backend.decode(list(ids)).replace("</w>", " ").strip()
 
     def __call__(self, texts: str | Sequence[str]) -> NDArray[np.int32]:
@@ -94,7 +94,7 @@ class Tokenizer:
             raise ValueError("no text to tokenize: give a text or a list of them")
         for number, text in enumerate(batch):
             if not isinstance(text, str):
-                raise ValueError(f"text {number} is not a string but {type(text).__name__}: {text!r:.60}")
+                raise ValueError(f"text {number} must be a string, got {type(text).__name__}: {text!r:.60}")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -128,18 +128,18 @@ def _read(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         backend = clip_backend(tokens, pairs, unknown=unknown if unknown in tokens else EOS)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises plain Exception, and panics with a class below none of them
+    except BaseException as error:  # tokenizers raises plain Exception, and panics with a BaseException
         reason = " ".join(str(error).split())
-        raise ValueError(f"{' and '.join(map(str, read))} make no tokenizer: {reason:.200}") from None
+        raise ValueError(f"no tokenizer can be built from {' and '.join(map(str, read))}: {reason:.200}") from None
     made = {left + right for left, right in pairs}
     lost = [token for token in tokens if token.endswith("</w>") and len(token) > len("x</w>") and token not in made]
-    if lost:  # a file that ends too early would otherwise cut words into letters in silence
-        raise ValueError(f"{merges} is not whole: {len(lost)} tokens of {vocab} are not made by any of its lines")
+    if lost:  # a truncated file would otherwise silently split words into letters
+        raise ValueError(f"{merges} is incomplete: no line of it makes {len(lost):,} tokens of {vocab}")
     return backend, vocab
 
 
 def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknown: str = EOS) -> tokenizers.Tokenizer:
-    """CLIP's byte-pair encoding around this vocabulary; `unknown` stands for a byte that has no token."""
+    """CLIP's byte-pair encoding with this vocabulary; `unknown` stands for a byte without a token."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     backend = Tokenizer(
@@ -166,7 +166,7 @@ def clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], *, unknow
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
-    """This checkpoint's tokens for begin and end of text and for the unknown: CLIP's, unless a file names others."""
+    """This checkpoint's tokens for start of text, end of text and unknown: CLIP's, unless a file names others."""
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         fields = read_json(file) if file.exists() else {}
@@ -174,22 +174,24 @@ def _special_tokens(folder: Path) -> dict[str, str]:
             name = fields.get(role)
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str):
-                names[role] = name.encode(errors="replace").decode()  # bytes that are no text are in no vocabulary
+                names[role] = name.encode(errors="replace").decode()  # bytes that are not text are in no vocabulary
     return names
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, context: int = CONTEXT) -> Tokenizer:
-    """Captions -> a tokenizer of at most `vocab_size` tokens; bytes are tokens, so any text can be written in it.
+    """Captions -> a tokenizer of at most `vocab_size` tokens; bytes are tokens, so it can encode any text.
 
-    Raises ValueError where there is no room for the bytes.
+    Raises ValueError if there is no room for the bytes.
     """
     from tokenizers import pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # Tokens that are not named here get their ids in the order of a hash table, another one in each process.
+    # Tokens not named here get their ids in hash order, which differs between processes.
     fixed = [*alphabet, *(f"{byte}</w>" for byte in alphabet), BOS, EOS]
     if vocab_size < len(fixed):
-        raise ValueError(f"a vocabulary has at least {len(fixed)} tokens (each byte twice, BOS, EOS), got {vocab_size}")
+        raise ValueError(
+            f"a vocabulary has at least {len(fixed):,} tokens (each byte twice, BOS, EOS), got {vocab_size:,}"
+        )
     backend = clip_backend({}, [])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -199,7 +201,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, conte
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    # Made anew, because training has marked all that was named as special.
+    # Rebuilt, because training marks all named tokens as special.
     model = json.loads(backend.to_str())["model"]
     vocab = model["vocab"]
     backend = clip_backend(vocab, [(left, right) for left, right in model["merges"]])

@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else wrote: bounded, so that nothing later meets a value that it cannot hold, and typed."""
+"""Reads JSON from untrusted sources: bounded, so no later code meets a value it cannot hold, and typed."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 MAX_DEPTH = 100
-"""Objects and lists within each other; config.json has four. Python itself gives up at some thousand."""
+"""Nesting of objects and lists; config.json has four levels. Python itself gives up at about a thousand."""
 
 MAX_DIGITS = 300
-"""Of a number: what has more does not fit into a float."""
+"""Digits of a number: more do not fit into a float."""
 
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Fields: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
-"""Names that an object must have, and of what type their values are."""
+"""Names that an object must have, and the types of their values."""
 
 
 def parse(content: str | bytes, name: object, *, but: Collection[str] = ()) -> Any:
-    """The value of a JSON text, which `name` names in errors. ValueError with one line for what is none, or is endless.
+    """The value of a JSON text, called `name` in errors. ValueError with one line if it is not JSON or out of bounds.
 
-    Every whole number fits into a float, every text is one `but` in what has these names, and nothing is nested deeper
-    than `MAX_DEPTH`. NaN and infinity, which Python's json writes, are read: `misfit` refuses them.
+    Every whole number fits into a float, every string is valid text except under the names in `but`, and nothing is
+    nested deeper than `MAX_DEPTH`. NaN and infinity, which Python's json writes, are read: `misfit` refuses them.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
@@ -34,21 +34,21 @@ def parse(content: str | bytes, name: object, *, but: Collection[str] = ()) -> A
         value = json.loads(text)
         if _is_deeper(value, MAX_DEPTH):
             raise RecursionError
-        if _SURROGATE.search(text):  # half of a pair is no text; names may hold what os makes of bytes
+        if _SURROGATE.search(text):  # half of a pair is not text; names may hold what os makes of bytes
             own = value.items() if isinstance(value, dict) and but else ()
             checked = {key: one for key, one in own if key.strip().lower() not in but} if own else value
             json.dumps(checked, ensure_ascii=False).encode(errors="surrogateescape")
     except RecursionError:
-        raise ValueError(f"{name}: not JSON that is read here (nested more than {MAX_DEPTH} deep)") from None
+        raise ValueError(f"{name}: not readable JSON (nested more than {MAX_DEPTH} deep)") from None
     except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error})") from None
     return value
 
 
 def misfit(value: Any, fields: Fields) -> str | None:
-    """The first of the fields that `value` does not have, or has of another type; None where all are as they should.
+    """The first of the fields that is missing from `value` or has the wrong type; None if all are fine.
 
-    A bool is no number, and a number is finite.
+    A bool is not a number, and a number is finite.
     """
     has = value if isinstance(value, dict) else {}
     return next((name for name, kind in fields.items() if name not in has or not _is(has[name], kind)), None)

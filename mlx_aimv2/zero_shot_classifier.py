@@ -20,7 +20,7 @@ from mlx_aimv2.images.processor import Aimv2Processor, are_apart, as_list
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel, unit_length
 
 TEMPLATES = ("a photo of a {}",)
-"""Sentences that a label is put into, at {}, unless others are given."""
+"""The default sentences, with {} for the label."""
 
 Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 
@@ -29,8 +29,8 @@ Floats: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 class Prediction:
     """How well each of T labels fits one image: `logits` (T,) and `probabilities` (T,), which sum to 1.
 
-    Both are float32 and in the order of `labels`. The probabilities say how the labels share the image among
-    themselves, not whether any of them is right.
+    Both are float32 and in the order of `labels`. The probabilities rank the labels against each other; they do not
+    say whether any of them is right.
     """
 
     labels: tuple[str, ...]
@@ -49,7 +49,7 @@ class Prediction:
 
 
 class ZeroShotClassifier:
-    """Classes made of words: the labels are read once and then compared with any number of images."""
+    """A classifier made of words: the labels are encoded once and then compared with any number of images."""
 
     def __init__(
         self,
@@ -59,22 +59,22 @@ class ZeroShotClassifier:
         *,
         templates: str | Sequence[str] = TEMPLATES,
     ) -> None:
-        """Reads the labels in every template; several templates of one label are averaged.
+        """Encodes the labels in every template; the templates of one label are averaged.
 
-        Raises ValueError for a checkpoint without a text encoder, for labels and templates that make no classes, and
-        FileNotFoundError for missing tokenizer files; no image is needed for that.
+        Raises ValueError for a checkpoint without a text encoder and for unusable labels and templates,
+        FileNotFoundError for missing tokenizer files, all before any image is read.
         """
         self.labels = check_labels(labels)
         self.templates = check_templates(templates)
         if not isinstance(model, Aimv2Model):
-            raise ValueError(f"this checkpoint has no text encoder to read labels with; {LIT_CHECKPOINT} has one")
+            raise ValueError(f"this checkpoint has no text encoder to encode labels with; {LIT_CHECKPOINT} has one")
         self._model = model
         self._processor = processor
         self.text_embeds = self._read()
         """One vector per label, (T, E) float32 of unit length."""
 
     def __call__(self, images: ImageInput | Iterable[ImageInput], *, policy: Policy = POLICY) -> list[Prediction]:
-        """One image or several -> a prediction for each. Raises what the first unreadable image raises."""
+        """One image or several -> a prediction for each. Raises the error of the first unreadable image."""
         predictions = []
         for result in self.each(as_list(images), policy=policy):
             if isinstance(result, Exception):
@@ -85,10 +85,10 @@ class ZeroShotClassifier:
     def each(
         self, images: Sequence[ImageInput], *, policy: Policy = POLICY
     ) -> Iterator[Prediction | OSError | ValueError]:
-        """Predictions in the images' order; an image that cannot be read gives its error instead of one.
+        """Predictions in the images' order; an unreadable image gives its error instead.
 
-        `policy` says what is accepted, and whether a JPEG is decoded exactly or fast. Images are
-        decoded in other threads while the model works on those before them.
+        `policy` says what is accepted, and whether a JPEG is decoded exactly or fast. Images are decoded in other
+        threads while the model works on earlier ones.
         """
         config, processor = self._model.vision.config, self._processor
 
@@ -148,9 +148,9 @@ def zero_shot(
 
 
 def encode_ids(model: Aimv2Model, ids: np.ndarray[Any, Any]) -> Floats:
-    """Unit vectors of many texts, `(T, L) -> (T, E)` float32, in batches of texts of like length.
+    """Unit vectors of many texts, `(T, L) -> (T, E)` float32, in batches of similar length.
 
-    What follows a text's end changes nothing, so each batch is cut to its longest text.
+    Tokens after a text's end have no effect, so each batch is cut to its longest text.
     """
     lengths = (ids == model.config.text_config.eos_token_id).argmax(axis=1) + 1
     order = np.argsort(-lengths, kind="stable")
@@ -165,13 +165,13 @@ def encode_ids(model: Aimv2Model, ids: np.ndarray[Any, Any]) -> Floats:
 
 
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels, if classes can be made of them; else ValueError says which one is wrong."""
+    """The labels, if they are usable as classes; otherwise ValueError says which one is wrong."""
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of strings, got one string: {labels!r:.60}")
     labels = tuple(labels)
     for number, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
-            raise ValueError(f"label {number} must be a string with text in it, got {label!r:.60}")
+            raise ValueError(f"label {number} must be a non-empty string, got {label!r:.60}")
     if len(labels) < 2:
         raise ValueError(f"give at least two labels, got {len(labels)}: one alone fits every image with probability 1")
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
@@ -180,7 +180,7 @@ def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """The templates, if every one has the placeholder; else ValueError says which has not."""
+    """The templates, if every one has the placeholder; otherwise ValueError says which does not."""
     templates = (templates,) if isinstance(templates, str) else tuple(templates)
     if not templates:
         raise ValueError(f"no templates: give at least one, such as {TEMPLATES[0]!r}")
@@ -191,19 +191,19 @@ def check_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_distinct(ids: np.ndarray[Any, Any], labels: Sequence[str]) -> None:
-    """Labels that differ only in capitals or beyond the context are one text to the model."""
+    """Raises ValueError for labels that are one text to the model: equal but for capitals or beyond the context."""
     first: dict[bytes, str] = {}
     for label, rows in zip(labels, ids.reshape(len(labels), -1), strict=True):
         if (other := first.setdefault(rows.tobytes(), label)) != label:
             raise ValueError(
                 f"{other!r:.60} and {label!r:.60} are the same text to the model: capitals do not count, nor does "
-                "what lies beyond the context"
+                "anything beyond the context"
             )
 
 
 def _check_finite(numbers: Floats, model: Aimv2Model) -> None:
     if not np.isfinite(numbers).all():
-        raise ValueError(f"the model gave values not finite in {dtype_name(model.dtype)}: load it with dtype float32")
+        raise ValueError(f"the model's outputs are not finite in {dtype_name(model.dtype)}: load it with dtype float32")
 
 
 @dataclass

@@ -66,17 +66,17 @@ def test_each_flag_is_a_keyword():
     ("options", "message"),
     [
         ({"quantize": True, "dequantize": True, "q_bits": 7}, r"^Choose either quantize or dequantize, not both\.$"),
-        ({"q_bits": 4}, "--q-bits would change nothing without --quantize; add -q"),
-        ({"q_mode": "mxfp8"}, "--q-mode would change nothing"),
-        ({"dequantize": True, "q_group_size": 32}, "--q-group-size would change nothing"),
-        ({"quant_predicate": "mixed_3_6"}, "--quant-predicate would change nothing"),
+        ({"q_bits": 4}, "--q-bits would have no effect without --quantize; add -q"),
+        ({"q_mode": "mxfp8"}, "--q-mode would have no effect"),
+        ({"dequantize": True, "q_group_size": 32}, "--q-group-size would have no effect"),
+        ({"quant_predicate": "mixed_3_6"}, "--quant-predicate would have no effect"),
         ({"quantize": True, "quant_predicate": "mixed_5_6"}, "must be mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6, got"),
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 4}, "sets the bits; leave --q-bits out"),
         ({"quantize": True, "quant_predicate": "mixed_3_6", "q_mode": "nvfp4"}, "leave --q-mode nvfp4 out"),
         ({"quantize": True, "q_bits": 7}, "q_bits must be 2, 3, 4, 5, 6 or 8"),
         ({"export_layout": "timm"}, "--export-layout must be transformers or apple, got timm"),
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
-        ({"calibration": "images", "verify": False}, "--calibration is for gptq and for the fidelity report"),
+        ({"calibration": "images", "verify": False}, "--calibration is for gptq and the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
         *(({"upload_repo": name}, "no Hub name of the form owner/name") for name in ("bad/na/me", "-x/y")),
         ({"upload_repo": "somebody/model"}, "nothing can be uploaded while HF_HUB_OFFLINE is set"),
@@ -133,7 +133,7 @@ def test_a_source_that_is_replaced_meanwhile_is_one_line(tmp_path):
         if "Using dtype" in line:
             shutil.copy(ENCODER / "model.safetensors", source / "model.safetensors")
 
-    with pytest.raises(ValueError, match=r"source: its weights were changed while they were read; run it again"):
+    with pytest.raises(ValueError, match=r"source: its weights changed while being read; run it again"):
         convert(source, tmp_path / "mlx", log=replace)
     assert not (tmp_path / "mlx").exists()
 

@@ -23,7 +23,7 @@ IMAGE = bundled.photographs()[0]
         (lambda x: MODEL.encode_image(pixel_values=x), TypeError, "takes no pixel_values: model(pixels)"),
         (lambda x: MODEL.text_model(input_ids=x), TypeError, "Aimv2TextModel takes no input_ids: model(pixels, ids), "),
         (lambda _: PROCESSOR(images=IMAGE, return_tensors="pt"), TypeError,
-         "Aimv2Processor takes no return_tensors: leave it out: processor(images) gives an mlx array (B, H, W, 3)"),
+         "Aimv2Processor takes no return_tensors: leave it out: processor(images) returns an mlx array (B, H, W, 3)"),
         (lambda _: Aimv2Model.from_pretrained("x"), AttributeError,
          "Aimv2Model has no from_pretrained: model, processor = mlx_aimv2.load(NAME)"),
         (lambda _: Aimv2VisionModel.from_pretrained("x"), AttributeError, "Aimv2VisionModel has no from_pretrained: "),

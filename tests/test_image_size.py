@@ -145,7 +145,7 @@ def test_a_size_that_is_no_whole_number_is_refused(size):
     ("size", "fitting"), [(0, "14"), (-70, "14"), (1, "14"), (57, "56 or 70"), (60, "56 or 70"), (10**6, "2044")]
 )
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused_with_one_that_is(size, fitting):
-    message = f"image_size must be a multiple of the patch of 14 pixels.*take {fitting}$"
+    message = f"image_size must be a multiple of the patch of 14 pixels.*use {fitting}$"
     with pytest.raises(ValueError, match=message):
         load(FIXED, image_size=size)
 

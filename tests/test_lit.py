@@ -167,7 +167,7 @@ def test_the_pooling_head_is_attention_with_one_learned_query_and_a_linear_map_w
     assert np.allclose(np.array(head(mx.array(tokens.astype(np.float32)))), wanted, atol=1e-5)
 
 
-WHOLE, TOKENIZED = r"ids must be whole numbers \(texts, length\)", r"mlx array, as processor\.tokenize gives it, got "
+WHOLE, TOKENIZED = r"ids must be whole numbers \(texts, length\)", r"mlx array, as processor\.tokenize returns it, got "
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ WHOLE, TOKENIZED = r"ids must be whole numbers \(texts, length\)", r"mlx array, 
         (mx.array([[776, 778, EOS]]), "token id 778 is outside the vocabulary of 778"),
         (mx.array([[776, 9999, EOS]]), "token id 9999 is outside"),
         (mx.array([[776, -1, EOS]]), "token id -1 is outside"),
-        (mx.array(texts(24)), "at most 23 tokens a text, got 24"),
+        (mx.array(texts(24)), "at most 23 tokens per text, got 24"),
         (mx.array([[776, 5, EOS], [776, 5, 6]]), r"no EOS \(id 777\)"),
         (mx.array([1, EOS]), WHOLE),
         (mx.array([[1.0, 777.0]]), WHOLE),

@@ -85,7 +85,7 @@ def test_the_lit_model_hides_patches_too(tmp_path):
         (lambda mask: mask[:, :-1], "must be bool"),
         (lambda mask: mask.tolist(), "must be an array of bool .*, got list"),
         (lambda mask: np.ones_like(mask), "hides all .* patches: leave at least one"),
-        (lambda mask: np.concatenate([mask[:1], np.zeros_like(mask[1:])]), "equally many patches of each image, got 0"),
+        (lambda mask: np.concatenate([mask[:1], np.zeros_like(mask[1:])]), "number of patches in each image, got 0"),
     ],
 )
 def test_a_wrong_mask_is_told(change, words):

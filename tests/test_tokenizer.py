@@ -100,7 +100,7 @@ def test_special_tokens_with_other_names_are_those_of_tokenizer_config(tmp_path)
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        *((texts, "not a string") for texts in (None, 7, b"a cat", [b"a cat"], ["a cat", None], [["a cat"]])),
+        *((texts, "must be a string") for texts in (None, 7, b"a cat", [b"a cat"], ["a cat", None], [["a cat"]])),
         ([], "no text"),
         (["a cat", "a \ud83d cat"], "text 1 is not valid Unicode"),
     ],
@@ -160,7 +160,7 @@ def test_merges_that_end_too_early_are_refused(tmp_path):
     copied(tmp_path, "vocab.json", "merges.txt")
     lines = (GOLDEN / "merges.txt").read_text(encoding="utf-8").splitlines()
     (tmp_path / "merges.txt").write_text("\n".join(lines[:200]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"merges\.txt is not whole: \d+ tokens"):
+    with pytest.raises(ValueError, match=r"merges\.txt is incomplete: no line of it makes \d+ tokens"):
         Tokenizer.from_folder(tmp_path)
 
 

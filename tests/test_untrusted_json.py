@@ -31,7 +31,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_what_nothing_could_hold_is_one_short_line(text):
-    with pytest.raises(ValueError, match=r"^x\.json: not JSON") as caught:
+    with pytest.raises(ValueError, match=r"^x\.json: not (readable )?JSON") as caught:
         parse(text, "x.json")
     assert len(str(caught.value)) < 200
 

@@ -221,7 +221,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
             try:
                 return work()
             except ImportError:
-                if stops:  # raised when a signal stops the import of a C module
+                if stops:  # a module in C whose import a signal stops ends like this
                     raise stops[0] from None
                 raise
             finally:

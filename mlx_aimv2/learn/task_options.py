@@ -226,7 +226,7 @@ ADAPTER = {"lora_rank", "lora_scale", "lora_dropout", "adapter_path"}
 
 
 def check_options(options: Options, task: Task, kind: str) -> None:
-    """Raises ValueError for options that contradict each other, and for one that would change nothing in silence."""
+    """Raises ValueError for options that contradict each other or would silently have no effect."""
     if kind not in task.types:
         raise ValueError(f"--fine-tune-type of {task.name} must be {', '.join(task.types)}, got {kind}")
     if options.iters is not None and options.epochs is not None:
@@ -249,6 +249,6 @@ def check_options(options: Options, task: Task, kind: str) -> None:
     if "adapter_path" in given and "adapter_path" in means:  # that folder holds the others
         means, beside = means - ADAPTER - {"num_layers"} | {"adapter_path"}, f"{beside} and --adapter-path"
     if idle := [flag(field) for field in fields(options) if field.name in given and field.name not in means]:
-        raise ValueError(f"{', '.join(idle)} would change nothing with {beside}: leave it out")
+        raise ValueError(f"{', '.join(idle)} would have no effect with {beside}: leave it out")
     if "mask_shape" in given and not options.mask_ratio:
-        raise ValueError(f"--mask-shape {options.mask_shape} would change nothing without --mask-ratio: say how many")
+        raise ValueError(f"--mask-shape {options.mask_shape} would have no effect without --mask-ratio: give one")

@@ -188,7 +188,7 @@ def test_a_foreign_quantization_section_is_not_taken_for_ours(fixed, section, tm
 def test_a_classifier_on_top_is_named_and_left_out(fixed, names, prefix):
     more = {name: np.ones((10, 3), np.float32) for name in names}
     edit_weights(fixed, lambda tensors: {prefix + name: array for name, array in tensors.items()} | more)
-    with pytest.warns(UserWarning, match=f"a classifier is left out .{names[0]}.*the encoder is taken"):
+    with pytest.warns(UserWarning, match=f"a classifier is left out .{names[0]}.*only the encoder is used"):
         load(fixed)
 
 

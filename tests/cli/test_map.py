@@ -107,5 +107,5 @@ def test_map_replaces_an_earlier_map_and_nothing_else(small, capsys):
     Image.new("RGB", (5, 7)).save(target)
     mine = target.read_bytes()
     assert main(arguments) == 2
-    assert "is there already and mlx-aimv2 did not write it" in capsys.readouterr().err
+    assert "exists and was not written by mlx-aimv2" in capsys.readouterr().err
     assert target.read_bytes() == mine

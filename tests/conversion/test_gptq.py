@@ -172,8 +172,8 @@ def test_a_hessian_that_cannot_be_factored_is_damped_more():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--q-method", "gptq"], "--q-method would change nothing without --quantize"),
-        (["-q", "--q-method", "gptq", "--q-mode", "mxfp4"], "gptq has affine bits only; leave --q-mode mxfp4 out"),
+        (["--q-method", "gptq"], "--q-method would have no effect without --quantize"),
+        (["-q", "--q-method", "gptq", "--q-mode", "mxfp4"], "gptq takes affine bits only; leave --q-mode mxfp4 out"),
         (["-q", "--q-method", "gptq", "--q-group-size", "128", "--calibration", "ONE"], "has one image; calibration"),
     ],
 )
@@ -187,7 +187,7 @@ def test_what_gptq_cannot_do_is_one_line(tmp_path, capsys, flags, message):
 def test_remote_code_is_not_run_whoever_trusts_it(tmp_path):
     lines = []
     convert(ENCODER, tmp_path / "mlx", trust_remote_code=True, verify=False, log=lines.append)
-    assert any("--trust-remote-code changes nothing" in line for line in lines)
+    assert any("--trust-remote-code has no effect" in line for line in lines)
 
 
 def loss(reference, folder, images):

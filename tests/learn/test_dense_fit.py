@@ -109,7 +109,7 @@ def test_data_that_is_wrong_ends_in_one_line_before_anything_is_trained(task, sc
 def test_a_size_that_no_patch_divides_is_refused(scenes, capsys):
     code = main(["fit", str(scenes / "boxes"), "-m", str(small_encoder()), "-o", "head", "--image-size", "100"])
     assert code == 2
-    assert "image_size must be a multiple of the patch of 14 pixels, at most 2044, got 100; take 98 or 112" in (
+    assert "image_size must be a multiple of the patch of 14 pixels, at most 2,044, got 100; use 98 or 112" in (
         capsys.readouterr().err
     )
 

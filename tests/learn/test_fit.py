@@ -257,19 +257,19 @@ def test_rows_that_do_not_fit_have_no_keys(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"learning_rate": 0.1}, "--learning-rate would change nothing with --fine-tune-type linear"),
-        ({"fine_tune_type": "attentive", "mask_ratio": 0.5}, "--mask-ratio would change nothing"),
-        ({"fine_tune_type": "lora", "layer_decay": 0.5}, "--layer-decay would change nothing"),
+        ({"learning_rate": 0.1}, "--learning-rate would have no effect with --fine-tune-type linear"),
+        ({"fine_tune_type": "attentive", "mask_ratio": 0.5}, "--mask-ratio would have no effect"),
+        ({"fine_tune_type": "lora", "layer_decay": 0.5}, "--layer-decay would have no effect"),
         (
             {"fine_tune_type": "lora", "adapter_path": "before", "lora_rank": 3, "num_layers": 2},
-            "--num-layers, --lora-rank would change nothing with --fine-tune-type lora and --adapter-path",
+            "--num-layers, --lora-rank would have no effect with --fine-tune-type lora and --adapter-path",
         ),
         ({"fine_tune_type": "lora", "iters": 3, "epochs": 3}, "choose either --iters or --epochs"),
         ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers must be at most 4"),
         ({"fine_tune_type": "full", "mask_ratio": 1.0}, "--mask-ratio must be at least 0, below 1, got 1.0"),
         ({"fine_tune_type": "magic"}, "--fine-tune-type of classify must be linear, attentive, knn, lora, dora, full"),
         ({"recipe": "paper"}, "--recipe paper is for --fine-tune-type attentive"),
-        ({"image_size": 60}, "image_size must be a multiple of the patch of 14 pixels.*take 56 or 70"),
+        ({"image_size": 60}, "image_size must be a multiple of the patch of 14 pixels.*use 56 or 70"),
         ({"labels": ["digit 0", "digit 1"]}, "the label digit 2 is not in the list digit 0, digit 1"),
         ({"resume": True}, "nothing to resume"),
         (
@@ -480,7 +480,7 @@ def test_balanced_classes_find_more_of_the_rare_ones_and_the_card_says_so(tmp_pa
 def test_what_is_chosen_by_must_be_a_score_of_the_task(digits, tmp_path):
     with pytest.raises(ValueError, match="--metric of classify must be top1, mean_class, got miou"):
         fit(digits, CHECKPOINT, tmp_path / "head", metric="miou")
-    with pytest.raises(ValueError, match="--refit would change nothing with --fine-tune-type lora"):
+    with pytest.raises(ValueError, match="--refit would have no effect with --fine-tune-type lora"):
         fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="lora", refit=True)
 
 
