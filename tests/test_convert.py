@@ -78,7 +78,7 @@ def test_each_flag_is_a_keyword():
         ({"export_layout": "apple", "quantize": True}, "choose either --export-layout or quantize"),
         ({"calibration": "images", "verify": False}, "--calibration is for gptq and the fidelity report"),
         ({"calibration": "nowhere"}, "nowhere: wanted a folder of images"),
-        *(({"upload_repo": name}, "no Hub name of the form owner/name") for name in ("bad/na/me", "-x/y")),
+        *(({"upload_repo": name}, "not a Hub name of the form owner/name") for name in ("bad/na/me", "-x/y")),
         ({"upload_repo": "somebody/model"}, "nothing can be uploaded while HF_HUB_OFFLINE is set"),
         ({"dtype": "float8"}, "dtype must be float32, float16, bfloat16, got float8"),
     ],

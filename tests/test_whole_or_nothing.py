@@ -155,7 +155,7 @@ def test_a_source_that_vanishes_says_so(source, tmp_path):
         if "Using dtype" in line:
             shutil.rmtree(source)
 
-    with pytest.raises(FileNotFoundError, match="source vanished while it was read; nothing was written"):
+    with pytest.raises(FileNotFoundError, match="source disappeared while it was read; nothing was written"):
         convert(source, tmp_path / "mlx", verify=False, log=delete)
 
 
@@ -164,7 +164,7 @@ def test_a_source_cut_short_meanwhile_is_one_line_that_names_a_tensor(source, tm
         if "Using dtype" in line:
             os.truncate(source / "model.safetensors", 1 << 20)
 
-    with pytest.raises(OSError, match=r"can no longer be read at .*: was it truncated or changed meanwhile") as caught:
+    with pytest.raises(OSError, match=r"can no longer be read at .*: was it truncated or changed") as caught:
         convert(source, tmp_path / "mlx", verify=False, log=cut)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,4 +1,4 @@
-"""What differs between machines, behind one door: network, quantization and training ask here and name no processor.
+"""What differs between machines, behind one interface: network, quantization and training name no processor.
 
 `device` describes the machine. On MLX's CPU backend for x86, `x86` runs the blocks and has what training needs;
 everywhere else MLX's own operations run.
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 MAX_TRACES = 16
-"""Shapes of its arguments for which a function is compiled; MLX never drops what it has compiled."""
+"""Number of argument shapes for which a function is compiled; MLX never frees compiled functions."""
 
 
 def run_blocks(
@@ -80,7 +80,7 @@ def compiles() -> bool:
 def compiled(function: Callable[..., Any], state: list[Any]) -> Callable[..., Any]:
     """`function` of trees of arrays, compiled where that pays; `state` are the arrays, in trees, that it changes.
 
-    Arguments of other shapes than the first `MAX_TRACES` are computed as they come.
+    Beyond the first `MAX_TRACES` shapes of arguments it runs uncompiled.
     """
     if not compiles():
         return function

@@ -1,13 +1,13 @@
-"""Describes the machine, its chip, MLX's backend, cores and BLAS, and where on it MLX may be called.
+"""Describes the machine: its chip, MLX's backend, cores and BLAS, and from which threads MLX may be called.
 
-`auto` is float32 on a CPU, whose half-precision products are slow in MLX. On a GPU it is float16, which has eight times
-the digits of bfloat16, if the checkpoint's fidelity report leaves headroom in float16's range, else bfloat16. Without a
+`auto` is float32 on a CPU, where MLX's half-precision products are slow. On a GPU it is float16, which is eight times
+as precise as bfloat16, if the checkpoint's fidelity report leaves headroom in float16's range, else bfloat16. Without a
 report it is bfloat16, except on M1 and M2, which compute it slowly: there it is float16. Which of the two is faster on
 a later chip is for `mlx-aimv2 bench` to measure.
 
-A lazy array of MLX belongs to the thread that made it. In the main thread results of models stay lazy, so that
-computing and reading overlap. In any other thread, such as a handler of a web server, they are evaluated before they
-are returned and can then be read anywhere. In a process that was forked after MLX had been used, MLX hangs.
+A lazy MLX array belongs to the thread that made it. In the main thread results of models stay lazy, to overlap
+computing and reading. In any other thread, such as a web server's handler, they are evaluated before they are returned
+and can then be read anywhere. In a process forked after MLX was used, MLX hangs.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ REPORT = "fidelity.json"
 
 FLOAT16_LARGEST = 65504.0
 HEADROOM = 2.0
-"""How many times a report's largest activation, measured on a few images, must fit into float16."""
+"""How many times the report's largest activation, measured on a few images, must fit into float16."""
 
 FIRST_WITH_BFLOAT16 = 15
-"""Metal's family of GPUs that first computes bfloat16 natively: applegpu_g13 is M1, g14 M2, g15 M3, g16 M4, g17 M5."""
+"""The first Metal GPU family with native bfloat16: applegpu_g13 is M1, g14 M2, g15 M3, g16 M4, g17 M5."""
 
 FIRST_WITH_MATRIX_UNITS = 17
 
 TF32 = "MLX_ENABLE_TF32"
-"""The variable of MLX that "0" turns TensorFloat32 off with; MLX reads it once, at its first product on a GPU."""
+"""MLX's variable that turns TensorFloat32 off when "0"; MLX reads it once, at its first product on a GPU."""
 
 MAX_STREAMS = 8
-"""CPU streams in use at once: MLX runs some twenty operations side by side and queues the rest; a stream has 2 or 3."""
+"""CPU streams in use at once: MLX runs about twenty operations at a time and queues the rest; a stream has 2 or 3."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What MLX computes on: `kind` cpu, metal or cuda; `chip` its name; `family` Metal's number of a GPU, or None."""
+    """What MLX computes on: `kind` cpu, metal or cuda; `chip` its name; `family` the Metal GPU's number, or None."""
 
     kind: str
     chip: str
@@ -64,20 +64,20 @@ class Machine:
 
     @property
     def has_fast_bfloat16(self) -> bool:
-        """Whether a GPU computes bfloat16 natively; an unknown Metal chip is newer than this list."""
+        """Whether a GPU computes bfloat16 natively; an unknown Metal chip is taken for a newer one."""
         return self.kind != "cpu" and (self.family or FIRST_WITH_BFLOAT16) >= FIRST_WITH_BFLOAT16
 
     @property
     def has_tf32(self) -> bool:
-        """Whether MLX rounds the factors of float32 products to TensorFloat32, 10 bits, unless it is told not to."""
+        """Whether MLX rounds the factors of float32 products to TensorFloat32 (10 bits) by default."""
         return self.kind != "cpu" and (self.family or FIRST_WITH_MATRIX_UNITS) >= FIRST_WITH_MATRIX_UNITS
 
 
 def slow_here(dtype: mx.Dtype) -> str | None:
-    """A sentence where MLX computes a dtype much more slowly than float32 on the default device, and what to type."""
+    """A note with advice if MLX computes a dtype much more slowly than float32 on the default device, else None."""
     if dtype not in (mx.float16, mx.bfloat16) or mx.default_device().type != mx.DeviceType.cpu:
         return None
-    return f"MLX computes {dtype_name(dtype)} slowly on a CPU; --dtype {AUTO} takes float32"
+    return f"MLX computes {dtype_name(dtype)} slowly on a CPU; --dtype {AUTO} uses float32"
 
 
 def machine() -> Machine:
@@ -94,13 +94,13 @@ def machine() -> Machine:
 
 
 def turn_tf32_off() -> None:
-    """Makes float32 products exact for the whole process, unless the user has decided or MLX was used before."""
+    """Makes float32 products exact for the whole process, unless the user has set this or MLX was already used."""
     if mx.get_peak_memory() == 0:
         os.environ.setdefault(TF32, "0")
 
 
 def may_use_tf32() -> bool:
-    """Whether float32 products may be rounded here; where MLX was used before `turn_tf32_off` nobody can tell."""
+    """Whether float32 products may be rounded here; True if MLX was used before `turn_tf32_off`, to be safe."""
     return machine().has_tf32 and os.environ.get(TF32) != "0"
 
 
@@ -143,16 +143,16 @@ def suits_haswell(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def blas_threads() -> int:
-    """Threads with which the BLAS behind MLX's products multiplies; only OpenBLAS is known to have several."""
+    """Threads of the BLAS behind MLX's products; only OpenBLAS is known to have several."""
     library = openblas()
     return 1 if library is None else int(library.openblas_get_num_threads())
 
 
 @cache
 def openblas() -> ctypes.CDLL | None:
-    """OpenBLAS, if MLX's products reach it: preloaded, or linked. NumPy's own is neither."""
+    """OpenBLAS, if MLX's products use it: preloaded or linked. NumPy's own copy is neither."""
     linked = str(Path(mx.__file__).parent / "lib" / "libmlx.so")
-    for path in (None, linked) if platform.system() == "Linux" else ():  # None: what this process has loaded already
+    for path in (None, linked) if platform.system() == "Linux" else ():  # None: what this process has already loaded
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(path)
             library.openblas_get_num_threads.restype = ctypes.c_int
@@ -161,7 +161,7 @@ def openblas() -> ctypes.CDLL | None:
 
 
 def mlx_build() -> str:
-    """MLX's version and the backends that are installed, as `0.32.4 cpu`."""
+    """MLX's version and the installed backends, as `0.32.4 cpu`."""
     found = [version("mlx")]
     for backend in ("metal", "cpu", "cuda-12", "cuda-13"):
         with suppress(PackageNotFoundError):
@@ -170,33 +170,33 @@ def mlx_build() -> str:
 
 
 def advice(on: Machine) -> str | None:
-    """What slows this machine down and how to mend it; None where nothing is known."""
+    """What slows this machine down and how to fix it; None if nothing is known."""
     if on.kind == "metal" and (on.family or 0) >= FIRST_WITH_MATRIX_UNITS:
-        # MLX has wheels for macOS 14, 15 and 26; only the last holds the kernels for these units, which need 26.2.
+        # MLX has wheels for macOS 14, 15 and 26; only the last has kernels for these units, which need 26.2.
         with suppress(PackageNotFoundError):
             tags = distribution("mlx-metal").read_text("WHEEL") or ""
             if (found := re.search(r"macosx_(\d+)_", tags)) and int(found[1]) < 26:
                 return (
-                    f"this chip's matrix units are idle: MLX was built for macOS {found[1]}; "
+                    f"this chip's matrix units are not used: MLX was built for macOS {found[1]}; "
                     "on macOS 26.2 or later run pip install --force-reinstall mlx mlx-metal"
                 )
         if tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) < (26, 2):
-            return "this chip's matrix units need macOS 26.2 or later: update macOS, then install mlx again"
+            return "this chip's matrix units need macOS 26.2 or later: update macOS, then reinstall mlx"
     if on.kind == "cpu" and platform.system() == "Linux":
         # Few cores do better with a shard each than with a BLAS of several threads (`x86`).
         one_thread = " OPENBLAS_NUM_THREADS=1" if is_x86() and cpu_count() <= MAX_STREAMS else ""
         if openblas() is None:
             return (
-                "MLX multiplies with the BLAS that its wheel was built with, which is slow; with libopenblas0-pthread "
+                "MLX multiplies with the BLAS in its wheel, which is slow; with libopenblas0-pthread "
                 f"installed, run with LD_PRELOAD=libopenblas.so.0{one_thread}"
             )
         if one_thread and blas_threads() > 1:
             return (
-                f"OpenBLAS shares each product among {blas_threads()} threads; on few cores it is faster that "
-                f"each core takes its own images or tokens: run with{one_thread}"
+                f"OpenBLAS splits each product among {blas_threads()} threads; on few cores it is faster to "
+                f"give each core its own images or tokens: run with{one_thread}"
             )
         if suits_haswell() and "OPENBLAS_CORETYPE" not in os.environ:
-            return "OpenBLAS chooses kernels for AVX-512, slower ones on AMD: run with OPENBLAS_CORETYPE=Haswell"
+            return "OpenBLAS chooses AVX-512 kernels, which are slower on AMD: run with OPENBLAS_CORETYPE=Haswell"
     return None
 
 
@@ -210,10 +210,10 @@ os.register_at_fork(
 
 
 def check_process() -> None:
-    """Raises ChildProcessError where a process was forked after MLX had been used: MLX would wait there for ever."""
+    """Raises ChildProcessError in a process forked after MLX was used: MLX would hang there forever."""
     if _fork["is_child"] and _fork["mlx_in_use"]:
         raise ChildProcessError(
-            "this process was forked after MLX had been used, and MLX hangs in it: start it with "
+            "this process was forked after MLX was used, and MLX would hang in it: start it with "
             'multiprocessing.get_context("spawn")'
         )
 
@@ -222,7 +222,7 @@ _lock = threading.Lock()
 
 
 def mark_lazy(model: nn.Module, thread: int | None) -> None:
-    """Remembers in which thread alone this model's weights can be read; None once they have been."""
+    """Remembers the only thread in which this model's weights can be read; None once they have been."""
     for module in model.modules():
         object.__setattr__(module, "_lazy_thread", thread)
 
@@ -230,7 +230,7 @@ def mark_lazy(model: nn.Module, thread: int | None) -> None:
 def any_thread(method: Callable[..., T]) -> Callable[..., T]:
     """Makes a method of a model safe to call in any thread.
 
-    Raises ChildProcessError in a forked process, RuntimeError in another thread than the one that loaded a model with
+    Raises ChildProcessError in a forked process, RuntimeError in a thread other than the one that loaded a model with
     `lazy=True`.
     """
 
@@ -241,7 +241,7 @@ def any_thread(method: Callable[..., T]) -> Callable[..., T]:
         result = method(self, *args, **kwargs)
         if threading.current_thread() is not threading.main_thread():
             arrays = [getattr(result, field.name) for field in fields(result)] if is_dataclass(result) else result
-            with suppress(ValueError):  # within mx.compile and mx.vmap nothing can be evaluated
+            with suppress(ValueError):  # nothing can be evaluated inside mx.compile and mx.vmap
                 mx.eval(arrays)
         return result
 
@@ -252,7 +252,7 @@ def _check_weights(model: nn.Module) -> None:
     """Raises RuntimeError if the weights can only be read in another thread."""
     if getattr(model, "_lazy_thread", None) in (None, threading.get_ident()):
         return
-    with _lock:  # two threads that evaluate one lazy array crash the process
+    with _lock:  # two threads evaluating one lazy array crash the process
         try:
             mx.eval(model.parameters())
         except RuntimeError as error:

@@ -18,9 +18,9 @@ ROUND = 1.5 * 2**23 + 127
 def exp2(x: mx.array) -> mx.array:
     """`2 ** x` in float32, relative error 2.4e-7.
 
-    `x` must lie from -127 to 128; the result is zero below -126.5, infinite above 127.5.
+    `x` must be from -127 to 128; the result is zero below -126.5, infinite above 127.5.
     """
-    # The rounded integer has no derivative: the polynomial of the rest has all of it.
+    # The rounded integer has no derivative: the polynomial of the remainder has all of it.
     shifted = mx.stop_gradient(x + ROUND)
     power = mx.left_shift(shifted.view(mx.uint32), 23).view(mx.float32)  # the integer becomes the exponent
     rest = x - (shifted - ROUND)

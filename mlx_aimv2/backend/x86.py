@@ -1,6 +1,6 @@
-"""The same blocks on MLX's CPU backend for x86, where that backend is slow.
+"""The same blocks for MLX's CPU backend on x86, reworked where that backend is slow.
 
-It computes `exp` one number at a time, and runs each operation on one core; only its matrix products may use several,
+It computes `exp` one number at a time and runs each operation on one core; only its matrix products may use several,
 if the BLAS behind them does. So attention and SwiGLU are written here as sums and products in float32, with a
 polynomial for the exponential, in chunks small enough to stay in the cache. How the cores share the work depends on
 the BLAS:
@@ -9,7 +9,7 @@ the BLAS:
   of the tokens through all blocks. Shards meet in attention, and only if they share an image. Best on few cores.
 - With several threads the products use all cores already, and the chunks between them are shared.
 
-A GPU and an ARM CPU never come here, but for `prepared`, which sets MLX up for training on any machine.
+GPUs and ARM CPUs do not use this file, except for `prepared`, which sets MLX up for training on any machine.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ CHUNK = 1 << 19
 took 1 to 4 % longer; with an eighth, where each operation's own cost shows, 13 to 15 %."""
 
 MIN_SHARED = 1 << 16
-"""Below so many numbers, waking another core costs more than it saves."""
+"""Below this many numbers, waking another core costs more than it saves."""
 
 MIN_SHARD_TOKENS = 64
-"""Tokens of a shard: with so few, a product still has some 85 % of its speed; the rest goes into arranging weights."""
+"""Tokens in a shard: with so few, a product still runs at about 85 % speed; the rest goes into arranging weights."""
 
 MAX_IMBALANCE = 1.1
 """How much longer the longest shard of whole images may be than the mean before images are split instead."""
 
 CACHE_LIMIT, MLX_CACHE_LIMIT = 1 << 28, 1 << 25
-"""Bytes of freed memory that MLX keeps for reuse: here, and by default, with which a pass over four images of
-224 pixels takes 40,000 pages from the system again, and 5 to 10 % longer."""
+"""Bytes of freed memory that MLX keeps for reuse: here, and by default, where a pass over four images of 224 pixels
+requests 40,000 pages from the system again and takes 5 to 10 % longer."""
 
 IMAGES, TOKENS = 0, -2
 """The axes of `(B, N, D)` and `(B, H, N, D/H)` along which shards are cut."""
@@ -109,8 +109,8 @@ def attention(
 ) -> mx.array:
     """`layers.attention` by sums and products, the heads of all images in one row, a few at a time."""
     q, k, v = (x.astype(mx.float32) for x in (queries, keys, values))
-    q = q * (LOG2_E * q.shape[-1] ** -0.5)  # so that the softmax can take powers of two
-    # Copied here once: a matrix product would copy these views too, and transposed ones five times slower.
+    q = q * (LOG2_E * q.shape[-1] ** -0.5)  # lets the softmax use powers of two
+    # Copied once here: a matrix product would copy these views too, transposed ones five times as slowly.
     flat = [mx.contiguous(x).flatten(0, 1) for x in (q, k, v)]  # (B H, N, D/H)
     if mask is not None:
         flat.append(mx.repeat(mask.swapaxes(-1, -2), queries.shape[1], axis=0))  # (B H, N, M): keys are rows
@@ -139,7 +139,7 @@ def _softmax_product(
 ) -> mx.array:
     """Attention of the queries from token `first` on, causal; with None not causal; `mask` is (heads, N, M).
 
-    Keys are rows here and queries columns, because MLX finds the largest of a column three times as fast.
+    Keys are rows here and queries columns, because MLX finds the maximum of a column three times as fast.
     """
     scores = keys @ queries.swapaxes(-1, -2)  # (heads, N, M)
     if first is not None:
@@ -156,21 +156,21 @@ def _softmax_product(
 def trained_attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, causal: bool = False, mask: mx.array | None = None
 ) -> mx.array:
-    """`attention` that keeps no scores for its gradient; where products use several cores, each core has own heads."""
+    """`attention` that keeps no scores for its gradient; where products use several cores, each takes its own heads."""
     shards = Shards([None] if _blas_has_one_thread() else streams()[: queries.shape[1]], axis=1)
     work = partial(long_attention, causal=causal, mask=mask, attend=attention, power=_exp)
     return shards.join(shards.run(work, *(shards.split(x) for x in (queries, keys, values))))
 
 
 def _exp(x: mx.array) -> mx.array:
-    """Of numbers up to 0."""
+    """`exp` of numbers up to 0."""
     return exp2(mx.maximum(x * LOG2_E, -127))
 
 
 def swiglu(gate: mx.array, up: mx.array, *, training: bool = False) -> mx.array:
     """`layers.swiglu` by sums and products, some tokens at a time; `training` where gradients will be asked for."""
     tokens = (x.astype(mx.float32).flatten(0, -2) for x in (gate, up))  # (B N, I)
-    # Only for training: MLX keeps the inputs of such a function, so nothing is computed in the place of something else.
+    # Only for training: MLX keeps the inputs of such a function, so nothing is computed in place.
     product = _trained_swiglu if training else _swiglu
     return in_chunks(product, *tokens, numbers_per_row=gate.shape[-1]).reshape(gate.shape).astype(gate.dtype)
 
@@ -184,7 +184,7 @@ def _trained_swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _swiglu_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    """By hand, since through the polynomial it takes nearly twice as long: a tenth of a training step."""
+    """By hand: through the polynomial it takes nearly twice as long, a tenth of a training step."""
     gate, up = inputs
     sigmoid = 1 / (1 + exp2(mx.clip(gate * -LOG2_E, -127, 128)))
     silu = gate * sigmoid
@@ -200,7 +200,7 @@ class Shards:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], *, whole: bool = False) -> Shards:
-        """The shards for tokens of shape `(B, N, …)`; with `whole` no image or text is split, and a shard never is."""
+        """The shards for tokens of shape `(B, N, …)`; with `whole` no image or text is split, a shard never is."""
         batch, tokens = shape[0], shape[1]
         own = streams() if _blas_has_one_thread() else []
         if mx.default_stream(mx.cpu) in own:  # a shard of something larger
@@ -234,7 +234,7 @@ class Shards:
 
 
 def in_chunks(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row: int) -> mx.array:
-    """`work(*arrays)`, whose rows are independent, some rows at a time; on all cores unless shards use them."""
+    """`work(*arrays)` with independent rows, some rows at a time; on all cores unless shards use them."""
     rows = arrays[0].shape[0]
     shared = not _blas_has_one_thread() and rows * numbers_per_row >= MIN_SHARED
     shards = Shards(streams()[:rows] if shared else [None], axis=0)
@@ -251,7 +251,7 @@ def in_chunks(work: Callable[..., mx.array], *arrays: mx.array, numbers_per_row:
 def one_by_one(work: Callable[..., mx.array], chunks: Iterable[tuple[Any, ...]]) -> list[mx.array]:
     """`work` on each chunk, one after another: side by side they would need all their memory at once.
 
-    MLX has no `vmap` and no `jvp` of what makes them wait; `grad`, `vjp` and `compile` work.
+    What makes them wait has no `vmap` or `jvp` in MLX; `grad`, `vjp` and `compile` work.
     """
     results: list[mx.array] = []
     for first, *others in chunks:
@@ -262,8 +262,8 @@ def one_by_one(work: Callable[..., mx.array], chunks: Iterable[tuple[Any, ...]])
 
 
 MAX_THREADS = 16
-"""Threads that get streams of their own. MLX never ends a stream's system thread, so a thousand short threads of a
-program would leave a thousand more of these; the later ones compute on one core each."""
+"""Threads that get their own streams. MLX never ends a stream's system thread, so a thousand short-lived threads in a
+program would leave a thousand more behind; later threads compute on one core each."""
 
 _of_thread = threading.local()
 _thread_numbers = itertools.count()
@@ -272,9 +272,9 @@ _thread_numbers = itertools.count()
 def streams() -> list[mx.Stream]:
     """A CPU stream for each core, up to MAX_STREAMS.
 
-    The default one is not among them: in training it adds what the shards found and would keep its own shard waiting.
-    A stream belongs to the thread that made it and lives as long as the process, so each thread has its own; threads
-    after the main one and MAX_THREADS others have only the default one.
+    The default stream is not among them: in training it adds up the shards' results and would keep its own shard
+    waiting. A stream belongs to the thread that made it and lives as long as the process, so each thread has its own;
+    threads after the main one and MAX_THREADS others have only the default one.
     """
     if not hasattr(_of_thread, "streams"):
         is_early = threading.current_thread() is threading.main_thread() or next(_thread_numbers) < MAX_THREADS
@@ -285,7 +285,7 @@ def streams() -> list[mx.Stream]:
 
 @cache
 def _raise_cache_limit() -> None:
-    """Raises MLX's limit once; a limit other than MLX's default was set by the user, or for a training, and stays."""
+    """Raises MLX's limit once; a limit other than MLX's default was set by the user, or for training, and stays."""
     before = mx.set_cache_limit(CACHE_LIMIT)
     if before != MLX_CACHE_LIMIT:
         mx.set_cache_limit(before)
@@ -294,10 +294,10 @@ def _raise_cache_limit() -> None:
 # Training
 
 SIGHT, WIDE_SIGHT = 100, 1000
-"""Operations that MLX has in sight as it orders a training step, with checkpointing and without; by itself 20.
+"""Operations that MLX looks ahead when it orders a training step, with checkpointing and without; MLX's default is 20.
 
-At large-224's size with batch 4 a step of LoRA with checkpointing took 15.3 s and 2.8 GB with 100, 15.7 s and 4.2 GB
-with 1000; the gradients of a step of pre-training took 37 s with 300 and 22 s with 1000."""
+At large-224's size with batch 4 a LoRA step with checkpointing took 15.3 s and 2.8 GB with 100, 15.7 s and 4.2 GB
+with 1,000; the gradients of a pre-training step took 37 s with 300 and 22 s with 1,000."""
 
 MOST_FREED = 8 << 30
 """Bytes of freed memory that MLX keeps in training at most, and never more than half of the machine's."""
@@ -305,15 +305,15 @@ MOST_FREED = 8 << 30
 
 @contextmanager
 def prepared(sight: int = SIGHT) -> Iterator[None]:
-    """Sets MLX up for the steps of a training, as a context or a decorator; what the user has set himself stays.
+    """Sets MLX up for training steps, as a context or a decorator; the user's own settings stay.
 
-    MLX orders what is evaluated together breadth first while few operations are in sight, then depth first: with the
-    hundreds of gradients of a step one shard would come after the other. A process reads this setting once, when it
-    first evaluates something. Freed memory that MLX does not keep the next step takes from the system again, page by
-    page, filled with zeros; it goes back when the training ends. On a Mac, weights and what a step keeps stay wired in
-    memory, as far as the system recommends, as in mlx-lm.
+    MLX orders what is evaluated together breadth first within its look-ahead, then depth first: with the hundreds of
+    gradients in a step, shards would run one after another. A process reads this setting once, when it first
+    evaluates something. Freed memory that MLX does not keep is requested from the system again by the next step, page
+    by page, filled with zeros; it is returned when training ends. On a Mac, weights and what a step keeps stay wired
+    in memory up to the recommended limit, as in mlx-lm.
     """
-    check_process()  # what follows asks MLX
+    check_process()  # the rest calls MLX
     if mx.metal.is_available():
         wired = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
         try:
@@ -339,10 +339,10 @@ def prepared(sight: int = SIGHT) -> Iterator[None]:
 
 
 def columns_first(model: nn.Module, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Arrays by path, those of a linear layer's weight with each column's numbers side by side in memory.
+    """Arrays by path, those of a linear layer's weight with the numbers of a column next to each other in memory.
 
-    The layer multiplies by the transposed weight, so the gradient of the weight comes transposed; MLX adds two arrays
-    of unlike layouts three times as slowly as two of one layout. A path may go on after the weight's: `….weight.m`.
+    The layer multiplies by the transposed weight, so the weight's gradient is transposed too; MLX adds two arrays with
+    different layouts three times as slowly as two with the same. A path may extend the weight's: `….weight.m`.
     """
     if not on_x86_cpu():
         return dict(arrays)
@@ -352,9 +352,9 @@ def columns_first(model: nn.Module, arrays: Mapping[str, mx.array]) -> dict[str,
 
 
 def by_images(work: Callable[..., tuple[mx.array, ...]], *arrays: mx.array) -> tuple[mx.array, ...]:
-    """`work(*arrays)`, whose rows are those of B images: arrays of B rows in, arrays of B rows out.
+    """`work(*arrays)` with one row per image: arrays of B rows in, arrays of B rows out.
 
-    Where MLX uses one core, each core takes its share of the images through all of it, if they share out evenly.
+    Where MLX uses one core, each core takes its share of the images through all of it, if they divide evenly.
     """
     batch = arrays[0].shape[0]
     shards = Shards.of((batch, arrays[0].size // batch))
@@ -365,7 +365,7 @@ def by_images(work: Callable[..., tuple[mx.array, ...]], *arrays: mx.array) -> t
 
 
 class Balance:
-    """Shares all `arrays` out among the cores, the largest first, each to the core that was given least so far."""
+    """Distributes `arrays` among the cores, the largest first, each to the core with the least so far."""
 
     def __init__(self, arrays: Iterable[mx.array]) -> None:
         self.cores: dict[int, list[int]] = {}
@@ -378,7 +378,7 @@ class Balance:
             self.cores.setdefault(size, []).append(core)
 
     def stream_for(self, x: mx.array) -> AbstractContextManager[Any]:
-        """A context in which to work on `x`, once for each array; on a GPU or an ARM CPU one that changes nothing."""
+        """A context in which to work on `x`, once for each array; on a GPU or an ARM CPU it does nothing."""
         return mx.stream(streams()[self.cores[x.size].pop(0)]) if self.cores else nullcontext()
 
 

@@ -23,42 +23,42 @@ _NOT_AIMV2 = {
     r"\.(layers?|blocks)\.\d+\..*bias$": "biases in the blocks",
     r"relative_position|rel_pos": "relative positions",
 }
-"""Tensors that a ViT may have and AIMv2 has not: pattern -> what it is."""
+"""Tensors that a ViT may have but AIMv2 does not: pattern -> what it is."""
 
 GATE, TOKENS = "blocks.{i}.mlp.gate.weight", "token_embed.weight"
-"""Tensors by which an AIMv2 encoder is told from another ViT, and a pair from its vision encoder."""
+"""Tensors that distinguish an AIMv2 encoder from another ViT, and a pair from its vision encoder."""
 
 _GATE = {"blocks.0.mlp.gate.weight": ("intermediate_size", "")}
 _IMAGE_AXES = _GATE | {PATCH_CONV: ("hidden_size", "patch_size", "", "num_channels"), "pos_embed": ("patches", "")}
 # The width is the position table's: unlike the token table it is never packed into integers.
 _TEXT_AXES = _GATE | {"token_embed.weight": ("vocab_size", ""), "pos_embed": ("max_position_embeddings", "hidden_size")}
-"""Which sizes the axes of the target's tensors are."""
+"""The sizes that the axes of the target's tensors show."""
 
 _EMA = re.compile(r"(^|[._])ema([._]|$)")
 
 _LANGUAGE = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|tok_embeddings)\.")
-"""What only a language model has."""
+"""Parts that only a language model has."""
 
 _BESIDE = {
     "a classifier": re.compile(r"^(head|fc)\.(weight|bias)$|(^|\.)classifier\."),
     "a buffer without weights": re.compile(r"(^|\.)(position_ids|num_batches_tracked)$"),
     "a moving average of the weights (EMA)": _EMA,
 }
-"""What may lie beside an encoder's weights and is no part of AIMv2, as timm and transformers name it below its prefix.
+"""What may come with an encoder's weights but is not part of AIMv2, as timm and transformers name it after the prefix.
 
 The pooling head's tensors have other names than a classifier's: head.cls_token, head.k.weight, ...
 """
 
 LONGEST, SHOWN = 120, 5
-"""Characters of a tensor's name that an error quotes, and names of those that are left out."""
+"""Characters of a tensor's name that an error quotes, and how many left-out tensors it names."""
 
 
 def recognise(shapes: Shapes, chosen: object = None) -> Match:
-    """Finds the layout that has most of the tensors: `{source name: shape} -> Match`.
+    """Finds the layout that matches most of the tensors: `{source name: shape} -> Match`.
 
-    `chosen` is the prefix to take where there are several encoders, None for the only one. Raises ValueError with the
-    known layouts and the first foreign names when none has half of an encoder, with the prefixes when several have one,
-    and with the reason when the encoder has parts that AIMv2 has not.
+    `chosen` is the prefix to take if there are several encoders, None for the only one. Raises ValueError with the
+    known layouts and the first foreign names if none matches half of an encoder, with the prefixes if there are
+    several encoders, and with the reason if the encoder has parts that AIMv2 does not.
     """
     patterns = {split_number(name)[0] for name in shapes}
     candidates = [
@@ -75,7 +75,7 @@ def recognise(shapes: Shapes, chosen: object = None) -> Match:
     if layout is None or 2 * matched < sum(len(row.sources) for row in rows if "head." not in row.target):
         first = ", ".join(sorted(shapes)[:5]) or "none at all"
         raise ValueError(
-            f"unknown layout: the tensors fit none of {', '.join(LAYOUTS)}; the first names are {first}"
+            f"unknown layout: the tensors match none of {', '.join(LAYOUTS)}; the first names are {first}"
             f"{'' if chosen is None else f' (config.json says encoder_prefix: {chosen!r:.80})'}{_foreign_parts(shapes)}"
         )
     # By the name of its patch convolution, which a pair's rows and those of its vision encoder share.
@@ -88,19 +88,19 @@ def recognise(shapes: Shapes, chosen: object = None) -> Match:
     if len(encoders) > 1:
         names = sorted(encoders.values())
         raise ValueError(
-            f"it holds the encoder more than once, as {' and as '.join(names)}: leave one of them in it, or choose one "
-            f'in its config.json, as by "encoder_prefix": {json.dumps(names[0])}'
+            f"it holds the encoder more than once, as {' and as '.join(names)}: keep only one of them, or choose one "
+            f'in its config.json, for example "encoder_prefix": {json.dumps(names[0])}'
         )
     match = Match(layout, rows, prefix)
     known, rest = {prefix + name for row in rows for name in row.sources}, rest_of(shapes, match)
     inside = [name for name in shapes if name.startswith(prefix) and name not in rest]
     if parts := _foreign_parts(name for name in inside if split_number(name)[0] not in known):
-        raise ValueError(f"the names are those of the {layout.name} layout{parts}")
+        raise ValueError(f"the names match the {layout.name} layout{parts}")
     return match
 
 
 def rest_of(names: Iterable[str], match: Match) -> set[str]:
-    """What of a larger model lies beside an encoder that has no prefix: there is a language model, and its parts."""
+    """The parts of a larger model next to an encoder without a prefix, if there is a language model."""
     if match.prefix or not any(map(_LANGUAGE.search, names)):
         return set()
     own = {name.partition(".")[0] for row in match.rows for name in row.sources}
@@ -110,8 +110,8 @@ def rest_of(names: Iterable[str], match: Match) -> set[str]:
 def sizes(shapes: Shapes) -> dict[str, Any]:
     """The sizes that tensors show, in the form of config.json: `{target name: shape} -> {field: size}`.
 
-    A size is absent where its tensor is: no `image_size` without a position table. A text encoder makes it a pair's,
-    with `vision_config` and `text_config`.
+    A size is absent if its tensor is: no `image_size` without a position table. With a text encoder it has the form
+    of a pair's, with `vision_config` and `text_config`.
     """
     if not any(name.startswith("text_model.") for name in shapes):
         return _sizes_of(shapes, _IMAGE_AXES) | {"use_head": any(name.startswith("head.") for name in shapes)}
@@ -129,16 +129,16 @@ def disagreements(config: Any, found: Mapping[str, Any], where: str = "") -> lis
         if isinstance(size, dict):
             lines += disagreements(said, size, f"{name}.")
             continue
-        # What is left over at the edges of an image is no patch.
+        # A remainder at the edges of an image is not a patch.
         is_same = config.num_patches == (size // config.patch_size) ** 2 if name == "image_size" else said == size
         lines += [] if is_same else [f"{where}{name} is {said}, the weights say {size}"]
     return lines
 
 
 def beside(shapes: Shapes, match: Match) -> tuple[set[str], list[str]]:
-    """What lies beside an encoder's weights and is left out, and a line for each kind of it.
+    """Tensors next to an encoder's weights that are left out, and a line for each kind of them.
 
-    One more line where these weights are themselves a moving average.
+    One more line if these weights are themselves a moving average.
     """
     found = {
         what: [own for own in shapes if name.search(own.removeprefix(match.prefix))] for what, name in _BESIDE.items()
@@ -150,14 +150,14 @@ def beside(shapes: Shapes, match: Match) -> tuple[set[str], list[str]]:
         if names
     ]
     if _EMA.search(match.prefix):
-        lines.append(f"the encoder that is taken is a moving average of weights ({match.prefix}…)")
+        lines.append(f"the encoder used is a moving average of weights ({match.prefix}…)")
     return {name for names in found.values() for name in names}, lines
 
 
 def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
-    """Every tensor that is missing, extra or of another shape, by its own name; empty when all is well.
+    """Every tensor that is missing, extra or of the wrong shape, by its own name; empty if all match.
 
-    The same tensor in several blocks is written once, as `blocks.{0-2,5}.norm1.weight`.
+    The same tensor in several blocks is listed once, as `blocks.{0-2,5}.norm1.weight`.
     """
     inside = {name: shape for name, shape in found.items() if name.startswith(match.prefix)}
     shared = set(wanted) & set(inside)
@@ -177,7 +177,7 @@ def differences(wanted: Shapes, found: Shapes, match: Match) -> list[str]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """All names in one line; those that differ only in the number of their block share an entry."""
+    """All names in one line; names that differ only in the block number share an entry."""
     groups: dict[str, list[int]] = {}
     for name in sorted(names):
         pattern, number = split_number(name)
@@ -198,7 +198,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _foreign_parts(names: Iterable[str]) -> str:
-    """What of another network is among the names, each with its first tensor, as the end of a sentence or empty."""
+    """Parts of another network among the names, each with its first tensor, as the end of a sentence, or empty."""
     parts: dict[str, str] = {}
     for name in sorted(names):
         for pattern, what in _NOT_AIMV2.items():
@@ -209,20 +209,20 @@ def _foreign_parts(names: Iterable[str]) -> str:
 
 
 def _prefixes(patterns: set[str], rows: tuple[Row, ...]) -> list[str]:
-    """Possible prefixes of the encoder: what precedes the names of the patch convolution and of the first block."""
+    """Possible prefixes of the encoder: what comes before the names of the patch convolution and the first block."""
     anchors = [row.sources[0] for row in rows if row.target.endswith((PATCH_CONV, "blocks.{i}.norm1.weight"))]
     ends = {name.removesuffix(anchor) for anchor in anchors for name in patterns if name.endswith(anchor)}
     return sorted(prefix for prefix in ends if not prefix or prefix.endswith("."))
 
 
 def _has(target: str, rows: tuple[Row, ...], prefix: str, patterns: set[str]) -> str:
-    """The name of the first tensor that ends so in the target, where it is there, else nothing."""
+    """The first tensor whose target name ends like this, if there is one."""
     source = next(prefix + row.sources[0] for row in rows if row.target.endswith(target))
     return source if source in patterns else ""
 
 
 def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shapes) -> bool:
-    """Tells apart layouts of equal names by the order of the convolution's axes: a kernel is square, channels are 3."""
+    """Tells layouts with equal names apart by the convolution's axes: the kernel is square, the channels are 3."""
     for row in rows:
         shape = shapes.get(prefix + row.sources[0]) if row.target.endswith(PATCH_CONV) else None
         if shape is not None and len(shape) == 4 and shape[1] != shape[3]:
@@ -231,7 +231,7 @@ def _conv_fits(layout: Layout, rows: tuple[Row, ...], prefix: str, shapes: Shape
 
 
 def _sizes_of(shapes: Shapes, axes: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The sizes of one encoder; the strict comparison names a tensor whose axes are not as many as they should be."""
+    """The sizes of one encoder; the strict comparison reports a tensor with the wrong number of axes."""
     blocks = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
     found: dict[str, Any] = {"num_hidden_layers": max(blocks) + 1} if blocks else {}
     for name, fields in axes.items():

@@ -28,27 +28,27 @@ _log = logging.getLogger(__name__)
 def download(repo: str, *, revision: str | None, patterns: Iterable[str]) -> Path:
     """Fetches the matching files of a repository into the Hub's cache and returns their folder, named by its commit.
 
-    A connection that is cut is taken up where it broke; without a network the cache serves at once. Raises
-    FileNotFoundError for a repository or revision that is not there, PermissionError for one that asks for a login,
-    ConnectionError for a Hub that does not answer.
+    An interrupted download resumes where it stopped; without a network the cache is used at once. Raises
+    FileNotFoundError for a repository or revision that does not exist, PermissionError for one that needs a login,
+    ConnectionError if the Hub does not answer.
     """
     from huggingface_hub import constants, snapshot_download
 
     _check_settings()
     at = f" at revision {revision}" if revision else ""
-    with _one_line(repo, at, "the download broke off; run it again, files that came whole are kept"):
-        cache_only = not _has_address(constants.ENDPOINT)  # else each request would be tried for half a minute
+    with _one_line(repo, at, "the download was interrupted; run it again, complete files are kept"):
+        cache_only = not _has_address(constants.ENDPOINT)  # otherwise each request would be retried for half a minute
         folder = Path(
             snapshot_download(repo, revision=revision, allow_patterns=list(patterns), local_files_only=cache_only)
         )
-    if not folder.is_dir():  # as the Hub's library leaves it where no name fits a pattern
-        raise FileNotFoundError(f"{repo}{at} holds no file of a checkpoint")
+    if not folder.is_dir():  # the Hub's library creates none if no name matches a pattern
+        raise FileNotFoundError(f"{repo}{at} has no checkpoint files")
     _check_inside(folder, Path(constants.HF_HUB_CACHE))
     return folder
 
 
 def announce(repo: str, *, revision: str | None, names: Iterable[str]) -> None:
-    """Logs how much of these files the Hub has and its cache has not, as information; nothing where that is unknown."""
+    """Logs how much of these files is not in the cache yet, as information; nothing if that is unknown."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     absent = [name for name in names if not isinstance(try_to_load_from_cache(repo, name, revision=revision), str)]
@@ -78,10 +78,10 @@ def is_in_cache(repo: str, *, revision: str | None) -> bool:
 
 
 def check_upload(repo: str) -> None:
-    """Asks the Hub whether this machine's token may write to a repository, which need not be there yet.
+    """Asks the Hub whether this machine's token may write to a repository, which need not exist yet.
 
-    Raises ValueError for what is no name of the form owner/name, PermissionError where the token is missing, unknown or
-    may not write there, ConnectionError when the Hub may not be asked or does not answer.
+    Raises ValueError for a name that is not of the form owner/name, PermissionError if the token is missing, unknown or
+    may not write there, ConnectionError if the Hub may not be asked or does not answer.
     """
     from huggingface_hub import HfApi, constants, errors, get_token
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -90,36 +90,36 @@ def check_upload(repo: str) -> None:
         validate_repo_id(repo)
     owner, slash, _ = repo.partition("/")
     if not slash:
-        raise ValueError(f"{repo}: no Hub name of the form owner/name: put your name or an organisation's in front")
+        raise ValueError(f"{repo}: not a Hub name of the form owner/name: put your name or an organisation's in front")
     _check_settings()
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(f"{repo}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it")
     if get_token() is None:
-        raise PermissionError(f"{repo}: an upload needs a token that may write: run hf auth login, or set HF_TOKEN")
+        raise PermissionError(f"{repo}: an upload needs a token with write access: run hf auth login, or set HF_TOKEN")
     with _one_line(repo, "", "the Hub was asked in vain; run it again"):
         about = HfApi().whoami()
         with contextlib.suppress(errors.RepositoryNotFoundError, TypeError):  # older releases cannot ask for writing
             HfApi().auth_check(repo, write=True)
     owners = [about["name"], *(one["name"] for one in about.get("orgs", ()) if one.get("roleInOrg") != "read")]
     if owner.casefold() not in map(str.casefold, owners):
-        raise PermissionError(f"{repo}: the token is {about['name']}'s, who may write to {', '.join(owners)} alone")
+        raise PermissionError(f"{repo}: the token is {about['name']}'s, who may write only to {', '.join(owners)}")
     if about.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PermissionError(f"{repo}: the token may only read: make one that may write, and set HF_TOKEN to it")
+        raise PermissionError(f"{repo}: the token is read-only: create one with write access, and set HF_TOKEN to it")
 
 
 def upload(folder: Path, repo: str, *, patterns: Iterable[str]) -> str:
-    """Publishes those files of a folder that match as a repository, made if need be: `folder, name -> its address`.
+    """Publishes the matching files of a folder as a repository, created if needed: `folder, name -> its address`.
 
-    Needs a token that may write (`check_upload`). What broke off is taken up after the last file that came whole. An
-    error, PermissionError or ConnectionError, ends in the command that does so.
+    Needs a token with write access (`check_upload`). An interrupted upload resumes after the last complete file. An
+    error, PermissionError or ConnectionError, ends with the command for that.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        with _one_line(repo, "", "the upload broke off"):
+        with _one_line(repo, "", "the upload was interrupted"):
             address = str(api.create_repo(repo, exist_ok=True))
-            # Not upload_large_folder, which newer releases of huggingface_hub have folded into this.
+            # Not upload_large_folder, which newer releases of huggingface_hub have merged into this.
             api.upload_folder(
                 repo_id=repo,
                 folder_path=folder,
@@ -128,7 +128,7 @@ def upload(folder: Path, repo: str, *, patterns: Iterable[str]) -> str:
             )
     except OSError as error:
         command = shlex.join(["mlx-aimv2", "upload", str(folder), repo])
-        raise type(error)(f"{error}; {folder} is whole: go on with {command}") from None
+        raise type(error)(f"{error}; {folder} is complete: resume with {command}") from None
     return address
 
 
@@ -143,7 +143,7 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise PermissionError(f"{repo}: the Hub asks for a login; accept its terms there and set HF_TOKEN") from None
+        raise PermissionError(f"{repo}: the Hub requires a login; accept its terms there and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{repo}: the Hub has no such revision{at}") from None
     except errors.RepositoryNotFoundError:
@@ -156,17 +156,17 @@ def _one_line(repo: str, at: str, broken: str) -> Iterator[None]:
             raise _refused(repo, at, error.__cause__) from None
         how = "unset HF_HUB_OFFLINE to fetch the rest" if constants.HF_HUB_OFFLINE else "connect once"
         raise ConnectionError(
-            f"{repo}{at}: the Hub cannot be reached, and its cache does not hold all of this; {how}, or give a folder"
+            f"{repo}{at}: the Hub cannot be reached, and this is not completely in its cache; {how}, or give a folder"
             f"{_held_instead(repo)}{near_release(repo)}"
         ) from None
     except errors.HfHubHTTPError as error:
         raise _refused(repo, at, error) from None
     except errors.HFValidationError as error:
-        raise ValueError(f"{repo}: no Hub name of the form owner/name ({_first_line(error)})") from None
+        raise ValueError(f"{repo}: not a Hub name of the form owner/name ({_first_line(error)})") from None
     except _OTHER_ANSWERS as error:
         raise ConnectionError(
-            f"{repo}{at}: what answers is not the Hub, or not as it should ({type(error).__name__}: "
-            f"{_first_line(error)}); a login page of the network or a proxy may stand between: open "
+            f"{repo}{at}: the answer is not the Hub's, or is malformed ({type(error).__name__}: "
+            f"{_first_line(error)}); a network login page or a proxy may be in between: open "
             f"{constants.ENDPOINT} in a browser, and check HF_ENDPOINT"
         ) from None
     except Exception as error:
@@ -190,32 +190,34 @@ def _refused(repo: str, at: str, error: HfHubHTTPError) -> OSError:
 
 
 def _check_settings() -> None:
-    """Raises ValueError or OSError for settings of the Hub that can only fail, and later less clearly."""
+    """Raises ValueError or OSError for Hub settings that are bound to fail, and less clearly later."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE).absolute()
     existing = next(place for place in (cache, *cache.parents) if place.exists() or place.is_symlink())
     if not existing.is_dir():
         raise NotADirectoryError(
-            f"{existing} is no folder, and the Hub's cache is to lie in it: set HF_HOME to a folder, or unset it"
+            f"{existing} is not a folder, but the Hub's cache should be in it: set HF_HOME to a folder, or unset it"
         )
     token = get_token() or ""
     if not (token.isascii() and token.isprintable()):
         raise ValueError(
-            "the Hub's token (HF_TOKEN, or the file of a login) holds a character that no token has: copy it again"
+            "the Hub's token (HF_TOKEN, or the file of a login) contains a character that no token has: copy it again"
         )
 
 
 def _check_inside(folder: Path, cache: Path) -> None:
-    """Raises OSError for a file that does not lie in the Hub's cache, where a server's answer may have led it."""
+    """Raises OSError for a file outside the Hub's cache, where a server's answer may have led."""
     root = Path(os.path.realpath(cache))
     for place in (folder, *folder.iterdir()):
         if root not in Path(os.path.realpath(place)).parents:
-            raise OSError(f"{place} leads out of the Hub's cache {cache}: it is not used; delete it and fetch it again")
+            raise OSError(
+                f"{place} leads outside the Hub's cache {cache}: it is not used; delete it and fetch it again"
+            )
 
 
 def _held_instead(repo: str) -> str:
-    """What of a repository the cache does hold, as `hf download` leaves it, and how to use it."""
+    """The revisions of a repository in the cache, as `hf download` leaves them, and how to use one."""
     from huggingface_hub import constants
 
     refs = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs"
@@ -224,13 +226,13 @@ def _held_instead(repo: str) -> str:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk lies behind an error."""
+    """Whether an error was caused by a full disk."""
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return is_full or (error is not None and _is_full(error.__cause__ or error.__context__))
 
 
 def _has_address(endpoint: str) -> bool:
-    """Whether the Hub's name can be looked up, which fails at once on a machine without a network."""
+    """Whether the Hub's name resolves, which fails at once without a network."""
     if urllib.request.getproxies():  # then the proxy resolves the name
         return True
     try:
@@ -241,18 +243,18 @@ def _has_address(endpoint: str) -> bool:
 
 
 _OTHER_ANSWERS = (ValueError, TypeError, KeyError, AttributeError, IndexError, AssertionError, RecursionError)
-"""What huggingface_hub raises when an answer is not what it expects."""
+"""What huggingface_hub raises for unexpected answers."""
 
 _ADVICE: dict[int, tuple[type[OSError], str]] = {
     401: (PermissionError, "set HF_TOKEN to a token that may do this"),
     403: (PermissionError, "set HF_TOKEN to a token that may do this, and accept the terms on the repository's page"),
-    429: (ConnectionError, "too many requests: wait some minutes and run it again, with HF_TOKEN set it allows more"),
-    500: (ConnectionError, "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
+    429: (ConnectionError, "too many requests: wait a few minutes and run it again; HF_TOKEN raises the limit"),
+    500: (ConnectionError, "run it again later; HF_HUB_OFFLINE=1 uses what is in the cache"),
 }
-"""Status of an answer -> the error, and what to do about it; 500 stands for what is above it too."""
+"""Status of an answer -> the error, and what to do about it; 500 also covers everything above it."""
 
 _NETWORK_MODULES = ("huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
-"""Whose errors mean that the network failed: huggingface_hub and what it speaks HTTP with, by release."""
+"""Modules whose errors mean a network failure: huggingface_hub and its HTTP library, by release."""
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of each tensor by its name."""
+"""Shape of each tensor by name."""
 
 MLX = "mlx-aimv2"
 """The target: the layout of this package's models and folders."""
@@ -24,7 +24,7 @@ MLX = "mlx-aimv2"
 
 @dataclass(frozen=True)
 class AxisOrder:
-    """How the axes of one tensor differ between source and target; one of other axes is left for the comparison."""
+    """How the axes of one tensor differ between source and target; unexpected axes are left for the comparison."""
 
     to_target: Callable[[mx.array], mx.array] = lambda x: x
     to_source: Callable[[mx.array], mx.array] = lambda x: x
@@ -37,7 +37,7 @@ OIHW = AxisOrder(lambda x: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x, lambda
 BATCHED = AxisOrder(lambda x: x[0] if x.ndim == 3 else x, lambda x: x[None])
 
 _BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")
-"""Where a tensor's name has the number of its block, in every layout."""
+"""Where a tensor's name contains its block number, in every layout."""
 
 PATCH_CONV = "patch_embed.proj.weight"
 
@@ -91,7 +91,7 @@ _OVIS2_NAMES = {"embeddings.patch_embed.": "embeddings.patch_embedding."}
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor of the target and the source tensors that hold it; several are joined along the first axis."""
+    """A target tensor and the source tensors that make it up, joined along the first axis if several."""
 
     target: str
     sources: tuple[str, ...]
@@ -120,7 +120,7 @@ class Layout:
 def _rows(
     table: Iterable[tuple[Any, ...]], column: int, axes: Mapping[str, AxisOrder], at: tuple[str, str] = ("", "")
 ) -> tuple[Row, ...]:
-    """The rows of a table in one layout, below a prefix of the target and one of the source."""
+    """The rows of a table in one layout, with a prefix for the target and one for the source."""
     cells = ((row[_TARGET], row[column]) for row in table)
     return tuple(
         Row(at[0] + target, tuple(at[1] + name for name in names), axes.get(target, AS_IS))
@@ -185,7 +185,7 @@ class Match:
 
     @property
     def is_target(self) -> bool:
-        """Whether the names are the target's already."""
+        """Whether the names are already the target's."""
         return self.layout.name == MLX
 
     @cached_property
@@ -193,13 +193,13 @@ class Match:
         return {row.target: row for row in self.rows}
 
     def row(self, target: str) -> Row:
-        """The row of one tensor, `target name -> Row` with the number of its block and the prefix filled in."""
+        """The row of one tensor, `target name -> Row` with its block number and the prefix filled in."""
         pattern, number = split_number(target)
         row = self._by_name[pattern]
         return Row(target, tuple(self.prefix + name.replace("{i}", number) for name in row.sources), row.axes)
 
     def target_shapes(self, found: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes under target names, of tensors that are there whole: `{source name: shape} -> {target name: shape}`."""
+        """Shapes of complete tensors under target names: `{source name: shape} -> {target name: shape}`."""
         target_of = {self.prefix + name: row.target for row in self.rows for name in row.sources}
         shapes: dict[str, tuple[int, ...]] = {}
         for source in found:
@@ -213,7 +213,7 @@ class Match:
         return shapes
 
     def source_shapes(self, target: Shapes) -> dict[str, tuple[int, ...]]:
-        """What a source in this layout must hold, exactly: `{target name: shape} -> {source name: shape}`."""
+        """Exactly what a source in this layout must contain: `{target name: shape} -> {source name: shape}`."""
         if self.is_target:  # also for the scales and biases of quantized layers, which no row lists
             return {self.prefix + name: shape for name, shape in target.items()}
         zeros = self.to_source((name, mx.zeros(shape)) for name, shape in target.items())  # never computed
@@ -222,7 +222,7 @@ class Match:
     def to_target(self, tensors: dict[str, mx.array], wanted: Iterable[str]) -> dict[str, mx.array]:
         """Translates lazily: `{source name: array} -> {target name: array}` for the names wanted.
 
-        Takes the tensors out of `tensors` as it goes, so that each can be freed once it is used.
+        Takes the tensors out of `tensors` along the way, so each can be freed once it is used.
         """
         if self.is_target:
             return {name: tensors.pop(self.prefix + name) for name in wanted}
@@ -236,7 +236,7 @@ class Match:
 
 
 def layout_for(name: str, *, pair: bool) -> Match:
-    """The layout to write, as a match without prefix. Raises ValueError for a layout that has no such rows."""
+    """The layout to write, as a match without prefix. Raises ValueError for a layout without such rows."""
     layout = LAYOUTS[name]
     rows = layout.pair if pair else layout.vision
     if not rows:
@@ -245,6 +245,6 @@ def layout_for(name: str, *, pair: bool) -> Match:
 
 
 def split_number(name: str) -> tuple[str, str]:
-    """The pattern of a name and the number of its block: `blocks.7.norm1.weight -> (blocks.{i}.norm1.weight, 7)`."""
+    """The pattern of a name and its block number: `blocks.7.norm1.weight -> (blocks.{i}.norm1.weight, 7)`."""
     found = _BLOCK_NUMBER.search(name)
     return (f"{name[: found.start(1)]}{{i}}{name[found.end(1) :]}", found[1]) if found else (name, "")

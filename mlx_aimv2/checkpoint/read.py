@@ -19,17 +19,17 @@ from mlx_aimv2.files import check_link, expand_user, is_file, read_json, read_te
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 INDEX_FILES = (INDEX_FILE, "pytorch_model.bin.index.json")
-"""Names of the list of shards; a folder that has one is read by it."""
+"""Names of the list of shards; a folder with one is read by it."""
 
 WEIGHT_FILES = ("model.safetensors", "mlx_model.safetensors", "pytorch_model.bin")
-"""Names under which a folder may hold its weights whole, the first found is taken."""
+"""Names of a folder's weights in one file; the first one found is used."""
 
 PICKLES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
-"""How a file of weights ends: PyTorch's pickles besides safetensors."""
+"""Suffixes of weight files: safetensors and PyTorch's pickles."""
 
 SHARD = r"[\w.,+=@-]{1,200}\.(safetensors|bin|pt|pth)"
-"""Names that a list of shards may hold: no pattern, which would fetch the whole repository."""
+"""Names allowed in a list of shards: not patterns, which would fetch the whole repository."""
 
 AUXILIARY_FILES = (
     "preprocessor_config.json",
@@ -45,21 +45,21 @@ AUXILIARY_FILES = (
     "NOTICE*",
     "ACKNOWLEDGEMENTS*",
 )
-"""Files that belong to a checkpoint beside its weights and are carried along into every folder made from it."""
+"""Files of a checkpoint other than its weights that are copied into every folder made from it."""
 
-WHOLE = "save(model, processor, FOLDER) writes a whole checkpoint, model.save_weights the weights alone"
-"""What to do where sizes are missing beside weights."""
+WHOLE = "save(model, processor, FOLDER) writes a complete checkpoint, model.save_weights only the weights"
+"""What to do if the sizes for weights are missing."""
 
 HUB_FILES = (CONFIG_FILE, "README.md", *INDEX_FILES, *AUXILIARY_FILES)
-"""What is fetched from the Hub before the weights, whose files it names."""
+"""What is fetched from the Hub first: it names the files with the weights."""
 
 
 @dataclass
 class Checkpoint:
-    """What was read: the tensors (lazy, under their own names), config.json, and where all of it came from.
+    """What was read: the tensors (lazy, under their own names), config.json, and where they came from.
 
-    `path` is what was given or downloaded, a folder or a file of weights; `files` are those that hold the weights.
-    `repo` and `commit` are None for a checkpoint that was on disk.
+    `path` is the folder or weight file given or downloaded; `files` are the ones with the weights. `repo` and `commit`
+    are None for a checkpoint on disk.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class Checkpoint:
     commit: str | None = None
 
     def __str__(self) -> str:
-        """The name by which its user knows it: the repository with the commit, or the folder."""
+        """The name its user knows: the repository with the commit, or the folder."""
         return f"{self.repo} at {self.commit}" if self.repo else str(self.folder)
 
     @property
@@ -80,7 +80,7 @@ class Checkpoint:
         return {name: tuple(array.shape) for name, array in self.tensors.items()}
 
     def check_dtypes(self, names: Iterable[str], packed: Mapping[str, mx.Dtype]) -> None:
-        """Raises ValueError that names each of the tensors of another dtype: `packed` has those that are no floats."""
+        """Raises ValueError naming every tensor with the wrong dtype: `packed` has the dtypes of those not floats."""
         dtypes = {name: self.tensors[name].dtype for name in names}
         if misfits := [name for name in packed if dtypes[name] != packed[name]]:
             each = [f"{name} is {dtype_name(dtypes[name])} (wanted {dtype_name(packed[name])})" for name in misfits]
@@ -94,8 +94,8 @@ class Checkpoint:
 def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """Finds a checkpoint and reads its header: a folder, a weight file or a Hub name `-> Checkpoint`.
 
-    Nothing of the weights is in memory yet. Raises FileNotFoundError for what is not there, ValueError for what is not
-    a checkpoint, ConnectionError for a Hub that cannot be asked; each message names the file or repository.
+    No weights are in memory yet. Raises FileNotFoundError for what does not exist, ValueError for what is not a
+    checkpoint, ConnectionError if the Hub cannot be reached; each message names the file or repository.
     """
     from mlx_aimv2.checkpoint.hub import announce, download
 
@@ -103,7 +103,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     folder, index = (path.parent, None) if path.is_file() else (path, _read_index(path))
 
     def fetch(names: Sequence[str]) -> None:
-        """From the Hub at the one commit, so that a branch that moves meanwhile is not taken half."""
+        """From the Hub at one commit, so a branch that moves meanwhile is not read half and half."""
         if repo is not None:
             announce(repo, revision=commit, names=names)
             download(repo, revision=commit, patterns=(CONFIG_FILE, *names))
@@ -117,7 +117,7 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
         if repo is None:
             raise
         reason = str(error).removeprefix(f"{path}: ")
-        raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, connect and run again") from None
+        raise FileNotFoundError(f"{repo} at {commit}: {reason}; if the Hub has more, go online and retry") from None
     if not os.path.lexists(folder / CONFIG_FILE):
         raise FileNotFoundError(f"{files[0]}: no {CONFIG_FILE} beside it; {WHOLE}")
     config = config or read_json(folder / CONFIG_FILE)
@@ -127,26 +127,26 @@ def read(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None = None
     if index is not None:
         list_file, weight_map = index
         if absent := {name for name, file in weight_map.items() if folder / file in files} - set(tensors):
-            raise ValueError(f"{list_file}: lists tensors that no shard holds: {listed(absent)}")
+            raise ValueError(f"{list_file}: lists tensors that no shard contains: {listed(absent)}")
     return Checkpoint(path, folder, files, config, tensors, repo, commit)
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, mx.array]:
-    """The tensors of all files, lazy but for pickles: `files -> {source name: array}`."""
+    """The tensors of all files, lazy except from pickles: `files -> {source name: array}`."""
     tensors: dict[str, mx.array] = {}
     for file in files:
         more = _read_weights(file)
         if twice := sorted(set(more) & set(tensors)):
-            raise ValueError(f"{file}: holds tensors that another shard holds too: {', '.join(twice)}")
+            raise ValueError(f"{file}: contains tensors that are also in another shard: {', '.join(twice)}")
         tensors |= more
     return tensors
 
 
 def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> tuple[Path, str | None, str | None]:
-    """Where a checkpoint lies: `path or Hub name -> (path on disk, repository or None, commit or None)`.
+    """Where a checkpoint is: `path or Hub name -> (path on disk, repository or None, commit or None)`.
 
-    A path on disk comes first. A released checkpoint without `revision` is taken at its pinned commit. From the Hub
-    comes all but the weights.
+    A path on disk comes first. A released checkpoint without `revision` is used at its pinned commit. Everything but
+    the weights is fetched from the Hub.
     """
     from mlx_aimv2.checkpoint.hub import download
 
@@ -162,7 +162,7 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
     name = str(path_or_hf_repo)
     if not is_hub_name(name):
         raise FileNotFoundError(
-            f"{name}: no such file or folder, and no Hub name of the form owner/name{near_release(name)}"
+            f"{name}: no such file or folder, and not a Hub name of the form owner/name{near_release(name)}"
         )
     pinned = released_at(name, revision)
     folder = download(name, revision=pinned.commit if pinned else revision, patterns=HUB_FILES)
@@ -170,7 +170,7 @@ def _find(path_or_hf_repo: str | os.PathLike[str], *, revision: str | None) -> t
 
 
 def released_at(name: str, revision: str | None) -> Released | None:
-    """The released checkpoint that a Hub name means, at Apple's commit where no `revision` is given."""
+    """The released checkpoint of a Hub name, at Apple's commit if no `revision` is given."""
     return RELEASED.get(name.removeprefix("apple/")) if revision is None and name.startswith("apple/") else None
 
 
@@ -180,7 +180,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def _in_cache(path: Path) -> Path:
-    """The commit's folder where a path is that of a repository in the Hub's cache; any other path as it is."""
+    """The commit's folder if a path is a repository in the Hub's cache; any other path unchanged."""
     repository = path.parent if path.name == "snapshots" else path
     if not repository.name.startswith("models--") or not (repository / "snapshots").is_dir():
         return path
@@ -190,7 +190,7 @@ def _in_cache(path: Path) -> Path:
     if commit is None and len(commits) == 1:
         commit = commits[0]
     if commit not in commits:
-        held = f"it holds {', '.join(commits)}: give the folder of one of them" if commits else "it holds no commit"
+        held = f"it has {', '.join(commits)}: give the folder of one of them" if commits else "it has no commit"
         raise FileNotFoundError(f"{path} is a repository in the Hub's cache without what refs/main names; {held}")
     return repository / "snapshots" / commit
 
@@ -201,9 +201,9 @@ def _weight_files(
     fetch: Callable[[Sequence[str]], None],
     chosen: object = None,
 ) -> list[Path]:
-    """The files that hold the weights, of a larger model only the encoder's; `fetch` gets those that are not here.
+    """The files with the weights, only the encoder's for a larger model; `fetch` gets those that are not here.
 
-    Raises ValueError where the names in a list of shards are not those of one encoder: before any shard is fetched.
+    Raises ValueError if the names in a list of shards are not those of one encoder, before any shard is fetched.
     """
     if index is not None:
         list_file, weight_map = index
@@ -216,9 +216,9 @@ def _weight_files(
         for name in needed:
             check_link(folder / name)
         if missing := [name for name in needed if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{folder}: {list_file.name} names shards that are not there: {', '.join(missing)}")
+            raise FileNotFoundError(f"{folder}: {list_file.name} names shards that are missing: {', '.join(missing)}")
         return [folder / name for name in needed]
-    for name in WEIGHT_FILES:  # in turn, so that the same weights are never fetched twice
+    for name in WEIGHT_FILES:  # one by one, so the same weights are never fetched twice
         fetch([name])
         check_link(folder / name)
         if (folder / name).is_file():
@@ -226,12 +226,12 @@ def _weight_files(
     if any(folder.glob("model-*-of-*.safetensors")):
         raise FileNotFoundError(f"{folder}: has shards but no {INDEX_FILE} that lists them")
     stray = sorted(file.name for kind in ("*.safetensors", "*.npz") for file in folder.glob(kind))
-    what = f"; {stray[0]} is none of them: {WHOLE}" if stray else ""
+    what = f"; {stray[0]} is not one of them: {WHOLE}" if stray else ""
     raise FileNotFoundError(f"{folder}: no weights; looked for {', '.join((*INDEX_FILES, *WEIGHT_FILES))}{what}")
 
 
 def _read_index(folder: Path) -> tuple[Path, Mapping[str, str]] | None:
-    """The folder's list of shards: `-> (file, {tensor: file that holds it})`, checked; None where it has none."""
+    """The folder's list of shards: `-> (file, {tensor: its file})`, checked; None if it has none."""
     for name in INDEX_FILES:
         check_link(folder / name)
     index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
@@ -240,8 +240,8 @@ def _read_index(folder: Path) -> tuple[Path, Mapping[str, str]] | None:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: no weight_map of tensor names to file names")
-    if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # it is asked of the Hub
-        raise ValueError(f"{index}: names {other[0]!r:.200}, which is no file of weights in its folder")
+    if other := [name for name in weight_map.values() if not re.fullmatch(SHARD, name)]:  # asked of the Hub
+        raise ValueError(f"{index}: names {other[0]!r:.200}, which is not a weight file in its folder")
     return index, weight_map
 
 
@@ -264,14 +264,14 @@ def _check_safetensors(file: Path) -> None:
 
 def _read_weights(file: Path) -> dict[str, mx.array]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} vanished while it was read")
+        raise FileNotFoundError(f"{file} disappeared while it was read")
     if file.suffix in PICKLES:
         return _read_pickle(file)
     return _load(file)[0]
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """The tensors of an untrusted file, lazy, and its metadata. ValueError with one line where it is none."""
+    """The tensors of an untrusted file, lazy, and its metadata. ValueError with one line if it is not such a file."""
     _check_safetensors(file)
     return _load(file)
 
@@ -279,7 +279,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 def _load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
         loaded: Any = mx.load(str(file), return_metadata=True)
-    except RuntimeError as error:  # a dtype that MLX has not
+    except RuntimeError as error:  # a dtype that MLX does not have
         raise ValueError(f"{file}: MLX cannot read it ({_short(error)}); weights must be {', '.join(DTYPES)}") from None
     return loaded
 
@@ -287,24 +287,24 @@ def _load(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 def _read_pickle(file: Path) -> dict[str, mx.array]:
     """Tensors of PyTorch's pickled state dict, which only torch can read, safely with `weights_only=True`.
 
-    Raises ValueError when torch is not installed or the file holds anything but tensors.
+    Raises ValueError if torch is not installed or the file contains anything but tensors.
     """
     try:
         import torch
     except ImportError:
         raise ValueError(
-            f"{file}: a pickled file, which only torch reads safely; install it (pip install torch) for this one "
+            f"{file}: a pickled file, which only torch can read safely; install it (pip install torch) for this one "
             "conversion, or fetch the .safetensors file of the same checkpoint"
         ) from None
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; each means that the file cannot be used
+    except Exception as error:  # torch raises many kinds; each means the file cannot be used
         raise ValueError(f"{file}: torch refuses to read it as plain weights ({_short(error)})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{file}: holds more than named tensors; wanted a state dict")
-    # MLX would make float32 of float64 in silence. Whole numbers may belong to the rest of a larger model.
+        raise ValueError(f"{file}: contains more than named tensors; wanted a state dict")
+    # MLX would silently turn float64 into float32. Whole numbers may belong to the rest of a larger model.
     allowed = {getattr(torch, name) for name in (*DTYPES, "bool", "uint8", "int8", "int32", "int64")}
     if other := [f"{name} is {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in allowed]:
         raise ValueError(f"{file}: weights must be {', '.join(DTYPES)}, got {', '.join(other)}")

@@ -1,7 +1,7 @@
-"""Chooses what a conversion is calibrated on, images and texts, and which images judge it: never the same ones.
+"""Chooses the images and texts that calibrate a conversion, and the images that judge it: never the same ones.
 
-By default crops of three bundled photographs calibrate, and the fourth judges beside bundled emoji. Of a folder every
-fifth image judges. Texts are random tokens, which were better than names: they leave no token out.
+By default crops of three bundled photographs calibrate, and the fourth judges along with bundled emoji. In a folder
+every fifth image judges. Texts are random tokens, which worked better than names: they leave no token out.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from mlx_aimv2.tokenizer import Tokenizer
 from mlx_aimv2.train.augment import Augmentation
 
 MAX_IMAGES, BATCH = 128, 8
-"""Images that calibrate, and how many of them pass a layer at once."""
+"""Images for calibration, and how many of them pass through a layer at once."""
 
 EMOJI = 19
-"""Among the judges: with the photograph twenty images, enough to ask for the ten nearest."""
+"""Emoji among the judges: with the photograph twenty images, enough to ask for the ten nearest."""
 
 TEXTS, TEXT_LENGTHS = 128, (4, 6, 8, 12, 16, 20)
 """Texts of each length, in tokens."""
 
 MIN_AREA = 0.08
-"""Of a crop, as a share of its photograph."""
+"""Side of a crop, as a share of its photograph."""
 
 EMBEDDING_BITS = 6
-"""At least, of the token embedding: in 4 it cost half as much again as all blocks in 4 (docs/converting.md)."""
+"""Minimum for the token embedding: at 4 it cost half as much again as all blocks at 4 (docs/converting.md)."""
 
 
 def split(folder: str | os.PathLike[str] | None, *, calibrates: bool) -> tuple[list[Path], list[Path]]:
-    """The images that calibrate and those that judge; without a folder no files calibrate, but crops.
+    """The images that calibrate and those that judge; without a folder the first list is empty, and crops are used.
 
-    Raises FileNotFoundError for a folder without images, ValueError for one with a single image that calibrates.
+    Raises FileNotFoundError for a folder without images, ValueError for one with a single image.
     """
     if folder is None:
         return [], [bundled.photographs()[-1], *spread(list(bundled.emoji_images()), EMOJI)]
@@ -59,7 +59,7 @@ def split(folder: str | os.PathLike[str] | None, *, calibrates: bool) -> tuple[l
 
 
 def with_finer_embedding(settings: Mapping[str, Any]) -> Predicate:
-    """What gives LiT's token embedding, for which there is no calibration, `EMBEDDING_BITS` at least."""
+    """A predicate that gives LiT's token embedding, which cannot be calibrated, at least `EMBEDDING_BITS`."""
     bits = max(settings["bits"], EMBEDDING_BITS)
     return lambda path, layer: {"bits": bits} if isinstance(layer, nn.Embedding) else True
 
@@ -75,7 +75,7 @@ def calibrate(
     """The layers of all blocks packed with calibration: `-> {path: packed integers, scales, biases}`.
 
     `files` are the images, none for crops of the bundled ones; `quantization` is the section of config.json, `dtype`
-    that of the scales. Uses up the source's weights.
+    that of the scales. Consumes the source's weights.
     """
     loaded = source.load(dtype="float32", lazy=True)
     model = loaded.model
@@ -99,14 +99,14 @@ def calibrate(
 
 
 def crops(size: tuple[int, int]) -> list[Image.Image]:
-    """`MAX_IMAGES` random crops of three bundled photographs, always the same, (height, width) as in `size`."""
+    """`MAX_IMAGES` random crops of three bundled photographs, always the same, of `size` (height, width)."""
     crop, rng = Augmentation(min_area=MIN_AREA), np.random.default_rng(0)
     photographs = [Image.open(file).convert("RGB") for file in bundled.photographs()[:-1]]
     return [crop(photographs[i % len(photographs)], size, rng) for i in range(MAX_IMAGES)]
 
 
 def random_texts(config: Aimv2TextConfig, tokenizer: Tokenizer | None) -> list[mx.array]:
-    """Random tokens between the start and the end, texts of several lengths: `[(T, L), …]`."""
+    """Random tokens between start and end tokens, texts of several lengths: `[(T, L), …]`."""
     rng, longest = np.random.default_rng(0), config.max_position_embeddings
     texts = []
     for length in (length for length in TEXT_LENGTHS if length <= longest):

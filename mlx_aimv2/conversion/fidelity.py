@@ -1,8 +1,8 @@
 """Reports the fidelity of a model to its reference: cosines of the features, range of activations, size.
 
-The reference runs in float32, the other model in its own dtype, on the same images, each block by block in the memory
-of one: the weights are loaded lazily, all images pass a block, then its weights are freed. So a 3B model in float32
-needs the memory of one block, and the two are never in memory together.
+The reference runs in float32, the other model in its own dtype, on the same images, each block by block: the weights
+are loaded lazily, all images pass through a block, then its weights are freed. So a 3B model in float32 needs the
+memory of one block, and the two models are never in memory together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FILE = REPORT
 
 MAX_IMAGES = 32
-"""Of a folder with more images this many are taken, evenly spread over their sorted names."""
+"""From a folder with more images this many are used, evenly spread over their sorted names."""
 
 TEXTS = (
     "a photo of a cat",
@@ -45,10 +45,10 @@ TEXTS = (
     "a rocket on its launch pad at night",
     "an empty street",
 )
-"""What a LiT model's text encoder is run on."""
+"""Texts for a LiT model's text encoder."""
 
 NEAREST = 10
-"""How many of the other images are nearest to one, for the overlap of both models' searches."""
+"""Nearest other images to one, for the overlap of both models' searches."""
 
 Floats: TypeAlias = NDArray[np.float64]
 OnProgress: TypeAlias = Callable[[int, int, str], None]
@@ -62,10 +62,10 @@ def _in_silence(done: int, total: int, unit: str) -> None:
 class BlockwiseRun:
     """The features and the range of activations of one model.
 
-    `dtype` is that of the weights and `computed_in` that of the pass. `tokens` one (N, D) for each image, after the
-    final norm; `vectors` (B, D), or (B, E) for LiT, as `encode_image` gives them; `text_vectors` (T, E) and `logits`
-    (B, T) for LiT alone. `peaks` the largest absolute value of each block's output, or of everything between its layers
-    too. `stored_bytes` of all tensors on disk.
+    `dtype` is that of the weights and `computed_in` that of the pass. `tokens`: one (N, D) for each image, after the
+    final norm; `vectors` (B, D), or (B, E) for LiT, as from `encode_image`; `text_vectors` (T, E) and `logits` (B, T)
+    for LiT only. `peaks`: the largest absolute value of each block's output, or also of everything between its layers.
+    `stored_bytes` of all tensors on disk.
     """
 
     name: str
@@ -92,12 +92,11 @@ def compare(
 ) -> dict[str, Any]:
     """Compares a model with its reference on images: `two paths or Hub names -> the content of fidelity.json`.
 
-    `images` None takes the four that are bundled; `revision` is the reference's, `dtype` and `image_size` the other's.
-    It is computed in `dtype`; None is its own, except on a CPU (`run_other`). Tokens of another grid than the
-    reference's are resampled to it as positions are. Neither model is ever in memory as a whole. `on_progress` takes
-    how many blocks are done, how many there are, and what they are. TensorFloat32 is turned off for the whole process,
-    or the report says that it may be on (`turn_tf32_off`). Raises ValueError where the two give features of different
-    shapes.
+    `images` None takes the four bundled ones; `revision` is the reference's, `dtype` and `image_size` the other's. The
+    other is computed in `dtype`; None is its own, except on a CPU (`run_other`). Tokens on a grid other than the
+    reference's are resampled to it as positions are. Neither model is ever completely in memory. `on_progress` takes
+    the blocks done, their total, and the unit. TensorFloat32 is turned off for the whole process, or the report says
+    that it may be on (`turn_tf32_off`). Raises ValueError if the two give features of different shapes.
     """
     turn_tf32_off()
     images = images if images is not None else choose_images(None)
@@ -105,10 +104,10 @@ def compare(
     visions = [one.config.vision for one in (judged, source)]
     sides = [math.isqrt(one.num_patches or 0) for one in visions]
     if image_size is not None and not all(sides):
-        raise ValueError("image_size is compared with the checkpoint's own size, a native one has none: leave it out")
+        raise ValueError("image_size is compared with the checkpoint's own size; a native one has none: leave it out")
     run = run_reference(source, images, on_progress=on_progress)
     found = run_other(judged, images, run, dtype=dtype, on_progress=on_progress)
-    # Of a native checkpoint every image has a grid of its own.
+    # With a native checkpoint every image has its own grid.
     if sides[0] == sides[1] or not all(sides) or visions[0].hidden_size != visions[1].hidden_size:
         return report(run, found, images)
     grids = [(side, side) for side in sides]
@@ -123,14 +122,14 @@ def compare(
 def run_reference(
     source: Source, images: Sequence[str | os.PathLike[str]], *, on_progress: OnProgress = _in_silence
 ) -> BlockwiseRun:
-    """Runs the reference in float32, using up its weights.
+    """Runs the reference in float32, consuming its weights.
 
     Raises ValueError, with the first block where it happens, for NaN or infinity.
     """
     run = run_blockwise(source, images, dtype="float32", inside=True, on_progress=on_progress)
     if damaged := [block for block, peak in run.peaks.items() if not np.isfinite(peak)]:
         raise ValueError(
-            f"{run.name}: {damaged[0]} gives numbers that are not finite even in float32: "
+            f"{run.name}: {damaged[0]} gives values that are not finite even in float32: "
             "its weights are damaged (NaN, infinite or huge); fetch them again"
         )
     return run
@@ -145,10 +144,10 @@ def run_other(
     name: str | None = None,
     on_progress: OnProgress = _in_silence,
 ) -> BlockwiseRun:
-    """Runs the model that is compared with a reference, using up its weights, in `dtype` or its own.
+    """Runs the model that is compared with a reference, consuming its weights, in `dtype` or its own.
 
-    A CPU takes about nine times as long in halves, so there it computes halves in float32, unless the reference's
-    activations may leave float16.
+    A CPU takes about nine times as long in half precision, so there it computes in float32 instead, unless the
+    reference's activations may exceed float16.
     """
     own = source.dtype
     is_safe = own != mx.float16 or max(reference.peaks.values()) * HEADROOM <= FLOAT16_LARGEST
@@ -166,10 +165,10 @@ def run_blockwise(
     name: str | None = None,
     on_progress: OnProgress = _in_silence,
 ) -> BlockwiseRun:
-    """Runs a checkpoint on images, using up its weights: `Source, B images -> BlockwiseRun`.
+    """Runs a checkpoint on images, consuming its weights: `Source, B images -> BlockwiseRun`.
 
     With `inside` the peaks include the inputs and outputs of the layers in a block. `name` is the model's name in
-    reports, else the repository's or the folder's name.
+    reports, by default the repository's or the folder's.
     """
     stored_bytes, parameters = source.stored_bytes, source.parameters
     name = name or source.origin.repo or source.origin.folder.resolve().name
@@ -190,7 +189,7 @@ def run_blockwise(
         ids = text_ids(model, processor)
         text = model.text_model
         texts = run(text, [text.embed(row) for row in ids], prefix="text_model.")
-        # Nothing is padded, so EOS is the last token.
+        # No padding, so EOS is the last token.
         embeds = mx.concatenate([model.text_projection(state[:, -1]) for state in texts])
         logits = _float64(model.logits(unit_length(vectors), unit_length(embeds)))
         text_vectors = _float64(embeds)
@@ -210,7 +209,7 @@ def _run_encoder(
 ) -> list[mx.array]:
     """Runs embedded inputs through an encoder and its final norm, freeing each block: `[(1, N, D), …] -> the same`.
 
-    The encoder's blocks are removed. `peaks` gets the largest absolute value of each block.
+    The encoder's blocks are removed. `peaks` receives the largest absolute value of each block.
     """
     on_block()
     causal = isinstance(encoder, Aimv2TextModel)
@@ -247,7 +246,7 @@ def text_ids(model: Aimv2Model, processor: Aimv2Processor) -> list[mx.array]:
 
 
 def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """Two runs on the same images as the content of fidelity.json."""
+    """The content of fidelity.json for two runs on the same images."""
     _check_comparable(reference, other)
     tokens = np.concatenate([cosines(*pair) for pair in zip(reference.tokens, other.tokens, strict=True)])
     found: dict[str, Any] = {
@@ -275,11 +274,11 @@ def report(reference: BlockwiseRun, other: BlockwiseRun, images: Sequence[str | 
 
 
 def choose_images(folder: str | os.PathLike[str] | None, *, limit: int | None = MAX_IMAGES) -> list[Path]:
-    """The images to compare on: those of a folder, or the four that are bundled. Raises FileNotFoundError for none."""
+    """The images to compare on: a folder's, or the four bundled ones. Raises FileNotFoundError if there are none."""
     if folder is None:
         return bundled.photographs()
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: wanted a folder of images, there is none")
+        raise FileNotFoundError(f"{folder}: wanted a folder of images, but it does not exist")
     files = [Path(file) for file in list_images([folder]).files]
     if not files:
         raise FileNotFoundError(f"{folder}: no images in this folder")
@@ -287,22 +286,22 @@ def choose_images(folder: str | os.PathLike[str] | None, *, limit: int | None = 
 
 
 def spread(files: Sequence[Path], count: int = MAX_IMAGES) -> list[Path]:
-    """So many of the files at most, from all over."""
+    """At most this many of the files, evenly spread."""
     return [files[i * len(files) // count] for i in range(count)] if len(files) > count else list(files)
 
 
 def rows(found: Mapping[str, Any]) -> dict[str, str]:
-    """The small table, `fidelity.json -> {what: value}`, for the terminal and the model card."""
+    """The short table, `fidelity.json -> {what: value}`, for the terminal and the model card."""
     model, largest = found["model"], found["largest_activation"]
     token, image, count = found["token_cosine"], found["image_cosine"], len(found["images"])
-    limit = f"{model['dtype']} holds {found['limit']:.4g}"
+    limit = f"{model['dtype']} holds up to {found['limit']:.4g}"
     table = {
         "token cosine, mean": f"{token['mean']:.6f}",
         "token cosine, minimum": f"{token['min']:.6f}",
         "image vector cosine, minimum": f"{image['min']:.6f}",
     }
     if "nearest_in_common" in found:
-        table[f"{NEAREST} nearest images, the same"] = f"{found['nearest_in_common']:.1%}"
+        table[f"{NEAREST} nearest images in common"] = f"{found['nearest_in_common']:.1%}"
     if "text_cosine" in found:
         table["text vector cosine, minimum"] = f"{found['text_cosine']['min']:.6f}"
         table["largest difference of logits"] = f"{found['largest_logit_difference']:.4g}"
@@ -311,13 +310,13 @@ def rows(found: Mapping[str, Any]) -> dict[str, str]:
         "size": f"{megabytes(model['bytes'])}, {model['bits_per_weight']:.3f} bits per weight",
         "size of the reference": megabytes(found["reference"]["bytes"]),
         **({"method": found["method"]} if "method" in found else {}),
-        "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']} tokens, in {found['computed_in']}, "
+        "measured on": f"{count} image{'s' * (count != 1)}, {found['tokens']:,} tokens, in {found['computed_in']}, "
         "against float32",
     }
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """`rows` as lines of text, each block's largest activation and the warnings after them."""
+    """`rows` as lines of text, followed by each block's largest activation and the warnings."""
     lines = rows(found) | {"block by block": " ".join(f"{peak:.3g}" for peak in found["activations"].values())}
     width = max(map(len, lines))
     return "\n".join([*(f"{what:<{width}}  {value}" for what, value in lines.items()), *found["warnings"]])
@@ -327,8 +326,8 @@ def _check_comparable(reference: BlockwiseRun, other: BlockwiseRun) -> None:
     for a, b in zip(reference.tokens, other.tokens, strict=True):
         if a.shape != b.shape:
             raise ValueError(
-                f"{reference.name} makes {a.shape[0]} tokens of width {a.shape[1]} of an image, {other.name} makes "
-                f"{b.shape[0]} of width {b.shape[1]}; models are compared token by token, so both must be equal"
+                f"{reference.name} makes {a.shape[0]:,} tokens of width {a.shape[1]:,} of an image, {other.name} makes "
+                f"{b.shape[0]:,} of width {b.shape[1]:,}; models are compared token by token, so both must be equal"
             )
     kinds = {(run.vectors.shape, run.text_vectors is None) for run in (reference, other)}
     if len(kinds) > 1:
@@ -345,7 +344,7 @@ def _warnings(reference: BlockwiseRun, other: BlockwiseRun) -> list[str]:
         remedy = "its weights are damaged" if other.dtype == "float32" else "use bfloat16 or float32"
         warnings.append(f"{other.name} gives features that are not finite in {other.dtype}; {remedy}")
     return warnings + [
-        f"{name}: an activation of {peak:.4g} leaves float16 (up to 65504) a factor of {FLOAT16_LARGEST / peak:.2f}; "
+        f"{name}: an activation of {peak:,.4g} leaves float16 (up to 65,504) a factor of {FLOAT16_LARGEST / peak:.2f}; "
         "prefer bfloat16 or float32"
         for name, peak in reference.peaks.items()
         if peak * HEADROOM > FLOAT16_LARGEST
@@ -359,7 +358,7 @@ def _about(run: BlockwiseRun) -> dict[str, Any]:
 
 
 def nearest_in_common(a: Floats, b: Floats) -> float:
-    """Of the `NEAREST` others nearest to a vector, the share that two models agree on: two `(B, D) -> 0 to 1`."""
+    """The share of a vector's `NEAREST` neighbours that two models agree on: two `(B, D) -> 0 to 1`."""
     found = []
     for vectors in (a, b):
         unit = np.nan_to_num(vectors) / np.maximum(np.linalg.norm(np.nan_to_num(vectors), axis=1, keepdims=True), 1e-30)
@@ -374,7 +373,7 @@ def _spread(values: Floats) -> dict[str, float]:
 
 
 def _finite(value: float) -> float:
-    """The value, or the largest float where it is not finite: JSON has no infinity."""
+    """The value, or the largest float if it is not finite: JSON has no infinity."""
     return float(np.nan_to_num(float(value), nan=sys.float_info.max))
 
 

@@ -1,7 +1,7 @@
-"""The folders that `save`, conversions and trainings write, for MLX or for PyTorch (transformers' layout and Apple's).
+"""The folders that `save`, conversion and training write, for MLX or for PyTorch (transformers' layout and Apple's).
 
-Weights in one file or in numbered shards, their index, config.json, and the files that belong beside them. A file is
-written one tensor after another, so that its weights are never in memory together.
+Weights in one file or in numbered shards, their index, config.json, and the files that belong with them. A file is
+written one tensor after another, so its weights are never in memory together.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from mlx_aimv2.loading import AnyModel, Source, build, parameter_shapes
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 
 SHARD_BYTES = 5 << 30
-"""A file of weights is closed before it passes this size, as mlx-lm does."""
+"""A weight file is closed before it exceeds this size, as in mlx-lm."""
 
 CARD_FILE = "README.md"
 
 BESIDE = tuple(name for name in AUXILIARY_FILES if name != "processor_config.json")
-"""What `save` takes over from the checkpoint, where the processor has not written it."""
+"""Files that `save` copies from the checkpoint unless the processor has written them."""
 
 WRITTEN = (CONFIG_FILE, INDEX_FILE, "model*.safetensors", CARD_FILE, "fidelity.json", *AUXILIARY_FILES)
 """Files that a converted folder may hold."""
@@ -57,17 +57,17 @@ PYTORCH_LAYOUTS = ("transformers", "apple")
 """The layouts to export."""
 
 MLX, PYTORCH = "mlx", "pt"
-"""Whose readers a file is for, as its header says."""
+"""The library named in a file's header."""
 
 CODES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
 """safetensors' names of the dtypes that a checkpoint may hold."""
 
 AHEAD = 4
-"""How many tensors are computed while one is written: a quantized layer has three."""
+"""Tensors computed while one is written: a quantized layer has three."""
 
 CACHE_BYTES = 1 << 30
-"""Freed buffers that MLX may keep meanwhile. A 3B model uses some 0.5 GB of it; with less every tensor's memory is
-requested from the system again, which took as long as casting it. Metal sets no limit, so they would pile up."""
+"""Freed buffers that MLX may keep meanwhile. A 3B model uses about 0.5 GB of it; with less, every tensor's memory is
+requested from the system again, which took as long as casting it. Metal has no limit, so they would pile up."""
 
 
 def save_weights(
@@ -80,8 +80,8 @@ def save_weights(
 ) -> int:
     """Writes lazy tensors as one file or as numbered shards, with the index; returns the bytes of all tensors.
 
-    One tensor after another is computed, written and freed. `total_parameters` is for the index where packed tensors
-    hold more numbers than they have elements. PyTorch's readers want no index beside one file.
+    One tensor after another is computed, written and freed. `total_parameters` is for the index, since packed tensors
+    hold more numbers than they have elements. PyTorch's readers want no index next to a single file.
     """
     shards: list[dict[str, mx.array]] = [{}]
     held = total_size = elements = 0
@@ -114,7 +114,7 @@ def write_safetensors(path: Path, tensors: dict[str, mx.array], *, metadata: Map
 
     Raises OSError when the disk takes no more, or when the file behind a lazy array can no longer be read.
     """
-    # The wider numbers come first, as in safetensors' own files: bytes of an odd length put what follows at odd places.
+    # Wider numbers come first, as in safetensors' own files: an odd number of bytes would misalign what follows.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.size, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     ends = list(itertools.accumulate((tensors[name].nbytes for name in order), initial=0))
@@ -136,7 +136,7 @@ def write_safetensors(path: Path, tensors: dict[str, mx.array], *, metadata: Map
 
 
 def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.array]:
-    """Each array in turn, the next ones under way while this one is written."""
+    """Each array in turn, while the next ones are being computed."""
     name = ""
     try:
         ahead: deque[mx.array] = deque()
@@ -150,13 +150,11 @@ def _computed(order: list[str], tensors: dict[str, mx.array]) -> Iterator[mx.arr
             mx.eval(ahead[0])
             yield ahead.popleft()
     except RuntimeError as error:
-        raise OSError(
-            f"the source can no longer be read at {name}: was it truncated or changed meanwhile? ({error})"
-        ) from None
+        raise OSError(f"the source can no longer be read at {name}: was it truncated or changed? ({error})") from None
 
 
 def _settle() -> None:
-    """Waits for what is under way. Reads that fail after the first would else raise in some later call of MLX."""
+    """Waits for pending arrays: otherwise their failed reads would raise in some later call of MLX."""
     for _ in range(AHEAD + 1):
         with suppress(RuntimeError):
             mx.synchronize()
@@ -181,32 +179,32 @@ def save_pytorch(
 
 
 def save_beside(folder: Path, source: Source) -> None:
-    """Puts beside the weights what belongs to their checkpoint (tokenizer, licence) and how its images are prepared.
+    """Adds the rest of the checkpoint (tokenizer, licence) and the preprocessing of its images to the weights.
 
-    Raises FileNotFoundError for a source that is gone.
+    Raises FileNotFoundError if the source is gone.
     """
     copy_beside(folder, source, AUXILIARY_FILES)
     processor = source.processor()
-    if not (is_said := is_clips(folder, processor.preprocessing)):  # of another size or in another package's words
+    if not (is_said := is_clips(folder, processor.preprocessing)):  # another size, or another package's format
         (folder / "processor_config.json").unlink(missing_ok=True)
     if not (is_said and (folder / "preprocessor_config.json").is_file()):
         processor.save_to(folder)
 
 
 def copy_beside(folder: Path, source: Source, patterns: Iterable[str]) -> None:
-    """Copies those of a checkpoint's files into `folder` that match one of the patterns and are not there yet."""
+    """Copies a checkpoint's files that match one of the patterns and are not in `folder` yet."""
     origin = source.origin.folder
     for pattern in patterns:
         for file in sorted(origin.glob(pattern)):
             if not file.is_file() or (folder / file.name).exists():
                 continue
             if not _is_inside(file, origin):
-                warnings.warn(f"{file} is a link that leads out of the checkpoint: it is left out", stacklevel=2)
+                warnings.warn(f"{file} is a link to outside the checkpoint: not copied", stacklevel=2)
                 continue
             check_size(file)
             shutil.copyfile(file, folder / file.name)
-    if not (origin / CONFIG_FILE).is_file():  # weights that were open could still be read, the rest could not
-        raise FileNotFoundError(f"{origin} vanished while it was read; nothing was written")
+    if not (origin / CONFIG_FILE).is_file():  # open weight files can still be read, the rest cannot
+        raise FileNotFoundError(f"{origin} disappeared while it was read; nothing was written")
 
 
 def save(
@@ -216,15 +214,15 @@ def save(
     *,
     is_tuned: bool | None = None,
 ) -> Path:
-    """Writes a model as it is in memory as an MLX folder, from which `load` gives the same numbers: `-> its path`.
+    """Writes the model in memory as an MLX folder, from which `load` gives the same numbers: `-> its path`.
 
-    Weights that were changed are saved so, packed ones stay packed, a resized encoder keeps its size. The tokenizer and
-    the preprocessing are the processor's. Licence and origin come from the checkpoint that was loaded, as long as it is
-    there; the model card says with `is_tuned` whether the weights are still that checkpoint's.
+    Changed weights are saved as they are, packed ones stay packed, a resized encoder keeps its size. The tokenizer and
+    the preprocessing are the processor's. Licence and origin come from the loaded checkpoint if it still exists; with
+    `is_tuned` the model card says whether the weights are still that checkpoint's.
 
-    Raises FileExistsError where `folder` exists, TypeError for arguments of another kind, ValueError for a model that
-    `load` could not give back: with adapters, with weights of several dtypes, or with a processor that is not its own.
-    Nothing stands at `folder` unless it is whole.
+    Raises FileExistsError if `folder` exists, TypeError for arguments of the wrong type, ValueError for a model that
+    `load` could not restore: with adapters, with weights of several dtypes, or with a processor that is not its own.
+    Nothing is left at `folder` unless it is complete.
     """
     for name, value, kinds in (
         ("model", model, (Aimv2VisionModel, Aimv2Model)),
@@ -249,8 +247,8 @@ def save(
         try:
             Aimv2Processor.from_folder(place, config=model.config)
         except ValueError as error:
-            what = str(error).replace(str(place), str(target)).partition(": mend ")[0]  # not the file is to be mended
-            raise ValueError(f"{what}; save a model with the processor that load gives beside it") from None
+            what = str(error).replace(str(place), str(target)).partition(": mend ")[0]  # the file is not at fault
+            raise ValueError(f"{what}; save a model with the processor that load returned with it") from None
         save_weights(place, sorted(weights.items()), total_parameters=source.parameters)
         save_config(place, config)
         try:
@@ -265,21 +263,21 @@ def save(
 def _check_whole(
     weights: Mapping[str, mx.array], config: AnyConfig, section: Mapping[str, Any] | None, match: Match
 ) -> None:
-    """Raises ValueError for weights that `load` would refuse, or make another dtype of."""
+    """Raises ValueError for weights that `load` would refuse, or convert to another dtype."""
     plain = build(config)
     quantize.apply_structure(plain, section or {}, weights)
     if lines := differences(parameter_shapes(plain), {name: array.shape for name, array in weights.items()}, match):
         has_adapters = any(name.endswith(".lora_a") for name in weights)
-        advice = "; fuse(model) of mlx_aimv2.learn makes adapters part of the weights" if has_adapters else ""
-        raise ValueError(f"the parameters are not those of this model: {'; '.join(lines)}{advice}")
+        advice = "; merge the adapters first with mlx_aimv2.learn.fuse(model)" if has_adapters else ""
+        raise ValueError(f"the parameters do not match this model: {'; '.join(lines)}{advice}")
     dtypes = sorted({dtype_name(one.dtype) for one in weights.values() if mx.issubdtype(one.dtype, mx.floating)})
     if len(dtypes) > 1 or dtypes[0] not in DTYPES:
         wanted = f"weights must be of one dtype, {', '.join(DTYPES)}"
-        raise ValueError(f"{wanted}, got {', '.join(dtypes)}: model.set_dtype(mx.float32) makes them so")
+        raise ValueError(f"{wanted}, got {', '.join(dtypes)}: call model.set_dtype(mx.float32)")
 
 
 def is_own(folder: Path) -> bool:
-    """Whether a conversion wrote this folder: its card says so, and it holds nothing but files of a checkpoint."""
+    """Whether a conversion wrote this folder: its card says so, and it contains nothing but checkpoint files."""
     try:
         card, entries = read_bytes(folder / CARD_FILE), list(folder.iterdir())
     except (OSError, ValueError):
@@ -289,10 +287,10 @@ def is_own(folder: Path) -> bool:
 
 
 def _is_inside(file: Path, source: Path) -> bool:
-    """Whether a file, or what it is a link to, lies in the checkpoint.
+    """Whether a file, or the target of a link, is inside the checkpoint.
 
-    That is its folder, the one in which its config.json really lies, or the repository in the Hub's cache: a link in an
-    untrusted folder could lead to a private file, which would be published with the result.
+    That is its folder, the one its config.json is really in, or the repository in the Hub's cache: a link in an
+    untrusted folder could point to a private file, which would be published with the result.
     """
     roots = {Path(os.path.realpath(source)), Path(os.path.realpath(source / CONFIG_FILE)).parent}
     repository = Path(os.path.realpath(source)).parents[1:2]
@@ -318,7 +316,7 @@ def config_for(config: AnyConfig, layout: str) -> dict[str, Any]:
 
 
 def _apple_sizes(config: Aimv2VisionConfig | Aimv2TextConfig) -> dict[str, Any]:
-    """An encoder's sizes in Apple's names, which say native by leaving `image_size` out and nothing of the head."""
+    """An encoder's sizes in Apple's names, where a missing `image_size` means native; the head is not mentioned."""
     names = {field: name for name, field in APPLE_NAMES.items()}
     sizes = {names.get(key, key): value for key, value in asdict(config).items() if value is not None}
     fixed = {"attention_dropout": 0.0, "projection_dropout": 0.0, "qkv_bias": False, "use_bias": False}

@@ -1,13 +1,13 @@
-"""Quantizes the blocks of a model with calibration (GPTQ): what a rounded number loses, the numbers after it make up.
+"""Quantizes the blocks of a model with calibration (GPTQ): later numbers compensate for the rounding of earlier ones.
 
 Frantar et al. 2022 (arXiv 2210.17323) in the form of Chee et al. 2023 (LDLQ, arXiv 2307.13304), which gives the same
 numbers without an inverse: with a layer's inputs X and `X'X = U D U'`, U upper triangular with ones on its diagonal, a
-column is rounded after the errors of the columns before it, times U, were added. A group's scale and bias are those
-that MLX gives the columns so corrected: the result is MLX's affine format.
+column is rounded after adding the errors of the columns before it, times U. A group's scale and bias are those that MLX
+computes for the corrected columns: the result is MLX's affine format.
 
 Two streams of tokens go from block to block, one through the quantized layers and one through the dense ones. A layer
-sees the inputs that the quantized layers before it give, and the last one of attention and of the feed-forward is first
-fitted to bring the one stream back to the other.
+is calibrated on the outputs of the quantized layers before it, and the last layer of attention and of the feed-forward
+is first fitted to bring the quantized stream back to the dense one.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ DAMPING = 0.03
 """Added to the diagonal of X'X, as a share of its mean; ten times as much where X'X cannot be factored."""
 
 FIT_DAMPING = 1.0
-"""The same for the fit to the dense stream, so that weights move only where the data leave no doubt."""
+"""The same for the fit to the dense stream: weights move only where the data leave no doubt."""
 
 Floats = NDArray[np.floating[Any]]
 
 
 class Calibration:
-    """The tokens of one encoder on their way through its blocks, which are quantized and removed one by one."""
+    """One encoder's tokens on their way through its blocks, which are quantized and removed one by one."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Calibration:
         self.notes: dict[str, list[str]] = {}
 
     def __call__(self, blocks: list[Block], prefix: str = "", *, causal: bool = False) -> dict[str, list[mx.array]]:
-        """The blocks' layers packed: `-> {path: packed integers, scales, biases}`; `prefix` stands before `blocks`.
+        """The blocks' layers packed: `-> {path: packed integers, scales, biases}`; `prefix` goes before `blocks`.
 
         Raises ValueError for activations that are not finite.
         """
@@ -88,9 +88,9 @@ class Calibration:
         hidden: Callable[[Block, mx.array], mx.array],
         *paths: str,
     ) -> None:
-        """Quantizes attention or feed-forward into `rounded`, and takes both streams through it.
+        """Quantizes attention or feed-forward into `rounded`, and runs both streams through it.
 
-        `hidden` gives the inputs of the last of the layers at `paths`.
+        `hidden` computes the inputs of the last of the layers at `paths`.
         """
         *first, last = paths
         dense = _layer(block, last)
@@ -121,16 +121,16 @@ class Calibration:
             between[i] = mx.array(0.0)
 
     def _quantize(self, paths: Sequence[str], rounded: Block, squares: Floats, products: Floats | None = None) -> None:
-        """Packs layers that share their inputs, and puts what the packed weights stand for into `rounded`.
+        """Packs layers that share their inputs, and puts the values of the packed weights into `rounded`.
 
-        `squares` is X'X (I, I); `products` (O, I) is E'X with the error E of the stream that the layer is added to.
+        `squares` is X'X (I, I); `products` (O, I) is E'X with the error E of the stream that the layer adds to.
         """
         if not np.isfinite(squares).all():
-            raise ValueError(f"{paths[0]}: its inputs are not finite even in float32: the weights are damaged")
+            raise ValueError(f"{paths[0]}: inputs are not finite even in float32: the weights are damaged")
         if self.tokens < len(squares):
             self._note(f"calibrated on {self.tokens:,} tokens, fewer than these layers have inputs", paths)
         if not np.diag(squares).all():
-            self._note("some inputs are zero in all of the calibration, so their numbers are rounded without it", paths)
+            self._note("some inputs are zero in all calibration data, so their weights are rounded without it", paths)
         for path in paths:
             settings, layer = settings_at(path, self.quantization), copy.copy(_layer(rounded, path))
             if settings and settings["mode"] != "affine":  # a predicate's own
@@ -152,7 +152,7 @@ class Calibration:
         order = _order(np.diag(squares), group)
         factor, damping = _factor(squares[np.ix_(order, order)])
         if damping > DAMPING:
-            self._note(f"their X'X could not be factored, so its diagonal was raised by {damping:.0%}", [path])
+            self._note(f"X'X could not be factored, so its diagonal was raised by {damping:.0%}", [path])
         columns = np.ascontiguousarray(weight.T[order])
         numbers, errors = np.empty(columns.shape, np.uint8), np.empty_like(columns)
         scales, biases = (np.empty((len(order) // group, columns.shape[1]), columns.dtype) for _ in range(2))
@@ -160,7 +160,7 @@ class Calibration:
             end, here = start + group, order[start] // group
             due = factor[:start, start:end].T @ errors[:start]
             block = columns[start:end] + due
-            # As if the group's own columns would be rounded without errors of their own: the best guess of them.
+            # As if the group's own columns were rounded without error: the best guess available.
             expected = columns[start:end] + np.linalg.solve(factor[start:end, start:end].T, due)
             grid = mx.quantize(mx.array(expected.T), group_size=group, bits=bits)[1:]
             scales[here], biases[here] = (np.array(x.astype(self.dtype).astype(mx.float32))[:, 0] for x in grid)
@@ -182,7 +182,7 @@ def _gated(block: Block, x: mx.array) -> mx.array:
 
 
 def _layer(block: Block, path: str) -> nn.Module:
-    """The layer of a block that a path ends with."""
+    """The layer of a block at the end of a path."""
     part, name = path.split(".")[-2:]
     layer: nn.Module = block[part][name]
     return layer
@@ -208,7 +208,7 @@ def _order(diagonal: Floats, group: int) -> NDArray[np.intp]:
 
 
 def _factor(squares: Floats) -> tuple[Floats, float]:
-    """U of `X'X = U D U'` with the damping that it took: `(I, I) -> (I, I) float32, damping`."""
+    """U of `X'X = U D U'` and the damping it needed: `(I, I) -> (I, I) float32, damping`."""
     damping = DAMPING
     while True:
         with suppress(np.linalg.LinAlgError):
@@ -219,6 +219,6 @@ def _factor(squares: Floats) -> tuple[Floats, float]:
 
 
 def _words(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
-    """Numbers of so many bits one after the other in words of 32, the low bits first: `(O, I) -> (O, I bits / 32)`."""
+    """Numbers of `bits` bits packed into 32-bit words, low bits first: `(O, I) -> (O, I bits / 32)`."""
     each = numbers[..., None] >> np.arange(bits, dtype=np.uint8) & 1
     return np.packbits(each.reshape(len(numbers), -1), axis=-1, bitorder="little").view(np.uint32)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 FILE = "README.md"
 
 HEAD_BYTES = 1 << 16
-"""Of the source's card that are looked at."""
+"""Bytes of the source's card that are read."""
 
 LONGEST = 300
-"""Characters of a licence's name or address."""
+"""Maximum length of a licence's name or address."""
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Fields of a card that are copied from the source's card unchanged."""
@@ -60,7 +60,7 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("{name}")
 """,
 }
-"""What loads a folder and runs it, by what it holds, or for transformers."""
+"""Code that loads and runs a folder, by its content, or with transformers."""
 
 
 def write(
@@ -73,11 +73,11 @@ def write(
     layout: str | None = None,
     is_tuned: bool | None = False,
 ) -> None:
-    """Writes README.md into a converted folder, replacing what was there.
+    """Writes README.md into a converted folder, replacing an existing one.
 
-    `config` is what config.json of the folder holds, `report` what fidelity.json holds, None where nothing was
-    compared, `hub_name` the repository it will be uploaded to, None for a folder that stays, `layout` that of a PyTorch
-    folder; `is_tuned` says whether its weights are not the source's, None where nobody knows.
+    `config` is the content of the folder's config.json, `report` that of fidelity.json, None if nothing was compared;
+    `hub_name` the repository it will be uploaded to, None for a folder that is not; `layout` that of a PyTorch folder;
+    `is_tuned` says whether its weights differ from the source's, None if unknown.
     """
     card, origin = source_card(source), source.origin
     name = origin.repo or origin.folder.absolute().name
@@ -105,7 +105,7 @@ def write(
 
 
 def front_matter(head: Mapping[str, Any]) -> str:
-    """The head of a model card between its two rules, as YAML that the Hub reads."""
+    """The front matter of a model card, as YAML that the Hub reads."""
     from huggingface_hub import ModelCardData
 
     return f"---\n{ModelCardData(**head).to_yaml().strip()}\n---"
@@ -132,9 +132,9 @@ def _head(
 
 
 def source_card(source: Source) -> dict[str, str]:
-    """What the source's card says at its head of its terms and its base model, where that is one short line each.
+    """The terms and the base model in the front matter of the source's card, if each is one short line.
 
-    No YAML is read: an untrusted one may unfold to any size or make any object.
+    It is not parsed as YAML: an untrusted one may expand to any size or create any object.
     """
     try:
         text = read_start(source.origin.folder / FILE, max_bytes=HEAD_BYTES).decode("utf-8-sig", "replace")
@@ -158,7 +158,7 @@ def _precision(config: Mapping[str, Any]) -> str:
 
 
 def _snippet(config: AnyConfig, layout: str | None, name: str | None) -> str:
-    """What loads the folder and runs it, with the shapes that come out."""
+    """Code that loads and runs the folder, with the resulting shapes."""
     width, count = config.vision.hidden_size, config.vision.num_patches or "tokens"
     code = _USE[layout] if layout in _USE else _USE["pair" if isinstance(config, Aimv2Config) else "vision"]
     return code.format(name=name or "path/to/this/folder", tokens=f"(1, {count}, {width})", width=width)

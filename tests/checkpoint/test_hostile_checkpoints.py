@@ -234,13 +234,13 @@ def test_of_weights_and_their_moving_average_the_weights_are_taken_aloud(fixed, 
 
 def test_a_moving_average_alone_is_taken_aloud(fixed):
     edit_weights(fixed, lambda tensors: {f"model_ema.{name}": array for name, array in tensors.items()})
-    with pytest.warns(UserWarning, match=r"the encoder that is taken is a moving average of weights \(model_ema\."):
+    with pytest.warns(UserWarning, match=r"the encoder used is a moving average of weights \(model_ema\."):
         load(fixed)
 
 
 def test_two_encoders_in_one_file_are_refused(fixed):
     edit_weights(fixed, lambda own: {f"{who}.{name}": own[name] for who in ("teacher", "student") for name in own})
-    with pytest.raises(ValueError, match=r"more than once, as student\. and as teacher\.: leave one of them"):
+    with pytest.raises(ValueError, match=r"more than once, as student\. and as teacher\.: keep only one of them"):
         load(fixed)
 
 
@@ -249,7 +249,7 @@ def test_a_link_to_a_private_file_is_not_followed(fixed, tmp_path):
     (fixed / "LICENSE").symlink_to(tmp_path / "private")
     (fixed / "NOTICE").write_text("public")
     (fixed / "LICENSE.txt").symlink_to("NOTICE")
-    with pytest.warns(UserWarning, match="LICENSE is a link that leads out of the checkpoint: it is left out"):
+    with pytest.warns(UserWarning, match="LICENSE is a link to outside the checkpoint: not copied"):
         mlx = convert(fixed, tmp_path / "mlx", verify=False)
     assert sorted(file.name for file in mlx.iterdir() if file.name.startswith(("LIC", "NOT"))) == [
         "LICENSE.txt",

@@ -193,7 +193,7 @@ def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_
     released.cuts["vocab.json"] = [15_000_000]
     result = run(released, tmp_path / "home", READ, NAME)
     if result.returncode:  # older releases of huggingface_hub leave the second half to the next run
-        assert "the download broke off; run it again" in refusal(result)
+        assert "the download was interrupted; run it again" in refusal(result)
         result = run(released, tmp_path / "home", READ, NAME)
     assert result.stdout.split()[:2] == [NAME, PIN], result.stderr
     assert len(released.ranges) == 1
@@ -205,7 +205,7 @@ def test_a_connection_cut_in_the_middle_is_resumed_where_it_broke(released, tmp_
 def test_a_hub_that_breaks_down_in_the_middle_leaves_one_line_and_the_next_run_goes_on(released, tmp_path):
     released.down.add("model.safetensors")
     line = refusal(run(released, tmp_path / "home", READ, NAME))
-    assert f"{NAME} at revision {PIN}: the " in line  # "Hub answered with an error" or "download broke off"
+    assert f"{NAME} at revision {PIN}: the " in line  # "Hub answered with an error" or "download was interrupted"
     offline = refusal(run(released, tmp_path / "home", READ, NAME, HF_HUB_OFFLINE="1"))
     assert NAME in offline
     assert "unset HF_HUB_OFFLINE to fetch the rest" in offline
@@ -216,7 +216,7 @@ def test_a_hub_that_breaks_down_in_the_middle_leaves_one_line_and_the_next_run_g
 
 
 REFUSED = {
-    "large-patch14-224": (401, "GatedRepo", "asks for a login; accept its terms there and set HF_TOKEN"),
+    "large-patch14-224": (401, "GatedRepo", "requires a login; accept its terms there and set HF_TOKEN"),
     "large-patch14-336": (401, "", "the Hub"),
     "large-patch14-448": (404, "RepoNotFound", "neither a folder here nor a repository on the Hub"),
     "huge-patch14-224": (404, "RevisionNotFound", "the Hub has no such revision at revision "),
@@ -256,7 +256,7 @@ def test_what_breaks_in_the_network_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    with pytest.raises(ConnectionError, match=rf"{NAME}: the download broke off; run it again") as caught:
+    with pytest.raises(ConnectionError, match=rf"{NAME}: the download was interrupted; run it again") as caught:
         download(NAME, revision=None, patterns=["config.json"])
     assert "\n" not in str(caught.value)
 
@@ -274,7 +274,7 @@ def test_a_repository_without_safetensors_is_asked_for_its_pickled_weights_last(
     files["pytorch_model.bin"] = files.pop("model.safetensors")
     del files["mlx_model.safetensors"]
     line = refusal(run(released, tmp_path / "home", f"sys.modules['torch'] = None\n{READ}", NAME))
-    assert "pytorch_model.bin: a pickled file, which only torch reads safely" in line
+    assert "pytorch_model.bin: a pickled file, which only torch can read safely" in line
     assert "pytorch_model.bin" in released.fetched()
 
 
@@ -325,7 +325,7 @@ def checked(hub: Hub, home: Path, *names: str, **environment: str) -> list[str]:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({}, "an upload needs a token that may write: run hf auth login, or set HF_TOKEN"),
+        ({}, "an upload needs a token with write access: run hf auth login, or set HF_TOKEN"),
         ({"HF_TOKEN": "hf_wrong"}, "the Hub refuses (401); set HF_TOKEN to a token that may do this"),
         ({"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, "nothing can be uploaded while HF_HUB_OFFLINE is set; unset it"),
     ],
@@ -346,16 +346,16 @@ def test_only_a_repository_that_the_token_may_write_to_passes(hub, tmp_path):
     lines = checked(hub, tmp_path, *names, HF_TOKEN=TOKEN)
     wanted = [
         "ours/closed: the Hub refuses (403); set HF_TOKEN to a token that may do this",
-        "theirs/new: the token is somebody's, who may write to somebody, ours alone",
-        "no-owner: no Hub name of the form owner/name: put your name or an organisation's in front",
-        "a/b/c: no Hub name of the form owner/name",
+        "theirs/new: the token is somebody's, who may write only to somebody, ours",
+        "no-owner: not a Hub name of the form owner/name: put your name or an organisation's in front",
+        "a/b/c: not a Hub name of the form owner/name",
     ]
     assert len(lines) == len(wanted), lines
     for line, words in zip(lines, wanted, strict=True):
         assert line.startswith(f"mlx-aimv2: {words}")
     assert not any(verb == "POST" for verb, _ in hub.requests), "asking makes no repository"
     hub.whoami |= {"auth": {"accessToken": {"role": "read"}}}
-    assert "somebody/new: the token may only read" in checked(hub, tmp_path, "somebody/new", HF_TOKEN=TOKEN)[0]
+    assert "somebody/new: the token is read-only" in checked(hub, tmp_path, "somebody/new", HF_TOKEN=TOKEN)[0]
 
 
 def test_a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on(hub, tmp_path):
@@ -363,7 +363,7 @@ def test_a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on(hub
     hub.down.add(name)
     flags = ("--hf-path", FIXED, "--mlx-path", folder, "--no-verify", "--upload-repo", name)
     line = refusal(run(hub, tmp_path / "home", MAIN_OF_CLI, "convert", *flags, HF_TOKEN=TOKEN))
-    command = line.rpartition("go on with mlx-aimv2 ")[2]
+    command = line.rpartition("resume with mlx-aimv2 ")[2]
     assert command == f"upload '{folder}' {name}"
     hub.down.clear()
     result = run(hub, tmp_path / "home", MAIN_OF_CLI, *shlex.split(command), HF_TOKEN=TOKEN)
@@ -377,7 +377,7 @@ def test_a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on(hub
         ("nowhere", "nowhere is not a folder here: upload takes one written by convert, fuse or save"),
         ("head", "head is a head: upload takes checkpoints; mlx-aimv2 fuse makes one from a tuned encoder"),
         ("photos", "photos: no weights; looked for"),
-        ("other", "other has its weights in mlx_model.safetensors: convert it first, and upload the result"),
+        ("other", "other has its weights in mlx_model.safetensors: convert it first and upload the result"),
     ],
 )
 def test_what_is_no_checkpoint_of_ours_is_not_uploaded(tmp_path, monkeypatch, capsys, name, words):

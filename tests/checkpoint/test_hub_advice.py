@@ -14,10 +14,10 @@ from tests.small_models import FIXED
 LOGIN_PAGE = (200, "text/html", b"<html>sign in</html>")
 
 WRONG_ANSWERS = {
-    "login page": (LOGIN_PAGE, "a login page of the network or a proxy may stand between"),
+    "login page": (LOGIN_PAGE, "a network login page or a proxy may be in between"),
     "403": ((403, *LOGIN_PAGE[1:]), "accept the terms on the repository's page"),
-    "429": ((429, *LOGIN_PAGE[1:]), "too many requests: wait some minutes"),
-    "500": ((500, *LOGIN_PAGE[1:]), "run it again in a while; with HF_HUB_OFFLINE=1 the cache is used as it is"),
+    "429": ((429, *LOGIN_PAGE[1:]), "too many requests: wait a few minutes"),
+    "500": ((500, *LOGIN_PAGE[1:]), "run it again later; HF_HUB_OFFLINE=1 uses what is in the cache"),
     "418": ((418, *LOGIN_PAGE[1:]), "(418)"),
 } | {
     f"JSON {number}": ((200, "application/json", body), "")
@@ -98,7 +98,7 @@ def test_a_token_that_cannot_be_sent_is_named(released, tmp_path):  # noqa: F811
 def test_a_home_that_is_a_file_is_named(released, tmp_path):  # noqa: F811
     (tmp_path / "home").touch()
     line = refusal(run(released, tmp_path / "home", READ, NAME))
-    assert f"{tmp_path / 'home'} is no folder" in line and "set HF_HOME to a folder" in line
+    assert f"{tmp_path / 'home'} is not a folder" in line and "set HF_HOME to a folder" in line
     assert run(released, tmp_path / "folder", READ, NAME).returncode == 0
 
 
@@ -136,7 +136,7 @@ def test_a_file_outside_the_cache_is_not_used(tmp_path):
     hub_module._check_inside(folder, cache)
     (tmp_path / "escaped").touch()
     (folder / "model.safetensors").symlink_to("../../../../escaped")
-    with pytest.raises(OSError, match="leads out of the Hub's cache"):
+    with pytest.raises(OSError, match="leads outside the Hub's cache"):
         hub_module._check_inside(folder, cache)
 
 

@@ -261,7 +261,7 @@ def test_an_unknown_layout_says_which_are_known_and_the_first_foreign_names():
     with pytest.raises(ValueError) as caught:
         recognise({f"w{i}": (1,) for i in range(9)})
     assert str(caught.value) == (
-        "unknown layout: the tensors fit none of apple, apple-mlx, transformers, transformers-draft, ovis2, timm, "
+        "unknown layout: the tensors match none of apple, apple-mlx, transformers, transformers-draft, ovis2, timm, "
         "mlx-aimv2; the first names are w0, w1, w2, w3, w4"
     )
 

@@ -155,7 +155,7 @@ def test_of_two_encoders_config_json_chooses_one(tmp_path):
     folder = two_encoders(tmp_path / "a")
     message = refusal(folder)
     assert "as teacher. and as vision_model.:" in message
-    assert 'choose one in its config.json, as by "encoder_prefix": "teacher."' in message
+    assert 'choose one in its config.json, for example "encoder_prefix": "teacher."' in message
     (folder / "config.json").write_text(json.dumps({"vision_config": APPLE, "encoder_prefix": "vision_model."}))
     assert is_the_encoder(folder)
     (folder / "config.json").write_text(json.dumps({"vision_config": APPLE, "encoder_prefix": ["teacher."]}))
@@ -274,10 +274,10 @@ FC1, POSITIONS = "trunk.blocks.1.mlp.fc1.weight", "preprocessor.pos_embed"
 DAMAGES = {
     "a shard is gone": (
         lambda folder: shard(folder, 3)[1].unlink(),
-        f"{INDEX} names shards that are not there: model-00002-of-00003",
+        f"{INDEX} names shards that are missing: model-00002-of-00003",
     ),
-    "the index lists a tensor more": (lists_more, "lists tensors that no shard holds: trunk.blocks.9.norm_1.weight"),
-    "a tensor is in two shards": (holds_twice, "another shard holds too: "),
+    "the index lists a tensor more": (lists_more, "lists tensors that no shard contains: trunk.blocks.9.norm_1.weight"),
+    "a tensor is in two shards": (holds_twice, "are also in another shard: "),
     "the index is gone": (lambda folder: shard(folder, 2) and (folder / INDEX).unlink(), f"has shards but no {INDEX}"),
     "the index is cut": (written(b"{"), "not JSON"),
     "the index is a list": (written(b"[]"), "wanted an object, got a list"),
@@ -285,7 +285,7 @@ DAMAGES = {
     "the index maps to a number": (written(b'{"weight_map": {"a": 1}}'), NO_MAP),
     "the index leads out": (
         written(b'{"weight_map": {"a": "../elsewhere.safetensors"}}'),
-        "which is no file of weights in its folder",
+        "which is not a weight file in its folder",
     ),
     "no weights": (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"no weights; looked for {INDEX}"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
@@ -342,4 +342,4 @@ def test_without_torch_a_pickled_file_says_how_to_read_it(folder, monkeypatch):
         return original(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
-    assert "only torch reads safely; install it (pip install torch)" in refusal(folder)
+    assert "only torch can read safely; install it (pip install torch)" in refusal(folder)

@@ -208,7 +208,7 @@ def test_compare_prints_a_table_or_json(capsys):
 def test_damaged_weights_are_named_before_anything_is_written(scaled, tmp_path, capsys, factor, flags):
     target = tmp_path / "out"
     assert main(["convert", "--hf-path", str(scaled(factor)), "--mlx-path", str(target), *flags]) == 2
-    assert "blocks.1 gives numbers that are not finite even in float32: its weights are" in capsys.readouterr().err
+    assert "blocks.1 gives values that are not finite even in float32: its weights are" in capsys.readouterr().err
     assert not target.exists()
 
 

@@ -166,7 +166,7 @@ def test_a_hessian_that_cannot_be_factored_is_damped_more():
     squares = np.eye(64, dtype=np.float32)
     squares[0, 1] = squares[1, 0] = 1.2  # no X'X: its smallest number is -0.2
     run._packed("blocks.0.attn.qkv", np.ones((2, 64), np.float32), squares, resolve())
-    assert list(run.notes) == ["their X'X could not be factored, so its diagonal was raised by 30%"]
+    assert list(run.notes) == ["X'X could not be factored, so its diagonal was raised by 30%"]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_changed_weights_fused_adapters_and_the_encoder_of_a_pair_come_back(pair
     lora.add_adapters(model.vision, "lora", num_layers=2, rank=3)
     changed = [(name, array + 0.25) for name, array in tree_flatten(model.vision.trainable_parameters())]
     model.vision.load_weights(changed, strict=False)
-    with pytest.raises(ValueError, match=r"extra .*lora_a.*; fuse\(model\) of mlx_aimv2.learn makes adapters part"):
+    with pytest.raises(ValueError, match=r"extra .*lora_a.*; merge the adapters first with mlx_aimv2.learn.fuse"):
         save(model, processor, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
     lora.remove_adapters(model.vision)
@@ -218,13 +218,13 @@ def test_what_cannot_come_back_is_refused_and_nothing_is_left(pair, tmp_path):
         ((model, None, "x"), TypeError, "processor must be Aimv2Processor, got NoneType"),
         ((model, processor, 7), TypeError, "folder must be str or PathLike, got int"),
         ((model, processor, taken), FileExistsError, "Cannot save to the path .*taken as it already exists"),
-        ((mixed, processor, tmp_path / "x"), ValueError, r"of one dtype, .*got float16, float32: model.set_dtype"),
+        ((mixed, processor, tmp_path / "x"), ValueError, r"of one dtype, .*got float16, float32: call model.set_dtype"),
         (
             (larger, processor, tmp_path / "x"),
             ValueError,
             "x: images are prepared as 15x15, but the model takes 25x25;",
         ),
-        ((model, other, tmp_path / "x"), ValueError, "save a model with the processor that load gives beside it"),
+        ((model, other, tmp_path / "x"), ValueError, "save a model with the processor that load returned with it"),
         ((headed, load(FIXED)[1], tmp_path / "x"), ValueError, "parameters are not .*extra extra.bias, extra.weight$"),
     ):
         with pytest.raises(kind, match=words) as caught:

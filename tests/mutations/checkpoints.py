@@ -58,7 +58,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "an upload that breaks off does not say how to go on",
-        "; {folder} is whole: go on with {command}",
+        "; {folder} is complete: resume with {command}",
         "",
         (HUB + "a_hub_that_breaks_down_in_an_upload_leaves_the_command_that_goes_on",),
     ),
