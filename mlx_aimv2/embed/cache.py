@@ -1,12 +1,12 @@
-"""Says what features were made by and whether they can be compared, and keeps what is costly to compute again.
+"""Records how features were made and whether they can be compared, and caches what is costly to recompute.
 
-What made features is described by a dictionary that JSON holds. Weights are distinguished by samples: a few values of
-every tensor that no recipe packs into bits (norms, patch embedding, positions), which any dtype changes by less than
-2^-8, and a digest of values from all tensors, which is the same only for the same weights in the same dtype and bits.
+How features were made is described by a JSON dictionary. Weights are identified by samples: a few values of every
+tensor that no recipe quantizes (norms, patch embedding, positions), which any dtype changes by less than 2^-8, and a
+digest of values from all tensors, which is equal only for the same weights in the same dtype and bits.
 
-Features lie in a folder named after everything that decides the numbers. In it `rows.bin` holds one row of numbers for
-each image or view of one, and `keys.bin` the 32 bytes that say of what content it is, in the same order. A row is
-written before its key, so a run that is interrupted anywhere leaves whole rows, and the next one goes on.
+Features are in a folder named after everything that affects their values. In it `rows.bin` has one row of numbers for
+each image or view of one, and `keys.bin` the 32 bytes that identify its content, in the same order. A row is written
+before its key, so a run interrupted at any point leaves complete rows, and the next one continues.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MUST_AGREE = ("pool", "layer", "norm", "width", "preprocessing", "max_patches")
 """Fields that must be equal, besides the weights, for two embeddings to be comparable."""
 
 SHOULD_AGREE = ("dtype", "quantization")
-"""Fields that change the values a little."""
+"""Fields that change the values only slightly."""
 
 KEPT_DENSE = ("norm", "patch_embed", "pos_embed")
 """Parts of a parameter's path: these are never quantized."""
@@ -55,17 +55,17 @@ SAMPLES = 4
 """Numbers taken from each tensor for the fingerprint, spread evenly."""
 
 TOLERANCE = 2.0**-8
-"""Twice what rounding to bfloat16 can change."""
+"""Twice the largest change from rounding to bfloat16."""
 
 KEY_BYTES = 32
 
 FORMAT = 1
 
 KINDS: dict[str, np.dtype[Any]] = {"mean": np.dtype("<f4"), "tokens": np.dtype("<f2")}
-"""What is kept of an image -> its numbers: the mean token (D,), or all tokens (N, D) in half the bytes."""
+"""What is kept for an image -> its dtype: the mean token (D,), or all tokens (N, D) in half the bytes."""
 
 SETTLED_NS = 2_000_000_000
-"""A file that was changed this recently may change again within the clock's step: it is not remembered."""
+"""A file changed this recently may change again within one clock tick: it is not cached."""
 
 
 def fingerprint(model: AnyModel) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _samples(arrays: Sequence[mx.array]) -> Array:
 
 
 def differences(stored: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What keeps `other` from being compared with `stored`, and what only deserves a note: two lists of sentences."""
+    """What makes `other` incomparable with `stored`, and what only deserves a note: two lists of sentences."""
     refused = [_differ(name, stored, other) for name in MUST_AGREE if stored.get(name) != other.get(name)]
     notes = [_differ(name, stored, other) for name in SHOULD_AGREE if stored.get(name) != other.get(name)]
     weights, others = stored.get("weights", {}), other.get("weights", {})
@@ -125,9 +125,9 @@ def _value(value: Any) -> str:
 
 
 class Known(NamedTuple):
-    """What is known of a good image: its SHA-256, its (height, width) upright, and whether it was decoded.
+    """What is known about a good image: its SHA-256, its (height, width) upright, and whether it was decoded.
 
-    Of one that was not, the header alone was read.
+    Otherwise only the header was read.
     """
 
     sha256: bytes
@@ -136,16 +136,16 @@ class Known(NamedTuple):
 
 
 class KnownFiles:
-    """Remembers what is known of images, by the file's name and its marks (`files.is_unchanged`)."""
+    """Remembers what is known about images, by file name and state (`files.is_unchanged`)."""
 
     def __init__(self) -> None:
         self.path = cache_folder() / "files.db"
 
     def look_up(self, paths: Sequence[str], *, decoded: bool = True) -> dict[str, Known]:
-        """What is known of those files that are as they were, with `decoded` of those alone that were decoded."""
+        """What is known about the unchanged files; with `decoded` only about those that were decoded."""
         query = "SELECT sha256, height, width, decoded, size, mtime_ns, ctime_ns, inode FROM files WHERE path = ?"
         known = {}
-        with suppress(sqlite3.Error), closing(self._connect()) as database:  # one that cannot be read is no cache
+        with suppress(sqlite3.Error), closing(self._connect()) as database:  # an unreadable one is ignored
             for path in paths:
                 row = (about := stat_of(path)) and database.execute(query, (_key(path),)).fetchone()
                 if row and about and row[3] >= decoded and is_unchanged(about, *row[4:]):
@@ -153,7 +153,7 @@ class KnownFiles:
         return known
 
     def remember(self, files: Iterable[tuple[str, Known]]) -> None:
-        """Keeps what is known of files, pairs of path and Known, as far as the disk lets it."""
+        """Keeps what is known about files, pairs of path and Known, if the disk allows."""
         settled = time.time_ns() - SETTLED_NS
         rows = [
             (_key(path), *marks_of(about), known.sha256, *known.size, known.decoded)
@@ -184,7 +184,7 @@ def _key(path: str) -> bytes:
 
 
 class WithContent(Protocol):
-    """What features are asked for by: the SHA-256 of an image."""
+    """The key of features: the SHA-256 of an image."""
 
     @property
     def sha256(self) -> bytes: ...
@@ -192,7 +192,7 @@ class WithContent(Protocol):
 
 @dataclass(frozen=True)
 class Features:
-    """Features of images by their content, read as they are asked for: `features[sample.sha256]` is (D,) or (N, D)."""
+    """Features of images by their content, read on request: `features[sample.sha256]` is (D,) or (N, D)."""
 
     rows: Array
     index: dict[bytes, int]
@@ -201,12 +201,12 @@ class Features:
         return self.rows[self.index[key]]
 
     def of(self, samples: Sequence[WithContent]) -> Array:
-        """Those of several samples as one array, `(n, …)` float32."""
+        """The features of several samples as one array, `(n, …)` float32."""
         return np.asarray(self.rows[[self.index[sample.sha256] for sample in samples]], np.float32)
 
 
 class FeatureCache:
-    """The rows of one folder, which this process alone may add to: `open_features` makes one.
+    """The rows of one folder, to which only this process may add: `open_features` makes one.
 
     `index` is the row of each key, `advice` what to do about a full disk.
     """
@@ -224,15 +224,15 @@ class FeatureCache:
         self.index = {keys[KEY_BYTES * row : KEY_BYTES * (row + 1)]: row for row in range(count)}
 
     def reserve(self, count: int) -> None:
-        """Raises OSError where the disk has no room for so many rows more."""
+        """Raises OSError if the disk has no room for that many more rows."""
         wanted = count * (self.row_bytes + KEY_BYTES)
         if wanted > (free := shutil.disk_usage(self.rows_file.parent).free):
             raise self._full(f", which need {wanted:,} bytes where {free:,} are free")
 
     def append(self, rows: Iterable[tuple[bytes, Array]]) -> None:
-        """Writes rows and then their keys; a key that is there already is skipped.
+        """Writes rows and then their keys; existing keys are skipped.
 
-        Raises OSError with one line where that fails.
+        Raises OSError with one line if that fails.
         """
         new = {key: row for key, row in rows if key not in self.index}
         try:
@@ -250,7 +250,7 @@ class FeatureCache:
         self.index |= {key: row for row, key in enumerate(new, start=len(self.index))}
 
     def features(self) -> Features:
-        """What is there so far."""
+        """What is stored so far."""
         shape = (len(self.index), *self.shape)
         rows = np.memmap(self.rows_file, self.dtype, "r", shape=shape) if self.index else np.empty(shape, self.dtype)
         return Features(rows, dict(self.index))
@@ -260,7 +260,7 @@ class FeatureCache:
 
 
 def cache_key(model: Aimv2VisionModel, processor: Aimv2Processor, *, kind: str, **more: Any) -> str:
-    """A name that is the same for equal features alone; `more` is what else decides them."""
+    """A name that is the same only for equal features; `more` is what else affects them."""
     decides = {
         "format": FORMAT,
         "kind": kind,
@@ -276,7 +276,7 @@ def cache_key(model: Aimv2VisionModel, processor: Aimv2Processor, *, kind: str, 
 def open_features(
     folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, advice: str = "choose another --cache"
 ) -> Iterator[FeatureCache]:
-    """The features of rows of this shape in a folder; another process that adds to it is waited for."""
+    """The features of rows of this shape in a folder; waits for another process that is adding to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

@@ -46,9 +46,9 @@ class Ranks:
         return self.group.size() if self.group is not None else 1
 
     def first(self, work: Callable[[], Any]) -> Any:
-        """Rank 0 does the work and every rank gets the result, which must fit JSON.
+        """Rank 0 does the work and every rank gets the result, which must be valid as JSON.
 
-        Where the work raises, rank 0 raises and the others end silently.
+        If the work raises, rank 0 raises and the others end silently.
         """
         if self.group is None:
             return work()
@@ -77,12 +77,12 @@ class Ranks:
         return x if self.group is None else mx.distributed.all_gather(x, group=self.group)
 
     def each(self, number: int) -> list[int]:
-        """A number of every rank, in the order of the ranks, on every rank."""
+        """A number from every rank, in the order of the ranks, on every rank."""
         numbers: Any = self.rows(mx.array([number])).tolist()
         return numbers
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Bytes of each rank, in the order of the ranks, on every rank, where there are several."""
+        """Bytes from each rank, in the order of the ranks, on every rank, if there are several."""
         try:
             sizes = mx.distributed.all_gather(mx.array([len(data)], mx.int32), group=self.group)
             lengths: Any = sizes.tolist()
@@ -96,7 +96,7 @@ class Ranks:
 
 
 def my_chunks(chunks: Sequence[list[str]], ranks: Ranks) -> list[list[str]]:
-    """The chunks of this rank, an empty one where the last round has none left for it."""
+    """The chunks of this rank, an empty one if the last round has none left for it."""
     mine = list(chunks[ranks.rank :: ranks.size])
     rounds = -(-len(chunks) // ranks.size)
     return mine + [[]] * (rounds - len(mine))
@@ -108,5 +108,5 @@ def _lost(number: int, frame: FrameType | None) -> None:
 
 
 def _ignore_the_launcher() -> None:
-    """After a first SIGTERM this process writes what it has; a second one would interrupt that."""
+    """After a first SIGTERM this process writes what it has; a second one must not interrupt that."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,10 +1,10 @@
-"""Embeds many images as fast as they can be decoded or encoded, whichever takes longer: paths -> Embedding …
+"""Embeds many images as fast as they can be decoded or encoded, whichever is slower: paths -> Embedding …
 
     pixels (B, H, W, 3) -> (B, D) for `mean` and `head`, (B, N, D) for `tokens`, (B, h, w, D) for `map`
 
 AIMv2 has no CLS token. Without `layer` the last hidden state after the final norm is pooled. With `layer` it is the
-hidden state of that number as transformers counts them (0 is the patch embedding, -1 what the last block gives), as it
-is: no norm, unless `norm` asks for the model's final one. So `layer=-1, norm=True` is the same as no layer.
+hidden state with that number in transformers' counting (0 is the patch embedding, -1 the last block's output), without
+a norm unless `norm` applies the model's final one. So `layer=-1, norm=True` is the same as no layer.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ FIELDS: Fields = {
     "image_size": (int, NoneType),
     "weights": dict,
 }
-"""Fields of a description that are used again, and their types."""
+"""Fields of a description that are reused, and their types."""
 
 OnFailure: TypeAlias = Callable[[str, str], None]
-"""Called with a path and what is wrong with it, which continues a sentence that starts with the path."""
+"""Called with a path and the reason it failed, which continues a sentence that starts with the path."""
 
 POOLS = {"mean": 1, "head": 1, "tokens": 2, "map": 3}
 """Name of a pooling -> axes of the result for one image.
 
-`mean` is the mean over the tokens, (D,); `head` the checkpoint's own attention head, in LiT projected to the space it
-shares with text, (E,); `tokens` every token, (N, D); `map` every token at its place, (rows, columns, D).
+`mean` is the mean over the tokens, (D,); `head` the checkpoint's own attention head, in LiT projected to the space
+shared with text, (E,); `tokens` every token, (N, D); `map` every token at its place, (rows, columns, D).
 """
 
 
@@ -72,7 +72,7 @@ class Pooling:
 
     @classmethod
     def of(cls, model: nn.Module, pool: str | None = None, *, layer: int | None = None, norm: bool = False) -> Pooling:
-        """Checks the settings against the model; without `pool` its head where it has one, else the mean."""
+        """Checks the settings against the model; without `pool` its head if it has one, else the mean."""
         config = model.vision.config
         if pool is None:
             pool = "head" if config.use_head and layer is None else "mean"
@@ -83,7 +83,7 @@ class Pooling:
         if pool == "head" and layer is not None:
             raise ValueError("the pooling head reads the last layer: use mean, tokens or map with a layer")
         if layer is None and norm:
-            raise ValueError("norm goes with a layer: without one the final norm is applied already")
+            raise ValueError("norm needs a layer: without one the final norm is already applied")
         states = config.num_hidden_layers + 1
         if layer is not None and not -states <= layer < states:
             raise ValueError(f"this checkpoint has hidden states {-states} to {states - 1}, got layer {layer}")
@@ -130,10 +130,10 @@ def embed(
 ) -> Iterator[Embedding]:
     """Embeds files, folders and patterns one image after another: `paths -> Embedding …`, sorted by name.
 
-    `pool`, `layer` and `norm` are explained above. For native checkpoints, images of more than
-    `max_patches` are scaled down in their shape, and below 112 patches a warning is given. An image that cannot be
-    read raises ValueError, or is passed to `on_failure(path, reason)` and left out. `threads` decode, by default one
-    for each core; `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
+    `pool`, `layer` and `norm` are explained above. For native checkpoints, images of more than `max_patches` are
+    scaled down, keeping their aspect ratio, with a warning below 112 patches. An image that cannot be read raises
+    ValueError, or is passed to `on_failure(path, reason)` and left out. `threads` decode, by default one per core;
+    `decode`, `max_pixels` and `truncated` are `images.Policy`'s.
     """
     fail = on_failure or raise_failure
     pooling = Pooling.of(model, pool, layer=layer, norm=norm)
@@ -160,10 +160,10 @@ def listed_files(
     exclude: Iterable[str] = (),
     include: Iterable[str] = (),
 ) -> list[str]:
-    """The image files that files, folders and patterns mean: `exclude`, `include` are `find.Rules`.
+    """The image files in files, folders and patterns: `exclude`, `include` are `find.Rules`.
 
-    What is none goes to `fail`, empty folders and what was skipped are warnings. Raises FileNotFoundError for nothing
-    at all.
+    What is not an image goes to `fail`; empty folders and skipped files are warnings. Raises FileNotFoundError if
+    there are no images at all.
     """
     listing = list_images(paths, exclude=exclude, include=include)
     listing.check_any()
@@ -178,7 +178,7 @@ def listed_files(
 
 @dataclass
 class Result:
-    """What became of a chunk: embeddings, and what failed or deserves a note as pairs (path, reason)."""
+    """The result of a chunk: embeddings, and failures and notes as pairs (path, reason)."""
 
     embeddings: list[Embedding] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -188,13 +188,13 @@ class Result:
         """All of it as bytes, for another process."""
         files = [vars(one) | {"sha256": one.sha256.hex(), "vector": None} for one in self.embeddings]
         head = json.dumps([files, self.failures, self.notes]).encode()
-        # In one piece each, as the library writes what lies in memory.
+        # Each contiguous, because the library writes raw memory.
         vectors = {str(row): np.ascontiguousarray(one.vector, np.float32) for row, one in enumerate(self.embeddings)}
         return save(vectors | {"head": np.frombuffer(head, np.uint8)})
 
     @classmethod
     def unpacked(cls, data: bytes) -> Result:
-        """The result that `packed` made these bytes of."""
+        """The result that `packed` turned into these bytes."""
         arrays = load(data)
         files, *pairs = json.loads(arrays["head"].tobytes())
         for row, file in enumerate(files):
@@ -210,10 +210,10 @@ def embed_chunks(
     *,
     threads: int | None = None,
 ) -> Iterator[Result]:
-    """What becomes of each chunk's images, chunk after chunk.
+    """The result for each chunk's images, chunk after chunk.
 
-    Files that the decoder knows are hashed and not decoded: their Embedding has a vector of no numbers. Notes are what
-    is unusual about an image that is embedded all the same.
+    Files that the decoder knows are hashed and not decoded: their Embedding has an empty vector. Notes are what is
+    unusual about an image that is embedded all the same.
     """
     config = model.vision.config
     is_widest = model.dtype == mx.float32
@@ -236,13 +236,13 @@ def embed_chunks(
                 file = (size, mtime_ns, image.sha256, vector, ctime_ns, inode, image.taken)
                 result.embeddings.append(Embedding(image.path, *file))
             else:
-                result.failures.append((image.path, f"gave numbers that are not finite: {advice}"))
+                result.failures.append((image.path, f"gave values that are not finite: {advice}"))
         yield result
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the embeddings of a checkpoint; None stands for the default."""
+    """The settings that affect the embeddings of a checkpoint; None stands for the default."""
 
     model: str | None = None
     revision: str | None = None
@@ -254,7 +254,7 @@ class Settings:
     image_size: int | None = None
 
     def filled(self, made: Mapping[str, Any]) -> Settings:
-        """These settings and, where they say nothing, those that made an index (`made_by`)."""
+        """These settings, with those that made an index (`made_by`) where they are None."""
         names = ("dtype", "pool", "layer", "norm", "max_patches", "image_size")
         kept: dict[str, Any] = {name: made.get(name) for name in names}
         if self.model is None:
@@ -265,7 +265,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model with its settings, which reads images by `policy`."""
+    """A model with its settings, which reads images according to `policy`."""
 
     loaded: Loaded
     pooling: Pooling
@@ -274,7 +274,7 @@ class Embedder:
 
     @classmethod
     def load(cls, settings: Settings, policy: Policy = FAST) -> Embedder:
-        """Loads the checkpoint. Raises ValueError for settings that it cannot meet."""
+        """Loads the checkpoint. Raises ValueError for settings it does not support."""
         source = read_source(settings.model or "", revision=settings.revision, image_size=settings.image_size)
         loaded = source.load(dtype=settings.dtype)
         pooling = Pooling.of(loaded.model, settings.pool, layer=settings.layer, norm=settings.norm)
@@ -282,7 +282,7 @@ class Embedder:
 
     @cached_property
     def description(self) -> Description:
-        """Everything that decides what an embedding is, as JSON holds it and `cache.differences` compares it.
+        """Everything that affects an embedding, in the JSON form that `cache.differences` compares.
 
         How JPEGs are decoded is recorded and never compared: it changes features less than float16 does.
         """
@@ -312,19 +312,19 @@ class Embedder:
 
 
 def made_by(index: Index) -> Description:
-    """What an index says of the model that made it, checked. Raises ValueError if it does not say it."""
+    """What an index records about the model that made it, checked. Raises ValueError if that is missing."""
     made = index.provenance
     if "weights" not in made:
-        raise ValueError(f"{index.path} does not say which model made it: use it from Python, with vectors")
+        raise ValueError(f"{index.path} does not record which model made it: use it from Python, with vectors")
     if made.get("width", index.width) != index.width:
-        raise damaged(index.path, f"width {index.width} where the model gives {made['width']}")
-    if (name := misfit({"image_size": None, **made}, FIELDS)) is not None:  # earlier releases had the own size alone
-        raise damaged(index.path, f"it says {name} {made.get(name)!r} of the model that made it")
+        raise damaged(index.path, f"width {index.width:,}, but the model gives {made['width']:,}")
+    if (name := misfit({"image_size": None, **made}, FIELDS)) is not None:  # earlier releases: only the own size
+        raise damaged(index.path, f"it records {name} {made.get(name)!r} for the model that made it")
     if misfit(made["weights"], {"digest": str, "sample": list}):
-        raise damaged(index.path, "it says nothing of the weights that made it")
+        raise damaged(index.path, "it does not record the weights that made it")
     return made
 
 
 def raise_failure(path: str, reason: str) -> None:
-    """What is done about a failure where nobody else takes it: raises ValueError."""
+    """The default for failures: raises ValueError."""
     raise ValueError(f"{path} {reason}")

@@ -1,8 +1,8 @@
-"""Brings an index up to date with the images that are there now: list, compare, embed, write, export.
+"""Brings an index up to date with the images on disk: list, compare, embed, write, export.
 
-What is new, changed or gone is planned first. Then chunks of embeddings go into the index whole, a few times a second,
-so that an interrupted run loses little. A file whose content the index has under its own or under a vanished name keeps
-its vector and is read but not decoded: where the old name is gone, wherever it was, the entry moves to the new one.
+What is new, changed or gone is planned first. Then complete chunks of embeddings go into the index, a few times a
+second, so an interrupted run loses little. A file whose content the index has under its own or a vanished name keeps
+its vector and is read but not decoded: if the old name is gone, wherever it was, the entry moves to the new one.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from mlx_aimv2.index.writer import Copy, IndexWriter
 
 COMMIT_SECONDS = 0.5
 COMMIT_IMAGES = 1024
-"""Work is put on disk when it is this old or this much, at the end of a chunk."""
+"""Work is written to disk when it is this old or this much, at the end of a chunk."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How an index is brought up to date.
 
-    `threads` decode, by default one for each core. `store` is the dtype of the vectors in a new index, float16 or
-    float32; `export` (npz, safetensors or jsonl) goes beside the index and replaces what is no export only with
-    `overwrite`. `exclude` and `include` are `find.Rules`. Images whose files may come back, on a drive that is not
-    plugged in, stay in the index unless `prune` is set.
+    `threads` decode, by default one per core. `store` is the dtype of the vectors in a new index, float16 or float32;
+    `export` (npz, safetensors or jsonl) goes next to the index and replaces a file that is not an export only with
+    `overwrite`. `exclude` and `include` are `find.Rules`. Images whose files may come back, on an unplugged drive,
+    stay in the index unless `prune` is set.
     """
 
     threads: int | None = None
@@ -62,9 +62,9 @@ class Options:
 class Summary:
     """What an update did, in images.
 
-    `recognised` have the content of an entry of the index, and `moved` took over one whose file is gone; `kept`
-    are in the index while their files are not there but may come back, `gone` were forgotten. `passed_over` counts
-    what was skipped (`Listing.skipped`). `is_made` is False where there is no index, as nothing could be embedded.
+    `recognised` have the content of an existing entry, and `moved` took over one whose file is gone; `kept` are in the
+    index although their files are missing, since they may come back; `gone` were dropped. `passed_over` counts what was
+    skipped (`Listing.skipped`). `is_made` is False if there is no index, because nothing could be embedded.
     """
 
     images: int = 0
@@ -81,12 +81,12 @@ class Summary:
 
 @dataclass
 class Plan:
-    """What there is to do, in types that JSON holds.
+    """The work to do, in JSON types.
 
-    `chunks` of the whole list without what is up to date; `changed` names to be read again, with the digest that the
-    index has for each in hexadecimal; `vanished` names in the index that no file has any more, by digest, where a file
-    to be read may have it; `gone` names to forget; `kept` those whose files may come back; `undated` unchanged ones
-    that are read again since an earlier release kept too little of them, with their digests.
+    `chunks` of the list without what is up to date; `changed` names to be read again, with the index's digest of each
+    in hexadecimal; `vanished` names in the index without a file, by digest, if a file to be read may have that
+    content; `gone` names to drop; `kept` those whose files may come back; `undated` unchanged ones that are read again
+    because an earlier release recorded too little about them, with their digests.
     """
 
     chunks: list[list[str]] = field(default_factory=list)
@@ -98,28 +98,28 @@ class Plan:
     undated: dict[str, str] = field(default_factory=dict)
 
     def known(self, path: str, sha256: bytes) -> bool:
-        """Whether the index has the embedding of this content under this name or under a vanished one."""
+        """Whether the index has the embedding of this content under this or a vanished name."""
         digest = sha256.hex()
         return digest in (self.changed.get(path), self.undated.get(path)) or digest in self.vanished
 
 
 def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> Plan:
-    """Compares the files with the index by what tells of a change; with `prune` all that is not there is forgotten.
+    """Compares the files with the index by their recorded state; with `prune` everything missing is dropped.
 
-    A file that the index has under another name (a link, another letter case) keeps that name, and what it has under a
-    name that has become a link to that file is forgotten. Of what was asked for, a file that is not there is taken for
-    deleted if the folder that it was in is there and holds anything else. An empty folder may be the mount point of a
-    drive that is not plugged in, and a missing one may come back with it.
+    A file that the index has under another name (a link, another letter case) keeps that name, and an entry whose name
+    has become a link to that file is dropped. A requested file that is missing counts as deleted if its folder exists
+    and contains anything else. An empty folder may be the mount point of an unplugged drive, and a missing one may
+    come back with it.
     """
     plan = Plan()
     stamps = index.stamps() if index is not None else {}
     files = _by_known_names(listing.files, stamps)
     sizes: set[int] = set()
-    for chunk in split_into_chunks(files):  # cut before anything is left out: a batch is the same in every run
+    for chunk in split_into_chunks(files):  # split before anything is left out: batches are the same in every run
         todo = []
         for path in chunk:
             stamp, about = stamps.get(path), stat_of(path)
-            if about is not None:  # else decoding will say why
+            if about is not None:  # otherwise decoding will say why
                 if stamp is not None and stamp.fits(about):
                     plan.unchanged += 1
                     if None not in (stamp.ctime_ns, stamp.taken):
@@ -157,7 +157,7 @@ def make_plan(listing: Listing, index: Index | None, *, prune: bool = False) -> 
 
 
 def _by_known_names(files: list[str], stamps: Mapping[str, Embedding]) -> list[str]:
-    """The same files, those that the index has under another name by that name."""
+    """The same files, under the index's name where it differs."""
     new = [path for path in files if path not in stamps]
     if not new or not stamps:
         return files
@@ -189,13 +189,13 @@ def update_index(
     report: Callable[[str], None] = warnings.warn,
     on_progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
 ) -> Summary | None:
-    """Embeds what is new or changed and forgets what was deleted: `files, folders, patterns -> Summary`.
+    """Embeds new and changed images and drops deleted ones: `files, folders, patterns -> Summary`.
 
-    `-` among the paths reads names from stdin. Where the settings say nothing, an index that exists keeps its own.
-    Under mlx.launch all ranks share the work and rank 0 alone returns a summary. Sentences about images that fail and
-    folders without images go to `report`, notes are warnings; `on_progress` takes how many images are done, how many
-    there are, and the word. Raises ValueError or OSError for what cannot be done, ConnectionError where another rank is
-    gone; what was done until then is kept.
+    `-` among the paths reads names from stdin. Settings that are None stay as an existing index has them. Under
+    mlx.launch all ranks share the work and only rank 0 returns a summary. Sentences about images that fail and folders
+    without images go to `report`, notes are warnings; `on_progress` takes the images done, their total, and the unit.
+    Raises ValueError or OSError for what cannot be done, ConnectionError if another rank is gone; finished work is
+    kept.
     """
     for name, count in (("--threads", options.threads), ("--max-patches", settings.max_patches)):
         if count is not None and count < 1:
@@ -206,10 +206,10 @@ def update_index(
         prepared = ranks.first(lambda: job.prepare(paths, settings))
         is_default = settings == Settings()
         settings, plan = Settings(**prepared["settings"]), Plan(**prepared["plan"])
-        if plan.chunks or not is_default:  # else there is nothing that a model could do or refuse
+        if plan.chunks or not is_default:  # otherwise there is nothing for a model to do or refuse
             embedder = Embedder.load(settings, options.policy)
             if ranks.first(lambda: job.agree(embedder)) != embedder.description["weights"]["digest"]:
-                raise ValueError(f"rank {ranks.rank} found other weights at {settings.model} than rank 0")
+                raise ValueError(f"rank {ranks.rank} found different weights at {settings.model} than rank 0")
             for mine in embedder(my_chunks(plan.chunks, ranks), known=plan.known, threads=options.threads):
                 several = map(Result.unpacked, ranks.gather(mine.packed())) if ranks.size > 1 else [mine]
                 for result in several if ranks.rank == 0 else ():
@@ -218,12 +218,12 @@ def update_index(
         return job.summary if ranks.rank == 0 else None
     except RankLostError as error:
         kept = f"; {job.kept()}" if ranks.rank == 0 else ""
-        raise RankLostError(f"rank {ranks.rank}: {error}{kept}; run it again to go on") from None
+        raise RankLostError(f"rank {ranks.rank}: {error}{kept}; run it again to continue") from None
     except RuntimeError as error:  # MLX's own: no memory on the device, most likely
         job.commit()
-        raise OSError(f"MLX could not go on: {error}; what was done is kept") from None
+        raise OSError(f"MLX could not continue: {error}; finished work is kept") from None
     except KeyboardInterrupt as stop:
-        stop.args = (*(stop.args or ("stopped",)), f"{job.kept()}; run it again to go on")
+        stop.args = (*(stop.args or ("stopped",)), f"{job.kept()}; run it again to continue")
         raise
     finally:
         if job.index is not None:
@@ -232,7 +232,7 @@ def update_index(
 
 @dataclass
 class _Job:
-    """What rank 0 does alone: list, compare, write, report. The index is made when the first embeddings come."""
+    """Rank 0's part: list, compare, write, report. The index is created when the first embeddings arrive."""
 
     output: Path
     options: Options
@@ -243,9 +243,9 @@ class _Job:
     plan: Plan = field(default_factory=Plan)
     summary: Summary = field(default_factory=Summary)
     made: dict[str, Any] = field(default_factory=dict)
-    """What the index says of the model."""
+    """What the index records about the model."""
     sources: dict[str, Any] = field(default_factory=dict)
-    """What it is to remember: folders and patterns, which may hold new images, and their flags; None to forget one."""
+    """What to remember: folders and patterns, which may get new images, and their flags; None to drop one."""
     done: int = 0
     pending: list[Embedding | Copy] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
@@ -269,20 +269,20 @@ class _Job:
         if not is_free(self.output):
             self.index = IndexWriter.open(self.output)
             if not os.access(self.output, os.W_OK):
-                raise PermissionError(f"{self.output} cannot be written to")
+                raise PermissionError(f"{self.output} is not writable")
         elif not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist: make that folder first, or choose another -o")
+            raise FileNotFoundError(f"{folder} does not exist: create it first, or choose another -o")
         if not os.access(folder, os.W_OK):  # for the journal, even where the index exists
-            raise PermissionError(f"{folder} cannot be written to: choose another -o")
+            raise PermissionError(f"{folder} is not writable: choose another -o")
         self._export_to(self.index.paths() if self.index is not None else ())
 
     def _export_to(self, inputs: Iterable[str] = ()) -> Path | None:
-        """Where the export goes, if one is wanted; none of the inputs is replaced."""
+        """Where the export goes, if requested; the inputs are never replaced."""
         kind = self.options.export
         return target(self.output, kind, overwrite=self.options.overwrite, inputs=inputs) if kind else None
 
     def _settings(self, given: Settings) -> Settings:
-        """The given settings and, where they say nothing, those of the index."""
+        """The given settings, with those of the index where they are None."""
         if self.index is None:
             if given.model is None:
                 raise ValueError(f"{self.output} does not exist yet: choose a model, for example -m {LIT_CHECKPOINT}")
@@ -298,7 +298,7 @@ class _Job:
             if path != "-":
                 names.append(path)
             elif self.ranks.size > 1:
-                raise ValueError("- does not go with mlx.launch, which never ends its stdin: give folders or files")
+                raise ValueError("- does not work with mlx.launch, whose stdin never ends: give folders or files")
             else:
                 names += read_list(sys.stdin.buffer.read())
         options = self.options
@@ -311,7 +311,7 @@ class _Job:
             listing.check_any()
         for path in listing.empty:
             is_kept = self.index is not None and not self.options.prune
-            self.report(f"no images in {path}{f'; what {self.output} holds of it stays' if is_kept else ''}")
+            self.report(f"no images in {path}{f'; its images in {self.output} are kept' if is_kept else ''}")
         gone = [path for path in listing.missing if self.options.prune and self._holds(path)]
         self.sources |= dict.fromkeys(map(_absolute, gone))
         self._fail([(path, "does not exist") for path in listing.missing if path not in gone])
@@ -319,7 +319,7 @@ class _Job:
         return listing
 
     def _holds(self, given: str) -> bool:
-        """Whether the index has anything at a path or below it, or was made of it."""
+        """Whether the index has anything at or below a path, or was made from it."""
         path, index = _absolute(given), self.index
         known = (*index.sources, *index.paths()) if index is not None else ()
         return any(one == path or is_under(one, [path]) for one in known)
@@ -336,7 +336,7 @@ class _Job:
         if notes:
             warnings.warn(
                 f"the new images are embedded a little differently from those in {self.output} "
-                f"({'; '.join(notes)}): leave -m and --dtype out to keep its settings",
+                f"({'; '.join(notes)}): leave out -m and --dtype to keep its settings",
                 stacklevel=1,
             )
         if self.plan.chunks and (slow := slow_here(embedder.loaded.model.dtype)) is not None:
@@ -359,7 +359,7 @@ class _Job:
         self.on_progress(self.done, sum(len(chunk) for chunk in self.plan.chunks), "images")
 
     def _known(self, item: Embedding) -> Copy:
-        """How a file whose content is in the index gets its vector: from its own entry, or from a vanished one."""
+        """How a file with known content gets its vector: from its own entry, or from a vanished one."""
         digest, source = item.sha256.hex(), item.path
         if self.plan.undated.get(source) == digest:
             return Copy(item, source, is_move=True)
@@ -374,14 +374,14 @@ class _Job:
         return Copy(item, source)
 
     def commit(self) -> None:
-        """Puts on disk what was taken so far."""
+        """Writes everything taken so far to disk."""
         if self.pending and self.index is None:
             made, dtype = self.made, self.options.store or "float16"
             shape = {"width": made["width"], "axes": POOLS[made["pool"]]}
             try:
                 self.index = IndexWriter.create(self.output, provenance=made, dtype=dtype, **shape)
             except FileExistsError:
-                raise FileExistsError(f"another mlx-aimv2 embed made {self.output} meanwhile: run it again") from None
+                raise FileExistsError(f"another mlx-aimv2 embed created {self.output}: run it again") from None
         if self.index is not None and self.pending:
             self.index.add(self.pending)
         if self.index is not None and self.stale:
@@ -392,19 +392,18 @@ class _Job:
         self.committed = time.monotonic()
 
     def kept(self) -> str:
-        """Puts on disk what was taken so far, and says what a run that ends too early leaves."""
+        """Writes everything taken so far to disk, and says what an interrupted run leaves."""
         self.commit()
         count = len(self.index) if self.index is not None else 0
         return f"{self.output} keeps {count:,} images" if count else "nothing is stored yet"
 
     def finish(self) -> bool:
-        """Writes what is left and the export, forgets what is gone, and says which images have no file."""
+        """Writes the rest and the export, drops what is gone, and says which images have no file."""
         self.commit()
         if kept := [path for path in self.plan.kept if path not in self.moved]:
             self.report(
                 f"{len(kept):,} of the images in {self.output} {'has' if len(kept) == 1 else 'have'} no file now, such "
-                f"as {kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune forgets what is "
-                "not there"
+                f"as {kept[0]}: kept, as a drive may be unplugged or iCloud may hold the file; --prune drops them"
             )
         self.summary.kept = len(kept)
         if self.index is not None:

@@ -2,9 +2,9 @@
 
     items -> threads: bytes, SHA-256, levels (H, W, 3) uint8 -> batches of some 4096 tokens -> outputs in order
 
-Nothing in a file raises: what is wrong with it is reported. A batch never crosses a chunk of items: which images meet
-in a batch depends on the chunks alone, not on where an earlier run was interrupted or on how many Macs share the work,
-so the numbers come out the same to the last bit.
+Nothing in a file raises: errors are reported. A batch never crosses a chunk of items: which images share a batch
+depends only on the chunks, not on where an earlier run was interrupted or on how many Macs share the work, so the
+results are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
     from mlx_aimv2.images.processor import Aimv2Processor
 
 BATCH_TOKENS = 4608
-"""Most tokens of one batch: 16, 8 or 4 images at 224, 336 or 448, whose rows fill the tiles of an M5's matrix units."""
+"""Max tokens in a batch: 16, 8 or 4 images at 224, 336 or 448, whose rows fill the tiles of an M5's matrix units."""
 
 CHUNK = 32
 """Consecutive names whose images may share a batch."""
 
 IN_FLIGHT = 2
-"""Batches that the device has been given and not finished: it computes one while the next is put together."""
+"""Unfinished batches on the device: it computes one while the next is being put together."""
 
 MIN_PATCHES = 112
 MAX_PATCHES = 4096
-"""Native checkpoints were trained on images of 112 to 4096 patches."""
+"""Native checkpoints were trained on images of 112 to 4,096 patches."""
 
 FILE_BYTES = 64 << 20
-"""Content of files that wait to be decoded, all threads together; a single file may have more."""
+"""Bytes of files waiting to be decoded, over all threads; a single file may exceed it."""
 
 DECODING_BYTES = 160 << 20
-"""What is decoded at one time, all threads together; a single image may take more."""
+"""Bytes being decoded at a time, over all threads; a single image may exceed it."""
 
 Known: TypeAlias = Callable[[str, bytes], bool]
 """Whether the embedding of this file, by its path and the SHA-256 digest of its content, needs no pixels."""
 
 Outputs: TypeAlias = dict[str, np.ndarray[Any, Any]]
-"""What the model says of one image, by name, in float32."""
+"""The model's outputs for one image, by name, in float32."""
 
 
 class WithLevels(Protocol):
-    """What a thread makes of an item: levels (…, H, W, 3) uint8, taken out when the model gets them, or None."""
+    """A thread's result for an item: levels (…, H, W, 3) uint8, or None; cleared when the model gets them."""
 
     levels: Levels | None
 
@@ -73,7 +73,7 @@ def split_into_chunks(items: Sequence[Item], size: int = CHUNK) -> list[Sequence
 
 
 def images_at_once(tokens: int) -> int:
-    """How many images of so many tokens make a batch: a power of two, one at least."""
+    """How many images with this many tokens make a batch: a power of two, at least one."""
     return 1 << max(1, BATCH_TOKENS // max(1, tokens)).bit_length() - 1
 
 
@@ -81,9 +81,9 @@ def images_at_once(tokens: int) -> int:
 def ahead(
     items: Iterable[Item], prepare: Callable[[Item], Ready], *, count: int, threads: int | None = None
 ) -> Iterator[Iterator[Ready]]:
-    """`prepare(item)` of each item in order, done by threads for `count` items ahead of the one that is asked for.
+    """`prepare(item)` for each item in order, done by threads up to `count` items ahead of the one requested.
 
-    `threads` is one for each core by default. Items are taken one after another by the caller's own thread.
+    `threads` is one per core by default. Items are taken one after another by the caller's own thread.
     """
     pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, "decode")
 
@@ -100,7 +100,7 @@ def ahead(
     try:
         yield in_order()
     except KeyboardInterrupt:
-        wait = False  # whoever stops the run does not wait for a slow decoder
+        wait = False  # stopping the run does not wait for a slow decoder
         raise
     finally:
         pool.shutdown(wait=wait, cancel_futures=True)
@@ -115,11 +115,11 @@ def run_ahead(
     tokens: int | None = None,
     threads: int | None = None,
 ) -> Iterator[list[tuple[Image, Outputs | None]]]:
-    """What `prepare` and the model make of each chunk's items, in order: `items -> (image, outputs or None) …`.
+    """The results of `prepare` and the model for each chunk's items, in order: `items -> (image, outputs or None) …`.
 
-    `compute` gets levels (B, …, H, W, 3) uint8 of one size, at most `BATCH_TOKENS` tokens of `patch` pixels a side at a
-    time, and gives `{name: (B, …)}`; where `prepare` left no levels the outputs are None. `tokens` is how many each
-    item has, if they all have the same number.
+    `compute` takes levels (B, …, H, W, 3) uint8 of one size, at most `BATCH_TOKENS` tokens of `patch` pixels a side at
+    a time, and returns `{name: (B, …)}`; without levels from `prepare` the outputs are None. `tokens` is the number per
+    item, if it is the same for all.
     """
     threads = threads or os.cpu_count() or 1
     # Enough to feed the threads and the next two batches; a native image may take ten megabytes.
@@ -132,7 +132,7 @@ def run_ahead(
             rest = iter(coming.__next__, None)
             chunk = cast("Iterable[Image]", () if first is None else chain([first], rest))
             now = _submitted(chunk, compute, patch)
-            if before is not None:  # read now that the device has more to do
+            if before is not None:  # read while the device has more to do
                 yield _read(*before)
             before = now
             sizes = {batch.shape for batch in now[1]}
@@ -155,14 +155,14 @@ class _Batch:
 def _submitted(
     chunk: Iterable[Image], compute: Callable[[mx.array], dict[str, mx.array]], patch: int
 ) -> tuple[list[Image], list[_Batch]]:
-    """Gives a chunk's images to the device, those of one size together, a batch as soon as it is full."""
+    """Sends a chunk's images to the device, grouped by size, each batch as soon as it is full."""
     images: list[Image] = []
     batches: list[_Batch] = []
     groups: dict[tuple[int, ...], list[int]] = {}
 
     def submit(shape: tuple[int, ...]) -> None:
         indices = groups.pop(shape)
-        # One byte a level goes to the device, a quarter of what the pixels made of it there would take.
+        # One byte per level goes to the device, a quarter of the size of the pixels made from it there.
         levels = mx.array(np.stack([cast("Levels", images[index].levels) for index in indices]))
         for index in indices:
             images[index].levels = None  # freed before the model runs
@@ -200,10 +200,10 @@ def _read(images: list[Image], batches: list[_Batch]) -> list[tuple[Image, Outpu
 
 @dataclass
 class Decoded:
-    """A file read and hashed, with its levels (H, W, 3), with None where its content is known, or with a failure.
+    """A file read and hashed, with its levels (H, W, 3), with None if its content is known, or with a failure.
 
     `failure` and `note` continue a sentence that starts with the path; `marks` are `files.marks_of`, `upright` is the
-    image's own (height, width), `taken` the day that its EXIF tells, 2024-05-17 or "".
+    image's own (height, width), `taken` the day from its EXIF, 2024-05-17 or "".
     """
 
     path: str
@@ -217,7 +217,7 @@ class Decoded:
 
 
 class Budget:
-    """So many bytes, which threads take and give back; one that wants more than all of it waits until it is alone."""
+    """A budget of bytes that threads take and return; one that wants more than all of it waits until it is alone."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -226,7 +226,7 @@ class Budget:
 
     @contextmanager
     def take(self, wanted: int) -> Iterator[None]:
-        """Waits until so many bytes are free."""
+        """Waits until this many bytes are free."""
         with self.changed:
             self.changed.wait_for(lambda: not self.taken or self.taken + wanted <= self.size)
             self.taken += wanted
@@ -249,14 +249,14 @@ class Decoder:
         known: Known | None = None,
         policy: Policy = POLICY,
     ) -> None:
-        """`max_patches` counts where images may have any size; what is `known` gets no levels."""
+        """`max_patches` applies if images may have any size; what is `known` gets no levels."""
         if max_patches < 1:
             raise ValueError(f"max_patches (--max-patches) must be at least 1, got {max_patches}")
         self.processor = processor
         self.max_patches = max_patches if processor.any_size else None
         self.known = known
         self.policy = policy
-        # A thread takes the bytes of its file first and those for decoding it second, and never the other way round.
+        # A thread takes the bytes for its file first and those for decoding second, never the other way round.
         self.files, self.decoding = Budget(FILE_BYTES), Budget(DECODING_BYTES)
 
     def __call__(self, path: str) -> Decoded:
@@ -288,7 +288,7 @@ class Decoder:
         return found
 
     def levels(self, opened: OpenImage, sha256: bytes) -> Levels:
-        """What the model gets to see of an image, (…, H, W, 3); `sha256` is that of its file."""
+        """The model's view of an image, (…, H, W, 3); `sha256` is that of its file."""
         return self.processor.levels(opened, max_patches=self.max_patches)
 
     def _decode(self, found: Decoded, opened: OpenImage) -> None:
@@ -298,7 +298,7 @@ class Decoder:
         if self.max_patches is not None:
             patch = self.processor.patch_size
             rows, columns = levels.shape[0] // patch, levels.shape[1] // patch
-            # Without the remainder, which the model drops, all images of one grid have one size.
+            # Without the remainder, which the model drops, all images with one grid have one size.
             levels = np.ascontiguousarray(levels[: rows * patch, : columns * patch])
             if rows * columns < MIN_PATCHES:
                 notes.append(f"has {rows}x{columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")

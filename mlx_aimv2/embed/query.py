@@ -1,4 +1,4 @@
-"""Turns what an index is searched with, images and words, into vectors."""
+"""Turns search queries, images and words, into vectors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mlx_aimv2.images.find import has_suffix
 from mlx_aimv2.index.reader import Index
 
 _WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+):(.+)", re.DOTALL)
-"""rclip's form of a weight, as in `2:golden retriever`."""
+"""rclip's syntax for a weight, as in `2:golden retriever`."""
 
 
 class Query(NamedTuple):
-    """One part of a query: the absolute path of an image, or None and a text; below 0 `weight` takes it away."""
+    """One part of a query: the absolute path of an image, or None and a text; a `weight` below 0 subtracts it."""
 
     image: str | None
     text: str
@@ -48,15 +48,15 @@ def title(queries: Sequence[Query]) -> str:
 
 
 def parse_query(words: str) -> Query:
-    """What `words` mean, `2:golden retriever -> Query(None, "golden retriever", 2.0)`.
+    """Parses `words`, `2:golden retriever -> Query(None, "golden retriever", 2.0)`.
 
-    An image of that very name comes first; `1:` in front of a text keeps the rest of it as it is. Raises ValueError or
+    An image with exactly that name comes first; `1:` before a text keeps the rest of it literally. Raises ValueError or
     OSError for what is neither an image nor a text.
     """
     if not is_file(expand_user(words)) and (found := _WEIGHTED.fullmatch(words)):
         weight, words = float(found[1]), found[2]
         if not 0 < weight < float("inf"):
-            raise ValueError(f"the weight of {words} must be above 0, got {found[1]}: --subtract takes something away")
+            raise ValueError(f"the weight of {words} must be above 0, got {found[1]}: use --subtract to subtract")
         return Query(image_path(words), words, weight)
     return Query(image_path(words), words)
 
@@ -68,7 +68,7 @@ def image_path(query: str) -> str | None:
         raise ValueError(f"{query} is a URL: download it first")
     if is_file(path):
         return os.path.normpath(path.absolute())
-    if _is_folder(query) and (os.sep in query or query.startswith(("~", "."))):  # a bare word is text, as `red` may be
+    if _is_folder(query) and (os.sep in query or query.startswith(("~", "."))):  # a bare word such as `red` is text
         raise IsADirectoryError(f"{query} is a folder: give one image or a text")
     if has_suffix(query) or query.startswith(("/", "./", "../", "~/")):
         raise FileNotFoundError(f"{query} does not exist: give an image or a text")
@@ -92,16 +92,16 @@ def query_vectors(
 ) -> list[tuple[float, NDArray[Any]]]:
     """The weight and the vector (D,) of each part of a query, for `Index.search`.
 
-    A vector comes from the index where that has the image as it is now and no model is given, else from the model,
-    which is loaded once. Raises ValueError for a model that did not make the index, and for a text where the index was
-    not made with LiT.
+    A vector comes from the index if it has the unchanged image and no model is given, else from the model, which is
+    loaded once. Raises ValueError for a model that did not make the index, and for a text if the index was not made
+    with LiT.
     """
     vectors = {query: _known(index, query.image) if model is None else None for query in queries}
     if missing := [query for query, vector in vectors.items() if vector is None]:
         index.check_search()
         text = next((query.text for query in missing if query.image is None), None)
         if text is not None and made_by(index)["pool"] != "head":
-            what = "a folder" if _is_folder(text) else "no image"
+            what = "a folder" if _is_folder(text) else "not an image"
             raise ValueError(
                 f"{text} is {what}, and {index.path} was made without a text encoder, so it cannot be searched by "
                 f"words: give an image, or embed with -m {LIT_CHECKPOINT}"
@@ -112,10 +112,10 @@ def query_vectors(
 
 
 def _known(index: Index, image: str | None) -> NDArray[Any] | None:
-    """The vector of an image that the index has as it is now."""
+    """The vector of an image that is unchanged in the index."""
     stamp = index.stamp(image) if image is not None and index.axes == 1 else None
     if image is not None and stamp is not None:
-        with suppress(OSError):  # which embedding it will tell
+        with suppress(OSError):  # embedding it will say why
             if hashlib.sha256(read_image_file(image)[1]).digest() == stamp.sha256:
                 return index.vector(image)
     return None
@@ -127,10 +127,10 @@ def embedder_of(index: Index, given: Settings, policy: Policy = FAST) -> Embedde
     try:
         embedder = Embedder.load(given.filled(made), policy)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {index.path} was made with it, -m says where it is now") from None
+        raise FileNotFoundError(f"{error}; {index.path} was made with it: give its new place with -m") from None
     refused, notes = differences(made, embedder.description)
     if refused:
-        raise ValueError(f"{index.path} was not made with this model, they differ in {'; '.join(refused)}")
+        raise ValueError(f"{index.path} was not made with this model: they differ in {'; '.join(refused)}")
     for note in notes:
         warnings.warn(f"the same weights with another setting: {note}", stacklevel=1)
     return embedder

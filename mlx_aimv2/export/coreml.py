@@ -1,6 +1,6 @@
-"""Writes Core ML packages, .mlpackage, for iOS 18 and macOS 15 by coremltools' own builder: without torch.
+"""Writes Core ML packages, .mlpackage, for iOS 18 and macOS 15 with coremltools' own builder: without torch.
 
-The same network once more, in Core ML's operations: an image (1, 3, H, W) of levels or ids (1, L) go in, one at a time.
+The same network again in Core ML's operations: takes one image (1, 3, H, W) of levels, or ids (1, L), at a time.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mlx_aimv2.model import Aimv2Model
 
 
 def write(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, Any]:
-    """Writes a package, dense or with the bits that the model keeps: `-> its description`.
+    """Writes a package, dense or with the model's bits: `-> its description`.
 
-    Raises ValueError without coremltools, for several images at once and for a head that is none of a probe's.
+    Raises ValueError without coremltools, for several images at once and for a head that is not a probe's.
     """
-    logging.getLogger("coremltools").setLevel(logging.ERROR)  # it misses macOS' libraries and a known scikit-learn
+    logging.getLogger("coremltools").setLevel(logging.ERROR)  # it misses macOS libraries and a known scikit-learn
     try:
         import coremltools as ct
         from coremltools.converters.mil import Builder as mb
@@ -36,7 +36,7 @@ def write(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, A
     except ImportError:
         raise ValueError(".mlpackage needs coremltools: pip install 'mlx-aimv2[coreml]'") from None
     if tuple(batches) != (1,):
-        raise ValueError("a .mlpackage takes one image or text at a time, and Core ML makes batches: leave --batch out")
+        raise ValueError("a .mlpackage takes one image or text at a time, Core ML makes batches: leave --batch out")
     if exported.head is not None and not isinstance(exported.head, MeanHead | AttentiveHead):
         raise ValueError("a .mlpackage can hold the heads linear and attentive, and those of lora, dora and full")
     if exported.task not in ("", "classify"):
@@ -50,11 +50,11 @@ def write(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, A
         return Network(mb, types, exported).outputs(input)
 
     given = ct.TensorType("input", shape, np.int32) if is_text else ct.ImageType("input", shape)
-    names = ("label_probs",) if exported.labels else exported.outputs  # as coremltools calls a classifier's
+    names = ("label_probs",) if exported.labels else exported.outputs  # coremltools' name for a classifier's
     made = program.functions["main"].outputs
     outputs = {name: mx.zeros(one.shape) for name, one in zip(names, made, strict=True)}
     labels = ct.ClassifierConfig(list(exported.labels), "label", "probabilities") if exported.labels else None
-    with redirect_stderr(io.StringIO()):  # bars of coremltools' own
+    with redirect_stderr(io.StringIO()):  # coremltools' own progress bars
         model = ct.convert(
             program,
             inputs=[given],
@@ -74,7 +74,7 @@ def write(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, A
 
 
 class Network:
-    """The encoder in Core ML's operations, in the dtype of its weights; variables have the axes of `model`'s arrays."""
+    """The encoder in Core ML's operations, in its weights' dtype; variables have the same axes as `model`'s arrays."""
 
     def __init__(self, mb: Any, types: Any, exported: Exported) -> None:
         """Takes coremltools' builder and its dtypes."""
@@ -133,7 +133,7 @@ class Network:
         return x
 
     def attention(self, parts: Sequence[Any], heads: int, mask: NDArray[Any] | None = None) -> Any:
-        """Queries `(1, M, D)`, keys and values `(1, N, D)` to `(1, M, D)`, by the one operation that iOS 18 has."""
+        """Queries `(1, M, D)`, keys and values `(1, N, D)` to `(1, M, D)`, with iOS 18's single operation for it."""
         mb, (_, count, dims) = self.mb, parts[0].shape
         split = [mb.reshape(x=x, shape=(1, x.shape[1], heads, dims // heads)) for x in parts]
         q, k, v = (mb.transpose(x=x, perm=(0, 2, 1, 3)) for x in split)
@@ -147,7 +147,7 @@ class Network:
         return self.mb.squeeze(x=self.attention(parts, head.num_heads), axes=[1])
 
     def probabilities(self, tokens: Any, head: Any) -> Any:
-        """What a probe gives, in float32 as in MLX: `(1, N, D) -> (1, classes)`."""
+        """A probe's outputs, in float32 as in MLX: `(1, N, D) -> (1, classes)`."""
         mb, is_mean = self.mb, isinstance(head, MeanHead)
         x = mb.reduce_mean(x=tokens, axes=[1]) if is_mean else tokens
         x = mb.real_div(x=mb.sub(x=x, y=self.array(head.mean, x)), y=self.array(head.std, x))
@@ -166,11 +166,11 @@ class Network:
         return self.mb.linear(x=x, weight=self.weight(layer, x), **bias)
 
     def weight(self, layer: Any, like: Any) -> Any:
-        """The matrix of a layer `(E, D)`: of affine 4 or 8 bits packed as it is, else dense."""
+        """The matrix of a layer `(E, D)`: packed if affine with 4 or 8 bits, else dense."""
         if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
             return self.array(layer.weight, like)
         packing = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-        if layer.mode != "affine" or layer.bits not in (4, 8):  # other than Core ML's whole numbers
+        if layer.mode != "affine" or layer.bits not in (4, 8):  # unlike Core ML's whole numbers
             biases = layer.biases if layer.mode == "affine" else None
             return self.array(mx.dequantize(layer.weight, layer.scales, biases, **packing), like)
         ones = mx.ones_like(layer.scales)
@@ -178,11 +178,11 @@ class Network:
         return self.mb.constexpr_blockwise_shift_scale(
             data=levels.astype(self.types.np_uint4_dtype) if layer.bits == 4 else levels,
             scale=self.array(layer.scales, like),
-            # MLX adds a bias where Core ML takes an offset off before it scales; a group of equal weights scales by 0.
+            # MLX adds a bias where Core ML subtracts an offset before scaling; a group of equal weights has scale 0.
             offset=self.array(-layer.biases / mx.where(layer.scales == 0, 1, layer.scales), like),
         )
 
     def array(self, values: mx.array, like: Any) -> NDArray[Any]:
-        """Weights as NumPy's, of the dtype of a variable that they meet: a view where it is theirs, 3B has 5.4 GB."""
+        """Weights for NumPy, in the dtype of the variable they meet: a view if it is theirs (3B has 5.4 GB)."""
         dtype = np.dtype(self.types.nptype_from_builtin(like.dtype)).name
         return np.asarray(values.astype(getattr(mx, dtype)))

@@ -1,4 +1,4 @@
-"""What is exported of a model, whatever the format: a function of one array, and what its caller has to know."""
+"""What is exported from a model, whatever the format: a function of one array, and what its caller must know."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from mlx_aimv2.loading import LARGEST, Loaded, at_size, read_source
 from mlx_aimv2.model import Aimv2Model, Aimv2VisionModel
 
 OUTPUTS = {"image": ("image",), "tokens": ("tokens",), "both": ("image", "tokens"), "text": ("text",)}
-"""What may be asked for -> the arrays that come out, in this order."""
+"""Choice of output -> the resulting arrays, in this order."""
 
 ANSWERS: dict[str, tuple[str, Callable[[mx.array], mx.array]]] = {
     "classify": ("probabilities", partial(mx.softmax, axis=-1)),
     "multilabel": ("probabilities", mx.sigmoid),
     "regression": ("number", lambda logits: logits),
 }
-"""Task of a head -> what comes out, and the function of the logits that it is."""
+"""Task of a head -> its output, and the function of the logits that gives it."""
 
 INPUTS = {"float": "float32", "uint8": "uint8"}
-"""How images go in -> the dtype: as the processor's pixels, or as levels, whose normalisation is inside then."""
+"""Form of the input images -> the dtype: the processor's pixels, or levels, normalised inside."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A function to export, of MLX's plain operations on any machine, and what its caller has to know.
+    """A function to export, made of MLX's plain operations on any machine, and what its caller must know.
 
-    Called with images `(B, H, W, 3)`, or with ids `(B, L)` where the output is text, it gives an array for each of
-    `outputs`: image `(B, E)`, tokens `(B, N, D)`, text `(B, E)`, or with a head probabilities `(B, classes)`, of labels
-    that go together each for itself, or a number `(B, 1)`.
+    Called with images `(B, H, W, 3)`, or with ids `(B, L)` if the output is text, it returns an array for each of
+    `outputs`: image `(B, E)`, tokens `(B, N, D)`, text `(B, E)`, or with a head probabilities `(B, classes)`, which
+    are independent for multilabel, or a number `(B, 1)`.
     """
 
     loaded: Loaded
@@ -52,7 +52,7 @@ class Exported:
     processor: Aimv2Processor
     outputs: tuple[str, ...]
     dtype: str
-    """What goes in: float32, uint8 or int32."""
+    """The input's dtype: float32, uint8 or int32."""
     head: Any = None
     labels: tuple[str, ...] = ()
     task: str = ""
@@ -60,7 +60,7 @@ class Exported:
 
     @property
     def text(self) -> Any:
-        """The text encoder where texts go in, None for images."""
+        """The text encoder if the input is text, None for images."""
         model: Any = self.loaded.model
         return model.text_model if self.outputs == OUTPUTS["text"] else None
 
@@ -71,10 +71,10 @@ class Exported:
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         model: Any = self.loaded.model
-        if (text := self.text) is not None:  # without the checks of the model, which read values
+        if (text := self.text) is not None:  # without the model's checks, which read values
             return [model.text_projection(text.unchecked(x, run=plain_blocks).pooler_output)]
         pixels = self.processor.normalised(x) if self.dtype == "uint8" else x
-        *_, last = plain_blocks(self.vision.blocks, self.vision.embed(pixels))  # x86's own cannot be exported
+        *_, last = plain_blocks(self.vision.blocks, self.vision.embed(pixels))  # the x86 version cannot be exported
         tokens = self.vision.norm(last)
         if self.head is not None:
             logits = self.head(tokens, self.processor.grid)["logits"].astype(mx.float32)
@@ -86,7 +86,7 @@ class Exported:
         return [{"image": image, "tokens": tokens}[name] for name in self.outputs]
 
     def describe(self, batches: Sequence[int], outputs: Mapping[str, mx.array], *, device: str) -> dict[str, Any]:
-        """What a caller has to know, for JSON; `outputs` are what came out of a call on `device`, by name."""
+        """What a caller must know, for JSON; `outputs` are the results of a call on `device`, by name."""
         source, steps = self.loaded.source, self.processor.preprocessing
         card, names = source_card(source), {number: name for name, number in RESAMPLE.items()}
         about = {
@@ -101,7 +101,7 @@ class Exported:
                 {"name": name, "dtype": dtype_name(x.dtype), "shape": x.shape[1:]} for name, x in outputs.items()
             ],
         }
-        if self.text is not None:  # shorter texts are filled with EOS
+        if self.text is not None:  # shorter texts are padded with EOS
             return about | {"eos": self.text.config.eos_token_id}
         preprocessing = asdict(steps) | {"resample": names[steps.resample]}
         if self.task == "multilabel":
@@ -119,7 +119,7 @@ def prepare(
     revision: str | None,
     keep_quantized: bool,
 ) -> Exported:
-    """Loads what is exported, a checkpoint or the folder of a head; `size` is `export`'s `image_size` or `grid`."""
+    """Loads what is to be exported, a checkpoint or a head folder; `size` is `export`'s `image_size` or `grid`."""
     if is_file(expand_user(model) / INFO_FILE):
         if output is not None or size is not None or revision is not None:
             raise ValueError(f"{model} was written by fit: leave --output, --image-size, --grid and --revision out")
@@ -137,7 +137,7 @@ def prepare(
     if output == "text" and not isinstance(source.config, Aimv2Config):
         raise ValueError(f"--output text: {source.origin} has no text encoder; {LIT_CHECKPOINT} has one")
     loaded = source.load(dtype=dtype, keep_quantized=keep_quantized)
-    vision, processor = at_size(loaded.model.vision, loaded.processor, pixels)  # native ones: 224 where nothing is said
+    vision, processor = at_size(loaded.model.vision, loaded.processor, pixels)  # native ones: 224 by default
     processor = _for_grid(processor, grid) if grid else processor
     dtype_in = "int32" if output == "text" else INPUTS[input]
     return Exported(loaded, vision, processor, OUTPUTS[output or "image"], dtype_in)

@@ -23,7 +23,7 @@ from mlx_aimv2.files import check_target, expand_user, read_bytes, temporary_fol
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "ACKNOWLEDGEMENTS*")
 
 TOLERANCE = 1e-3
-"""How far what a written function gives may be from the model: the operations are the same."""
+"""How far a written function's outputs may be from the model's: the operations are the same."""
 
 
 def export(
@@ -40,17 +40,17 @@ def export(
 ) -> Path:
     """Writes an encoder for programs without Python: `Hub name, checkpoint or HEAD -> file`, whose path is returned.
 
-    A `path` that ends in .mlxfn becomes a function for MLX in Swift and C++, for the device of this machine: one for
-    Metal is made on a Mac; one in .mlpackage a Core ML model of float16 or float32, which takes one image or text, and
-    keeps 4 and 8 bits. `output` is image (None: a vector of each image, a pair's too), tokens, both or text; of a
-    folder that `fit` wrote come class probabilities. `batch` lists how many images or texts the function takes at
-    once. `image_size` is `load`'s, `grid` the rows and columns of patches for a native checkpoint, which otherwise
-    takes 224 pixels a side. `input` is float (None), the processor's pixels, or uint8, whose normalisation goes inside;
-    a Core ML model takes an image. `dtype` None keeps the checkpoint's, for Core ML float16. Beside the file stand its
-    description, named like it but .json, the licence, and for text tokenizer.json.
+    A `path` ending in .mlxfn becomes a function for MLX in Swift and C++, for the device of this machine (for Metal,
+    make it on a Mac); one ending in .mlpackage a Core ML model in float16 or float32, which takes one image or text and
+    keeps 4 and 8 bits. `output` is image (None: one vector per image, from a pair too), tokens, both or text; a folder
+    written by `fit` gives class probabilities. `batch` lists the numbers of images or texts per call. `image_size` is
+    `load`'s, `grid` the rows and columns of patches for a native checkpoint, which otherwise takes 224 pixels a side.
+    `input` is float (None), the processor's pixels, or uint8, normalised inside; a Core ML model takes an image.
+    `dtype` None keeps the checkpoint's, float16 for Core ML. Next to the file are its description (same name, .json),
+    the licence, and for text tokenizer.json.
 
-    Raises FileExistsError where one of these is there with other content, and ValueError, FileNotFoundError, OSError or
-    ConnectionError, each with one line. The file appears whole or not at all.
+    Raises FileExistsError if one of these exists with other content, and ValueError, FileNotFoundError, OSError or
+    ConnectionError, each with one line. The file is written completely or not at all.
     """
     target = expand_user(path)
     _check_flags(target, output=output, batch=batch, image_size=image_size, grid=grid, input=input, dtype=dtype)
@@ -73,7 +73,7 @@ def export(
         if exported.text is not None and (tokenizer := exported.processor.tokenizer) is not None:
             (place / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
         elif exported.text is not None:
-            warnings.warn(f"{model} has no tokenizer: its ids are yours to make", stacklevel=2)
+            warnings.warn(f"{model} has no tokenizer: you have to make the ids yourself", stacklevel=2)
         _move(place, target)
     return target
 
@@ -102,7 +102,7 @@ def _check_flags(
         f"--output must be {', '.join(OUTPUTS)}, got {output}": output not in (None, *OUTPUTS),
         f"--input must be {' or '.join(INPUTS)}, got {input}": input not in (None, *INPUTS),
         "--input is for .mlxfn, a .mlpackage takes an image: leave it out": for_core_ml and input is not None,
-        ".mlpackage holds float16 or float32: choose one as --dtype": for_core_ml and dtype not in of_core_ml,
+        ".mlpackage takes float16 or float32: choose one with --dtype": for_core_ml and dtype not in of_core_ml,
         "choose one of --image-size and --grid": image_size is not None and grid is not None,
         "--image-size, --grid and --input are for images: leave them out of --output text": (
             output == "text" and (image_size is not None or grid is not None or input is not None)
@@ -114,7 +114,7 @@ def _check_flags(
 
 
 def _move(place: Path, target: Path) -> None:
-    """Gives the files in `place` their names beside `target`, the target its own last; an equal file stays there."""
+    """Moves the files in `place` next to `target`, the target last; an identical existing file stays."""
     files = {target.parent / file.name: file for file in sorted(place.iterdir()) if file.name != target.name}
     new = {path: file for path, file in files.items() if not path.is_file() or read_bytes(path) != read_bytes(file)}
     for path in (*new, target):
@@ -129,13 +129,13 @@ def _move(place: Path, target: Path) -> None:
 def _write_function(exported: Exported, path: Path, batches: Sequence[int]) -> dict[str, Any]:
     """Writes a function for each batch and runs the smallest: `-> its description`.
 
-    The weights must be contiguous, as `load` makes them: of a view MLX writes the bytes without its strides.
+    The weights must be contiguous, as `load` makes them: MLX writes the bytes of a view without its strides.
 
-    Raises OSError for a full disk, RuntimeError where MLX reads other values back.
+    Raises OSError for a full disk, RuntimeError if MLX reads back other values.
     """
     for module in filter(None, (exported.loaded.model, exported.vision, exported.head)):
         mx.eval(module.parameters())
-    # Noise, or texts that end at once.
+    # Noise, or empty texts.
     examples = [mx.random.uniform(0, 255, (batch, *exported.shape), key=mx.random.key(0)) for batch in sorted(batches)]
     if exported.text is not None:
         examples = [mx.full(x.shape, exported.text.config.eos_token_id) for x in examples]
@@ -159,4 +159,4 @@ WRITERS: dict[str, Callable[[Exported, Path, Sequence[int]], dict[str, Any]]] = 
     ".mlxfn": _write_function,
     ".mlpackage": coreml.write,
 }
-"""How a file's name ends -> what writes it: `exported, its path, batches -> what a caller has to know`."""
+"""Suffix of the file -> its writer: `exported, its path, batches -> what a caller must know`."""

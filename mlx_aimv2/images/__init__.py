@@ -1,4 +1,4 @@
-"""Images: whatever holds one is opened, checked and turned into pixels."""
+"""Images: opened from any source, checked and turned into pixels."""
 
 from mlx_aimv2.images.open import DECODE, FAST, POLICY, TRUNCATED, ImageInput, OpenImage, Policy, open_image, to_rgb
 

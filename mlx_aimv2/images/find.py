@@ -1,4 +1,4 @@
-"""Finds the image files that a user means by folders, files, patterns and lists: the one scan of every verb.
+"""Finds the image files in the given folders, files, patterns and lists: the one scan of every verb.
 
 PATH … -> Listing: absolute names in one fixed order, each file once, what cannot be an image, and what was skipped.
 """
@@ -25,13 +25,13 @@ SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
 )
-"""Endings, in any case, by which an image is recognised inside a folder; a file given by name needs none of them."""
+"""Suffixes, in any case, that mark an image inside a folder; a file given by name needs none of them."""
 
 EVICTED = ".icloud"
-"""What macOS appends to the name of an image that it moved to iCloud; a dot goes before it."""
+"""What macOS appends to the name of an image moved to iCloud; it also puts a dot before the name."""
 
 SHOWN = 8
-"""Kinds of files that were skipped, named where they are counted."""
+"""Kinds of skipped files to name in the count."""
 
 ADVICE = {
     **dict.fromkeys(RAW_SUFFIXES, "raw: pip install 'mlx-aimv2[raw]', or export it as JPEG"),
@@ -43,15 +43,15 @@ ADVICE = {
 
 EXCLUDED_FOLDERS = (
     *("@eaDir", "@tmp", "#recycle", "#snapshot"),  # thumbnails, temporary files, bin and snapshots of a Synology NAS
-    *("@__thumb", "@Recycle", "@Recently-Snapshot"),  # those of a QNAP NAS
+    *("@__thumb", "@Recycle", "@Recently-Snapshot"),  # the same on a QNAP NAS
     *("$RECYCLE.BIN", "RECYCLER", "System Volume Information"),  # Windows' own
     "__MACOSX",  # resource forks in a zip archive from a Mac
-    "lost+found",  # fragments that a file system check found
+    "lost+found",  # fragments found by a file system check
 )
-"""Folders that are skipped wherever they lie. Hidden names, such as .Trashes, always are."""
+"""Folders that are skipped anywhere. Hidden names, such as .Trashes, always are."""
 
 FOUND = ".found-by-mlx-aimv2"
-"""Lies in the folder that `search` copies images into, or links them."""
+"""Marks the folder into which `search` copies or links images."""
 
 OWN_FILES = (
     (FOUND,),
@@ -60,39 +60,39 @@ OWN_FILES = (
     ("config.json", "model.safetensors.index.json"),
     ("state.safetensors",),
 )
-"""What a folder holds that this package wrote, copies, a head, a model or a run's state: its pictures are no data."""
+"""Marks of a folder written by this package (copies, a head, a model, a run's state): its pictures are not data."""
 
 OWN = "of mlx-aimv2's own folders"
 
 LIBRARIES = (".photoslibrary", ".photolibrary", ".migratedphotolibrary", ".aplibrary", ".lrlibrary", "iphoto library")
-"""How the name of a photo library ends, in lower case."""
+"""Suffixes of photo libraries, in lower case."""
 
 EXCLUDED_IN_LIBRARIES = ("resources", "Thumbnails", "Previews", "Caches", "database", "Database", "private", "scopes")
-"""Folders directly inside a photo library that hold smaller copies of its images."""
+"""Folders directly inside a photo library with smaller copies of its images."""
 
 EXCLUDED_SUFFIXES = (".lrdata", ".cocatalogdb")
-"""How the name of a folder with a photo program's previews ends."""
+"""Suffix of a folder with a photo program's previews."""
 
 _NAMES = {name.lower(): name for name in EXCLUDED_FOLDERS}
 
 
 class Rules:
-    """What is skipped (`exclude`) and what is taken all the same (`include`), as patterns of .gitignore.
+    """What is skipped (`exclude`) and what is included all the same (`include`), as .gitignore patterns.
 
-    Without a slash it is compared with names at any depth, with one with the path below the folder that was asked for;
-    a slash at the end stands for folders alone. The last that matches decides, `!` takes back what those before said.
-    Letter case does not count. An included file needs no image's suffix. Raises ValueError for what is no pattern.
+    Without a slash a pattern is compared with names at any depth, with one it is compared with the path below the
+    given folder; a slash at the end matches only folders. The last match decides, `!` reverses earlier ones. Letter
+    case is ignored. An included file needs no image suffix. Raises ValueError for an invalid pattern.
     """
 
     def __init__(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> None:
         self._exclude, self._include = _compiled(exclude, "--exclude"), _compiled(include, "--include")
 
     def includes(self, path: str, *, is_folder: bool = False) -> bool:
-        """Whether --include names this path below the folder that was asked for."""
+        """Whether --include names this path below the given folder."""
         return _last_match(self._include, path, is_folder=is_folder) is not None
 
     def excluded_by(self, path: str, *, is_folder: bool, parent: str) -> str | None:
-        """The pattern or the name on the list because of which a relative path, in `parent`, is skipped, or None."""
+        """The pattern or listed name for which a relative path, in `parent`, is skipped, or None."""
         if self.includes(path, is_folder=is_folder):
             return None
         pattern = _last_match(self._exclude, path, is_folder=is_folder)
@@ -106,7 +106,7 @@ class Rules:
 
 
 def _compiled(patterns: Iterable[str], flag: str) -> list[tuple[str, Any]]:
-    """Each pattern with pathspec's reading of it, in lower case."""
+    """Each pattern with its form in pathspec, in lower case."""
     found = []
     for pattern in patterns:
         # "#recycle" is a name here: a line of .gitignore would be a comment.
@@ -116,36 +116,36 @@ def _compiled(patterns: Iterable[str], flag: str) -> list[tuple[str, Any]]:
         except (ValueError, re.error):
             rules = []
         if not rules or rules[0].include is None:
-            raise ValueError(f"{flag} {pattern!r} is no pattern: give one such as '*.png' or 'Trash/'")
+            raise ValueError(f"{flag} {pattern!r} is not a pattern: give one such as '*.png' or 'Trash/'")
         found.append((pattern, rules[0]))
     return found
 
 
 def _last_match(rules: list[tuple[str, Any]], path: str, *, is_folder: bool) -> str | None:
-    """The pattern that decides about a path; None where none does or it begins with `!`."""
+    """The pattern that decides about a path; None if none does or it begins with `!`."""
     name = f"{path.lower()}/" if is_folder else path.lower()
     for pattern, rule in reversed(rules):
         found = rule.match_file(name)
-        # pathspec marks with this group what is matched because it lies in a folder of that name.
+        # pathspec marks a match through a parent folder's name with this group.
         if found and not (found.match.groupdict().get("ps_d") and found.match.end("ps_d") < len(name)):
             return pattern if rule.include else None
     return None
 
 
 def is_junk(name: str) -> bool:
-    """Whether a scan would skip a path in an archive: hidden, as a Mac's `._` files, or on the list."""
+    """Whether a scan would skip a path in an archive: hidden, such as a Mac's `._` files, or on the list."""
     return any(part.startswith(".") or part.lower() in _NAMES for part in PurePosixPath(name).parts)
 
 
 @dataclass
 class Listing:
-    """What was found. All names are absolute; those that are not UTF-8 hold surrogates, as Python's `os` gives them.
+    """What was found. All names are absolute; those that are not UTF-8 contain surrogates, as from Python's `os`.
 
     `files` sorted by their bytes, each file once, however many names lead to it; `problems` pairs of (name, reason)
-    where the reason continues a sentence that starts with the name; `missing` what was asked for and names nothing;
-    `roots` the folders that were scanned and hold images, `empty` those that hold none. Skipped were `excluded` folders
-    and files, by the pattern or name that excluded them, and other files, by their `suffixes`; `evicted` images are in
-    iCloud and not on this disk; in `folders` the scan ended because it was not to go deep.
+    where the reason continues a sentence that starts with the name; `missing` given paths that do not exist; `roots`
+    the scanned folders with images, `empty` those without. Skipped: `excluded` folders and files, by the pattern or
+    name that excluded them, and other files, by their `suffixes`; `evicted` images are in iCloud and not on this disk;
+    `folders` were not entered because the scan was not deep.
     """
 
     files: list[str] = field(default_factory=list)
@@ -164,13 +164,13 @@ class Listing:
         return {**self.suffixes, **self.excluded}
 
     def check_any(self) -> None:
-        """Raises FileNotFoundError, which names what was asked for, where that is no image at all."""
+        """Raises FileNotFoundError, naming the given paths, if there is no image at all."""
         if not self.files and not self.problems:
             asked = [f"{path} does not exist" for path in self.missing]
             names = f"looked for names that end in {' '.join(SUFFIXES)}"
             asked += [f"no images in {path}, {names}" for path in self.empty]
             asked += [f"skipped: {counted(self.skipped)}"] if self.skipped else []
-            raise FileNotFoundError(f"{'; '.join(asked) or 'nothing'}: give images, or folders that hold some")
+            raise FileNotFoundError(f"{'; '.join(asked) or 'nothing'}: give images, or folders with images")
 
 
 def list_images(
@@ -181,10 +181,10 @@ def list_images(
 ) -> Listing:
     """Finds the images: `one path or several files, folders and patterns -> Listing`.
 
-    Folders are scanned to the bottom. Of files only names with one of `SUFFIXES` count; skipped are hidden names, the
-    folders of `EXCLUDED_FOLDERS`, those that this package wrote and what `exclude` names; `include` takes all the same
-    what it names (`Rules`). Links to folders come last, so that a folder reached twice is listed under its own name and
-    no circle is scanned. Names that exist are no patterns.
+    Folders are scanned recursively. Only files with one of `SUFFIXES` count; skipped are hidden names, the folders in
+    `EXCLUDED_FOLDERS`, those written by this package and what `exclude` names; `include` overrides this (`Rules`).
+    Links to folders come last, so a folder reached twice is listed under its own name and no cycle is scanned. A name
+    that exists is not treated as a pattern.
     """
     lister = _Lister(Rules(exclude, include))
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
@@ -193,18 +193,18 @@ def list_images(
 
 
 def read_list(data: bytes) -> list[str]:
-    """Names from a list's bytes: separated by NUL where it holds one, else lines, also as on Windows."""
+    """Names from a list's bytes: separated by NUL if it contains one, else by line, with Windows' line ends too."""
     lines = data.split(b"\0") if b"\0" in data else data.replace(b"\r\n", b"\n").split(b"\n")
     return [os.fsdecode(name) for name in lines if name]
 
 
 def identity(path: str, about: os.stat_result) -> tuple[int, int] | str:
-    """What tells a file from all others, however its name is spelled: device and inode, or else its real path."""
+    """A file's identity, however its name is spelled: device and inode, or else its real path."""
     return (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(path)
 
 
 def is_gone(path: str) -> bool:
-    """Whether no file has this name any more; one that merely cannot be looked at is not gone."""
+    """Whether no file has this name any more; one that merely cannot be accessed is not gone."""
     try:
         return not stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 - as above
     except OSError as error:
@@ -212,12 +212,12 @@ def is_gone(path: str) -> bool:
 
 
 def is_under(path: str, roots: Iterable[str]) -> bool:
-    """Whether a name lies in one of these folders."""
+    """Whether a name is inside one of these folders."""
     return any(path.startswith(root if root.endswith(os.sep) else root + os.sep) for root in roots)
 
 
 def has_suffix(name: str) -> bool:
-    """Whether a name ends as images' names do."""
+    """Whether a name has an image's suffix."""
     return name.lower().endswith(SUFFIXES) or (name.lower().endswith(RAW_SUFFIXES) and can_read_raw())
 
 
@@ -230,10 +230,10 @@ def counted(skipped: Mapping[str, int], *, advice: Mapping[str, str] = ADVICE) -
 
 
 class Scan:
-    """Scans the folders of one collection, labelled images or captions, and keeps account of what it does not hold.
+    """Scans the folders of one collection, labelled images or captions, and records what was skipped or is wrong.
 
-    `broken` are lines about what cannot be an image; `notes` tell what was skipped, each kind once. Each of `faults`,
-    which readers of the collection add, refuses it.
+    `broken` are lines about what cannot be an image; `notes` say what was skipped, each kind once. Any of `faults`,
+    which readers of the collection add, makes it unusable.
     """
 
     def __init__(self) -> None:
@@ -243,30 +243,30 @@ class Scan:
         self._notes: dict[str, dict[str, None]] = {}
 
     def images(self, folder: Path) -> list[str]:
-        """The images in a folder and below it, sorted, their names beginning as the folder's does."""
+        """The images in a folder and below it, sorted, their names starting with the folder as given."""
         return self._listing(folder, deep=True).files
 
     def loose(self, folder: Path) -> list[str]:
-        """The images right in a folder."""
+        """The images directly in a folder."""
         return self._listing(folder, deep=False).files
 
     def folders(self, folder: Path) -> list[Path]:
-        """The folders right in a folder that images are looked for in, sorted."""
+        """The folders directly in a folder that would be scanned for images, sorted."""
         return [Path(name) for name in self._listing(folder, deep=False).folders]
 
     def was_read(self, folder: Path, suffix: str) -> None:
-        """Takes the files of a suffix out of the account of a folder: they were not skipped."""
+        """Removes the files of a suffix from a folder's record: they were not skipped."""
         self._listing(folder, deep=True).suffixes.pop(suffix.lower(), None)
 
     def unlisted(self, folder: Path, file: Path, names: Iterable[str]) -> None:
-        """Notes the images in a folder that a file does not list, where `names` are those that it does."""
+        """Notes the images in a folder that a file does not list; `names` are those it does."""
         self.was_read(folder, file.suffix)
         listed = set(map(os.path.normpath, names))
         others = [image for image in self.images(folder) if os.path.normpath(image) not in listed]
         self.note(others, f"is not listed in {file.name}: skipped")
 
     def text(self, file: Path, *, max_bytes: int = MAX_TEXT_BYTES) -> str:
-        """The content of a UTF-8 file; of one that cannot be read "" and a fault, so that others are told with it."""
+        """The content of a UTF-8 file; "" and a fault if it cannot be read, to report all faults at once."""
         try:
             return read_text(file, max_bytes=max_bytes)
         except (ValueError, OSError) as error:
@@ -274,18 +274,18 @@ class Scan:
             return ""
 
     def note(self, names: str | Iterable[str], reason: str) -> None:
-        """Keeps that one or several things were skipped or changed, and why; once of each, who says it twice."""
+        """Records that things were skipped or changed, and why; a repetition counts once."""
         if names := [names] if isinstance(names, str) else list(names):
             self._notes.setdefault(reason, {}).update(dict.fromkeys(names))
 
     @property
     def all_noted(self) -> list[str]:
-        """A line for each of the things that the notes count."""
+        """A line for each thing counted in the notes."""
         return [f"{name} {reason}" for reason, names in self._notes.items() for name in names]
 
     @property
     def notes(self) -> list[str]:
-        """A line for each reason, with the first name and how many more; then what no scan takes, by its kind."""
+        """A line for each reason, with the first name and how many more; then skipped files, by kind."""
         lines = [
             f"{next(iter(names))} {reason}{f' (and {len(names) - 1:,} more)' if len(names) > 1 else ''}"
             for reason, names in self._notes.items()
@@ -294,13 +294,13 @@ class Scan:
         total = Counter[str]()
         for (folder, deep), listing in self._listings.items():
             if not is_under(str(folder), scanned) and (deep or str(folder) not in scanned):
-                # Other files right in DATA may well be what describes it.
+                # Other files directly in DATA may well describe it.
                 total.update(listing.skipped if deep else listing.excluded)
         return [*lines, *([f"skipped: {counted(total, advice={})}"] if total else [])]
 
     def _listing(self, folder: Path, *, deep: bool) -> Listing:
         if (folder, deep) not in self._listings:
-            lister = _Lister(Rules(), deep, every_name=True)  # what belongs to a file goes by its name
+            lister = _Lister(Rules(), deep, every_name=True)  # related files are matched by name
             lister.argument(str(folder))
             listing = self._listings[folder, deep] = lister.finish()
             start = len(os.path.normpath(folder.absolute()))
@@ -308,19 +308,19 @@ class Scan:
                 names[:] = [f"{folder}{name[start:]}" for name in names]
             for path, reason in listing.problems:
                 if Path(path).is_dir() and os.access(path, os.R_OK):
-                    self.note(path, f"{reason}: skipped")  # what lies in it is listed, or it would be a circle
+                    self.note(path, f"{reason}: skipped")  # its content is listed already, or it would be a cycle
                 elif (line := f"{path} {reason}") not in self.broken:
                     self.broken.append(line)
         return self._listings[folder, deep]
 
 
 _Folder: TypeAlias = tuple[str, os.stat_result, str]
-"""A folder to scan: its path, what the system says of it, and its path below the folder that was asked for."""
+"""A folder to scan: its path, its stat result, and its path below the given folder."""
 
 
 @dataclass
 class _Lister:
-    """The state of one listing: of folders to the bottom if `deep`, of files by one name each or by `every_name`."""
+    """The state of one listing: recursive if `deep`, with one name per file or with `every_name`."""
 
     rules: Rules
     deep: bool = True
@@ -339,7 +339,7 @@ class _Lister:
             if os.path.lexists(path) or error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
                 self.problem(path, error)
                 return
-            # An absolute pattern too is one for glob alone, whose folders each take a few frames of Python's stack.
+            # An absolute pattern is left to glob too, whose recursion takes a few stack frames per folder.
             is_pattern = glob.has_magic(given) and given.count("/") < 256
             names = sorted(glob.glob(str(expand_user(given)), recursive=True)) if is_pattern else []  # noqa: PTH207
             for name in names:
@@ -360,7 +360,7 @@ class _Lister:
             link = self.links.pop(0)
             target, here = os.path.realpath(link[0]), os.path.realpath(Path(link[0]).parent)
             if target == here or is_under(here, [target]):
-                found.problems.append((link[0], "is a link back to a folder that it lies in"))
+                found.problems.append((link[0], "is a link back to a folder that contains it"))
             else:
                 self.scan(link)
         found.folders.sort(key=os.fsencode)
@@ -420,11 +420,11 @@ class _Lister:
         if not stat.S_ISREG(about.st_mode):
             self.found.problems.append((path, f"is {kind_of(about)}, not an image"))
             return
-        # Not the number that a folder's entry tells: some network and layered file systems give two of them the same.
+        # Not the inode in the folder's entry: some network and layered file systems use the same one twice.
         known = path if self.every_name else identity(path, about)
         candidate = (is_link, os.fsencode(path), path)
         self.files[known] = min(self.files.get(known, candidate), candidate)
 
     def problem(self, path: str, error: OSError) -> None:
         is_dead = error.errno in (errno.ENOENT, errno.ELOOP) and Path(path).is_symlink()
-        self.found.problems.append((path, "is a link that leads nowhere" if is_dead else reason_of(error)))
+        self.found.problems.append((path, "is a dangling link" if is_dead else reason_of(error)))

@@ -1,8 +1,8 @@
-"""Cuts an image file down to what its pixels need, so that no metadata can cost the image, time or memory.
+"""Cuts an image file down to what its pixels need, so no metadata can make it unreadable or cost time or memory.
 
-bytes -> Trimmed: of a JPEG, PNG or TIFF the same first frame without comments, profiles, EXIF and later frames; its
-orientation and date, by what EXIF or XMP holds; and whether a JPEG's data end early. Another format, or what does not
-follow its own, stays as it is: the decoder will say what is wrong with it.
+bytes -> Trimmed: for a JPEG, PNG or TIFF the same first frame without comments, profiles, EXIF and later frames; its
+orientation and date, from EXIF or XMP; and whether a JPEG's data end early. Other formats, and files that violate
+theirs, are left unchanged: the decoder will say what is wrong.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from datetime import date
 from typing import Literal
 
 ORIENTATION, CHANGED, EXIF, TAKEN = 0x0112, 0x0132, 0x8769, 0x9003
-"""Tags of EXIF: orientation, DateTime, where the table with the third is, DateTimeOriginal."""
+"""EXIF tags: orientation, DateTime, the offset of the table with the next one, DateTimeOriginal."""
 
 MAX_SCANS = 100
-"""Scans of one JPEG, each of which goes over all pixels: encoders write about ten."""
+"""Scans in a JPEG, each of which covers all pixels: encoders write about ten."""
 
 MAX_SCANNED_PIXELS = 1 << 32
-"""Pixels times scans of one JPEG."""
+"""Pixels times scans of a JPEG."""
 
 MAX_PARTS = 1 << 18
-"""Chunks of a PNG, strips or tiles of a TIFF."""
+"""Chunks in a PNG, strips or tiles in a TIFF."""
 
 MAX_TAGS = 1 << 16
-"""Tags of a TIFF that are looked at."""
+"""Tags of a TIFF that are read."""
 
 MAX_TEXT = 1 << 20
-"""Bytes of metadata that are looked at for an orientation."""
+"""Bytes of metadata that are searched for an orientation."""
 
 
 @dataclass(frozen=True)
 class Trimmed:
-    """`orientation` is 1 to 8, or None where the format keeps it elsewhere; a JPEG that `ends_early` has no end.
+    """`orientation` is 1 to 8, or None if the format keeps it elsewhere; a JPEG that `ends_early` has no end marker.
 
-    `taken` is the day that EXIF tells, as in `date_in`, `raw` the format of a raw photograph.
+    `taken` is the day from EXIF, as in `date_in`, `raw` the format of a raw photograph.
     """
 
     data: bytes
@@ -52,22 +52,22 @@ class Trimmed:
 def trimmed(data: bytes) -> Trimmed:
     """The file as its decoder should see it.
 
-    Raises ValueError, which continues a sentence that starts with the file's name, for JPEG XL and files made to take
-    for ever.
+    Raises ValueError, which continues a sentence that starts with the file's name, for JPEG XL and files designed to
+    take forever.
     """
     for start, trim in TRIMS.items():
         if data.startswith(start):
             return trim(data)
-    brand = data[4:] if data[4:8] == b"ftyp" else data  # the length of the first box goes before it
+    brand = data[4:] if data[4:8] == b"ftyp" else data  # after the length of the first box
     if brand.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
         raise ValueError("is a JPEG XL image, which Pillow does not read: convert it to JPEG or PNG and give that")
     return Trimmed(data, raw=next((kind for start, kind in RAW.items() if brand.startswith(start)), ""))
 
 
 def orientation_in(exif: object, xmp: object = None) -> int:
-    """The orientation, 1 to 8, that a block of EXIF or else one of XMP holds; 1 where neither tells one.
+    """The orientation, 1 to 8, from a block of EXIF or else one of XMP; 1 if neither has one.
 
-    Pillow's own reading of EXIF gives up, and warns, where any other tag is bad.
+    Pillow's own EXIF reader gives up, and warns, if any other tag is bad.
     """
     found = _values(_block(exif)).get(ORIENTATION, 0)
     if 1 <= found <= 8:
@@ -79,9 +79,9 @@ def orientation_in(exif: object, xmp: object = None) -> int:
 
 
 def date_in(exif: object) -> str:
-    """The day of DateTimeOriginal or else DateTime, `2024-05-17`, in a block of EXIF or a TIFF; "" where none is one.
+    """The day of DateTimeOriginal or else DateTime, `2024-05-17`, in a block of EXIF or a TIFF; "" if there is none.
 
-    It is the day where the photograph was taken: EXIF's dates have no time zone.
+    It is the local day at the place of the photograph: EXIF's dates have no time zone.
     """
     block = _block(exif)
     first = _values(block)
@@ -94,17 +94,17 @@ def date_in(exif: object) -> str:
 
 _DAY = re.compile(rb"(\d{4})[:-](\d\d)[:-](\d\d)")
 
-# TIFF, whose table of tags EXIF has, too
+# TIFF, whose tag table EXIF uses too
 
 
 def _block(exif: object) -> bytes:
-    """Its bytes from the header of the TIFF that it is; none where it is none."""
+    """Its bytes from its TIFF header on; empty if it has none."""
     block = bytes(exif).removeprefix(b"Exif\0\0") if isinstance(exif, (bytes, bytearray)) else b""
     return block if block.startswith((b"II", b"MM")) else b""
 
 
 def _values(block: bytes, at: int | None = None) -> dict[int, int]:
-    """Tag -> its value or where that is, as in `_Tag`; the first of its kind counts."""
+    """Tag -> its value or offset, as in `_Tag`; the first of its kind counts."""
     return {tag.number: tag.value for tag in reversed(list(_tags(block, at)))}
 
 
@@ -122,7 +122,7 @@ _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 
 @dataclass(frozen=True)
 class _Tag:
-    """A tag of a TIFF: its `value`, or where in the file so many values are, each of `width` bytes."""
+    """A tag of a TIFF: its `value`, or the offset of its values in the file, each of `width` bytes."""
 
     number: int
     value: int
@@ -132,12 +132,12 @@ class _Tag:
 
 
 def _header(data: bytes) -> tuple[Literal["little", "big"], int, int]:
-    """The order of a TIFF's bytes, how many an offset has, and how many the number of tags; more in a BigTIFF."""
+    """A TIFF's byte order, and the sizes of an offset and of the tag count in bytes; larger in a BigTIFF."""
     return "little" if data[:2] == b"II" else "big", *((8, 8) if 43 in data[2:4] else (4, 2))
 
 
 def _tags(data: bytes, at: int | None = None) -> Iterator[_Tag]:
-    """The tags of a TIFF's first image, or of the table at an offset, as far as the file goes."""
+    """The tags of a TIFF's first image, or of the table at an offset, up to the end of the file."""
     order, wide, counter = _header(data)
 
     def number(position: int, length: int = wide) -> int:
@@ -147,7 +147,7 @@ def _tags(data: bytes, at: int | None = None) -> Iterator[_Tag]:
     end = first + size * min(number(first - counter, counter), MAX_TAGS)
     for entry in range(first, min(end, len(data) - size + 1), size):
         width, count = _TYPE_BYTES.get(number(entry + 2, 2), 1), number(entry + 4)
-        # A single short value stands at the left, in either order; what is longer stands elsewhere, at this offset.
+        # A single short value is left-aligned, in either byte order; anything longer is elsewhere, at this offset.
         value = number(entry + 4 + wide, min(width, wide) if count == 1 else wide)
         yield _Tag(number(entry, 2), value, count, width, data[entry : entry + size])
 
@@ -165,10 +165,10 @@ def _tiff(data: bytes) -> Trimmed:
     kept = [tag for tag in tags if tag.number in _TIFF_KEPT]
     parts = max((tag.count for tag in kept if tag.number in (273, 279, 324, 325)), default=0)
     if parts > MAX_PARTS:
-        raise ValueError(f"is a TIFF of {parts:,} strips or tiles, made to take for ever")
+        raise ValueError(f"is a TIFF of {parts:,} strips or tiles, made to take forever")
     if (total := sum(tag.count * tag.width for tag in kept)) > len(data):
         raise ValueError(f"is a broken TIFF: its tags claim {total:,} bytes of a file of {len(data):,}")
-    # The tags that stay, in a table of their own behind everything else; no further image follows it.
+    # The remaining tags, in a new table after everything else; no further image follows it.
     padding = bytes(len(data) % 2)
     new = [(len(data) + len(padding)).to_bytes(wide, order), data[2 * wide :], padding]
     new += [len(kept).to_bytes(counter, order), *(tag.entry for tag in kept), bytes(wide)]
@@ -179,10 +179,10 @@ def _tiff(data: bytes) -> Trimmed:
 
 # JPEG
 
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # neither a stuffed zero nor one that stands alone, as a restart
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # neither a stuffed zero nor one without a length, such as a restart
 
 _COLOURS = (b"JFIF\0", b"Adobe")
-"""How the segments start that say what the colours are, in 12 bytes or more; other APPn and comments are metadata."""
+"""Starts of the segments that define the colours, in 12 bytes or more; other APPn and comments are metadata."""
 
 
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -201,13 +201,13 @@ def _jpeg(data: bytes) -> Trimmed:
             break
         position = following + int.from_bytes(data[following : following + 2], "big")
         if position < following + 2 or position > len(data):
-            end = start  # the file ends within what describes the next scan
+            end = start  # the file ends inside the header of the next scan
             break
         if marker == 0xDA:
             header, scans = header or start, scans + 1
             if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
                 raise ValueError(
-                    f"is a JPEG of more than {scans - 1} scans over {pixels:,} pixels, made to take for ever: encoders "
+                    f"is a JPEG of more than {scans - 1} scans over {pixels:,} pixels, made to take forever: encoders "
                     "write about ten"
                 )
         segment = data[following + 2 : position]
@@ -233,7 +233,7 @@ def _jpeg(data: bytes) -> Trimmed:
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 
 _XMP, _PROFILES = b"XML:com.adobe.xmp", (b"Raw profile type exif", b"Raw profile type APP1")
-"""Names of the texts in which an orientation may stand; the second is ImageMagick's way to keep EXIF."""
+"""Names of text chunks that may contain an orientation; the second kind is how ImageMagick keeps EXIF."""
 
 
 def _png(data: bytes) -> Trimmed:
@@ -243,18 +243,18 @@ def _png(data: bytes) -> Trimmed:
         length, kind = struct.unpack_from(">I4s", data, position)
         start, position, parts = position, position + 12 + length, parts + 1
         if parts > MAX_PARTS:
-            raise ValueError(f"is a PNG of more than {MAX_PARTS:,} chunks, made to take for ever")
+            raise ValueError(f"is a PNG of more than {MAX_PARTS:,} chunks, made to take forever")
         if kind in _PNG_KEPT:
             kept.append(data[start:position])
         elif not (kind[0] & 0x20 and kind.isalpha()):
-            return Trimmed(data)  # a chunk that may not be left out, or none at all
+            return Trimmed(data)  # a chunk that must not be left out, or none at all
         elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
             content = data[start + 8 : min(position - 4, start + 8 + MAX_TEXT)]
             name, text = (kind, content) if kind == b"eXIf" else content.partition(b"\0")[::2]
             if name in (kind, _XMP, *_PROFILES) and name not in texts:
                 texts[name] = text
-                with suppress(zlib.error):  # it is not packed
-                    # Flags and an empty language may go before it.
+                with suppress(zlib.error):  # it is not compressed
+                    # Flags and an empty language may precede it.
                     texts[name] = zlib.decompressobj().decompress(text.lstrip(b"\0\1"), MAX_TEXT)
     exif = texts.get(b"eXIf", b"")
     profile = next((texts[name] for name in _PROFILES if name in texts), b"")
@@ -268,7 +268,7 @@ TRIMS: dict[bytes, Callable[[bytes], Trimmed]] = {
     b"\x89PNG\r\n\x1a\n": _png,
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _tiff),
 }
-"""How a file starts -> what trims it."""
+"""Start of a file -> the function that trims it."""
 
 RAW = {
     b"ftypcrx ": "CR3",
@@ -277,4 +277,4 @@ RAW = {
     b"IIU\0": "RW2",
     b"FOVb": "X3F",
 }
-"""How raw photographs that are no TIFF start -> their format."""
+"""Start of raw photographs other than TIFF -> their format."""

@@ -1,4 +1,4 @@
-"""Opens whatever holds an image as an upright RGB image of 8 bits per colour: the one door for untrusted images.
+"""Opens any image source as an upright RGB image of 8 bits per colour: the single entry for untrusted images.
 
 path, bytes, open file, PIL image, array -> OpenImage: its size, before anything is decoded -> PIL image in mode RGB
 """
@@ -28,58 +28,58 @@ if TYPE_CHECKING:
 ImageInput: TypeAlias = Union[
     str, os.PathLike[str], bytes, bytearray, memoryview, BinaryIO, "PIL.Image.Image", np.ndarray[Any, Any]
 ]
-"""An mx.array counts as a NumPy array. (`Union`, since `|` does not take the name of a class that is not loaded.)"""
+"""An mx.array counts as a NumPy array. (`Union`, since `|` does not accept the name of a class not yet loaded.)"""
 
 Levels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 Box: TypeAlias = tuple[float, float, float, float]
-"""Left, top, right and bottom of the part of an image that is the image: decoding at a scale may add a rim."""
+"""Left, top, right and bottom of the valid part of an image: decoding at a scale may add a border."""
 
 DECODE = ("exact", "fast")
 TRUNCATED = ("accept", "refuse")
 
 ENDS_EARLY = "ends early: what is missing is grey, or blurred"
-"""The note on a JPEG whose data have no end; where it is progressive, detail is missing everywhere."""
+"""The note on a truncated JPEG; if it is progressive, detail is missing everywhere."""
 
 MAX_NAME = 300
-"""Characters of a name that errors show: what is longer was hardly meant as one."""
+"""Characters of a name that errors show: anything longer was hardly meant as a name."""
 
 ADDRESSES = {
-    **dict.fromkeys(("http://", "https://"), "is an address: download it first and give the file"),
-    "file:///": "is an address: give the path alone, without file://",
+    **dict.fromkeys(("http://", "https://"), "is a URL: download it first and give the file"),
+    "file:///": "is a URL: give only the path, without file://",
     "data:": "is a data URL, not a file: give its bytes, base64.b64decode(url.partition(',')[2])",
 }
-"""How texts start that are no paths -> what to do with them."""
+"""Starts of texts that are not paths -> what to do with them."""
 
 BASE64_IMAGE = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0AKg|Qk)[A-Za-z0-9+/_\-\s]{24,}={0,2}\s*")
-"""JPEG, PNG, GIF, WebP, TIFF or BMP, written as text."""
+"""JPEG, PNG, GIF, WebP, TIFF or BMP, encoded as text."""
 
 END_OF_JPEG = b"\xff\xd9"
 
-# Pillow reads these by starting another program, which a folder of untrusted images must not be able to do.
+# Pillow reads these by starting another program, which untrusted images must not be able to trigger.
 NOT_OPENED = {"EPS"}
 
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-"""By which a HEIC file names itself, after "ftyp" at byte 4."""
+"""Brands of HEIC files, after "ftyp" at byte 4."""
 
 OVERSAMPLING = 3
-"""Fast decoding keeps so many pixels for each one that the resize leaves, along either side.
+"""Fast decoding keeps this many pixels for each one after the resize, along either side.
 
-With two, the bundled photographs' features are 0.99988 of the exact ones on average (cosine, embedded checkpoint), with
-three 0.99999; 12 megapixels are decoded at the same scale for 224 and for 448 pixels either way.
+With two, the bundled photographs' features have a mean cosine of 0.99988 with the exact ones (embedded checkpoint),
+with three 0.99999; 12 megapixels are decoded at the same scale for 224 and for 448 pixels either way.
 """
 
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
-"""What EXIF's orientations from 2 on ask of Pillow."""
+"""EXIF's orientations from 2 on, as Pillow's operations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is accepted of an untrusted image, and how a JPEG is decoded.
+    """What is accepted from an untrusted image, and how a JPEG is decoded.
 
-    `max_pixels`: more are refused before they are decoded; None for twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970),
-    as Pillow. `truncated`: "accept" a JPEG whose data end early, with a note, or "refuse" it. `decode`: "exact", or
-    "fast" for a JPEG at the smallest scale that keeps three times the pixels that are wanted, along each side.
+    `max_pixels`: larger images are refused before decoding; None for twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970),
+    as in Pillow. `truncated`: "accept" a truncated JPEG, with a note, or "refuse" it. `decode`: "exact", or "fast" for
+    a JPEG at the smallest scale that keeps three times the wanted pixels along each side.
     """
 
     max_pixels: int | None = None
@@ -95,15 +95,15 @@ class Policy:
 
 
 POLICY, FAST = Policy(), Policy(decode="fast")
-"""Exactly and in full; and what many photographs are read with, for features and thumbnails."""
+"""Exact, full-size decoding; and the policy for many photographs, for features and thumbnails."""
 
 
 @dataclass
 class OpenImage:
-    """An image whose size is known and whose pixels are not decoded yet.
+    """An image with a known size whose pixels are not decoded yet.
 
     `size` is (width, height), upright. `notes` are what is unusual about it, each continuing a sentence that starts
-    with its name. `taken` is the day that its EXIF tells, 2024-05-17 or "".
+    with its name. `taken` is the day from its EXIF, 2024-05-17 or "".
     """
 
     name: str
@@ -120,23 +120,23 @@ class OpenImage:
         self.size = (height, width) if self.orientation >= 5 else (width, height)
 
     def scale(self, wanted: tuple[int, int] | None) -> int:
-        """By what a JPEG's sides are divided as it is decoded, if `wanted` (width, height) is all that is asked for."""
+        """The divisor of a JPEG's sides while decoding, if only `wanted` (width, height) is needed."""
         if wanted is None or self.decode != "fast" or self.image.format != "JPEG":
             return 1
         ratio = min(have / (OVERSAMPLING * want) for have, want in zip(self.size, wanted, strict=True))
         return next((scale for scale in (8, 4, 2) if ratio >= scale), 1)
 
     def decoding_bytes(self, wanted: tuple[int, int] | None = None) -> int:
-        """About what decoding takes at its peak, beside the file: Pillow keeps four bytes a pixel."""
+        """Approximate peak memory of decoding, besides the file: Pillow keeps four bytes per pixel."""
         pixels = self.size[0] * self.size[1]
         copies = 4 if self.image.format == "WEBP" else 1 if self.image.mode in ("RGB", "L") else 3  # measured
         coefficients = 6 * pixels if self.image.info.get("progressive") else 0  # 16 bits for each of three colours
         return 4 * copies * pixels // self.scale(wanted) ** 2 + coefficients
 
     def rgb(self, wanted: tuple[int, int] | None = None) -> tuple[Image.Image, Box | None]:
-        """Decodes it, once: mode RGB, upright, transparency laid on white; and which part counts, None for the whole.
+        """Decodes it, once: mode RGB, upright, transparency on white; and its valid part, None for all of it.
 
-        `wanted` is the (width, height) that it will be resized to, which fast decoding need not exceed by far. Raises
+        `wanted` is the (width, height) it will be resized to, which fast decoding need not exceed by far. Raises
         ValueError with one line that names the image.
         """
         image, name = self.image, self.name
@@ -163,7 +163,7 @@ def _orientation_of(image: Image.Image) -> int:
 
 
 def name_of(image: object) -> str:
-    """What an error calls this image: its file where there is one."""
+    """The name of this image in errors: its file if it has one."""
     if isinstance(image, (str, os.PathLike)):
         return _short(os.fspath(image))
     file = getattr(image, "filename", None) or getattr(image, "name", None)
@@ -176,10 +176,10 @@ def name_of(image: object) -> str:
 
 
 def to_rgb(image: ImageInput, *, policy: Policy = POLICY) -> Image.Image:
-    """Any image -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency laid on white.
+    """Any image -> PIL image in mode RGB: first frame, turned upright by its EXIF tag, transparency on white.
 
     16-bit greys keep their high byte (Pillow alone would cut them off at 255). Arrays are as in `from_array`. Raises
-    ValueError or OSError with one line that names the image; warns of what is unusual about it.
+    ValueError or OSError with one line that names the image; warns about anything unusual.
     """
     opened = open_image(image, policy=policy)
     warn_of(opened)
@@ -187,7 +187,7 @@ def to_rgb(image: ImageInput, *, policy: Policy = POLICY) -> Image.Image:
 
 
 def warn_of(opened: OpenImage) -> None:
-    """Gives each note as a warning."""
+    """Issues each note as a warning."""
     for note in opened.notes:
         warnings.warn(f"{opened.name} {note}", stacklevel=3)
 
@@ -200,8 +200,8 @@ def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: 
         return image
     name = name_of(image) if name is None else name
     if isinstance(image, Image.Image):
-        with contextlib.suppress(Exception):  # which rgb() will tell
-            image.load()  # Pillow turns a TIFF as it loads it, and a PNG's EXIF may follow its pixels
+        with contextlib.suppress(Exception):  # rgb() will report it
+            image.load()  # Pillow rotates a TIFF while loading it, and a PNG's EXIF may follow its pixels
         return OpenImage(name, image, 1 if image.format == "TIFF" else _orientation_of(image))
     if isinstance(image, (str, os.PathLike)):
         return _from_bytes(_content(image, name), name, policy)
@@ -220,7 +220,7 @@ def open_image(image: ImageInput | OpenImage, *, policy: Policy = POLICY, name: 
 
 
 def as_array(thing: object) -> np.ndarray[Any, Any] | None:
-    """NumPy's view of an array of any library, MLX's included; None for what is no array."""
+    """NumPy's view of an array of any library, MLX included; None for anything else."""
     if isinstance(thing, np.ndarray):
         return thing
     if type(thing).__module__.partition(".")[0] == "mlx":
@@ -240,7 +240,7 @@ def _content(path: str | os.PathLike[str], name: str) -> bytes:
             if text[:8].lower().startswith(start):
                 raise ValueError(f"{_short(text, 100)} {reason}")
         if "\0" in text:
-            raise ValueError(f"{name!r} holds a NUL, which no path does: give an image's content as bytes, not as text")
+            raise ValueError(f"{name!r} contains a NUL, as no path does: give an image's content as bytes, not as text")
     try:
         return read_image_file(path)[1]
     except IsADirectoryError:
@@ -264,7 +264,7 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
         essential = trimmed(data)
         if essential.ends_early and policy.truncated == "refuse":
             raise ValueError(
-                "cannot be read as an image: it ends early; --truncated accept (truncated='accept') takes what is there"
+                "cannot be read as an image: it ends early; --truncated accept (truncated='accept') reads what is there"
             )
         if essential.raw:
             doors = partial(_check_size, policy=policy), partial(_from_bytes, name=name, policy=policy)
@@ -281,9 +281,9 @@ def _from_bytes(data: bytes, name: str, policy: Policy) -> OpenImage:
 
 
 def _identified(data: bytes) -> Image.Image:
-    """What Image.open does, without its DecompressionBombWarning: filters of warnings belong to all threads."""
+    """Image.open without its DecompressionBombWarning: warning filters are shared by all threads."""
     stream, fault = io.BytesIO(data), ""
-    # Some of Pillow's plugins unpack numbers without asking for the length of what a file starts with.
+    # Some of Pillow's plugins unpack numbers without checking the length of the header.
     for kind, make in _readers(data[:16].ljust(16, b"\0")):
         try:
             stream.seek(0)
@@ -296,7 +296,7 @@ def _identified(data: bytes) -> Image.Image:
 
 
 def _readers(start: bytes) -> Iterator[tuple[str, Callable[[io.BytesIO, str], Image.Image]]]:
-    """What reads a file that starts so, the most frequent formats first; "" where a format has no start of its own."""
+    """Readers for a file with this start, the most frequent formats first; "" for a format without a fixed start."""
     from PIL import Image
 
     tried = set(NOT_OPENED)
@@ -305,12 +305,12 @@ def _readers(start: bytes) -> Iterator[tuple[str, Callable[[io.BytesIO, str], Im
         for kind in [kind for kind in Image.ID if kind not in tried]:
             tried.add(kind)
             make, accept = Image.OPEN[kind]
-            # A string tells what Pillow was built without.
+            # A string says what Pillow was built without.
             if accept is None or ((answer := accept(start)) and not isinstance(answer, str)):
                 yield kind if accept else "", cast("Callable[[io.BytesIO, str], Image.Image]", make)
     if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
         try:
-            from pillow_heif import HeifImageFile  # decodes when it is loaded, so that its size is checked before
+            from pillow_heif import HeifImageFile  # decodes when loaded, so its size is checked first
         except ImportError:
             raise ValueError("is a HEIC image: pip install 'mlx-aimv2[heic]' to read it") from None
         yield "HEIC", HeifImageFile
@@ -322,12 +322,12 @@ def _check_size(size: tuple[int, int], policy: Policy) -> None:
 
     limit = policy.max_pixels
     if limit is None and Image.MAX_IMAGE_PIXELS is not None:
-        limit = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses; it only warns before that
+        limit = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses; below it only warns
     width, height = size
     if limit is not None and width * height > limit:
         raise ValueError(
             f"has {width}x{height} pixels, more than {limit:,}: make it smaller; if you trust it, embed, search, "
-            "classify and map take a higher limit, --max-pixels (max_pixels)"
+            "classify and map accept a higher limit, --max-pixels (max_pixels)"
         )
 
 
@@ -337,8 +337,8 @@ def _check_size(size: tuple[int, int], policy: Policy) -> None:
 def from_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
     """(H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, integers up to 65535 or float from 0 to 1.
 
-    -> PIL image in mode L, RGB or RGBA. Raises ValueError with one line that names the image where its shape or its
-    range is unclear.
+    -> PIL image in mode L, RGB or RGBA. Raises ValueError with one line that names the image if its shape or range is
+    unclear.
     """
     from PIL import Image
 
@@ -360,30 +360,30 @@ def _eight_bits(array: np.ndarray[Any, Any], name: str) -> Levels:
     if kind == "b":
         return array.astype(np.uint8) * np.uint8(255)
     if kind == "u" and array.dtype.itemsize == 2:
-        # The high byte, as Pillow does for 16-bit colour: exact for 8-bit images stored as v * 256 and as v * 257.
+        # The high byte, as Pillow does for 16-bit colour: exact for 8-bit images stored as v * 256 or v * 257.
         return (array >> 8).astype(np.uint8)
     if kind not in "iuf":
-        raise ValueError(f"{name} holds {array.dtype}; wanted uint8, uint16, bool, or float from 0 to 1")
+        raise ValueError(f"{name} has dtype {array.dtype}; wanted uint8, uint16, bool, or float from 0 to 1")
     low, high = array.min(), array.max()
     if kind == "f" and low >= 0 and high <= 1:
         return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     if kind != "f" and low >= 0 and high <= 65535:
-        # Wider integers say nothing of their range: 8 bits where all fit in 8, else 16.
+        # Wider integers do not show their range: 8 bits if all values fit, else 16.
         return (array >> 8 if high > 255 else array).astype(np.uint8)
     raise ValueError(
-        f"{name} holds {array.dtype} from {low} to {high}; wanted uint8, uint16, bool, or float from 0 to 1: "
+        f"{name} has dtype {array.dtype} from {low} to {high}; wanted uint8, uint16, bool, or float from 0 to 1: "
         "scale it first"
     )
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """Upright, by the number that EXIF keeps."""
+    """Upright, by EXIF's number."""
     from PIL import Image
 
     if orientation < 2:
         return image
     upright = image.transpose(Image.Transpose[TURNS[orientation - 2]])
-    upright.info = {key: image.info[key] for key in ("transparency",) if key in image.info}  # not to be turned again
+    upright.info = {key: image.info[key] for key in ("transparency",) if key in image.info}  # must not be rotated again
     return upright
 
 
@@ -398,7 +398,7 @@ def turned_box(filled: tuple[float, float], size: tuple[int, int], orientation: 
 
 
 def flattened(image: Image.Image, name: str) -> Image.Image:
-    """Mode RGB: levels of 8 bits, and white behind what is transparent, as in transformers: it is often noise."""
+    """Mode RGB: levels of 8 bits, and white behind transparency, whose colours are often noise, as in transformers."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:

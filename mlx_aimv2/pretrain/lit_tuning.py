@@ -62,10 +62,10 @@ class LitSettings(Captioned):
     text: Aimv2TextConfig = field(default_factory=Aimv2TextConfig)
     projection_dim: int = 768
     iters: int = setting(1000, "optimisation", "steps", "at least 0")
-    batch_size: int = setting(256, "optimisation", "images of a batch, on all ranks", "at least 2")
-    learning_rate: float = setting(1e-3, "optimisation", "highest rate", "above 0")
-    views: int = setting(1, "augmentation", "crops kept of each image, the whole one among them", "at least 1")
-    steps_per_report: int = setting(50, "run", "steps between two lines of losses", "at least 0")
+    batch_size: int = setting(256, "optimisation", "images per batch, across all ranks", "at least 2")
+    learning_rate: float = setting(1e-3, "optimisation", "peak learning rate", "above 0")
+    views: int = setting(1, "augmentation", "crops kept of each image, including the whole image", "at least 1")
+    steps_per_report: int = setting(50, "run", "steps between loss reports", "at least 0")
     steps_per_eval: int = setting(100, "run", "steps between evaluations", "at least 1")
 
     def plan(self) -> Plan:

@@ -86,20 +86,20 @@ class Captioned:
     What is done every so many steps is never done with 0.
     """
 
-    batch_size: int = setting(64, "optimisation", "images of a batch, on all ranks", "at least 1")
+    batch_size: int = setting(64, "optimisation", "images per batch, across all ranks", "at least 1")
     iters: int = setting(1000, "optimisation", "steps", "at least 1")
     learning_rate: float | None = setting(
-        None, "optimisation", "highest rate (default: the paper's times the root of a batch / 8192)", "above 0"
+        None, "optimisation", "peak learning rate (default: the paper's times sqrt(batch size / 8,192))", "above 0"
     )
     warm_up: int | None = setting(
-        None, "optimisation", "steps until the highest rate (default: 1 in 120, of lit 1 in 10)", "at least 0"
+        None, "optimisation", "steps to the peak rate (default: 1/120 of all; lit: 1/10)", "at least 0"
     )
-    weight_decay: float = setting(1e-4, "optimisation", "of AdamW", "from 0 to 1")
-    """The share of a matrix that a step at the highest rate takes off: fully decoupled, unlike that of `fit`."""
-    first_caption: float = setting(0.0, "data", "how often the first of several captions is read", "from 0 to 1")
-    seed: int = setting(0, "run", "of everything random", "at least 0", maximum=MAX_SEED)
-    steps_per_report: int = setting(10, "run", "steps between two lines of losses", "at least 0")
-    save_every: int = setting(500, "run", "steps between two states", "at least 0")
+    weight_decay: float = setting(1e-4, "optimisation", "for AdamW", "from 0 to 1")
+    """The share of a matrix that a step at the peak rate removes: fully decoupled, unlike `fit`'s."""
+    first_caption: float = setting(0.0, "data", "how often the first of several captions is used", "from 0 to 1")
+    seed: int = setting(0, "run", "random seed", "at least 0", maximum=MAX_SEED)
+    steps_per_report: int = setting(10, "run", "steps between loss reports", "at least 0")
+    save_every: int = setting(500, "run", "steps between saved states", "at least 0")
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -132,15 +132,15 @@ class Settings(Captioned):
     vision: Aimv2VisionConfig
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     patches: tuple[int, int] = setting(
-        PATCHES, "what is trained", "with --native: fewest and most", "the fewest, 2 at least, and the most"
+        PATCHES, "what is trained", "with --native: minimum and maximum", "the fewest, 2 at least, and the most"
     )
     start: str | None = setting(
-        None, "what is trained", "go on from an earlier result, at another --image-size for example", metavar="MODEL"
+        None, "what is trained", "continue from an earlier result, for example at another --image-size", metavar="MODEL"
     )
     generative: bool = setting(
-        False, "what is trained", "predict mean and contrast of patches too, so that `generate` can draw them"
+        False, "what is trained", "also predict the mean and contrast of patches, so `generate` can draw them"
     )
-    grad_accumulation_steps: int = setting(1, "optimisation", "batches of a step", "at least 1")
+    grad_accumulation_steps: int = setting(1, "optimisation", "batches per step", "at least 1")
     alpha: float = setting(ALPHA, "optimisation", "weight of the image loss", "at least 0")
     dtype: str = setting(
         AUTO, "optimisation", f"{', '.join(DTYPES)} or auto (default: bfloat16 on a GPU)", choices=(*DTYPES, AUTO)

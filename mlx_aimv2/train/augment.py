@@ -35,9 +35,9 @@ class Augmentation:
     """
 
     min_area: float = setting(0.4, "augmentation", "smallest random crop, as a share of the image", "from 0.01 to 1")
-    flip: bool = setting(True, "augmentation", "mirror no images: for data where left and right differ")
+    flip: bool = setting(True, "augmentation", "do not mirror images: for data where left and right differ")
     jitter: float = setting(0.0, "augmentation", "change brightness, contrast, saturation by up to X", "from 0 to 1")
-    grey: float = setting(0.0, "augmentation", "share of crops without colours", "from 0 to 1")
+    grey: float = setting(0.0, "augmentation", "share of crops turned grey", "from 0 to 1")
     operations: int = 0
     probability: float = 1.0
     strength: tuple[float, float] = (MAGNITUDE, 0.0)

@@ -1,4 +1,4 @@
-"""Settings of a run: dataclasses whose fields say their default, what holds for them, and their flag with its help."""
+"""Settings of a run: dataclasses whose fields have a default, a condition, and a flag with its help."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ RANGES = {
     "a number of blocks, or -1 for all": lambda value: value == -1 or value >= 1,
     "the fewest, 2 at least, and the most": lambda value: 2 <= value[0] <= value[1],
 }
-"""What must hold for a value, in the words of the error -> whether it does."""
+"""The condition on a value, as worded in errors -> its check."""
 
 MAX_COUNT = 2**31 - 1
-"""The largest whole number, where a field says no other: the product of two of them still fits into MLX's 64 bits."""
+"""The largest whole number by default: the product of two of them still fits into MLX's 64 bits."""
 
 MAX_SEED = 2**64 - 1
 """The largest seed that MLX takes."""
@@ -44,7 +44,7 @@ def setting(
 ) -> Any:
     """A field with a flag: its default, the flag's group in the help, its help, and what the value must be (`RANGES`).
 
-    None as the default means another one, which the help names. `choices` are the texts that the value may be.
+    A default of None stands for another one, which the help names. `choices` are the allowed texts.
     """
     about = {"group": group, "help": words, "must_be": must_be, "maximum": maximum, "holds": RANGES[must_be]}
     return field(default=default, metadata=about | {"metavar": metavar, "choices": choices})
@@ -56,12 +56,12 @@ def flagged(kind: Any) -> list[Field[Any]]:
 
 
 def flag(one: Field[Any]) -> str:
-    """The flag of a field: `--batch-size`, and `--no-flip` for what is on by default."""
+    """The flag of a field: `--batch-size`, and `--no-flip` for one that is on by default."""
     return f"--{'no-' if one.default is True else ''}{one.name.replace('_', '-')}"
 
 
 def check(settings: Any) -> None:
-    """Raises ValueError for the first value that is none of its field's, under the name of the flag."""
+    """Raises ValueError for the first value its field does not allow, under the name of the flag."""
     for one in flagged(settings):
         value, about = getattr(settings, one.name), one.metadata
         numbers = value if isinstance(value, tuple) else (value,)
@@ -70,7 +70,7 @@ def check(settings: Any) -> None:
         if any(isinstance(number, float) and not abs(number) <= MAX_FLOAT for number in numbers):
             wanted = "a finite number"
         elif any(isinstance(number, int) and number > about["maximum"] for number in numbers):
-            wanted = f"at most {about['maximum']}"
+            wanted = f"at most {about['maximum']:,}"
         elif about["choices"] is not None and value not in about["choices"]:
             wanted = ", ".join(about["choices"])
         elif not about["holds"](value):

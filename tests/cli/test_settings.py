@@ -79,10 +79,10 @@ def test_no_number_is_endless_or_none_at_all(kind, one):
 @pytest.mark.parametrize(
     ("verb", "words", "said"),
     [
-        ("fit", ["--lora-rank", "100000000"], "--lora-rank must be at most 8192, got 100000000"),
+        ("fit", ["--lora-rank", "100000000"], "--lora-rank must be at most 8,192, got 100000000"),
         ("fit", ["--lora-scale", "nan"], "--lora-scale must be a finite number, got nan"),
         ("fit", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        ("fit", ["--image-size", "1000000"], "--image-size must be at most 16384, got 1000000"),
+        ("fit", ["--image-size", "1000000"], "--image-size must be at most 16,384, got 1000000"),
         ("pretrain", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         ("pretrain", ["--learning-rate", "inf"], "--learning-rate must be a finite number, got inf"),
         ("pretrain", ["--save-every", "-1"], "--save-every must be at least 0, got -1"),

@@ -188,7 +188,7 @@ sys.exit(main(["embed", {PHOTOGRAPH!r}, "-m", {str(FIXED)!r}, "-o", "photos.db"]
     with programs.running(sys.executable, "-c", code, cwd=tmp_path) as run:
         assert run.stdout.readline() == "decoding\n"
         run.send_signal(signal.SIGINT)
-        assert run.stderr.readline() == "mlx-aimv2: stopped; nothing is stored yet; run it again to go on\n"
+        assert run.stderr.readline() == "mlx-aimv2: stopped; nothing is stored yet; run it again to continue\n"
         run.send_signal(signal.SIGINT)
         _, errors = run.communicate(timeout=SLOW / 2)
     assert errors == ""

@@ -98,7 +98,7 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
     line = next(line for line in err.splitlines() if "rank 0" in line)
     assert "another rank is gone" in line
     partly = contents("two.db")
-    assert f"two.db keeps {len(partly)} images; run it again to go on" in line
+    assert f"two.db keeps {len(partly)} images; run it again to continue" in line
     assert 0 < len(partly) < len(whole)
     assert partly.items() <= whole.items()
     launch("-m", "mlx_aimv2", *command, "-o", "two.db")
@@ -109,9 +109,9 @@ def test_a_rank_that_dies_ends_the_run_and_what_was_done_is_kept(folder):
 @needs_launch
 def test_a_mistake_is_reported_once(folder):
     _, err = launch("-m", "mlx_aimv2", "embed", "nowhere", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
-    assert err == "mlx-aimv2: nowhere does not exist: give images, or folders that hold some"
+    assert err == "mlx-aimv2: nowhere does not exist: give images, or folders with images"
     _, err = launch("-m", "mlx_aimv2", "embed", "-", "-m", str(REFERENCE / "fixed"), "-o", "two.db")
-    assert "- does not go with mlx.launch" in err
+    assert "- does not work with mlx.launch" in err
     assert not Path("two.db").exists()
 
 

@@ -59,7 +59,7 @@ def test_a_name_that_is_not_there_fails_too(folder, fixed):
 def test_numbers_that_are_not_finite_fail_by_name(folder):
     model, processor = load(REFERENCE / "fixed")
     model.norm.weight = mx.full(model.norm.weight.shape, float("nan"))
-    with pytest.raises(ValueError, match=r"0\.png gave numbers that are not finite"):
+    with pytest.raises(ValueError, match=r"0\.png gave values that are not finite"):
         list(embed([folder], model, processor))
 
 

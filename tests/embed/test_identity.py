@@ -102,7 +102,7 @@ def test_a_drive_that_is_not_plugged_in_keeps_its_images(folder, embed):
     drive.rename("unplugged")
     found, err = embed("in")
     assert found == {"images": 8, "unchanged": 7, "kept": 1}
-    assert "1 of the images in photos.db has no file now" in err and "--prune forgets" in err
+    assert "1 of the images in photos.db has no file now" in err and "--prune drops them" in err
     Path("unplugged").rename(drive)
     assert embed("in")[0] == {"images": 8, "unchanged": 8}
 

@@ -104,7 +104,7 @@ def test_a_device_that_gives_up_ends_in_one_line_and_keeps_what_was_done(tmp_pat
     monkeypatch.setattr(Pooling, "__call__", gives_up)
     code, _, err = embed_command("in")
     assert code == 2
-    assert err == "mlx-aimv2: MLX could not go on: [malloc] Unable to allocate 123 bytes.; what was done is kept\n"
+    assert err == "mlx-aimv2: MLX could not continue: [malloc] Unable to allocate 123 bytes.; finished work is kept\n"
     assert len(contents()) == CHUNK
 
 

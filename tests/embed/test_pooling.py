@@ -52,7 +52,7 @@ def test_the_last_layer_with_the_norm_is_the_default(folder, fixed):
         ({"pool": "head"}, "no pooling head"),
         ({"layer": 4}, "-4 to 3"),
         ({"layer": -5}, "-4 to 3"),
-        ({"norm": True}, "goes with a layer"),
+        ({"norm": True}, "needs a layer"),
         ({"max_patches": 0}, "at least 1"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_model_that_moved_is_asked_for(tmp_path, monkeypatch, search):
     noise(tmp_path / "query.png", 1)
     code, _, err = search("query.png")
     assert code == 2
-    assert "-m says where it is now" in err
+    assert "give its new place with -m" in err
     assert search("query.png", "-m", "moved")[0] == 0
 
 
@@ -121,7 +121,7 @@ def test_an_index_from_python_without_a_description_is_refused(tmp_path, monkeyp
     IndexWriter.create("photos.db", provenance={}, width=5, dtype="float16").close()
     code, _, err = search(str(noise(tmp_path / "query.png", 1)))
     assert code == 2
-    assert "does not say which model made it" in err
+    assert "does not record which model made it" in err
 
 
 def test_maps_cannot_be_searched(tmp_path, monkeypatch, search):
@@ -272,7 +272,7 @@ def test_update_searches_what_is_there_where_a_folder_is_gone(photo_index, searc
     code, out, err = search("gone/0.png", "--update", "--json")
     assert code == 1
     assert names_of(out) == names_of(search("gone/0.png", "--json")[1]) != []
-    assert f"{photo_index}/in does not exist" in err and f"embed {photo_index}/in -o photos.db --prune forgets" in err
+    assert f"{photo_index}/in does not exist" in err and f"embed {photo_index}/in -o photos.db --prune" in err
 
 
 def test_a_folder_that_is_gone_for_good_can_be_forgotten(photo_index, search):

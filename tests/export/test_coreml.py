@@ -194,7 +194,7 @@ def test_a_head_becomes_a_classifier_with_its_labels(tmp_path):
     [
         ("--batch 1,4", "a .mlpackage takes one image or text at a time"),
         ("--input float", "--input is for .mlxfn, a .mlpackage takes an image: leave it out"),
-        ("--dtype bfloat16", ".mlpackage holds float16 or float32: choose one as --dtype"),
+        ("--dtype bfloat16", ".mlpackage takes float16 or float32: choose one with --dtype"),
     ],
 )
 def test_wrong_use_ends_in_one_line(tmp_path, capsys, words, message):

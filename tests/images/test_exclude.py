@@ -65,11 +65,11 @@ def test_a_file_is_not_included_because_its_folder_is():
 @pytest.mark.parametrize("pattern", ["[z-a]", "[a", "x[z-a].png"])
 @pytest.mark.parametrize("flag", ["--exclude", "--include"])
 def test_what_is_no_pattern_is_refused_in_one_line(pattern, flag):
-    with pytest.raises(ValueError, match=rf"{flag} .* is no pattern.*give one such as"):
+    with pytest.raises(ValueError, match=rf"{flag} .* is not a pattern.*give one such as"):
         Rules(**{flag[2:]: (pattern,)})
 
 
 @pytest.mark.parametrize("pattern", ["", "/", "//", "!", " "])
 def test_an_empty_pattern_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"--exclude .* is no pattern: give one such as"):
+    with pytest.raises(ValueError, match=r"--exclude .* is not a pattern: give one such as"):
         Rules((pattern,))

@@ -84,10 +84,10 @@ def test_links_that_lead_nowhere_or_in_circles_are_named(tree):
     (tree / "a" / "b" / "up").symlink_to("..")
     (tree / "a" / "b" / "root").symlink_to("/")
     assert reasons(list_images([tree / "a"])) == {
-        "dangling.jpg": "is a link that leads nowhere",
-        "self.jpg": "is a link that leads nowhere",
-        "up": "is a link back to a folder that it lies in",
-        "root": "is a link back to a folder that it lies in",
+        "dangling.jpg": "is a dangling link",
+        "self.jpg": "is a dangling link",
+        "up": "is a link back to a folder that contains it",
+        "root": "is a link back to a folder that contains it",
     }
 
 

@@ -197,7 +197,7 @@ def test_a_missing_file_a_folder_and_an_address_are_named(tmp_path):
         FIXED(tmp_path / "nowhere.jpg")
     with pytest.raises(IsADirectoryError, match="is a folder"):
         FIXED(tmp_path)
-    with pytest.raises(ValueError, match=r"https://example\.org/cat\.jpg is an address: download"):
+    with pytest.raises(ValueError, match=r"https://example\.org/cat\.jpg is a URL: download"):
         FIXED("https://example.org/cat.jpg")
 
 

@@ -303,7 +303,7 @@ def test_comments_of_a_gif_are_passed_over_in_no_time():
 def test_chunks_of_a_png_are_bounded():
     few, many = chunk(b"tEXt", b"a\0b") * 20_000, chunk(b"IDAT", b"") * (MAX_PARTS + 1)
     assert same(to_rgb(in_png(few)), photograph())
-    with pytest.raises(ValueError, match="chunks, made to take for ever"):
+    with pytest.raises(ValueError, match="chunks, made to take forever"):
         to_rgb(in_png(many))
 
 
@@ -443,8 +443,8 @@ def test_a_data_url_and_base64_are_told_in_one_short_line():
         (f"data:image/png;base64,{text}", r"data:image/png;base64.*is a data URL, not a file: give its bytes"),
         (text, "is an image as base64, not a file: give its bytes, base64.b64decode"),
         (base64.b64encode(encoded("JPEG")).decode()[:200], "is an image as base64, not a file"),
-        ("file:///tmp/cat.jpg", "is an address: give the path alone"),
-        ("a\0b", "holds a NUL"),
+        ("file:///tmp/cat.jpg", "is a URL: give only the path"),
+        ("a\0b", "contains a NUL"),
     ):
         with pytest.raises(ValueError, match=line) as caught:
             to_rgb(given)

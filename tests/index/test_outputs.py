@@ -36,7 +36,7 @@ class Full(io.StringIO):
 def test_an_index_that_says_nothing_of_its_model_is_not_embedded_into(photos, capsys):
     change(photos, "UPDATE about SET value = '{}' WHERE name = 'provenance'")
     assert main(["embed", ".", "-o", "photos.db"]) == 2
-    assert "photos.db does not say which model made it" in capsys.readouterr().err
+    assert "photos.db does not record which model made it" in capsys.readouterr().err
 
 
 def test_the_default_layer_is_described(photos, capsys):
@@ -147,7 +147,7 @@ def test_who_makes_an_index_at_the_same_time_is_asked_to_run_again(photos, monke
 
     monkeypatch.setattr(encode, "fingerprint", slow)
     assert main(["embed", str(photographs()[0]), "-m", str(emoji_checkpoint()), "-o", "new.db"]) == 2
-    assert "another mlx-aimv2 embed made new.db meanwhile: run it again" in capsys.readouterr().err
+    assert "another mlx-aimv2 embed created new.db meanwhile: run it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["search", "photos.db", "a.jpg", "--html"], ["map", "a.jpg", "-m", MODEL, "-o"]])

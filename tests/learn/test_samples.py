@@ -177,7 +177,7 @@ def test_an_image_with_two_labels_is_a_note(digits):
 
 def test_what_is_no_task_is_said(tmp_path):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="holds no labelled images: make a folder for each label"):
+    with pytest.raises(DataError, match="has no labelled images: make a folder for each label"):
         guess_task(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"--task must be .*classify"):
         find_task("translate")

@@ -309,7 +309,7 @@ def test_what_lies_there_is_named_and_never_denied(data, name):
     assert any(f"{file} {NOT_READ[name]}" in line for line in refused(data)), "beside a folder that is no label"
     for image in sorted(data.rglob("*.png")):
         image.unlink()
-    with pytest.raises(DataError, match="holds no labelled images in a form that fit reads: ") as error:
+    with pytest.raises(DataError, match="has no labelled images in a form that fit reads: ") as error:
         guess_task(data)
     assert f"{file} {NOT_READ[name]}" in str(error.value)
 
