@@ -171,7 +171,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, work, adapted, use):
     arrays = dict(mx.load(str(file)))
     name = sorted(arrays)[0]
     mx.save_safetensors(str(file), arrays | {name: mx.full(arrays[name].shape, float("nan"))})
-    with pytest.raises(ValueError, match=f"{file.name} is damaged: {name} holds values that are no numbers"):
+    with pytest.raises(ValueError, match=f"{file.name} is damaged: {name} has values that are not numbers"):
         load_head(tmp_path) if use == "predict" else fuse(tmp_path, tmp_path / "fused")
 
 

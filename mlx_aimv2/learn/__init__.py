@@ -1,4 +1,4 @@
-"""Learns from labelled images: probes on a frozen encoder, fine-tuning, and what comes out of it.
+"""Learns from labelled images: probes on a frozen encoder, fine-tuning, and using the results.
 
 The public names are loaded when they are first used.
 """

@@ -1,4 +1,4 @@
-"""Reads and decodes images before training trusts them, each once as long as it stays as it is."""
+"""Reads and decodes images before training relies on them, each only once while it is unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mlx_aimv2.images.open import open_image, warn_of
 
 
 def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str, Known], list[str]]:
-    """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, what is wrong with which)`.
+    """Reads, hashes and decodes every image: `paths -> ({path: SHA-256 and size}, errors)`.
 
-    A file that was good before and has not been changed since is not read again. Without `decode` headers are read
-    alone, unless one is bad: then what else is wrong is told with it.
+    A file that was good before and is unchanged is not read again. Without `decode` only headers are read, unless one
+    is bad: then all errors are reported together.
     """
     known_files = KnownFiles()
     known = known_files.look_up(paths, decoded=decode)
@@ -30,7 +30,7 @@ def check_images(paths: Sequence[str], *, decode: bool = True) -> tuple[dict[str
 
 
 def _checked(path: str, decode: bool) -> Known | str:
-    """What is known of an image that can be read, or what is wrong with it."""
+    """What is known about a readable image, or what is wrong with it."""
     try:
         _, data = read_image_file(path)
         image = open_image(data, name=path)

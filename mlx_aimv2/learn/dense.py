@@ -1,7 +1,7 @@
-"""What masks and boxes share: files beside images, the image on the square that the encoder takes, maps resized.
+"""What masks and boxes share: matching files to images, fitting images to the encoder's square, resizing maps.
 
-The whole image is stretched to the square, as the processor of `loading.at_size` does it: no patch is spent on
-padding. For training it is drawn larger or smaller, a little out of shape, and its colours are changed.
+The whole image is stretched to the square, as by the processor of `loading.at_size`: no patch is spent on padding. For
+training it is scaled, slightly distorted, and its colours are changed.
 
 Maps are made larger and smaller by matrix products, which MLX runs fast on every device. Doubling is a linear map and
 a rearrangement: a transposed convolution of stride 2 says the same, but takes some 40 times as long on MLX's CPU
@@ -39,13 +39,13 @@ IMAGES = ("images", "img_dir", "JPEGImages", "leftImg8bit", "image", "imgs")
 """Names of the folder of images; the first is this package's, the others mmsegmentation's, VOC's, Cityscapes'."""
 
 ENDINGS = re.compile(r"(_gt(fine|coarse))?_(masks?|seg(mentation)?|labels?|gt|label(train)?ids)$|_leftImg8bit$", re.I)
-"""What the name of a mask, or of Cityscapes' image, has more than the other's."""
+"""Endings that the name of a mask, or of a Cityscapes image, has in addition."""
 
 Pairs: TypeAlias = "list[tuple[str, str]]"
-"""An image, and the file that says what is drawn on it."""
+"""An image, and the file with its mask or boxes."""
 
 ZOOM, STRETCH, COLOUR = (0.7, 1.4), 1.15, 0.3
-"""Of training images: how much smaller or larger they are drawn, width against height, brightness, contrast, colour."""
+"""Ranges for training images: scale, aspect ratio, brightness, contrast, colour."""
 
 TUNED = {
     "lora": Type(None, (5e-4,), epochs=30, batch_size=8),
@@ -58,7 +58,7 @@ TUNED = {
 def folders_beside(
     data: Path, scan: Scan, names: Sequence[str], holds: Callable[[Path, bool], bool]
 ) -> dict[str, tuple[Path, Path]]:
-    """Folders of images and of the files that belong to them, by part; the part is empty where DATA says none.
+    """Folders of images and of their files, by part; the part is empty if DATA has none.
 
     The second has one of `names`, or is the first: as `holds(folder, beside)` says it, of the files below a
     folder, or right in it. Parts are folders around both or within both.
@@ -84,8 +84,8 @@ def by_name(
 ) -> Pairs:
     """Images of the first folder with those of the `files` below the other that have their name.
 
-    A file may have one of `ENDINGS` more. What has no counterpart is left out with a note, or what images `without` one
-    are; it is a fault where an image has several, and where none has any.
+    A file may have one of `ENDINGS` in addition. What has no counterpart is left out with a note, or what `without`
+    says for images; an image with several is a fault, and so is no match at all.
     """
     images, others = folders
     alike: dict[str, list[str]] = defaultdict(list)
@@ -100,7 +100,7 @@ def by_name(
         if not found:
             scan.note(image, f"has no {noun} of its name in {others}: {without}")
         elif len(found) > 1:
-            scan.faults.append(f"{' and '.join(found)} belong to one image, {image}: keep one of them")
+            scan.faults.append(f"{' and '.join(found)} belong to the same image, {image}: keep one of them")
         else:
             pairs.append((image, found[0]))
     if files and not pairs and len(scan.faults) == before:
@@ -136,10 +136,10 @@ def by_lists(around: str, lists: Path, pairs: Pairs, images: Path, scan: Scan) -
 
 
 def size_fault(path: str, size: Size, stated: Size, source: str) -> str | None:
-    """Why what `source` draws on an image would not fit, None where it does; `size` is upright, both (height, width).
+    """Why the annotations in `source` would not fit an image, None if they do; `size` is upright, both (height, width).
 
-    What was drawn on the stored pixels of an image that its EXIF tag turns is refused: of mirrored and square ones no
-    size tells.
+    Annotations of the stored pixels of an image that its EXIF tag rotates are refused: for mirrored and square images
+    the size would not reveal it.
     """
     if stated == size:
         return None
@@ -152,7 +152,7 @@ def size_fault(path: str, size: Size, stated: Size, source: str) -> str | None:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image lies on its canvas of `canvas` (height, width) pixels: `x' = scale_x * x + left`, y likewise.
+    """The position of an image on a `canvas` of (height, width) pixels: `x' = scale_x * x + left`, y likewise.
 
     `size` (height, width) is that of the image, `mirrored` whether left and right are swapped first.
     """
@@ -174,7 +174,7 @@ class Placement:
         return boxes * scale + np.array([self.left, self.top] * 2)
 
     def back(self, boxes: NDArray[Any]) -> NDArray[Any]:
-        """Boxes of the canvas in the image, cut at its edge and mirrored as it lies there: `(n, 4) -> (n, 4)`."""
+        """Boxes of the canvas in the image, clipped to it, mirrored if it is: `(n, 4) -> (n, 4)`."""
         scale = np.array([self.scale_x, self.scale_y] * 2)
         boxes = (np.asarray(boxes, np.float64) - np.array([self.left, self.top] * 2)) / scale
         result: NDArray[Any] = np.clip(boxes, 0, np.array([self.size[1], self.size[0]] * 2, np.float64))
@@ -186,7 +186,7 @@ class Placement:
             image = ImageOps.mirror(image)
         height, width = self.canvas
         canvas = Image.new(image.mode, (width, height), fill)
-        # The part of the image that lies on the canvas, and where it lies there, in whole pixels of the canvas.
+        # The part of the image that is on the canvas, and its position there, in whole pixels of the canvas.
         whole = np.rint(self.boxes(np.array([0, 0, *image.size])))
         there = np.clip(whole, 0, np.array([width, height] * 2)).astype(int)
         left, top, right, bottom = there[0].tolist()
@@ -209,7 +209,7 @@ def example(
     rng: np.random.Generator | None,
     flip: bool = False,
 ) -> Arrays:
-    """`pixels` (H, W, 3) of a sample and its `targets` where it lies, which `rng` decides if there is one."""
+    """`pixels` (H, W, 3) of a sample and its `targets` at its position, random if there is an `rng`."""
     image = to_rgb(sample.path)
     size, canvas = (image.height, image.width), processor.canvas
     place = plain(size, canvas) if rng is None else random(size, canvas, rng, flip=flip)
@@ -222,7 +222,7 @@ def example(
 def random(
     size: tuple[int, int], canvas: tuple[int, int], rng: np.random.Generator, *, flip: bool = False
 ) -> Placement:
-    """The image larger or smaller, a little out of shape, anywhere: a part of it, or all with a margin."""
+    """The image scaled, slightly distorted, at a random position: a part of it, or all with a margin."""
     fit = plain(size, canvas)
     zoom, stretch = (np.exp(rng.uniform(*np.log(ends))) for ends in (ZOOM, (1 / STRETCH, STRETCH)))
     scale_x, scale_y = fit.scale_x * zoom * stretch**0.5, fit.scale_y * zoom / stretch**0.5
@@ -238,7 +238,7 @@ def worst(
     quality: Callable[[Sample, Any], float],
     draw: Callable[[Image.Image, Sample, Any], Sequence[Image.Image]],
 ) -> Image.Image:
-    """The six images of the lowest quality side by side: what `draw` makes of each stands one below the other."""
+    """The six worst images side by side, with the pictures `draw` makes of each in a column."""
     pairs = sorted(zip(samples, predictions, strict=True), key=lambda pair: quality(*pair))[:6]
     columns = []
     for sample, prediction in pairs:

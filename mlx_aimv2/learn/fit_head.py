@@ -1,4 +1,4 @@
-"""Labelled images to a head folder: read and check the data, train, score, write.
+"""From labelled images to a head folder: read and check the data, train, score, write.
 
 DATA -> Dataset -> features or pixels -> head -> scores on the parts held out -> HEAD
 """
@@ -45,9 +45,9 @@ from mlx_aimv2.loading import at_size, read_source
 from mlx_aimv2.train.state import StateFile, digest_of, discard, training_run
 
 UNEQUAL = 10
-"""Times that a label may have the images of another one without a word."""
+"""How many times as many images as another a label may have without a note."""
 
-NOTHING = "no image was held out, as no label has two: nothing is known of how good the head is"
+NOTHING = "no image was held out, because no label has two: the head's quality is unknown"
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,19 @@ def fit(
 
     `task` is guessed from DATA and `fine_tune_type` is the task's default where they are None. `settings` are the
     fields of `task_options.Options`: `epochs=5`. `dtype` is `load`'s; in full, auto is float32. `labels` is the list
-    that every label must be in. `say` receives a line for each thing worth knowing; `on_progress` takes how many images
-    or steps are done, how many there are, and the word. With `resume` a run that was stopped goes on. With
-    `skip_broken` images that cannot be read are left out; HEAD/left_out.txt lists what was.
+    of allowed labels. `say` receives a line for each thing worth knowing; `on_progress` takes the images or steps done,
+    their total, and the unit. With `resume` a stopped run continues. With `skip_broken` unreadable images are left out;
+    HEAD/left_out.txt lists what was.
 
     Raises DataError (a ValueError) with everything that is wrong with the data, ValueError for options that
-    contradict each other or a loss that is not a number, FileExistsError where HEAD exists, OSError for a full disk.
-    Nothing stands at HEAD unless the run was complete.
+    contradict each other or a loss that is not a number, FileExistsError if HEAD exists, OSError for a full disk.
+    Nothing is left at HEAD unless the run was complete.
     """
     started = time.monotonic()
     options, source, target, ranks = Options(**settings), expand_user(data), expand_user(output), Ranks()
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is not a folder: give the folder that holds the labelled images")
-    if ranks.rank > 0:  # the first one tells
+        raise FileNotFoundError(f"{source} is not a folder: give the folder with the labelled images")
+    if ranks.rank > 0:  # only the first one reports
         say, on_progress = (lambda line: None), (lambda done, total, unit: None)
     with training_run(target, resume=resume, rank=ranks.rank) as training:
         found, kind, recognised = _task(source, task, fine_tune_type, say)
@@ -106,14 +106,14 @@ def fit(
         how["holdout"] = options.holdout or (None if is_solved else HELD_OUT)
         dataset = _dataset(found, source, labels, say, recognised=recognised, **how)
         if not is_solved and not dataset.splits["val"] and not dataset.splits["test"]:
-            needs = "of knn and linear one image a label is enough, others need one held out"
-            raise DataError([f"{source} has no two images of any label: {needs}"])
+            needs = "knn and linear need only one image per label, the others need one more to hold out"
+            raise DataError([f"{source} has no label with two images: {needs}"])
         loaded = read_source(model, revision=revision).load(dtype=_dtype(kind, dtype))
         if (slow := slow_here(loaded.model.dtype)) is not None:
             say(f"note: {slow}")
         encoder, processor = at_size(loaded.model.vision, loaded.processor, options.image_size, whole=found.dense)
         described = head_folder.describe_encoder(loaded, processor)
-        del loaded  # or the text encoder of a pair would stay in memory
+        del loaded  # otherwise a pair's text encoder would stay in memory
         rows, columns = processor.grid
         if encoder.config.num_patches is None and rows * columns < MIN_PATCHES:
             say(f"note: images of {rows} x {columns} patches; the checkpoint was trained on {MIN_PATCHES} and more")
@@ -142,7 +142,7 @@ def fit(
 
 
 def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fitted:
-    """Scores the head on each part that was held out, of which the last one counts, and writes its folder."""
+    """Scores the head on each held-out part, of which the last one counts, and writes its folder."""
     task, splits, classes = run.task, run.dataset.splits, run.dataset.classes
     scores: dict[str, dict[str, float]] = {}
     held_out = splits["val"] or (splits["test"] if run.dataset.is_crossed else [])
@@ -161,7 +161,7 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
         learned = [sample for samples in splits.values() for sample in samples]
         head, options = trained.refit(learned)
         trained = replace(trained, head=head, head_options=options)
-        if task.name != "regression":  # whose units are those of the images it has learned
+        if task.name != "regression":  # whose units come from the training images
             trained.head.take(before.options(), len(classes))
     images = {part: len(samples) for part, samples in splits.items()}
     info = {
@@ -194,23 +194,23 @@ def _written(target: Path, run: Run, trained: Trained, *, seconds: float) -> Fit
 
 
 def _imbalance(run: Run, trained: Trained, part: str) -> str:
-    """What is to be said of labels whose images differ a lot in number, "" where they do not."""
+    """A note on labels with very different numbers of images, "" if they are similar."""
     targets, classes = [sample.target for sample in run.dataset.splits["train"]], run.dataset.classes
     if run.task.name != "classify" or max(counts := Counter(targets).values()) <= UNEQUAL * min(counts):
         return ""
     text = f"Labels have from {min(counts):,} to {one_image(max(counts))} for training"
     if run.is_balanced:
-        return f"{text}; classes are weighted so that each counts alike."
+        return f"{text}; classes are weighted to count equally."
     if trained.balanced is None or part == "train":
-        return f"{text}: `--class-weights balanced --metric mean_class` would count each alike."
+        return f"{text}: `--class-weights balanced --metric mean_class` would count each equally."
     samples = run.dataset.splits[part]
     scores, _ = run.task.results.score(samples, decoded(run.task, samples, trained.balanced()(samples)), classes)
     would = ", ".join(f"{name} {100 * scores[name]:.2f} %" for name in run.task.metrics)
-    return f"{text}. With `--class-weights balanced`, which counts each alike, the scores on {part} would be {would}."
+    return f"{text}. With `--class-weights balanced`, which counts each equally, the scores on {part} would be {would}."
 
 
 def result_line(task: Task, scores: dict[str, float], part: str, count: int, *, is_crossed: bool = False) -> str:
-    """The honest result: the score, of how many images it is, how sure that is, and what it was chosen on."""
+    """The honest result: the score, the number of images, its uncertainty, and what it was chosen on."""
     value = scores[task.metric]
     of = f"{one_image(count)}, cross-validated in {FOLDS} folds" if is_crossed else one_image(count, f"{part} image")
     text = f"{task.metric} {score_text(task.metric, value)} on {of}"
@@ -221,12 +221,12 @@ def result_line(task: Task, scores: dict[str, float], part: str, count: int, *, 
         low, high = max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
         text += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     text += "".join(f", {name} {score_text(name, score)}" for name, score in scores.items() if name != task.metric)
-    flattered = "; chosen on the same images, so a little flattering: a test part would tell"
+    flattered = "; chosen on the same images, so slightly optimistic: a test part would show"
     return text + (flattered if part == "val" else "")
 
 
 def _curves(history: Sequence[Mapping[str, float]], folder: Path) -> list[tuple[str, str]]:
-    """`training.png`: losses, score and learning rate of each evaluation; nothing of a head that no loop trained."""
+    """`training.png`: losses, score and learning rate of each evaluation; none for a head without a training loop."""
     charts = []
     for names in (("loss", "val_loss"), ("score",), ("rate",)):
         rows = {name: [one for one in history if name in one and (name != "loss" or one["step"])] for name in names}
@@ -255,7 +255,7 @@ def _write_card(
 ) -> None:
     """Writes README.md into a head folder: the scores, the table of the last part, images by title and file name."""
     encoder, metrics = info["encoder"], info["metrics"]
-    at = f"`{Path(encoder['checkpoint']).name}`"  # of a path the last part alone
+    at = f"`{Path(encoder['checkpoint']).name}`"  # only the last part of a path
     if encoder.get("commit"):
         at = f"`{encoder['checkpoint']}` at commit `{encoder['commit']}`"
     names = list(dict.fromkeys(name for scores in metrics.values() for name in scores))
@@ -265,7 +265,7 @@ def _write_card(
         values = (score_text(name, scores[name]) if name in scores else "none" for name in names)
         rows.append([part, f"{info['images'][part]:,}", *values])
     told = {
-        "`val` chose the settings and the best step, so its numbers flatter a little": "val" in metrics,
+        "`val` chose the settings and the best step, so its numbers are slightly optimistic": "val" in metrics,
         "`test` chose nothing": "test" in metrics and "val" in metrics,
         f"each image of `test` was scored by one of {FOLDS} heads that never saw it, and the head is trained on all of "
         "them": info["is_crossed"],
@@ -284,7 +284,7 @@ def _write_card(
 A head for {task.pipeline_tag.split("-")[1]} on {at}, trained with mlx-aimv2 {info["versions"]["mlx-aimv2"]} \
 (`--fine-tune-type {info["fine_tune_type"]}`) on images: \
 {", ".join(f"{count:,} {which}" for which, count in info["images"].items())}.
-The encoder's licence holds for what is made with it; its weights are not in this folder\
+The encoder's licence applies to anything made with it; its weights are not in this folder\
 {", but the changed ones are" if info["fine_tune_type"] == "full" else ""}.
 
 ## Result
@@ -305,20 +305,20 @@ mlx-aimv2 evaluate {name} DATA
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is the header; numbers stand at the right, and labels as they are written."""
+    """A table whose first row is the header; numbers are right-aligned, labels unchanged."""
     header, *rest = ([_as_text(cell) for cell in row] for row in rows)
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rest))
 
 
 def _as_text(label: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text that Markdown shows literally, on one line."""
     # What makes images, links, code and HTML of text, and what ends a cell.
     return re.sub(r"[\\`*\[\]<>!|&:]", r"\\\g<0>", " ".join(label.split()))
 
 
 def _dtype(kind: str, dtype: str | None) -> str | None:
-    """The dtype to train in: the steps of a fine-tuning in full are too small for the digits of half precision."""
+    """The dtype to train in: the steps of full fine-tuning are too small for half precision."""
     if kind != "full":
         return dtype
     if dtype not in (None, AUTO, "float32"):
@@ -351,7 +351,7 @@ def _dataset(task: Task, source: Path, labels: Sequence[str] | None, say: Callab
 
 
 def _identity(task: Task, kind: str, encoder: dict[str, Any], dataset: Dataset, options: Options) -> dict[str, Any]:
-    """What must be the same when a run is resumed; the learning rate may be lowered."""
+    """What must stay the same when a run is resumed; the learning rate may be lowered."""
     about: dict[str, Any] = {"task": task.name, "fine_tune_type": kind, "ranks": Ranks().size}
     about |= {"encoder": encoder["weights"]["digest"][:16], "dtype": encoder["dtype"]}
     about |= {"preprocessing": encoder["preprocessing"]}
@@ -365,7 +365,7 @@ def _identity(task: Task, kind: str, encoder: dict[str, Any], dataset: Dataset, 
 
 
 def _content(target: Any) -> Any:
-    """What a sample is labelled with; texts are the names of masks, whose content counts."""
+    """A sample's label; texts are the names of masks, whose content counts."""
     if isinstance(target, tuple):
         return tuple(map(_content, target))
     return Path(target) if isinstance(target, str) else target

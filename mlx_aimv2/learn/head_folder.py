@@ -1,4 +1,4 @@
-"""The folder that training leaves, HEAD: head, classes, scores, the encoder that it needs; and what is done with it.
+"""The folder that training writes, HEAD: head, classes, scores, the encoder it needs; and how it is used.
 
 `head.json`, `head.safetensors` and `trained_on.sha256`; for lora and dora mlx-lm's adapter files; for full
 `encoder.safetensors` with the weights that changed; `README.md` with its images.
@@ -36,12 +36,12 @@ from mlx_aimv2.untrusted_json import Fields, misfit
 Model = TypeVar("Model", bound=AnyModel)
 
 FORMAT = 1
-"""Version of what this file writes; a newer one is refused."""
+"""Version of the format written here; a newer one is refused."""
 
 INFO_FILE = "head.json"
 HEAD_FILE = "head.safetensors"
 ENCODER_FILES = {"full": "encoder.safetensors"} | dict.fromkeys(lora.KINDS, lora.WEIGHTS_FILE)
-"""Fine-tune type -> what holds the weights of the encoder that it has changed or added."""
+"""Fine-tune type -> the file with the encoder weights that it changed or added."""
 
 TRAINED_ON_FILE = "trained_on.sha256"
 """Holds the `digests` of the training images."""
@@ -56,7 +56,7 @@ FIELDS: Fields = {
     "encoder": dict,
     "image_size": int,
 }
-"""Fields of head.json that are acted on, and their types."""
+"""Fields of head.json that are used, and their types."""
 
 ENCODER_FIELDS: Fields = {"checkpoint": str, "commit": (str, NoneType), "dtype": str, "weights": dict}
 """What head.json says of the encoder."""
@@ -92,7 +92,7 @@ def save(
     for file, parameters in changed.items():
         if (name := first_not_finite(flat(parameters))) is not None:
             raise ValueError(
-                f"{name} holds values that are no numbers: does the encoder, or what it makes of an image?"
+                f"{name} has values that are not numbers: does the encoder, or its output for an image, have them too?"
             )
         try:
             mx.save_safetensors(str(folder / file), flat(parameters), metadata={"format": "mlx"})
@@ -105,20 +105,20 @@ def save(
 
 
 def digests(samples: Sequence[Sample]) -> bytes:
-    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, for a head to keep of its training."""
+    """The first `DIGEST_BYTES` of each image's SHA-256, one after another, which a head keeps from its training."""
     return b"".join(sorted({sample.sha256[:DIGEST_BYTES] for sample in samples}))
 
 
 def seen(samples: Sequence[Sample], learned: bytes) -> list[str]:
-    """A note where images to be scored are among those that a head was trained on, by its `digests`."""
+    """A note if images to be scored are among those a head was trained on, by its `digests`."""
     known = {learned[start : start + DIGEST_BYTES] for start in range(0, len(learned), DIGEST_BYTES)}
     count = sum(sample.sha256[:DIGEST_BYTES] in known for sample in samples)
     line = f"{count:,} of the {one_image(len(samples))} scored are images that the head was trained on"
-    return [f"{line}, which flatters the result"] if count else []
+    return [f"{line}, so the result is too optimistic"] if count else []
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """head.json, checked. FileNotFoundError or ValueError with one line where it is not one of this version's."""
+    """head.json, checked. FileNotFoundError or ValueError with one line if this version cannot use it."""
     file = folder / INFO_FILE
     try:
         info = read_json(file)
@@ -149,9 +149,9 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def load_head(folder: str | os.PathLike[str], *, model: str | None = None, dtype: str | mx.Dtype | None = None) -> Head:
-    """A head folder with the encoder that it needs, from where it was trained or from `model`: `folder -> Head`.
+    """A head folder with the encoder it needs, from the place it was trained with or from `model`: `folder -> Head`.
 
-    Raises ValueError where the encoder's weights or preprocessing are not those that the head was trained on.
+    Raises ValueError if the encoder's weights or preprocessing are not those the head was trained on.
     """
     folder = expand_user(folder)
     info = read_info(folder)
@@ -186,13 +186,13 @@ def fuse(
     model: str | None = None,
     revision: str | None = None,
 ) -> Path | Model:
-    """Adapters, or a head folder of a fine-tuned encoder, to an MLX folder: `HEAD -> folder`, whose path is returned.
+    """Merges adapters, or a head folder's fine-tuned encoder, into an MLX folder: `HEAD -> folder`, returning its path.
 
-    A model with `add_adapters`' adapters becomes one without them that does the same, in place, and is returned.
+    A model with adapters from `add_adapters` is merged in place into an equivalent one without them, and returned.
 
-    A head folder knows its encoder; `model` is for adapters alone, or for another place. The result is dense, without
-    the head. Raises FileExistsError where `save_path` exists, ValueError where nothing was fine-tuned or the encoder
-    is another one.
+    A head folder names its encoder; `model` is for adapters alone, or for another place. The result is dense, without
+    the head. Raises FileExistsError if `save_path` exists, ValueError if nothing was fine-tuned or the encoder is a
+    different one.
     """
     if isinstance(adapter_path, nn.Module):
         lora.remove_adapters(adapter_path)
@@ -202,7 +202,7 @@ def fuse(
     info = read_info(head) if (head / INFO_FILE).is_file() else {}
     kind, encoder = info.get("fine_tune_type", "lora"), info.get("encoder", {})
     if kind not in ENCODER_FILES:
-        raise ValueError(f"{head} left the encoder as it is ({kind}): nothing to fuse")
+        raise ValueError(f"{head} did not change the encoder ({kind}): nothing to fuse")
     if not (model or encoder):
         raise ValueError(f"{head} does not say which encoder it is for: give --model")
     loaded = _encoder_of(head, encoder, model, revision)
@@ -211,7 +211,7 @@ def fuse(
         if kind == "full" and (own := loaded.model.vision.config.image_size) not in (None, info["image_size"]):
             raise ValueError(
                 f"{head} was trained in full on images of {info['image_size']} pixels, its checkpoint takes {own}: "
-                "train it without --image-size, or by lora, whose adapters fit any size"
+                "train it without --image-size, or with lora, whose adapters fit any size"
             )
         _load_learned(head, info, loaded.model.vision)
     else:
@@ -227,19 +227,19 @@ def _encoder_of(
     *,
     dtype: str | mx.Dtype | None = None,
 ) -> Loaded:
-    """The encoder that a folder was made on, from where it was then, or from `model`."""
+    """The encoder that a folder was trained with, from its original place or from `model`."""
     revision = revision or (None if model else wanted.get("commit"))
     try:
         return read_source(model or str(wanted.get("checkpoint")), revision=revision).load(dtype=dtype)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the encoder that {folder} needs is not there: {error}; put it back, or say where it is "
+            f"the encoder that {folder} needs is missing: {error}; put it back, or say where it is "
             "(predict, evaluate and fuse take -m MODEL)"
         ) from None
 
 
 def _load_learned(folder: Path, info: Mapping[str, Any], vision: Aimv2VisionModel) -> nn.Module:
-    """Puts what a training has changed into an encoder; the head that goes with it, which is read in any case."""
+    """Loads what training changed into an encoder; returns the matching head, which is read in any case."""
     kind = info["fine_tune_type"]
     _load_changes(folder, kind, vision)
     head: nn.Module = find_task(info["task"]).head.make_head(kind, vision.config, len(info["classes"]), info["options"])
@@ -248,7 +248,7 @@ def _load_learned(folder: Path, info: Mapping[str, Any], vision: Aimv2VisionMode
 
 
 def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
-    """Puts what a training has changed into an encoder: weights, or adapters, which become part of the weights."""
+    """Loads what training changed into an encoder: weights, or adapters, which are merged into the weights."""
     if kind == "full":
         lora.load_arrays(folder / ENCODER_FILES[kind], vision, vision.parameters(), partly=True)
     elif kind in lora.KINDS:
@@ -257,13 +257,13 @@ def _load_changes(folder: Path, kind: str, vision: Aimv2VisionModel) -> None:
 
 
 def describe_encoder(loaded: Loaded, processor: Aimv2Processor) -> dict[str, Any]:
-    """What head.json keeps of an encoder, so that no other one is taken for it."""
+    """What head.json records about an encoder, to detect a different one."""
     preprocessing = json.loads(json.dumps(asdict(processor.preprocessing)))
     return {**loaded.origin, "preprocessing": preprocessing, "weights": fingerprint(loaded.model)}
 
 
 def check_encoder(folder: Path, wanted: Mapping[str, Any], loaded: Loaded) -> None:
-    """Raises ValueError where `loaded` is not the encoder that a head was trained on."""
+    """Raises ValueError if `loaded` is not the encoder that a head was trained on."""
     here = {**loaded.origin, "weights": fingerprint(loaded.model)}
     there = {key: wanted.get(key) for key in here}
     refused, _ = differences(there, here)

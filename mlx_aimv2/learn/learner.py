@@ -1,4 +1,4 @@
-"""What is trained, an encoder with a head on its tokens; the size of its images, and its outputs on many of them."""
+"""What is trained: an encoder with a head on its tokens; its image size, and its outputs on many images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlx_aimv2.model import Aimv2VisionModel
 class Learner(nn.Module):
     """An encoder and a head: `(B, H, W, 3) -> {name: (B, …)}`.
 
-    With `fills` a learned vector (D,) stands for each hidden patch, for heads that need a token in every place.
+    With `fills` a learned vector (D,) replaces each hidden patch, for heads that need a token at every position.
     """
 
     def __init__(self, encoder: Aimv2VisionModel, head: nn.Module, *, fills: bool = False) -> None:
@@ -43,9 +43,9 @@ class Learner(nn.Module):
         drop_path: float = 0.0,
         key: mx.array | None = None,
     ) -> dict[str, mx.array]:
-        """The head's outputs. `visible` (B, M) are the patches that are not hidden, in their order; all without it.
+        """The head's outputs. `visible` (B, M) are the patches that are not hidden, in order; by default all.
 
-        `checkpoint` computes each block again for its gradient instead of keeping its inside.
+        `checkpoint` recomputes each block for its gradient instead of keeping its activations.
 
         `drop_path` is the share of images for which the last block is skipped, rising linearly from zero at the first
         (Huang et al. 2016), drawn by `key`.
@@ -85,10 +85,10 @@ def _run(block: nn.Module, x: mx.array) -> mx.array:
 
 
 def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -> mx.array:
-    """Runs a block for a random part of the images alone and enlarges what it adds, as in DINOv2."""
+    """Runs a block for only a random part of the images and scales up its output, as in DINOv2."""
     batch = x.shape[0]
     draw, order = mx.random.split(key, 2)
-    # A compiled step has one shape: one image more at times, which counts nothing.
+    # A compiled step has one shape: sometimes there is one extra image, with weight zero.
     chosen = mx.random.permutation(batch, key=order)[: min(batch, math.floor(batch * (1 - rate)) + 1)]
     is_drawn = mx.arange(chosen.size) < mx.floor(batch * (1 - rate) + mx.random.uniform(key=draw))
     share = is_drawn.astype(x.dtype)[:, None, None] / (1 - rate)
@@ -98,10 +98,10 @@ def _for_some(run: partial[mx.array], x: mx.array, rate: float, key: mx.array) -
 def visible_patches(
     grid: tuple[int, int], hidden: int, shape: str, rng: np.random.Generator
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The patches that are left when so many are hidden, `-> (M,)` in their order.
+    """The patches that remain when this many are hidden, `-> (M,)` in order.
 
-    By `random` each alone; by `block` in rectangles with sides of up to 10 : 3, each a quarter of all that are hidden
-    or more (after BEiT, arXiv 2106.08254, algorithm 1).
+    `random` hides them one by one; `block` in rectangles with sides of up to 10 : 3, each at least a quarter of all
+    hidden patches (after BEiT, arXiv 2106.08254, algorithm 1).
     """
     left = np.ones(grid, bool)
     if shape == "random":
@@ -130,7 +130,7 @@ def outputs_of_head(
 def outputs_of_files(
     learner: Learner, files: Sequence[str], processor: Aimv2Processor, fail: OnFailure = raise_failure
 ) -> Iterator[tuple[Decoded, Outputs]]:
-    """The outputs of encoder and head on images as they are; one that cannot be read goes to `fail(path, reason)`."""
+    """The outputs of encoder and head on unaugmented images; an unreadable one goes to `fail(path, reason)`."""
     tokens = math.prod(processor.grid)
     for chunk in run_ahead(
         split_into_chunks(files, images_at_once(tokens)),
@@ -147,7 +147,7 @@ def outputs_of_files(
 
 
 def outputs_of_learner(learner: Learner, samples: Sequence[Sample], processor: Aimv2Processor) -> Iterator[Outputs]:
-    """The outputs of encoder and head on samples. Raises ValueError for an image that cannot be read any more."""
+    """The outputs of encoder and head on samples. Raises ValueError for an image that can no longer be read."""
     files = [sample.path for sample in samples]
     return (outputs for _, outputs in outputs_of_files(learner, files, processor))
 

@@ -53,12 +53,12 @@ class LoRALinear(nn.Module):
         return self.linear(x) + added.astype(x.dtype)
 
     def adapted(self) -> mx.array:
-        """The weight and what the adapter adds to it, `(out, in)` in float32."""
+        """The weight including the adapter's contribution, `(out, in)` in float32."""
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
         return self.linear.weight.astype(mx.float32) + self.scale * (a @ b).T
 
     def fused(self) -> nn.Linear:
-        """The one linear layer that does the same, in the weight's dtype."""
+        """The equivalent single linear layer, in the weight's dtype."""
         self.linear.weight = self.adapted().astype(self.linear.weight.dtype)
         return self.linear
 
@@ -66,7 +66,7 @@ class LoRALinear(nn.Module):
 class DoRALinear(LoRALinear):
     """LoRA whose rows have learned lengths: `y = m / |W + scale (A B)^T| * (W x + scale (x A) B)`.
 
-    The length of the rows counts as a constant for the gradient, as in the paper and in mlx-lm.
+    The gradient treats the length of the rows as a constant, as in the paper and in mlx-lm.
     """
 
     def __init__(self, linear: nn.Linear, *, rank: int, scale: float, dropout: float) -> None:
@@ -96,14 +96,14 @@ def add_adapters(
 ) -> dict[str, Any]:
     """Freezes a model and puts adapters, "lora" or "dora", around the matrices of its last `num_layers` blocks.
 
-    -1 means all blocks; of a pair both encoders get them. What `nn.value_and_grad` differentiates are then the adapters
-    alone, which change nothing yet; dropout needs `model.train()`. Returns the content of adapter_config.json, as
-    mlx-lm writes it, for adapters.safetensors beside it. Raises ValueError for numbers out of range, and for layers
-    that are packed or have adapters already.
+    -1 means all blocks; in a pair both encoders get them. `nn.value_and_grad` then differentiates only the adapters,
+    which have no effect yet; dropout needs `model.train()`. Returns the content of adapter_config.json in mlx-lm's
+    format, to go with adapters.safetensors. Raises ValueError for numbers out of range, and for layers that are packed
+    or already have adapters.
     """
     numbers: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout}
     if kind not in KINDS:
-        raise ValueError(f"adapters are of the kind {' or '.join(KINDS)}, got {kind!r:.60}")
+        raise ValueError(f"adapters must be {' or '.join(KINDS)}, got {kind!r:.60}")
     if (name := _unfit(numbers)) is not None:
         raise ValueError(f"{name} must be from {BOUNDS[name][0]} to {BOUNDS[name][1]:g}, got {numbers[name]!r:.60}")
     found: list[tuple[str, LoRALinear]] = []
@@ -116,7 +116,7 @@ def add_adapters(
             layers = dict(encoder.blocks[i].named_modules())
             if other := next((layers[key] for key in KEYS if not isinstance(layers[key], nn.Linear)), None):
                 advice = "fuse(model) first" if isinstance(other, LoRALinear) else "load it without keep_quantized"
-                raise ValueError(f"blocks.{i} has layers of the kind {type(other).__name__} already: {advice}")
+                raise ValueError(f"blocks.{i} already has {type(other).__name__} layers: {advice}")
             found += [
                 (f"{path}.blocks.{i}.{key}".removeprefix("."), KINDS[kind](layers[key], **numbers)) for key in KEYS
             ]
@@ -126,13 +126,13 @@ def add_adapters(
 
 
 def _unfit(numbers: Mapping[str, Any]) -> str | None:
-    """The first of `PARAMETERS` that is missing, of another type or out of bounds."""
+    """The first of `PARAMETERS` that is missing, of the wrong type or out of bounds."""
     name = misfit(numbers, PARAMETERS)
     return name or next((one for one, (low, high) in BOUNDS.items() if not low <= numbers[one] <= high), None)
 
 
 def remove_adapters(model: AnyModel) -> None:
-    """Replaces every adapted matrix by the one that does the same."""
+    """Replaces every adapted matrix by the equivalent one."""
     adapters = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
     if not adapters:
         raise ValueError("the model has no adapters, so there is nothing to fuse: add_adapters(model) adds them")
@@ -140,15 +140,15 @@ def remove_adapters(model: AnyModel) -> None:
 
 
 def load_adapters(encoder: Aimv2VisionModel, folder: Path) -> dict[str, Any]:
-    """Puts the adapters of a folder into an encoder and returns their configuration.
+    """Loads the adapters of a folder into an encoder and returns their configuration.
 
-    Raises FileNotFoundError or ValueError with one line where files are missing, damaged, or for another encoder.
+    Raises FileNotFoundError or ValueError with one line if files are missing, damaged, or for another encoder.
     """
     file, depth = folder / CONFIG_FILE, len(encoder.blocks)
     try:
         config: dict[str, Any] = read_json(file)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: {folder} is no adapter folder") from None
+        raise FileNotFoundError(f"{file} does not exist: {folder} is not an adapter folder") from None
     if misfit(config, {"fine_tune_type": str, "lora_parameters": dict}) or config["fine_tune_type"] not in KINDS:
         raise ValueError(f"{file}: wanted fine_tune_type {' or '.join(KINDS)} and lora_parameters")
     parameters: dict[str, Any] = {"dropout": DROPOUT, "keys": KEYS} | config["lora_parameters"]
@@ -167,12 +167,12 @@ def load_adapters(encoder: Aimv2VisionModel, folder: Path) -> dict[str, Any]:
 
 
 def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = False) -> None:
-    """Puts a file's tensors into a module: all that are `wanted`, or with `partly` some of them, and no others.
+    """Loads a file's tensors into a module: all that are `wanted`, or with `partly` some of them, and no others.
 
-    Raises FileNotFoundError or ValueError with one line where the file is missing, damaged, or for another encoder.
+    Raises FileNotFoundError or ValueError with one line if the file is missing, damaged, or for another encoder.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: {file.parent} is not whole")
+        raise FileNotFoundError(f"{file} does not exist: {file.parent} is incomplete")
     arrays, _ = read_safetensors(file)
     flat: Any = tree_flatten(wanted)
     shapes = {name: tuple(array.shape) for name, array in flat}
@@ -184,5 +184,5 @@ def load_arrays(file: Path, module: nn.Module, wanted: Any, *, partly: bool = Fa
             f"wanted {shapes.get(differ[0], 'no such tensor')}; {len(differ)} differ"
         )
     if (name := first_not_finite(arrays)) is not None:
-        raise ValueError(f"{file} is damaged: {name} holds values that are no numbers")
+        raise ValueError(f"{file} is damaged: {name} has values that are not numbers")
     module.load_weights(list(arrays.items()), strict=False)

@@ -1,4 +1,4 @@
-"""What a head folder says of images, and how right it is on labelled ones."""
+"""Predicts with a head folder, and scores it on labelled images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name, of how many images, the part of DATA that they are from, a table by class, and notes on DATA.
+    """Scores by name, the number of images, their part of DATA, a table by class, and notes on DATA.
 
     `left_out` has a line for each thing in DATA that was left out.
     """
@@ -43,9 +43,9 @@ def evaluate(
 ) -> Evaluation:
     """Scores a head folder on labelled images: `HEAD, DATA -> Evaluation`.
 
-    Of DATA with parts `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
-    card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA, labels
-    that the head does not know among it; with `skip_broken` images that cannot be read are left out.
+    If DATA has parts, `test` counts, else `val`, else `train`; without parts all images. `card` is a folder for the
+    card's images, which must not exist yet. DataError, a ValueError, lists everything that is wrong with DATA,
+    including labels unknown to the head; with `skip_broken` unreadable images are left out.
     """
     target = None if card is None else expand_user(card)
     if target is not None:
@@ -76,16 +76,16 @@ def predict(
 ) -> Iterator[tuple[str, Any]]:
     """Predictions for files, folders and patterns: `HEAD, images -> (path, prediction) …`, sorted by name.
 
-    The prediction is the task's own and knows its labels by name; for `classify` it has `label`, `labels` with how
-    probable they are, best first, and `probabilities` (classes,). An image that cannot be read
-    raises ValueError, or is passed to `on_failure(path, reason)`, as `embed` does it, and left out. `output` is a
-    folder for predictions as files, which must not exist yet and appears when all is written; a file below a folder
-    that was given keeps its path in there. Below `min_score` a label, or a box, is not told: of an image without one
-    "none of these"; it replaces the thresholds of `multilabel`. Raises ValueError for a task without scores.
+    The prediction is the task's own type, with its labels by name; for `classify` it has `label`, `labels` with their
+    probabilities, best first, and `probabilities` (classes,). An unreadable image raises ValueError, or is passed to
+    `on_failure(path, reason)`, as in `embed`, and left out. `output` is a folder for predictions as files, which must
+    not exist yet and appears when everything is written; a file below a given folder keeps its path in there. A label
+    or box below `min_score` is left out: an image without any is "none of these"; it replaces the thresholds of
+    `multilabel`. Raises ValueError for a task without scores.
     """
     loaded = head if isinstance(head, Head) else load_head(head, model=model, dtype=dtype)
     if min_score is not None and not (0 <= min_score <= 1 and hasattr(loaded.task.results, "at_least")):
-        wanted = "does not go with segment and regression" if 0 <= min_score <= 1 else "must be from 0 to 1"
+        wanted = "is not for segment and regression" if 0 <= min_score <= 1 else "must be from 0 to 1"
         raise ValueError(f"--min-score {wanted}, got {min_score:g} for a head to {loaded.task.name}")
     given = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     files, results, records = listed_files(given, on_failure), loaded.task.results, list[Any]()

@@ -1,4 +1,4 @@
-"""Heads on stored features of a frozen encoder: solved for, or the best of several that are trained side by side."""
+"""Heads on stored features of a frozen encoder: solved directly, or the best of several trained side by side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEP = 64
 
 
 def train_on_features(run: Run) -> Trained:
-    """The head of this run on features that are computed once: solved for, or the best of several that are trained."""
+    """The head of this run on features computed once: solved directly, or the best of several trained ones."""
     samples = [sample for part in run.dataset.splits.values() for sample in part]
     features, grid = run.features(run.type.features or "tokens", samples), run.processor.grid
 
@@ -58,7 +58,7 @@ def train_on_features(run: Run) -> Trained:
         return [run.score(outputs_of(head)) for head in candidates.heads]
 
     if len(heads) > 1:
-        run.say(f"{len(heads)} heads are trained side by side, by different settings; the loss is their mean")
+        run.say(f"training {len(heads)} heads side by side with different settings; the loss is their mean")
     model = nn.Module()
     model.heads = heads
     progress = run.train(model, loss, make, evaluate=lambda candidates: best_of(scores(candidates)), groups=groups)
@@ -76,7 +76,7 @@ def best_of(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _solved(run: Run, features: Features, outputs_of: Callable[[nn.Module], OutputsOf]) -> Trained:
-    """The head that no loop trains; of a set that is crossed each image is judged by one that never saw it."""
+    """The head solved without a loop; in cross-validation each image is scored by a head that never saw it."""
     splits = run.dataset.splits
 
     def judged_by(head: nn.Module, is_balanced: bool) -> OutputsOf:
@@ -103,11 +103,10 @@ def _solved(run: Run, features: Features, outputs_of: Callable[[nn.Module], Outp
 
 
 def _candidates(run: Run, features: Features) -> tuple[list[nn.Module], list[tuple[float, float]]]:
-    """A head for each learning rate and weight decay to be tried, all from the same start, and these settings.
+    """A head for each learning rate and weight decay to try, all from the same start, and these settings.
 
-    Attentive probes get the statistics of the tokens, and there is one more that begins as the linear probe: with that
-    one among them, what `val` likes best is there no worse than the linear probe. A recipe of others is followed as it
-    is, without.
+    Attentive probes get the statistics of the tokens, and one more of them starts as the linear probe, so the best on
+    `val` is no worse there than the linear probe. A published recipe is followed exactly, without it.
     """
     settings = list(product(run.type.learning_rates, run.type.weight_decays))
     heads = [run.head() for _ in settings]

@@ -2,9 +2,9 @@
 
 DATA -> a format's own reader -> Found: images by part, with what is said of each -> checks, classes, parts -> Dataset
 
-A format (`data.py` of a task) says where its images lie and what they are labelled with. Decided here, for all of
-them: which folder is which part, what becomes of copies and of classes that training does not know, what is left out
-with a note, what is refused, and how DATA without parts is divided. What is refused is told all at once.
+A format (`data.py` of a task) says where its images are and how they are labelled. Decided here, for all formats:
+which folder is which part, what happens to copies and to classes unknown in training, what is left out with a note,
+what is refused, and how DATA without parts is split. All faults are reported at once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ PARTS = {
     "val": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-"""Part -> the words in a folder's name that mean it, Hugging Face's."""
+"""Part -> the words in a folder's name that mean it, as at Hugging Face."""
 
 HELD_OUT = 0.15
-"""Share of the images that become `val`, and as many `test`, where DATA does not say."""
+"""Share of the images for `val`, and the same for `test`, if DATA has no parts."""
 
 FOLDS, MIN_TEST = 5, 30
-"""Of a cross-validation, which takes the place of a test of fewer images."""
+"""Folds of a cross-validation, which replaces a test on fewer images."""
 
 MAX_BYTES = 1 << 32
-"""Of a list of labels or captions: COCO's own annotations have 450 MB."""
+"""Bytes of a list of labels or captions: COCO's own annotations have 450 MB."""
 
 MAX_LINES, MAX_SHOWN = 20, 300
 """Of what is wrong the lines that a message shows, the rest is counted; and the characters of a name or such a line."""
@@ -59,7 +59,7 @@ class DataError(ValueError):
 
 
 def refusal(lines: Sequence[str], *, broken: int) -> DataError:
-    """The error that tells what is wrong, and what to type where images are `broken` or not everything is shown."""
+    """The error that says what is wrong, and what to type if images are `broken` or not everything is shown."""
     more = "; --json lists everything" if len(lines) > MAX_LINES else ""
     skip = f"; --skip-broken leaves out {one_image(broken)} that cannot be read" if broken else ""
     return DataError(lines, more + skip)
@@ -67,7 +67,7 @@ def refusal(lines: Sequence[str], *, broken: int) -> DataError:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with what is known of it.
+    """One image with what is known about it.
 
     `size` is its (height, width), upright; `target` the task's own: the number of the class, the mask's file, boxes.
     """
@@ -82,7 +82,7 @@ class Sample:
 class Dataset:
     """Checked samples of each part (`train`, `val`, `test`; some may be empty), and notes for the user.
 
-    `left_out` has a line for each thing that the notes count. Where it `is_crossed`, `test` are training images that
+    `left_out` has a line for each thing counted in the notes. If it `is_crossed`, `test` are training images that
     `folds` hold out in turn.
     """
 
@@ -93,12 +93,12 @@ class Dataset:
     is_crossed: bool = False
 
     def to_score(self) -> tuple[str, list[Sample]]:
-        """The part that a head is scored on, and its samples; of a Dataset that was read with the head's classes."""
+        """The part that a head is scored on, and its samples; for a Dataset read with the head's classes."""
         return next((part, self.splits[part]) for part in ("test", "val", "train") if self.splits[part])
 
 
 class Labels(NamedTuple):
-    """What an image is labelled with: `names` of classes, each as often as it occurs, and a value of the format's."""
+    """The labels of an image: `names` of classes, each as often as it occurs, and a value defined by the format."""
 
     names: Sequence[str]
     value: Any
@@ -106,9 +106,9 @@ class Labels(NamedTuple):
 
 @dataclass
 class Found:
-    """What a format found in DATA: by part, or under "" where DATA names none, an image's path and its mark.
+    """What a format found in DATA: by part, or under "" if DATA names none, an image's path and its mark.
 
-    `classes` are the names in their order, where the format lists them.
+    `classes` are the names in order, if the format lists them.
     """
 
     parts: dict[str, list[tuple[str, Any]]]
@@ -116,7 +116,7 @@ class Found:
 
 
 class Recognised(NamedTuple):
-    """What a task's format found of itself in DATA: why DATA is for it, a phrase, and what its `locate` gave."""
+    """What a task's format recognised in DATA: why DATA is for it, a phrase, and the result of its `locate`."""
 
     reason: str
     scan: Scan
@@ -124,7 +124,7 @@ class Recognised(NamedTuple):
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Labels by name, by number where all are whole numbers."""
+    """Labels sorted by name, or by number if all are whole numbers."""
     names = list(names)
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))  # of any length
@@ -135,15 +135,14 @@ def in_order(names: Iterable[str]) -> list[str]:
 class Format:
     """How labelled images of one kind are read.
 
-    `locate(data, scan)` finds what describes DATA, nothing where it is not in this format; `find(data, located, scan)`
-    lists the images without opening one. Both add what is wrong to `scan.faults`. `labels(marked, scan)` gives the
-    labels of each, or the lines that say what is wrong with it, or the one line that says why they cannot be read;
-    `marked` are its path, mark and size. `target(labels, numbers)` is what training compares with, where `numbers` are
-    those of the classes.
+    `locate(data, scan)` finds what describes DATA, nothing if it is not in this format; `find(data, located, scan)`
+    lists the images without opening them. Both add errors to `scan.faults`. `labels(marked, scan)` returns the labels
+    of each, or lines that say what is wrong with it, or one line that says why they cannot be read; `marked` are its
+    path, mark and size. `target(labels, numbers)` is what training compares with; `numbers` are those of the classes.
 
-    At least `min_classes` must occur in training. `in_order` gives the names of the classes, where the format lists
-    none, from those that occur in training. Where DATA is split, images of each class are divided alike, if
-    `stratified`. `others` says what lies in DATA that may describe it and is not read.
+    At least `min_classes` must occur in training. `in_order` gives the names of the classes, from those that occur in
+    training, if the format lists none. If DATA is split and `stratified`, every class is split in the same proportion.
+    `others` says which other files in DATA may describe it and are not read.
     """
 
     locate: Callable[[Path, Scan], Any]
@@ -168,17 +167,17 @@ def read(
 ) -> Dataset:
     """DATA read and checked: `folder -> Dataset`. Raises DataError with everything that is wrong, OSError.
 
-    Without `classes` these are the ones that the format lists, else those of the training images, and DATA without
-    parts is split. With the `classes` of a head, whose names are looked up, only the part that is scored is read:
-    `test`, else `val`, else what lies in no part, as `test`, else `train`, with a note.
+    Without `classes` they are the ones the format lists, else those of the training images, and DATA without parts is
+    split. With the `classes` of a head, whose names are looked up, only the part that is scored is read: `test`, else
+    `val`, else images outside any part, as `test`, else `train`, with a note.
 
-    Without `decode` only the headers of images are read: for a caller that decodes all of them before it trusts them.
-    Images and masks that cannot be read are refused, all at once, or with `skip_broken` left out with a note.
-    `recognised` is what the task's `recognise` gave: nothing is looked for twice. `holdout` is the share of `val`, and
-    of `test`, where DATA is split; with None a small set is for training and cross-validation alone.
+    Without `decode` only the headers of images are read: for a caller that decodes all of them before relying on them.
+    Unreadable images and masks are refused, all at once, or with `skip_broken` left out with a note. `recognised` is
+    the result of the task's `recognise`, to avoid searching twice. `holdout` is the share for `val`, and for `test`,
+    when DATA is split; with None a small set is only for training and cross-validation.
     """
     if not data.is_dir():
-        raise FileNotFoundError(f"{data} is not a folder: give the folder that holds the labelled images")
+        raise FileNotFoundError(f"{data} is not a folder: give the folder with the labelled images")
     scan = recognised.scan if recognised else Scan()
     found = form.find(data, recognised.located if recognised else form.locate(data, scan), scan)
     scored = next((part for part in ("test", "val", "", "train") if found.parts.get(part)), "")
@@ -222,11 +221,11 @@ def read(
     }
     if classes is not None:
         splits: dict[str, list[Sample]] = {part: [] for part in PARTS} | {scored or "test": samples[scored]}
-        told = f"{data} has no part but train: its images are scored, which a head may have learned"
+        told = f"{data} has only the part train: its images are scored, and the head may have learned them"
         return Dataset(names, splits, (*([told] if scored == "train" else []), *notes, *scan.notes), left_out)
 
     def stratum(sample: Sample) -> int:
-        """The class that occurs most often in an image; one number more where it has none."""
+        """The class that occurs most often in an image; one number higher than all if it has none."""
         own = [numbers[name] for name in every[sample.path]] if form.stratified else []
         return int(np.bincount(own).argmax()) if own else len(names)
 
@@ -237,10 +236,10 @@ def read(
 
 
 def _wrong_names(names: Sequence[str], unknown: Mapping[str, int], scan: Scan) -> list[str]:
-    """Labels that are not among the `names`, and names that are no text, as those of folders may be."""
+    """Labels that are not among the `names`, and names that are not text, as folder names may be."""
     cases = Counter(name.casefold() for name in names)
     if alike := [name for name in names if cases[name.casefold()] > 1]:
-        scan.note(f"labels {listed(alike)}", "differ in letter case alone: they are labels of their own")
+        scan.note(f"labels {listed(alike)}", "differ only in letter case: they are separate labels")
     faults = [
         f"the label {short(name)} ({one_image(count)}) is not in the list {listed(names)}"
         for name, count in sorted(unknown.items() if names else ())
@@ -252,7 +251,7 @@ def _wrong_names(names: Sequence[str], unknown: Mapping[str, int], scan: Scan) -
 def _divided(
     samples: Mapping[str, list[Sample]], stratum: Callable[[Sample], int], holdout: float | None
 ) -> tuple[dict[str, list[Sample]], list[str]]:
-    """The parts that training needs, those that DATA does not have taken from the others, and notes that say so."""
+    """The parts that training needs, with missing ones taken from the others, and notes that say so."""
     splits = {part: samples.get(part, []) for part in PARTS}
     if splits["val"]:
         return splits, []
@@ -272,9 +271,9 @@ def _divided(
 
 
 def folds(samples: Sequence[Sample]) -> list[tuple[list[Sample], list[Sample]]]:
-    """For training and held out, `FOLDS` times by content: each image once, but of a class with one it is never.
+    """Training and held-out images, `FOLDS` times by content: each is held out once, except the only one of a class.
 
-    No folds where there is none to hold out.
+    No folds if there is none to hold out.
     """
     contents: dict[Any, set[bytes]] = defaultdict(set)
     strata = {sample.sha256: sample.target if isinstance(sample.target, int) else 0 for sample in samples}
@@ -294,8 +293,8 @@ def folds(samples: Sequence[Sample]) -> list[tuple[list[Sample], list[Sample]]]:
 def split(samples: Sequence[Sample], strata: Sequence[int], share: float = HELD_OUT) -> dict[str, list[Sample]]:
     """Stratified parts, val and test a `share` each, by content hash: `samples, the class of each -> {"train": …}`.
 
-    Images of equal content stay together, and adding an image moves hardly any other one. Of a class with two
-    different images one is for training and one for `val`; from three on each part has at least one.
+    Images of equal content stay together, and adding an image hardly moves any other. A class with two different
+    images has one in training and one in `val`; from three on each part has at least one.
     """
     groups: dict[int, dict[bytes, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     owner: dict[bytes, int] = {}
@@ -313,11 +312,11 @@ def split(samples: Sequence[Sample], strata: Sequence[int], share: float = HELD_
 
 
 def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str, Path]:
-    """The folders of DATA that are its parts, `{"train": DATA/train, …}`; `{"": DATA}` where there is none.
+    """The folders of DATA that are its parts, `{"train": DATA/train, …}`; `{"": DATA}` if there are none.
 
-    A folder is a part if its name says so and it `holds` what the format wants: a class may be called like a part. Of
-    a part that holds nothing but one more folder of its kind, as in `seg_train/seg_train`, the inner one counts.
-    Images beside parts are named in a note. Raises DataError where two folders mean the same part.
+    A folder is a part if its name says so and it `holds` what the format wants: a class may have a part's name. If a
+    part contains only another folder of its kind, as in `seg_train/seg_train`, the inner one counts. Images next to
+    parts are named in a note. Raises DataError if two folders mean the same part.
     """
     found: dict[str, Path] = {}
     others: list[Path] = []
@@ -337,7 +336,7 @@ def parts_of(data: Path, scan: Scan, holds: Callable[[Path], bool]) -> dict[str,
     for folder, images in [(data, scan.loose(data)), *((folder, scan.images(folder)) for folder in others)]:
         if images:
             where = f"{folder} itself" if folder is data else str(folder)
-            scan.note(f"{where}, with {one_image(len(images))},", f"is no labelled part of {data}: skipped")
+            scan.note(f"{where}, with {one_image(len(images))},", f"is not a labelled part of {data}: skipped")
     return found
 
 
@@ -349,7 +348,7 @@ def part_of(name: str) -> str | None:
 
 
 def same_form(name: str) -> str:
-    """A label in the one form that is compared: without blanks around it, in Unicode's composed form (NFC)."""
+    """A label in the form used for comparison: without surrounding blanks, in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name.strip())
 
 
@@ -363,7 +362,7 @@ def _too_few(training: Mapping[str, Labels], data: Path, form: Format) -> list[s
 
 
 def _copies(splits: Mapping[str, Sequence[Sample]], names: Mapping[str, Sequence[str]]) -> list[str]:
-    """Notes about images of equal content: in two parts, or with other labels."""
+    """Notes about images of equal content: in two parts, or with different labels."""
     first: dict[bytes, tuple[str, str]] = {}
     astray: list[str] = []
     contrary: list[str] = []
@@ -378,7 +377,7 @@ def _copies(splits: Mapping[str, Sequence[Sample]], names: Mapping[str, Sequence
                 contrary.append(f"{path} and {sample.path} are the same image, called {called}")
     return [
         f"{one_image(len(lines))} {what}: {listed(lines, shown=3)}"
-        for lines, what in ((astray, "in two parts, which flatters the result"), (contrary, "with two labels"))
+        for lines, what in ((astray, "in two parts, so the result is too optimistic"), (contrary, "with two labels"))
         if lines
     ]
 
@@ -396,5 +395,5 @@ def listed(names: Iterable[str], *, shown: int = 8) -> str:
 
 
 def short(text: str) -> str:
-    """A text that is quoted, as a name or a label, without its middle where nobody reads on."""
+    """A quoted text, such as a name or a label, with the middle cut out if it is too long."""
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}…{text[-MAX_SHOWN // 2 :]}"

@@ -1,9 +1,9 @@
-"""Reads tables of images: `metadata.csv` and `metadata.jsonl` as Hugging Face has them, and those of other people.
+"""Reads tables of images: Hugging Face's `metadata.csv` and `metadata.jsonl`, and other people's.
 
 FILE -> rows, each with its image under `file_name` and its line under "", and what is wrong with the others
 
-What means one thing alone is taken: other separators and names of columns, letter case, byte order marks. What may mean
-two things is refused with what to change.
+Anything unambiguous is accepted: other separators and column names, letter case, byte order marks. Anything ambiguous
+is refused, saying what to change.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from mlx_aimv2.learn.samples import MAX_BYTES, DataError, listed, part_of
 from mlx_aimv2.untrusted_json import parse
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-"""Names of the files by which Hugging Face's `imagefolder` knows its images."""
+"""Names of the files that list images for Hugging Face's `imagefolder`."""
 
 TABLES = (".csv", ".tsv", ".jsonl")
-"""Endings of tables, which may have any name where they are the only one."""
+"""Suffixes of tables, which may have any name if there is only one."""
 
 SEPARATORS = (",", ";", "\t", "|")
 
 Names: TypeAlias = "tuple[str, ...]"
-"""What a column may be called, without case and underscores: the first line of which there is one decides."""
+"""Names of a column, without case and underscores: the first line with a match decides."""
 
 IMAGE: Names = (
     "filename",
@@ -52,18 +52,18 @@ BOX: Names = ("xmin bbox bboxes boxes regionshapeattributes",)
 PART: Names = ("split part subset partition dataset",)
 
 START = 1 << 16
-"""Bytes of a table in which its first rows lie."""
+"""Bytes at the start of a table that contain its first rows."""
 
 
 def column(names: Iterable[str], meant: Names) -> list[str]:
-    """The columns that are called what is meant: one, none, or several where it is not clear which."""
+    """The columns with a matching name: one, none, or several if it is ambiguous."""
     plain = {name: re.sub(r"[\W_]", "", name) for name in names}
     found = ([name for name in plain if plain[name] in alike.split()] for alike in meant)
     return next((columns for columns in found if columns), [])
 
 
 def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan: Scan) -> str:
-    """The column that is meant, with a note if it is not `called` so; "" and a fault where that is not clear."""
+    """The matching column, with a note if its name is not `called`; "" and a fault if that is ambiguous."""
     names = [name for name in dict.fromkeys(names) if name]
     found = column(names, meant)
     if len(found) != 1:
@@ -75,7 +75,7 @@ def one_column(names: Iterable[str], meant: Names, called: str, file: Path, scan
 
 
 def columns_of(file: Path) -> list[str]:
-    """The names of a table's columns in lower case, from its first rows; none where these cannot be read."""
+    """The names of a table's columns in lower case, from its first rows; none if they cannot be read."""
     try:
         text, fault = decoded(read_start(file, max_bytes=START), "ignore")
     except (ValueError, OSError):
@@ -86,7 +86,7 @@ def columns_of(file: Path) -> list[str]:
 
 
 def metadata_file(folder: Path) -> Path | None:
-    """The metadata file right in a folder, if there is one. DataError if there are two."""
+    """The metadata file directly in a folder, if there is one. DataError if there are two."""
     files = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(files) > 1:
         raise DataError([f"{folder} has {files[0].name} and {files[1].name}: keep one of them"])
@@ -94,10 +94,10 @@ def metadata_file(folder: Path) -> Path | None:
 
 
 def tables(folder: Path, *, of: Names | None) -> dict[str, Path]:
-    """The tables right in a folder that name images and have a column `of` something, by the part that they are for.
+    """The tables directly in a folder that name images and have a column `of` something, by their part.
 
-    That is the metadata file, be it readable or not, or else those of other names; the part is "" where a name says
-    none. Raises DataError where two are for the same part.
+    That is the metadata file, readable or not, or else those with other names; the part is "" if the name has none.
+    Raises DataError if two are for the same part.
     """
     given = metadata_file(folder)
     if given and (of is None or not (names := columns_of(given)) or column(names, of)):
@@ -119,8 +119,8 @@ def tables(folder: Path, *, of: Names | None) -> dict[str, Path]:
 def metadata_rows(file: Path, scan: Scan) -> list[dict[str, Any]]:
     """The rows of a table, each with `file_name` and its line under "".
 
-    Names of columns are in lower case. What was left out or taken for something is noted in `scan`, where what is wrong
-    with the others becomes a fault.
+    Column names are in lower case. What was left out or interpreted is noted in `scan`, where errors in the other rows
+    become faults.
     """
     faults = scan.faults
     text, fault = decoded(read_bytes(file, max_bytes=MAX_BYTES))
@@ -172,7 +172,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     names, separator = _header(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
-        yield 1, f"the column {listed(twice)} is there more than once: keep one"
+        yield 1, f"the column {listed(twice)} occurs more than once: keep one"
         return
     try:
         for cells in islice(filter(None, reader), 1, None):
@@ -186,7 +186,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _value(cell: str) -> Any:
-    """A cell's text, or the list or object that it holds as JSON or as Python shows it, as pandas writes both."""
+    """A cell's text, or its list or object in JSON or Python notation, since pandas writes both."""
     found: Any = None
     if cell[:1] in ("[", "{"):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -197,7 +197,7 @@ def _value(cell: str) -> Any:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(text.split("\n"), 1):  # other ends of lines, as U+2028, may stand in a string
+    for number, line in enumerate(text.split("\n"), 1):  # other line ends, such as U+2028, may occur in a string
         if not line.strip():
             continue
         try:
@@ -211,7 +211,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def image_of(folder: Path, name: str) -> Path | None:
-    """The file that a row names: with either slash, in either Unicode form, and without its suffix if it is the one."""
+    """The file that a row names: with either slash, in either Unicode form, and without its suffix if unambiguous."""
     slashed = name.replace("\\", "/")
     forms = dict.fromkeys([name, slashed, normalize("NFC", slashed), normalize("NFD", slashed)])
     for suffixes in ([""], [] if has_suffix(name) else SUFFIXES):
@@ -223,10 +223,10 @@ def image_of(folder: Path, name: str) -> Path | None:
 
 
 def rows_with_images(file: Path, scan: Scan) -> list[tuple[str, dict[str, Any], Path | None]]:
-    """Where each row of a table stands, the row, and its image if it is there; what is wrong is told as above.
+    """Each row of a table with its location and its image, if it exists; errors are reported as above.
 
-    Images lie beside the table, or else in the one folder beside it that holds one of the first. Those that no row
-    names are noted in `scan`.
+    Images are next to the table, or else in the one folder next to it that contains one of the first. Images without a
+    row are noted in `scan`.
     """
     rows = metadata_rows(file, scan)
     places = [file.parent, *scan.folders(file.parent)]
@@ -243,18 +243,26 @@ def rows_with_images(file: Path, scan: Scan) -> list[tuple[str, dict[str, Any], 
 
 FOREIGN = {
     (".parquet", ".arrow", ".feather"): "is a table with images in it, which is not read: write them as files first",
-    (".tfrecord", ".tfrecords", ".rec", ".mdb"): "holds records, which are not read: write its images as files",
-    (".npz", ".npy", ".mat", ".h5", ".hdf5", ".pkl", ".pt"): "holds arrays, which are not read: write them as images",
-    (".tar",): "is an archive, of which only pretrain and lit read the images: unpack it",
+    (".tfrecord", ".tfrecords", ".rec", ".mdb"): "contains records, which are not read: write its images as files",
+    (
+        ".npz",
+        ".npy",
+        ".mat",
+        ".h5",
+        ".hdf5",
+        ".pkl",
+        ".pt",
+    ): "has arrays, which are not read: write them as images",
+    (".tar",): "is an archive, whose images only pretrain and lit can read: unpack it",
     (".zip", ".tgz", ".gz", ".7z", ".rar"): "is an archive: unpack it",
     (".xlsx", ".xls", ".ods"): "is a spreadsheet: save it as metadata.csv",
-    (".yaml", ".yml", ".xml", ".json"): "is in no form that is read: programs export others, as COCO or CSV",
+    (".yaml", ".yml", ".xml", ".json"): "has an unsupported format: export another one, such as COCO or CSV",
 }
-"""Endings of what may describe images, or hold them, and is not read, and what to do about it."""
+"""Suffixes of files that may describe or contain images but are not read -> what to do."""
 
 
 def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
-    """What lies in DATA or its folders that may describe it and is not read, a line for each reason."""
+    """Files in DATA or its folders that may describe it but are not read, a line for each reason."""
     scan = Scan()
     for file in sorted(file for file in [*data.glob("[!.]*"), *data.glob("[!.]*/[!.]*")] if file.is_file()):
         ending = file.suffix.partition("-")[0].lower()
@@ -264,15 +272,15 @@ def not_read(data: Path, word: str = "label", of: Names = LABEL) -> list[str]:
             missing = [name for name, meant in (("file_name", IMAGE), (word, of)) if not column(names, meant)]
             wanted = " and no ".join(f"column {name}" for name in missing)
             one_hot = (
-                "; several labels an image, a column for each, are for --task multilabel"
+                "; several labels per image, a column for each, need --task multilabel"
                 if missing == ["label"] and len(names) > 2
                 else ""
             )
             reason = f"has no {wanted} among its columns ({listed(names)}){one_hot}" if missing else None
             if of is LABEL and (boxes := column(names, BOX)):
-                reason = f"has boxes ({listed(boxes)}), which are read in other forms: export COCO, VOC's XML or YOLO"
+                reason = f"has boxes ({listed(boxes)}), which are read in other formats: export COCO, VOC's XML or YOLO"
         if ending == ".txt" and of is CAPTION:
-            reason = "is no table or shard: a table is called .csv, and tar --sort=name -cf packs images and texts"
+            reason = "is not a table or shard: name a table .csv, and pack images and texts with tar --sort=name -cf"
         if reason:
             scan.note(str(file), reason)
     return scan.notes

@@ -1,4 +1,4 @@
-"""One run of `fit` as its steps see it, and how an encoder is trained together with its head."""
+"""One run of `fit` as seen by its steps, and training an encoder together with its head."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from mlx_aimv2.train.optimizer import FROZEN, Table, freeze, layer_decay
 from mlx_aimv2.train.state import Progress, StateFile
 
 OutputsOf: TypeAlias = "Callable[[Sequence[Sample]], Iterator[Outputs]]"
-"""What a head, or an encoder with a head, gives for samples."""
+"""Gives the outputs of a head, or of an encoder with a head, for samples."""
 
 EVALUATIONS, PATIENCE = 20, 8
-"""Of a run where no flag says how many, and those without a better score before a fine-tuning stops."""
+"""Default number of evaluations in a run, and how many without a better score stop a fine-tuning."""
 
 STEP = 64
 """Images whose tokens are in memory at a time."""
@@ -55,7 +55,7 @@ class Run:
     options: Options
     type: Type
     described: dict[str, Any]
-    """What the head folder keeps of the encoder, as it was before."""
+    """What the head folder records about the encoder before training."""
     state: StateFile
     ranks: Ranks
     cache: Path | None
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def is_balanced(self) -> bool:
-        """Whether all classes count alike."""
+        """Whether all classes count equally."""
         return self.options.class_weights is not None
 
     @property
@@ -79,7 +79,7 @@ class Run:
         return head.make_head(self.kind, self.encoder.config, classes, first)
 
     def loss(self, outputs: dict[str, mx.array], batch: dict[str, mx.array]) -> mx.array:
-        """The loss of each image, by the weight of its class where classes have one: `-> (B,)`."""
+        """The loss of each image, weighted by its class if classes have weights: `-> (B,)`."""
         losses: mx.array = self.task.head.loss(outputs, batch)
         if not self.is_balanced:
             return losses
@@ -92,21 +92,21 @@ class Run:
         return balanced(labels, len(self.dataset.classes))
 
     def score(self, outputs: OutputsOf) -> tuple[float, float]:
-        """`judged` on `val`, which the best state goes by."""
+        """`judged` on `val`, which picks the best state."""
         val = self.dataset.splits["val"] or self.dataset.splits["test"]
         return self.judged(val, outputs(val))
 
     def judged(self, samples: Sequence[Sample], outputs: Iterable[Outputs]) -> tuple[float, float]:
-        """How right outputs are, by the metric that is chosen by, and their mean loss.
+        """The score of outputs by the chosen metric, and their mean loss.
 
-        Raises LossError for outputs that are no numbers.
+        Raises LossError for outputs that are not numbers.
         """
         predictions, total = list[Any](), 0.0
         pairs = zip(samples, outputs, strict=True)
         while chunk := list(islice(pairs, 8 if self.task.dense else STEP)):
             for sample, found in chunk:
                 if not all(np.isfinite(array).all() for array in found.values()):
-                    raise LossError(f"what the head makes of {sample.path} is no number")
+                    raise LossError(f"the head's output for {sample.path} is not a number")
                 predictions.append(self.task.results.decode(found, sample.size))
             targets = [self.task.data.targets(sample, self.processor) for sample, _ in chunk]
             total += float(np.array(self.loss(_batch([found for _, found in chunk]), _batch(targets))).sum())
@@ -114,15 +114,15 @@ class Run:
         return scores[self.metric], total / len(samples)
 
     def features(self, kind: str, samples: Sequence[Sample]) -> Features:
-        """What the encoder makes of every sample, `mean` or `tokens` of each, from the cache where it has them.
+        """The encoder's `mean` or `tokens` for every sample, from the cache if it has them.
 
-        Raises OSError with one line where the disk is full; what was computed stays.
+        Raises OSError with one line if the disk is full; finished work is kept.
         """
         model, processor, (rows, columns) = self.encoder, self.processor, self.processor.grid
         shape = (*(() if kind == "mean" else (rows * columns,)), model.config.hidden_size)
         folder = (self.cache or cache_folder() / "features") / cache_key(model, processor, kind=kind)
         unique = {sample.sha256: sample.path for sample in samples}
-        with open_features(folder, shape, KINDS[kind], advice="choose another --cache; what was done is kept") as cache:
+        with open_features(folder, shape, KINDS[kind], advice="choose another --cache; finished work is kept") as cache:
             missing = {sha256: path for sha256, path in unique.items() if sha256 not in cache.index}
             cache.reserve(len(missing))
             done, failed = len(unique) - len(missing), list[str]()
@@ -136,7 +136,7 @@ class Run:
             if failed:
                 raise refusal(failed, broken=len(failed))
             if changed := [path for sha256, path in missing.items() if sha256 not in cache.index]:
-                raise DataError([f"{path} was changed while it was read: run it again" for path in changed])
+                raise DataError([f"{path} changed while it was read: run it again" for path in changed])
             return cache.features()
 
     def solve(
@@ -148,9 +148,9 @@ class Run:
         is_balanced: bool,
         say: Callable[[str], None] = lambda line: None,
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The head of a kind that no loop trains, from the mean token of each image, and its settings.
+        """The head of a kind solved without a loop, from the mean token of each image, and its settings.
 
-        They are chosen on `val`, or without one on the `folds` of the training images.
+        They are chosen on `val`, or without it on the `folds` of the training images.
         """
         classes, own = len(self.dataset.classes), self.dataset.splits
         train = own["train"] if train is None else train
@@ -179,7 +179,7 @@ class Run:
         evaluate: Callable[[Any], tuple[float, float]],
         groups: Table,
     ) -> Progress:
-        """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on what `make` makes of the samples."""
+        """The loop with this run's settings: `loss(model, batch, key) -> (B,)` on batches that `make` builds."""
         options, ranks = self.options, self.ranks
         samples = self.dataset.splits["train"]
         size = min(self.type.batch_size, len(samples))
@@ -187,7 +187,7 @@ class Run:
         order = Shuffled(samples, batch_size=size, seed=options.seed, rank=ranks.rank, ranks=ranks.size)
         per_epoch = max(1, order.per_epoch // options.grad_accumulation_steps)
         steps = options.iters or self.type.epochs * per_epoch
-        patience = 0 if self.type.features else PATIENCE  # heads alone are trained to the end in seconds
+        patience = 0 if self.type.features else PATIENCE  # heads on their own are trained to the end in seconds
         plan = Plan(
             steps=steps,
             learning_rate=self.type.learning_rates[0],
@@ -245,14 +245,14 @@ def fine_tune(run: Run) -> Trained:
     layers = depth if options.num_layers in (None, -1) else int(options.num_layers or 0)
     if layers > depth:
         raise ValueError(f"--num-layers must be at most {depth}, the blocks of this encoder, got {layers}")
-    head = _first_head(run)  # before the encoder has adapters
+    head = _first_head(run)  # before adapters are added to the encoder
     adapters = _with_adapters(run, layers)
     grid = run.processor.grid
     hidden = round(options.mask_ratio * math.prod(grid))
     learner = Learner(run.encoder, head, fills=run.task.dense and hidden > 0)
     groups = (
         _groups(depth, layers, own.layer_decay) if adapters is None else []
-    )  # adapters have frozen all but themselves
+    )  # with adapters everything else is frozen
     freeze(learner, groups)
 
     def make(sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def fine_tune(run: Run) -> Trained:
 def _first_head(run: Run) -> nn.Module:
     """The head that training starts from: the linear probe, but for dense tasks.
 
-    A head that fits the features first keeps the encoder from being bent to a random one (Kumar et al. 2022, LP-FT).
+    A head that already fits the features keeps a random one from distorting the encoder (Kumar et al. 2022, LP-FT).
     """
     head = run.head()
     if run.task.dense or run.options.adapter_path is not None:

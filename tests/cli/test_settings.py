@@ -88,7 +88,7 @@ def test_no_number_is_endless_or_none_at_all(kind, one):
         ("pretrain", ["--save-every", "-1"], "--save-every must be at least 0, got -1"),
         ("pretrain", ["--jitter", "2"], "--jitter must be from 0 to 1, got 2.0"),
         ("lit", ["--views", "0"], "--views must be at least 1, got 0"),
-        ("lit", ["--seed", str(10**20)], f"--seed must be at most {2**64 - 1}, got {10**20}"),
+        ("lit", ["--seed", str(10**20)], f"--seed must be at most {2**64 - 1:,}, got {10**20}"),
         ("lit", ["--first-caption", "1.5"], "--first-caption must be from 0 to 1, got 1.5"),
     ],
 )

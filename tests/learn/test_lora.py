@@ -182,7 +182,7 @@ def test_fuse_makes_a_checkpoint_that_load_and_the_converter_read(kind, tmp_path
 def test_there_is_nothing_to_fuse_in_a_probe(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
     fit(write_digits(tmp_path / "digits"), CHECKPOINT, tmp_path / "head")
-    with pytest.raises(ValueError, match=r"left the encoder as it is \(linear\): nothing to fuse"):
+    with pytest.raises(ValueError, match=r"did not change the encoder \(linear\): nothing to fuse"):
         fuse(tmp_path / "head", tmp_path / "fused")
     with pytest.raises(ValueError, match="does not say which encoder it is for: give --model"):
         fuse(tmp_path, tmp_path / "fused")
@@ -222,7 +222,7 @@ def test_the_adapters_of_a_pair_learn_alone_and_fuse_into_what_they_do(kind, tmp
 def test_adapters_that_cannot_be_added_or_fused_are_refused_with_what_can(tmp_path):
     model, _ = load(CHECKPOINT)
     for keywords, words in (
-        ({"kind": "prefix"}, "adapters are of the kind lora or dora, got 'prefix'"),
+        ({"kind": "prefix"}, "adapters must be lora or dora, got 'prefix'"),
         ({"num_layers": 0}, "num_layers must be from 1 to 4, the blocks, or -1 for all, got 0"),
         ({"num_layers": 9}, "num_layers must be from 1 to 4"),
         ({"rank": 0}, "rank must be from 1 to"),
@@ -235,8 +235,8 @@ def test_adapters_that_cannot_be_added_or_fused_are_refused_with_what_can(tmp_pa
     with pytest.raises(ValueError, match="the model has no adapters, so there is nothing to fuse"):
         fuse(model)
     add_adapters(model)
-    with pytest.raises(ValueError, match=r"blocks.0 has layers of the kind LoRALinear already: fuse\(model\) first"):
+    with pytest.raises(ValueError, match=r"blocks.0 already has LoRALinear layers: fuse\(model\) first"):
         add_adapters(model, "dora")
     convert(CHECKPOINT, tmp_path / "q", quantize=True, verify=False)
-    with pytest.raises(ValueError, match="of the kind QuantizedLinear already: load it without keep_quantized"):
+    with pytest.raises(ValueError, match="already has QuantizedLinear layers: load it without keep_quantized"):
         add_adapters(load(tmp_path / "q", keep_quantized=True)[0])

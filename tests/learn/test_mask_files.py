@@ -177,7 +177,7 @@ def test_two_masks_of_one_image_are_refused(tmp_path):
     mask(data / "masks" / "1_mask.png")
     assert "has no image of its name" in "\n".join(mask_files.read(data).notes)  # the exact name goes first
     (data / "masks" / "1.png").rename(data / "masks" / "1_labels.png")
-    assert "belong to one image" in lines(data)[0]
+    assert "belong to the same image" in lines(data)[0]
 
 
 def test_a_mask_on_the_stored_pixels_of_a_turned_image_is_refused_with_its_reason(tmp_path):

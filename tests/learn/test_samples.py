@@ -283,7 +283,7 @@ def test_a_word_that_only_holds_a_parts_name_is_no_part(task, tmp_path, name):
     write(task, tmp_path / name, range(40, 43))
     found = TASKS[task].data.read(tmp_path)
     assert counts(found) == (9, 5, 0)
-    assert f"{tmp_path / name}, with " in said(found) and "is no labelled part of" in said(found)
+    assert f"{tmp_path / name}, with " in said(found) and "is not a labelled part of" in said(found)
 
 
 @every_task
@@ -309,7 +309,7 @@ def test_two_folders_of_one_part_are_refused(task, tmp_path):
         ({"train": 9, "val": 4, "test": 5}, "test", 5, ""),
         ({"train": 9, "dev": 4}, "val", 4, ""),
         ({"testing": 5}, "test", 5, ""),
-        ({"train": 9}, "train", 9, "has no part but train"),
+        ({"train": 9}, "train", 9, "has only the part train"),
     ],
 )
 def test_what_a_head_is_scored_on(task, tmp_path, parts, part, count, note):
@@ -342,7 +342,7 @@ def test_a_copy_in_two_parts_is_a_note(task, tmp_path):
     write(task, tmp_path / "val", range(8, 13))
     found = TASKS[task].data.read(tmp_path)
     assert counts(found) == (9, 5, 0)
-    assert "1 image in two parts, which flatters the result: " in said(found)
+    assert "1 image in two parts, so the result is too optimistic: " in said(found)
 
 
 @every_task
@@ -595,7 +595,7 @@ def test_what_belongs_to_an_image_goes_by_each_name_of_its_file(task, tmp_path):
 @every_task
 def test_labels_that_differ_in_letter_case_alone_are_told(task, tmp_path):
     found = TASKS[task].data.read(write(task, tmp_path / "d", range(8), names=("Cat", "cat")))
-    assert len(found.classes) == 2 and "labels Cat, cat differ in letter case alone" in said(found)
+    assert len(found.classes) == 2 and "labels Cat, cat differ only in letter case" in said(found)
 
 
 @pytest.mark.parametrize("inner", [("disc", "square"), ("train", "test")])
@@ -613,7 +613,7 @@ def test_a_label_of_two_lines_can_be_drawn(tmp_path):
 
 
 def test_images_of_which_none_can_be_held_out_are_refused(tmp_path):
-    with pytest.raises(DataError, match="has no two images of any label"):
+    with pytest.raises(DataError, match="has no label with two images"):
         fit(write("detect", tmp_path / "d", range(2)), CHECKPOINT, tmp_path / "head")
 
 

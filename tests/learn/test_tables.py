@@ -140,7 +140,7 @@ def test_a_name_is_met_in_either_unicode_form(data, form):
 THREE = [(*row, "1") for row in ROWS]
 
 REFUSED = {
-    "two columns of one name": (table(header="file_name,label,Label", rows=THREE), "label is there more than once"),
+    "two columns of one name": (table(header="file_name,label,Label", rows=THREE), "label occurs more than once"),
     "several labels as JSON": (
         table(rows=[(name, '"{""choices"": [""a"", ""b""]}"') for name, _ in ROWS]),
         "img/disc0.png has no single label",
@@ -282,20 +282,20 @@ def test_a_column_for_each_label_is_several_labels_an_image(tmp_path):
     for seed, part in enumerate(("train", "valid")):
         save(tmp_path / part / "0.png", seed)
         (tmp_path / part / "_classes.csv").write_text("filename, cat, dog\n0.png, 1, 1\n")
-    words = "train/_classes.csv has no column label among its columns (filename, cat, dog); several labels an image, a"
+    words = "train/_classes.csv has no column label among its columns (filename, cat, dog); several labels per image, a"
     assert words in "\n".join(refused(tmp_path))
 
 
 NOT_READ = {
     "metadata.parquet": "is a table with images in it, which is not read",
     "data/train-00000-of-00001.parquet": "is a table with images in it",
-    "train.tfrecord-00000-of-00002": "holds records, which are not read",
+    "train.tfrecord-00000-of-00002": "contains records, which are not read",
     "photos.zip": "is an archive: unpack it",
-    "0.tar": "is an archive, of which only pretrain and lit read",
+    "0.tar": "is an archive, whose images only pretrain and lit can read",
     "labels.xlsx": "is a spreadsheet",
-    "x.npz": "holds arrays",
-    "data.yaml": "is in no form that is read",
-    "annotations.json": "is in no form that is read",
+    "x.npz": "has arrays",
+    "data.yaml": "has an unsupported format",
+    "annotations.json": "has an unsupported format",
     "metadata.csv": "has no column label among its columns (file_name, text)",
     "list.csv": "has no column file_name and no column label among its columns (a, b)",
 }

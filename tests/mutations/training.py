@@ -859,8 +859,8 @@ TRAINING = (
     ),
     Mutation(
         "weights that are no numbers are loaded",
-        'is not None:\n        raise ValueError(f"{file} is damaged: {name} holds',
-        '== 0:\n        raise ValueError(f"{file} is damaged: {name} holds',
+        'is not None:\n        raise ValueError(f"{file} is damaged: {name} has values',
+        '== 0:\n        raise ValueError(f"{file} is damaged: {name} has values',
         ("tests/learn/test_fit.py::test_weights_that_are_no_numbers_or_do_not_fit_are_refused_by_whoever_uses_them",),
     ),
     Mutation(

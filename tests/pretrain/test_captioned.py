@@ -200,7 +200,7 @@ def test_what_lies_there_instead_of_captions_is_named(tmp_path):
 @pytest.mark.parametrize(("file", "text"), [("0.txt", "a cat"), ("captions.txt", "image,caption\n0.png,a cat\n")])
 def test_texts_that_are_in_no_table_are_named(tmp_path, file, text):
     (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match=rf"{file} is no table or shard: a table is called \.csv, and tar "):
+    with pytest.raises(ValueError, match=rf"{file} is not a table or shard: name a table \.csv, and pack "):
         open_data(tmp_path)
 
 
