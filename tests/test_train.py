@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
         return {"loss": losses(model, batch, key)["loss"] * (mx.nan if is_broken else 1)}
 
     broken = np.array(batch(7)["x"]).sum()
-    with pytest.raises(LossError, match=r"the loss is nan at step 8: stopped; .* go on with --resume and less than"):
+    with pytest.raises(LossError, match=r"the loss is nan at step 8: stopped; .* continue with --resume and less than"):
         run(state=StateFile(tmp_path, {}), losses=poisoned)
     kept = StateFile(tmp_path, {})
     assert kept.progress.step == 6
@@ -228,16 +228,16 @@ def test_a_loss_that_is_no_number_stops_and_says_the_step(tmp_path):
 
 def test_a_state_of_other_settings_or_another_model_is_refused(tmp_path):
     run(state=StateFile(tmp_path, {"batch_size": 4}))
-    with pytest.raises(ValueError, match="was begun with batch-size 4, now 8: resume with the same"):
+    with pytest.raises(ValueError, match="was started with batch-size 4, now 8: resume with the same"):
         StateFile(tmp_path, {"batch_size": 8})
-    with pytest.raises(ValueError, match="was begun with seed None, now 3"):
+    with pytest.raises(ValueError, match="was started with seed None, now 3"):
         StateFile(tmp_path, {"batch_size": 4, "seed": 3})
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="is from another model"):
         StateFile(tmp_path, {"batch_size": 4}).load({"other": mx.zeros((1, 3))})
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="is from another model"):
         StateFile(tmp_path, {"batch_size": 4}).load({"weight": mx.zeros((1, 4))})
     (tmp_path / "state.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is damaged, or of another version: remove"):
+    with pytest.raises(ValueError, match="is damaged, or from another version: remove"):
         StateFile(tmp_path, {})
 
 
@@ -247,7 +247,7 @@ def test_what_was_stopped_is_resumed_or_removed_and_nothing_else_is_resumed(tmp_
         training_run(output, resume=True).__enter__()
     with training_run(output, resume=False) as folder:
         StateFile(folder, {}).save({}, Progress())
-    with pytest.raises(FileExistsError, match="holds a run that was stopped: go on with --resume, or remove"):
+    with pytest.raises(FileExistsError, match="has a stopped run: continue with --resume, or remove"):
         training_run(output, resume=False).__enter__()
     output.mkdir()
     with pytest.raises(FileExistsError, match="head as it already exists"):
@@ -453,7 +453,7 @@ def test_fit_that_is_killed_and_resumed_gives_the_same_head_to_the_bit(tmp_path,
     assert not (tmp_path / "killed").exists()
     monkeypatch.undo()
     monkeypatch.setenv("MLX_AIMV2_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(FileExistsError, match="holds a run that was stopped: go on with --resume"):
+    with pytest.raises(FileExistsError, match="has a stopped run: continue with --resume"):
         fit(digits, CHECKPOINT, tmp_path / "killed", **keywords)
     fit(digits, CHECKPOINT, tmp_path / "killed", resume=True, **keywords)
     for file in ("head.safetensors", "encoder.safetensors"):
@@ -466,6 +466,8 @@ def test_fit_says_what_to_do_about_a_loss_that_is_no_number(tmp_path, monkeypatc
     monkeypatch.setattr(
         "mlx_aimv2.learn.classify.head.loss", lambda outputs, targets: outputs["logits"].sum(axis=1) * mx.nan
     )
-    with pytest.raises(ValueError, match=r"nan at step 1: stopped; nothing was learned yet, so no rate is to blame"):
+    with pytest.raises(
+        ValueError, match=r"nan at step 1: stopped; nothing was learned yet, so the rate is not to blame"
+    ):
         fit(digits, CHECKPOINT, tmp_path / "head", fine_tune_type="lora", iters=2, batch_size=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "digits"]

@@ -200,7 +200,7 @@ def test_a_state_of_no_sense_is_refused(tmp_path, work, change):
     progress = change(json.loads(about["progress"]))
     mx.save_safetensors(str(file), tensors, metadata={**about, "progress": json.dumps(progress)})
     with pytest.raises(
-        ValueError, match=r"state\.safetensors is damaged, or of another version: remove .*head\.training"
+        ValueError, match=r"state\.safetensors is damaged, or from another version: remove .*head\.training"
     ):
         run(resume=True)
 

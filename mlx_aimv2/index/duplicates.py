@@ -1,9 +1,9 @@
-"""Finds the images of an index that are there more than once: the same file, the same image, or similar ones.
+"""Finds images that occur more than once in an index: the same file, the same image, or similar ones.
 
     vectors -> pairs of neighbours -> small images (n, S, S, 3), laid over each other -> groups
 
-The vectors only propose: a model may hardly see that two clocks show different hours. Whether two files hold one image,
-in another size, quality or crop, is decided by their pixels.
+The vectors only make proposals: a model may hardly notice that two clocks show different hours. Whether two files are
+the same image, in another size, quality or crop, is decided by their pixels.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are the same (`kind`, one of KINDS): the one to keep first, which has the most pixels, then bytes."""
+    """Images that are the same (`kind`, one of KINDS), the one to keep first: most pixels, then most bytes."""
 
     kind: str
     members: tuple[Member, ...]
@@ -100,11 +100,11 @@ def find_duplicates(
     before: Date | None = None,
     on_progress: Progress = lambda done, total, unit: None,
 ) -> tuple[list[Group], list[str]]:
-    """The groups by kind, and the paths of those images that cannot be read any more.
+    """The groups by kind, and the paths of images that can no longer be read.
 
-    Every pair of vectors is compared. `similar` is the cosine from which images that are not the same are similar: such
-    a group has one member, the one to keep, of each group of same images; without it there are none. `under`,
-    `after` and `before` say which images count, as in `Index.search`. Nothing is changed.
+    Every pair of vectors is compared. `similar` is the cosine from which different images count as similar: such a
+    group has one member, the one to keep, from each group of equal images; without it there are none. `under`,
+    `after` and `before` choose images as in `Index.search`. Nothing is changed.
     """
     stamps = index.stamps()
     files: dict[bytes, list[str]] = defaultdict(list)

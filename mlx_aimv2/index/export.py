@@ -1,9 +1,9 @@
 """Writes an index's embeddings to files that other tools read.
 
-`vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector an image; for tokens and maps all
-tokens of all images one after another (T, D), and `shapes` (P, 1) or (P, 2) says how many of them each image has.
-npz and safetensors hold these arrays, the paths and what the index says of itself; jsonl has a line for each image.
-Memory holds all vectors, as for a search, for jsonl one image at a time.
+`vectors` in float32 as the model gave them, sorted by path: (P, D) for one vector per image; for tokens and maps all
+tokens of all images one after another (T, D), with the counts per image in `shapes` (P, 1) or (P, 2). npz and
+safetensors contain these arrays, the paths and the description of the index; jsonl has a line for each image. All
+vectors are in memory, as for a search; for jsonl one image at a time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def export(index: Index, path: Path, *, kind: str) -> None:
 
 
 def target(output: Path, kind: str, *, overwrite: bool = False, inputs: Iterable[str] = ()) -> Path:
-    """Where the export of the index at `output` goes. Raises ValueError or OSError where it would do harm.
+    """Where the export of the index at `output` goes. Raises ValueError or OSError if it would do harm.
 
-    Neither the index nor one of the `inputs` is replaced; another file that is no export only with `overwrite`.
+    The index and the `inputs` are never replaced; another file that is not an export only with `overwrite`.
     """
     path = output.with_suffix(f".{kind}")
     if output.suffix.lower() == f".{kind}" or (path.exists() and output.exists() and path.samefile(output)):

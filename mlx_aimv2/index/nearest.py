@@ -155,9 +155,9 @@ class Vectors:
 
 
 def combined(parts: Iterable[tuple[float, Any]], width: int) -> NDArray[Any]:
-    """One query of several: each vector at unit length times its weight, added up, `(weight, (D,)) … -> (D,)` float64.
+    """Several queries as one: the weighted sum of unit vectors, `(weight, (D,)) … -> (D,)` float64.
 
-    A vector may be of any library, and have one row, as what a model gives for one image. Raises ValueError for another
+    A vector may come from any library, and have one row, as from a model for one image. Raises ValueError for another
     shape, for a vector that is not finite or all zero, and for parts that cancel out.
     """
     total, weights = np.zeros(width), 0.0
@@ -165,7 +165,7 @@ def combined(parts: Iterable[tuple[float, Any]], width: int) -> NDArray[Any]:
         one = np.array(vector.astype(mx.float32) if isinstance(vector, mx.array) else vector, np.float64)
         one = one[0] if one.ndim == 2 and len(one) == 1 else one
         if one.shape != (width,):
-            raise ValueError(f"a query here is one vector of {width} values, got shape {tuple(one.shape)}")
+            raise ValueError(f"a query must be one vector of {width:,} values, got shape {tuple(one.shape)}")
         if not np.isfinite(one).all() or not one.any():
             raise ValueError("a query must be finite and not all zero")
         if not abs(weight) <= LARGEST_WEIGHT:

@@ -1,7 +1,7 @@
 """Shows images of an index in the browser: what a search found, or groups of images that look the same.
 
-A page needs nothing but a browser. It holds its thumbnails, its style and the few lines of script that make arrow keys
-move, and tells the browser to load nothing and to run nothing else: whatever a file is called, its name is text.
+A page needs only a browser. It contains its thumbnails, its style and a few lines of script for the arrow keys, and
+tells the browser to load and run nothing else: whatever a file is called, its name is text.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Card:
 
 
 def check_page(page: Path, index: Index, images: Iterable[str] = (), *, overwrite: bool = False) -> Path:
-    """The page's path with `~` expanded. Raises ValueError or OSError where writing it would do harm or fail.
+    """The page's path with `~` expanded. Raises ValueError or OSError if writing it would do harm or fail.
 
-    The index, its images and those that are searched for are never replaced; another file that no earlier page was
-    written to only with `overwrite`.
+    The index, its images and the query's are never replaced; another file that is not an earlier page only with
+    `overwrite`.
     """
     page = expand_user(page)
     if page.suffix.lower() not in ENDINGS:
-        raise ValueError(f"--html {page} would be a page: give it a name that ends in {' or '.join(ENDINGS)}")
+        raise ValueError(f"--html {page} must be a name that ends in {' or '.join(ENDINGS)}")
     inputs = [index.path, *images, *(index.paths() if page.exists() else ())]
     check_file(page, option="--html", is_own=lambda head: GENERATOR in head, overwrite=overwrite, inputs=inputs)
     return page
 
 
 def made_with(index: Index) -> str:
-    """How many images an index has, its model, and its name without the folders above: a page may be passed on."""
+    """The number of images, the model, and the name of an index without its folders, as a page may be shared."""
     made = index.provenance
     name = str(made.get("checkpoint") or "")
     name = name if made.get("commit") else Path(name).name

@@ -4,8 +4,8 @@ The file is SQLite's. `images` has a row for each image; `blocks` holds their ve
 reading a million rows one by one takes longer than the search, and their ids (int64) in the same order. A vector is
 stored at unit length, its own length beside it in `images`; tokens and maps are stored as they are.
 
-It keeps a rollback journal and no write-ahead log, so that it is one file: it can be copied when nothing writes to it
-and may lie on a network disk. A killed writer leaves a `-journal` beside it, which whoever opens it next plays back.
+It keeps a rollback journal and no write-ahead log, so it is one file: it can be copied when nothing writes to it and
+may be on a network disk. A killed writer leaves a `-journal` next to it, which the next one to open it plays back.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ AXES = {1: "one vector", 2: "tokens", 3: "a map"}
 class Embedding:
     """An image: its absolute path, its file when it was read, its vector (D,), tokens (N, D) or map (h, w, D).
 
-    The vector is empty where only the file is asked about. `taken` is the day that its EXIF tells, as 2024-05-17, ""
-    where it tells none, and None where nobody looked.
+    The vector is empty if only the file matters. `taken` is the day from its EXIF, such as 2024-05-17, "" if it has
+    none, and None if it was not read.
     """
 
     path: str
@@ -82,7 +82,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Match:
-    """An image found and the cosine between its vector and the query, from -1 to 1."""
+    """An image found and the cosine of its vector with the query, from -1 to 1."""
 
     path: str
     score: float
@@ -105,30 +105,30 @@ class Index:
         about = {"sources": "{}", **dict(self._all("SELECT name, value FROM about"))}
         try:
             self.provenance: dict[str, Any] = json.loads(about["provenance"])
-            """What made the vectors, as whoever made the file described it."""
+            """How the vectors were made, as described by the file's creator."""
             self.sources: dict[str, Any] = json.loads(about["sources"])
-            """Folders and patterns that it was made of -> the flags they were read with."""
+            """Folders and patterns it was made from -> the flags they were read with."""
             self.dtype: str = about["dtype"]
-            """In which precision they are stored: float16 or float32."""
+            """The dtype of the stored vectors: float16 or float32."""
             self.axes = int(about["axes"])
             """1 for one vector an image (D,), 2 for tokens (N, D), 3 for maps (h, w, D)."""
             self.width = int(about["width"])
             """D, the length of one vector."""
         except (LookupError, TypeError, ValueError, RecursionError) as error:
-            raise damaged(path, f"what it says of itself: {type(error).__name__} {error}") from None
+            raise damaged(path, f"what it records about itself: {type(error).__name__} {error}") from None
         if not isinstance(self.provenance, dict) or not isinstance(self.sources, dict):
-            raise damaged(path, "it does not say how it was made")
+            raise damaged(path, "it does not record how it was made")
         if self.dtype not in STORED or self.axes not in AXES or not 1 <= self.width <= WIDEST:
-            raise damaged(path, f"it says it holds {self.dtype}, {self.axes} axes, width {self.width}")
+            raise damaged(path, f"it claims {self.dtype}, {self.axes} axes, width {self.width}")
 
     @classmethod
     def open(cls: type[AnyIndex], path: str | os.PathLike[str]) -> AnyIndex:
-        """Opens an index. Raises FileNotFoundError or ValueError for what is not there or is something else."""
+        """Opens an index. Raises FileNotFoundError if it does not exist, ValueError if it is something else."""
         path = Path(path)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, not an index of images")
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: make it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
+            raise FileNotFoundError(f"{path} does not exist: create it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         if is_free(path):
             raise ValueError(f"{path} is empty: fill it with mlx-aimv2 embed IMAGES -m MODEL -o {path}")
         # Writable where it can be, so that a killed writer's journal is played back by whoever comes first.
@@ -148,7 +148,7 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; whatever was added is on disk already."""
+        """Closes the file; additions are already on disk."""
         with self._lock:
             self._vectors = None
             self._db.close()
@@ -159,28 +159,28 @@ class Index:
     def paths(
         self, under: str | os.PathLike[str] | None = None, *, after: Date | None = None, before: Date | None = None
     ) -> Iterator[str]:
-        """All paths, or those in a folder and below it and those taken in a span (as in `search`), sorted by bytes."""
+        """All paths, or those in and below a folder or taken in a period (as in `search`), sorted by bytes."""
         for path, _ in self._rows(under, after, before):
             yield self._name(path)
 
     def stamp(self, path: str) -> Embedding | None:
-        """How an image's file was when it was read; None for an image that is not in here."""
+        """The state of an image's file when it was read; None for an image that is not in the index."""
         try:
             return self._stamp(*self._columns(path)[:-5])
         except KeyError:
             return None
 
     def stamps(self) -> dict[str, Embedding]:
-        """How every image's file was when it was read, by its path."""
+        """The state of every image's file when it was read, by path."""
         rows = self._all(f"SELECT {STAMPED[self._format]} FROM images")
         return {(stamp := self._stamp(*row)).path: stamp for row in rows}
 
     def vector(self, path: str) -> NDArray[Any]:
-        """An image's embedding as the model gave it, in float32. Raises KeyError for an image that is not in here."""
+        """An image's embedding as the model gave it, in float32. Raises KeyError for an image not in the index."""
         return self._restored(*self._columns(path)[-5:])
 
     def embeddings(self) -> Iterator[Embedding]:
-        """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one goes meanwhile."""
+        """All images with their embeddings, sorted by the paths' bytes. Raises OSError if one is removed meanwhile."""
         for path in self.paths():
             try:
                 row = self._columns(path)
@@ -198,21 +198,21 @@ class Index:
         after: Date | None = None,
         before: Date | None = None,
     ) -> list[Match]:
-        """The k images whose vectors have the largest cosine with `vector` (D,), best first, equal ones by path.
+        """The k images whose vectors have the largest cosine with `vector` (D,), best first, ties by path.
 
-        `vector` is an array of NumPy or MLX, also (1, D) as models give it, or a list of pairs of a weight and such an
-        array: their sum at unit lengths. `min_score` leaves out those with a smaller cosine, `under` those that do not
-        lie in that folder, `after` and `before` those taken earlier, and those taken on that date or later.
+        `vector` is a NumPy or MLX array, also (1, D) as from a model, or a list of pairs of a weight and such an array:
+        their weighted sum at unit length. `min_score` leaves out smaller cosines, `under` images outside that folder,
+        `after` those taken before that date, `before` those taken on that date or later.
 
         Exact: every vector is compared, and the scores of the best are computed in float64. The first search reads all
-        vectors into memory (as does `read_vectors`); what is added to the file later is seen by a new Index.
+        vectors into memory (as does `read_vectors`); later additions to the file are seen by a new Index.
         """
         from mlx_aimv2.index.nearest import combined
 
         if k < 1:
-            raise ValueError(f"k is how many images to find, at least 1; got {k}")
+            raise ValueError(f"k must be the number of images to find, at least 1; got {k}")
         if min_score is not None and not -1 <= min_score <= 1:
-            raise ValueError(f"min_score (--min-score) is a cosine, from -1 to 1, got {min_score:g}")
+            raise ValueError(f"min_score (--min-score) must be a cosine from -1 to 1, got {min_score:g}")
         pairs = isinstance(vector, list) and vector and isinstance(vector[0], tuple)
         query = combined(vector if pairs else [(1.0, vector)], self.width)
         among = None
@@ -246,7 +246,7 @@ class Index:
         undated = f"SELECT count(*) FROM images WHERE {taken} IS NULL"
         if (after, before) != (None, None) and (count := self._all(undated)[0][0]):
             warnings.warn(
-                f"{self.path} has no dates yet of {count:,} images, whose files' times count: the next mlx-aimv2 embed "
+                f"{self.path} has no dates yet for {count:,} images, so file times count: the next mlx-aimv2 embed "
                 "reads them",
                 stacklevel=3,
             )
@@ -257,7 +257,7 @@ class Index:
         """Raises ValueError if this index holds tokens or maps, which search cannot compare."""
         if self.axes != 1:
             held = f"{AXES[self.axes]} for each image"
-            raise ValueError(f"{self.path} holds {held}; search needs one vector: embed with --pool mean")
+            raise ValueError(f"{self.path} has {held}; search needs one vector: embed with --pool mean")
 
     def read_vectors(self) -> Vectors:
         """Brings all vectors into memory, if they are not there yet, ready for searches."""
@@ -287,7 +287,7 @@ class Index:
                 raise damaged(self.path, "a block of vectors that does not fit its images")
             yield members, vectors
         if found != count:
-            raise damaged(self.path, f"vectors of {found:,} images where there are {count:,}")
+            raise damaged(self.path, f"vectors for {found:,} images instead of {count:,}")
 
     def _held(self, members: object, vectors: object) -> int:
         """How many images a block is of. Raises ValueError where its ids and its vectors do not belong together."""
@@ -300,7 +300,7 @@ class Index:
     def _stamp(self, path: object, *values: Any, vector: NDArray[Any] = NOTHING) -> Embedding:
         name = self._name(path)
         if not all(isinstance(value, kind) for value, kind in zip(values, STAMP, strict=True)):
-            raise damaged(self.path, f"what it says of {name!r:.80}")
+            raise damaged(self.path, f"what it records about {name!r:.80}")
         size, mtime_ns, sha256, *others = values
         return Embedding(name, size, mtime_ns, sha256, vector, *others)
 
@@ -360,4 +360,4 @@ def _checked(date: Date, name: str) -> str:
     with suppress(ValueError):
         if re.fullmatch(r"\d{4}(-\d\d){0,2}", text, re.ASCII) and datetime.date.fromisoformat(f"{text}-01-01"[:10]):
             return text
-    raise ValueError(f"{name} (--{name}) is a date as 2024, 2024-05 or 2024-05-17, got {text!r}")
+    raise ValueError(f"{name} (--{name}) must be a date such as 2024, 2024-05 or 2024-05-17, got {text!r}")

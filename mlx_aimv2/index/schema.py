@@ -1,7 +1,7 @@
 """The file of an index: SQLite's, its tables by their own text, its formats, and what is refused.
 
-A view or a trigger is code: SQLite runs it when a table is read or written, and it may run for ever or delete what is
-there. So only the tables of an index, by their own text, are let in.
+A view or a trigger is code: SQLite runs it when a table is read or written, and it may run forever or delete data. So
+only the tables of an index, compared by their SQL text, are accepted.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def plain_errors(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         text = " ".join(str(error).split())[:200]
         if "not a database" in text:
-            raise ValueError(f"{path} is no index of mlx-aimv2, nor any other database") from None
+            raise ValueError(f"{path} is not an index of mlx-aimv2, nor any other database") from None
         if any(phrase in text for phrase in ("malformed", "no such table", "no such column", "Could not decode")):
             raise damaged(path, text) from None
         raise OSError(f"{path}: {text}") from None
@@ -114,9 +114,9 @@ def plain_errors(path: Path) -> Iterator[None]:
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
     """Raises ValueError for a database that is no index, or an index that holds more or less than its tables."""
     if (found := db.execute("PRAGMA application_id").fetchone()[0]) != APPLICATION_ID:
-        raise ValueError(f"{path} is no index of mlx-aimv2, but some other database")
+        raise ValueError(f"{path} is not an index of mlx-aimv2, but another database")
     if (found := db.execute("PRAGMA user_version").fetchone()[0]) not in STAMPED:
-        raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed anew")
+        raise ValueError(f"{path} has format {found}, this mlx-aimv2 reads {VERSION}: update it, or embed again")
     added = "".join(f",{name}{kind}".lower() for name, (since, kind) in ADDED.items() if since > found)
     wanted = {name: _plain(sql).replace(added, "") for name, sql in TABLES.items()}
     tables = set()
@@ -128,8 +128,8 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
             or (kind == "table" and name in OF_SQLITE and str(sql).startswith("CREATE TABLE"))
         ):
             raise ValueError(
-                f"{path} is damaged or was tampered with: it holds the {kind} {name!r:.60}, which mlx-aimv2 does not "
-                "make and does not run: restore it from a copy, or delete it and embed anew"
+                f"{path} is damaged or was tampered with: it has the {kind} {name!r:.60}, which mlx-aimv2 does not "
+                "create or run: restore it from a copy, or delete it and embed again"
             )
     if missing := set(TABLES) - tables:
         raise damaged(path, f"no such table: {', '.join(sorted(missing))}")
@@ -137,7 +137,7 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
 
 def damaged(path: Path, what: str) -> ValueError:
     """The error for an index that cannot be read as it should."""
-    return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed anew")
+    return ValueError(f"{path} is damaged ({what}): restore it from a copy, or delete it and embed again")
 
 
 def _plain(sql: object) -> str:

@@ -49,9 +49,9 @@ class IndexWriter(Index):
     def create(
         cls, path: str | os.PathLike[str], *, provenance: Mapping[str, Any], width: int, axes: int = 1, dtype: str
     ) -> IndexWriter:
-        """Makes an empty index in a file that does not exist or is empty, whole or not at all.
+        """Creates an empty index in a file that does not exist or is empty, completely or not at all.
 
-        `axes` is 1 for one vector of `width` values an image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
+        `axes` is 1 for one vector of `width` values per image, 2 for tokens, 3 for maps; `dtype` float16 or float32.
         """
         path = Path(path)
         about = {"provenance": json.dumps(provenance), "dtype": dtype, "axes": str(axes), "width": str(width)}
@@ -72,8 +72,8 @@ class IndexWriter(Index):
     def add(self, images: Iterable[Embedding | Copy]) -> None:
         """Stores images, replacing those of the same path.
 
-        Raises ValueError for a vector of another shape than the index's and for values beyond its dtype, KeyError for
-        a copy or a move of an image that is not in here.
+        Raises ValueError for a vector whose shape differs from the index's and for values beyond its dtype, KeyError
+        for a copy or a move of an image that is not in the index.
         """
         images = list(images)
         rows = [self._row(item) for item in images if isinstance(item, Embedding)]
@@ -87,12 +87,12 @@ class IndexWriter(Index):
             self._append(rows)
 
     def remove(self, paths: Iterable[str]) -> int:
-        """Forgets images; returns how many of them were in here."""
+        """Removes images; returns how many of them were in the index."""
         with self._transaction():
             return self._remove([os.fsencode(path) for path in paths])
 
     def remember(self, sources: Mapping[str, Any]) -> None:
-        """Adds to the folders and patterns that the index was made of (`sources`), and forgets those that have None."""
+        """Adds to the folders and patterns the index was made from (`sources`), and removes those with None."""
         with self._transaction():
             found = dict(self._db.execute("SELECT name, value FROM about"))
             known = {**json.loads(found.get("sources", "{}")), **sources}
@@ -103,7 +103,7 @@ class IndexWriter(Index):
         vector = np.asarray(embedding.vector, np.float32)
         if vector.ndim != self.axes or vector.shape[-1] != self.width:
             wanted = f"{AXES[self.axes]} of width {self.width}"
-            raise ValueError(f"{embedding.path}: this index holds {wanted}, got shape {vector.shape}")
+            raise ValueError(f"{embedding.path}: this index stores {wanted}, got shape {vector.shape}")
         length, (rows, columns) = None, (*vector.shape[:-1], None, None)[:2]
         if self.axes == 1:
             length = float(np.linalg.norm(vector.astype(np.float64)))

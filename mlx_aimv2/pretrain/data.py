@@ -104,7 +104,7 @@ class Data:
     def broken(self, line: str) -> None:
         """Warns once that an image cannot be read, or raises ValueError where that is not to be skipped."""
         if not self._skip_broken:
-            raise ValueError(f"{line}; --skip-broken leaves out such images")
+            raise ValueError(f"{line}; --skip-broken leaves such images out")
         self._warn(f"{line}; skipped")
 
     def _warn(self, line: str) -> None:
@@ -126,7 +126,7 @@ def open_data(path: str | Path, *, skip_broken: bool = True) -> Data:
     if part is None or (part not in ("train", "") and len(found) > 1):
         raise ValueError("; ".join([f"{place}: {WANTED}, found neither", *not_read(place, "text", CAPTION)]))
     for file in (file for name in found if name != part for file in found[name]):
-        scan.note(str(file), "is of another part: left out")
+        scan.note(str(file), "belongs to another part: left out")
     is_table = found[part][0].suffix.lower() in TABLES
     return ImageFolder(found[part], scan, skip_broken) if is_table else Shards(found[part], scan, skip_broken)
 
@@ -212,7 +212,7 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
                 found = [(ending, content) for _, ending, content in members]
                 parts, name = dict(found), f"{file.name}:{key.lstrip('/')}"
                 if len(parts) < len(found):
-                    scan.note(f"{file.parent / name}", "has files of one ending more than once: the last is taken")
+                    scan.note(f"{file.parent / name}", "has several files with the same ending: the last is used")
                 exact_first = sorted(parts, key=lambda ending: "." in ending)  # 0.jpg before 0.depth.png
                 image = next((parts[ending] for ending in exact_first if has_suffix(f"x.{ending}")), None)
                 texts = _texts(parts, f"{file.parent / name}", scan)
@@ -223,7 +223,7 @@ def read_shard(file: Path, scan: Scan) -> Iterator[Example]:
                 else:
                     yield Example(name, image, texts)
     except Exception as error:  # tarfile and what it unpacks with raise whatever they meet
-        scan.note(f"{file} ({error})", "is a broken shard: used up to the fault")
+        scan.note(f"{file} ({error})", "is a broken shard: used up to the damage")
 
 
 class _Header(tarfile.TarInfo):
@@ -279,7 +279,7 @@ def captions_of(about: Mapping[str, Any], where: str, scan: Scan) -> tuple[str, 
     texts = [text for text in (found if isinstance(found, list) else [found]) if isinstance(text, str)]
     whole = [text.strip() for text in texts if not _SURROGATE.search(text)]
     if len(whole) < len(texts):
-        scan.note(where, "has a caption with half a character, as of an emoji cut in two: left out")
+        scan.note(where, "has a caption with half a character, such as an emoji cut in two: left out")
     return tuple(filter(None, whole))
 
 
@@ -368,7 +368,7 @@ class Stream:
                 self._broken(str(made))
                 failed += 1
                 if failed > 10 * size + 100:
-                    raise ValueError(f"{failed} images in a row cannot be read, the last one: {made}")
+                    raise ValueError(f"{failed:,} images in a row cannot be read, the last one: {made}")
         return found, self.position
 
 
@@ -378,7 +378,7 @@ def _without_end(data: Data, seed: int) -> Iterator[Example]:
         for example in data.epoch(np.random.default_rng((seed, 0, epoch))):
             yield example
         if example is None:
-            raise ValueError("the data holds no image with a caption that can be read")
+            raise ValueError("the data has no readable image with a caption")
 
 
 def content_of(data: Data) -> str:

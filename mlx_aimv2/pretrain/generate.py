@@ -141,8 +141,7 @@ def with_decoder(folder: Path) -> tuple[Pretraining, Aimv2Processor, Tokenizer]:
     file = folder / DECODER_FILE
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {DECODER_FILE}, so nothing can be generated: wanted a folder of `pretrain`, which "
-            "writes one now"
+            f"{folder} has no {DECODER_FILE}, so nothing can be generated: wanted a folder from a recent `pretrain`"
         )
     encoder, processor = load(folder, dtype="float32")
     weights, about = read_safetensors(file)

@@ -146,7 +146,7 @@ def _train(
     ranks, log = Ranks(), log_to(state.folder / "log.jsonl", report)
     keys = {texts[0]: number for number, texts in enumerate(dict.fromkeys(features.texts))}
     if len(keys) < 2:
-        raise ValueError(f"all images have one caption, {features.texts[0][0]!r:.80}: give them their own")
+        raise ValueError(f"all images have the same caption, {features.texts[0][0]!r:.80}: give each its own")
 
     def make(item: tuple[int, np.random.Generator]) -> tuple[Array, str, int]:
         """A view of an image, one of its captions, and the number of its first caption."""
@@ -171,7 +171,7 @@ def _train(
 
     def score(model: Any, held_out: CaptionedFeatures) -> float:
         first, of_five = recall_on(model, held_out, tokenizer)
-        report(f"recall on the images held out: at 1 {first:.1%}, at 5 {of_five:.1%}")
+        report(f"recall on the held-out images: at 1 {first:.1%}, at 5 {of_five:.1%}")
         return (first + of_five) / 2
 
     order = Shuffled(

@@ -72,7 +72,7 @@ def images_of(vision: Aimv2VisionConfig, grid: Grid, size: int, *, patches: tupl
 def draw_lengths(count: int, patches: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int32]]:
     """A prefix length for each image, uniform in 1 … I - 1: `(B,)`. Raises ValueError for images of one patch."""
     if patches < 2:
-        raise ValueError(f"pre-training predicts patches from patches: an image needs two at least, it has {patches}")
+        raise ValueError(f"pre-training predicts patches from patches: an image needs at least two, got {patches}")
     return rng.integers(1, patches, count, dtype=np.int32)
 
 

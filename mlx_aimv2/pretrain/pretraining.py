@@ -327,7 +327,7 @@ def log_to(file: Path, report: Callable[[str], None]) -> Callable[[int, Mapping[
         rounded = {name: round(value, 5) for name, value in losses.items()}
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "seconds": round(time.monotonic() - began, 1), **rounded}) + "\n")
-        report(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+        report(f"step {step:,}  " + "  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
 
     return log
 
@@ -349,7 +349,7 @@ def check_enough(found: int, batch: int) -> None:
     """Raises ValueError for data of fewer examples than a batch."""
     if found < batch:
         raise ValueError(
-            f"the data has {found} images with captions, fewer than a batch of {batch}; lower --batch-size"
+            f"the data has {found:,} images with captions, fewer than a batch of {batch:,}; lower --batch-size"
         )
 
 

@@ -1,1 +1,1 @@
-"""A page in the browser to search, look, teach and tidy up, and the API under it (extra `serve`)."""
+"""A web page to search, explore, teach and tidy up, and the API behind it (extra `serve`)."""

@@ -1,8 +1,8 @@
 """Who may use the server, and how much of it: an ASGI middleware in front of every route.
 
-As Jupyter has it: a token that is printed with the page's address, kept by the browser in a cookie, or sent as
-`Authorization: Bearer`. Host and Origin are checked, so that neither a page of somebody else's nor a name that
-somebody else points at this machine (DNS rebinding) can use the cookie. What the browser loads is this server's alone.
+As in Jupyter: a token printed with the page's address, kept by the browser in a cookie, or sent as `Authorization:
+Bearer`. Host and Origin are checked, so neither another site's page nor a name pointed at this machine (DNS rebinding)
+can use the cookie. The browser loads files only from this server.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class Guard:
         given = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True).get("token")
         if response is None and scope["path"] == "/" and given:
             if not self._is_token(given[0]):
-                response = _refusal(401, "the token is not the one that mlx-aimv2 serve has printed")
+                response = _refusal(401, "this is not the token that mlx-aimv2 serve printed")
             else:  # the address that is left in the browser's history opens nothing without the cookie
                 response = RedirectResponse("/", 303)
                 response.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
         elif response is None and not self._knows(headers):
-            response = _refusal(401, "open the address that mlx-aimv2 serve has printed, with its ?token=…")
+            response = _refusal(401, "open the address that mlx-aimv2 serve printed, with its ?token=…")
         if response is None and self.running >= MAX_AT_ONCE:
             response = _refusal(503, f"{MAX_AT_ONCE} requests are being answered: try again in a moment")
         if response is not None:

@@ -76,14 +76,14 @@ class Service:
     def gallery(self) -> Gallery:
         """The index's images. Raises LookupError where a model is served alone."""
         if self._gallery is None:
-            raise LookupError("a model is served without an index: mlx-aimv2 serve INDEX has images to search")
+            raise LookupError("there is no index to search: start the server with mlx-aimv2 serve INDEX")
         return self._gallery
 
     @property
     def lessons(self) -> Lessons:
         """The examples. Raises LookupError where a model is served alone."""
         if self._lessons is None:
-            raise LookupError("a model is served without an index: mlx-aimv2 serve INDEX has images to teach with")
+            raise LookupError("there is no index to teach with: start the server with mlx-aimv2 serve INDEX")
         return self._lessons
 
     def models(self) -> dict[str, Any]:
@@ -95,11 +95,11 @@ class Service:
         """Embeds texts and images, as vectors of unit length in their order."""
         inputs = body.input if isinstance(body.input, list) else [body.input]
         if not 0 < len(inputs) <= MAX_INPUTS:
-            raise ValueError(f"input has between 1 and {MAX_INPUTS} texts or images, got {len(inputs)}")
+            raise ValueError(f"input must have from 1 to {MAX_INPUTS:,} texts or images, got {len(inputs):,}")
         if body.model not in (None, self.name):
-            raise ValueError(f"the model here is {self.name}, leave model out or say so")
+            raise ValueError(f"the model here is {self.name}: leave model out or give that name")
         if body.dimensions not in (None, self.engine.width):
-            raise ValueError(f"vectors of this model have {self.engine.width} dimensions and no others")
+            raise ValueError(f"vectors of this model have {self.engine.width:,} dimensions: leave dimensions out")
         with ThreadPoolExecutor(BATCH) as pool:  # so that they wait together, and are batches
             vectors = list(pool.map(lambda one: self._vector(*_text_or_image(one)), inputs))
         data = [
@@ -114,7 +114,7 @@ class Service:
         parts = []
         for part in body.query:
             if [part.text, part.id, part.image].count(None) != 2:
-                raise ValueError("each part of the query is one of text, id and image")
+                raise ValueError("each part of the query must be one of text, id and image")
             vector = self._known(part.id) if part.id is not None else self._vector(part.text, part.image)
             parts.append((part.weight, vector))
         limits: dict[str, Any] = body.model_dump(include={"min_score", "folder", "after", "before"})
@@ -167,13 +167,13 @@ class Service:
         with self._decoding:
             content = self.gallery.thumbnail(number)
         if content is None:
-            raise HTTPException(404, "the image is gone or cannot be read any more")
+            raise HTTPException(404, "the image is missing or unreadable")
         return Response(content, media_type="image/jpeg", headers=headers)
 
     def reveal(self, number: Identity) -> dict[str, str]:
         """Shows the file of an image in Finder (macOS alone)."""
         if sys.platform != "darwin":
-            raise ValueError("files are shown in Finder on macOS alone")
+            raise ValueError("files can be shown in Finder only on macOS")
         path = self.gallery.path(number)
         subprocess.run(["open", "-R", path], check=False)  # an absolute path, so it is no option
         return {"path": shown(path)}
@@ -224,7 +224,7 @@ class Service:
     def list_duplicates(self) -> dict[str, str]:
         """Writes beside the index the paths of all but the first of each group; nothing is deleted."""
         if (groups := self.gallery.duplicates().result) is None:
-            raise ValueError("the images are still compared: try again when the groups are there")
+            raise ValueError("the images are still being compared: try again when the groups are ready")
         target = beside(self.gallery.index.path, "duplicates.txt")
         with atomic_file(target) as stream:
             for group in groups:
@@ -340,7 +340,7 @@ def decoded(address: str) -> bytes:
     """The bytes of an image in a data URL. Raises ValueError for anything else: nothing is fetched or opened."""
     head, _, data = address.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64")):
-        raise ValueError("an image is sent as a data URL, data:image/…;base64,…: no path and no address is opened")
+        raise ValueError("send an image as a data URL, data:image/…;base64,…: paths and web addresses are not opened")
     try:
         return base64.b64decode(data, validate=True)
     except binascii.Error:
@@ -353,7 +353,7 @@ def _text_or_image(given: str | Input) -> tuple[str | None, str | None]:
         return (None, given) if given.startswith("data:") else (given, None)
     image = given.image_url.url if isinstance(given.image_url, ImageAddress) else given.image_url
     if (given.text is None) == (image is None):
-        raise ValueError("an input is a text or an image_url")
+        raise ValueError("an input must be a text or an image_url")
     return given.text, image
 
 

@@ -105,7 +105,7 @@ class Engine:
         try:
             self._asked.put_nowait(asked)
         except queue.Full:
-            raise BusyError(f"{WAITING} requests are waiting already: try again in a moment") from None
+            raise BusyError(f"{WAITING} requests are already waiting: try again in a moment") from None
         try:
             return asked.answer.result(patience)
         except TooLate:
@@ -147,7 +147,7 @@ class Engine:
 
     def _finite(self, vectors: Array) -> Array:
         if not np.isfinite(vectors).all():
-            raise ValueError("the model gave numbers that are not finite: serve it with --dtype float32")
+            raise ValueError("the model's outputs are not finite: serve it with --dtype float32")
         return vectors
 
 

@@ -51,7 +51,7 @@ class Lessons:
                 all(isinstance(label, str) for label in content["labels"].values())
                 and all(isinstance(step, dict) for step in content["steps"])
             ):
-                raise ValueError(f"{self.file} does not hold labels of this index: move it away")
+                raise ValueError(f"{self.file} does not contain labels for this index: move it away")
             self._labels, self._steps = content["labels"], content["steps"]
 
     def mark(self, numbers: Sequence[int], label: str | None) -> None:
@@ -60,7 +60,7 @@ class Lessons:
         if label is not None:
             label = same_form(" ".join(label.split()))
             if not label or len(label) > MAX_LABEL or not label.isprintable():
-                raise ValueError(f"a label is a word or two, of at most {MAX_LABEL} characters")
+                raise ValueError(f"a label must be a word or two, of at most {MAX_LABEL} characters")
         with self._lock:
             if label is not None and len({*self._labels.values(), label}) > MAX_LABELS:
                 raise ValueError(f"at most {MAX_LABELS} labels can be taught here: use mlx-aimv2 fit")
@@ -74,7 +74,7 @@ class Lessons:
         """Takes the last change back. Raises ValueError where there is none."""
         with self._lock:
             if not self._steps:
-                raise ValueError("nothing is left to undo")
+                raise ValueError("there is nothing to undo")
             self._set(self._steps.pop())
             self._write()
 
@@ -153,7 +153,7 @@ class Lessons:
         """
         examples = self.examples
         if len(set(examples.values())) < 2:
-            raise ValueError("mark images of at least two labels first")
+            raise ValueError("mark images for at least two labels first")
         number = 1
         data, head = self._targets(number)
         while data.exists() or head.exists():

@@ -317,9 +317,9 @@ def _advice(plan: Plan, done: Progress, state: StateFile | None) -> str:
     rates = {group.rate for _, group in plan.groups if group.clip_with}  # of heads that are tried side by side
     less = f"less than --learning-rate {plan.learning_rate * min(rates, default=1.0):g}"
     if done.step == 0:
-        return "nothing was learned yet, so no rate is to blame: look at the images and the encoder"
+        return "nothing was learned yet, so the rate is not to blame: check the images and the encoder"
     if state is None or not state.path.is_file():
         return f"try {less}"
     if len(rates) < 2:
         return f"{state.folder} {KEPT} and {less}"
-    return f"remove {state.folder} and begin anew with {less}"
+    return f"remove {state.folder} and start again with {less}"

@@ -35,7 +35,7 @@ SAMPLE = 1 << 12
 SAMPLES = 256
 """Bytes of a block, and about how many blocks stand for a file which is larger than all of them, as shards are."""
 
-KEPT = "keeps the state, go on with --resume"
+KEPT = "keeps the state, continue with --resume"
 
 
 def training_folder(output: Path) -> Path:
@@ -55,7 +55,7 @@ def training_run(output: Path, *, resume: bool, rank: int = 0) -> Iterator[Path]
     with locked(folder, patience=0) if rank == 0 else nullcontext():
         check_target(output)  # a run that has just ended may have made it
         if state.is_file() and not resume:
-            raise FileExistsError(f"{folder} holds a run that was stopped: go on with --resume, or remove that folder")
+            raise FileExistsError(f"{folder} has a stopped run: continue with --resume, or remove that folder")
         if resume and not state.is_file():
             raise FileNotFoundError(f"nothing to resume: {folder} has no {STATE_FILE}; leave --resume out")
         try:
@@ -110,7 +110,7 @@ class StateFile:
             if then.get(name) != now.get(name)
         ]:
             raise ValueError(
-                f"{folder} was begun with {'; '.join(differences)}: resume with the same, or remove that folder"
+                f"{folder} was started with {'; '.join(differences)}: resume with the same, or remove that folder"
             )
 
     def save(self, parts: Mapping[str, Arrays], progress: Progress) -> None:
@@ -139,7 +139,7 @@ class StateFile:
         expected = {"model": shapes, "optimizer": moments, "kept": shapes if parts["kept"] else {}}
         found = {part: {name: array.shape for name, array in arrays.items()} for part, arrays in parts.items()}
         if found != expected or not all(mx.issubdtype(array.dtype, mx.floating) for array in tensors.values()):
-            raise ValueError(f"{self.folder} is of another model: remove it and begin anew")
+            raise ValueError(f"{self.folder} is from another model: remove it and start again")
         mx.eval(parts)
         return parts
 
@@ -153,7 +153,7 @@ class StateFile:
                 raise ValueError("not what `save` writes")
             return tensors, identity, Progress(**saved)
         except (KeyError, ValueError):
-            message = f"{self.path} is damaged, or of another version: remove {self.folder} and begin anew"
+            message = f"{self.path} is damaged, or from another version: remove {self.folder} and start again"
             raise ValueError(message) from None
 
 

@@ -104,7 +104,7 @@ def test_filters_and_the_least_score_narrow_what_is_found(open_page):
         page.fill("#after", "2999-01-01")
     settled(page)
     assert names(page) == []
-    assert "No image is like that" in page.locator("#toast").inner_text()
+    assert "No image matches" in page.locator("#toast").inner_text()
 
 
 def test_keys_move_among_the_results_open_one_and_come_back(open_page):

@@ -216,7 +216,7 @@ def test_an_index_of_an_earlier_format_is_read_filled_and_not_embedded_anew(fold
         change(Path("photos.db"), f"ALTER TABLE images DROP COLUMN {column}")
     change(Path("photos.db"), f"PRAGMA user_version = {version}")
     assert vectors() == before
-    with Index.open("photos.db") as index, pytest.warns(UserWarning, match="has no dates yet of 7 images"):
+    with Index.open("photos.db") as index, pytest.warns(UserWarning, match="has no dates yet for 7 images"):
         assert len(list(index.paths(before=2025))) == 0  # the files are of today
     no_decoding()
     assert embed("in")[0] == {"images": 7, "unchanged": 7}

@@ -86,7 +86,7 @@ def test_an_output_that_cannot_be_is_reported_before_the_model_is_read(folder, e
     (tmp_path / "photos.db").write_text("my own notes")
     code, _, err = embed_command("in")
     assert code == 2
-    assert "no index of mlx-aimv2" in err
+    assert "not an index of mlx-aimv2" in err
     assert (tmp_path / "photos.db").read_text() == "my own notes"
 
 

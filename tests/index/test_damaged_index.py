@@ -41,7 +41,7 @@ DAMAGE = {
 @pytest.mark.parametrize("command", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_search_in_a_damaged_index_says_so_and_finds_nothing(photos, command):
     change(photos, command)
-    with pytest.raises(ValueError, match=r"^photos\.db is damaged \(.*embed anew$"), Index.open(photos) as index:
+    with pytest.raises(ValueError, match=r"^photos\.db is damaged \(.*embed again$"), Index.open(photos) as index:
         index.search(np.ones(index.width))
 
 
@@ -110,7 +110,7 @@ def test_what_an_index_says_of_its_model_is_checked(photos, field, value):
 def test_what_an_index_says_of_a_file_is_checked(photos, command):
     change(photos, f"UPDATE images SET {command} WHERE id = 2")
     with Index.open(photos) as index:
-        with pytest.raises(ValueError, match=r"^photos\.db is damaged \(what it says of '/1.jpg'\)"):
+        with pytest.raises(ValueError, match=r"^photos\.db is damaged \(what it records about '/1.jpg'\)"):
             index.stamp("/1.jpg")
         with pytest.raises(ValueError, match=r"^photos\.db is damaged"):
             list(index.stamps())

@@ -187,7 +187,7 @@ def test_a_weight_is_a_number_that_says_something(index, weight):
 
 @pytest.mark.parametrize("score", [math.nan, 1.01, -2])
 def test_a_least_score_that_no_cosine_can_have_is_refused(index, score):
-    with pytest.raises(ValueError, match=r"min_score \(--min-score\) is a cosine, from -1 to 1"):
+    with pytest.raises(ValueError, match=r"min_score \(--min-score\) must be a cosine from -1 to 1"):
         index.search(np.ones(WIDTH), min_score=score)
 
 

@@ -147,7 +147,7 @@ def test_who_makes_an_index_at_the_same_time_is_asked_to_run_again(photos, monke
 
     monkeypatch.setattr(encode, "fingerprint", slow)
     assert main(["embed", str(photographs()[0]), "-m", str(emoji_checkpoint()), "-o", "new.db"]) == 2
-    assert "another mlx-aimv2 embed created new.db meanwhile: run it again" in capsys.readouterr().err
+    assert "another mlx-aimv2 embed created new.db: run it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["search", "photos.db", "a.jpg", "--html"], ["map", "a.jpg", "-m", MODEL, "-o"]])

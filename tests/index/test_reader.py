@@ -95,13 +95,13 @@ def test_what_is_not_an_index_is_refused_in_one_line(tmp_path):
     with pytest.raises(IsADirectoryError, match="folder"):
         Index.open(tmp_path)
     (tmp_path / "text.db").write_text("not a database at all" * 100)
-    with pytest.raises(ValueError, match=r"text\.db is no index"):
+    with pytest.raises(ValueError, match=r"text\.db is not an index"):
         Index.open(tmp_path / "text.db")
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("CREATE TABLE photos (id)")
     other.commit()
     other.close()
-    with pytest.raises(ValueError, match="some other database"):
+    with pytest.raises(ValueError, match="another database"):
         Index.open(tmp_path / "other.db")
 
 

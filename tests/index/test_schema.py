@@ -53,7 +53,7 @@ def change(path: Path, script: str) -> None:
 def test_code_in_the_schema_is_refused_before_it_runs(photos, script, kind, capsys):
     change(photos, script)
     for opener in (Index, IndexWriter):
-        with pytest.raises(ValueError, match=f"photos.db is damaged or was tampered with: it holds the {kind} "):
+        with pytest.raises(ValueError, match=f"photos.db is damaged or was tampered with: it has the {kind} "):
             opener.open(photos)
     for arguments in (["info", "photos.db"], ["search", "photos.db", "x"], ["embed", "x", "-o", "photos.db"]):
         assert main(arguments) == 2

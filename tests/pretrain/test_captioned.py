@@ -171,7 +171,7 @@ def test_of_parts_train_is_trained_on_and_the_others_are_named(tmp_path, kind):
         else:
             members = [("0.png", png(0)), ("0.txt", part.encode())]
             shard(tmp_path / (f"{part}/0.tar" if kind == "folders of shards" else f"{part}-0.tar"), members)
-    with pytest.warns(UserWarning, match="is of another part: left out"):
+    with pytest.warns(UserWarning, match="belongs to another part: left out"):
         assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("train",)]
 
 
@@ -187,7 +187,7 @@ def test_a_broken_image_in_a_shard_is_named_once_or_refused(tmp_path):
     with pytest.warns(UserWarning) as found:
         assert {one.caption for one in taken(tmp_path, 12)} == {"caption 0", "caption 1", "caption 2"}
     assert ["0.tar:9 is not an image" in str(one.message) for one in found] == [True]
-    with pytest.raises(ValueError, match=r"0\.tar:9 is not an image .*; --skip-broken leaves out such images"):
+    with pytest.raises(ValueError, match=r"0\.tar:9 is not an image .*; --skip-broken leaves such images out"):
         taken(tmp_path, 12, data=open_data(tmp_path, skip_broken=False))
 
 
@@ -214,7 +214,7 @@ def test_a_caption_in_utf_16_or_beside_an_empty_text_is_taken(tmp_path, texts):
 
 def test_files_of_one_name_in_a_shard_are_told(tmp_path):
     shard(tmp_path / "0.tar", [("0.png", png(0)), ("0.txt", b"one"), ("0.png", png(1)), ("0.txt", b"two")])
-    with pytest.warns(UserWarning, match=r"0\.tar:0 has files of one ending more than once: the last is taken"):
+    with pytest.warns(UserWarning, match=r"0\.tar:0 has several files with the same ending: the last is used"):
         assert [one.texts for one in open_data(tmp_path).epoch(None)] == [("two",)]
 
 
@@ -264,7 +264,7 @@ def sized(file, size, *, kind=tarfile.REGTYPE, name="big.png"):
 @pytest.mark.parametrize("size", [1 << 31, 1 << 87, -1])
 def test_a_size_that_no_shard_has_ends_it(tmp_path, kind, size):
     sized(tmp_path / "0.tar", size, kind=kind)
-    with pytest.warns(UserWarning, match=r"0\.tar .* is a broken shard: used up to the fault"):
+    with pytest.warns(UserWarning, match=r"0\.tar .* is a broken shard: used up to the damage"):
         assert names(open_data(tmp_path)) == ["0.tar:000"]
 
 

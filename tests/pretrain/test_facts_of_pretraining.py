@@ -85,12 +85,12 @@ def test_lit_goes_on_with_its_own_encoder_alone(shop, tmp_path, capsys):
     output, words = stopped(shop, "lit")
     other = write_encoder(tmp_path / "other", load(shop.encoder)[0].config, seed=4)
     assert main([*words, "--encoder", str(other), "-o", str(output), "--resume"]) == 2
-    assert "was begun with encoder " in capsys.readouterr().err
+    assert "was started with encoder " in capsys.readouterr().err
     moved = shutil.copytree(shop.encoder, tmp_path / "moved")
     about = json.loads((moved / "preprocessor_config.json").read_text()) | {"image_std": [0.5, 0.5, 0.5]}
     (moved / "preprocessor_config.json").write_text(json.dumps(about))
     assert main([*words, "--encoder", str(moved), "-o", str(output), "--resume"]) == 2
-    assert "was begun with preprocessing " in capsys.readouterr().err
+    assert "was started with preprocessing " in capsys.readouterr().err
 
 
 def darker(folder):
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_its_own_images_and_captions_alone(shop, tmp_path, ca
     change(changed)
     capsys.readouterr()
     assert main([*words(changed, tmp_path / "b"), "--resume"]) == 2
-    assert "was begun with data " in capsys.readouterr().err
+    assert "was started with data " in capsys.readouterr().err
     assert main([*words(data, tmp_path / "c"), "--resume"]) == 0
 
 
@@ -158,7 +158,7 @@ def test_a_run_goes_on_with_its_own_tokenizer_alone(shop, capsys, verb):
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace('"b"', '"both"').replace('"c"', '"b"').replace('"both"', '"c"'))
     assert main([*words, "-o", str(output), "--resume"]) == 2
-    assert "was begun with tokenizer " in capsys.readouterr().err
+    assert "was started with tokenizer " in capsys.readouterr().err
     tokenizer.unlink()  # it is made again from the captions
     assert main([*words, "-o", str(output), "--resume"]) == 0
     assert result(output) == shop.bits(verb, "--iters", 5)
@@ -184,7 +184,7 @@ def test_a_loss_that_is_no_number_stops_and_can_be_gone_on_from_with_less(shop, 
 def test_lit_goes_on_with_as_many_views_as_it_was_begun_with(shop, capsys):
     output, words = stopped(shop, "lit", "--views", 2)
     assert main([*words, "--views", "3", "-o", str(output), "--resume"]) == 2
-    assert "was begun with views 2, now 3" in capsys.readouterr().err
+    assert "was started with views 2, now 3" in capsys.readouterr().err
 
 
 def test_an_epoch_that_was_begun_is_gone_on_with(shop):
@@ -254,7 +254,7 @@ def test_pretraining_goes_on_with_as_many_ranks_as_it_was_begun_with(shop, capsy
     identity = json.loads(about["identity"]) | {"ranks": 2}
     mx.save_safetensors(str(state_of(output)), tensors, metadata=about | {"identity": json.dumps(identity)})
     assert main([*words, "-o", str(output), "--resume"]) == 2
-    assert "was begun with ranks 2, now 1" in capsys.readouterr().err
+    assert "was started with ranks 2, now 1" in capsys.readouterr().err
 
 
 def test_without_further_views_no_crop_is_taken(shop):

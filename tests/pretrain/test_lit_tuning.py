@@ -179,7 +179,7 @@ def test_images_that_all_have_one_caption_are_refused_and_leave_nothing(shop, ca
     rows = [json.loads(line) | {"text": "a thing"} for line in listed.read_text().splitlines()]
     listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([*shop.words("lit"), "-o", str(output)]) == 2
-    assert "all images have one caption, 'a thing'" in capsys.readouterr().err.splitlines()[-1]
+    assert "all images have the same caption, 'a thing'" in capsys.readouterr().err.splitlines()[-1]
     assert not [*output.parent.glob(f"{output.name}*")]
 
 

@@ -61,7 +61,7 @@ def test_lengths_are_drawn_from_one_to_all_patches_but_one():
 
 
 def test_an_image_of_one_patch_has_no_prefix():
-    with pytest.raises(ValueError, match="two at least"):
+    with pytest.raises(ValueError, match="at least two"):
         draw_lengths(3, 1, np.random.default_rng(2))
 
 

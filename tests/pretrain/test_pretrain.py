@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_begun_again(shop, capsys):
     output = shop.run("pretrain")
     assert "already exists" in said(shop, capsys, output=output)
     output.rename(shop.folder / "elsewhere")
-    assert "go on with --resume, or remove that folder" in said(shop, capsys, output=output)
+    assert "continue with --resume, or remove that folder" in said(shop, capsys, output=output)
 
 
 def test_other_settings_on_resume_are_refused_by_name(shop, capsys):

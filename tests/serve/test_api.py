@@ -47,8 +47,8 @@ WRONG = {
     "no image": ({"input": "data:image/png;base64,AAAA"}, "not an image"),
     "no base64": ({"input": "data:image/png;base64,???"}, "not base64"),
     "a text as data": ({"input": "data:text/html,hello"}, "data URL"),
-    "no input": ({"input": []}, "between 1 and 256"),
-    "too many": ({"input": ["x"] * 257}, "between 1 and 256"),
+    "no input": ({"input": []}, "from 1 to 256"),
+    "too many": ({"input": ["x"] * 257}, "from 1 to 256"),
     "tokens": ({"input": [1, 2]}, "input"),
     "another model": ({"input": "x", "model": "text-embedding-3"}, "the model here is"),
     "other dimensions": ({"input": "x", "dimensions": 2000}, "3 dimensions"),
@@ -139,7 +139,7 @@ def test_thumbnails_are_whole_small_and_known_again(client):
 
 def test_an_image_that_is_gone_is_said(client, served, photographs, monkeypatch):
     monkeypatch.setattr(served.gallery, "paths", [str(photographs / "gone.png"), *served.gallery.paths[1:]])
-    assert "gone" in message(client.get("/thumbnail/0"), 404)
+    assert "missing or unreadable" in message(client.get("/thumbnail/0"), 404)
     assert "gone.png" in message(client.get("/view/0"), 404)
 
 
@@ -226,5 +226,5 @@ def test_a_model_alone_embeds_and_has_no_images(photographs):
         assert len(good(client.post("/v1/embeddings", json={"input": "red"}))["data"]) == 1
         assert good(client.get("/about"))["index"] is None
         for path in ("/images", "/thumbnail/0", "/atlas", "/examples", "/duplicates"):
-            assert "without an index" in message(client.get(path), 404)
+            assert "there is no index" in message(client.get(path), 404)
     service.engine.stop()

@@ -75,7 +75,7 @@ def test_more_than_may_wait_is_sent_back(engine, held, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         waits = [pool.submit(engine.call, lambda: 1) for _ in range(2)]
         waiting(engine, 2)
-        with pytest.raises(BusyError, match="are waiting already"):
+        with pytest.raises(BusyError, match="are already waiting"):
             engine.call(lambda: 2)
         held.set()
         assert [one.result() for one in waits] == [1, 1]

@@ -37,7 +37,7 @@ def test_a_change_is_undone_and_one_that_changes_nothing_is_no_step(client):
         {0: "red", 3: "red"},
         {},
     ]
-    assert "nothing is left to undo" in client.post("/examples/undo").json()["error"]["message"]
+    assert "there is nothing to undo" in client.post("/examples/undo").json()["error"]["message"]
 
 
 def test_nothing_is_lost_when_the_server_ends(client, served):

@@ -69,7 +69,7 @@ export function begin(what) {
 
 export async function show() {
   if (about.index && !places) await load();
-  else if (!about.index) at("atlas-status").textContent = "A model is served without an index: there are no images to place.";
+  else if (!about.index) at("atlas-status").textContent = "There is no index, so there are no images to place.";
   draw();
 }
 

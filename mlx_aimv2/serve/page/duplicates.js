@@ -21,7 +21,7 @@ export function begin(what) {
 export async function show() {
   const status = at("duplicates-status");
   if (!about.index) {
-    status.textContent = "A model is served without an index: there are no images to compare.";
+    status.textContent = "There is no index, so there are no images to compare.";
     return;
   }
   while (!groups) {
@@ -35,7 +35,7 @@ export async function show() {
   const others = groups.flatMap((group) => group.images.slice(1));
   const megabytes = others.reduce((sum, image) => sum + image.bytes, 0) / 1e6;
   status.textContent = groups.length
-    ? `${count(groups.length, "group")}; all but the first of each take ${megabytes.toFixed(1)} MB` : "No image is there twice";
+    ? `${count(groups.length, "group")}; all but the first of each take ${megabytes.toLocaleString("en", { maximumFractionDigits: 1 })} MB` : "No duplicates";
   at("list").hidden = !groups.length;
   at("groups").replaceChildren(...groups.map((group) => element("section", { className: "group", "aria-label": KINDS[group.kind] },
     element("h2", {}, `${KINDS[group.kind]}, ${count(group.images.length, "file")}`),

@@ -14,7 +14,7 @@ export function element(name, settings = {}, ...children) {
 // An image with its caption; `actions` are [sign, words, function] for buttons on it.
 export function card(image, { open, actions = [], badge = null, kind = "", score = null, detail = null }) {
   const picture = element("img", { src: `/thumbnail/${image.id}`, alt: image.name, loading: "lazy", decoding: "async" });
-  picture.addEventListener("error", () => picture.replaceWith("gone or unreadable"), { once: true });
+  picture.addEventListener("error", () => picture.replaceWith("file missing or unreadable"), { once: true });
   const made = element("li", { className: "card", title: image.path },
     element("button", { className: "open", type: "button", onclick: () => open(image) }, picture));
   made.image = image;

@@ -15,7 +15,7 @@ export function begin(what) {
   at("back").addEventListener("click", () => { location.hash = "#search"; });
   at("copy").addEventListener("click", trying(async () => {
     await navigator.clipboard.writeText(image.path);
-    say("The path is copied");
+    say("Path copied");
   }));
   at("reveal").hidden = !about.reveal;
   at("reveal").addEventListener("click", trying(() => ask(`/reveal/${image.id}`, {})));
@@ -104,8 +104,8 @@ function draw() {
   const canvas = at("large").querySelector("canvas");
   if (!canvas || !grid) return;
   at("look-hint").textContent = {
-    similarity: "Point at a patch, or move with the arrow keys: bright patches are like it.",
-    components: "Patches of like colour are alike: the three directions in which this image's patches differ most.",
+    similarity: "Point at a patch, or move with the arrow keys: bright patches are similar to it.",
+    components: "Patches with similar colours are similar: the three directions in which this image's patches differ most.",
     none: "The image as the model sees it.",
   }[kind];
   const components = kind === "components" ? { ...grid, pixel: (i) => [...colours.slice(3 * i, 3 * i + 3), 235] } : null;

@@ -128,7 +128,7 @@ const least = () => (Number(at("min-score").value) <= -0.2 ? null : Number(at("m
 const run = trying(async () => {
   const number = ++asked;
   if (!about.index) {
-    at("status").textContent = "A model is served without an index: there is nothing to search. The API is described at /docs.";
+    at("status").textContent = "There is no index to search: the server runs a model only. The API is described at /docs.";
     return;
   }
   let matches = [];
@@ -145,7 +145,7 @@ const run = trying(async () => {
   at("status").textContent = parts.length
     ? `${count(matches.length, "image")}, best first, of ${about.images.toLocaleString("en")}`
     : `The first ${count(matches.length, "image")} of ${about.images.toLocaleString("en")}`;
-  if (parts.length && !matches.length) say("No image is like that: lower the least score, or widen the filters");
+  if (parts.length && !matches.length) say("No image matches: lower the minimum score, or widen the filters");
   const actions = [
     ["+", "More like this", (image) => add({ id: image.id, name: image.name }, 1)],
     ["−", "Less like this", (image) => add({ id: image.id, name: image.name }, -1)],

@@ -37,7 +37,7 @@ export function begin(what) {
 
 export async function show() {
   if (about.index) take(await ask("/examples"));
-  else at("teach-status").textContent = "A model is served without an index: there are no images to teach with.";
+  else at("teach-status").textContent = "There is no index, so there are no images to teach with.";
 }
 
 const labels = () => [...new Set([...(state?.labels ?? []).map((one) => one.label), ...added])];
@@ -78,13 +78,13 @@ function draw() {
     ? `${count(state.examples.length, "example")}: click an image to call it ${active}; keys 1 to 9 choose another label`
     : active ? `Click images that are ${active}, then add a second label` : "Add a label, then click images that are examples of it";
   const groups = [];
-  if (state.labels.length < 2) groups.push(["Images", found.length ? "those that were found last" : "", found, null]);
-  if (state.uncertain.length) groups.push(["Most uncertain", "these teach the most", state.uncertain.slice(0, 24), "guess"]);
+  if (state.labels.length < 2) groups.push(["Images", found.length ? "the last search results" : "", found, null]);
+  if (state.uncertain.length) groups.push(["Most uncertain", "labelling these helps most", state.uncertain.slice(0, 24), "guess"]);
   for (const { label, images } of state.labels) {
     const sure = state.certain[label];
-    if (sure?.length) groups.push([label, `${images.toLocaleString("en")} images, the surest first`, sure.slice(0, 24), "guess"]);
+    if (sure?.length) groups.push([label, `${images.toLocaleString("en")} images, the most certain first`, sure.slice(0, 24), "guess"]);
   }
-  if (state.examples.length) groups.push(["Examples", "click one to take its label away", state.examples, "own"]);
+  if (state.examples.length) groups.push(["Examples", "click one to remove its label", state.examples, "own"]);
   const focused = document.activeElement?.closest(".card")?.image?.id;
   at("lessons").replaceChildren(...groups.map(([title, words, images, kind]) => element("section", { className: "lesson", "aria-label": title },
     element("h2", {}, title, " ", element("small", {}, words)),
