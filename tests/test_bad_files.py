@@ -124,8 +124,8 @@ def folder(tmp_path, monkeypatch):
     path(b"secret.jpg").chmod(0)
     expected |= {
         b"folder.jpg": "is a folder",
-        b"dangling.jpg": "leads nowhere",
-        b"self.jpg": "leads nowhere",
+        b"dangling.jpg": "dangling link",
+        b"self.jpg": "dangling link",
         b"loop": "back to a folder",
         b"device.jpg": "is a device",
         b"pipe.jpg": "is a named pipe",

@@ -60,7 +60,7 @@ def add_classify(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("output").add_argument
     add("-k", "--top", type=int, metavar="N", help="labels shown for each image (default: 5; all in JSON)")
-    add("--json", action="store_true", help="print a JSON object for each image, one a line")
+    add("--json", action="store_true", help="print a JSON object per image, one per line")
 
 
 def run_classify(arguments: argparse.Namespace) -> int:
@@ -131,7 +131,7 @@ def add_map(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("-o", "--output", metavar="PATH", help=f"{ENDING} file for one image, else a folder (default: this folder)")
     add("--overwrite", action="store_true", help="replace any file of the map's name, but no image")
-    add("--json", action="store_true", help="print a JSON object for each image, one a line")
+    add("--json", action="store_true", help="print a JSON object per image, one per line")
 
 
 def run_map(arguments: argparse.Namespace) -> int:

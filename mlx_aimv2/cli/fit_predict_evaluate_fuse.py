@@ -72,9 +72,9 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     _add_encoder(add["model"])
     words = "also write the predictions as files, into a new folder"
     add["output"]("-o", "--output", type=expand_user, metavar="DIR", help=words)
-    words = "leave out labels and boxes less probable than X, from 0 to 1"
+    words = "leave out labels and boxes less probable than X, from 0 to 1 (none left: none of these)"
     add["output"]("--min-score", type=float, metavar="X", help=words)
-    add["output"]("--json", action="store_true", help="print a JSON object for each image, one a line")
+    add["output"]("--json", action="store_true", help="print a JSON object per image, one per line")
 
 
 def run_predict(arguments: argparse.Namespace) -> int:

@@ -91,7 +91,7 @@ def lit(
     processor's tokenizer reads the captions; where it has none, one is trained on them. The pair has the running
     average of the weights, or with `validation` those of the best recall on these images and their first captions.
     Of the ranks of `mlx.launch` each keeps the features of its own, and the loss is over the batch of all. `resume`
-    goes on with a run that was stopped. `report` gets the entries of the log.
+    continues a run that was stopped. `report` gets the entries of the log.
 
     Raises ValueError where all captions are equal, and FileExistsError as `pretrain`.
     """

@@ -94,7 +94,7 @@ class Captioned:
     warm_up: int | None = setting(
         None, "optimisation", "steps to the peak rate (default: 1/120 of all; lit: 1/10)", "at least 0"
     )
-    weight_decay: float = setting(1e-4, "optimisation", "for AdamW", "from 0 to 1")
+    weight_decay: float = setting(1e-4, "optimisation", "weight decay of AdamW", "from 0 to 1")
     """The share of a matrix that a step at the peak rate removes: fully decoupled, unlike `fit`'s."""
     first_caption: float = setting(0.0, "data", "how often the first of several captions is used", "from 0 to 1")
     seed: int = setting(0, "run", "random seed", "at least 0", maximum=MAX_SEED)
@@ -193,7 +193,7 @@ def pretrain(
     """Trains an encoder by the paper's objective and writes it to `output` in Apple's layout; returns it.
 
     `tokenizer` reads the captions; by default it is that of `settings.start`, or one trained on them. Of the ranks of
-    `mlx.launch` each takes its share of a batch, and rank 0 writes. `resume` goes on with a run that was stopped.
+    `mlx.launch` each takes its share of a batch, and rank 0 writes. `resume` continues a run that was stopped.
     `report` gets the entries of the log.
 
     Raises FileExistsError if something stands at `output` (or an interrupted run does, without `resume`), ValueError

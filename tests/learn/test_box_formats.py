@@ -310,7 +310,7 @@ def test_the_same_boxes_are_the_same_ground_truth_in_every_format(write, tmp_pat
     assert truths(found) == WANTED
     odd = [note for note in found.notes if not any(words in note for words in EXPECTED)]
     assert [note.count(".png") for note in odd] == [1, 1, 1], odd
-    for words, name in (("no width or no height", "empty"), ("is there already", "twice"), ("sticks out", "out")):
+    for words, name in (("no width or no height", "empty"), ("is a repetition", "twice"), ("extends beyond", "out")):
         assert any(words in note and f"{name}.png" in note and " more)" not in note for note in odd)
     if write in WITH_PARTS:
         assert [len(found.splits[part]) for part in ("train", "val", "test")] == [3, 2, 0]
@@ -411,7 +411,7 @@ def test_two_formats_in_one_folder_are_told(tmp_path):
     put(tmp_path / "labels" / "two.txt", yolo(ROWS["two"][0]))
     found = boxes.read(tmp_path)
     assert truths(found) == WANTED
-    assert any("has boxes as YOLO's text too" in note for note in found.notes)
+    assert any("also has boxes as YOLO's text" in note for note in found.notes)
 
 
 def entry(annotation):
@@ -428,20 +428,20 @@ WRONG = {
     "a class beyond the names": (yolo_images_labels, "labels/val/out.txt", "2 .5 .5 .1 .1", "there is no class 2"),
     "a class by name": (yolo_images_labels, "labels/val/out.txt", "dog .5 .5 .1 .1", "there is no class dog"),
     "a box and its score": (yolo_images_labels, "labels/val/out.txt", "1 .5 .5 .1 .1 .9", "not four numbers"),
-    "a box in pixels": (yolo_images_labels, "labels/val/out.txt", "1 10 10 5 5", "most of it out of the image"),
+    "a box in pixels": (yolo_images_labels, "labels/val/out.txt", "1 10 10 5 5", "mostly outside the image"),
     "a text for a number": (yolo_images_labels, "labels/val/out.txt", "1 .5 nan .1 .1", "not four numbers"),
     "a number beyond all": (
         *(yolo_images_labels, "labels/val/out.txt"),
-        *("1 1e308 .5 .1 .1", "most of it out of the image"),
+        *("1 1e308 .5 .1 .1", "mostly outside the image"),
     ),
     "no YAML": (yolo_images_labels, "data.yaml", "names: [a\ntrain: x", "data.yaml cannot be read as YAML"),
     "a folder that is gone": (
         yolo_images_labels,
         "data.yaml",
         "train: gone\nnames: [a]",
-        "gone, which is no folder of images",
+        "gone, which is not a folder of images",
     ),
-    "a list of images": (yolo_images_labels, "data.yaml", "train: a.txt\nnames: [a]", "a.txt, which is no folder"),
+    "a list of images": (yolo_images_labels, "data.yaml", "train: a.txt\nnames: [a]", "a.txt, which is not a folder"),
     "no XML": (voc_2012, "Annotations/out.xml", "<annotation><object>", "out.xml cannot be read as XML"),
     "entities": (voc_2012, "Annotations/out.xml", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation/>", "defines entities"),
     "an object without box": (

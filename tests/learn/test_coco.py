@@ -96,14 +96,14 @@ def test_roboflows_root_category_is_left_out_aloud(tmp_path):
     write(tmp_path / "valid" / "_annotations.coco.json", content(2, first=7, categories=names))
     found = coco.read(tmp_path)
     assert found.classes == ("cat", "dog")
-    assert any("category pets stands above others and no object has it" in note for note in found.notes)
+    assert any("category pets is above others and has no objects" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
     ("box", "words"),
     [
-        ([26, 3, 11, 13], "goes from 26,3 to 37,16, most of it out of the image of 31x23 (width x height)"),
-        ([-8, 3, 11, 13], "most of it out of the image"),
+        ([26, 3, 11, 13], "goes from 26,3 to 37,16, mostly outside the image of 31x23 (width x height)"),
+        ([-8, 3, 11, 13], "mostly outside the image"),
         ([2, 3, 11], "not four numbers"),
         ([2, 3, "x", 5], "not four numbers"),
         ([2, 3, float("nan"), 5], "not four numbers"),
@@ -135,7 +135,7 @@ def test_a_box_at_the_edge_is_cut_and_an_empty_one_left_out_aloud(tmp_path):
     write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
     found = coco.read(tmp_path)
     assert [sample.target.boxes.tolist() for sample in found.splits["train"]] == [[[25, 3, 31, 16]], [], []]
-    assert "annotation 70 in _annotations.coco.json sticks out of its image: cut at the edge" in "\n".join(found.notes)
+    assert "annotation 70 in _annotations.coco.json extends beyond its image: cut at the edge" in "\n".join(found.notes)
     assert "has no width or no height: left out (and 1 more)" in "\n".join(found.notes)
 
 
@@ -147,7 +147,7 @@ def test_a_box_that_is_there_twice_counts_once(tmp_path):
     write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
     found = coco.read(tmp_path)
     assert [sample.target.labels.tolist() for sample in found.splits["train"]] == [[0, 1], [1]]
-    assert "is there already, with the same class: left out (and 1 more)" in "\n".join(found.notes)
+    assert "is a repetition, with the same class: left out (and 1 more)" in "\n".join(found.notes)
 
 
 def test_names_and_ids_may_be_numbers_or_text(tmp_path):
@@ -219,7 +219,7 @@ def test_an_image_that_stands_twice_keeps_all_its_objects(tmp_path):
     write(tmp_path / "valid" / "_annotations.coco.json", content(1, first=7))
     found = coco.read(tmp_path)
     assert [len(sample.target.boxes) for sample in found.splits["train"]] == [2, 1]
-    assert "0.png stands more than once in _annotations.coco.json" in "\n".join(found.notes)
+    assert "0.png occurs more than once in _annotations.coco.json" in "\n".join(found.notes)
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path):
@@ -297,7 +297,7 @@ def test_one_id_for_two_categories_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("box", "words"), [([0.1, 0.2, 0.3, 0.4], "lies within one pixel"), (None, "is missing, not four numbers")]
+    ("box", "words"), [([0.1, 0.2, 0.3, 0.4], "is within one pixel"), (None, "is missing, not four numbers")]
 )
 def test_a_box_in_shares_and_one_that_is_missing_are_refused(tmp_path, box, words):
     data = content(6)

@@ -145,12 +145,12 @@ def test_a_run_is_resumed_with_its_own_settings_alone(shop):
 
 def test_a_run_is_resumed_with_its_own_encoder_alone(shop, tmp_path):
     output, keywords = begun(shop)
-    with pytest.raises(ValueError, match="begun with encoder "):
+    with pytest.raises(ValueError, match="started with encoder "):
         fit(shop.data["classify"], write_encoder(tmp_path / "other", seed=4), output, resume=True, **keywords)
     moved = shutil.copytree(shop.encoder, tmp_path / "moved")
     preprocessing = json.loads((moved / "preprocessor_config.json").read_text())
     (moved / "preprocessor_config.json").write_text(json.dumps(preprocessing | {"image_std": [0.5, 0.5, 0.5]}))
-    with pytest.raises(ValueError, match="begun with preprocessing "):
+    with pytest.raises(ValueError, match="started with preprocessing "):
         fit(shop.data["classify"], moved, output, resume=True, **keywords)
 
 
@@ -199,7 +199,7 @@ def test_a_run_is_resumed_with_its_own_images_and_labels_alone(shop, tmp_path, t
     with pytest.raises(KeyboardInterrupt):
         fit(shop.data[task], shop.encoder, output, on_progress=stopping_at(1), **keywords)
     change(data, part)
-    with pytest.raises(ValueError, match=f"begun with .*({words})"):
+    with pytest.raises(ValueError, match=f"started with .*({words})"):
         fit(data, shop.encoder, output, resume=True, **keywords)
     shutil.rmtree(data)
     shutil.copytree(shop.data[task], data)

@@ -404,7 +404,7 @@ def test_evaluate_and_predict_print_a_table_and_the_best_labels(head, digits, ca
     assert re.fullmatch(r"top1 \d+\.\d\d %, mean_class \d+\.\d\d %, ece \d+\.\d\d % on 36 images", lines[-1])
     image = str(next((digits / "digit 1").iterdir()))
     shutil.copy(image, digits / "loose.png")
-    assert any("loose.png lies in no label's folder" in note for note in evaluate(head, digits).notes)
+    assert any("loose.png is not in a label's folder" in note for note in evaluate(head, digits).notes)
     assert main(["predict", str(head), image]) == 0
     path, *labels = capsys.readouterr().out.splitlines()
     assert path == image and len(labels) == 3

@@ -444,7 +444,7 @@ def test_other_files_links_and_loose_images_are_counted(digits, tmp_path):
     Image.new("RGB", (5, 5)).save(digits / "loose.png")
     found = classify.data.read(digits)
     assert sum(counts(found)) == 37
-    assert "loose.png lies in no label's folder" in said(found) and "skipped: 1 .mov" in said(found)
+    assert "loose.png is not in a label's folder" in said(found) and "skipped: 1 .mov" in said(found)
 
 
 def test_a_class_may_be_called_like_a_part(digits):

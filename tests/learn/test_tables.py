@@ -80,7 +80,7 @@ READ = {
     "row twice": (
         "metadata.csv",
         table(rows=[*ROWS, ROWS[0]]),
-        "line 10: img/disc0.png is there already, with the same",
+        "line 10: img/disc0.png is a repetition, with the same",
     ),
     "no suffix": ("metadata.csv", table(header="id,breed").replace(".png", ""), "has the column id as its file_name"),
     "tsv": ("labels.tsv", table("\t", "path\tclass"), "has the column class as its label"),
@@ -177,7 +177,7 @@ REFUSED = {
     "a long name": (table() + f"{'n' * 300}.png,disc\n", "line 10: nnnn"),
     "a list of labels": (
         lines({"file_name": name, "label": [label, "x"]} for name, label in ROWS),
-        "has no single label: --task multilabel takes several an image",
+        "has no single label: --task multilabel takes several per image",
     ),
     "no text": (lines({"file_name": name, "label": {"a": 1}} for name, label in ROWS), "has no single label"),
     "deep json": (
@@ -248,9 +248,9 @@ def test_folders_name_the_labels_where_a_table_agrees_or_has_none(tmp_path):
     (tmp_path / "metadata.csv").write_text(table(header="file_name,text", rows=rows))
     assert read(tmp_path).classes == ("disc", "square")
     (tmp_path / "birds.csv").write_text(table(header="filepaths,labels", rows=rows))
-    assert "birds.csv is not read, as folders name the labels" in "\n".join(read(tmp_path).notes)
+    assert "birds.csv is not read, because folders name the labels" in "\n".join(read(tmp_path).notes)
     (tmp_path / "birds.csv").write_text(table(header="filepaths,labels", rows=[(name, "x") for name, _ in rows]))
-    assert "birds.csv has other labels: call it metadata.csv if it is right" in refused(tmp_path)[0]
+    assert "birds.csv has other labels: name it metadata.csv if they are right" in refused(tmp_path)[0]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_table_of_something_else_beside_folders_is_named(tmp_path, name, heade
     (tmp_path / name).write_text(table(header=header, rows=[("0.png", "disc")]))
     found = read(tmp_path)
     assert found.classes == ("disc", "square") and count(found) == 8
-    assert f"{name} is not read, as folders name the labels" in "\n".join(found.notes)
+    assert f"{name} is not read, because folders name the labels" in "\n".join(found.notes)
 
 
 def test_a_table_of_no_part_beside_one_of_a_part_is_not_scored(tmp_path):
@@ -274,7 +274,7 @@ def test_a_table_of_no_part_beside_one_of_a_part_is_not_scored(tmp_path):
     (tmp_path / "sample_submission.csv").write_text("image_id,label\nx.png,disc\n")
     found = read(tmp_path)
     assert count(found) == 8 and all("train_images" in one.path for part in found.splits.values() for one in part)
-    assert "sample_submission.csv is for no part, as others are: not read" in "\n".join(found.notes)
+    assert "sample_submission.csv belongs to no part, unlike others: not read" in "\n".join(found.notes)
 
 
 def test_a_column_for_each_label_is_several_labels_an_image(tmp_path):

@@ -26,7 +26,7 @@ from mlx_aimv2.train.batches import Arrays
 NUMBER, WHOLE = re.compile(r"-?\d+(\.\d*)?(e[+-]?\d+)?", re.IGNORECASE), re.compile(r"(-?\d+)\.0*$")
 """A number as text, and a whole one as pandas writes it where a column has gaps."""
 
-SEVERAL = "has no single label: --task multilabel takes several an image"
+SEVERAL = "has no single label: --task multilabel takes several per image"
 
 Row: TypeAlias = "dict[str, Any]"
 Marks: TypeAlias = "Callable[[Path, Sequence[Row], Scan], Sequence[tuple[Any, str]]]"
@@ -51,7 +51,7 @@ def sources_of(data: Path, scan: Scan, of: tables.Names | None = LABEL) -> dict[
     """
     here = tables.tables(data, of=of)
     if len(here) > 1 and "" in here:  # as Kaggle's sample_submission.csv
-        scan.note(str(here.pop("")), "is for no part, as others are: not read")
+        scan.note(str(here.pop("")), "belongs to no part, unlike others: not read")
     by_table = {part: (data, [file]) for part, file in here.items()}
     if metadata_file(data) in here.values():
         return by_table
@@ -100,7 +100,7 @@ def _find(data: Path, sources: Mapping[str, tuple[Path, list[Path]]], scan: Scan
             inner = f"has no images but folders that the others have too, {listed(alike, shown=3)}"
             scan.note(list(map(str, places)), f"{inner}: its own name is taken for the label")
         if loose := scan.loose(folder):
-            scan.note(loose, "lies in no label's folder: skipped")
+            scan.note(loose, "is not in a label's folder: skipped")
     if not any(files for _, files in sources.values()):
         _compare(data, dict(pair for pairs in found.parts.values() for pair in pairs), scan)
     return found
@@ -109,9 +109,9 @@ def _find(data: Path, sources: Mapping[str, tuple[Path, list[Path]]], scan: Scan
 def _compare(data: Path, by_folder: Mapping[str, str], scan: Scan) -> None:
     """Notes the tables in DATA that are not read, as folders name the labels; a fault where they differ."""
     for file in sorted(file for file in data.glob("[!.]*") if file.suffix.lower() in TABLES):
-        scan.note(str(file), "is not read, as folders name the labels")
+        scan.note(str(file), "is not read, because folders name the labels")
         if any(by_folder.get(path, label) != label for path, (label, _) in by_tables([file], Scan()).items()):
-            scan.faults.append(f"{file} has other labels: call it metadata.csv if it is right, else move it away")
+            scan.faults.append(f"{file} has other labels: name it metadata.csv if they are right, else move it away")
 
 
 def by_tables(files: Sequence[Path], scan: Scan, marks: Marks | None = None) -> dict[str, tuple[Any, str]]:
@@ -132,7 +132,7 @@ def by_tables(files: Sequence[Path], scan: Scan, marks: Marks | None = None) -> 
             elif found.get(path, (mark,))[0] != mark:
                 scan.faults.append(f"{where} has another label in another row: keep one of them")
             elif path in found:
-                scan.note(where, "is there already, with the same label: left out")
+                scan.note(where, "is a repetition, with the same label: left out")
             else:
                 found[path] = mark, part_of(" ".join(str(row.get(name)) for name in column(names, PART))) or ""
     return found
@@ -170,7 +170,7 @@ def by_part(rows: Mapping[str, tuple[Any, str]], part: str, data: Path, scan: Sc
     if part or ("" in found and len(found) == 2):  # a class that is called like a part
         return {part: pairs}
     if len(found) > 2 and (rest := found.pop("", [])):
-        scan.note([path for path, _ in rest], "lies in no part of the labelled data (train, val, test): skipped")
+        scan.note([path for path, _ in rest], "is in no part of the labelled data (train, val, test): skipped")
     return found
 
 

@@ -62,7 +62,7 @@ def _find(data: Path, located: Mapping[str, Any], scan: Scan) -> Found:
         raise DataError([f"{data} has no boxes in a format that is read: {layouts}", *not_read(data)])
     (first, found), *others = located.items()
     for other, _ in others:
-        scan.note(str(data), f"has boxes as {other} too, of which nothing is read: {first} comes first")
+        scan.note(str(data), f"also has boxes as {other}, which are not read: {first} comes first")
     if isinstance(found, Exception):
         raise found
     form, reading = FORMATS[first], Reading(data, scan)
@@ -74,8 +74,8 @@ def _find(data: Path, located: Mapping[str, Any], scan: Scan) -> Found:
     roots = reading.above - used  # as Roboflow has one
     for name in reading.classes:
         if name not in used:
-            left_out = "stands above others and no object has it: left out"
-            scan.note(f"category {name}", left_out if name in roots else "is the class of no object")
+            left_out = "is above others and has no objects: left out"
+            scan.note(f"category {name}", left_out if name in roots else "has no objects")
     classes = [name for name in reading.classes if name not in roots]
     parts = {part: [(path, (form, objects)) for path, objects in own.items()] for part, own in reading.parts.items()}
     return Found(parts or {"": []}, classes or None)
@@ -106,20 +106,20 @@ def _labels(marked: Sequence[tuple[str, tuple[BoxFormat, Objects], Size]], scan:
             if area == 0:
                 scan.note(where, "has no width or no height: left out")
             elif not form.in_shares and max(cut) <= 1 > area:
-                faults.append(f"{where} lies within one pixel, as a share of the sides would: {form.numbers} in pixels")
+                faults.append(f"{where} is within one pixel, like a share of the sides: give {form.numbers} in pixels")
             elif not visible >= MIN_VISIBLE * area:  # which holds for what is too large to be a number, too
                 faults.append(
                     f"{where} goes from {box[0]:g},{box[1]:g} to {box[2]:g},{box[3]:g}, "
-                    f"most of it out of the image of {size[1]}x{size[0]} (width x height)"
+                    f"mostly outside the image of {size[1]}x{size[0]} (width x height)"
                 )
             else:
                 key = (*cut, row.name, number(row.crowd) > 0)
                 if key[5]:
                     scan.note(where, "is difficult or a crowd: neither trained on nor scored")
                 if key in rows:
-                    scan.note(where, "is there already, with the same class: left out")
+                    scan.note(where, "is a repetition, with the same class: left out")
                 if any(abs(value - kept) > 1 for value, kept in zip(box, cut, strict=True)):
-                    scan.note(where, "sticks out of its image: cut at the edge")
+                    scan.note(where, "extends beyond its image: cut at the edge")
                 own = number(row.area)
                 rows.setdefault(key, own if 0 < own < math.inf else area)
         yield faults or Labels([key[4] for key in rows], rows)

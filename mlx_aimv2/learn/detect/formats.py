@@ -111,7 +111,7 @@ class Reading:
             if (path := image_of(folder, own)) is not None:
                 self.listed.setdefault(folder, file)
                 if str(path) in self.parts[part]:
-                    self.scan.note(str(path), f"stands more than once in {file.name}: its objects are taken together")
+                    self.scan.note(str(path), f"occurs more than once in {file.name}: its objects are merged")
                 return self.parts[part].setdefault(str(path), Objects(file, stated))
         self.scan.faults.append(f"{file} names {name}, but {folders[0] / name} does not exist")
         return Objects(file)
@@ -309,7 +309,7 @@ def find_yolo(data: Path, scan: Scan) -> Yolo | None:
         elif key == "test":  # Roboflow names one where it wrote none
             scan.note(f"{file}: {name}, the part test,", "does not exist: left out")
         else:
-            raise DataError([f"{file} says {key}: {name}, which is no folder of images"])
+            raise DataError([f"{file} says {key}: {name}, which is not a folder of images"])
     return (found, file, settings) if found else None
 
 
@@ -386,7 +386,7 @@ def _voc_objects(file: Path, reading: Reading) -> Objects:
     try:
         text = read_text(file, max_bytes=MAX_BYTES)
         if "<!ENTITY" in text:
-            raise ValueError("it defines entities, which no such file needs")
+            raise ValueError("it defines entities, which such a file does not need")
         root = ElementTree.fromstring(text)
     except (OSError, ValueError, RecursionError, ElementTree.ParseError) as error:
         reading.scan.faults.append(f"{file} cannot be read as XML: {error}")

@@ -120,7 +120,7 @@ def _find(data: Path, folders: Mapping[str, tuple[Path, Path]], scan: Scan) -> F
     every = [mask for pairs in chosen.values() for _, mask in pairs]
     if (names is None or len(names) == 2) and not scan.faults and _are_binary(every):
         black, white = names.values() if names else ("0", "1")
-        scan.note(str(data), f"has masks of 0 and {IGNORED} alone: {IGNORED} is taken for class {white}")
+        scan.note(str(data), f"has masks of only 0 and {IGNORED}: {IGNORED} is taken for class {white}")
         names = {0: black, IGNORED: white}
     parts = {part: [(image, (mask, names)) for image, mask in pairs] for part, pairs in chosen.items()}
     return Found(parts, list(names.values()) if names else None)
@@ -161,7 +161,7 @@ def _class_names(folders: Sequence[Path], scan: Scan) -> Names:
     found = [_names_in(file, scan) for file in files]
     for file, names in zip(files, found, strict=True):
         if names != found[0]:
-            scan.faults.append(f"{files[0]} and {file} give different names to the values: make them alike")
+            scan.faults.append(f"{files[0]} and {file} give different names to the values: make them agree")
     return found[0] if found and (not scan.faults or files[0].name == COLOURS_FILE) else None
 
 
