@@ -48,7 +48,7 @@ def main() -> None:
     classes = {file: one.label for file, one in zip(files, zero_shot(model, processor, files, labels), strict=True)}
     write_digits(digits / "train", per_class=15)
     write_digits(digits / "test", per_class=10, held_out=True)
-    fitted = fit(digits, folder, head, dtype="auto", cache=OUTPUT / "cache")
+    fitted = fit(digits, folder, head, image_size=42, cache=OUTPUT / "cache")  # scans of 8 x 8 pixels need no more
     print(f"\nhandwritten digits: {fitted.line}")
     demo_picture.draw(maps, found, stored, classes, fitted).save(OUTPUT / "demo.png")
     print(f"\n{OUTPUT} has the model, its index, search.html, what was learned, and demo.png, which shows it all")

@@ -159,6 +159,6 @@ def test_the_demo_replaces_an_earlier_one_and_what_it_draws_is_right(demo, tmp_p
 
 @pytest.mark.slow
 def test_the_demo_fails_where_features_are_wrong(demo, monkeypatch):
-    monkeypatch.setattr(demo.Index, "search", lambda index, query, k: [Match(index.paths()[0], 1.0)])
+    monkeypatch.setattr(demo.Index, "search", lambda index, *query, **how: [Match(next(iter(index.paths())), 1.0)])
     with pytest.raises(SystemExit, match="this installation computes wrong"):
         demo.main()
