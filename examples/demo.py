@@ -8,6 +8,7 @@ words are some of the few that it knows.
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from examples import demo_picture, features
@@ -31,7 +32,6 @@ def main() -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     folder, index, head, digits = (OUTPUT / name for name in ("emoji-mlx", "emoji.db", "digits-probe", "digits"))
     command("convert", "--hf-path", os.path.relpath(bundled.emoji_checkpoint()), "--mlx-path", folder)
-
     larger, photographs = load(folder, dtype="auto", image_size=336), bundled.ASSETS / "photographs"
     maps = [image for name, at in PATCHES.items() for image in features.maps(*larger, photographs / name, at, cell=6)]
 
@@ -51,7 +51,7 @@ def main() -> None:
     fitted = fit(digits, folder, head, image_size=42, cache=OUTPUT / "cache")  # scans of 8 x 8 pixels need no more
     print(f"\nhandwritten digits: {fitted.line}")
     demo_picture.draw(maps, found, stored, classes, fitted).save(OUTPUT / "demo.png")
-    print(f"\n{OUTPUT} has the model, its index, search.html, what was learned, and demo.png, which shows it all")
+    print(f"\n{OUTPUT}/demo.png shows it all; mlx-aimv2 is {Path(sys.executable).parent}/mlx-aimv2 in a shell")
     if not found["like the first image"][0].endswith(QUERY) or fitted.scores["test"]["top1"] < 0.6:
         raise SystemExit("an image was not most like itself, or few digits right: this installation computes wrong")
 
