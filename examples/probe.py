@@ -1,9 +1,9 @@
-"""How good is a linear probe on my own labels?
+"""How well does an encoder learn my labels, frozen or fine-tuned?
 
-python -m examples.probe [DATA] [--model MODEL] [--output HEAD]
+python -m examples.probe [DATA] [--fine-tune-type lora] [--model MODEL] [--output HEAD]
 
 DATA is a folder with a folder of images for each label. Without it: a few of the handwritten digits that ship with the
-package, of which the embedded model has never seen one.
+package, of which its pair has never seen one. `mlx-aimv2 fuse` makes a checkpoint of what `lora` has learned.
 """
 
 import argparse
@@ -15,8 +15,10 @@ from PIL import Image
 from mlx_aimv2 import bundled
 from mlx_aimv2.learn import fit, predict
 
-parser = argparse.ArgumentParser(description="Learn labels from the features of a frozen encoder.")
+parser = argparse.ArgumentParser(description="Learn labels from an encoder's features, or with the encoder.")
 parser.add_argument("data", nargs="?", help="folder with a folder of images for each label")
+parser.add_argument("--fine-tune-type", default="linear", help="linear, attentive, knn, lora, dora or full")
+parser.add_argument("--iters", type=int, help="steps of attentive, lora, dora and full")
 parser.add_argument("--model", default=bundled.emoji_checkpoint(), help="Hub name or checkpoint folder")
 parser.add_argument("--output", default="probe", help="folder for the head and its card (default: %(default)s)")
 
@@ -37,10 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(args.data) if args.data else write_digits(Path(temporary) / "digits")
-        fitted = fit(data, args.model, args.output, dtype="auto", say=print)
+        how = {"fine_tune_type": args.fine_tune_type, "iters": args.iters}
+        fitted = fit(data, args.model, args.output, dtype="auto", say=print, **how)
         image = next(data.rglob("*.png"), None)
         for path, prediction in predict(args.output, [image] if image else []):
-            print(f"{Path(path).parent.name}/{Path(path).name}: class {prediction.best(1)[0]}")
+            print(f"{Path(path).parent.name}/{Path(path).name}: class {prediction.label}")
     print(f"{fitted.line}; drawn in {Path(args.output) / 'confusion.png'}")
 
 

@@ -3,8 +3,12 @@
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from mlx_aimv2 import bundled, files
@@ -26,6 +30,15 @@ def write_digits(folder: Path, *, per_class: int = 12, classes: int = 3) -> Path
         for number, image in enumerate(scans.train_images[scans.train_labels == label][:per_class]):
             Image.fromarray(image).save(place / f"{number:03}.png")
     return folder
+
+
+def nearest_labels(model: Any, processor: Any, scans: bundled.Digits) -> NDArray[Any]:
+    """The label of the training scan that is most similar to each test scan: `-> (test,)`."""
+    known, asked = (
+        np.array(model.vision.encode_image(processor(list(images)), normalize=True).astype(mx.float32))
+        for images in (scans.train_images, scans.test_images)
+    )
+    return scans.train_labels[(asked @ known.T).argmax(axis=1)]
 
 
 class Read(Exception):

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from examples import digits
 from mlx_aimv2 import Aimv2VisionModel, bundled, load
 from mlx_aimv2.checkpoint.detect import recognise
 from mlx_aimv2.checkpoint.read import read
+from tests.labelled import nearest_labels
 from tools import train_emoji
 
 pytestmark = pytest.mark.rounding
@@ -110,47 +110,11 @@ def test_names_find_their_emoji_and_emoji_their_names():
         assert (place < 5).mean() >= 0.8
 
 
-def some(scans: bundled.Digits, train: int, test: int) -> bundled.Digits:
-    """Every so manieth digit: without OpenBLAS all of them take half a minute, which `make demo` spends."""
-    return bundled.Digits(
-        scans.train_images[::train],
-        scans.train_labels[::train],
-        scans.test_images[::test],
-        scans.test_labels[::test],
-    )
-
-
-def test_its_nearest_neighbours_know_held_out_digits_better_than_those_of_random_weights(scans, monkeypatch):
-    few = some(scans, 12, 12)
-    monkeypatch.setattr(bundled, "digits", lambda: few)
+def test_its_nearest_neighbours_know_held_out_digits_better_than_those_of_random_weights(scans):
+    few = bundled.Digits(*(part[::6] for part in scans[:2]), *(part[::12] for part in scans[2:]))
     model, processor = load(bundled.emoji_checkpoint(), dtype="float32")
-    trained = digits.digits_accuracy(model.vision, processor)
-    assert trained >= 0.6
+    trained = (nearest_labels(model, processor, few) == few.test_labels).mean()
+    assert trained >= 0.65
     mx.random.seed(3)
-    assert digits.digits_accuracy(Aimv2VisionModel(model.vision.config), processor) < trained - 0.1
-
-
-def test_features_come_in_order_and_of_unit_length_from_every_batch(monkeypatch):
-    model, processor = load(bundled.emoji_checkpoint(), dtype="float32")
-    images = bundled.digits().test_images[:7]
-    whole = digits.encode(model, processor, images)
-    monkeypatch.setattr(digits, "BATCH", 3)
-    np.testing.assert_allclose(digits.encode(model, processor, images), whole, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
-
-
-BANK = np.array([[1, 0], [0.8, 0.6], [0.6, 0.8], [0, 1], [-1, 0]], np.float32)
-
-
-@pytest.mark.parametrize(
-    ("labels", "neighbours", "winner"),
-    [
-        ([3, 7, 7, 0, 0], 3, 7),  # two against the nearest one
-        ([3, 7, 5, 7, 7], 3, 3),  # one vote each: the nearest wins
-        ([3, 7, 7, 3, 0], 4, 3),  # two votes each: the nearest wins
-        ([3, 7, 7, 7, 7], 1, 3),
-    ],
-)
-def test_most_votes_win_and_the_nearest_breaks_a_tie(labels, neighbours, winner):
-    query = np.array([[1, 0.1]], np.float32)
-    assert digits.vote(BANK, np.array(labels, np.uint8), query, neighbours=neighbours).tolist() == [winner]
+    model.vision_model = Aimv2VisionModel(model.vision.config)
+    assert (nearest_labels(model, processor, few) == few.test_labels).mean() < trained - 0.08

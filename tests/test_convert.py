@@ -10,11 +10,11 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from examples import digits
 from mlx_aimv2 import bundled, load
 from mlx_aimv2 import convert as converter
 from mlx_aimv2.cli import main
 from mlx_aimv2.convert import convert
+from tests.labelled import nearest_labels
 from tests.small_encoder import small_encoder
 
 ENCODER = small_encoder()
@@ -234,13 +234,9 @@ def test_the_command_line_prints_the_folder_and_keeps_quiet_on_stdout(tmp_path, 
 def test_digits_are_told_apart_as_before_at_8_bits(tmp_path):
     folder = convert(ENCODER, tmp_path / "mlx", quantize=True, q_bits=8, dtype="float16")
     assert json.loads((folder / "fidelity.json").read_text())["token_cosine"]["mean"] >= 0.9995
-    scans = bundled.digits()
-    known, unknown = scans.train_images[:80], scans.test_images[:40]
-    found = []
-    for path in (ENCODER, folder):
-        model, processor = load(path, dtype="float32")
-        bank, queries = (digits.encode(model, processor, images) for images in (known, unknown))
-        found.append(digits.vote(bank, scans.train_labels[:80], queries))
+    all_scans = bundled.digits()
+    scans = bundled.Digits(*(part[:80] for part in all_scans[:2]), *(part[:40] for part in all_scans[2:]))
+    found = [nearest_labels(*load(path, dtype="float32"), scans) for path in (ENCODER, folder)]
     assert (found[0] == found[1]).mean() >= 0.97  # all of them: benchmarks/quantization.py
 
 

@@ -1,10 +1,10 @@
-"""The examples' contact sheet and t-SNE show every image, and keep neighbours together."""
+"""Contact sheets and the plane of the demo show every image, and keep neighbours together."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from examples import tsne
+from examples import demo_picture
 from mlx_aimv2 import plot
 from mlx_aimv2.plot import below, contact_sheet
 from mlx_aimv2.serve import plane
@@ -32,7 +32,7 @@ def test_a_contact_sheet_holds_every_image_in_its_frame():
 
 def test_points_are_drawn_where_they_lie_with_up_as_up():
     images = [Image.new("RGB", (4, 4), colour) for colour in ((200, 0, 0), (0, 0, 200))]
-    canvas = tsne.scatter(np.array([[0, 0], [1, 1]]), images, size=(60, 40))
+    canvas = demo_picture.scatter(np.array([[0, 0], [1, 1]]), images, size=(60, 40))
     levels = np.asarray(canvas)
     assert tuple(levels[33, 6]) == (200, 0, 0)
     assert tuple(levels[5, 53]) == (0, 0, 200)

@@ -12,17 +12,21 @@ from PIL import Image
 TOUR = Path(__file__).parent.parent / "examples" / "tour.ipynb"
 KEPT = json.loads(TOUR.read_text(encoding="utf-8"))
 
-EXACT = ("load", "pixels", "features", "go-on")
+EXACT = ("load", "features", "go-on")
 """Cells whose text is the same on every machine: names and shapes."""
+
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
+BUT_FOR_NUMBERS = ("labels", "learn", "convert")
+"""Cells whose numbers are rounded differently elsewhere."""
 
 ON_ANY_MACHINE = {
     "by-image": r"300 images embedded\nangry face, ",
-    "by-words": r"crying: .*crying.*\nfruit: .*(lime|peach|apple).*\narrow: .*arrow",
-    "labels": r"lime: fruit \d+%",
+    "by-words": r"animal: .*\bcow\b.*\nplant: .*\bshamrock\b.*\ngreen: .*\bgreen apple\b",
+    "labels": r"cow: animal \d+%.*\nbouquet: plant .*\nangry face: face .*\nwaving hand: hand .*\nred square: square ",
     "learn": r"top1 (8|9)\d\.\d+ % on \d+ test images",
     "convert": r"token cosine, mean +0\.999",
 }
-"""What the text of the other cells must match, whose numbers are rounded differently elsewhere."""
+"""What the text of cells must match on any machine."""
 
 
 def text_of(cell) -> str:
@@ -43,13 +47,13 @@ def code_cells(notebook):
 
 def test_each_code_cell_was_run_in_order_and_has_results():
     cells = code_cells(KEPT)
-    assert 9 <= len(cells) <= 12
+    assert len(cells) == 9
     assert [cell["execution_count"] for cell in cells.values()] == list(range(1, len(cells) + 1))
     for cell in cells.values():
         assert cell["outputs"], cell["id"]
         assert not [output for output in cell["outputs"] if output["output_type"] == "error"]
         text_of(cell)
-    assert sum(len(images_of(cell)) for cell in cells.values()) >= 6
+    assert sum(len(images_of(cell)) for cell in cells.values()) >= 5
     assert {*EXACT, *ON_ANY_MACHINE} <= set(cells)
 
 
@@ -68,7 +72,7 @@ def test_the_notebook_is_small_and_says_nothing_of_the_machine_that_ran_it():
         assert not re.search(r"(^|[\s'\"(=])(~?/\w|[A-Z]:\\)|0x[0-9a-f]{6}", words), words
 
 
-@pytest.mark.parametrize("cell", EXACT + tuple(ON_ANY_MACHINE))
+@pytest.mark.parametrize("cell", (*EXACT, *ON_ANY_MACHINE))
 def test_the_kept_results_are_what_the_cells_are_to_show(cell):
     assert re.search(ON_ANY_MACHINE.get(cell, r"\w"), text_of(code_cells(KEPT)[cell]))
 
@@ -87,6 +91,8 @@ def test_the_notebook_runs_and_leaves_nothing_behind(tmp_path, monkeypatch):
     ran, kept = code_cells(trimmed(execute(tmp_path / "started-in"))), code_cells(KEPT)
     for name in EXACT:
         assert text_of(ran[name]) == text_of(kept[name])
+    for name in BUT_FOR_NUMBERS:
+        assert NUMBER.sub("0", text_of(ran[name])) == NUMBER.sub("0", text_of(kept[name]))
     for name, pattern in ON_ANY_MACHINE.items():
         assert re.search(pattern, text_of(ran[name])), text_of(ran[name])
     for name, cell in ran.items():
