@@ -9,10 +9,12 @@ import importlib
 import inspect
 import re
 import shutil
+from dataclasses import is_dataclass
 from itertools import chain
 from pathlib import Path
 
 from mlx_aimv2 import __version__
+from mlx_aimv2.train.settings import flagged
 
 project = "mlx_aimv2"
 html_title = f"mlx_aimv2 {__version__}"
@@ -25,9 +27,8 @@ exclude_patterns = [".*", "build", "dist", "site"]
 
 SIDEBAR = {
     "Build on it": ["docs/cookbook", "docs/api", "docs/models", "examples/README"],
-    "Use it": ["docs/searching", "docs/server", "docs/learning", "docs/converting", "docs/apps", "docs/several-macs"],
-    "Pre-train": ["docs/pretraining"],
-    "Background": ["docs/benchmarks", "docs/decisions"],
+    "Use it": [f"docs/{name}" for name in ("searching", "server", "learning", "converting", "apps", "pretraining")],
+    "Run it": ["docs/several-macs", "docs/benchmarks", "benchmarks/README"],
 }
 """Caption -> pages below it; all others are below "More"."""
 
@@ -44,6 +45,7 @@ autodoc_default_options = {"members": True, "special-members": "__call__", "memb
 toc_object_entries = False
 
 html_theme = "furo"
+html_static_path = html_css_files = ["site.css"]
 html_copy_source = html_show_copyright = html_use_index = False
 
 
@@ -68,6 +70,12 @@ def read(app, page, content):
         content[0] += "".join(pages(app.env.found_docs))
 
 
+def settings(app, what, name, thing, options, lines):
+    """Adds what the fields of a run's settings are for, as the command line's help says it of their flags."""
+    for one in flagged(thing) if is_dataclass(thing) else ():
+        lines.append(f"- `{one.name}{'=False' if one.default is True else ''}`: {one.metadata['help']}")
+
+
 def finish(app, error):
     if error is None:
         shutil.copy(Path(app.outdir) / f"{root_doc}.html", Path(app.outdir) / "index.html")
@@ -75,4 +83,5 @@ def finish(app, error):
 
 def setup(app):
     app.connect("source-read", read)
+    app.connect("autodoc-process-docstring", settings)
     app.connect("build-finished", finish)
