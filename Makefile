@@ -18,9 +18,6 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # What `make parity` compares: with transformers, and Core ML packages by coremltools' own evaluation.
 PARITY := tests/parity tests/export/test_coreml.py
 
-# The modules of the API page.
-API := mlx_aimv2 $(addprefix mlx_aimv2.,embed index learn convert export model images.processor config pretrain)
-
 .PHONY: help demo test test-all rounding coverage mutations parity browser check fuzz verify train docs format clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | sort
@@ -64,8 +61,9 @@ check: $(VENV)/tested  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/docs  ## the API page, site/index.html, from the docstrings; a warning is an error
-	$(RUN) -W error -m pdoc -t docs/pdoc -o site $(API)
+docs: $(VENV)/docs  ## the site, site/index.html: the documents and a reference from the docstrings; a warning is an error
+	rm -rf site
+	$(RUN) -m sphinx -W --keep-going -q -E -c docs -d build/doctrees . site
 
 format: $(VENV)/tested  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .

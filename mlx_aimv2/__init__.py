@@ -1,5 +1,10 @@
 """Apple's AIMv2 vision encoders on MLX: a photograph in, features out.
 
+    from mlx_aimv2 import load
+
+    model, processor = load("apple/aimv2-large-patch14-224")
+    vectors = model.encode_image(processor(["cat.jpg", "dog.jpg"]), normalize=True)  # (2, 1024)
+
 The public names are loaded when they are first used, so that importing the package costs next to nothing.
 """
 

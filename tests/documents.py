@@ -17,12 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_aimv2 import bundled
+from mlx_aimv2.checkpoint.layouts import layout_for
 from mlx_aimv2.config import RELEASED, Aimv2Config, Aimv2TextConfig, Aimv2VisionConfig
+from mlx_aimv2.conversion.folder import config_for
 from mlx_aimv2.model import Aimv2VisionModel
 from mlx_aimv2.pretrain.objective import initialise
 from mlx_aimv2.pretrain.pretraining import write_checkpoint
 from tests.loopback import Hub
-from tests.small_models import pair_with_words
+from tests.small_models import pair_with_words, random_weights, write
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -53,6 +55,23 @@ WIDE = 100
 
 VISION = Aimv2VisionConfig(64, 128, 2, 2)
 TEXT = Aimv2TextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+
+OVIS2 = replace(VISION, image_size=448)
+OTHERS = {
+    "AIDC-AI/Ovis2-1B": (
+        "apple",
+        "visual_tokenizer.backbone.",
+        OVIS2,
+        {"model_type": "ovis", "visual_tokenizer_config": {"backbone_config": config_for(OVIS2, "apple")}},
+    ),
+    "timm/aimv2_large_patch14_224.apple_pt": (
+        "timm",
+        "",
+        replace(VISION, hidden_size=256),  # timm's heads are 128 wide
+        {"architecture": "aimv2_large_patch14_224", "pretrained_cfg": {"input_size": [3, 224, 224]}},
+    ),
+}
+"""Another's checkpoint -> layout, prefix of its tensors, sizes, and config.json of a small one."""
 
 LABELS = {"cats": "face", "dogs": "button"}
 """A label's folder -> the emoji in it."""
@@ -179,3 +198,8 @@ def publish(hub: Hub, place: Path, document: Path) -> None:
             write_checkpoint(model, folder)
         (folder / "LICENSE").write_text("terms")
         hub.publish(f"apple/{name}", checkpoint.commit, folder)
+    for name, (layout, prefix, vision, config) in OTHERS.items():
+        if name in text:
+            tensors = dict(layout_for(layout, pair=False).to_source(random_weights(vision).items()))
+            write(place / name, {prefix + key: array for key, array in tensors.items()}, config)
+            hub.publish(name, "f" * 40, place / name)
