@@ -183,9 +183,12 @@ def flags_of_scripts(folder):
     return {flag for text in texts for flag in re.findall(r'"(--?[a-z][\w-]*)"', text)}
 
 
-def test_the_readme_is_short_and_lists_every_checkpoint_with_its_sizes():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 200
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_checkpoint_is_listed_with_its_sizes():
+    lines = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     assert {sizes.row(name, checkpoint) for name, checkpoint in RELEASED.items()} <= set(lines)
 
 
