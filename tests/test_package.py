@@ -4,14 +4,17 @@ import ast
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mlx_aimv2
 import mlx_aimv2.learn
 
 PACKAGE = Path(mlx_aimv2.__file__).parent
+ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -83,6 +86,49 @@ def test_no_file_has_the_name_of_what_its_package_loads_when_it_is_used(package)
     # importing that file would put the module where the function is expected
     files = {file.stem for file in Path(package.__file__).parent.glob("*.py")}
     assert not files & set(package.__all__)
+
+
+DATA = {
+    "assets": {".md", ".npz", ".json", ".jsonl", ".safetensors", ".jpg", ".webp"},
+    "index": {".html", ".js"},
+    "serve": {".html", ".js", ".css", ".svg"},
+    "py.typed": {".typed"},
+}
+"""What lies directly in the package -> suffixes of the files in it that are not Python."""
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
+    pytest.importorskip(
+        "hatchling", reason="hatchling, which builds the wheel, is not installed: pip install '.[test]'"
+    )
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.iterdir()
+    assert wheel.name == f"mlx_aimv2-{mlx_aimv2.__version__}-py3-none-any.whl"
+    assert wheel.stat().st_size < 10_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        names = {Path(name) for name in archive.namelist()}
+    about = {name for name in names if name.parts[0] == f"mlx_aimv2-{mlx_aimv2.__version__}.dist-info"}
+    assert {name.name for name in about} == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "LICENSE"}
+    files = (file for file in PACKAGE.rglob("[!.]*") if file.is_file() and file.suffix != ".pyc")
+    here = {file.relative_to(ROOT) for file in files}
+    assert names - about == here
+    data = {name for name in here if name.suffix != ".py"}
+    assert {name for name in data if name.suffix not in DATA.get(name.parts[1], ())} == set()
+
+
+def test_version_and_date_are_the_same_wherever_they_stand():
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", changes, re.MULTILINE)[0]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (mlx_aimv2.__version__, mlx_aimv2.__version__) == (version, citation["version"])
+    assert citation["date-released"] == date
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys(), "what CFF 1.2.0 requires"
+    assert citation["cff-version"] == "1.2.0"
+    for work in citation["references"]:
+        assert {"type", "title", "authors"} <= work.keys(), "what CFF 1.2.0 requires of a reference"
 
 
 WORKFLOWS = sorted((PACKAGE.parent / ".github" / "workflows").glob("*.yml"))
