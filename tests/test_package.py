@@ -1,6 +1,7 @@
 """The package as a whole: imports go one way, importing costs little, every public name is documented."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 import mlx_aimv2
 import mlx_aimv2.learn
+from tests.programs import HANGS
 
 PACKAGE = Path(mlx_aimv2.__file__).parent
 ROOT = PACKAGE.parent
@@ -140,7 +142,27 @@ def test_what_a_workflow_runs_is_pinned(file):
     lines = file.read_text(encoding="utf-8").splitlines()
     used = [line.split("uses:", 1)[1].strip() for line in lines if "uses:" in line]
     assert used
+    used = [one for one in used if not one.startswith("./")]
     assert [one for one in used if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)+", one)] == []
     commands = [line.split("pip install ", 1)[1].split() for line in lines if "pip install " in line]
-    tools = [tool for words in commands for tool in words if not tool.startswith(("-", "dist/"))]
+    tools = [tool for words in commands for tool in words if not tool.startswith(("-", "dist/", '"$WHEEL'))]
     assert [tool for tool in tools if not re.fullmatch(r"[\w-]+==[\d.]+", tool)] == []
+
+
+@pytest.mark.slow
+def test_what_is_run_on_an_installed_package_runs(tmp_path):
+    """README's commands as the workflow has them; here on the package as it is, not on a wheel."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "installed.yml").read_text(encoding="utf-8"))
+    (commands,) = [step["run"] for step in workflow["jobs"]["bare"]["steps"] if "commands" in step.get("name", "")]
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, arguments in (("mlx-aimv2", " -m mlx_aimv2"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
+        (programs / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    bash = ["bash", "-e", "-o", "pipefail", "-c", commands]
+    done = subprocess.run(
+        bash, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
