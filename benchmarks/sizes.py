@@ -1,4 +1,4 @@
-"""Prints the released checkpoints with their sizes dense and quantized, as a Markdown table: README's.
+"""Prints the released checkpoints with their sizes dense and quantized, as a Markdown table: that of docs/models.md.
 
     python -m benchmarks.sizes
 

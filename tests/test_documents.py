@@ -4,9 +4,11 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import os
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from benchmarks import sizes
 from mlx_aimv2.cli import main
 from mlx_aimv2.cli.dispatch import VERBS
+from mlx_aimv2.cli.info_compare_export_upload import memory as needed
 from mlx_aimv2.config import RELEASED
 from tests import documents
 from tests.documents import DOCUMENTS, LINKED, OUTPUT, ROOT, RUN
@@ -47,6 +50,15 @@ def name_of(document):
 LOADS = re.compile(r"^from mlx_aimv2 import .*\bload\b", re.MULTILINE)
 
 
+README = ROOT / "README.md"
+SHOWN = {
+    above: shown
+    for above, shown in itertools.pairwise(documents.blocks(README))
+    if shown.language in OUTPUT and above.language in RUN
+}
+"""A block of README -> what it prints, where the next block shows it."""
+
+
 def to_run(document):
     return [block for block in documents.blocks(document) if block.language in RUN and block.reason is None]
 
@@ -77,7 +89,10 @@ def test_every_block_runs(document, tmp_path):
             done = subprocess.run(
                 command, cwd=place, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
             )
-            assert done.returncode == 0, f"{name_of(document)}:{block.line}\n{code}\n{done.stdout}\n{done.stderr}"
+            about = f"{name_of(document)}:{block.line}\n{code}\n{done.stdout}\n{done.stderr}"
+            assert done.returncode == 0, about
+            if document == README and block in SHOWN:
+                assert re.search(documents.with_any_numbers(SHOWN[block].code), done.stdout), about
 
 
 def test_what_is_made_smaller_is_said_somewhere():
@@ -143,8 +158,8 @@ def test_every_verb_flag_target_and_module_exists(document):
     for line in documents.commands(document):
         for target in re.findall(r"^make ([a-z][a-z-]*)", line):
             assert target in targets, line
-        for extra in re.findall(r"(?:mlx-aimv2|'\.)\[(\w+)\]", line):
-            assert f"\n{extra} = [" in extras, line
+        for named in re.findall(r"(?:mlx-aimv2|'\.)\[([\w,]+)\]", line):
+            assert all(f"\n{extra} = [" in extras for extra in named.split(",")), line
         for module in re.findall(r"\bpython3? -m ([a-z][\w.]*)", line):
             assert importlib.util.find_spec(module) is not None, line
         for flag in re.findall(r"^--[a-z][\w-]*", line):
@@ -183,9 +198,38 @@ def flags_of_scripts(folder):
     return {flag for text in texts for flag in re.findall(r'"(--?[a-z][\w-]*)"', text)}
 
 
-def test_the_readme_is_short_and_lists_every_checkpoint_with_its_sizes():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 200
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_shows_what_a_command_prints():
+    assert SHOWN
+
+
+@pytest.mark.slow
+def test_the_readmes_python_is_short_and_passes_mypy_strict(tmp_path):
+    (code,) = [block.code for block in documents.blocks(README) if block.language == "python"]
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (tmp_path / "readme.py").write_text(code)
+    settings = ("--strict", "--config-file", ROOT / "pyproject.toml", "--cache-dir", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *settings, tmp_path / "readme.py"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readmes_choice_of_checkpoints_has_the_numbers_of_info():
+    rows = re.findall(r"\| `(apple/\S+)` \| (\S+) GB \| (\S+) GB \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert 4 <= len(rows) <= 5
+    for name, download, memory in rows:
+        checkpoint = RELEASED[name.removeprefix("apple/")]
+        held = needed(checkpoint.config, checkpoint.parameters)["memory_of_a_pass"]["float16 or bfloat16"]
+        assert (download, memory) == (f"{4 * checkpoint.parameters / 1e9:.2f}", f"{held / 1e9:.2f}"), name
+
+
+def test_every_checkpoint_is_listed_with_its_sizes():
+    lines = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
     assert {sizes.row(name, checkpoint) for name, checkpoint in RELEASED.items()} <= set(lines)
 
 
