@@ -130,7 +130,7 @@ def test_maps_cannot_be_searched(tmp_path, monkeypatch, search):
     assert main(["embed", "in", "-m", str(REFERENCE / "fixed"), "-o", "photos.db", "--pool", "map"]) == 0
     code, _, err = search("in/0.png")
     assert code == 2
-    assert "holds a map for each image" in err
+    assert "has a map for each image" in err
 
 
 def test_the_index_module_reads_what_the_command_wrote(photo_index):
