@@ -100,31 +100,37 @@ class Calibration:
 
         def outputs(x: mx.array, exact: mx.array) -> tuple[mx.array, ...]:
             h, exact = hidden(rounded, x), exact + dense(hidden(block, exact))
-            return h, exact, _product(h, h), _product(exact - x - dense(h), h)
+            return h, exact, _product(h, h), _product(exact - x, h)
 
         squares = products = mx.array(0.0)
         for x in self.states:
             squares = squares + by_images(inputs, x)[0].sum(axis=0)
             mx.eval(squares)
-        self._quantize(first, rounded, np.array(squares))
+        self._quantize(first, rounded, squares)
         between, squares = [], mx.array(0.0)
         for i in range(len(self.states)):
             h, self.exact[i], *sums = by_images(outputs, self.states[i], self.exact[i])
             squares, products = squares + sums[0].sum(axis=0), products + sums[1].sum(axis=0)
             mx.eval(h, self.exact[i], squares, products)
             between.append(h)
-        self._quantize([last], rounded, np.array(squares), np.array(products))
+        del h, sums
+        self._quantize([last], rounded, squares, products - dense.weight @ squares)
         packed = _layer(rounded, last)
         for i in range(len(between)):
             (self.states[i],) = by_images(lambda x, h: (x + packed(h),), self.states[i], between[i])
             mx.eval(self.states[i])
             between[i] = mx.array(0.0)
 
-    def _quantize(self, paths: Sequence[str], rounded: Block, squares: Floats, products: Floats | None = None) -> None:
+    def _quantize(
+        self, paths: Sequence[str], rounded: Block, squared: mx.array, products: mx.array | None = None
+    ) -> None:
         """Packs layers that share their inputs, and puts the values of the packed weights into `rounded`.
 
-        `squares` is X'X (I, I); `products` (O, I) is E'X with the error E of the stream that the layer adds to.
+        `squared` is X'X (I, I); `products` (O, I) is E'X with the error E of the stream that the layer adds to.
         """
+        squares: Floats = np.asarray(squared)
+        wanted: Floats | None = None if products is None else np.array(products)
+        mx.clear_cache()  # X'X is the largest array of all, and its parts have been added up
         if not np.isfinite(squares).all():
             raise ValueError(f"{paths[0]}: inputs are not finite even in float32: the weights are damaged")
         if self.tokens < len(squares):
@@ -137,8 +143,8 @@ class Calibration:
                 self.parts[path] = pack(layer.weight, settings, self.dtype)
             elif settings:
                 weight = np.array(layer.weight)
-                if products is not None:
-                    weight = weight + np.linalg.solve(_damped(squares, FIT_DAMPING), products.T).T
+                if wanted is not None:
+                    weight = weight + np.linalg.solve(_damped(squares.copy(), FIT_DAMPING), wanted.T).T
                 self.parts[path] = self._packed(path, weight, squares, settings)
             if settings:
                 layer.weight = unpack(self.parts[path], settings)
@@ -150,7 +156,7 @@ class Calibration:
         """A weight (O, I) rounded column by column: `-> packed integers, scales, biases`."""
         group, bits = settings["group_size"], settings["bits"]
         order = _order(np.diag(squares), group)
-        factor, damping = _factor(squares[np.ix_(order, order)])
+        factor, damping = _factor(squares, order)
         if damping > DAMPING:
             self._note(f"X'X could not be factored, so its diagonal was raised by {damping:.0%}", [path])
         columns = np.ascontiguousarray(weight.T[order])
@@ -194,10 +200,10 @@ def _product(a: mx.array, b: mx.array) -> mx.array:
 
 
 def _damped(squares: Floats, damping: float) -> Floats:
+    """`squares` itself, its diagonal raised."""
     diagonal = np.diag(squares)
-    damped = squares.copy()
-    np.fill_diagonal(damped, diagonal + damping * (diagonal.mean() or 1.0))
-    return damped
+    np.fill_diagonal(squares, diagonal + damping * (diagonal.mean() or 1.0))
+    return squares
 
 
 def _order(diagonal: Floats, group: int) -> NDArray[np.intp]:
@@ -207,13 +213,13 @@ def _order(diagonal: Floats, group: int) -> NDArray[np.intp]:
     return inside[np.argsort(-groups.sum(axis=1), kind="stable")].ravel()
 
 
-def _factor(squares: Floats) -> tuple[Floats, float]:
-    """U of `X'X = U D U'` and the damping it needed: `(I, I) -> (I, I) float32, damping`."""
-    damping = DAMPING
+def _factor(squares: Floats, order: NDArray[np.intp]) -> tuple[Floats, float]:
+    """U of `X'X = U D U'`, its columns in `order`, and the damping it needed: `(I, I), (I,) -> (I, I), damping`."""
+    damping, backwards = DAMPING, np.ix_(order[::-1], order[::-1])
     while True:
         with suppress(np.linalg.LinAlgError):
-            damped = _damped(squares, damping).astype(np.float64)
-            upper: Floats = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1].astype(np.float32)
+            lower = np.linalg.cholesky(_damped(squares[backwards].astype(np.float64), damping))
+            upper: Floats = lower[::-1, ::-1].astype(np.float32)
             return upper / np.diag(upper), damping
         damping *= 10
 
