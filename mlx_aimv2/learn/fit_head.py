@@ -274,7 +274,7 @@ def _write_card(
     }
     words = "; ".join(sentence for sentence, holds in told.items() if holds)
     settings = ", ".join(f"{name} {value}" for name, value in info["settings"].items() if value is not None)
-    by_class = f"## By class, on {part}\n\n{_markdown(table)}\n\n" if table else ""
+    by_class = f"## In detail, on {part}\n\n{_markdown(table)}\n\n" if table else ""
     images = "".join(f"## {title}\n\n![{title}]({file})\n\n" for title, file in shown)
     text = f"""\
 {front_matter({"library_name": "mlx", "pipeline_tag": task.pipeline_tag, "tags": ["mlx", "aimv2"]})}
